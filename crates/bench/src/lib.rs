@@ -1,0 +1,1 @@
+//! Workloads, measurement, statistics, doubts and reports

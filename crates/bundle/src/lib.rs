@@ -1,0 +1,1 @@
+//! Checkpoint to bundle: checks, probe, model card, exports

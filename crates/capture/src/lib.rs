@@ -1,0 +1,1 @@
+//! Target sources behind one interface: capture of hidden states, regeneration of answers

@@ -1,0 +1,19 @@
+//! The rules of speculative decoding as pure functions: ids, vocabulary map, tree shape, verify rules,
+//! token choice and accept counts. No tensors, no I/O.
+//!
+//! Everything here is small enough to be checked exhaustively on tiny vocabularies; the engine, the trainer and
+//! the reports all call these same functions.
+
+mod accept;
+mod choose;
+mod ids;
+mod tree;
+mod verify;
+mod vocab;
+
+pub use accept::AcceptStats;
+pub use choose::{Sampling, accept_probability, choose_token, gumbel_noise, residual, token_distribution};
+pub use ids::{DraftTokenId, LayerId, TargetTokenId, default_target_layers};
+pub use tree::{TokenTree, TreeError};
+pub use verify::{TreeVerdict, Verdict, verify_greedy, verify_tree};
+pub use vocab::{VocabMap, VocabMapError};

@@ -1,0 +1,1 @@
+//! Trains, packages, measures and serves draft models for speculative decoding

@@ -1,0 +1,2 @@
+//! The draftsmith binary.
+fn main() {}

@@ -1,0 +1,128 @@
+//! The only seam to compute: coarse operations, each a hot path that a backend may fuse.
+//!
+//! [`Kernels`] is what decoding and capture need, [`TrainKernels`] adds gradients and the optimiser. [`Cpu`]
+//! implements both; [`mod@reference`] holds naive double-precision twins for the tests.
+//!
+//! # The contract
+//! Every row of every [`Kernels`] operation depends on that row's input and the weights alone, in one fixed
+//! reduction order: never on how many rows are in the call, on the thread count, on tiles, or on the other rows.
+//! So the logits of a token in a verify pass equal those of the same token decoded alone, bit for bit.
+//!
+//! Shape legend: `R` rows (tokens) of a call, `I`/`O` input and output features, `S` sequence slots.
+
+mod cpu;
+mod pool;
+pub mod quant;
+pub mod reference;
+mod rope;
+pub mod train;
+mod weight;
+
+pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
+pub use pool::Pool;
+pub use rope::{RopeScaling, RopeTable};
+pub use train::{DocRange, SoftCe, SoftCeLoss, SoftCeOut, TeacherRow, TrainKernels, TttAttention};
+pub use weight::{PackMode, WeightDtype, WeightView};
+
+/// What a kernel call can refuse.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Bytes and shape of a weight disagree.
+    #[error("weight `{name}` of {out_features} x {in_features} {dtype:?} needs {wanted} bytes, found {found}")]
+    WeightBytes {
+        /// Tensor name.
+        name: String,
+        /// Rows.
+        out_features: usize,
+        /// Columns.
+        in_features: usize,
+        /// Stored type.
+        dtype: WeightDtype,
+        /// Bytes expected.
+        wanted: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// A block-quantised weight whose rows are not whole blocks.
+    #[error("weight `{name}` has {in_features} input features, not a multiple of the {block} of {dtype:?}")]
+    WeightBlock {
+        /// Tensor name.
+        name: String,
+        /// Columns.
+        in_features: usize,
+        /// Block length.
+        block: usize,
+        /// Stored type.
+        dtype: WeightDtype,
+    },
+}
+
+/// The non-linearity of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`: Llama, Qwen.
+    Silu,
+    /// The tanh approximation of GELU: Gemma.
+    GeluTanh,
+}
+
+/// What each query row may see, beside the committed part of the cache.
+///
+/// Row `i` of a step is stored in slot `base + i` of the cache. It sees slots `0..base` (or the last `window` of
+/// them) and, in this order, the slots of its path: ancestors within the step, then itself.
+#[derive(Clone, Debug)]
+pub struct StepMask<'a> {
+    /// Committed slots before this step.
+    pub base: usize,
+    /// `[R]` parent row inside the step, `None` for rows that follow the committed text directly. A plain
+    /// prefill or chain is `None, 0, 1, 2, …`.
+    pub parents: &'a [Option<u32>],
+    /// Sliding window in positions, the query's own included; `None` sees everything.
+    pub window: Option<usize>,
+    /// Logit scale, normally `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+/// Operations for decoding and capture. See the contract at the top of the crate.
+pub trait Kernels: Send + Sync {
+    /// A device array of f32.
+    type Buf: Send + Sync;
+    /// A weight in the backend's own layout.
+    type Packed: Send + Sync;
+    /// Keys and values of one layer of one sequence.
+    type Kv: Send;
+
+    /// A buffer of `len` zeros.
+    fn zeros(&self, len: usize) -> Self::Buf;
+    /// Copies host data to a new buffer.
+    fn upload(&self, data: &[f32]) -> Self::Buf;
+    /// Copies `out.len()` values from `offset` on to the host.
+    fn download(&self, buf: &Self::Buf, offset: usize, out: &mut [f32]);
+    /// Repacks a weight once at load.
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
+    /// `y[R, O] = x[R, I] · Wᵀ`, plus `bias[O]` if given.
+    fn matmul(&self, x: &Self::Buf, rows: usize, w: &Self::Packed, bias: Option<&Self::Buf>, y: &mut Self::Buf);
+    /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
+    fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
+    /// `y = x * rsqrt(mean(x²) + eps) * weight`, over groups of `width` values: whole rows, or heads for q/k norms.
+    fn rms_norm(&self, x: &Self::Buf, weight: &Self::Buf, width: usize, eps: f32, y: &mut Self::Buf);
+    /// Half-rotation RoPE in place on `x[R, heads * head_dim]` at `positions[R]`.
+    fn rope(&self, x: &mut Self::Buf, heads: usize, table: &RopeTable, positions: &[u32]);
+    /// `gate = act(gate) * up`.
+    fn gated(&self, activation: Activation, gate: &mut Self::Buf, up: &Self::Buf);
+    /// `a += b`.
+    fn add(&self, a: &mut Self::Buf, b: &Self::Buf);
+    /// Concatenates columns: `y[R, Σ widths]` from `parts[i][R, widths[i]]`.
+    fn concat_cols(&self, parts: &[(&Self::Buf, usize)], rows: usize, y: &mut Self::Buf);
+    /// Copies chosen rows of `x[_, width]`.
+    fn gather_rows(&self, x: &Self::Buf, width: usize, rows: &[u32], y: &mut Self::Buf);
+
+    /// An empty cache for one layer.
+    fn kv_new(&self, kv_heads: usize, head_dim: usize) -> Self::Kv;
+    /// Writes `k[R, kv_heads * head_dim]` and `v` to slots `base..base + R`, dropping anything after `base`.
+    fn kv_write(&self, kv: &mut Self::Kv, base: usize, rows: usize, k: &Self::Buf, v: &Self::Buf);
+    /// Moves slots `from[i]` (ascending, all at or after `base`) to `base + i` and drops the rest.
+    fn kv_compact(&self, kv: &mut Self::Kv, base: usize, from: &[usize]);
+    /// `y[R, heads * head_dim]`: attention of a step's queries over the cache, whose last `R` slots are the step.
+    fn attention(&self, q: &Self::Buf, heads: usize, kv: &Self::Kv, mask: &StepMask<'_>, y: &mut Self::Buf);
+}

@@ -1,0 +1,1 @@
+//! Tokenizer, chat template, loss mask by rendering, streaming detokenizer: one path for training and serving

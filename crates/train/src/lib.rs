@@ -1,0 +1,1 @@
+//! Training methods, losses, optimiser, schedule, trainer loop and resume
