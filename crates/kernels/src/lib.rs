@@ -21,7 +21,7 @@ mod weight;
 pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
-pub use train::{DocRange, SoftCe, SoftCeLoss, SoftCeOut, TeacherRow, TrainKernels, TttAttention};
+pub use train::TrainKernels;
 pub use weight::{PackMode, WeightDtype, WeightView};
 
 /// What a kernel call can refuse.
@@ -114,6 +114,8 @@ pub trait Kernels: Send + Sync {
     fn add(&self, a: &mut Self::Buf, b: &Self::Buf);
     /// Concatenates columns: `y[R, Σ widths]` from `parts[i][R, widths[i]]`.
     fn concat_cols(&self, parts: &[(&Self::Buf, usize)], rows: usize, y: &mut Self::Buf);
+    /// Columns `from..from + width` of `x[rows, x_width]`.
+    fn slice_cols(&self, x: &Self::Buf, x_width: usize, from: usize, width: usize, rows: usize, y: &mut Self::Buf);
     /// Copies chosen rows of `x[_, width]`.
     fn gather_rows(&self, x: &Self::Buf, width: usize, rows: &[u32], y: &mut Self::Buf);
 
