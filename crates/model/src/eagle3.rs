@@ -1,0 +1,683 @@
+//! The EAGLE-3 draft: configuration, weights and the network, written once for training and decoding.
+//!
+//! One decoder layer whose input is the token's embedding beside a hidden vector: at depth 0 the projected target
+//! features, later the layer's own output [eagle3 §2]. The network is a set of functions over [`Ops`]; decoding
+//! calls them through packed weights and a KV cache, training through the tape.
+//!
+//! Shape legend: `R` rows (slots), `H` draft width, `Ht` target width, `V`/`Vd` target/draft vocabulary, `nh`/`nkv`
+//! query/key heads, `hd` head width, `I` MLP width.
+
+use std::sync::Arc;
+
+use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
+use serde_json::{Map, Value, json};
+
+use crate::ops::{Attend, Ops};
+
+/// What the next draft step receives from this one [eagle3 §7].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feedback {
+    /// The layer output before the final norm: EAGLE-3 as published.
+    PreNorm,
+    /// The layer output after the final norm: EAGLE-3.1 as the engines serve it (`norm_output: true`).
+    PostNorm,
+}
+
+/// Shapes and switches of one EAGLE-3 draft, as in its `config.json` [formats §1.1].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Eagle3Config {
+    /// `V`
+    pub vocab_size: usize,
+    /// `Vd`
+    pub draft_vocab_size: usize,
+    /// `H`
+    pub hidden_size: usize,
+    /// `Ht`
+    pub target_hidden_size: usize,
+    /// `I`
+    pub intermediate_size: usize,
+    /// `nh`
+    pub num_attention_heads: usize,
+    /// `nkv`
+    pub num_key_value_heads: usize,
+    /// `hd`
+    pub head_dim: usize,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f32,
+    /// RoPE base.
+    pub rope_theta: f32,
+    /// RoPE frequency scaling.
+    pub rope_scaling: RopeScaling,
+    /// Positions the draft is meant for.
+    pub max_position_embeddings: usize,
+    /// One norm per captured layer before `fc` (EAGLE-3.1).
+    pub fc_norm: bool,
+    /// What is fed back to the next depth.
+    pub feedback: Feedback,
+    /// Standard deviation of random initial weights.
+    pub initializer_range: f32,
+    /// 0-based output layers, `None` for the default formula.
+    pub target_layer_ids: Option<[u32; 3]>,
+    /// Beginning-of-sequence id.
+    pub bos_token_id: Option<u32>,
+    /// End-of-sequence ids.
+    pub eos_token_ids: Vec<u32>,
+    /// Padding id.
+    pub pad_token_id: Option<u32>,
+}
+
+/// What a draft's `config.json` can be refused for.
+#[derive(Debug, thiserror::Error)]
+pub enum Eagle3ConfigError {
+    /// Not JSON at all.
+    #[error("draft configuration is not JSON: {message}")]
+    Json {
+        /// The parser's words.
+        message: String,
+    },
+    /// A key is missing or has the wrong type.
+    #[error("draft configuration key `{key}` should be {wanted}, found `{found}`")]
+    Key {
+        /// Dotted key.
+        key: String,
+        /// Expected type or range.
+        wanted: &'static str,
+        /// JSON text found, `null` if absent.
+        found: String,
+    },
+    /// A value that this implementation has no network for.
+    #[error("draft configuration key `{key}` = `{found}` is not supported")]
+    Unsupported {
+        /// Dotted key.
+        key: String,
+        /// JSON text found.
+        found: String,
+    },
+    /// Numbers that contradict each other.
+    #[error("draft configuration does not fit together: {what}")]
+    Shapes {
+        /// Which.
+        what: String,
+    },
+}
+
+impl Eagle3ConfigError {
+    /// Advice for the person who wrote the file.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Eagle3ConfigError::Unsupported { .. } => {
+                Some("this draft needs a variant of EAGLE-3 that is not built here".into())
+            }
+            Eagle3ConfigError::Json { .. }
+            | Eagle3ConfigError::Key { .. }
+            | Eagle3ConfigError::Shapes { .. } => None,
+        }
+    }
+}
+
+/// Reads typed keys of one JSON object.
+struct Keys<'a>(&'a Map<String, Value>);
+
+impl Keys<'_> {
+    fn bad(&self, key: &str, wanted: &'static str) -> Eagle3ConfigError {
+        let found = self.0.get(key).map_or_else(|| "null".to_owned(), Value::to_string);
+        Eagle3ConfigError::Key { key: key.to_owned(), wanted, found: found.chars().take(80).collect() }
+    }
+    fn present(&self, key: &str) -> Option<&Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+    /// Sizes are bounded so that products of two fit `usize` with room to spare.
+    fn size(&self, key: &str) -> Result<usize, Eagle3ConfigError> {
+        let n = self.0.get(key).and_then(Value::as_u64).filter(|n| (1..=1 << 28).contains(n));
+        n.map(|n| n as usize).ok_or_else(|| self.bad(key, "a positive integer"))
+    }
+    fn size_or(&self, key: &str, default: usize) -> Result<usize, Eagle3ConfigError> {
+        if self.present(key).is_none() { Ok(default) } else { self.size(key) }
+    }
+    fn float(&self, key: &str) -> Result<f32, Eagle3ConfigError> {
+        let x = self.0.get(key).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
+        x.map(|x| x as f32).ok_or_else(|| self.bad(key, "a positive number"))
+    }
+    fn float_or(&self, key: &str, default: f32) -> Result<f32, Eagle3ConfigError> {
+        if self.present(key).is_none() { Ok(default) } else { self.float(key) }
+    }
+    fn flag(&self, key: &str) -> Result<bool, Eagle3ConfigError> {
+        match self.present(key) {
+            None => Ok(false),
+            Some(Value::Bool(b)) => Ok(*b),
+            Some(_) => Err(self.bad(key, "true or false")),
+        }
+    }
+    fn id(&self, key: &str) -> Result<Option<u32>, Eagle3ConfigError> {
+        match self.present(key) {
+            None => Ok(None),
+            Some(v) => {
+                let id = v.as_u64().and_then(|n| u32::try_from(n).ok());
+                id.map(Some).ok_or_else(|| self.bad(key, "a token id"))
+            }
+        }
+    }
+}
+
+impl Eagle3Config {
+    /// Reads a draft's `config.json`.
+    pub fn from_json(text: &str) -> Result<Eagle3Config, Eagle3ConfigError> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| Eagle3ConfigError::Json { message: e.to_string() })?;
+        Eagle3Config::from_value(&value)
+    }
+
+    /// Reads the parsed `config.json`.
+    pub fn from_value(value: &Value) -> Result<Eagle3Config, Eagle3ConfigError> {
+        let object = value.as_object().ok_or_else(|| Eagle3ConfigError::Json {
+            message: "the outermost value is not an object".into(),
+        })?;
+        let keys = Keys(object);
+        for key in ["norm_before_residual", "norm_before_fc", "attention_bias", "tie_word_embeddings"] {
+            if keys.flag(key)? {
+                return Err(Eagle3ConfigError::Unsupported { key: key.into(), found: "true".into() });
+            }
+        }
+        if keys.size_or("num_hidden_layers", 1)? != 1 {
+            return Err(Eagle3ConfigError::Unsupported {
+                key: "num_hidden_layers".into(),
+                found: object["num_hidden_layers"].to_string(),
+            });
+        }
+        if let Some(act) = keys.present("hidden_act")
+            && act != "silu"
+        {
+            return Err(Eagle3ConfigError::Unsupported { key: "hidden_act".into(), found: act.to_string() });
+        }
+        let vocab_size = keys.size("vocab_size")?;
+        let hidden_size = keys.size("hidden_size")?;
+        let num_attention_heads = keys.size("num_attention_heads")?;
+        let head_dim = match keys.present("head_dim") {
+            Some(_) => keys.size("head_dim")?,
+            None => hidden_size / num_attention_heads,
+        };
+        // New transformers write `rope_parameters` with the base inside, older ones `rope_scaling` beside it.
+        let rope = match keys.present("rope_scaling").or_else(|| keys.present("rope_parameters")) {
+            None => None,
+            Some(Value::Object(map)) => Some(Keys(map)),
+            Some(_) => return Err(keys.bad("rope_scaling", "an object or null")),
+        };
+        let rope_theta = match (&rope, keys.present("rope_theta")) {
+            (Some(rope), None) => rope.float_or("rope_theta", 10_000.0)?,
+            _ => keys.float_or("rope_theta", 10_000.0)?,
+        };
+        let config = Eagle3Config {
+            vocab_size,
+            draft_vocab_size: keys.size_or("draft_vocab_size", vocab_size)?,
+            hidden_size,
+            target_hidden_size: keys.size_or("target_hidden_size", hidden_size)?,
+            intermediate_size: keys.size("intermediate_size")?,
+            num_attention_heads,
+            num_key_value_heads: keys.size_or("num_key_value_heads", num_attention_heads)?,
+            head_dim,
+            rms_norm_eps: keys.float_or("rms_norm_eps", 1e-6)?,
+            rope_theta,
+            rope_scaling: rope.map_or(Ok(RopeScaling::None), |r| rope_scaling_from(&r))?,
+            max_position_embeddings: keys.size_or("max_position_embeddings", 2048)?,
+            fc_norm: keys.flag("fc_norm")?,
+            feedback: if keys.flag("norm_output")? { Feedback::PostNorm } else { Feedback::PreNorm },
+            initializer_range: keys.float_or("initializer_range", 0.02)?,
+            target_layer_ids: layer_ids_from(&keys)?,
+            bos_token_id: keys.id("bos_token_id")?,
+            eos_token_ids: eos_from(&keys)?,
+            pad_token_id: keys.id("pad_token_id")?,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks that the numbers fit together.
+    pub fn check(&self) -> Result<(), Eagle3ConfigError> {
+        let bad = |what: String| Err(Eagle3ConfigError::Shapes { what });
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            return bad(format!(
+                "{} query heads cannot share {} key heads",
+                self.num_attention_heads, self.num_key_value_heads
+            ));
+        }
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+            return bad(format!("RoPE needs an even head dimension, found {}", self.head_dim));
+        }
+        if self.draft_vocab_size > self.vocab_size {
+            return bad(format!(
+                "a draft vocabulary of {} ids is larger than the target's {}",
+                self.draft_vocab_size, self.vocab_size
+            ));
+        }
+        if let RopeScaling::Factors(f) = &self.rope_scaling
+            && f.len() != self.head_dim / 2
+        {
+            return bad(format!("{} RoPE factors for {} frequencies", f.len(), self.head_dim / 2));
+        }
+        Ok(())
+    }
+
+    /// Writes the `config.json` that SpecForge and the engines read.
+    ///
+    /// # Errors
+    /// Explicit RoPE factors have no key there.
+    pub fn to_value(&self) -> Result<Value, Eagle3ConfigError> {
+        let rope_scaling = match &self.rope_scaling {
+            RopeScaling::None => Value::Null,
+            RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                json!({
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": low_freq_factor,
+                    "high_freq_factor": high_freq_factor,
+                    "original_max_position_embeddings": original_max_position,
+                })
+            }
+            RopeScaling::Factors(_) => {
+                return Err(Eagle3ConfigError::Unsupported {
+                    key: "rope_scaling".into(),
+                    found: "explicit factors per frequency".into(),
+                });
+            }
+        };
+        let eos = match self.eos_token_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            many => json!(many),
+        };
+        let mut value = json!({
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "num_hidden_layers": 1,
+            "hidden_act": "silu",
+            "rms_norm_eps": plain(self.rms_norm_eps),
+            "rope_theta": plain(self.rope_theta),
+            "rope_scaling": rope_scaling,
+            "max_position_embeddings": self.max_position_embeddings,
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": false,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": self.pad_token_id,
+            "initializer_range": plain(self.initializer_range),
+            "torch_dtype": "bfloat16",
+            "use_cache": true,
+        });
+        let object = value.as_object_mut().expect("built as an object");
+        if self.target_hidden_size != self.hidden_size {
+            object.insert("target_hidden_size".into(), json!(self.target_hidden_size));
+        }
+        if self.fc_norm {
+            object.insert("fc_norm".into(), json!(true));
+        }
+        if self.feedback == Feedback::PostNorm {
+            object.insert("norm_output".into(), json!(true));
+        }
+        if let Some(ids) = self.target_layer_ids {
+            // Nested key: 0-based output layers. Top-level key: the "+1" numbering of vLLM [eagle3 §1.1].
+            object.insert(
+                "eagle_config".into(),
+                json!({ "eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": true }),
+            );
+            object.insert("eagle_aux_hidden_state_layer_ids".into(), json!(ids.map(|id| id + 1)));
+        }
+        Ok(value)
+    }
+
+    /// Width of the concatenated target features.
+    pub fn features_width(&self) -> usize {
+        3 * self.target_hidden_size
+    }
+
+    /// Query width, `nh * hd`.
+    pub fn q_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Key and value width, `nkv * hd`.
+    pub fn kv_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    /// Every trained tensor in the order of [`Eagle3Weights::build`]: name, shape (`[O, I]` or `[width]`).
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        struct List(Vec<(String, Vec<usize>)>);
+        impl BuildWeights for List {
+            type W = ();
+            type N = ();
+            type Error = std::convert::Infallible;
+            fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<(), Self::Error> {
+                self.0.push((name.to_owned(), vec![out, inp]));
+                Ok(())
+            }
+            fn norm(&mut self, name: &str, width: usize) -> Result<(), Self::Error> {
+                self.0.push((name.to_owned(), vec![width]));
+                Ok(())
+            }
+        }
+        let mut list = List(Vec::new());
+        let Ok(_) = Eagle3Weights::build(self, &mut list);
+        list.0
+    }
+}
+
+/// f32 as the shortest decimal number, so that `1e-5` is not written as `9.999999747378752e-6`.
+fn plain(x: f32) -> Value {
+    x.to_string().parse::<f64>().map_or(Value::Null, |x| json!(x))
+}
+
+fn rope_scaling_from(rope: &Keys<'_>) -> Result<RopeScaling, Eagle3ConfigError> {
+    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
+    match kind {
+        None | Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear { factor: rope.float("factor")? }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: rope.float("factor")?,
+            low_freq_factor: rope.float("low_freq_factor")?,
+            high_freq_factor: rope.float("high_freq_factor")?,
+            original_max_position: rope.size("original_max_position_embeddings")? as u32,
+        }),
+        Some(other) => Err(Eagle3ConfigError::Unsupported {
+            key: "rope_scaling.rope_type".into(),
+            found: other.to_owned(),
+        }),
+    }
+}
+
+fn eos_from(keys: &Keys<'_>) -> Result<Vec<u32>, Eagle3ConfigError> {
+    match keys.present("eos_token_id") {
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok()))
+            .collect::<Option<Vec<u32>>>()
+            .ok_or_else(|| keys.bad("eos_token_id", "a token id or a list of them")),
+        _ => Ok(keys.id("eos_token_id")?.into_iter().collect()),
+    }
+}
+
+fn layer_ids_from(keys: &Keys<'_>) -> Result<Option<[u32; 3]>, Eagle3ConfigError> {
+    let nested = keys.present("eagle_config").and_then(Value::as_object).map(Keys);
+    let Some(list) = nested.as_ref().and_then(|n| n.present("eagle_aux_hidden_state_layer_ids")) else {
+        // Only vLLM's top-level key, which counts from 1.
+        let Some(list) = keys.present("eagle_aux_hidden_state_layer_ids") else { return Ok(None) };
+        let bad = || keys.bad("eagle_aux_hidden_state_layer_ids", "three positive layer numbers");
+        let ids = three_ids(list).ok_or_else(bad)?;
+        if ids.contains(&0) {
+            return Err(bad());
+        }
+        return Ok(Some(ids.map(|id| id - 1)));
+    };
+    let bad = || keys.bad("eagle_config", "an object with three layer ids");
+    three_ids(list).map(Some).ok_or_else(bad)
+}
+
+fn three_ids(list: &Value) -> Option<[u32; 3]> {
+    let ids: Option<Vec<u32>> =
+        list.as_array()?.iter().map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok())).collect();
+    ids?.try_into().ok()
+}
+
+/// All trained weights of a draft. `W` is a linear weight, `N` a norm weight, in whatever form the [`Ops`] take.
+#[derive(Clone, Debug)]
+pub struct Eagle3Weights<W, N> {
+    /// `fc.weight` `[H, 3 Ht]`
+    pub fc: W,
+    /// `fc_norm.{0,1,2}.weight` `[Ht]`
+    pub fc_norm: Option<[N; 3]>,
+    /// `midlayer.input_layernorm.weight` `[H]`: norm of the token embedding.
+    pub input_norm: N,
+    /// `midlayer.hidden_norm.weight` `[H]`: norm of the hidden input.
+    pub hidden_norm: N,
+    /// `[nh hd, 2H]`
+    pub q_proj: W,
+    /// `[nkv hd, 2H]`
+    pub k_proj: W,
+    /// `[nkv hd, 2H]`
+    pub v_proj: W,
+    /// `[H, nh hd]`
+    pub o_proj: W,
+    /// `midlayer.post_attention_layernorm.weight` `[H]`
+    pub post_norm: N,
+    /// `[I, H]`
+    pub gate_proj: W,
+    /// `[I, H]`
+    pub up_proj: W,
+    /// `[H, I]`
+    pub down_proj: W,
+    /// `norm.weight` `[H]`: final norm before the head.
+    pub norm: N,
+    /// `lm_head.weight` `[Vd, H]`
+    pub lm_head: W,
+}
+
+/// Where weights come from, by the tensor names of a SpecForge checkpoint.
+pub trait BuildWeights {
+    /// Linear weight.
+    type W;
+    /// Norm weight.
+    type N;
+    /// Failure.
+    type Error;
+    /// A linear weight `[out, inp]`.
+    fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<Self::W, Self::Error>;
+    /// A norm weight `[width]`.
+    fn norm(&mut self, name: &str, width: usize) -> Result<Self::N, Self::Error>;
+}
+
+impl<W, N> Eagle3Weights<W, N> {
+    /// Asks `source` for every tensor once, in a fixed order.
+    pub fn build<S: BuildWeights<W = W, N = N>>(
+        config: &Eagle3Config,
+        source: &mut S,
+    ) -> Result<Eagle3Weights<W, N>, S::Error> {
+        let (h, ht, i) = (config.hidden_size, config.target_hidden_size, config.intermediate_size);
+        let (qw, kvw) = (config.q_width(), config.kv_width());
+        let fc = source.linear("fc.weight", h, 3 * ht)?;
+        let fc_norm = match config.fc_norm {
+            true => Some([
+                source.norm("fc_norm.0.weight", ht)?,
+                source.norm("fc_norm.1.weight", ht)?,
+                source.norm("fc_norm.2.weight", ht)?,
+            ]),
+            false => None,
+        };
+        Ok(Eagle3Weights {
+            fc,
+            fc_norm,
+            input_norm: source.norm("midlayer.input_layernorm.weight", h)?,
+            hidden_norm: source.norm("midlayer.hidden_norm.weight", h)?,
+            q_proj: source.linear("midlayer.self_attn.q_proj.weight", qw, 2 * h)?,
+            k_proj: source.linear("midlayer.self_attn.k_proj.weight", kvw, 2 * h)?,
+            v_proj: source.linear("midlayer.self_attn.v_proj.weight", kvw, 2 * h)?,
+            o_proj: source.linear("midlayer.self_attn.o_proj.weight", h, qw)?,
+            post_norm: source.norm("midlayer.post_attention_layernorm.weight", h)?,
+            gate_proj: source.linear("midlayer.mlp.gate_proj.weight", i, h)?,
+            up_proj: source.linear("midlayer.mlp.up_proj.weight", i, h)?,
+            down_proj: source.linear("midlayer.mlp.down_proj.weight", h, i)?,
+            norm: source.norm("norm.weight", h)?,
+            lm_head: source.linear("lm_head.weight", config.draft_vocab_size, h)?,
+        })
+    }
+}
+
+/// The EAGLE-3 network: configuration and RoPE table. Weights are handed to each call.
+#[derive(Clone, Debug)]
+pub struct Eagle3 {
+    /// Shapes and switches.
+    pub config: Eagle3Config,
+    /// RoPE frequencies.
+    pub rope: Arc<RopeTable>,
+}
+
+impl Eagle3 {
+    /// The network of a checked configuration.
+    pub fn new(config: Eagle3Config) -> Eagle3 {
+        let rope = Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling));
+        Eagle3 { config, rope }
+    }
+
+    /// Depth 0 only: target features `[R, 3 Ht]` (low, mid, high side by side) → hidden input `[R, H]`.
+    pub fn project<O: Ops>(&self, ops: &mut O, w: &Eagle3Weights<O::W, O::N>, features: &O::T) -> O::T {
+        match &w.fc_norm {
+            None => ops.linear(features, &w.fc, None),
+            Some(norms) => {
+                let ht = self.config.target_hidden_size;
+                let chunks: Vec<O::T> = norms
+                    .iter()
+                    .enumerate()
+                    .map(|(i, norm)| {
+                        let chunk = ops.slice_cols(features, i * ht, ht); // [R, Ht]
+                        ops.rms_norm(&chunk, norm, self.config.rms_norm_eps)
+                    })
+                    .collect();
+                let normed = ops.concat(&[&chunks[0], &chunks[1], &chunks[2]]); // [R, 3 Ht]
+                ops.linear(&normed, &w.fc, None)
+            }
+        }
+    }
+
+    /// The decoder layer: embeddings `[R, H]` of the tokens that follow each slot and hidden inputs `[R, H]` →
+    /// layer output `[R, H]` before the final norm.
+    ///
+    /// `positions: [R]` are the RoPE positions of the *features* (slot position plus depth) [eagle3 §1].
+    pub fn step<O: Ops, A: Attend<O>>(
+        &self,
+        ops: &mut O,
+        w: &Eagle3Weights<O::W, O::N>,
+        embedded: &O::T,
+        hidden: &O::T,
+        positions: &[u32],
+        attend: &mut A,
+    ) -> O::T {
+        let eps = self.config.rms_norm_eps;
+        let e = ops.rms_norm(embedded, &w.input_norm, eps);
+        let n = ops.rms_norm(hidden, &w.hidden_norm, eps);
+        let u = ops.concat(&[&e, &n]); // [R, 2H]
+        let q = ops.linear(&u, &w.q_proj, None); // [R, nh hd]
+        let k = ops.linear(&u, &w.k_proj, None); // [R, nkv hd]
+        let v = ops.linear(&u, &w.v_proj, None); // [R, nkv hd]
+        let q = ops.rope(&q, &self.rope, positions);
+        let k = ops.rope(&k, &self.rope, positions);
+        let mixed = attend.attend(ops, q, k, v); // [R, nh hd]
+        let o = ops.linear(&mixed, &w.o_proj, None); // [R, H]
+        // The residual is the raw hidden input, not the normalised one [eagle3 §2.2].
+        let h1 = ops.add(hidden, &o);
+        let n = ops.rms_norm(&h1, &w.post_norm, eps);
+        let gate = ops.linear(&n, &w.gate_proj, None); // [R, I]
+        let up = ops.linear(&n, &w.up_proj, None); // [R, I]
+        let act = ops.gated(Activation::Silu, &gate, &up);
+        let down = ops.linear(&act, &w.down_proj, None); // [R, H]
+        ops.add(&h1, &down)
+    }
+
+    /// Final norm: layer output `[R, H]` → input of the head `[R, H]`.
+    pub fn head_input<O: Ops>(&self, ops: &mut O, w: &Eagle3Weights<O::W, O::N>, output: &O::T) -> O::T {
+        ops.rms_norm(output, &w.norm, self.config.rms_norm_eps)
+    }
+
+    /// Logits over the draft vocabulary `[R, Vd]` from [`Eagle3::head_input`].
+    pub fn logits<O: Ops>(&self, ops: &mut O, w: &Eagle3Weights<O::W, O::N>, head_input: &O::T) -> O::T {
+        ops.linear(head_input, &w.lm_head, None)
+    }
+
+    /// The hidden input of the next depth, given this depth's layer output and its [`Eagle3::head_input`].
+    pub fn feedback<T: Clone>(&self, output: &T, head_input: &T) -> T {
+        match self.config.feedback {
+            Feedback::PreNorm => output.clone(),
+            Feedback::PostNorm => head_input.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QWEN: &str = r#"{"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "vocab_size": 151936,
+        "draft_vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 1, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": null, "max_position_embeddings": 40960,
+        "attention_bias": false, "tie_word_embeddings": false, "bos_token_id": 151643, "eos_token_id": 151645}"#;
+
+    #[test]
+    fn config_survives_writing_and_reading() {
+        let config = Eagle3Config::from_json(QWEN).unwrap();
+        assert_eq!((config.draft_vocab_size, config.head_dim, config.kv_width()), (32000, 128, 1024));
+        let mut variants = vec![config.clone()];
+        let mut other = config;
+        other.fc_norm = true;
+        other.feedback = Feedback::PostNorm;
+        other.target_hidden_size = 5120;
+        other.target_layer_ids = Some([1, 9, 17]);
+        other.eos_token_ids = vec![3, 4];
+        other.rope_scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 8192,
+        };
+        variants.push(other);
+        for config in variants {
+            let text = config.to_value().unwrap().to_string();
+            assert_eq!(Eagle3Config::from_json(&text).unwrap(), config);
+        }
+    }
+
+    #[test]
+    fn layer_ids_of_both_conventions_mean_the_same_layers() {
+        let with = |key: &str| {
+            let text = QWEN.replacen('{', &format!("{{{key}, "), 1);
+            Eagle3Config::from_json(&text).unwrap().target_layer_ids
+        };
+        assert_eq!(
+            with(r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 17, 32]}"#),
+            Some([1, 17, 32])
+        );
+        assert_eq!(with(r#""eagle_aux_hidden_state_layer_ids": [2, 18, 33]"#), Some([1, 17, 32]));
+    }
+
+    #[test]
+    fn unsupported_variants_and_wrong_numbers_are_refused() {
+        for (from, to) in [
+            (r#""attention_bias": false"#, r#""attention_bias": true"#),
+            (r#""num_hidden_layers": 1"#, r#""num_hidden_layers": 2"#),
+            (r#""silu""#, r#""gelu""#),
+            (r#""rope_scaling": null"#, r#""rope_scaling": {"rope_type": "yarn", "factor": 4.0}"#),
+            (r#""hidden_size": 4096"#, r#""hidden_size": -1"#),
+            (r#""hidden_size": 4096"#, r#""hidden_size": 1e300"#),
+            (r#""num_key_value_heads": 8"#, r#""num_key_value_heads": 7"#),
+            (r#""draft_vocab_size": 32000"#, r#""draft_vocab_size": 9999999"#),
+            (r#""head_dim": 128"#, r#""head_dim": 127"#),
+        ] {
+            let text = QWEN.replace(from, to);
+            assert_ne!(text, QWEN);
+            assert!(Eagle3Config::from_json(&text).is_err(), "{to}");
+        }
+        assert!(Eagle3Config::from_json("[1]").is_err());
+        assert!(Eagle3Config::from_json("{").is_err());
+    }
+
+    #[test]
+    fn tensors_carry_the_published_names() {
+        let names: Vec<String> =
+            Eagle3Config::from_json(QWEN).unwrap().tensors().into_iter().map(|t| t.0).collect();
+        assert_eq!(names.len(), 13);
+        for name in [
+            "fc.weight",
+            "midlayer.self_attn.o_proj.weight",
+            "midlayer.mlp.down_proj.weight",
+            "lm_head.weight",
+        ] {
+            assert!(names.iter().any(|n| n == name), "{name}");
+        }
+    }
+}
