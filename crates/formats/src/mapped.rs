@@ -1,0 +1,56 @@
+//! Read-only memory-mapped files.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Why a file could not be opened for reading.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open `{}`: {source}", path.display())]
+pub struct OpenError {
+    /// Which file.
+    pub path: PathBuf,
+    /// What the operating system said.
+    pub source: std::io::Error,
+}
+
+/// The bytes of a file, mapped into memory; clones share the mapping.
+#[derive(Clone, Debug)]
+pub struct Mapped {
+    /// `None` for an empty file, which cannot be mapped.
+    map: Option<Arc<memmap2::Mmap>>,
+}
+
+impl Mapped {
+    /// Maps a file for reading.
+    pub fn open(path: impl AsRef<Path>) -> Result<Mapped, OpenError> {
+        let path = path.as_ref();
+        let fail = |source| OpenError { path: path.to_path_buf(), source };
+        let file = File::open(path).map_err(fail)?;
+        let meta = file.metadata().map_err(fail)?;
+        if meta.is_dir() {
+            return Err(fail(std::io::Error::from(std::io::ErrorKind::IsADirectory)));
+        }
+        if meta.len() == 0 {
+            return Ok(Mapped { map: None });
+        }
+        // SAFETY: the mapping is private and read-only. Weight files are replaced by rename, never changed in
+        // place (see `atomic`), so the bytes stay the same while they are mapped; a file that someone else
+        // truncates meanwhile ends the process with SIGBUS, as in every program that maps files.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
+        Ok(Mapped { map: Some(Arc::new(map)) })
+    }
+
+    /// All bytes of the file.
+    pub fn bytes(&self) -> &[u8] {
+        self.map.as_deref().map_or(&[], |m| &m[..])
+    }
+}
+
+impl std::ops::Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
