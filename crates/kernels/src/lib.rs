@@ -28,7 +28,9 @@ pub use weight::{PackMode, WeightDtype, WeightView};
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// Bytes and shape of a weight disagree.
-    #[error("weight `{name}` of {out_features} x {in_features} {dtype:?} needs {wanted} bytes, found {found}")]
+    #[error(
+        "weight `{name}` of {out_features} x {in_features} {dtype:?} needs {wanted} bytes, found {found}"
+    )]
     WeightBytes {
         /// Tensor name.
         name: String,
@@ -101,7 +103,14 @@ pub trait Kernels: Send + Sync {
     /// Repacks a weight once at load.
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
     /// `y[R, O] = x[R, I] · Wᵀ`, plus `bias[O]` if given.
-    fn matmul(&self, x: &Self::Buf, rows: usize, w: &Self::Packed, bias: Option<&Self::Buf>, y: &mut Self::Buf);
+    fn matmul(
+        &self,
+        x: &Self::Buf,
+        rows: usize,
+        w: &Self::Packed,
+        bias: Option<&Self::Buf>,
+        y: &mut Self::Buf,
+    );
     /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
     fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
     /// `y = x * rsqrt(mean(x²) + eps) * weight`, over groups of `width` values: whole rows, or heads for q/k norms.
@@ -115,7 +124,15 @@ pub trait Kernels: Send + Sync {
     /// Concatenates columns: `y[R, Σ widths]` from `parts[i][R, widths[i]]`.
     fn concat_cols(&self, parts: &[(&Self::Buf, usize)], rows: usize, y: &mut Self::Buf);
     /// Columns `from..from + width` of `x[rows, x_width]`.
-    fn slice_cols(&self, x: &Self::Buf, x_width: usize, from: usize, width: usize, rows: usize, y: &mut Self::Buf);
+    fn slice_cols(
+        &self,
+        x: &Self::Buf,
+        x_width: usize,
+        from: usize,
+        width: usize,
+        rows: usize,
+        y: &mut Self::Buf,
+    );
     /// Copies chosen rows of `x[_, width]`.
     fn gather_rows(&self, x: &Self::Buf, width: usize, rows: &[u32], y: &mut Self::Buf);
 

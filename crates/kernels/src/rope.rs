@@ -52,7 +52,12 @@ impl RopeTable {
                         assert!(f.len() == half, "one factor per frequency");
                         freq / f64::from(f[i])
                     }
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_max_position,
+                    } => {
                         let original = f64::from(*original_max_position);
                         let wavelength = 2.0 * std::f64::consts::PI / freq;
                         let (low, high) = (f64::from(*low_freq_factor), f64::from(*high_freq_factor));

@@ -1,0 +1,362 @@
+//! Attention of a step's queries over the key-value cache.
+//!
+//! Keys stand in blocks of 16 slots, transposed (`[block][d][16]`), so that one register holds the scores of 16
+//! slots and each score is one chain of fused multiply-adds over `d`. The softmax sum and the mix of values run
+//! over *logical* positions in order: committed slots first, then the path of the row inside the step. A row of a
+//! tree therefore reduces exactly as the same row decoded alone does, whatever slot it stands in.
+
+use super::isa::{Isa, Level, dispatch};
+use super::math::{exp, sum_lanes};
+use crate::{Pool, StepMask};
+
+const BLOCK: usize = 16;
+
+/// Keys and values of one layer of one sequence.
+pub struct KvLayer {
+    kv_heads: usize,
+    head_dim: usize,
+    /// `head_dim` rounded up to whole registers.
+    padded: usize,
+    len: usize,
+    /// Per head `[block][head_dim][16]`.
+    keys: Vec<Vec<f32>>,
+    /// Per head `[slot][padded]`.
+    values: Vec<Vec<f32>>,
+}
+
+impl KvLayer {
+    pub(crate) fn new(kv_heads: usize, head_dim: usize) -> KvLayer {
+        KvLayer {
+            kv_heads,
+            head_dim,
+            padded: head_dim.next_multiple_of(BLOCK),
+            len: 0,
+            keys: vec![Vec::new(); kv_heads],
+            values: vec![Vec::new(); kv_heads],
+        }
+    }
+
+    /// Slots in use.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True before the first write.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Resident bytes.
+    pub fn bytes(&self) -> usize {
+        let floats = |v: &Vec<Vec<f32>>| v.iter().map(|h| h.capacity()).sum::<usize>();
+        4 * (floats(&self.keys) + floats(&self.values))
+    }
+
+    pub(crate) fn write(&mut self, base: usize, rows: usize, k: &[f32], v: &[f32]) {
+        assert!(base <= self.len, "slots before {base} are not all written (cache has {})", self.len);
+        let (dim, width, end) = (self.head_dim, self.kv_heads * self.head_dim, base + rows);
+        for head in 0..self.kv_heads {
+            let (keys, values) = (&mut self.keys[head], &mut self.values[head]);
+            let blocks = end.div_ceil(BLOCK);
+            if keys.len() < blocks * dim * BLOCK {
+                keys.resize(blocks * dim * BLOCK, 0.0);
+                values.resize(blocks * BLOCK * self.padded, 0.0);
+            }
+            for row in 0..rows {
+                let slot = base + row;
+                let from = row * width + head * dim;
+                let block = slot / BLOCK * dim * BLOCK + slot % BLOCK;
+                for d in 0..dim {
+                    keys[block + d * BLOCK] = k[from + d];
+                }
+                values[slot * self.padded..slot * self.padded + dim].copy_from_slice(&v[from..from + dim]);
+            }
+        }
+        self.len = end;
+    }
+
+    pub(crate) fn compact(&mut self, base: usize, from: &[usize]) {
+        for (i, &slot) in from.iter().enumerate() {
+            let to = base + i;
+            assert!(to <= slot && slot < self.len, "slots to keep must be ascending and written");
+            if to == slot {
+                continue;
+            }
+            for head in 0..self.kv_heads {
+                let keys = &mut self.keys[head];
+                for d in 0..self.head_dim {
+                    let at = |s: usize| (s / BLOCK * self.head_dim + d) * BLOCK + s % BLOCK;
+                    keys[at(to)] = keys[at(slot)];
+                }
+                self.values[head].copy_within(slot * self.padded..(slot + 1) * self.padded, to * self.padded);
+            }
+        }
+        self.len = base + from.len();
+    }
+}
+
+/// Query rows that share one pass over keys and values.
+const ROWS: usize = 4;
+
+#[derive(Clone, Copy)]
+struct AttendArgs<'a> {
+    /// First query of the group for this head.
+    q: *const f32,
+    q_stride: usize,
+    y: *mut f32,
+    keys: &'a [f32],
+    values: &'a [f32],
+    head_dim: usize,
+    padded: usize,
+    scale: f32,
+    rows: usize,
+    /// Slots `0..common_end` are seen by all rows at their own index.
+    common_end: usize,
+    /// Per row: first visible position.
+    first: [usize; ROWS],
+    /// Per row: slots after `common_end`, in logical order.
+    tails: [&'a [u32]; ROWS],
+    slots: usize,
+    /// `[ROWS, stride]`
+    scores: *mut f32,
+    stride: usize,
+}
+
+/// Scores of `R` rows against `B` blocks of 16 slots.
+#[inline(always)]
+unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_>, row: usize, block: usize) {
+    // SAFETY: module rule of `isa`; rows and blocks are in range by the caller's loops.
+    unsafe {
+        let mut acc = [[I::splat(0.0); B]; R];
+        let base = a.keys.as_ptr().add(block * a.head_dim * BLOCK);
+        for d in 0..a.head_dim {
+            let mut keys = [I::splat(0.0); B];
+            for (b, k) in keys.iter_mut().enumerate() {
+                *k = I::load(base.add((b * a.head_dim + d) * BLOCK));
+            }
+            for r in 0..R {
+                let q = I::splat(*a.q.add((row + r) * a.q_stride + d));
+                for b in 0..B {
+                    acc[r][b] = I::fma(keys[b], q, acc[r][b]);
+                }
+            }
+        }
+        let scale = I::splat(a.scale);
+        for (r, values) in acc.into_iter().enumerate() {
+            for (b, v) in values.into_iter().enumerate() {
+                I::store(a.scores.add((row + r) * a.stride + (block + b) * BLOCK), I::mul(v, scale));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn mix<I: Isa, const R: usize>(
+    a: &AttendArgs<'_>,
+    row: usize,
+    column: usize,
+    acc: &mut [I::F; R],
+    from: usize,
+    to: usize,
+) {
+    // SAFETY: module rule; positions and the 16 columns from `column` on are in range.
+    unsafe {
+        for p in from..to {
+            let v = I::load(a.values.as_ptr().add(p * a.padded + column));
+            for r in 0..R {
+                let weight = I::splat(*a.scores.add((row + r) * a.stride + p));
+                acc[r] = I::fma(weight, v, acc[r]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
+    let blocks = a.slots.div_ceil(BLOCK);
+    let start = (0..a.rows).map(|r| a.first[r]).min().unwrap_or(0) / BLOCK;
+    let mut sums = [0.0f32; ROWS];
+    // SAFETY: module rule of `isa`; `scores` has `rows * stride` values with `stride >= blocks * 16`.
+    unsafe {
+        let mut block = start;
+        while block < blocks {
+            let wide = blocks - block >= 4;
+            match (a.rows, wide) {
+                (4, true) => score_blocks::<I, 4, 4>(&a, 0, block),
+                (4, false) => score_blocks::<I, 4, 1>(&a, 0, block),
+                (rows, true) => {
+                    for r in 0..rows {
+                        score_blocks::<I, 1, 4>(&a, r, block);
+                    }
+                }
+                (rows, false) => {
+                    for r in 0..rows {
+                        score_blocks::<I, 1, 1>(&a, r, block);
+                    }
+                }
+            }
+            block += if wide { 4 } else { 1 };
+        }
+        for r in 0..a.rows {
+            let scores = std::slice::from_raw_parts_mut(a.scores.add(r * a.stride), a.stride);
+            // Logical order: the tail is gathered behind the common part. Tail slots only grow along a path, so
+            // reading ahead of writing is safe.
+            for (i, slot) in a.tails[r].iter().enumerate() {
+                scores[a.common_end + i] = scores[*slot as usize];
+            }
+            let end = a.common_end + a.tails[r].len();
+            let first = a.first[r];
+            let from = first / BLOCK * BLOCK;
+            scores[from..first].fill(f32::NEG_INFINITY);
+            let padded_end = end.next_multiple_of(BLOCK);
+            scores[end..padded_end].fill(f32::NEG_INFINITY);
+            let mut lanes = [f32::NEG_INFINITY; BLOCK];
+            for chunk in scores[from..padded_end].chunks_exact(BLOCK) {
+                for (l, s) in lanes.iter_mut().zip(chunk) {
+                    *l = l.max(*s);
+                }
+            }
+            let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+            for s in &mut scores[from..padded_end] {
+                *s = exp(*s - max);
+            }
+            scores[from..first].fill(0.0);
+            scores[end..padded_end].fill(0.0);
+            let mut lanes = [0.0f32; BLOCK];
+            for chunk in scores[from..padded_end].chunks_exact(BLOCK) {
+                for (l, s) in lanes.iter_mut().zip(chunk) {
+                    *l += *s;
+                }
+            }
+            sums[r] = 1.0 / sum_lanes(&lanes);
+        }
+        let joint = (0..a.rows).map(|r| a.first[r]).max().unwrap_or(0).min(a.common_end);
+        let mut column = 0;
+        while column < a.padded {
+            let mut acc = [I::splat(0.0); ROWS];
+            for r in 0..a.rows {
+                let mut one = [acc[r]];
+                mix::<I, 1>(&a, r, column, &mut one, a.first[r].min(joint), joint);
+                acc[r] = one[0];
+            }
+            if a.rows == ROWS {
+                mix::<I, ROWS>(&a, 0, column, &mut acc, joint, a.common_end);
+            } else {
+                for r in 0..a.rows {
+                    let mut one = [acc[r]];
+                    mix::<I, 1>(&a, r, column, &mut one, joint, a.common_end);
+                    acc[r] = one[0];
+                }
+            }
+            for r in 0..a.rows {
+                for (i, slot) in a.tails[r].iter().enumerate() {
+                    let position = a.common_end + i;
+                    if position < a.first[r] {
+                        continue;
+                    }
+                    let weight = I::splat(*a.scores.add(r * a.stride + position));
+                    let v = I::load(a.values.as_ptr().add(*slot as usize * a.padded + column));
+                    acc[r] = I::fma(weight, v, acc[r]);
+                }
+                let out = I::mul(acc[r], I::splat(sums[r]));
+                let y = a.y.add(r * a.q_stride + column);
+                let count = a.head_dim.saturating_sub(column).min(BLOCK);
+                if count == BLOCK {
+                    I::store(y, out);
+                } else {
+                    let mut buffer = [0.0f32; BLOCK];
+                    I::store(buffer.as_mut_ptr(), out);
+                    std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, count);
+                }
+            }
+            column += BLOCK;
+        }
+    }
+}
+dispatch! { unsafe fn attend(a: AttendArgs<'_>) = attend_body }
+
+struct SendPtr(*mut f32);
+// SAFETY: tasks write disjoint heads and rows behind the pointer.
+unsafe impl Sync for SendPtr {}
+impl SendPtr {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+thread_local! {
+    static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+pub(crate) fn attention(
+    level: Level,
+    pool: &Pool,
+    q: &[f32],
+    heads: usize,
+    kv: &KvLayer,
+    mask: &StepMask<'_>,
+    y: &mut [f32],
+) {
+    let rows = mask.parents.len();
+    let width = heads * kv.head_dim;
+    assert!(kv.len == mask.base + rows, "the cache must end with the rows of this step");
+    assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
+    assert!(q.len() >= rows * width && y.len() >= rows * width, "attention buffers too short");
+    // Slots of each row's path inside the step, in order, itself last.
+    let chain = mask.parents.iter().enumerate().all(|(i, p)| *p == i.checked_sub(1).map(|p| p as u32));
+    let step_slots: Vec<u32> = (0..rows).map(|i| (mask.base + i) as u32).collect();
+    let paths: Vec<Vec<u32>> = if chain {
+        Vec::new()
+    } else {
+        let mut paths: Vec<Vec<u32>> = Vec::with_capacity(rows);
+        for (i, parent) in mask.parents.iter().enumerate() {
+            let mut path = parent.map_or_else(Vec::new, |p| paths[p as usize].clone());
+            path.push((mask.base + i) as u32);
+            paths.push(path);
+        }
+        paths
+    };
+    let groups = rows.div_ceil(ROWS);
+    let out = SendPtr(y.as_mut_ptr());
+    pool.run(heads * groups, &|task| {
+        let (head, group) = (task / groups, task % groups);
+        let row = group * ROWS;
+        let count = ROWS.min(rows - row);
+        let kv_head = head / (heads / kv.kv_heads);
+        let mut first = [0usize; ROWS];
+        let mut tails: [&[u32]; ROWS] = [&[]; ROWS];
+        for r in 0..count {
+            // In a chain the rows before the group are common too; a tree shares the committed part only.
+            tails[r] = if chain { &step_slots[row..row + r + 1] } else { &paths[row + r] };
+            let common = if chain { mask.base + row } else { mask.base };
+            first[r] = mask.window.map_or(0, |w| (common + tails[r].len()).saturating_sub(w));
+        }
+        let slots = mask.base + row + count;
+        let stride = slots.next_multiple_of(BLOCK) + 4 * BLOCK;
+        SCORES.with_borrow_mut(|scores| {
+            if scores.len() < ROWS * stride {
+                scores.resize(ROWS * stride, 0.0);
+            }
+            let args = AttendArgs {
+                q: q[row * width + head * kv.head_dim..].as_ptr(),
+                q_stride: width,
+                // SAFETY: the head's columns of row `row` exist; tasks write disjoint parts.
+                y: unsafe { out.get().add(row * width + head * kv.head_dim) },
+                keys: &kv.keys[kv_head],
+                values: &kv.values[kv_head],
+                head_dim: kv.head_dim,
+                padded: kv.padded,
+                scale: mask.scale,
+                rows: count,
+                common_end: if chain { mask.base + row } else { mask.base },
+                first,
+                tails,
+                slots,
+                scores: scores.as_mut_ptr(),
+                stride,
+            };
+            // SAFETY: `args` describes slots, rows and columns inside their buffers.
+            unsafe { attend(level, args) };
+        });
+    });
+}

@@ -1,0 +1,256 @@
+//! The CPU implementation: packed panels, exact integer dot products, fixed reduction orders.
+
+mod attention;
+pub(crate) mod isa;
+mod math;
+mod matmul;
+mod pack;
+
+use std::sync::Arc;
+
+pub use attention::KvLayer;
+pub use pack::PackedWeight;
+
+use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, StepMask, WeightView};
+use isa::Level;
+
+/// Elements from which an element-wise operation is worth a second thread.
+const PARALLEL_ELEMENTS: usize = 1 << 15;
+
+/// What the CPU offers and what the kernels use of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuFeatures {
+    /// `portable`, `avx2` or `avx512-vnni`: the path in use.
+    pub path: &'static str,
+    /// Features found, of those that matter here.
+    pub found: Vec<&'static str>,
+}
+
+/// Kernels on the CPU with a persistent pool of threads.
+#[derive(Clone)]
+pub struct Cpu {
+    level: Level,
+    pool: Arc<Pool>,
+}
+
+struct SendPtr(*mut f32);
+// SAFETY: tasks touch disjoint ranges behind the pointer.
+unsafe impl Sync for SendPtr {}
+impl SendPtr {
+    fn get(&self) -> *mut f32 {
+        self.0
+    }
+}
+
+impl Cpu {
+    /// Kernels on the best instruction set of this CPU, with `threads` threads in total (at least one).
+    pub fn new(threads: usize) -> Cpu {
+        Cpu { level: Level::detect(), pool: Arc::new(Pool::new(threads)) }
+    }
+
+    /// One per usable instruction set, plainest first: all must agree bit for bit.
+    pub fn all_paths(threads: usize) -> Vec<Cpu> {
+        let pool = Arc::new(Pool::new(threads));
+        Level::available().into_iter().map(|level| Cpu { level, pool: Arc::clone(&pool) }).collect()
+    }
+
+    /// Threads in total.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// The pool, for training operations.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// What this CPU offers and which path is in use.
+    pub fn features(&self) -> CpuFeatures {
+        let path = match self.level {
+            Level::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512-vnni",
+        };
+        #[cfg(target_arch = "x86_64")]
+        let found = [
+            ("avx2", is_x86_feature_detected!("avx2")),
+            ("fma", is_x86_feature_detected!("fma")),
+            ("f16c", is_x86_feature_detected!("f16c")),
+            ("avx512f", is_x86_feature_detected!("avx512f")),
+            ("avx512bw", is_x86_feature_detected!("avx512bw")),
+            ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+            ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+        ]
+        .into_iter()
+        .filter_map(|(name, here)| here.then_some(name))
+        .collect();
+        #[cfg(not(target_arch = "x86_64"))]
+        let found = Vec::new();
+        CpuFeatures { path, found }
+    }
+
+    /// Runs `body(from, to)` over `units` rows (or values) of `unit_len` elements, in parallel when it pays.
+    fn split(&self, units: usize, unit_len: usize, body: &(dyn Fn(usize, usize) + Sync)) {
+        if units * unit_len < PARALLEL_ELEMENTS || self.pool.threads() == 1 {
+            body(0, units);
+        } else {
+            let step = units.div_ceil(self.pool.threads() * 2);
+            self.pool.run(units.div_ceil(step), &|t| body(t * step, ((t + 1) * step).min(units)));
+        }
+    }
+}
+
+impl Kernels for Cpu {
+    type Buf = Vec<f32>;
+    type Packed = PackedWeight;
+    type Kv = KvLayer;
+
+    fn zeros(&self, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn upload(&self, data: &[f32]) -> Vec<f32> {
+        data.to_vec()
+    }
+
+    fn download(&self, buf: &Vec<f32>, offset: usize, out: &mut [f32]) {
+        out.copy_from_slice(&buf[offset..offset + out.len()]);
+    }
+
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
+        PackedWeight::pack(name, weight, mode)
+    }
+
+    fn matmul(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight, bias: Option<&Vec<f32>>, y: &mut Vec<f32>) {
+        matmul::matmul(self.level, &self.pool, x, rows, w, y);
+        if let Some(bias) = bias {
+            for row in y[..rows * w.out_features].chunks_exact_mut(w.out_features) {
+                for (y, b) in row.iter_mut().zip(bias) {
+                    *y += b;
+                }
+            }
+        }
+    }
+
+    fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {
+        for (row, id) in y.chunks_exact_mut(table.in_features).zip(ids) {
+            table.row(*id as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|v| *v *= scale);
+            }
+        }
+    }
+
+    fn rms_norm(&self, x: &Vec<f32>, weight: &Vec<f32>, width: usize, eps: f32, y: &mut Vec<f32>) {
+        assert!(weight.len() == width && y.len() >= x.len(), "norm weight and buffers must fit");
+        let out = SendPtr(y.as_mut_ptr());
+        self.split(x.len() / width, width, &|from, to| {
+            let args = math::NormArgs {
+                x: x[from * width..].as_ptr(),
+                weight: weight.as_ptr(),
+                width,
+                groups: to - from,
+                eps,
+                // SAFETY: groups `from..to` exist in `y`; tasks are disjoint.
+                y: unsafe { out.get().add(from * width) },
+            };
+            // SAFETY: as described in `args`.
+            unsafe { math::rms_norm(self.level, args) };
+        });
+    }
+
+    fn rope(&self, x: &mut Vec<f32>, heads: usize, table: &RopeTable, positions: &[u32]) {
+        let half = table.head_dim() / 2;
+        let width = heads * table.head_dim();
+        assert!(x.len() >= positions.len() * width, "RoPE buffer too short");
+        let out = SendPtr(x.as_mut_ptr());
+        self.split(positions.len(), width, &|from, to| {
+            let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
+            for (row, position) in positions.iter().enumerate().take(to).skip(from) {
+                table.angles(*position, &mut cos, &mut sin);
+                let args = math::RopeArgs {
+                    // SAFETY: row `row` exists; tasks are disjoint.
+                    x: unsafe { out.get().add(row * width) },
+                    heads,
+                    half,
+                    cos: cos.as_ptr(),
+                    sin: sin.as_ptr(),
+                };
+                // SAFETY: as described in `args`.
+                unsafe { math::rope(self.level, args) };
+            }
+        });
+    }
+
+    fn gated(&self, activation: Activation, gate: &mut Vec<f32>, up: &Vec<f32>) {
+        assert!(gate.len() <= up.len(), "gate and up must match");
+        let len = gate.len();
+        let out = SendPtr(gate.as_mut_ptr());
+        self.split(len, 1, &|from, to| {
+            let args = math::GateArgs {
+                // SAFETY: values `from..to` exist; tasks are disjoint.
+                gate: unsafe { out.get().add(from) },
+                up: up[from..].as_ptr(),
+                len: to - from,
+                activation,
+            };
+            // SAFETY: as described in `args`.
+            unsafe { math::gated(self.level, args) };
+        });
+    }
+
+    fn add(&self, a: &mut Vec<f32>, b: &Vec<f32>) {
+        for (a, b) in a.iter_mut().zip(b) {
+            *a += b;
+        }
+    }
+
+    fn concat_cols(&self, parts: &[(&Vec<f32>, usize)], rows: usize, y: &mut Vec<f32>) {
+        let total: usize = parts.iter().map(|(_, w)| w).sum();
+        for (row, out) in y.chunks_exact_mut(total).take(rows).enumerate() {
+            let mut at = 0;
+            for (part, width) in parts {
+                out[at..at + width].copy_from_slice(&part[row * width..(row + 1) * width]);
+                at += width;
+            }
+        }
+    }
+
+    fn slice_cols(
+        &self,
+        x: &Vec<f32>,
+        x_width: usize,
+        from: usize,
+        width: usize,
+        rows: usize,
+        y: &mut Vec<f32>,
+    ) {
+        for (x, y) in x.chunks_exact(x_width).zip(y.chunks_exact_mut(width)).take(rows) {
+            y.copy_from_slice(&x[from..from + width]);
+        }
+    }
+
+    fn gather_rows(&self, x: &Vec<f32>, width: usize, rows: &[u32], y: &mut Vec<f32>) {
+        for (row, y) in rows.iter().zip(y.chunks_exact_mut(width)) {
+            y.copy_from_slice(&x[*row as usize * width..(*row as usize + 1) * width]);
+        }
+    }
+
+    fn kv_new(&self, kv_heads: usize, head_dim: usize) -> KvLayer {
+        KvLayer::new(kv_heads, head_dim)
+    }
+
+    fn kv_write(&self, kv: &mut KvLayer, base: usize, rows: usize, k: &Vec<f32>, v: &Vec<f32>) {
+        kv.write(base, rows, k, v);
+    }
+
+    fn kv_compact(&self, kv: &mut KvLayer, base: usize, from: &[usize]) {
+        kv.compact(base, from);
+    }
+
+    fn attention(&self, q: &Vec<f32>, heads: usize, kv: &KvLayer, mask: &StepMask<'_>, y: &mut Vec<f32>) {
+        attention::attention(self.level, &self.pool, q, heads, kv, mask, y);
+    }
+}

@@ -1,0 +1,283 @@
+//! Weights repacked once at load: panels of 16 outputs, so that one register holds one step of 16 dot products.
+//!
+//! * Float panels: `[panel][k][16]` values in their stored type.
+//! * Block panels: per panel and block of 32 inputs one record `[scales x16][minima x16][quants]`, so that a pass
+//!   over the weight is one forward stream. Quants are `[k / 4][16 outputs][4 inputs]`; 4-bit ones hold group
+//!   `2j` in the low and `2j + 1` in the high nibbles.
+
+use crate::quant::{self, Block32};
+use crate::{KernelError, PackMode, WeightDtype, WeightView};
+
+/// Outputs per panel.
+pub(crate) const LANES: usize = 16;
+
+/// A cache line, for alignment.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u8; 64]);
+
+/// Stored type of a float panel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FloatKind {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl FloatKind {
+    pub(crate) fn bytes(self) -> usize {
+        if self == FloatKind::F32 { 4 } else { 2 }
+    }
+}
+
+/// How the records of a block panel look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockFormat {
+    /// 4-bit quants, else signed 8-bit.
+    pub four_bit: bool,
+    /// Scales and minima are f16, else f32.
+    pub half: bool,
+    /// Two scales per block (groups of 16), else one.
+    pub two_scales: bool,
+    /// Minima present.
+    pub mins: bool,
+    /// Subtracted from every stored quant (8 for Q4_0).
+    pub zero: i32,
+}
+
+impl BlockFormat {
+    pub(crate) fn vector_bytes(self) -> usize {
+        LANES * if self.half { 2 } else { 4 }
+    }
+
+    pub(crate) fn record_bytes(self) -> usize {
+        let vectors = 1 + usize::from(self.two_scales) + usize::from(self.mins);
+        vectors * self.vector_bytes() + if self.four_bit { 256 } else { 512 }
+    }
+}
+
+pub(crate) enum Body {
+    Float(FloatKind),
+    Block(BlockFormat),
+}
+
+/// A weight in panel layout.
+pub struct PackedWeight {
+    pub(crate) out_features: usize,
+    pub(crate) in_features: usize,
+    pub(crate) body: Body,
+    data: Vec<Line>,
+}
+
+impl PackedWeight {
+    /// Rows of the weight.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Columns of the weight.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Resident bytes.
+    pub fn bytes(&self) -> usize {
+        self.data.len() * 64
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        self.out_features.div_ceil(LANES)
+    }
+
+    pub(crate) fn data(&self) -> &[u8] {
+        // SAFETY: `Line` is 64 plain bytes without padding.
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.data.len() * 64) }
+    }
+
+    pub(crate) fn panel_bytes(&self) -> usize {
+        match self.body {
+            Body::Float(kind) => self.in_features * LANES * kind.bytes(),
+            Body::Block(format) => self.in_features / 32 * format.record_bytes(),
+        }
+    }
+
+    fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
+        let mut packed = PackedWeight { out_features, in_features, body, data: Vec::new() };
+        let bytes = packed.panels() * packed.panel_bytes();
+        packed.data = vec![Line([0; 64]); bytes.div_ceil(64)];
+        packed
+    }
+
+    fn data_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `data`; any bytes are valid.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_mut_ptr().cast(), self.data.len() * 64) }
+    }
+
+    pub(crate) fn pack(name: &str, w: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
+        w.check(name)?;
+        let blocks = match (mode, w.dtype) {
+            (PackMode::F32, _) => false,
+            (PackMode::Stored, WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16) => false,
+            (PackMode::Stored, _) => true,
+            // Rows that are not whole blocks stay floats.
+            (PackMode::Q8, _) => w.in_features.is_multiple_of(32),
+        };
+        Ok(if blocks { Self::pack_blocks(w) } else { Self::pack_floats(w, mode) })
+    }
+
+    fn pack_floats(w: &WeightView<'_>, mode: PackMode) -> PackedWeight {
+        let kind = match (mode, w.dtype) {
+            (PackMode::Stored, WeightDtype::F16) => FloatKind::F16,
+            (PackMode::Stored, WeightDtype::Bf16) => FloatKind::Bf16,
+            _ => FloatKind::F32,
+        };
+        let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
+        let (panel_bytes, in_features, size) = (packed.panel_bytes(), w.in_features, kind.bytes());
+        let mut row = vec![0.0f32; in_features];
+        let data = packed.data_mut();
+        for o in 0..w.out_features {
+            let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
+            let lane = o % LANES;
+            if kind == FloatKind::F32 {
+                quant::dequantize_row(w, o, &mut row);
+                for (k, v) in row.iter().enumerate() {
+                    let at = (k * LANES + lane) * 4;
+                    panel[at..at + 4].copy_from_slice(&v.to_ne_bytes());
+                }
+            } else {
+                let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
+                for (k, v) in stored.chunks_exact(size).enumerate() {
+                    let at = (k * LANES + lane) * size;
+                    panel[at..at + size].copy_from_slice(v);
+                }
+            }
+        }
+        packed
+    }
+
+    fn pack_blocks(w: &WeightView<'_>) -> PackedWeight {
+        let format = match w.dtype {
+            WeightDtype::Q4_0 => {
+                BlockFormat { four_bit: true, half: true, two_scales: false, mins: false, zero: 8 }
+            }
+            WeightDtype::Q4_1 => {
+                BlockFormat { four_bit: true, half: true, two_scales: false, mins: true, zero: 0 }
+            }
+            WeightDtype::Q8_0 => {
+                BlockFormat { four_bit: false, half: true, two_scales: false, mins: false, zero: 0 }
+            }
+            WeightDtype::Q4K => {
+                BlockFormat { four_bit: true, half: false, two_scales: false, mins: true, zero: 0 }
+            }
+            WeightDtype::Q6K => {
+                BlockFormat { four_bit: false, half: false, two_scales: true, mins: false, zero: 0 }
+            }
+            WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => {
+                BlockFormat { four_bit: false, half: false, two_scales: false, mins: false, zero: 0 }
+            }
+        };
+        let is_float = w.dtype.block().0 == 1;
+        let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
+        let (panel_bytes, record_bytes, vector_bytes) =
+            (packed.panel_bytes(), format.record_bytes(), format.vector_bytes());
+        let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
+        let data = packed.data_mut();
+        for o in 0..w.out_features {
+            let lane = o % LANES;
+            let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
+            if is_float {
+                quant::dequantize_row(w, o, &mut values);
+            }
+            let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
+            for b in 0..w.in_features / 32 {
+                let block = if is_float {
+                    let mut quants = [0i8; 32];
+                    let scale = quant::quantize_block(&values[b * 32..b * 32 + 32], &mut quants);
+                    Block32 { quants, scales: [scale; 2], min: 0.0 }
+                } else {
+                    quant::block32(w.dtype, stored, b)
+                };
+                let record = &mut panel[b * record_bytes..(b + 1) * record_bytes];
+                let mut at = 0;
+                let mut put = |v: f32, record: &mut [u8]| {
+                    if format.half {
+                        let slot = at + lane * 2;
+                        // Exact: the value came from an f16 of the file.
+                        record[slot..slot + 2]
+                            .copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
+                    } else {
+                        let slot = at + lane * 4;
+                        record[slot..slot + 4].copy_from_slice(&v.to_ne_bytes());
+                    }
+                    at += vector_bytes;
+                };
+                put(block.scales[0], record);
+                if format.two_scales {
+                    put(block.scales[1], record);
+                }
+                if format.mins {
+                    put(block.min, record);
+                }
+                let quants = &mut record[at..];
+                for (k, q) in block.quants.iter().enumerate() {
+                    let (group, i) = (k / 4, k % 4);
+                    if format.four_bit {
+                        let byte = (i32::from(*q) + format.zero) as u8;
+                        quants[group / 2 * 64 + lane * 4 + i] |= byte << (group % 2 * 4);
+                    } else {
+                        quants[group * 64 + lane * 4 + i] = *q as u8;
+                    }
+                }
+            }
+        }
+        packed
+    }
+
+    /// Row `o` as f32, the same values that [`quant::dequantize_row`] gives for the stored weight.
+    pub(crate) fn row(&self, o: usize, out: &mut [f32]) {
+        let panel = &self.data()[o / LANES * self.panel_bytes()..(o / LANES + 1) * self.panel_bytes()];
+        let lane = o % LANES;
+        let f16_at = |bytes: &[u8], at: usize| half::f16::from_ne_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        let f32_at = |b: &[u8], at: usize| f32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+        match self.body {
+            Body::Float(kind) => {
+                for (k, v) in out.iter_mut().enumerate() {
+                    let at = (k * LANES + lane) * kind.bytes();
+                    *v = match kind {
+                        FloatKind::F32 => f32_at(panel, at),
+                        FloatKind::F16 => f16_at(panel, at),
+                        FloatKind::Bf16 => half::bf16::from_ne_bytes([panel[at], panel[at + 1]]).to_f32(),
+                    };
+                }
+            }
+            Body::Block(format) => {
+                let (record_bytes, vector) = (format.record_bytes(), format.vector_bytes());
+                for (b, values) in out.chunks_exact_mut(32).enumerate() {
+                    let record = &panel[b * record_bytes..(b + 1) * record_bytes];
+                    let get = |i: usize| {
+                        if format.half {
+                            f16_at(record, i * vector + lane * 2)
+                        } else {
+                            f32_at(record, i * vector + lane * 4)
+                        }
+                    };
+                    let scales = [get(0), get(usize::from(format.two_scales))];
+                    let mut used = 1 + usize::from(format.two_scales);
+                    let min = if format.mins { get(used) } else { 0.0 };
+                    used += usize::from(format.mins);
+                    let quants = &record[used * vector..];
+                    for (k, v) in values.iter_mut().enumerate() {
+                        let (group, i) = (k / 4, k % 4);
+                        let q = if format.four_bit {
+                            let byte = quants[group / 2 * 64 + lane * 4 + i];
+                            i32::from(byte >> (group % 2 * 4) & 15) - format.zero
+                        } else {
+                            i32::from(quants[group * 64 + lane * 4 + i] as i8)
+                        };
+                        *v = scales[k / 16] * q as f32 + min;
+                    }
+                }
+            }
+        }
+    }
+}
