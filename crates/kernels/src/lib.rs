@@ -138,10 +138,26 @@ pub trait Kernels: Send + Sync {
 
     /// An empty cache for one layer.
     fn kv_new(&self, kv_heads: usize, head_dim: usize) -> Self::Kv;
-    /// Writes `k[R, kv_heads * head_dim]` and `v` to slots `base..base + R`, dropping anything after `base`.
-    fn kv_write(&self, kv: &mut Self::Kv, base: usize, rows: usize, k: &Self::Buf, v: &Self::Buf);
     /// Moves slots `from[i]` (ascending, all at or after `base`) to `base + i` and drops the rest.
     fn kv_compact(&self, kv: &mut Self::Kv, base: usize, from: &[usize]);
-    /// `y[R, heads * head_dim]`: attention of a step's queries over the cache, whose last `R` slots are the step.
-    fn attention(&self, q: &Self::Buf, heads: usize, kv: &Self::Kv, mask: &StepMask<'_>, y: &mut Self::Buf);
+    /// Attention of a step: appends `k`, `v` of `[R, kv_heads * head_dim]` to the caches (each at its mask's `base`,
+    /// dropping anything after), then `y[R, heads * head_dim]` = the queries over them. The rows of the segments
+    /// stand one after the other.
+    fn attend(
+        &self,
+        q: &Self::Buf,
+        k: &Self::Buf,
+        v: &Self::Buf,
+        heads: usize,
+        segments: &mut [Segment<'_, Self::Kv>],
+        y: &mut Self::Buf,
+    );
+}
+
+/// One sequence's rows in a step of several sequences.
+pub struct Segment<'a, Kv> {
+    /// The cache of this sequence and layer.
+    pub kv: &'a mut Kv,
+    /// What its rows see; as many rows as parents.
+    pub mask: StepMask<'a>,
 }

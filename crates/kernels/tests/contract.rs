@@ -1,7 +1,7 @@
 //! The kernel contract: no row's bits depend on the number of rows, the threads, or the instruction set; and the
 //! values are those of the double-precision reference within the rounding of their format.
 
-use draftsmith_kernels::{Cpu, Kernels, PackMode, RopeScaling, RopeTable, StepMask, WeightDtype, WeightView, reference};
+use draftsmith_kernels::{Cpu, Kernels, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView, reference};
 
 /// A small deterministic generator; the tests need variety, not quality.
 struct Random(u64);
@@ -146,19 +146,41 @@ struct Case {
     window: Option<usize>,
 }
 
+/// A cache with the committed slots of the case.
+fn filled(cpu: &Cpu, case: &Case, k: &[f32], v: &[f32]) -> <Cpu as Kernels>::Kv {
+    let mut kv = cpu.kv_new(case.kv_heads, case.dim);
+    append(cpu, &mut kv, case.kv_heads * case.dim, 0, &k[..case.base * case.kv_heads * case.dim], v);
+    kv
+}
+
+/// Writes keys and values through an attention step whose result is not looked at.
+fn append(cpu: &Cpu, kv: &mut <Cpu as Kernels>::Kv, width: usize, base: usize, k: &[f32], v: &[f32]) {
+    let rows = k.len() / width;
+    if rows == 0 {
+        return;
+    }
+    let parents: Vec<Option<u32>> = (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+    let mask = StepMask { base, parents: &parents, window: None, scale: 1.0 };
+    let (k, v) = (k.to_vec(), v[..k.len()].to_vec());
+    let mut y = cpu.zeros(k.len());
+    cpu.attend(&k, &k, &v, kv.kv_heads(), &mut [Segment { kv, mask }], &mut y);
+}
+
 /// Rows of a step decoded together, and each row's path decoded alone as a chain, one token at a time.
 fn check_attention(random: &mut Random, case: &Case) {
     let rows = case.parents.len();
     let (kv_width, width) = (case.kv_heads * case.dim, case.heads * case.dim);
     let slots = case.base + rows;
-    let (k, v, q) = (random.floats(slots * kv_width), random.floats(slots * kv_width), random.floats(rows * width));
+    let (k, v) = (random.floats(slots * kv_width), random.floats(slots * kv_width));
+    let q = random.floats(rows * width);
     let scale = 1.0 / (case.dim as f32).sqrt();
     let run = |cpu: &Cpu| {
-        let mut kv = cpu.kv_new(case.kv_heads, case.dim);
-        cpu.kv_write(&mut kv, 0, slots, &k, &v);
+        let mut kv = filled(cpu, case, &k, &v);
         let mut y = cpu.zeros(rows * width);
         let mask = StepMask { base: case.base, parents: &case.parents, window: case.window, scale };
-        cpu.attention(&q, case.heads, &kv, &mask, &mut y);
+        let tail = case.base * kv_width..;
+        let (k, v) = (k[tail.clone()].to_vec(), v[tail].to_vec());
+        cpu.attend(&q, &k, &v, case.heads, &mut [Segment { kv: &mut kv, mask }], &mut y);
         y
     };
     let plain = run(&Cpu::all_paths(1)[0]);
@@ -179,15 +201,15 @@ fn check_attention(random: &mut Random, case: &Case) {
             path.push(p as usize);
         }
         path.reverse();
-        let mut kv = cpu.kv_new(case.kv_heads, case.dim);
-        cpu.kv_write(&mut kv, 0, case.base, &k, &v);
+        let mut kv = filled(&cpu, case, &k, &v);
         let mut y = cpu.zeros(width);
         for (i, node) in path.iter().enumerate() {
             let slot = case.base + node;
             let at = slot * kv_width..(slot + 1) * kv_width;
-            cpu.kv_write(&mut kv, case.base + i, 1, &k[at.clone()].to_vec(), &v[at].to_vec());
             let mask = StepMask { base: case.base + i, parents: &[None], window: case.window, scale };
-            cpu.attention(&q[node * width..(node + 1) * width].to_vec(), case.heads, &kv, &mask, &mut y);
+            let segment = Segment { kv: &mut kv, mask };
+            let q = q[node * width..(node + 1) * width].to_vec();
+            cpu.attend(&q, &k[at.clone()].to_vec(), &v[at].to_vec(), case.heads, &mut [segment], &mut y);
         }
         assert_eq!(y, plain[row * width..(row + 1) * width], "row {row} of {rows}, base {}", case.base);
     }
@@ -220,21 +242,20 @@ fn compaction_keeps_the_accepted_path_and_rollback_forgets_the_rest() {
     let cpu = Cpu::new(1);
     let (k, v) = (random.floats(30 * 32), random.floats(30 * 32));
     let mut kept = cpu.kv_new(2, 16);
-    cpu.kv_write(&mut kept, 0, 30, &k, &v);
+    append(&cpu, &mut kept, 32, 0, &k, &v);
     cpu.kv_compact(&mut kept, 20, &[21, 24, 29]);
     let pick = |x: &[f32]| {
         [&x[..20 * 32], &x[21 * 32..22 * 32], &x[24 * 32..25 * 32], &x[29 * 32..30 * 32]].concat()
     };
     let mut fresh = cpu.kv_new(2, 16);
-    cpu.kv_write(&mut fresh, 0, 23, &pick(&k), &pick(&v));
+    append(&cpu, &mut fresh, 32, 0, &pick(&k), &pick(&v));
     assert_eq!(kept.len(), 23);
-    let q = random.floats(64);
-    let next = (random.floats(32), random.floats(32));
+    let (q, k, v) = (random.floats(64), random.floats(32), random.floats(32));
     let mut outputs = Vec::new();
     for kv in [&mut kept, &mut fresh] {
-        cpu.kv_write(kv, 23, 1, &next.0, &next.1);
         let mut y = cpu.zeros(64);
-        cpu.attention(&q, 4, kv, &StepMask { base: 23, parents: &[None], window: None, scale: 0.25 }, &mut y);
+        let mask = StepMask { base: 23, parents: &[None], window: None, scale: 0.25 };
+        cpu.attend(&q, &k, &v, 4, &mut [Segment { kv, mask }], &mut y);
         outputs.push(y);
     }
     assert_eq!(outputs[0], outputs[1]);

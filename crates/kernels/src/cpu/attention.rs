@@ -41,6 +41,16 @@ impl KvLayer {
         self.len
     }
 
+    /// Key heads.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Values of one row of keys: `kv_heads * head_dim`.
+    pub fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
     /// True before the first write.
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -288,67 +298,90 @@ thread_local! {
     static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-pub(crate) fn attention(
-    level: Level,
-    pool: &Pool,
-    q: &[f32],
-    heads: usize,
-    kv: &KvLayer,
-    mask: &StepMask<'_>,
-    y: &mut [f32],
-) {
-    let rows = mask.parents.len();
-    let width = heads * kv.head_dim;
-    assert!(kv.len == mask.base + rows, "the cache must end with the rows of this step");
-    assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
-    assert!(q.len() >= rows * width && y.len() >= rows * width, "attention buffers too short");
-    // Slots of each row's path inside the step, in order, itself last.
-    let chain = mask.parents.iter().enumerate().all(|(i, p)| *p == i.checked_sub(1).map(|p| p as u32));
-    let step_slots: Vec<u32> = (0..rows).map(|i| (mask.base + i) as u32).collect();
-    let paths: Vec<Vec<u32>> = if chain {
-        Vec::new()
-    } else {
-        let mut paths: Vec<Vec<u32>> = Vec::with_capacity(rows);
-        for (i, parent) in mask.parents.iter().enumerate() {
-            let mut path = parent.map_or_else(Vec::new, |p| paths[p as usize].clone());
-            path.push((mask.base + i) as u32);
-            paths.push(path);
+/// One sequence's part of a step: rows `first_row..` of the batch and the cache they end.
+pub(crate) struct Part<'a> {
+    pub first_row: usize,
+    pub kv: &'a KvLayer,
+    pub mask: &'a StepMask<'a>,
+}
+
+/// A part with the paths of its rows worked out.
+struct Prepared<'a> {
+    part: &'a Part<'a>,
+    /// The rows follow each other.
+    chain: bool,
+    step_slots: Vec<u32>,
+    /// Slots of each row's path inside the step, itself last; empty for a chain.
+    paths: Vec<Vec<u32>>,
+    groups: usize,
+}
+
+impl<'a> Prepared<'a> {
+    fn new(part: &'a Part<'a>) -> Prepared<'a> {
+        let (base, parents) = (part.mask.base, part.mask.parents);
+        assert!(part.kv.len == base + parents.len(), "the cache must end with the rows of this step");
+        let chain = parents.iter().enumerate().all(|(i, p)| *p == i.checked_sub(1).map(|p| p as u32));
+        let mut paths: Vec<Vec<u32>> = Vec::new();
+        if !chain {
+            for (i, parent) in parents.iter().enumerate() {
+                let mut path = parent.map_or_else(Vec::new, |p| paths[p as usize].clone());
+                path.push((base + i) as u32);
+                paths.push(path);
+            }
         }
-        paths
-    };
-    let groups = rows.div_ceil(ROWS);
+        let step_slots = (0..parents.len()).map(|i| (base + i) as u32).collect();
+        Prepared { part, chain, step_slots, paths, groups: parents.len().div_ceil(ROWS) }
+    }
+}
+
+pub(crate) fn attention(level: Level, pool: &Pool, q: &[f32], heads: usize, parts: &[Part<'_>], y: &mut [f32]) {
+    let prepared: Vec<Prepared<'_>> = parts.iter().map(Prepared::new).collect();
+    let mut tasks: Vec<(usize, usize, usize)> = Vec::new();
+    for (index, p) in prepared.iter().enumerate() {
+        let kv = p.part.kv;
+        assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
+        let end = (p.part.first_row + p.part.mask.parents.len()) * heads * kv.head_dim;
+        assert!(q.len() >= end && y.len() >= end, "attention buffers too short");
+        for head in 0..heads {
+            tasks.extend((0..p.groups).map(|group| (index, head, group)));
+        }
+    }
     let out = SendPtr(y.as_mut_ptr());
-    pool.run(heads * groups, &|task| {
-        let (head, group) = (task / groups, task % groups);
+    pool.run(tasks.len(), &|task| {
+        let (index, head, group) = tasks[task];
+        let p = &prepared[index];
+        let (kv, mask, chain) = (p.part.kv, p.part.mask, p.chain);
+        let width = heads * kv.head_dim;
         let row = group * ROWS;
-        let count = ROWS.min(rows - row);
+        let count = ROWS.min(mask.parents.len() - row);
         let kv_head = head / (heads / kv.kv_heads);
+        // In a chain the rows before the group are common too; a tree shares the committed part only.
+        let common_end = if chain { mask.base + row } else { mask.base };
         let mut first = [0usize; ROWS];
         let mut tails: [&[u32]; ROWS] = [&[]; ROWS];
         for r in 0..count {
-            // In a chain the rows before the group are common too; a tree shares the committed part only.
-            tails[r] = if chain { &step_slots[row..row + r + 1] } else { &paths[row + r] };
-            let common = if chain { mask.base + row } else { mask.base };
-            first[r] = mask.window.map_or(0, |w| (common + tails[r].len()).saturating_sub(w));
+            tails[r] = if chain { &p.step_slots[row..row + r + 1] } else { &p.paths[row + r] };
+            first[r] = mask.window.map_or(0, |w| (common_end + tails[r].len()).saturating_sub(w));
         }
         let slots = mask.base + row + count;
         let stride = slots.next_multiple_of(BLOCK) + 4 * BLOCK;
+        let at = (p.part.first_row + row) * width + head * kv.head_dim;
         SCORES.with_borrow_mut(|scores| {
             if scores.len() < ROWS * stride {
                 scores.resize(ROWS * stride, 0.0);
             }
             let args = AttendArgs {
-                q: q[row * width + head * kv.head_dim..].as_ptr(),
+                q: q[at..].as_ptr(),
                 q_stride: width,
-                // SAFETY: the head's columns of row `row` exist; tasks write disjoint parts.
-                y: unsafe { out.get().add(row * width + head * kv.head_dim) },
+                // SAFETY: the head's columns of the row exist; tasks write disjoint parts.
+                y: unsafe { out.get().add(at) },
                 keys: &kv.keys[kv_head],
                 values: &kv.values[kv_head],
                 head_dim: kv.head_dim,
                 padded: kv.padded,
                 scale: mask.scale,
                 rows: count,
-                common_end: if chain { mask.base + row } else { mask.base },
+                common_end,
                 first,
                 tails,
                 slots,

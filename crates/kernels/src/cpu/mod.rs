@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub use attention::KvLayer;
 pub use pack::PackedWeight;
 
-use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, StepMask, WeightView};
+use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, Segment, WeightView};
 use isa::Level;
 
 /// Elements from which an element-wise operation is worth a second thread.
@@ -242,15 +242,36 @@ impl Kernels for Cpu {
         KvLayer::new(kv_heads, head_dim)
     }
 
-    fn kv_write(&self, kv: &mut KvLayer, base: usize, rows: usize, k: &Vec<f32>, v: &Vec<f32>) {
-        kv.write(base, rows, k, v);
-    }
-
     fn kv_compact(&self, kv: &mut KvLayer, base: usize, from: &[usize]) {
         kv.compact(base, from);
     }
 
-    fn attention(&self, q: &Vec<f32>, heads: usize, kv: &KvLayer, mask: &StepMask<'_>, y: &mut Vec<f32>) {
-        attention::attention(self.level, &self.pool, q, heads, kv, mask, y);
+    fn attend(
+        &self,
+        q: &Vec<f32>,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+        heads: usize,
+        segments: &mut [Segment<'_, KvLayer>],
+        y: &mut Vec<f32>,
+    ) {
+        let mut first_row = 0;
+        for segment in segments.iter_mut() {
+            let rows = segment.mask.parents.len();
+            let width = segment.kv.width();
+            let part = first_row * width..(first_row + rows) * width;
+            segment.kv.write(segment.mask.base, rows, &k[part.clone()], &v[part]);
+            first_row += rows;
+        }
+        let mut first_row = 0;
+        let parts: Vec<attention::Part<'_>> = segments
+            .iter()
+            .map(|segment| {
+                let part = attention::Part { first_row, kv: segment.kv, mask: &segment.mask };
+                first_row += segment.mask.parents.len();
+                part
+            })
+            .collect();
+        attention::attention(self.level, &self.pool, q, heads, &parts, y);
     }
 }

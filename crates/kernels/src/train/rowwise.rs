@@ -1,0 +1,423 @@
+//! Row-wise operations of training and their gradients: norms, RoPE, gating, sums, column and row copies.
+//!
+//! Shape legend: `R` rows, `C` row width.
+
+use super::par::{LANES, Shared, fold_lanes, par_ranges, simd, sum2};
+use crate::{Activation, RopeTable};
+
+/// Rows per task; also the fixed partial of the weight gradient of a norm.
+const ROWS: usize = 64;
+/// Values per task of flat operations.
+const FLAT: usize = 1 << 15;
+
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum2(x, x, |a, b| a * b) / x.len() as f32 + eps).sqrt()
+}
+
+/// `y = x * rsqrt(mean(x²) + eps) * weight` over rows of `width`.
+pub fn rms_norm(threads: usize, x: &[f32], weight: &[f32], rows: usize, width: usize, eps: f32, y: &mut [f32]) {
+    let (x, w, y) = (&x[..rows * width], &weight[..width], Shared::new(&mut y[..rows * width]));
+    par_ranges(threads, rows, ROWS, |r| {
+        // SAFETY: row ranges of tasks are disjoint.
+        let y = unsafe { y.range(r.start * width..r.end * width) };
+        simd(
+            #[inline(always)]
+            || {
+                for (x, y) in x[r.start * width..r.end * width].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                    let scale = inverse_rms(x, eps);
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                        *y = x * scale * w;
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// Operands of [`rms_norm_grad`].
+#[derive(Clone, Copy)]
+pub struct NormGrad<'a> {
+    /// `[R, C]` input of the norm.
+    pub x: &'a [f32],
+    /// `[C]`
+    pub weight: &'a [f32],
+    /// `[R, C]` gradient of the output.
+    pub dy: &'a [f32],
+    /// `R`
+    pub rows: usize,
+    /// `C`
+    pub width: usize,
+    /// As in the forward pass.
+    pub eps: f32,
+    /// Add to `dx` instead of overwriting it.
+    pub accumulate: bool,
+}
+
+/// Gradient of [`rms_norm`]: `dx` of the input and, if wanted, `dweight +=`.
+pub fn rms_norm_grad(threads: usize, g: NormGrad<'_>, dx: Option<&mut [f32]>, dweight: Option<&mut [f32]>) {
+    let (rows, width) = (g.rows, g.width);
+    let tasks = rows.div_ceil(ROWS);
+    let mut partial = vec![0.0f32; if dweight.is_some() { tasks * width } else { 0 }];
+    let partials = Shared::new(&mut partial);
+    let want_dw = dweight.is_some();
+    let dx = dx.map(|dx| Shared::new(&mut dx[..rows * width]));
+    par_ranges(threads, rows, ROWS, |r| {
+        // SAFETY: row ranges and task numbers of tasks are disjoint.
+        let (mut dx, dw) = unsafe {
+            let task = r.start / ROWS;
+            let dw = if want_dw { partials.range(task * width..(task + 1) * width) } else { &mut [][..] };
+            (dx.as_ref().map(|dx| dx.range(r.start * width..r.end * width)), dw)
+        };
+        simd(
+            #[inline(always)]
+            || {
+                let w = &g.weight[..width];
+                for (i, row) in r.clone().enumerate() {
+                    let x = &g.x[row * width..(row + 1) * width];
+                    let dy = &g.dy[row * width..(row + 1) * width];
+                    let scale = inverse_rms(x, g.eps);
+                    if want_dw {
+                        for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+                            *dw += dy * x * scale;
+                        }
+                    }
+                    let Some(dx) = dx.as_mut() else { continue };
+                    // mean(w dy x̂): the part of the gradient that goes through the root mean square
+                    let mut acc = [0.0f32; LANES];
+                    let lanes = width / LANES * LANES;
+                    for c in (0..lanes).step_by(LANES) {
+                        for l in 0..LANES {
+                            acc[l] += w[c + l] * dy[c + l] * x[c + l];
+                        }
+                    }
+                    for c in lanes..width {
+                        acc[c - lanes] += w[c] * dy[c] * x[c];
+                    }
+                    let through = fold_lanes(acc) * scale * scale / width as f32;
+                    let dx = &mut dx[i * width..(i + 1) * width];
+                    if g.accumulate {
+                        for c in 0..width {
+                            dx[c] += scale * (w[c] * dy[c] - x[c] * through);
+                        }
+                    } else {
+                        for c in 0..width {
+                            dx[c] = scale * (w[c] * dy[c] - x[c] * through);
+                        }
+                    }
+                }
+            },
+        );
+    });
+    if let Some(dweight) = dweight {
+        for part in partial.chunks_exact(width) {
+            add(&mut dweight[..width], part);
+        }
+    }
+}
+
+#[inline(always)]
+fn add(a: &mut [f32], b: &[f32]) {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a += b;
+    }
+}
+
+/// RoPE of all heads of each row, or its inverse (which is its gradient). `x` and `y`: `[R, heads * head_dim]`.
+pub fn rotate(
+    threads: usize,
+    x: &[f32],
+    table: &RopeTable,
+    positions: &[u32],
+    heads: usize,
+    inverse: bool,
+    accumulate: bool,
+    y: &mut [f32],
+) {
+    let (hd, half) = (table.head_dim(), table.head_dim() / 2);
+    let (rows, width) = (positions.len(), heads * hd);
+    let (x, y) = (&x[..rows * width], Shared::new(&mut y[..rows * width]));
+    par_ranges(threads, rows, ROWS, |r| {
+        let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
+        // SAFETY: row ranges of tasks are disjoint.
+        let y = unsafe { y.range(r.start * width..r.end * width) };
+        for (i, row) in r.clone().enumerate() {
+            table.angles(positions[row], &mut cos, &mut sin);
+            if inverse {
+                sin.iter_mut().for_each(|s| *s = -*s);
+            }
+            for head in 0..heads {
+                let x = &x[row * width + head * hd..][..hd];
+                let y = &mut y[i * width + head * hd..][..hd];
+                for j in 0..half {
+                    let (a, b) = (x[j], x[j + half]);
+                    let (ra, rb) = (a * cos[j] - b * sin[j], b * cos[j] + a * sin[j]);
+                    if accumulate {
+                        y[j] += ra;
+                        y[j + half] += rb;
+                    } else {
+                        y[j] = ra;
+                        y[j + half] = rb;
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + super::par::exp(-x))
+}
+
+/// Value and derivative of the activation.
+#[inline(always)]
+fn activate(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let s = sigmoid(x);
+            (x * s, s * (1.0 + x * (1.0 - s)))
+        }
+        Activation::GeluTanh => {
+            // 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x³)
+            const K: f32 = 1.595_769_1;
+            let s = sigmoid(K * (x + 0.044_715 * x * x * x));
+            (x * s, s + x * s * (1.0 - s) * K * (1.0 + 3.0 * 0.044_715 * x * x))
+        }
+    }
+}
+
+/// `y = act(gate) * up` over `len` values.
+pub fn gated(threads: usize, activation: Activation, gate: &[f32], up: &[f32], len: usize, y: &mut [f32]) {
+    let y = Shared::new(&mut y[..len]);
+    par_ranges(threads, len, FLAT, |r| {
+        // SAFETY: ranges of tasks are disjoint.
+        let y = unsafe { y.range(r.clone()) };
+        simd(
+            #[inline(always)]
+            || {
+                for ((y, g), u) in y.iter_mut().zip(&gate[r.clone()]).zip(&up[r]) {
+                    *y = activate(activation, *g).0 * u;
+                }
+            },
+        );
+    });
+}
+
+/// Gradient of [`gated`], overwriting `dgate` and `dup`.
+pub fn gated_grad(
+    threads: usize,
+    activation: Activation,
+    (gate, up): (&[f32], &[f32]),
+    dy: &[f32],
+    len: usize,
+    (dgate, dup): (&mut [f32], &mut [f32]),
+) {
+    let (dgate, dup) = (Shared::new(&mut dgate[..len]), Shared::new(&mut dup[..len]));
+    par_ranges(threads, len, FLAT, |r| {
+        // SAFETY: ranges of tasks are disjoint.
+        let (dgate, dup) = unsafe { (dgate.range(r.clone()), dup.range(r.clone())) };
+        simd(
+            #[inline(always)]
+            || {
+                let (gate, up, dy) = (&gate[r.clone()], &up[r.clone()], &dy[r]);
+                for i in 0..dy.len() {
+                    let (value, slope) = activate(activation, gate[i]);
+                    dgate[i] = dy[i] * up[i] * slope;
+                    dup[i] = dy[i] * value;
+                }
+            },
+        );
+    });
+}
+
+/// `y = a + b` over `len` values.
+pub fn sum(threads: usize, a: &[f32], b: &[f32], len: usize, y: &mut [f32]) {
+    let y = Shared::new(&mut y[..len]);
+    par_ranges(threads, len, FLAT, |r| {
+        // SAFETY: ranges of tasks are disjoint.
+        let y = unsafe { y.range(r.clone()) };
+        simd(
+            #[inline(always)]
+            || {
+                for ((y, a), b) in y.iter_mut().zip(&a[r.clone()]).zip(&b[r]) {
+                    *y = a + b;
+                }
+            },
+        );
+    });
+}
+
+/// `dst (+)= src` over `len` values.
+pub fn add_to(threads: usize, src: &[f32], len: usize, accumulate: bool, dst: &mut [f32]) {
+    let dst = Shared::new(&mut dst[..len]);
+    par_ranges(threads, len, FLAT, |r| {
+        // SAFETY: ranges of tasks are disjoint.
+        let dst = unsafe { dst.range(r.clone()) };
+        if accumulate {
+            simd(
+                #[inline(always)]
+                || add(dst, &src[r]),
+            );
+        } else {
+            dst.copy_from_slice(&src[r]);
+        }
+    });
+}
+
+/// Columns `from..` of a matrix that is `stride` wide.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns {
+    /// Full row width.
+    pub stride: usize,
+    /// First column.
+    pub from: usize,
+}
+
+/// `dst[:, to..to + width] (+)= src[:, from..from + width]`
+pub fn copy_cols(
+    threads: usize,
+    (src, from): (&[f32], Columns),
+    (dst, to): (&mut [f32], Columns),
+    rows: usize,
+    width: usize,
+    accumulate: bool,
+) {
+    let dst = Shared::new(&mut dst[..rows * to.stride]);
+    par_ranges(threads, rows, ROWS, |r| {
+        for row in r {
+            let src = &src[row * from.stride + from.from..][..width];
+            // SAFETY: rows of tasks are disjoint.
+            let dst = unsafe { dst.range(row * to.stride + to.from..row * to.stride + to.from + width) };
+            if accumulate { add(dst, src) } else { dst.copy_from_slice(src) }
+        }
+    });
+}
+
+/// `y[i] = x[rows[i]]` over rows of `width`, times `scale`.
+pub fn gather(threads: usize, x: &[f32], width: usize, rows: &[u32], scale: f32, y: &mut [f32]) {
+    let y = Shared::new(&mut y[..rows.len() * width]);
+    par_ranges(threads, rows.len(), ROWS, |r| {
+        for i in r {
+            let from = rows[i] as usize;
+            // SAFETY: rows of tasks are disjoint.
+            let y = unsafe { y.range(i * width..(i + 1) * width) };
+            y.copy_from_slice(&x[from * width..(from + 1) * width]);
+            if scale != 1.0 {
+                y.iter_mut().for_each(|y| *y *= scale);
+            }
+        }
+    });
+}
+
+/// `x[rows[i]] += y[i]`; `rows` strictly ascending.
+pub fn scatter_add(threads: usize, y: &[f32], width: usize, rows: &[u32], x: &mut [f32]) {
+    assert!(rows.windows(2).all(|w| w[0] < w[1]), "rows ascend strictly, so tasks write different rows");
+    let x = Shared::new(x);
+    par_ranges(threads, rows.len(), ROWS, |r| {
+        for i in r {
+            let to = rows[i] as usize;
+            // SAFETY: rows are distinct.
+            add(unsafe { x.range(to * width..(to + 1) * width) }, &y[i * width..(i + 1) * width]);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RopeScaling;
+    use crate::train::testing::{close, directional, noise};
+
+    #[test]
+    fn rms_norm_equals_the_formula_and_its_gradient_the_difference_quotient() {
+        for (rows, width) in [(1, 2), (3, 7), (130, 40)] {
+            let (x, w, dy) = (noise(1, rows * width), noise(2, width), noise(3, rows * width));
+            let eps = 1e-5;
+            let run = |x: &[f64], w: &[f64]| -> f64 {
+                let mut total = 0.0;
+                for r in 0..rows {
+                    let x = &x[r * width..(r + 1) * width];
+                    let ms = x.iter().map(|x| x * x).sum::<f64>() / width as f64;
+                    let scale = 1.0 / (ms + f64::from(eps)).sqrt();
+                    for c in 0..width {
+                        total += x[c] * scale * w[c] * f64::from(dy[r * width + c]);
+                    }
+                }
+                total
+            };
+            let mut y = vec![0.0; rows * width];
+            rms_norm(2, &x, &w, rows, width, eps, &mut y);
+            let total: f64 = y.iter().zip(&dy).map(|(y, d)| f64::from(*y) * f64::from(*d)).sum();
+            close(total as f32, run(&x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(), &w.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()), 1e-4);
+            let (mut dx, mut dw) = (vec![1.0; rows * width], vec![0.0; width]);
+            let g = NormGrad { x: &x, weight: &w, dy: &dy, rows, width, eps, accumulate: true };
+            rms_norm_grad(2, g, Some(&mut dx), Some(&mut dw));
+            dx.iter_mut().for_each(|d| *d -= 1.0);
+            let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+            directional(&x, &dx, 2e-4, |x| run(x, &wide(&w)));
+            directional(&w, &dw, 2e-4, |w| run(&wide(&x), w));
+        }
+    }
+
+    #[test]
+    fn inverse_rotation_undoes_rotation() {
+        let table = RopeTable::new(8, 10_000.0, &RopeScaling::None);
+        let positions = [0, 5, 77];
+        let x = noise(1, 3 * 16);
+        let (mut y, mut back) = (vec![0.0; 48], x.clone());
+        rotate(1, &x, &table, &positions, 2, false, false, &mut y);
+        assert_eq!(y[..16], x[..16], "position 0 rotates nothing");
+        assert_ne!(y[16..], x[16..]);
+        rotate(1, &y, &table, &positions, 2, true, true, &mut back);
+        for (b, x) in back.iter().zip(&x) {
+            close(*b, 2.0 * f64::from(*x), 1e-6);
+        }
+    }
+
+    #[test]
+    fn gating_equals_the_formula_and_its_gradient_the_difference_quotient() {
+        let n = 70_000;
+        let (g, u, dy) = (noise(1, n), noise(2, n), noise(3, n));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let value = |x: f64| match activation {
+                Activation::Silu => x / (1.0 + (-x).exp()),
+                Activation::GeluTanh => {
+                    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+                }
+            };
+            let run = |g: &[f64], u: &[f64]| -> f64 {
+                g.iter().zip(u).zip(&dy).map(|((g, u), d)| value(*g) * u * f64::from(*d)).sum()
+            };
+            let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+            let mut y = vec![0.0; n];
+            gated(2, activation, &g, &u, n, &mut y);
+            for i in (0..n).step_by(997) {
+                close(y[i], value(f64::from(g[i])) * f64::from(u[i]), 1e-6);
+            }
+            let (mut dg, mut du) = (vec![0.0; n], vec![0.0; n]);
+            gated_grad(2, activation, (&g, &u), &dy, n, (&mut dg, &mut du));
+            directional(&g, &dg, 2e-4, |g| run(g, &wide(&u)));
+            directional(&u, &du, 2e-4, |u| run(&wide(&g), u));
+        }
+    }
+
+    #[test]
+    fn copies_move_the_named_rows_and_columns() {
+        let x: Vec<f32> = (0..12).map(|i| i as f32).collect(); // [3, 4]
+        let mut y = vec![0.0; 6]; // [3, 2]
+        copy_cols(1, (&x, Columns { stride: 4, from: 1 }), (&mut y, Columns { stride: 2, from: 0 }), 3, 2, false);
+        assert_eq!(y, [1.0, 2.0, 5.0, 6.0, 9.0, 10.0]);
+        copy_cols(1, (&x, Columns { stride: 4, from: 0 }), (&mut y, Columns { stride: 2, from: 1 }), 3, 1, true);
+        assert_eq!(y, [1.0, 2.0, 5.0, 10.0, 9.0, 18.0]);
+        let mut g = vec![0.0; 8];
+        gather(1, &x, 4, &[0, 2], 2.0, &mut g);
+        assert_eq!(g, [0.0, 2.0, 4.0, 6.0, 16.0, 18.0, 20.0, 22.0]);
+        let mut s = vec![0.0; 12];
+        scatter_add(1, &g, 4, &[0, 2], &mut s);
+        assert_eq!(s[4..8], [0.0; 4]);
+        assert_eq!(s[8..], [16.0, 18.0, 20.0, 22.0]);
+        add_to(1, &x, 12, true, &mut s);
+        assert_eq!(s[11], 33.0);
+    }
+}
