@@ -1,1 +1,13 @@
-//! Trains, packages, measures and serves draft models for speculative decoding
+//! draftsmith: draft models for speculative decoding, from conversations to a measured bundle.
+//!
+//! This crate is the front of the workspace: the stages in the order of a run, the crates behind them under short
+//! names, and what needs the network or the machine (`pull`, `doctor`). The binary of the same name adds arguments,
+//! printing and exit codes; nothing here prints, exits or reads the environment by itself.
+
+pub mod cli;
+pub mod doctor;
+pub mod pull;
+pub mod report;
+
+pub use draftsmith_core as core;
+pub use draftsmith_formats as formats;

