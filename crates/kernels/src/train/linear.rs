@@ -31,8 +31,25 @@ impl Product {
         // SAFETY: the caller's promise. The beta factor scales the product, alpha what is read from `dst`.
         unsafe {
             gemm::gemm(
-                self.m, self.n, self.k, dst, self.dst.1, self.dst.0, self.accumulate, lhs, self.lhs.1, self.lhs.0,
-                rhs, self.rhs.1, self.rhs.0, 1.0f32, 1.0f32, false, false, false, parallelism,
+                self.m,
+                self.n,
+                self.k,
+                dst,
+                self.dst.1,
+                self.dst.0,
+                self.accumulate,
+                lhs,
+                self.lhs.1,
+                self.lhs.0,
+                rhs,
+                self.rhs.1,
+                self.rhs.0,
+                1.0f32,
+                1.0f32,
+                false,
+                false,
+                false,
+                parallelism,
             );
         }
     }
@@ -93,7 +110,8 @@ pub fn matmul_dx(threads: usize, dy: &[f32], w: &[f32], s: LinearShape, accumula
 /// `dw[O, I] += dy[R, O]ᵀ · x[R, I]`
 pub fn matmul_dw_acc(threads: usize, dy: &[f32], x: &[f32], s: LinearShape, dw: &mut [f32]) {
     let (o, i) = (s.out as isize, s.inp as isize);
-    let p = Product { m: s.out, n: s.inp, k: s.rows, dst: (i, 1), lhs: (1, o), rhs: (i, 1), accumulate: true };
+    let p =
+        Product { m: s.out, n: s.inp, k: s.rows, dst: (i, 1), lhs: (1, o), rhs: (i, 1), accumulate: true };
     p.run_parallel(threads, dw, dy, x);
 }
 

@@ -16,7 +16,15 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 }
 
 /// `y = x * rsqrt(mean(x²) + eps) * weight` over rows of `width`.
-pub fn rms_norm(threads: usize, x: &[f32], weight: &[f32], rows: usize, width: usize, eps: f32, y: &mut [f32]) {
+pub fn rms_norm(
+    threads: usize,
+    x: &[f32],
+    weight: &[f32],
+    rows: usize,
+    width: usize,
+    eps: f32,
+    y: &mut [f32],
+) {
     let (x, w, y) = (&x[..rows * width], &weight[..width], Shared::new(&mut y[..rows * width]));
     par_ranges(threads, rows, ROWS, |r| {
         // SAFETY: row ranges of tasks are disjoint.
@@ -24,7 +32,9 @@ pub fn rms_norm(threads: usize, x: &[f32], weight: &[f32], rows: usize, width: u
         simd(
             #[inline(always)]
             || {
-                for (x, y) in x[r.start * width..r.end * width].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                for (x, y) in
+                    x[r.start * width..r.end * width].chunks_exact(width).zip(y.chunks_exact_mut(width))
+                {
                     let scale = inverse_rms(x, eps);
                     for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
                         *y = x * scale * w;
@@ -349,7 +359,14 @@ mod tests {
             let mut y = vec![0.0; rows * width];
             rms_norm(2, &x, &w, rows, width, eps, &mut y);
             let total: f64 = y.iter().zip(&dy).map(|(y, d)| f64::from(*y) * f64::from(*d)).sum();
-            close(total as f32, run(&x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(), &w.iter().map(|x| f64::from(*x)).collect::<Vec<_>>()), 1e-4);
+            close(
+                total as f32,
+                run(
+                    &x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+                    &w.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+                ),
+                1e-4,
+            );
             let (mut dx, mut dw) = (vec![1.0; rows * width], vec![0.0; width]);
             let g = NormGrad { x: &x, weight: &w, dy: &dy, rows, width, eps, accumulate: true };
             rms_norm_grad(2, g, Some(&mut dx), Some(&mut dw));
@@ -383,7 +400,8 @@ mod tests {
             let value = |x: f64| match activation {
                 Activation::Silu => x / (1.0 + (-x).exp()),
                 Activation::GeluTanh => {
-                    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+                    0.5 * x
+                        * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
                 }
             };
             let run = |g: &[f64], u: &[f64]| -> f64 {
@@ -406,9 +424,23 @@ mod tests {
     fn copies_move_the_named_rows_and_columns() {
         let x: Vec<f32> = (0..12).map(|i| i as f32).collect(); // [3, 4]
         let mut y = vec![0.0; 6]; // [3, 2]
-        copy_cols(1, (&x, Columns { stride: 4, from: 1 }), (&mut y, Columns { stride: 2, from: 0 }), 3, 2, false);
+        copy_cols(
+            1,
+            (&x, Columns { stride: 4, from: 1 }),
+            (&mut y, Columns { stride: 2, from: 0 }),
+            3,
+            2,
+            false,
+        );
         assert_eq!(y, [1.0, 2.0, 5.0, 6.0, 9.0, 10.0]);
-        copy_cols(1, (&x, Columns { stride: 4, from: 0 }), (&mut y, Columns { stride: 2, from: 1 }), 3, 1, true);
+        copy_cols(
+            1,
+            (&x, Columns { stride: 4, from: 0 }),
+            (&mut y, Columns { stride: 2, from: 1 }),
+            3,
+            1,
+            true,
+        );
         assert_eq!(y, [1.0, 2.0, 5.0, 10.0, 9.0, 18.0]);
         let mut g = vec![0.0; 8];
         gather(1, &x, 4, &[0, 2], 2.0, &mut g);

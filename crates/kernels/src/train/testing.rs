@@ -30,6 +30,9 @@ pub(crate) fn directional(at: &[f32], grad: &[f32], tolerance: f64, f: impl Fn(&
         let wanted = (f(&moved(1.0)) - f(&moved(-1.0))) / (2.0 * h);
         let found: f64 = grad.iter().zip(&v).map(|(g, v)| f64::from(*g) * f64::from(*v)).sum();
         let scale: f64 = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt().max(1e-3);
-        assert!((found - wanted).abs() <= tolerance * scale, "gradient says {found}, difference quotient {wanted}");
+        assert!(
+            (found - wanted).abs() <= tolerance * scale,
+            "gradient says {found}, difference quotient {wanted}"
+        );
     }
 }

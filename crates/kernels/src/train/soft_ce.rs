@@ -1,0 +1,469 @@
+//! The head of the draft and its loss, fused: logits exist for one chunk of rows at a time, gradients leave in the
+//! same pass. Also the teacher: the target's distribution without a `[S, V]` buffer [eagle3 §4.3-4.5].
+//!
+//! Shape legend: `N` rows with a loss at this step, `M` teacher rows, `V`/`Vd` target/draft vocabulary, `H` draft
+//! width, `Ht` target width.
+
+use super::linear::{LinearShape, matmul, matmul_dw_acc, matmul_dx};
+use super::par::{LANES, Shared, exp, exp_shifted, fold_lanes, max, par_ranges, simd, with_scratch};
+
+/// Rows whose logits exist at once. Larger chunks read the head and write its gradient less often.
+const CHUNK: usize = 512;
+/// Vocabulary rows of the target head taken at once by [`stream_head`].
+const VOCAB_BLOCK: usize = 2048;
+
+/// What is minimised [eagle3 §4.3, §4.4].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum SoftLoss {
+    /// Soft cross-entropy against the teacher on the draft vocabulary: KL up to the teacher's entropy.
+    Kl,
+    /// `-log α`, `α` the expected acceptance of one sampling step.
+    LkAlpha,
+    /// `w KL + (1 - w)(1 - α)` with `w = kl_scale · exp(-kl_decay · mean α)`.
+    LkLambda {
+        /// Weight of the KL term at `α = 0`.
+        kl_scale: f32,
+        /// How fast it fades as acceptance grows.
+        kl_decay: f32,
+    },
+}
+
+/// The teacher's side of [`linear_soft_ce`].
+#[derive(Clone, Copy)]
+pub struct SoftTargets<'a> {
+    /// `[M, Vd]` probabilities, renormalised on the draft vocabulary.
+    pub p: &'a [f32],
+    /// `[M]` share of the target's probability that lies on the draft vocabulary.
+    pub mass: &'a [f32],
+    /// `[M]` draft id of the target's most likely token.
+    pub labels: &'a [u32],
+    /// `[N]` teacher row of each loss row.
+    pub rows: &'a [u32],
+}
+
+/// How much each sum counts in the total loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SoftScale {
+    /// Factor of `Σ KL`.
+    pub kl: f32,
+    /// Factor of the sums over `α`.
+    pub alpha: f32,
+}
+
+/// Sums over the rows of one call, all un-scaled.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SoftSums {
+    /// `N`
+    pub rows: u64,
+    /// `Σ -Σ_j p_j log q_j`
+    pub kl: f64,
+    /// `Σ α`
+    pub alpha: f64,
+    /// `Σ -log α` (0 where `α` is 0)
+    pub neg_log_alpha: f64,
+    /// Rows whose most likely draft token is the target's.
+    pub correct: u64,
+    /// Weight of the KL term; 1 for [`SoftLoss::Kl`], 0 for [`SoftLoss::LkAlpha`].
+    pub kl_weight: f64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct RowStats {
+    kl: f32,
+    alpha: f32,
+    correct: bool,
+}
+
+/// What to leave in the logits of a row.
+#[derive(Clone, Copy)]
+struct RowGrad {
+    kl: f32,
+    /// Factor of `dα / dlogits` (`None`: of `dlog α`).
+    alpha: Option<f32>,
+    log_alpha: f32,
+}
+
+/// `logits[Vd]` → their gradient.
+#[inline(always)]
+fn soft_row(z: &mut [f32], p: &[f32], mass: f32, label: u32, grad: RowGrad) -> RowStats {
+    let top = max(z);
+    let argmax = z.iter().position(|x| *x == top).unwrap_or(0);
+    // Σ p and Σ p (z - top) before z is overwritten
+    let (mut sum_p, mut sum_pz) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (cz, rz) = z.as_chunks::<LANES>();
+    let (cp, rp) = p.as_chunks::<LANES>();
+    for (z, p) in cz.iter().zip(cp) {
+        for i in 0..LANES {
+            sum_p[i] += p[i];
+            sum_pz[i] += p[i] * (z[i] - top);
+        }
+    }
+    for (i, (z, p)) in rz.iter().zip(rp).enumerate() {
+        sum_p[i] += p;
+        sum_pz[i] += p * (z - top);
+    }
+    let (sum_p, sum_pz) = (fold_lanes(sum_p), fold_lanes(sum_pz));
+    let sum = exp_shifted(z, top);
+    let inverse = 1.0 / sum;
+    // α and, for its gradient, the q mass where q is the smaller one
+    let (mut alpha, mut below) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (cz, rz) = z.as_chunks_mut::<LANES>();
+    for (z, p) in cz.iter_mut().zip(cp) {
+        for i in 0..LANES {
+            let q = z[i] * inverse;
+            let m = p[i] * mass;
+            z[i] = q;
+            alpha[i] += if q < m { q } else { m };
+            below[i] += if q < m { q } else { 0.0 };
+        }
+    }
+    for (i, (z, p)) in rz.iter_mut().zip(rp).enumerate() {
+        let (q, m) = (*z * inverse, p * mass);
+        *z = q;
+        alpha[i] += if q < m { q } else { m };
+        below[i] += if q < m { q } else { 0.0 };
+    }
+    let (alpha, below) = (fold_lanes(alpha), fold_lanes(below));
+    let slope = match grad.alpha {
+        Some(slope) => slope,
+        None if alpha > 0.0 => grad.log_alpha / alpha,
+        None => 0.0,
+    };
+    let (kl, scaled_p) = (grad.kl * sum_p, grad.kl);
+    if slope == 0.0 {
+        for (z, p) in z.iter_mut().zip(p) {
+            *z = *z * kl - scaled_p * p;
+        }
+    } else {
+        for (z, p) in z.iter_mut().zip(p) {
+            let q = *z;
+            let inside = if q < p * mass { 1.0 } else { 0.0 };
+            *z = q * kl - scaled_p * p + slope * q * (inside - below);
+        }
+    }
+    RowStats { kl: sum_p * sum.ln() - sum_pz, alpha, correct: argmax == label as usize }
+}
+
+/// Head product, loss, and gradients of hidden and head in one call.
+///
+/// `hidden[N, H]` is the head's input of the loss rows, `head[Vd, H]`; `dhidden[N, H]` is overwritten, `dhead[Vd, H]`
+/// added to. Without gradients (`None`) only the sums are computed.
+pub fn linear_soft_ce(
+    threads: usize,
+    (hidden, head): (&[f32], &[f32]),
+    shape: LinearShape,
+    targets: SoftTargets<'_>,
+    loss: SoftLoss,
+    scale: SoftScale,
+    grads: Option<(&mut [f32], &mut [f32])>,
+) -> SoftSums {
+    assert_eq!(targets.rows.len(), shape.rows, "one teacher row per loss row");
+    let grad = |kl_weight: f32| match loss {
+        SoftLoss::Kl => RowGrad { kl: scale.kl, alpha: Some(0.0), log_alpha: 0.0 },
+        SoftLoss::LkAlpha => RowGrad { kl: 0.0, alpha: None, log_alpha: -scale.alpha },
+        SoftLoss::LkLambda { .. } => RowGrad {
+            kl: kl_weight * scale.kl,
+            alpha: Some(-(1.0 - kl_weight) * scale.alpha),
+            log_alpha: 0.0,
+        },
+    };
+    let kl_weight = match loss {
+        SoftLoss::Kl => 1.0,
+        SoftLoss::LkAlpha => 0.0,
+        SoftLoss::LkLambda { kl_scale, kl_decay } => {
+            // The weight depends on the mean over all rows, so their acceptance is computed first.
+            let sums = run(threads, (hidden, head), shape, targets, grad(0.0), None);
+            let mean = sums.alpha / (sums.rows.max(1)) as f64;
+            f64::from(kl_scale) * (-f64::from(kl_decay) * mean).exp()
+        }
+    };
+    let sums = run(threads, (hidden, head), shape, targets, grad(kl_weight as f32), grads);
+    SoftSums { kl_weight, ..sums }
+}
+
+fn run(
+    threads: usize,
+    (hidden, head): (&[f32], &[f32]),
+    shape: LinearShape,
+    targets: SoftTargets<'_>,
+    grad: RowGrad,
+    mut grads: Option<(&mut [f32], &mut [f32])>,
+) -> SoftSums {
+    let LinearShape { rows, out: vocab, inp: width } = shape;
+    let mut sums = SoftSums { rows: rows as u64, ..SoftSums::default() };
+    let mut stats = vec![RowStats::default(); CHUNK.min(rows)];
+    with_scratch(CHUNK.min(rows) * vocab, |logits| {
+        for first in (0..rows).step_by(CHUNK) {
+            let n = CHUNK.min(rows - first);
+            let s = LinearShape { rows: n, ..shape };
+            let x = &hidden[first * width..(first + n) * width];
+            matmul(threads, x, head, s, logits);
+            let (lines, all_stats) = (Shared::new(logits), Shared::new(&mut stats));
+            par_ranges(threads, n, 4, |r| {
+                for i in r {
+                    let m = targets.rows[first + i] as usize;
+                    let p = &targets.p[m * vocab..(m + 1) * vocab];
+                    // SAFETY: rows of tasks are disjoint.
+                    let (z, stats) =
+                        unsafe { (lines.range(i * vocab..(i + 1) * vocab), all_stats.range(i..i + 1)) };
+                    stats[0] = simd(
+                        #[inline(always)]
+                        || soft_row(z, p, targets.mass[m], targets.labels[m], grad),
+                    );
+                }
+            });
+            for row in &stats[..n] {
+                sums.kl += f64::from(row.kl);
+                sums.alpha += f64::from(row.alpha);
+                sums.neg_log_alpha -= if row.alpha > 0.0 { f64::from(row.alpha).ln() } else { 0.0 };
+                sums.correct += u64::from(row.correct);
+            }
+            if let Some((dhidden, dhead)) = &mut grads {
+                matmul_dx(threads, logits, head, s, false, &mut dhidden[first * width..(first + n) * width]);
+                matmul_dw_acc(threads, logits, x, s, dhead);
+            }
+        }
+    });
+    sums
+}
+
+/// The most likely token and the log-sum-exp of `x[M, Ht] · head[V, Ht]ᵀ`, streamed over blocks of the vocabulary.
+/// Ties go to the smaller id.
+pub fn stream_head(threads: usize, (x, head): (&[f32], &[f32]), shape: LinearShape) -> (Vec<u32>, Vec<f32>) {
+    let LinearShape { rows, out: vocab, inp: width } = shape;
+    #[derive(Clone, Copy)]
+    struct Running {
+        top: f32,
+        argmax: u32,
+        sum: f64,
+    }
+    let mut running = vec![Running { top: f32::NEG_INFINITY, argmax: 0, sum: 0.0 }; rows];
+    let block = VOCAB_BLOCK.min(vocab);
+    with_scratch(CHUNK.min(rows) * block, |logits| {
+        for first in (0..rows).step_by(CHUNK) {
+            let n = CHUNK.min(rows - first);
+            for v in (0..vocab).step_by(block) {
+                let cols = block.min(vocab - v);
+                let s = LinearShape { rows: n, out: cols, inp: width };
+                matmul(
+                    threads,
+                    &x[first * width..(first + n) * width],
+                    &head[v * width..(v + cols) * width],
+                    s,
+                    logits,
+                );
+                let (lines, all) = (Shared::new(logits), Shared::new(&mut running));
+                par_ranges(threads, n, 8, |r| {
+                    for i in r {
+                        // SAFETY: rows of tasks are disjoint.
+                        let (z, state) = unsafe {
+                            (
+                                lines.range(i * cols..(i + 1) * cols),
+                                &mut all.range(first + i..first + i + 1)[0],
+                            )
+                        };
+                        let top = simd(
+                            #[inline(always)]
+                            || max(z),
+                        );
+                        if top > state.top {
+                            state.sum *= f64::from(state.top - top).exp();
+                            state.argmax = (v + z.iter().position(|x| *x == top).unwrap_or(0)) as u32;
+                            state.top = top;
+                        }
+                        let top = state.top;
+                        state.sum += f64::from(simd(
+                            #[inline(always)]
+                            || exp_shifted(z, top),
+                        ));
+                    }
+                });
+            }
+        }
+    });
+    running.iter().map(|r| (r.argmax, (f64::from(r.top) + r.sum.ln()) as f32)).unzip()
+}
+
+/// Teacher probabilities `p[M, Vd]` from `x[M, Ht]` and the head rows of the draft vocabulary `head[Vd, Ht]`; returns
+/// `[M]` the share of the full distribution that they cover, given its `lse[M]`.
+pub fn soft_targets(
+    threads: usize,
+    (x, head): (&[f32], &[f32]),
+    shape: LinearShape,
+    lse: &[f32],
+    p: &mut [f32],
+) -> Vec<f32> {
+    let vocab = shape.out;
+    matmul(threads, x, head, shape, p);
+    let mut mass = vec![0.0f32; shape.rows];
+    let (lines, all) = (Shared::new(p), Shared::new(&mut mass));
+    par_ranges(threads, shape.rows, 4, |r| {
+        for i in r {
+            // SAFETY: rows of tasks are disjoint.
+            let (z, mass) = unsafe { (lines.range(i * vocab..(i + 1) * vocab), all.range(i..i + 1)) };
+            simd(
+                #[inline(always)]
+                || {
+                    let top = max(z);
+                    let sum = exp_shifted(z, top);
+                    let inverse = 1.0 / sum;
+                    z.iter_mut().for_each(|z| *z *= inverse);
+                    mass[0] = exp(top - lse[i]) * sum;
+                },
+            );
+        }
+    });
+    mass
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::testing::{close, directional, noise};
+
+    struct Case {
+        rows: usize,
+        vocab: usize,
+        width: usize,
+        full: usize,
+    }
+
+    /// Loss and sums in double precision. `row` maps `α` and KL of all rows to the total.
+    fn plain(
+        case: &Case,
+        hidden: &[f64],
+        head: &[f64],
+        t: &Teacher,
+        loss: SoftLoss,
+        scale: SoftScale,
+        w: f64,
+    ) -> (f64, SoftSums) {
+        let (mut total, mut sums) =
+            (0.0, SoftSums { rows: case.rows as u64, kl_weight: w, ..SoftSums::default() });
+        for n in 0..case.rows {
+            let z: Vec<f64> = (0..case.vocab)
+                .map(|j| (0..case.width).map(|c| hidden[n * case.width + c] * head[j * case.width + c]).sum())
+                .collect();
+            let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+            let m = t.rows[n] as usize;
+            let (mut kl, mut alpha) = (0.0, 0.0f64);
+            for j in 0..case.vocab {
+                let p = f64::from(t.p[m * case.vocab + j]);
+                kl -= p * (z[j] - lse);
+                alpha += (z[j] - lse).exp().min(p * f64::from(t.mass[m]));
+            }
+            let best = (0..case.vocab).max_by(|a, b| z[*a].total_cmp(&z[*b])).unwrap();
+            sums.correct += u64::from(best == t.labels[m] as usize);
+            sums.kl += kl;
+            sums.alpha += alpha;
+            sums.neg_log_alpha -= alpha.ln();
+            total += match loss {
+                SoftLoss::Kl => f64::from(scale.kl) * kl,
+                SoftLoss::LkAlpha => -f64::from(scale.alpha) * alpha.ln(),
+                SoftLoss::LkLambda { .. } => {
+                    w * f64::from(scale.kl) * kl + (1.0 - w) * f64::from(scale.alpha) * (1.0 - alpha)
+                }
+            };
+        }
+        (total, sums)
+    }
+
+    struct Teacher {
+        p: Vec<f32>,
+        mass: Vec<f32>,
+        labels: Vec<u32>,
+        rows: Vec<u32>,
+    }
+
+    fn teacher(case: &Case) -> Teacher {
+        let m = case.rows + 2;
+        let (x, full) = (noise(5, m * case.width), noise(6, case.full * case.width));
+        let ids: Vec<usize> = (0..case.vocab).map(|j| j * case.full / case.vocab).collect();
+        let draft: Vec<f32> =
+            ids.iter().flat_map(|i| full[i * case.width..(i + 1) * case.width].to_vec()).collect();
+        let (argmax, lse) =
+            stream_head(2, (&x, &full), LinearShape { rows: m, out: case.full, inp: case.width });
+        let mut p = vec![0.0; m * case.vocab];
+        let shape = LinearShape { rows: m, out: case.vocab, inp: case.width };
+        let mass = soft_targets(2, (&x, &draft), shape, &lse, &mut p);
+        for r in 0..m {
+            let z: Vec<f64> = (0..case.full)
+                .map(|j| {
+                    (0..case.width)
+                        .map(|c| f64::from(x[r * case.width + c]) * f64::from(full[j * case.width + c]))
+                        .sum()
+                })
+                .collect();
+            let sum: f64 = z.iter().map(|z| z.exp()).sum();
+            close(lse[r], sum.ln(), 1e-6);
+            assert_eq!(argmax[r] as usize, (0..case.full).max_by(|a, b| z[*a].total_cmp(&z[*b])).unwrap());
+            let covered: f64 = ids.iter().map(|i| z[*i].exp()).sum();
+            close(mass[r], covered / sum, 2e-6);
+            for (j, i) in ids.iter().enumerate() {
+                close(p[r * case.vocab + j], z[*i].exp() / covered, 2e-6);
+            }
+        }
+        let labels = (0..m).map(|r| (r % case.vocab) as u32).collect();
+        Teacher { p, mass, labels, rows: (0..case.rows as u32).map(|r| (r * 7 + 1) % m as u32).collect() }
+    }
+
+    #[track_caller]
+    fn check(case: &Case, loss: SoftLoss) {
+        let t = teacher(case);
+        let scale = SoftScale { kl: 0.7, alpha: 1.3 };
+        let (hidden, head) = (noise(1, case.rows * case.width), noise(2, case.vocab * case.width));
+        let shape = LinearShape { rows: case.rows, out: case.vocab, inp: case.width };
+        let targets = SoftTargets { p: &t.p, mass: &t.mass, labels: &t.labels, rows: &t.rows };
+        let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.5; head.len()]);
+        let run = |threads, dhidden: &mut [f32], dhead: &mut [f32]| {
+            linear_soft_ce(threads, (&hidden, &head), shape, targets, loss, scale, Some((dhidden, dhead)))
+        };
+        let sums = run(2, &mut dhidden, &mut dhead);
+        let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+        let (wide_hidden, wide_head) = (wide(&hidden), wide(&head));
+        let (_, want) = plain(case, &wide_hidden, &wide_head, &t, loss, scale, sums.kl_weight);
+        let n = case.rows as f64;
+        close((sums.kl / n) as f32, want.kl / n, 2e-6);
+        close((sums.alpha / n) as f32, want.alpha / n, 2e-6);
+        close((sums.neg_log_alpha / n) as f32, want.neg_log_alpha / n, 2e-6);
+        assert_eq!(sums.correct, want.correct);
+        if let SoftLoss::LkLambda { kl_scale, kl_decay } = loss {
+            close(
+                sums.kl_weight as f32,
+                f64::from(kl_scale) * (-f64::from(kl_decay) * want.alpha / n).exp(),
+                1e-6,
+            );
+        }
+        dhead.iter_mut().for_each(|d| *d -= 0.5);
+        let total =
+            |hidden: &[f64], head: &[f64]| plain(case, hidden, head, &t, loss, scale, sums.kl_weight).0;
+        directional(&hidden, &dhidden, 5e-4, |h| total(h, &wide_head));
+        directional(&head, &dhead, 5e-4, |h| total(&wide_hidden, h));
+        let (mut again, mut head_again) = (vec![0.0; hidden.len()], vec![0.5; head.len()]);
+        assert_eq!(run(1, &mut again, &mut head_again), sums);
+        head_again.iter_mut().for_each(|d| *d -= 0.5);
+        assert!(again == dhidden && head_again == dhead, "gradients do not depend on the thread count");
+    }
+
+    #[test]
+    fn fused_head_and_loss_equal_the_plain_formulas_and_difference_quotients() {
+        for loss in [SoftLoss::Kl, SoftLoss::LkAlpha, SoftLoss::LkLambda { kl_scale: 1.0, kl_decay: 3.0 }] {
+            check(&Case { rows: 1, vocab: 3, width: 2, full: 5 }, loss);
+            check(&Case { rows: 13, vocab: 37, width: 8, full: 101 }, loss);
+        }
+        // More than one chunk of rows and of vocabulary.
+        check(&Case { rows: CHUNK + 9, vocab: 21, width: 4, full: VOCAB_BLOCK + 50 }, SoftLoss::Kl);
+    }
+
+    #[test]
+    fn no_rows_have_no_loss_and_no_gradient() {
+        let targets = SoftTargets { p: &[], mass: &[], labels: &[], rows: &[] };
+        let mut dhead = [1.0, 2.0];
+        let shape = LinearShape { rows: 0, out: 2, inp: 1 };
+        let scale = SoftScale { kl: 1.0, alpha: 1.0 };
+        let loss = SoftLoss::LkLambda { kl_scale: 1.0, kl_decay: 1.0 };
+        let sums =
+            linear_soft_ce(1, (&[], &[1.0, 1.0]), shape, targets, loss, scale, Some((&mut [], &mut dhead)));
+        assert_eq!((sums.rows, sums.kl, dhead), (0, 0.0, [1.0, 2.0]));
+    }
+}
