@@ -1,0 +1,321 @@
+//! The bench record: raw samples, counts, settings, hashes, machine. Every summary is derived from it, so that a
+//! stranger can derive it again.
+//!
+//! Times are integers of nanoseconds; counts are never divided here; nothing is estimated.
+
+use draftsmith_core::AcceptStats;
+use serde::{Deserialize, Serialize};
+
+use crate::BenchError;
+
+/// First field of a record file.
+pub const RECORD_FORMAT: &str = "draftsmith-bench-record";
+/// Newest version of the record that this crate reads and writes.
+pub const RECORD_VERSION: u32 = 1;
+
+/// What one measuring run of one workload saw.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Always [`RECORD_FORMAT`].
+    pub format: String,
+    /// Version of this layout.
+    pub version: u32,
+    /// Seconds since 1970, UTC, when the first sample began.
+    pub created_unix_s: u64,
+    /// Version of the program that measured.
+    pub draftsmith_version: String,
+    /// The rows that were run.
+    pub workload: WorkloadInfo,
+    /// The model that was made faster.
+    pub target: ArtifactInfo,
+    /// What drafted.
+    pub draft: ArtifactInfo,
+    /// How it was run.
+    pub settings: Settings,
+    /// Where it was run.
+    pub machine: Machine,
+    /// True if the caller stopped before the last row.
+    pub stopped_early: bool,
+    /// Rows left out, with the reason.
+    pub skipped: Vec<Skipped>,
+    /// One entry per row, turn and repeat, in the order of measuring.
+    pub samples: Vec<Sample>,
+}
+
+/// Where rows came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkloadInfo {
+    /// Name in tables.
+    pub name: String,
+    /// Hash of the workload file as stored.
+    pub sha256: String,
+    /// Rows in that file.
+    pub rows_total: u64,
+    /// Rows asked for (after `--limit`).
+    pub rows_wanted: u64,
+}
+
+/// A model file or folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArtifactInfo {
+    /// Name for people.
+    pub name: String,
+    /// Hash of its weights, if it has any.
+    pub sha256: Option<String>,
+    /// Method for a draft (`eagle3`), weight format for a target (`Q4_1`).
+    pub kind: String,
+}
+
+/// How the drafter proposes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "shape", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Drafting {
+    /// A list of `depth` tokens.
+    Chain {
+        /// Tokens per proposal.
+        depth: u32,
+    },
+    /// A tree.
+    Tree {
+        /// Levels.
+        depth: u32,
+        /// Candidates per node.
+        top_k: u32,
+        /// Nodes kept.
+        num_draft_tokens: u32,
+    },
+}
+
+impl Drafting {
+    /// Short form for tables: `chain 5`, `tree 5x4, 16 tokens`.
+    pub fn label(&self) -> String {
+        match self {
+            Drafting::Chain { depth } => format!("chain, depth {depth}"),
+            Drafting::Tree { depth, top_k, num_draft_tokens } => {
+                format!("tree, depth {depth}, top-k {top_k}, {num_draft_tokens} tokens")
+            }
+        }
+    }
+}
+
+/// Everything that changes the numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Limit of an answer.
+    pub max_new_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// Key of the noise.
+    pub seed: u64,
+    /// How the drafter proposes.
+    pub drafting: Drafting,
+    /// Worker threads of the engine.
+    pub threads: u32,
+    /// Runs of each prompt and side.
+    pub repeats: u32,
+    /// Tokens decoded per side before the first sample.
+    pub warmup_tokens: u32,
+}
+
+/// The machine, as the caller describes it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Processor name.
+    pub cpu: String,
+    /// Instruction sets that the kernels use.
+    pub cpu_features: Vec<String>,
+    /// Logical processors.
+    pub logical_cpus: u32,
+    /// Memory in bytes, if known.
+    pub memory_bytes: Option<u64>,
+    /// Operating system and architecture, `linux x86_64`.
+    pub os: String,
+    /// Mean number of runnable tasks in the minute before the first sample, if known.
+    pub load_average_1m: Option<f64>,
+}
+
+/// A row that was not measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Skipped {
+    /// Row.
+    pub id: String,
+    /// 0-based turn.
+    pub turn: u32,
+    /// Why.
+    pub reason: String,
+}
+
+/// Which side went first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Target-only decoding, then speculation.
+    PlainFirst,
+    /// Speculation, then target-only decoding.
+    SpecFirst,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// A stop token was chosen.
+    Stop,
+    /// The length limit was reached.
+    Length,
+    /// The caller cancelled.
+    Cancelled,
+}
+
+/// One prompt, both ways.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sample {
+    /// Row.
+    pub id: String,
+    /// 0-based turn.
+    pub turn: u32,
+    /// 0-based repeat.
+    pub repeat: u32,
+    /// Which side went first.
+    pub order: Order,
+    /// Nanoseconds from the start of the measurement to the start of this sample.
+    pub start_ns: u64,
+    /// Length of the prompt.
+    pub prompt_tokens: u32,
+    /// Target-only decoding.
+    pub plain: Side,
+    /// Speculative decoding.
+    pub spec: Side,
+    /// Verify counts of the speculative side.
+    pub accept: Accept,
+    /// True if both sides gave the same tokens.
+    pub identical: bool,
+    /// First index at which they differ.
+    pub first_difference: Option<u32>,
+}
+
+/// Time and size of one run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Side {
+    /// Tokens of the answer.
+    pub tokens: u32,
+    /// Tokens of the answer that the decode time covers (the prefill yields the others).
+    pub decode_tokens: u32,
+    /// Prompt processing.
+    pub prefill_ns: u64,
+    /// From the end of the prefill to the last token.
+    pub decode_ns: u64,
+    /// Why the answer ended.
+    pub finish: Finish,
+}
+
+/// [`AcceptStats`] as stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accept {
+    /// Target passes that verified a proposal.
+    pub verify_steps: u64,
+    /// Tokens committed by them, the target's own included.
+    pub committed_tokens: u64,
+    /// Draft tokens offered.
+    pub proposed_drafts: u64,
+    /// Draft tokens committed.
+    pub accepted_drafts: u64,
+    /// Steps whose proposal reached each depth.
+    pub proposals_at: Vec<u64>,
+    /// Steps that committed a draft token at each depth.
+    pub accepted_at: Vec<u64>,
+}
+
+impl From<&AcceptStats> for Accept {
+    fn from(stats: &AcceptStats) -> Accept {
+        Accept {
+            verify_steps: stats.verify_steps,
+            committed_tokens: stats.committed_tokens,
+            proposed_drafts: stats.proposed_drafts,
+            accepted_drafts: stats.accepted_drafts,
+            proposals_at: stats.proposals_at.clone(),
+            accepted_at: stats.accepted_at.clone(),
+        }
+    }
+}
+
+impl From<&Accept> for AcceptStats {
+    fn from(stored: &Accept) -> AcceptStats {
+        AcceptStats {
+            verify_steps: stored.verify_steps,
+            committed_tokens: stored.committed_tokens,
+            proposed_drafts: stored.proposed_drafts,
+            accepted_drafts: stored.accepted_drafts,
+            proposals_at: stored.proposals_at.clone(),
+            accepted_at: stored.accepted_at.clone(),
+        }
+    }
+}
+
+impl Record {
+    /// Reads a record and checks what its numbers rely on; `name` is used in errors.
+    pub fn from_json(name: &str, text: &str) -> Result<Record, BenchError> {
+        let bad = |problem: String| BenchError::Record { name: name.to_owned(), problem };
+        // The version is looked at before anything else, so that a later layout is named as such.
+        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        if value.get("format").and_then(|f| f.as_str()) != Some(RECORD_FORMAT) {
+            return Err(bad(format!("its `format` is not `{RECORD_FORMAT}`")));
+        }
+        let version = value.get("version").and_then(|v| v.as_u64()).unwrap_or(0);
+        if version == 0 || version > u64::from(RECORD_VERSION) {
+            return Err(BenchError::RecordVersion {
+                name: name.to_owned(),
+                found: u32::try_from(version).unwrap_or(u32::MAX),
+                supported: RECORD_VERSION,
+            });
+        }
+        let record: Record = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
+        record.validate().map_err(bad)?;
+        Ok(record)
+    }
+
+    /// The record as JSON text, readable and stable in order.
+    pub fn to_json(&self) -> Result<String, BenchError> {
+        let mut text = serde_json::to_string_pretty(self).map_err(|source| BenchError::Json { source })?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        for sample in &self.samples {
+            let accept = &sample.accept;
+            let place = format!("sample `{}` turn {}", sample.id, sample.turn);
+            if accept.proposals_at.len() != accept.accepted_at.len() {
+                return Err(format!("{place}: `proposals_at` and `accepted_at` differ in length"));
+            }
+            if accept
+                .accepted_at
+                .iter()
+                .zip(&accept.proposals_at)
+                .any(|(a, p)| a > p || *p > accept.verify_steps)
+            {
+                return Err(format!("{place}: more accepted than proposed at some depth"));
+            }
+            if accept.committed_tokens < accept.verify_steps {
+                return Err(format!("{place}: fewer committed tokens than verify steps"));
+            }
+            if sample.identical != sample.first_difference.is_none() {
+                return Err(format!("{place}: `identical` and `first_difference` disagree"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,141 @@
+//! The HTML report: self-contained, well formed, accessible, with the raw records inside.
+
+mod common;
+
+use common::{FakeRunner, measured, options, workload};
+use draftsmith_bench::{
+    BenchError, Interval, Record, ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with,
+};
+
+fn two_records() -> Vec<Record> {
+    vec![
+        measured(&mut FakeRunner::default(), &workload("gsm8k", 24, 1), &options(60)),
+        measured(
+            &mut FakeRunner { depth: 3, ..FakeRunner::default() },
+            &workload("mtbench", 12, 2),
+            &options(40),
+        ),
+    ]
+}
+
+/// Panics where a tag is closed that was not opened last.
+fn assert_well_formed(html: &str) {
+    let mut open: Vec<&str> = Vec::new();
+    let mut rest = html;
+    while let Some(at) = rest.find('<') {
+        rest = &rest[at + 1..];
+        if rest.starts_with('!') {
+            continue;
+        }
+        let end = rest.find('>').expect("an open angle bracket is closed");
+        let (tag, after) = (&rest[..end], &rest[end + 1..]);
+        rest = after;
+        if let Some(name) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(name), "closing tag at ..{}", &after[..after.len().min(80)]);
+            continue;
+        }
+        let name = tag.split([' ', '\n', '/']).next().unwrap();
+        if tag.ends_with('/') || ["meta", "br", "link"].contains(&name) {
+            continue;
+        }
+        if name == "script" || name == "style" {
+            let close = format!("</{name}>");
+            rest = &rest[rest.find(&close).expect("it is closed") + close.len()..];
+            continue;
+        }
+        open.push(name);
+    }
+    assert_eq!(open, Vec::<&str>::new());
+}
+
+#[test]
+fn the_report_needs_nothing_from_elsewhere() {
+    let html = report_html(&two_records()).unwrap();
+    for fetched in ["src=", "@import", "url(", "<link", "<img", "<iframe", "//cdn"] {
+        assert!(!html.contains(fetched), "{fetched}");
+    }
+    let outside: Vec<&str> = html
+        .match_indices("http")
+        .map(|(i, _)| &html[i..(i + 30).min(html.len())])
+        .filter(|t| !t.starts_with("http://www.w3.org/2000/svg"))
+        .collect();
+    assert_eq!(outside, Vec::<&str>::new());
+}
+
+#[test]
+fn every_tag_is_closed_and_every_chart_has_a_text() {
+    let html = report_html(&two_records()).unwrap();
+    assert_well_formed(&html);
+    let charts = html.matches("role=\"img\"").count();
+    assert_eq!(charts, 4);
+    assert_eq!(html.matches("<desc>").count(), charts);
+    assert_eq!(html.matches("The numbers as a table").count(), charts);
+    assert!(!html.contains("\"#0"), "a placeholder colour was left");
+}
+
+#[test]
+fn the_embedded_records_are_the_records() {
+    let records = two_records();
+    let html = report_html(&records).unwrap();
+    for (i, record) in records.iter().enumerate() {
+        let start = html.find(&format!("id=\"record-{i}\">")).unwrap() + format!("id=\"record-{i}\">").len();
+        let text = &html[start..start + html[start..].find("</script>").unwrap()];
+        assert_eq!(Record::from_json("embedded", text).unwrap(), *record);
+    }
+}
+
+#[test]
+fn speedups_name_their_baseline_and_doubts_stand_beside() {
+    let html = report_html(&two_records()).unwrap();
+    assert!(html.contains("Speedup over target-only decoding"));
+    assert!(html.contains("only 12 rows were measured"));
+    assert!(html.contains("href=\"#doubts\""));
+    assert!(!html.contains("sim_"), "nothing estimated without a training curve");
+}
+
+#[test]
+fn estimated_and_measured_curves_are_apart() {
+    let point = |step, value, rows| TrainingPoint {
+        step,
+        value,
+        rows,
+        interval: (rows > 0).then_some(Interval { low: value - 0.1, high: value + 0.1 }),
+    };
+    let training = TrainingCurve {
+        sim_accept_len: (0..50).map(|i| point(i * 20, 1.0 + i as f64 / 40.0, 0)).collect(),
+        measured_accept_len: (1..5).map(|i| point(i * 250, 1.4 + i as f64 / 8.0, 16)).collect(),
+    };
+    let options = ReportOptions { title: Some("A <b>title</b>".into()), training: Some(training) };
+    let html = report_html_with(&two_records(), &options).unwrap();
+    assert_well_formed(&html);
+    assert_eq!(html.matches("role=\"img\"").count(), 6);
+    assert!(html.contains("not a measurement"));
+    assert!(html.contains("A &lt;b&gt;title&lt;/b&gt;") && !html.contains("<b>title"));
+}
+
+#[test]
+fn a_single_row_and_a_hostile_name_are_no_problem() {
+    let mut record = measured(&mut FakeRunner::default(), &workload("w", 1, 1), &options(12));
+    record.workload.name = "</script><script>\"&'".into();
+    let html = report_html(&[record]).unwrap();
+    assert_well_formed(&html);
+    assert!(!html.contains("</script><script>\"&'"));
+    assert!(html.contains("no interval: fewer than two rows"));
+    assert!(matches!(report_html(&[]), Err(BenchError::NoRecords)));
+}
+
+#[test]
+fn many_workloads_share_no_marker() {
+    let records: Vec<Record> = (0..13)
+        .map(|i| {
+            measured(
+                &mut FakeRunner::default(),
+                &workload(&format!("workload-number-{i}"), 20, 1),
+                &options(30),
+            )
+        })
+        .collect();
+    let html = report_html(&records).unwrap();
+    assert_well_formed(&html);
+    assert_eq!(html.matches("id=\"accept-rate").count(), 3, "13 workloads, 6 to a chart");
+}
