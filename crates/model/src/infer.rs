@@ -1,0 +1,169 @@
+//! [`Ops`] for decoding and capture: runs each operation at once on packed weights.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use draftsmith_kernels::{Activation, Kernels, RopeTable, Segment, StepMask};
+
+use crate::ops::{Attend, Ops};
+
+/// Activations `[rows, width]` on the device.
+pub struct Rows<B> {
+    /// Row-major values.
+    pub buf: B,
+    /// Tokens.
+    pub rows: usize,
+    /// Values per token.
+    pub width: usize,
+}
+
+/// Runs networks on a backend without recording anything.
+pub struct Infer<'k, K: Kernels> {
+    kernels: &'k K,
+}
+
+impl<'k, K: Kernels> Infer<'k, K> {
+    /// An executor on this backend.
+    pub fn new(kernels: &'k K) -> Infer<'k, K> {
+        Infer { kernels }
+    }
+
+    /// Host values `[rows, width]` as activations.
+    ///
+    /// # Panics
+    /// If the length is not a multiple of the width.
+    pub fn input(&self, values: &[f32], width: usize) -> Rc<Rows<K::Buf>> {
+        assert!(values.len().is_multiple_of(width), "whole rows");
+        Rc::new(Rows { buf: self.kernels.upload(values), rows: values.len() / width, width })
+    }
+
+    /// Chosen rows.
+    pub fn gather(&self, x: &Rows<K::Buf>, rows: &[u32]) -> Rc<Rows<K::Buf>> {
+        let mut buf = self.kernels.zeros(rows.len() * x.width);
+        self.kernels.gather_rows(&x.buf, x.width, rows, &mut buf);
+        Rc::new(Rows { buf, rows: rows.len(), width: x.width })
+    }
+
+    /// All values on the host.
+    pub fn values(&self, x: &Rows<K::Buf>) -> Vec<f32> {
+        let mut out = vec![0.0; x.rows * x.width];
+        self.kernels.download(&x.buf, 0, &mut out);
+        out
+    }
+
+    fn copy(&self, x: &Rows<K::Buf>) -> K::Buf {
+        let mut buf = self.kernels.zeros(x.rows * x.width);
+        self.kernels.slice_cols(&x.buf, x.width, 0, x.width, x.rows, &mut buf);
+        buf
+    }
+
+    fn wrap(&self, buf: K::Buf, rows: usize, width: usize) -> Rc<Rows<K::Buf>> {
+        Rc::new(Rows { buf, rows, width })
+    }
+
+    fn norm(&self, x: &Rows<K::Buf>, w: &K::Buf, width: usize, eps: f32) -> Rc<Rows<K::Buf>> {
+        let mut y = self.kernels.zeros(x.rows * x.width);
+        self.kernels.rms_norm(&x.buf, w, width, eps, &mut y);
+        self.wrap(y, x.rows, x.width)
+    }
+}
+
+/// A packed linear weight with its shape.
+pub struct Linear<P> {
+    /// Backend layout.
+    pub packed: P,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the weight.
+    pub in_features: usize,
+}
+
+impl<K: Kernels> Ops for Infer<'_, K> {
+    type T = Rc<Rows<K::Buf>>;
+    type W = Arc<Linear<K::Packed>>;
+    type N = Arc<K::Buf>;
+
+    fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T {
+        assert!(x.width == w.in_features, "linear input of {} values, weight wants {}", x.width, w.in_features);
+        let mut y = self.kernels.zeros(x.rows * w.out_features);
+        self.kernels.matmul(&x.buf, x.rows, &w.packed, bias.map(Arc::as_ref), &mut y);
+        self.wrap(y, x.rows, w.out_features)
+    }
+
+    fn rms_norm(&mut self, x: &Self::T, w: &Self::N, eps: f32) -> Self::T {
+        self.norm(x, w, x.width, eps)
+    }
+
+    fn head_norm(&mut self, x: &Self::T, w: &Self::N, head_dim: usize, eps: f32) -> Self::T {
+        self.norm(x, w, head_dim, eps)
+    }
+
+    fn rope(&mut self, x: &Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T {
+        let mut y = self.copy(x);
+        self.kernels.rope(&mut y, x.width / table.head_dim(), table, positions);
+        self.wrap(y, x.rows, x.width)
+    }
+
+    fn gated(&mut self, activation: Activation, gate: &Self::T, up: &Self::T) -> Self::T {
+        let mut y = self.copy(gate);
+        self.kernels.gated(activation, &mut y, &up.buf);
+        self.wrap(y, gate.rows, gate.width)
+    }
+
+    fn add(&mut self, a: &Self::T, b: &Self::T) -> Self::T {
+        let mut y = self.copy(a);
+        self.kernels.add(&mut y, &b.buf);
+        self.wrap(y, a.rows, a.width)
+    }
+
+    fn concat(&mut self, parts: &[&Self::T]) -> Self::T {
+        let rows = parts.first().map_or(0, |p| p.rows);
+        let width = parts.iter().map(|p| p.width).sum();
+        let mut y = self.kernels.zeros(rows * width);
+        let list: Vec<_> = parts.iter().map(|p| (&p.buf, p.width)).collect();
+        self.kernels.concat_cols(&list, rows, &mut y);
+        self.wrap(y, rows, width)
+    }
+
+    fn slice_cols(&mut self, x: &Self::T, from: usize, width: usize) -> Self::T {
+        let mut y = self.kernels.zeros(x.rows * width);
+        self.kernels.slice_cols(&x.buf, x.width, from, width, x.rows, &mut y);
+        self.wrap(y, x.rows, width)
+    }
+
+    fn embed(&mut self, table: &Self::W, ids: &[u32], scale: f32) -> Self::T {
+        let mut y = self.kernels.zeros(ids.len() * table.in_features);
+        self.kernels.embed(&table.packed, ids, scale, &mut y);
+        self.wrap(y, ids.len(), table.in_features)
+    }
+}
+
+/// Attention of one layer over the caches of one or more sequences.
+pub struct CacheAttend<'a, Kv> {
+    /// Caches and masks; their rows stand one after the other.
+    pub segments: Vec<Segment<'a, Kv>>,
+    /// Values per head.
+    pub head_dim: usize,
+}
+
+impl<'a, Kv> CacheAttend<'a, Kv> {
+    /// One sequence.
+    pub fn one(kv: &'a mut Kv, mask: StepMask<'a>, head_dim: usize) -> CacheAttend<'a, Kv> {
+        CacheAttend { segments: vec![Segment { kv, mask }], head_dim }
+    }
+}
+
+impl<'k, K: Kernels> Attend<Infer<'k, K>> for CacheAttend<'_, K::Kv> {
+    fn attend(
+        &mut self,
+        ops: &mut Infer<'k, K>,
+        q: Rc<Rows<K::Buf>>,
+        k: Rc<Rows<K::Buf>>,
+        v: Rc<Rows<K::Buf>>,
+    ) -> Rc<Rows<K::Buf>> {
+        let mut y = ops.kernels.zeros(q.rows * q.width);
+        let heads = q.width / self.head_dim;
+        ops.kernels.attend(&q.buf, &k.buf, &v.buf, heads, &mut self.segments, &mut y);
+        ops.wrap(y, q.rows, q.width)
+    }
+}

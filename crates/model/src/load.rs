@@ -1,0 +1,281 @@
+//! Weights of a target by logical name, from GGUF or safetensors, every tensor accounted for.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use draftsmith_formats::gguf::{GgmlType, GgufFile};
+use draftsmith_formats::hf_config::HfConfig;
+use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_kernels::{Kernels, PackMode, WeightDtype, WeightView, quant};
+
+use crate::config::{Family, TargetConfig};
+use crate::infer::Linear;
+use crate::{ModelError, Precision};
+
+/// One tensor of a decoder layer, or of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Embed,
+    FinalNorm,
+    Head,
+    InputNorm,
+    Q,
+    K,
+    V,
+    O,
+    QBias,
+    KBias,
+    VBias,
+    QNorm,
+    KNorm,
+    AttentionPostNorm,
+    MlpNorm,
+    Gate,
+    Up,
+    Down,
+    MlpPostNorm,
+}
+
+impl Part {
+    fn gguf(self, layer: usize) -> String {
+        let name = match self {
+            Part::Embed => return "token_embd.weight".into(),
+            Part::FinalNorm => return "output_norm.weight".into(),
+            Part::Head => return "output.weight".into(),
+            Part::InputNorm => "attn_norm.weight",
+            Part::Q => "attn_q.weight",
+            Part::K => "attn_k.weight",
+            Part::V => "attn_v.weight",
+            Part::O => "attn_output.weight",
+            Part::QBias => "attn_q.bias",
+            Part::KBias => "attn_k.bias",
+            Part::VBias => "attn_v.bias",
+            Part::QNorm => "attn_q_norm.weight",
+            Part::KNorm => "attn_k_norm.weight",
+            Part::AttentionPostNorm => "post_attention_norm.weight",
+            Part::MlpNorm => "ffn_norm.weight",
+            Part::Gate => "ffn_gate.weight",
+            Part::Up => "ffn_up.weight",
+            Part::Down => "ffn_down.weight",
+            Part::MlpPostNorm => "post_ffw_norm.weight",
+        };
+        format!("blk.{layer}.{name}")
+    }
+
+    fn hf(self, layer: usize, family: Family, prefix: &str) -> String {
+        let name = match self {
+            Part::Embed => return format!("{prefix}embed_tokens.weight"),
+            Part::FinalNorm => return format!("{prefix}norm.weight"),
+            Part::Head => return "lm_head.weight".into(),
+            Part::InputNorm => "input_layernorm.weight",
+            Part::Q => "self_attn.q_proj.weight",
+            Part::K => "self_attn.k_proj.weight",
+            Part::V => "self_attn.v_proj.weight",
+            Part::O => "self_attn.o_proj.weight",
+            Part::QBias => "self_attn.q_proj.bias",
+            Part::KBias => "self_attn.k_proj.bias",
+            Part::VBias => "self_attn.v_proj.bias",
+            Part::QNorm => "self_attn.q_norm.weight",
+            Part::KNorm => "self_attn.k_norm.weight",
+            Part::AttentionPostNorm => "post_attention_layernorm.weight",
+            Part::MlpNorm if family == Family::Gemma3 => "pre_feedforward_layernorm.weight",
+            Part::MlpNorm => "post_attention_layernorm.weight",
+            Part::Gate => "mlp.gate_proj.weight",
+            Part::Up => "mlp.up_proj.weight",
+            Part::Down => "mlp.down_proj.weight",
+            Part::MlpPostNorm => "post_feedforward_layernorm.weight",
+        };
+        format!("{prefix}layers.{layer}.{name}")
+    }
+}
+
+enum Container {
+    Gguf(GgufFile<'static>),
+    Safetensors { dir: SafetensorsDir, prefix: &'static str },
+}
+
+/// An opened model whose tensors are handed out once each.
+pub(crate) struct Source {
+    container: Container,
+    place: String,
+    pub(crate) config: TargetConfig,
+    used: BTreeSet<String>,
+}
+
+/// A weight in stored form, possibly with rows put in another order.
+struct Stored<'a> {
+    dtype: WeightDtype,
+    shape: [usize; 2],
+    data: std::borrow::Cow<'a, [u8]>,
+}
+
+impl Source {
+    pub(crate) fn open(path: &Path) -> Result<Source, ModelError> {
+        let place = path.display().to_string();
+        if path.is_dir() {
+            let config_path = path.join("config.json");
+            if !config_path.is_file() {
+                return Err(ModelError::NotAModel { place });
+            }
+            let config = TargetConfig::from_hf(&HfConfig::open(&config_path)?)?;
+            let dir = SafetensorsDir::open(path)?;
+            let prefix = ["model.", "language_model.model.", "model.language_model.", ""]
+                .into_iter()
+                .find(|p| dir.find(&format!("{p}embed_tokens.weight")).is_some())
+                .unwrap_or("model.");
+            return Ok(Source { container: Container::Safetensors { dir, prefix }, place, config, used: BTreeSet::new() });
+        }
+        if path.is_file() && path.extension().is_some_and(|e| e == "safetensors") {
+            return Err(ModelError::NotAModel { place });
+        }
+        let file = GgufFile::open(path)?;
+        let config = TargetConfig::from_gguf(&file)?;
+        Ok(Source { container: Container::Gguf(file), place, config, used: BTreeSet::new() })
+    }
+
+    fn stored(&mut self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Stored<'_>, ModelError> {
+        let place = self.place.clone();
+        let family = self.config.family;
+        match &self.container {
+            Container::Gguf(file) => {
+                let name = part.gguf(layer);
+                let info = file
+                    .find_tensor(&name)
+                    .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
+                let dtype = match info.ggml_type {
+                    GgmlType::F32 => WeightDtype::F32,
+                    GgmlType::F16 => WeightDtype::F16,
+                    GgmlType::BF16 => WeightDtype::Bf16,
+                    GgmlType::Q4_0 => WeightDtype::Q4_0,
+                    GgmlType::Q4_1 => WeightDtype::Q4_1,
+                    GgmlType::Q8_0 => WeightDtype::Q8_0,
+                    GgmlType::Q4K => WeightDtype::Q4K,
+                    GgmlType::Q6K => WeightDtype::Q6K,
+                    other => return Err(ModelError::TensorType { place, name, found: other.to_string() }),
+                };
+                let mut found: Vec<usize> = info.dims.iter().rev().copied().collect();
+                if found.len() == 1 {
+                    found.insert(0, 1);
+                }
+                if found != shape {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                }
+                self.used.insert(name);
+                let mut data = std::borrow::Cow::Borrowed(file.data(info));
+                // llama.cpp stores the q and k rows of Llama models in interleaved RoPE order.
+                if family == Family::Llama && matches!(part, Part::Q | Part::K) {
+                    data = unpermute(&data, shape[0], self.config.head_dim).into();
+                }
+                Ok(Stored { dtype, shape, data })
+            }
+            Container::Safetensors { dir, prefix } => {
+                use draftsmith_formats::safetensors_dir::Dtype;
+                let name = part.hf(layer, family, prefix);
+                let tensor = dir
+                    .find(&name)
+                    .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
+                let dtype = match tensor.dtype {
+                    Dtype::F32 => WeightDtype::F32,
+                    Dtype::F16 => WeightDtype::F16,
+                    Dtype::BF16 => WeightDtype::Bf16,
+                    other => return Err(ModelError::TensorType { place, name, found: format!("{other:?}") }),
+                };
+                let mut found = tensor.shape.to_vec();
+                if found.len() == 1 {
+                    found.insert(0, 1);
+                }
+                if found != shape {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                }
+                let data = std::borrow::Cow::Borrowed(tensor.bytes);
+                self.used.insert(name);
+                Ok(Stored { dtype, shape, data })
+            }
+        }
+    }
+
+    pub(crate) fn linear<K: Kernels>(
+        &mut self,
+        kernels: &K,
+        precision: Precision,
+        part: Part,
+        layer: usize,
+        shape: [usize; 2],
+    ) -> Result<Arc<Linear<K::Packed>>, ModelError> {
+        let place = self.place.clone();
+        let stored = self.stored(part, layer, shape)?;
+        let view = WeightView {
+            dtype: stored.dtype,
+            out_features: stored.shape[0],
+            in_features: stored.shape[1],
+            data: &stored.data,
+        };
+        let mode = match precision {
+            Precision::F32 => PackMode::F32,
+            Precision::Stored => PackMode::Stored,
+        };
+        let packed = kernels
+            .pack(&format!("{part:?} of layer {layer}"), &view, mode)
+            .map_err(|source| ModelError::Kernel { place, source })?;
+        Ok(Arc::new(Linear { packed, out_features: shape[0], in_features: shape[1] }))
+    }
+
+    /// A weight as f32, row-major.
+    pub(crate) fn floats(&mut self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Vec<f32>, ModelError> {
+        let place = self.place.clone();
+        let stored = self.stored(part, layer, shape)?;
+        let view = WeightView {
+            dtype: stored.dtype,
+            out_features: shape[0],
+            in_features: shape[1],
+            data: &stored.data,
+        };
+        view.check(&format!("{part:?}")).map_err(|source| ModelError::Kernel { place, source })?;
+        Ok(quant::dequantize(&view))
+    }
+
+    /// A norm weight, with Gemma's one added.
+    pub(crate) fn norm(&mut self, part: Part, layer: usize, width: usize) -> Result<Vec<f32>, ModelError> {
+        let mut values = self.floats(part, layer, [1, width])?;
+        if self.config.norm_plus_one {
+            values.iter_mut().for_each(|v| *v += 1.0);
+        }
+        Ok(values)
+    }
+
+    /// Fails on a tensor that nobody asked for.
+    pub(crate) fn finish(self) -> Result<TargetConfig, ModelError> {
+        let ignorable = |name: &str| {
+            name == "rope_freqs.weight"
+                || name.ends_with("rotary_emb.inv_freq")
+                || (name == "lm_head.weight" && self.config.tied)
+                // Towers of multimodal checkpoints.
+                || ["vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."]
+                    .iter()
+                    .any(|p| name.starts_with(p))
+        };
+        let names: Vec<String> = match &self.container {
+            Container::Gguf(file) => file.tensors().iter().map(|t| t.name.clone()).collect(),
+            Container::Safetensors { dir, .. } => dir.names().map(str::to_owned).collect(),
+        };
+        match names.into_iter().find(|n| !self.used.contains(n) && !ignorable(n)) {
+            Some(name) => Err(ModelError::UnexpectedTensor { place: self.place, name }),
+            None => Ok(self.config),
+        }
+    }
+}
+
+/// Rows of each head from interleaved pairs back to halves: row `2 i + j` of a head becomes row `j * half + i`.
+fn unpermute(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
+    let row_bytes = data.len() / rows.max(1);
+    let half = head_dim / 2;
+    let mut out = vec![0u8; data.len()];
+    for row in 0..rows {
+        let (head, r) = (row / head_dim, row % head_dim);
+        let from = head * head_dim + r % half * 2 + r / half;
+        out[row * row_bytes..(row + 1) * row_bytes]
+            .copy_from_slice(&data[from * row_bytes..(from + 1) * row_bytes]);
+    }
+    out
+}
