@@ -1,0 +1,82 @@
+//! What may not stand in any file of the tree.
+
+use anyhow::Result;
+
+use crate::{Findings, Tree};
+
+const LINES_MAX: usize = 1500;
+/// Maps weight files into memory: the one `unsafe` outside the kernels.
+const MAPPED: &str = "crates/formats/src/mapped.rs";
+
+/// Files written by programs, or foreign: not read line by line.
+fn is_foreign(file: &str) -> bool {
+    file == "Cargo.lock" || file.ends_with(".snap") || file.contains("/licenses/") || file == "LICENSE-APACHE"
+}
+
+fn is_text(file: &str) -> bool {
+    let ends = [".rs", ".md", ".toml", ".py", ".sh", ".html", ".css", ".js", ".yml", ".yaml"];
+    ends.iter().any(|e| file.ends_with(e)) || file == ".ci/run" || file == "NOTICE"
+}
+
+pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
+    // Written in halves, so that this file does not find itself.
+    let marks = [concat!("FIX", "ME"), concat!("todo", "!("), concat!("XX", "X:")];
+    let machines = [
+        concat!("/wo", "rk/"),
+        concat!("/ro", "ot/"),
+        concat!("/ho", "me/"),
+        concat!("/Us", "ers/"),
+        concat!("/tmp/", "pip"),
+        concat!("../sha", "red"),
+    ];
+    let hosts = [
+        concat!("py", "pi.org"),
+        concat!("python", "hosted.org"),
+        concat!("static.", "crates.io"),
+        concat!("index.", "crates.io"),
+        concat!("registry.", "npmjs"),
+        concat!("deb.", "debian.org"),
+    ];
+    for file in tree.files.iter().filter(|f| is_text(f) && !is_foreign(f)) {
+        let Ok(text) = std::fs::read_to_string(tree.root.join(file)) else {
+            findings.push(format!("{file}: not UTF-8"));
+            continue;
+        };
+        let lines = text.lines().count();
+        if lines > LINES_MAX {
+            findings.push(format!("{file}: {lines} lines, at most {LINES_MAX} are allowed"));
+        }
+        for (n, line) in text.lines().enumerate() {
+            let mut found = |what: &str, mark: &str| {
+                findings.push(format!("{file}:{}: {what} `{mark}`", n + 1));
+            };
+            marks.iter().filter(|m| line.contains(**m)).for_each(|m| found("leftover", m));
+            machines.iter().filter(|m| line.contains(**m)).for_each(|m| found("path of one machine", m));
+            hosts.iter().filter(|m| line.contains(**m)).for_each(|m| found("host of a registry", m));
+            let code = line.trim_start();
+            let is_unsafe = ["unsafe {", "unsafe fn", "unsafe impl"].iter().any(|u| code.contains(u));
+            if file.ends_with(".rs")
+                && is_unsafe
+                && !code.starts_with("//")
+                && !file.starts_with("crates/kernels/")
+                && !file.starts_with("xtask/")
+                && file != MAPPED
+            {
+                found("only `kernels` may hold", "unsafe");
+            }
+        }
+        if file.ends_with(".rs")
+            && !file.contains("/tests/")
+            && !file.ends_with("/tests.rs")
+            && !text.starts_with("//!")
+        {
+            findings.push(format!("{file}:1: no `//!` that says what this module is"));
+        }
+    }
+    let lock = tree.read("Cargo.lock")?;
+    let one = concat!("registry+https://github.com/rust-lang/", "crates.io-index");
+    for line in lock.lines().filter(|l| l.starts_with("source = ") && !l.contains(one)) {
+        findings.push(format!("Cargo.lock: `{line}` is not the public registry"));
+    }
+    Ok(())
+}
