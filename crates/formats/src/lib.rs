@@ -11,4 +11,5 @@ pub mod gguf;
 pub mod hash;
 pub mod hf_config;
 pub mod mapped;
+pub mod run;
 pub mod safetensors_dir;

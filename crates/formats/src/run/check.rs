@@ -1,0 +1,220 @@
+//! Rules between the keys of a run file that types alone do not express.
+
+use super::{Method, RunFile};
+use crate::hash::is_sha256_hex;
+
+/// A broken rule: dotted key, what is wrong, and advice where there is any.
+pub(super) struct Broken {
+    pub(super) key: String,
+    pub(super) problem: String,
+    pub(super) advice: Option<String>,
+}
+
+fn broken(key: &str, problem: impl Into<String>) -> Result<(), Broken> {
+    Err(Broken { key: key.to_string(), problem: problem.into(), advice: None })
+}
+
+fn broken_with(key: &str, problem: impl Into<String>, advice: impl Into<String>) -> Result<(), Broken> {
+    Err(Broken { key: key.to_string(), problem: problem.into(), advice: Some(advice.into()) })
+}
+
+/// `value` must be finite and inside; the bounds are named in words because some are open.
+fn number(key: &str, value: f64, inside: bool, wanted: &str) -> Result<(), Broken> {
+    if value.is_finite() && inside { Ok(()) } else { broken(key, format!("is {value}, expected {wanted}")) }
+}
+
+fn positive(key: &str, value: u64) -> Result<(), Broken> {
+    if value > 0 { Ok(()) } else { broken(key, "is 0, expected at least 1") }
+}
+
+fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
+    if value <= limit { Ok(()) } else { broken(key, format!("is {value}, expected at most {limit}")) }
+}
+
+fn seed(key: &str, value: Option<u64>) -> Result<(), Broken> {
+    // TOML integers are signed, and the resolved copy must be writable.
+    at_most(key, value.unwrap_or(0), i64::MAX as u64)
+}
+
+/// Longest chain or deepest tree that makes sense to draft.
+const MAX_DEPTH: u64 = 64;
+
+impl RunFile {
+    pub(super) fn check(&self) -> Result<(), Broken> {
+        self.check_run_and_target()?;
+        self.check_data()?;
+        self.check_capture_and_draft()?;
+        self.check_train()?;
+        self.check_validate_and_bench()
+    }
+
+    fn check_run_and_target(&self) -> Result<(), Broken> {
+        let name = &self.run.name;
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            let problem = format!("is `{name}`, expected letters, digits, `-`, `_` and `.`");
+            return broken("run.name", problem);
+        }
+        seed("run.seed", Some(self.run.seed))?;
+        if let Some(threads) = self.run.threads {
+            positive("run.threads", u64::from(threads))?;
+        }
+        if self.target.source.0.is_empty() {
+            return broken("target.source", "is an empty list");
+        }
+        if self.target.source.0.iter().any(|s| s.trim().is_empty()) {
+            return broken("target.source", "has an empty model reference");
+        }
+        if let Some(sha256) = &self.target.sha256
+            && !is_sha256_hex(sha256)
+        {
+            let problem = format!("is `{sha256}`, expected 64 lower-case hex digits");
+            return broken("target.sha256", problem);
+        }
+        match self.target.max_context {
+            Some(n) => positive("target.max_context", u64::from(n)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_data(&self) -> Result<(), Broken> {
+        let data = &self.data;
+        if data.sources.is_empty() {
+            return broken("data.sources", "is an empty list");
+        }
+        for (i, source) in data.sources.iter().enumerate() {
+            if source.path.trim().is_empty() {
+                return broken(&format!("data.sources.{i}.path"), "is empty");
+            }
+            let weight = source.weight;
+            number(&format!("data.sources.{i}.weight"), weight, weight > 0.0, "a number above 0")?;
+        }
+        if data.max_length < 2 {
+            return broken("data.max_length", format!("is {}, expected at least 2", data.max_length));
+        }
+        if let Some(max) = self.target.max_context
+            && data.max_length > max
+        {
+            let problem = format!("is {}, more than `target.max_context` = {max}", data.max_length);
+            return broken("data.max_length", problem);
+        }
+        let regenerate = &self.regenerate;
+        positive("regenerate.max_new_tokens", u64::from(regenerate.max_new_tokens))?;
+        positive("regenerate.batch_size", u64::from(regenerate.batch_size))?;
+        let (t, p, share) = (regenerate.temperature, regenerate.top_p, regenerate.greedy_share);
+        number("regenerate.temperature", t, t >= 0.0, "a number of at least 0")?;
+        number("regenerate.top_p", p, p > 0.0 && p <= 1.0, "a number above 0 and at most 1")?;
+        number("regenerate.greedy_share", share, (0.0..=1.0).contains(&share), "a number from 0 to 1")?;
+        seed("regenerate.seed", regenerate.seed)
+    }
+
+    fn check_capture_and_draft(&self) -> Result<(), Broken> {
+        positive("capture.shard_rows", u64::from(self.capture.shard_rows))?;
+        let draft = &self.draft;
+        if let Some(layers) = &self.capture.layers {
+            let wanted = match draft.method {
+                Method::Eagle3 => 3,
+            };
+            if layers.len() != wanted || !layers.windows(2).all(|w| w[0] < w[1]) {
+                let problem = format!("is {layers:?}, expected {wanted} layers in ascending order");
+                return broken("capture.layers", problem);
+            }
+        }
+        positive("draft.vocab_size", u64::from(draft.vocab_size))?;
+        for (key, value) in [
+            ("draft.hidden", draft.hidden),
+            ("draft.intermediate", draft.intermediate),
+            ("draft.heads", draft.heads),
+            ("draft.kv_heads", draft.kv_heads),
+        ] {
+            if let Some(value) = value {
+                positive(key, u64::from(value))?;
+            }
+        }
+        if let (Some(heads), Some(kv)) = (draft.heads, draft.kv_heads)
+            && !heads.is_multiple_of(kv)
+        {
+            return broken(
+                "draft.kv_heads",
+                format!("is {kv}, which does not divide `draft.heads` = {heads}"),
+            );
+        }
+        if let (Some(hidden), Some(heads)) = (draft.hidden, draft.heads)
+            && !hidden.is_multiple_of(heads)
+        {
+            return broken(
+                "draft.heads",
+                format!("is {heads}, which does not divide `draft.hidden` = {hidden}"),
+            );
+        }
+        Ok(())
+    }
+
+    fn check_train(&self) -> Result<(), Broken> {
+        let t = &self.train;
+        positive("train.ttt_length", u64::from(t.ttt_length))?;
+        at_most("train.ttt_length", u64::from(t.ttt_length), MAX_DEPTH)?;
+        number("train.step_decay", t.step_decay, t.step_decay > 0.0, "a number above 0")?;
+        number("train.kl_scale", t.kl_scale, (0.0..=1.0).contains(&t.kl_scale), "a number from 0 to 1")?;
+        number("train.kl_decay", t.kl_decay, t.kl_decay >= 0.0, "a number of at least 0")?;
+        number("train.lr", t.lr, t.lr > 0.0, "a number above 0")?;
+        let ratio = t.warmup_ratio;
+        number("train.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a number from 0 to 1")?;
+        number("train.weight_decay", t.weight_decay, t.weight_decay >= 0.0, "a number of at least 0")?;
+        for (key, beta) in [("train.beta1", t.beta1), ("train.beta2", t.beta2)] {
+            number(key, beta, (0.0..1.0).contains(&beta), "a number from 0 to below 1")?;
+        }
+        number("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0.0, "a number above 0")?;
+        positive("train.epochs", u64::from(t.epochs))?;
+        positive("train.max_steps", t.max_steps.unwrap_or(1))?;
+        positive("train.tokens_per_step", u64::from(t.tokens_per_step))?;
+        positive("train.log_every", t.log_every)?;
+        positive("train.checkpoint_every", t.checkpoint_every)?;
+        positive("train.keep_checkpoints", u64::from(t.keep_checkpoints))?;
+        if t.pack_length < self.data.max_length {
+            let problem = format!(
+                "is {}, but rows can be as long as `data.max_length` = {}",
+                t.pack_length, self.data.max_length
+            );
+            let advice =
+                format!("set `train.pack_length` to {} or lower `data.max_length`", self.data.max_length);
+            return broken_with("train.pack_length", problem, advice);
+        }
+        seed("train.seed", t.seed)
+    }
+
+    fn check_validate_and_bench(&self) -> Result<(), Broken> {
+        let v = &self.validate;
+        positive("validate.prompts", u64::from(v.prompts))?;
+        positive("validate.max_new_tokens", u64::from(v.max_new_tokens))?;
+        positive("validate.depth", u64::from(v.depth))?;
+        at_most("validate.depth", u64::from(v.depth), MAX_DEPTH)?;
+        for (domain, share) in &v.domains {
+            number(&format!("validate.domains.{domain}"), *share, *share >= 0.0, "a number of at least 0")?;
+        }
+        if v.every > 0 && self.data.validation.is_none() && self.data.validation_rows < v.prompts {
+            let problem = format!(
+                "is {}, but `data.validation_rows` holds back only {}",
+                v.prompts, self.data.validation_rows
+            );
+            let advice = "raise `data.validation_rows`, name a file in `data.validation`, or turn validation off \
+                          with `validate.every = 0`";
+            return broken_with("validate.prompts", problem, advice);
+        }
+        let b = &self.bench;
+        positive("bench.max_new_tokens", u64::from(b.max_new_tokens))?;
+        positive("bench.depth", u64::from(b.depth))?;
+        at_most("bench.depth", u64::from(b.depth), MAX_DEPTH)?;
+        positive("bench.limit", u64::from(b.limit.unwrap_or(1)))?;
+        if let Some(tree) = &b.tree {
+            positive("bench.tree.depth", u64::from(tree.depth))?;
+            at_most("bench.tree.depth", u64::from(tree.depth), MAX_DEPTH)?;
+            positive("bench.tree.top_k", u64::from(tree.top_k))?;
+            if tree.nodes < tree.depth {
+                let problem = format!("is {}, too few for `bench.tree.depth` = {}", tree.nodes, tree.depth);
+                return broken("bench.tree.nodes", problem);
+            }
+        }
+        Ok(())
+    }
+}

