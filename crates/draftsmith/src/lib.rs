@@ -8,6 +8,8 @@ pub mod cli;
 pub mod doctor;
 pub mod pull;
 pub mod report;
+pub mod target;
 
 pub use draftsmith_core as core;
 pub use draftsmith_formats as formats;
+pub use draftsmith_text as text;

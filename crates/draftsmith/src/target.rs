@@ -1,0 +1,175 @@
+//! The text side of a target: tokenizer and chat template from wherever its weights come from.
+//!
+//! A GGUF file carries both in its metadata; a Hugging Face folder has `tokenizer.json`, `tokenizer_config.json`,
+//! `generation_config.json` and, in newer ones, `chat_template.jinja`, which wins over the copy in the config.
+
+use std::path::{Path, PathBuf};
+
+use draftsmith_formats::atomic::{self, AtomicError};
+use draftsmith_formats::gguf::{GgufError, GgufFile};
+use draftsmith_formats::hash;
+use draftsmith_text::{ChatTemplate, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
+
+/// Why a target has no usable text side.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetTextError {
+    /// The GGUF file is broken.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The text files or the metadata are not usable.
+    #[error("`{}`: {source}", path.display())]
+    Text {
+        /// The model file or the template file.
+        path: PathBuf,
+        /// What is wrong.
+        source: TextError,
+    },
+    /// A file that a model folder must have.
+    #[error("`{}` has no `{file}`", folder.display())]
+    MissingFile {
+        /// The model folder.
+        folder: PathBuf,
+        /// The file.
+        file: &'static str,
+    },
+    /// The model brings no chat template and none was given.
+    #[error("`{}` has no chat template", path.display())]
+    NoTemplate {
+        /// The model.
+        path: PathBuf,
+    },
+    /// A file that cannot be read.
+    #[error(transparent)]
+    Disk(#[from] AtomicError),
+}
+
+impl TargetTextError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            TargetTextError::Gguf(error) => error.hint(),
+            TargetTextError::Text { source, .. } => source.hint(),
+            TargetTextError::MissingFile { .. } => {
+                Some("download the whole model folder, or use a GGUF file, which carries its tokenizer".to_string())
+            }
+            TargetTextError::NoTemplate { .. } => Some(
+                "use the instruct version of the model, or give a Jinja file: `data.template` in a run file, \
+                 `--template` on the command line"
+                    .to_string(),
+            ),
+            TargetTextError::Disk(error) => error.hint(),
+        }
+    }
+}
+
+/// Tokenizer and chat template of a target.
+#[derive(Debug)]
+pub struct TargetText {
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// Messages to text; `None` for a base model without one.
+    pub template: Option<ChatTemplate>,
+    path: PathBuf,
+}
+
+impl TargetText {
+    /// Reads them from a GGUF file or a model folder; `template` replaces the model's own.
+    ///
+    /// # Errors
+    /// [`TargetTextError`], naming the file.
+    pub fn open(path: &Path, template: Option<&Path>) -> Result<TargetText, TargetTextError> {
+        let text_error = |source| TargetTextError::Text { path: path.to_path_buf(), source };
+        let (tokenizer, source) = if path.is_dir() { from_folder(path)? } else { from_gguf(path)? };
+        let parse = |source: &str| ChatTemplate::parse(source).map(|t| t.with_tokens_of(&tokenizer));
+        let template = match template {
+            Some(file) => {
+                let bytes = atomic::read(file)?;
+                let parsed = parse(&String::from_utf8_lossy(&bytes));
+                Some(parsed.map_err(|source| TargetTextError::Text { path: file.to_path_buf(), source })?)
+            }
+            None => source.as_deref().map(parse).transpose().map_err(text_error)?,
+        };
+        Ok(TargetText { tokenizer, template, path: path.to_path_buf() })
+    }
+
+    /// The template, or an error that says what to do.
+    pub fn template(&self) -> Result<&ChatTemplate, TargetTextError> {
+        self.template.as_ref().ok_or_else(|| TargetTextError::NoTemplate { path: self.path.clone() })
+    }
+}
+
+fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {
+    let file = GgufFile::open(path)?;
+    let id = |key: &str| file.find_u32(key);
+    let strings = |key: &str| file.find_str_array(key).map(|a| a.map(<[String]>::to_vec));
+    let token_types = file.find_i64_array("tokenizer.ggml.token_type")?.unwrap_or_default();
+    let mut eos_ids = Vec::new();
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        eos_ids.extend(id(key)?.filter(|id| !eos_ids.contains(id)));
+    }
+    let plain = GgufTokenizer {
+        model: file.get_str("tokenizer.ggml.model")?.to_string(),
+        pre: file.find_str("tokenizer.ggml.pre")?.map(str::to_string),
+        tokens: file.get_str_array("tokenizer.ggml.tokens")?.to_vec(),
+        // What does not fit an i32 is no type we know; the tokenizer refuses it by value.
+        token_types: token_types.into_iter().map(|t| i32::try_from(t).unwrap_or(-1)).collect(),
+        merges: strings("tokenizer.ggml.merges")?.unwrap_or_default(),
+        scores: file.find_f32_array("tokenizer.ggml.scores")?.map(<[f32]>::to_vec),
+        bos_id: id("tokenizer.ggml.bos_token_id")?,
+        eos_ids,
+        unk_id: id("tokenizer.ggml.unknown_token_id")?,
+        pad_id: id("tokenizer.ggml.padding_token_id")?,
+        add_bos: file.find_bool("tokenizer.ggml.add_bos_token")?,
+        add_space_prefix: file.find_bool("tokenizer.ggml.add_space_prefix")?,
+    };
+    let tokenizer =
+        plain.build().map_err(|source| TargetTextError::Text { path: path.to_path_buf(), source })?;
+    Ok((tokenizer, file.find_str("tokenizer.chat_template")?.map(str::to_string)))
+}
+
+fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {
+    let optional = |file: &'static str| -> Result<Option<Vec<u8>>, TargetTextError> {
+        let path = folder.join(file);
+        if path.is_file() { Ok(Some(atomic::read(path)?)) } else { Ok(None) }
+    };
+    let needed = |file: &'static str| -> Result<Vec<u8>, TargetTextError> {
+        optional(file)?.ok_or_else(|| TargetTextError::MissingFile { folder: folder.to_path_buf(), file })
+    };
+    let text = |source| TargetTextError::Text { path: folder.to_path_buf(), source };
+    let generation = optional("generation_config.json")?;
+    let config =
+        TokenizerConfig::parse(&needed("tokenizer_config.json")?, generation.as_deref()).map_err(text)?;
+    let tokenizer = config.tokenizer(&needed("tokenizer.json")?).map_err(text)?;
+    let template = match optional("chat_template.jinja")? {
+        Some(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+        None => config.chat_template,
+    };
+    Ok((tokenizer, template))
+}
+
+/// SHA-256 of a model: of the file, or over names and hashes of the files of a folder that decide what it says.
+///
+/// # Errors
+/// [`AtomicError`] if a file cannot be read.
+pub fn model_hash(path: &Path) -> Result<String, AtomicError> {
+    if !path.is_dir() {
+        return hash::sha256_file(path);
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| AtomicError::from_io("read", path, e))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|p| {
+            p.extension().is_some_and(|e| e == "safetensors")
+                || p.file_name().is_some_and(|n| n == "config.json")
+        })
+        .collect();
+    files.sort();
+    let mut hasher = hash::Hasher::default();
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        hasher.field(name.as_bytes());
+        hasher.field(hash::sha256_file(&file)?.as_bytes());
+    }
+    Ok(hasher.finish())
+}
