@@ -6,10 +6,15 @@
 
 pub mod cli;
 pub mod doctor;
+mod error;
 pub mod pull;
 pub mod report;
+pub mod run;
 pub mod target;
+
+pub use error::Error;
 
 pub use draftsmith_core as core;
 pub use draftsmith_formats as formats;
+pub use draftsmith_model as model;
 pub use draftsmith_text as text;

@@ -3,9 +3,18 @@
 //! A verb stands here only once it works. Progress and messages go to stderr, results to stdout; `--json` makes the
 //! result one JSON value.
 
-use std::path::PathBuf;
+mod decode;
+mod stages;
+
+use std::path::Path;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+
+pub use decode::{Bench, BenchKernels, BenchVerb, Choosing, Drafting, Generate, Quickstart};
+pub use stages::{
+    Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb, Regenerate, Run,
+    RunArgs, Status, Train,
+};
 
 /// Trains, packages and measures draft models for speculative decoding.
 #[derive(Debug, Parser)]
@@ -72,8 +81,8 @@ pub struct Pull {
 }
 
 /// A path that means stdout when it is `-`.
-pub fn is_stdout(path: &std::path::Path) -> bool {
-    path == PathBuf::from("-")
+pub fn is_stdout(path: &Path) -> bool {
+    path == Path::new("-")
 }
 
 /// `docs/CLI.md`: every verb's help, as `--help` prints it.

@@ -1,0 +1,183 @@
+//! Arguments of the verbs that decode.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// How proposals look.
+#[derive(Debug, Args)]
+pub struct Drafting {
+    /// Draft tokens per proposal (a chain), or levels of the tree.
+    #[arg(long, value_name = "D", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub depth: u32,
+    /// Draft a tree: candidates per node.
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub tree_top_k: Option<u32>,
+    /// Draft a tree: draft tokens kept in all (default: 4 per level).
+    #[arg(long, value_name = "N", requires = "tree_top_k", value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub tree_nodes: Option<u32>,
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+pub struct Choosing {
+    /// Sample at this temperature; 0 is greedy.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Sample from the smallest set of tokens with this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Sample from this many best tokens; 0: from all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: u32,
+    /// The same seed gives the same text, with and without a draft.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// Decodes one answer, with a draft if a bundle is given.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith generate --target fixtures/tiny-target --prompt \"Calculate 22 + 20.\"\n  \
+    draftsmith generate --target REF --bundle runs/smoke/bundle --prompt \"Why?\" --temperature 0.8 --seed 7 --json\n  \
+    draftsmith generate --target REF --bundle runs/smoke/bundle --messages chat.json --prove\n\n\
+    With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
+    JSON: prompt_ids, token_ids, text, finish_reason, accept_len.")]
+#[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "prompt_ids", "messages"]))]
+pub struct Generate {
+    /// The target: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// The draft: a bundle folder.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// A user message, put into the model's chat template.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Token ids, used as they are.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',')]
+    pub prompt_ids: Option<Vec<u32>>,
+    /// JSON file: a list of messages, or an object with `messages`.
+    #[arg(long, value_name = "FILE")]
+    pub messages: Option<PathBuf>,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub choosing: Choosing,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub drafting: Drafting,
+    /// Decode both ways and compare token by token.
+    #[arg(long, requires = "bundle")]
+    pub prove: bool,
+    /// Compute on the weights expanded to 32-bit floats: slow, the specification.
+    #[arg(long)]
+    pub f32: bool,
+    /// Threads to compute with (default: all; results do not depend on it).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Measures accept length and speedup against target-only decoding, interleaved.
+#[derive(Debug, Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Examples:\n  \
+    draftsmith bench --bundle runs/smoke/bundle --workload fixtures/tiny-target/eval.jsonl\n  \
+    draftsmith bench --bundle DIR --workload recipes/data/eval/gsm8k.jsonl --limit 20 --json out.json\n  \
+    draftsmith bench kernels --target fixtures/tiny-target\n\n\
+    Rows: {\"id\", \"turns\": [user turn, …]}, plain, .gz or .zst. Ends with 1 if an answer differs from\n\
+    target-only decoding."
+)]
+pub struct Bench {
+    /// Verbs besides the measurement of a bundle.
+    #[command(subcommand)]
+    pub verb: Option<BenchVerb>,
+    /// The bundle.
+    #[arg(long, value_name = "DIR", required = true)]
+    pub bundle: Option<PathBuf>,
+    /// Prompts; several files are several workloads.
+    #[arg(long, value_name = "FILE.jsonl", required = true)]
+    pub workload: Vec<PathBuf>,
+    /// The target (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Rows per workload (default: all).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Runs of each prompt and side.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeats: u32,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub choosing: Choosing,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub drafting: Drafting,
+    /// Threads to compute with (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Write the raw records (one file per workload) and `report.html` into this folder.
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// Verbs of `bench`.
+#[derive(Debug, Subcommand)]
+#[expect(missing_docs, reason = "each verb is documented at its arguments")]
+pub enum BenchVerb {
+    Kernels(BenchKernels),
+}
+
+/// Measures what one target pass of m tokens costs, and prefill and decode rates.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith bench kernels --target fixtures/tiny-target\n  \
+                        draftsmith bench kernels --target REF --threads 1 --json out.json")]
+pub struct BenchKernels {
+    /// The target: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// Threads to compute with (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Compute on the weights expanded to 32-bit floats.
+    #[arg(long)]
+    pub f32: bool,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// Shows what a draft gains, from nothing: pulls SmolLM2-135M-Instruct, decodes the same prompts with and without the
+/// draft that ships here, and proves that the texts are equal.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith quickstart\n  draftsmith quickstart --json")]
+pub struct Quickstart {
+    /// The target, if it is here already (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// The draft (default: the bundle that ships with draftsmith).
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Threads to compute with (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    pub json: bool,
+}

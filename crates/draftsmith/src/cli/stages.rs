@@ -1,0 +1,176 @@
+//! Arguments of the stages of a run.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+/// A run file and changes to it.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The run file.
+    #[arg(value_name = "RUN.toml")]
+    pub run_file: PathBuf,
+    /// Keys that differ from the file, for example `train.lr=5e-5`.
+    #[arg(value_name = "table.key=value")]
+    pub overrides: Vec<String>,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Conversations to token ids and loss mask.
+#[derive(Debug, Args)]
+pub struct Data {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: DataVerb,
+}
+
+/// Verbs of `data`.
+#[derive(Debug, Subcommand)]
+#[expect(missing_docs, reason = "each verb is documented at its arguments")]
+pub enum DataVerb {
+    Prepare(DataPrepare),
+    Preview(DataPreview),
+}
+
+/// Reads, checks, mixes and tokenises the conversations of a run file, and reports what was dropped and why.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith data prepare recipes/smoke.toml\n  \
+                        draftsmith data prepare recipes/smoke.toml data.max_length=128 --json")]
+pub struct DataPrepare {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+}
+
+/// Shows conversations as the model sees them, with the trained part marked.
+///
+/// In colour on a terminal; elsewhere the trained part stands between `[[` and `]]`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith data preview fixtures/tiny-target/prompts-train.jsonl --target fixtures/tiny-target\n  \
+    draftsmith data preview rows.jsonl.zst --target hf:ORG/NAME --row 12 --rows 3")]
+pub struct DataPreview {
+    /// JSONL (plain, .gz, .zst) or Parquet file of conversations.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Model whose tokenizer and template are used.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// First row shown, from 1.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub row: u64,
+    /// Rows shown.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub rows: u64,
+    /// Jinja file that replaces the model's own chat template.
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// Print one JSON object per row: ids, loss_mask, text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Lets the target answer the conversations of a run file itself, so that the draft learns what the target says.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith regenerate recipes/smoke.toml\n  \
+                        draftsmith regenerate recipes/smoke.toml regenerate.temperature=0")]
+pub struct Regenerate {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+}
+
+/// Stores the hidden states of the target that training reads.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith capture recipes/smoke.toml --plan\n  \
+                        draftsmith capture recipes/smoke.toml capture.dtype=bf16")]
+pub struct Capture {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+    /// Only print the bill: rows, tokens, bytes, minutes.
+    #[arg(long)]
+    pub plan: bool,
+}
+
+/// Trains a draft.
+///
+/// Earlier stages that are not done yet are done first. Interrupted training goes on from its last checkpoint and ends
+/// with the same weights.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith train recipes/smoke.toml\n  \
+                        draftsmith train recipes/smollm2-135m-eagle3.toml train.lr=5e-5 run.name=lower-lr")]
+pub struct Train {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+}
+
+/// Makes and checks the folder that is handed over.
+#[derive(Debug, Args)]
+pub struct Bundle {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: BundleVerb,
+}
+
+/// Verbs of `bundle`.
+#[derive(Debug, Subcommand)]
+#[expect(missing_docs, reason = "each verb is documented at its arguments")]
+pub enum BundleVerb {
+    Make(BundleMake),
+    Check(BundleCheck),
+}
+
+/// Puts the best checkpoint of a run into one folder: weights, vocabulary map, provenance, model card.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith bundle make recipes/smoke.toml")]
+pub struct BundleMake {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+}
+
+/// Verifies a bundle: every file, tensor and hash, and a numeric probe. Ends with 1 if something does not hold.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith bundle check runs/smoke/bundle\n  \
+                        draftsmith bundle check runs/smoke/bundle --target fixtures/tiny-target --json")]
+pub struct BundleCheck {
+    /// The bundle.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The target it was made for: its hash, template and embedding are checked too.
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Does all stages of a run file, from conversations to a measured bundle.
+///
+/// Finished stages are not done again unless what they were made from changed. Killed at any moment, the same command
+/// goes on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith run recipes/smoke.toml\n  \
+                        draftsmith run recipes/smollm2-135m-eagle3.toml run.threads=2")]
+pub struct Run {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub run: RunArgs,
+}
+
+/// Shows where a run is: stages, rows or steps done, time left, best accept length.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith status\n  draftsmith status runs/smoke\n  \
+                        draftsmith status recipes/smoke.toml --json")]
+pub struct Status {
+    /// Folder of a run or its run file; none: every run in `runs`.
+    #[arg(value_name = "RUN")]
+    pub run: Option<PathBuf>,
+    /// Print one JSON object per run.
+    #[arg(long)]
+    pub json: bool,
+}

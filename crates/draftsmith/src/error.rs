@@ -1,0 +1,85 @@
+//! One error for all stages: each library's own words, plus what only the front knows.
+
+use std::path::PathBuf;
+
+use crate::pull::PullError;
+use crate::run::state::StateError;
+use crate::target::TargetTextError;
+
+/// Declares the enum, its conversions and its hints in one table.
+macro_rules! errors {
+    ($($(#[doc = $doc:literal])* $variant:ident($error:ty),)*) => {
+        /// What a stage or a verb ends with.
+        #[derive(Debug, thiserror::Error)]
+        pub enum Error {
+            $($(#[doc = $doc])* #[error(transparent)] $variant(#[from] $error),)*
+            /// The user pressed Ctrl-C; what is on disk is whole.
+            #[error("interrupted during `{what}`")]
+            Interrupted {
+                /// The stage or verb.
+                what: String,
+                /// The command that goes on.
+                resume: Option<String>,
+            },
+            /// A rule between inputs that no single library sees.
+            #[error("{message}")]
+            Input {
+                /// What is wrong, with the key or file.
+                message: String,
+                /// What to do about it.
+                hint: Option<String>,
+            },
+        }
+
+        impl Error {
+            /// What the user can do about it.
+            pub fn hint(&self) -> Option<String> {
+                match self {
+                    $(Error::$variant(error) => error.hint(),)*
+                    Error::Interrupted { resume, .. } => {
+                        resume.as_ref().map(|command| format!("`{command}` goes on where this stopped"))
+                    }
+                    Error::Input { hint, .. } => hint.clone(),
+                }
+            }
+        }
+    };
+}
+
+errors! {
+    /// A model reference gave nothing.
+    Pull(PullError),
+    /// Tokenizer or chat template.
+    TargetText(TargetTextError),
+    /// The run file.
+    RunFile(draftsmith_formats::run::RunError),
+    /// The folder of the run.
+    State(StateError),
+    /// The disk.
+    Disk(draftsmith_formats::atomic::AtomicError),
+    /// Weights and networks.
+    Model(draftsmith_model::ModelError),
+    /// Rendering and tokenising.
+    Text(draftsmith_text::TextError),
+}
+
+impl Error {
+    /// A rule between inputs that no single library sees.
+    pub fn input(message: impl Into<String>, hint: impl Into<String>) -> Error {
+        Error::Input { message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// A file that cannot be read.
+    pub fn unreadable(path: impl Into<PathBuf>, source: std::io::Error) -> Error {
+        draftsmith_formats::atomic::AtomicError::from_io("read", &path.into(), source).into()
+    }
+
+    /// True if the user asked for it.
+    pub fn is_interrupt(&self) -> bool {
+        match self {
+            Error::Interrupted { .. } => true,
+            Error::Pull(error) => error.is_interrupt(),
+            _ => false,
+        }
+    }
+}
