@@ -64,15 +64,50 @@ pub struct TttLayout {
 
 enum Op<B> {
     Input,
-    Linear { x: Var, w: ParamId },
-    Norm { x: Var, w: ParamId, group: usize, eps: f32 },
-    Rope { x: Var, table: Arc<RopeTable>, positions: Vec<u32>, heads: usize },
-    Gate { activation: Activation, gate: Var, up: Var },
-    Add { a: Var, b: Var },
-    Concat { parts: Vec<Var> },
-    Slice { x: Var, from: usize },
-    Gather { x: Var, rows: Vec<u32> },
-    Attention { q: Var, block0: (Var, Var), diagonals: Vec<(Var, Var)>, layout: TttLayout, slots: Arc<[u32]>, lse: B },
+    Linear {
+        x: Var,
+        w: ParamId,
+    },
+    Norm {
+        x: Var,
+        w: ParamId,
+        group: usize,
+        eps: f32,
+    },
+    Rope {
+        x: Var,
+        table: Arc<RopeTable>,
+        positions: Vec<u32>,
+        heads: usize,
+    },
+    Gate {
+        activation: Activation,
+        gate: Var,
+        up: Var,
+    },
+    Add {
+        a: Var,
+        b: Var,
+    },
+    Concat {
+        parts: Vec<Var>,
+    },
+    Slice {
+        x: Var,
+        from: usize,
+    },
+    Gather {
+        x: Var,
+        rows: Vec<u32>,
+    },
+    Attention {
+        q: Var,
+        block0: (Var, Var),
+        diagonals: Vec<(Var, Var)>,
+        layout: TttLayout,
+        slots: Arc<[u32]>,
+        lse: B,
+    },
 }
 
 struct Node<B> {
@@ -88,17 +123,16 @@ struct Node<B> {
 struct BufferPool<B>(BTreeMap<usize, Vec<B>>);
 
 impl<B> BufferPool<B> {
-    /// Capacities are rounded up to eighths of a power of two, so that packs of similar size share buffers.
-    fn capacity(len: usize) -> usize {
-        let grain = (len.max(64).ilog2() - 3) as usize;
-        len.max(1).div_ceil(1 << grain) << grain
+    /// A buffer of at least `len` values of unspecified content: the smallest free one of at most twice that.
+    fn take<K: TrainKernels<Buf = B>>(&mut self, kernels: &K, len: usize) -> B {
+        let reused = self.0.range_mut(len..=len * 2 + 64).find_map(|(_, free)| free.pop());
+        // Capacities are multiples of a sixteenth of a power of two, so that packs of similar size share buffers.
+        let grain = 1 << (len.max(64).ilog2() - 4);
+        reused.unwrap_or_else(|| kernels.zeros(len.div_ceil(grain) * grain))
     }
 
-    /// A buffer of at least `len` values of unspecified content.
-    fn take<K: TrainKernels<Buf = B>>(&mut self, kernels: &K, len: usize) -> B {
-        let capacity = Self::capacity(len);
-        let reused = self.0.range_mut(capacity..=capacity + capacity / 4).find_map(|(_, free)| free.pop());
-        reused.unwrap_or_else(|| kernels.zeros(capacity))
+    fn put<K: TrainKernels<Buf = B>>(&mut self, kernels: &K, buf: B) {
+        self.0.entry(kernels.capacity(&buf)).or_default().push(buf);
     }
 }
 
@@ -182,8 +216,10 @@ impl<K: TrainKernels> Tape<K> {
 
     /// Global L2 norm of all gradients.
     pub fn grad_norm(&self) -> f64 {
-        let squares =
-            self.params.iter().filter_map(|p| p.grad.as_ref().map(|g| self.kernels.sum_squares(g, p.numel())));
+        let squares = self
+            .params
+            .iter()
+            .filter_map(|p| p.grad.as_ref().map(|g| self.kernels.sum_squares(g, p.numel())));
         squares.sum::<f64>().sqrt()
     }
 
@@ -207,20 +243,18 @@ impl<K: TrainKernels> Tape<K> {
     /// Drops all recorded activations, keeping their buffers for the next step.
     pub fn reset(&mut self) {
         for node in std::mem::take(&mut self.nodes) {
-            let len = node.rows * node.width;
-            for buf in [node.value, node.grad].into_iter().flatten() {
-                self.release(buf, len);
-            }
-            if let Op::Attention { lse, layout, .. } = node.op {
-                self.release(lse, node.rows * layout.heads);
+            let lse = match node.op {
+                Op::Attention { lse, .. } => Some(lse),
+                _ => None,
+            };
+            for buf in [node.value, node.grad, lse].into_iter().flatten() {
+                self.release(buf);
             }
         }
     }
 
-    fn release(&mut self, buf: K::Buf, len: usize) {
-        // A buffer may be larger than this when it was reused for a smaller one; counting it low only means that it
-        // serves smaller requests from now on.
-        self.pool.0.entry(BufferPool::<K::Buf>::capacity(len)).or_default().push(buf);
+    fn release(&mut self, buf: K::Buf) {
+        self.pool.put(&self.kernels, buf);
     }
 
     /// Values of an activation, `[R, C]` row-major.
@@ -334,6 +368,40 @@ impl<K: TrainKernels> Tape<K> {
         sums
     }
 
+    /// Arg-max and log-sum-exp of host rows `x[M, Ht]` times a frozen head `[V, Ht]`, without the `[M, V]` buffer.
+    pub fn stream_head(&mut self, x: &[f32], head: ParamId) -> (Vec<u32>, Vec<f32>) {
+        let (out, inp) = (self.params[head.0].shape[0], self.params[head.0].shape[1]);
+        let buf = self.upload(x);
+        let shape = LinearShape { rows: x.len() / inp, out, inp };
+        let result = self.kernels.stream_head(&buf, &self.params[head.0].value, shape);
+        self.release(buf);
+        result
+    }
+
+    /// Probabilities `[M, Vd]` of host rows `x[M, Ht]` over the rows of a frozen head `[Vd, Ht]`, and the share `[M]`
+    /// of the full distribution (log-sum-exp `lse[M]`) that they cover. Hand the teacher back with
+    /// [`Tape::recycle`].
+    pub fn teacher(&mut self, x: &[f32], head: ParamId, lse: &[f32], labels: Vec<u32>) -> Teacher<K::Buf> {
+        let (out, inp) = (self.params[head.0].shape[0], self.params[head.0].shape[1]);
+        let buf = self.upload(x);
+        let shape = LinearShape { rows: lse.len(), out, inp };
+        let mut p = self.buffer(shape.rows, out);
+        let mass = self.kernels.soft_targets(&buf, &self.params[head.0].value, shape, lse, &mut p);
+        self.release(buf);
+        Teacher { p, mass, labels }
+    }
+
+    /// Takes the buffers of a teacher back.
+    pub fn recycle(&mut self, teacher: Teacher<K::Buf>) {
+        self.release(teacher.p);
+    }
+
+    fn upload(&mut self, x: &[f32]) -> K::Buf {
+        let mut buf = self.pool.take(&self.kernels, x.len());
+        self.kernels.write(&mut buf, x);
+        buf
+    }
+
     /// Adds an owned gradient to that of `x`.
     fn give_grad(&mut self, x: Var, grad: K::Buf) {
         let node = &mut self.nodes[x.0];
@@ -342,7 +410,7 @@ impl<K: TrainKernels> Tape<K> {
             None => node.grad = Some(grad),
             Some(sum) => {
                 self.kernels.add_to(&grad, len, true, sum);
-                self.release(grad, len);
+                self.release(grad);
             }
         }
     }
@@ -374,11 +442,11 @@ impl<K: TrainKernels> Tape<K> {
                 && node.wants_grad
             {
                 self.node_backward(&mut node, grad);
-            } else if let Op::Attention { lse, layout, .. } = node.op {
-                self.release(lse, node.rows * layout.heads);
+            } else if let Op::Attention { lse, .. } = node.op {
+                self.release(lse);
             }
             if let Some(value) = node.value {
-                self.release(value, node.rows * node.width);
+                self.release(value);
             }
         }
     }
@@ -503,10 +571,10 @@ impl<K: TrainKernels> Tape<K> {
                 }
                 let empty = self.kernels.zeros(0);
                 let lse = std::mem::replace(lse, empty);
-                self.release(lse, rows * layout.heads);
+                self.release(lse);
             }
         }
-        self.release(grad, rows * width);
+        self.release(grad);
     }
 }
 

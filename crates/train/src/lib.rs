@@ -1,1 +1,33 @@
-//! Training methods, losses, optimiser, schedule, trainer loop and resume
+//! Training of drafts: methods, losses, optimiser, schedule, trainer loop, checkpoints and exact resume.
+//!
+//! [`Method`] is what differs between kinds of drafts; [`train`] is the loop that knows none of them. Data comes
+//! through [`RowStore`], from disk or from a live target, as the same rows. Validation by real speculative decoding
+//! is handed in by the caller, because this crate cannot decode.
+//!
+//! Invariants: one optimiser step is normalised by the trained slots of all its packs; the order of the data, the
+//! weights and the moments at step `n` are functions of run file and seed alone, so a resumed run equals an
+//! uninterrupted one bit for bit.
+
+mod checkpoint;
+mod data;
+mod draft;
+pub mod eagle3;
+mod error;
+mod log;
+mod method;
+mod optimizer;
+mod rng;
+mod trainer;
+
+pub use checkpoint::{Best, TrainState};
+pub use data::{Order, Pack, Row, RowStore};
+pub use draft::{DraftTensor, DraftWeights};
+pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
+pub use error::TrainError;
+pub use log::{JsonLog, TensorBoard};
+pub use method::{BatchStats, DepthStats, Method, Mode};
+pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
+pub use rng::Rng;
+pub use trainer::{
+    Event, Flow, Hooks, Outcome, StepReport, TrainOptions, ValidationResult, Validator, train,
+};

@@ -44,6 +44,8 @@ pub struct Teacher<B> {
 
 /// Operations of the training step, each with its gradient. `accumulate` adds to the result instead of overwriting.
 pub trait TrainKernels: Kernels {
+    /// Values that a buffer can hold.
+    fn capacity(&self, buf: &Self::Buf) -> usize;
     /// Overwrites the beginning of a buffer with host data.
     fn write(&self, buf: &mut Self::Buf, data: &[f32]);
     /// Zeros the first `len` values.
@@ -193,6 +195,9 @@ pub enum Rotation {
 }
 
 impl TrainKernels for crate::Cpu {
+    fn capacity(&self, buf: &Vec<f32>) -> usize {
+        buf.len()
+    }
     fn write(&self, buf: &mut Vec<f32>, data: &[f32]) {
         buf[..data.len()].copy_from_slice(data);
     }

@@ -1,0 +1,165 @@
+//! Checkpoints: everything that the next step depends on, written whole or not at all.
+//!
+//! A checkpoint is a folder `step-NNNNNNNN` with `state.json` and `tensors.safetensors` (f32 weights `w.NAME`,
+//! moments `m.NAME` and `v.NAME`). Random streams are functions of seed and position, so no generator state is kept.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
+use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
+use serde::{Deserialize, Serialize};
+
+use crate::trainer::ValidationResult;
+use crate::{AdamW, Method, TrainError};
+
+/// The best draft so far.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Optimiser steps it was trained for.
+    pub step: u64,
+    /// What was measured.
+    pub result: ValidationResult,
+}
+
+/// What a checkpoint says beside the tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainState {
+    /// Layout of the checkpoint.
+    pub version: u32,
+    /// Method name.
+    pub method: String,
+    /// Hash of everything in the run file that changes the result.
+    pub run_hash: String,
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Epoch of the next pack.
+    pub epoch: u64,
+    /// Number of the next pack in its epoch.
+    pub pack: u64,
+    /// Slots trained on so far, all passes counted.
+    pub slots: u64,
+    /// Seed of weights and order.
+    pub seed: u64,
+    /// Best validated draft.
+    pub best: Option<Best>,
+}
+
+const VERSION: u32 = 1;
+const PREFIX: &str = "step-";
+
+impl TrainState {
+    /// The state before the first step.
+    pub(crate) fn start(method: &str, run_hash: &str, seed: u64) -> TrainState {
+        TrainState {
+            version: VERSION,
+            method: method.to_owned(),
+            run_hash: run_hash.to_owned(),
+            step: 0,
+            epoch: 0,
+            pack: 0,
+            slots: 0,
+            seed,
+            best: None,
+        }
+    }
+}
+
+/// Checkpoint folders, newest last.
+pub(crate) fn list(root: &Path) -> Vec<(u64, PathBuf)> {
+    let Ok(entries) = std::fs::read_dir(root) else { return Vec::new() };
+    let mut found: Vec<(u64, PathBuf)> = entries
+        .flatten()
+        .filter_map(|e| {
+            let step = e.file_name().to_str()?.strip_prefix(PREFIX)?.parse().ok()?;
+            e.path().is_dir().then(|| (step, e.path()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Writes a checkpoint and removes all but the newest `keep`.
+pub(crate) fn save<M: Method>(
+    root: &Path,
+    method: &M,
+    optimizer: &AdamW<M::Kernels>,
+    state: &TrainState,
+    keep: usize,
+) -> Result<PathBuf, TrainError> {
+    let tape = method.tape();
+    let mut tensors = Vec::new();
+    for id in tape.trained() {
+        let p = tape.param(id);
+        tensors.push(TensorData::f32(&format!("w.{}", p.name), &p.shape, &tape.param_values(id)));
+    }
+    for (name, m, v) in optimizer.state(tape) {
+        tensors.push(TensorData::f32(&format!("m.{name}"), &[m.len()], &m));
+        tensors.push(TensorData::f32(&format!("v.{name}"), &[v.len()], &v));
+    }
+    let path = root.join(format!("{PREFIX}{:08}", state.step));
+    atomic::create_dir_all(root)?;
+    let dir = AtomicDir::create(&path)?;
+    dir.write("tensors.safetensors", to_bytes(&tensors, &BTreeMap::new()))?;
+    let text = serde_json::to_string_pretty(state).expect("plain numbers and strings");
+    dir.write("state.json", text + "\n")?;
+    dir.commit_replacing()?;
+    let all = list(root);
+    for (_, old) in &all[..all.len().saturating_sub(keep.max(1))] {
+        atomic::remove_dir_all(old)?;
+    }
+    Ok(path)
+}
+
+/// Restores the newest checkpoint, if there is one.
+///
+/// # Errors
+/// If it belongs to another run or is damaged: training then does not start silently from the beginning.
+pub(crate) fn resume<M: Method>(
+    root: &Path,
+    method: &mut M,
+    optimizer: &mut AdamW<M::Kernels>,
+    wanted: &TrainState,
+) -> Result<Option<TrainState>, TrainError> {
+    for (_, path) in list(root) {
+        atomic::recover(&path)?;
+    }
+    let Some((_, path)) = list(root).pop() else { return Ok(None) };
+    let damaged = |what: String| TrainError::BadCheckpoint { path: path.clone(), what };
+    let text = atomic::read(path.join("state.json"))?;
+    let state: TrainState = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+    if state.version != VERSION {
+        return Err(damaged(format!("version {}, expected {VERSION}", state.version)));
+    }
+    if state.run_hash != wanted.run_hash || state.method != wanted.method || state.seed != wanted.seed {
+        let describe = |s: &TrainState| format!("{} {} seed {}", s.method, s.run_hash, s.seed);
+        return Err(TrainError::OtherRun { path, found: describe(&state), wanted: describe(wanted) });
+    }
+    let tensors = SafetensorsDir::open(path.join("tensors.safetensors"))?;
+    let read = |name: String, wanted: usize| -> Result<Vec<f32>, TrainError> {
+        let values = tensors.get(&name)?.to_f32()?;
+        match values.len() == wanted {
+            true => Ok(values),
+            false => Err(damaged(format!("`{name}` has {} values, expected {wanted}", values.len()))),
+        }
+    };
+    let mut moments = Vec::new();
+    let mut weights = Vec::new();
+    for id in method.tape().trained() {
+        let p = method.tape().param(id);
+        weights.push((id, read(format!("w.{}", p.name), p.numel())?));
+        let (m, v) = (read(format!("m.{}", p.name), p.numel())?, read(format!("v.{}", p.name), p.numel())?);
+        moments.push((p.name.clone(), m, v));
+    }
+    for (id, values) in weights {
+        method.tape_mut().set_param(id, &values);
+    }
+    optimizer.restore(method.tape(), state.step, &moments)?;
+    Ok(Some(state))
+}
+
+/// Wraps a file-system error of the log files.
+pub(crate) fn io_error(action: &'static str, path: &Path, source: std::io::Error) -> TrainError {
+    TrainError::Atomic(AtomicError::from_io(action, path, source))
+}

@@ -1,0 +1,486 @@
+//! Training an EAGLE-3 draft: the training-time-test unroll [eagle3 §4].
+//!
+//! Step `k` feeds slot `t` the ground-truth token `x_{t+1+k}`, its own output of step `k - 1` and position `t + k`,
+//! and compares with the target's distribution at position `t + 1 + k`, where the loss mask of slot `t + k` is set.
+//! Shifts stay inside each row of the pack.
+//!
+//! Only what reaches a loss is computed: steps after the first run on the slots from which a trained slot can still
+//! be reached, and the head only on rows with a loss.
+//!
+//! Shape legend: `S` slots of the pack, `R` slots of the later steps, `N` loss rows of a step, `M` teacher rows,
+//! `H`/`Ht` draft/target width, `V`/`Vd` vocabularies.
+
+mod init;
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use draftsmith_core::{TargetTokenId, VocabMap};
+use draftsmith_kernels::TrainKernels;
+use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums, Teacher};
+use draftsmith_model::Ops;
+use draftsmith_model::eagle3::{BuildWeights, Eagle3, Eagle3Config, Eagle3Weights, Feedback};
+use draftsmith_model::tape::{ParamId, Tape, TttAttend, TttLayout};
+
+pub use init::{TargetStart, random_weights, warm_weights};
+
+use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
+
+/// What the loss of an optimiser step is divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LossDivisor {
+    /// All slots of a micro-batch, trained or not, as the reference does; micro-batches count equally. Terms in `α`
+    /// are means over the trained slots of their step.
+    AllSlots,
+    /// The slots trained at depth 0, over all micro-batches of the optimiser step.
+    ValidTokens,
+}
+
+/// Settings of the unroll.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Eagle3Options {
+    /// Steps unrolled.
+    pub ttt_length: usize,
+    /// Step `k` counts `step_decay^k`.
+    pub step_decay: f64,
+    /// What is minimised.
+    pub loss: SoftLoss,
+    /// Normalisation.
+    pub divisor: LossDivisor,
+}
+
+impl Default for Eagle3Options {
+    fn default() -> Eagle3Options {
+        Eagle3Options {
+            ttt_length: 7,
+            step_decay: 0.8,
+            loss: SoftLoss::Kl,
+            divisor: LossDivisor::ValidTokens,
+        }
+    }
+}
+
+/// What the target contributes, frozen.
+pub struct TargetSide<'a> {
+    /// `[V, H]` token embedding; `H` is the draft's width.
+    pub embed: &'a [f32],
+    /// `[V, Ht]` head; `None` if it is the embedding.
+    pub head: Option<&'a [f32]>,
+}
+
+/// Intermediate results, for tests that compare them.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {
+    /// `[S, H]` projected features.
+    pub projected: Vec<f32>,
+    /// Per step: the slots computed and their layer output `[R, H]` before the final norm.
+    pub hidden: Vec<(Vec<u32>, Vec<f32>)>,
+    /// Per step: logits of the same slots `[R, Vd]`.
+    pub logits: Vec<Vec<f32>>,
+    /// Slots with a teacher.
+    pub teacher_slots: Vec<u32>,
+    /// `[M, Vd]` teacher probabilities of those slots.
+    pub p: Vec<f32>,
+    /// `[M]` share of the full distribution on the draft vocabulary.
+    pub mass: Vec<f32>,
+    /// `[S]` the target's most likely token, where the loss mask is set.
+    pub token_ids: Vec<Option<u32>>,
+}
+
+/// Position of a slot inside its row of the pack.
+#[derive(Clone, Copy)]
+struct Place {
+    /// Index of the row.
+    row: u32,
+    /// Slots after this one in the row.
+    after: u32,
+}
+
+/// The teacher of a pack.
+struct PackTeacher<B> {
+    rows: Teacher<B>,
+    /// `[S]` teacher row of each slot that is trained, else `u32::MAX`.
+    of_slot: Vec<u32>,
+    /// `[S]` arg-max of the target where the loss mask is set.
+    token_ids: Vec<Option<u32>>,
+}
+
+/// EAGLE-3 on the tape.
+pub struct Eagle3Train<K: TrainKernels> {
+    net: Eagle3,
+    options: Eagle3Options,
+    vocab_map: VocabMap,
+    tape: Tape<K>,
+    weights: Eagle3Weights<ParamId, ParamId>,
+    embed: ParamId,
+    /// `[V, Ht]`
+    target_head: ParamId,
+    /// `[Vd, Ht]` rows of the target's head for the draft vocabulary.
+    draft_target_head: ParamId,
+    /// Arg-max and log-sum-exp of the target at the trained slots of each row seen: the target is frozen, so later
+    /// epochs need not stream its head again.
+    memo: HashMap<u64, Vec<(u32, f32)>>,
+}
+
+/// Takes weights by name into the tape.
+struct ToTape<'a, K: TrainKernels> {
+    tape: &'a mut Tape<K>,
+    values: HashMap<&'a str, &'a [f32]>,
+}
+
+impl<K: TrainKernels> ToTape<'_, K> {
+    fn add(&mut self, name: &str, shape: &[usize]) -> Result<ParamId, Infallible> {
+        // `Eagle3Train::new` checked names and sizes.
+        Ok(self.tape.add_param(name, shape, self.values[name], true))
+    }
+}
+
+impl<K: TrainKernels> BuildWeights for ToTape<'_, K> {
+    type W = ParamId;
+    type N = ParamId;
+    type Error = Infallible;
+    fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<ParamId, Infallible> {
+        self.add(name, &[out, inp])
+    }
+    fn norm(&mut self, name: &str, width: usize) -> Result<ParamId, Infallible> {
+        self.add(name, &[width])
+    }
+}
+
+fn expect_len(name: &str, found: usize, wanted: usize) -> Result<(), TrainError> {
+    match found == wanted {
+        true => Ok(()),
+        false => Err(TrainError::Tensor { name: name.to_owned(), found, wanted }),
+    }
+}
+
+impl<K: TrainKernels> Eagle3Train<K> {
+    /// A draft with the given initial weights (all of [`Eagle3Config::tensors`], by name).
+    ///
+    /// # Errors
+    /// If a weight is missing, or one of the target's tensors or the vocabulary map does not fit the configuration.
+    pub fn new(
+        kernels: K,
+        config: Eagle3Config,
+        options: Eagle3Options,
+        vocab_map: VocabMap,
+        target: &TargetSide<'_>,
+        weights: &[DraftTensor],
+    ) -> Result<Eagle3Train<K>, TrainError> {
+        config.check()?;
+        let (v, vd, h, ht) =
+            (config.vocab_size, config.draft_vocab_size, config.hidden_size, config.target_hidden_size);
+        expect_len("embed_tokens.weight", target.embed.len(), v * h)?;
+        let head = target.head.unwrap_or(target.embed);
+        expect_len("target lm_head.weight", head.len(), v * ht)?;
+        expect_len("t2d", vocab_map.target_vocab(), v)?;
+        expect_len("d2t", vocab_map.draft_vocab(), vd)?;
+        for (name, shape) in config.tensors() {
+            let found = weights.iter().find(|w| w.name == name);
+            let found = found.ok_or_else(|| TrainError::MissingTensor { name: name.clone() })?;
+            expect_len(&name, found.values.len(), shape.iter().product())?;
+        }
+        let mut tape = Tape::new(kernels);
+        let values = weights.iter().map(|w| (w.name.as_str(), w.values.as_slice())).collect();
+        let Ok(ids) = Eagle3Weights::build(&config, &mut ToTape { tape: &mut tape, values });
+        let embed = tape.add_param("embed_tokens.weight", &[v, h], target.embed, false);
+        let target_head = match target.head {
+            None => embed,
+            Some(head) => tape.add_param("target lm_head.weight", &[v, ht], head, false),
+        };
+        let draft_target_head = if vocab_map.is_identity() {
+            target_head
+        } else {
+            let rows: Vec<f32> = vocab_map
+                .target_ids()
+                .iter()
+                .flat_map(|id| &head[*id as usize * ht..(*id as usize + 1) * ht])
+                .copied()
+                .collect();
+            tape.add_param("target lm_head.weight of the draft vocabulary", &[vd, ht], &rows, false)
+        };
+        let net = Eagle3::new(config);
+        Ok(Eagle3Train {
+            net,
+            options,
+            vocab_map,
+            tape,
+            weights: ids,
+            embed,
+            target_head,
+            draft_target_head,
+            memo: HashMap::new(),
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Eagle3Config {
+        &self.net.config
+    }
+
+    /// The vocabulary map.
+    pub fn vocab_map(&self) -> &VocabMap {
+        &self.vocab_map
+    }
+
+    fn check_ids(&self, pack: &Pack) -> Result<(), TrainError> {
+        let vocab = self.net.config.vocab_size;
+        for (doc, row) in pack.docs.iter().zip(&pack.rows) {
+            let ids = &pack.ids[doc.start as usize..(doc.start + doc.len) as usize];
+            if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+                return Err(TrainError::TokenId { row: *row, id: *id, vocab });
+            }
+        }
+        Ok(())
+    }
+
+    /// The teacher of every slot with a set loss mask: slot `t` holds the target's distribution at position `t + 1`.
+    fn teacher(&mut self, pack: &Pack) -> PackTeacher<K::Buf> {
+        let ht = self.net.config.target_hidden_size;
+        let masked: Vec<Vec<u32>> = pack
+            .docs
+            .iter()
+            .map(|d| {
+                (d.start..(d.start + d.len).saturating_sub(1))
+                    .filter(|s| pack.loss_mask[*s as usize])
+                    .collect()
+            })
+            .collect();
+        // The next position's final hidden state, row by row.
+        let states = |slots: &[u32]| -> Vec<f32> {
+            slots
+                .iter()
+                .flat_map(|s| &pack.last[(*s as usize + 1) * ht..(*s as usize + 2) * ht])
+                .copied()
+                .collect()
+        };
+        let new: Vec<usize> = (0..pack.docs.len())
+            .filter(|d| self.memo.get(&pack.rows[*d]).is_none_or(|m| m.len() != masked[*d].len()))
+            .collect();
+        let slots: Vec<u32> = new.iter().flat_map(|d| masked[*d].iter().copied()).collect();
+        if !slots.is_empty() {
+            let (argmax, lse) = self.tape.stream_head(&states(&slots), self.target_head);
+            let mut found = argmax.into_iter().zip(lse);
+            for d in &new {
+                self.memo.insert(pack.rows[*d], found.by_ref().take(masked[*d].len()).collect());
+            }
+        }
+        let mut token_ids = vec![None; pack.len()];
+        let mut of_slot = vec![u32::MAX; pack.len()];
+        let (mut trained, mut lse, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for (slots, row) in masked.iter().zip(&pack.rows) {
+            if slots.is_empty() {
+                continue;
+            }
+            for (slot, (id, full_lse)) in slots.iter().zip(&self.memo[row]) {
+                token_ids[*slot as usize] = Some(*id);
+                if let Some(draft) = self.vocab_map.to_draft(TargetTokenId(*id)) {
+                    of_slot[*slot as usize] = trained.len() as u32;
+                    trained.push(*slot);
+                    lse.push(*full_lse);
+                    labels.push(draft.0);
+                }
+            }
+        }
+        let rows = self.tape.teacher(&states(&trained), self.draft_target_head, &lse, labels);
+        PackTeacher { rows, of_slot, token_ids }
+    }
+
+    /// One unroll. `trace` asks for all intermediate results (and then computes every slot at every step).
+    fn unroll(
+        &mut self,
+        pack: &Pack,
+        mode: Mode,
+        mut trace: Option<&mut Trace>,
+    ) -> Result<BatchStats, TrainError> {
+        self.check_ids(pack)?;
+        let steps = self.options.ttt_length;
+        let slots = pack.len();
+        let teacher = self.teacher(pack);
+        let mut places = Vec::with_capacity(slots);
+        for (row, doc) in pack.docs.iter().enumerate() {
+            places.extend((0..doc.len).rev().map(|after| Place { row: row as u32, after }));
+        }
+        // Slot `t` is worth step 1 and later if a trained slot lies at most `steps - 1` after it.
+        let reaches = |t: &u32| {
+            let t = *t as usize;
+            let far = (places[t].after as usize).min(steps - 1);
+            (1..=far).any(|j| teacher.of_slot[t + j] != u32::MAX)
+        };
+        let all: Arc<[u32]> = (0..slots as u32).collect();
+        let later: Arc<[u32]> =
+            if trace.is_some() { Arc::clone(&all) } else { all.iter().copied().filter(reaches).collect() };
+        let trained_slots = teacher.of_slot.iter().filter(|row| **row != u32::MAX).count();
+        let mut stats = BatchStats { slots: slots as u64, ..BatchStats::default() };
+        let kl_base = match self.options.divisor {
+            LossDivisor::AllSlots => 1.0 / pack.counted_slots.max(1) as f64,
+            LossDivisor::ValidTokens => 1.0,
+        };
+        stats.weight = match self.options.divisor {
+            LossDivisor::AllSlots => 1.0,
+            LossDivisor::ValidTokens => trained_slots as f64,
+        };
+
+        let config = &self.net.config;
+        let layout = TttLayout {
+            docs: pack.docs.as_slice().into(),
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        };
+        let mut attend = TttAttend::new(layout, Arc::clone(&all), Arc::clone(&later));
+        let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
+        let features = tape.input(&pack.features, slots, config.features_width());
+        let mut hidden = net.project(tape, w, &features); // [S, H]
+        if let Some(trace) = trace.as_deref_mut() {
+            trace.projected = tape.values(hidden);
+            trace.token_ids = teacher.token_ids.clone();
+            trace.teacher_slots =
+                (0..slots as u32).filter(|s| teacher.of_slot[*s as usize] != u32::MAX).collect();
+            trace.mass = teacher.rows.mass.clone();
+            trace.p = vec![0.0; teacher.rows.mass.len() * config.draft_vocab_size];
+            tape.kernels().download(&teacher.rows.p, 0, &mut trace.p);
+        }
+        for k in 0..steps {
+            let here = if k == 0 { &all } else { &later };
+            let tokens: Vec<u32> =
+                here.iter()
+                    .map(|t| {
+                        if places[*t as usize].after as usize > k { pack.ids[*t as usize + 1 + k] } else { 0 }
+                    })
+                    .collect();
+            let positions: Vec<u32> = here.iter().map(|t| pack.positions[*t as usize] + k as u32).collect();
+            let embedded = tape.embed(&self.embed, &tokens, 1.0); // [S or R, H]
+            let output = net.step(tape, w, &embedded, &hidden, &positions, &mut attend); // [S or R, H]
+
+            // Rows with a loss: the slot `k` further on is trained.
+            let (mut loss_rows, mut teacher_rows) = (Vec::new(), Vec::new());
+            let mut depth = DepthStats::default();
+            for (row, t) in here.iter().enumerate() {
+                let t = *t as usize;
+                if places[t].after as usize >= k && teacher.of_slot[t + k] != u32::MAX {
+                    loss_rows.push(row as u32);
+                    teacher_rows.push(teacher.of_slot[t + k]);
+                }
+            }
+            depth.slots = masked_slots(pack, &places, k);
+            let (fed, head_input) = match config.feedback {
+                // The final norm is needed on loss rows only.
+                Feedback::PreNorm => {
+                    let chosen = tape.gather_rows(output, &loss_rows);
+                    (output, net.head_input(tape, w, &chosen))
+                }
+                Feedback::PostNorm => {
+                    let normed = net.head_input(tape, w, &output);
+                    (normed, tape.gather_rows(normed, &loss_rows))
+                }
+            };
+            if let Some(trace) = trace.as_deref_mut() {
+                trace.hidden.push((here.to_vec(), tape.values(output)));
+                let normed = net.head_input(tape, w, &output);
+                let logits = net.logits(tape, w, &normed);
+                trace.logits.push(tape.values(logits));
+            }
+            let decay = self.options.step_decay.powi(k as i32);
+            let count = loss_rows.len() as f64;
+            let alpha_base = match self.options.divisor {
+                LossDivisor::AllSlots => 1.0 / (count + 1e-8),
+                LossDivisor::ValidTokens => 1.0,
+            };
+            let scale = SoftScale { kl: (decay * kl_base) as f32, alpha: (decay * alpha_base) as f32 };
+            let loss = self.options.loss;
+            let grads = mode == Mode::Train;
+            let sums = tape.soft_ce(head_input, w.lm_head, &teacher.rows, &teacher_rows, loss, scale, grads);
+            depth.loss = step_loss(loss, &sums, kl_base, alpha_base);
+            depth.correct = sums.correct;
+            depth.alpha = sums.alpha;
+            depth.trained = sums.rows;
+            stats.loss += decay * depth.loss;
+            stats.depths.push(depth);
+            // From the first step on, only slots that can still reach a loss.
+            hidden = if k == 0 && steps > 1 { tape.gather_rows(fed, &later) } else { fed };
+        }
+        match mode {
+            Mode::Train => tape.backward(),
+            Mode::Evaluate => tape.reset(),
+        }
+        tape.recycle(teacher.rows);
+        Ok(stats)
+    }
+
+    /// Loss and all intermediate results of a pack, without gradients.
+    pub fn trace(&mut self, pack: &Pack) -> Result<(BatchStats, Trace), TrainError> {
+        let mut trace = Trace::default();
+        let stats = self.unroll(pack, Mode::Evaluate, Some(&mut trace))?;
+        Ok((stats, trace))
+    }
+}
+
+/// Slots whose shifted loss mask is set at step `k`.
+fn masked_slots(pack: &Pack, places: &[Place], k: usize) -> u64 {
+    let set = |t: usize| {
+        places[t].after as usize >= k && pack.loss_mask[t + k] && {
+            // The last slot of a row has no target.
+            debug_assert_eq!(places[t].row, places[t + k].row);
+            places[t + k].after > 0
+        }
+    };
+    (0..pack.len()).filter(|t| set(*t)).count() as u64
+}
+
+fn step_loss(loss: SoftLoss, sums: &SoftSums, kl_base: f64, alpha_base: f64) -> f64 {
+    match loss {
+        SoftLoss::Kl => sums.kl * kl_base,
+        SoftLoss::LkAlpha => sums.neg_log_alpha * alpha_base,
+        SoftLoss::LkLambda { .. } => {
+            let w = sums.kl_weight;
+            w * sums.kl * kl_base + (1.0 - w) * (sums.rows as f64 - sums.alpha) * alpha_base
+        }
+    }
+}
+
+impl<K: TrainKernels> Method for Eagle3Train<K> {
+    type Kernels = K;
+
+    fn name(&self) -> &'static str {
+        "eagle3"
+    }
+    fn feature_width(&self) -> usize {
+        self.net.config.features_width()
+    }
+    fn last_width(&self) -> usize {
+        self.net.config.target_hidden_size
+    }
+    fn tape(&self) -> &Tape<K> {
+        &self.tape
+    }
+    fn tape_mut(&mut self) -> &mut Tape<K> {
+        &mut self.tape
+    }
+    fn micro_batch(&mut self, pack: &Pack, mode: Mode) -> Result<BatchStats, TrainError> {
+        self.unroll(pack, mode, None)
+    }
+    fn draft(&self) -> Result<DraftWeights, TrainError> {
+        let tensors = self
+            .tape
+            .trained()
+            .into_iter()
+            .map(|id| {
+                let p = self.tape.param(id);
+                DraftTensor {
+                    name: p.name.clone(),
+                    shape: p.shape.clone(),
+                    values: self.tape.param_values(id),
+                }
+            })
+            .collect();
+        Ok(DraftWeights {
+            method: self.name(),
+            config: self.net.config.to_value()?,
+            tensors,
+            vocab_map: self.vocab_map.clone(),
+        })
+    }
+}

@@ -1,0 +1,350 @@
+//! The trainer loop: packs in, optimiser steps, logs, checkpoints, validation. It knows no method.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::checkpoint::{self, Best, TrainState};
+use crate::{
+    AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
+    TensorBoard, TrainError,
+};
+
+/// Settings of the loop.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainOptions {
+    /// Run folder of the stage: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `tensorboard/` go here.
+    pub dir: PathBuf,
+    /// Hash of everything in the run file that changes the result.
+    pub run_hash: String,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Share of the steps in which it rises.
+    pub warmup_ratio: f64,
+    /// What it does then.
+    pub schedule: LrSchedule,
+    /// Optimiser.
+    pub adamw: AdamWOptions,
+    /// Passes over the data.
+    pub epochs: u64,
+    /// Stop, and end the schedule, after this many optimiser steps.
+    pub max_steps: Option<u64>,
+    /// Slots per optimiser step, over all its packs.
+    pub tokens_per_step: usize,
+    /// Slots per pack.
+    pub pack_slots: usize,
+    /// Steps between log lines.
+    pub log_every: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept.
+    pub keep_checkpoints: usize,
+    /// Steps between validations; the last step is always validated. `None`: only the last.
+    pub validate_every: Option<u64>,
+    /// Seed of the data order.
+    pub seed: u64,
+}
+
+/// One measured validation, as the caller's decoder found it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ValidationResult {
+    /// Committed tokens per verify step.
+    pub accept_len: f64,
+    /// Lower end of its confidence interval.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+    /// Verify steps measured.
+    pub verify_steps: u64,
+    /// Tokens committed by them.
+    pub committed_tokens: u64,
+}
+
+/// Measures a draft after `step` optimiser steps by real speculative decoding.
+pub type Validator<'a> =
+    dyn FnMut(&DraftWeights, u64) -> Result<ValidationResult, Box<dyn std::error::Error + Send + Sync>> + 'a;
+
+/// What one optimiser step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Epoch, from 0.
+    pub epoch: u64,
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Learning rate used.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Per depth: share of loss-mask slots where the draft's first choice is the target's; `None` without slots.
+    pub acc: Vec<Option<f64>>,
+    /// Per depth: mean expected acceptance over trained slots.
+    pub alpha: Vec<Option<f64>>,
+    /// Slots of this step.
+    pub slots: u64,
+    /// Slots trained on so far, all passes counted.
+    pub total_slots: u64,
+    /// Slots per second of this process, over all its steps.
+    pub tokens_per_s: f64,
+    /// Seconds until the last step at that speed.
+    pub eta_s: f64,
+}
+
+/// What happens while training.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Before the first step of this process.
+    Started {
+        /// Steps of the whole run.
+        total_steps: u64,
+        /// Steps that an earlier process did.
+        done_steps: u64,
+        /// Micro-batches per optimiser step.
+        packs_per_step: usize,
+    },
+    /// An optimiser step.
+    Step(StepReport),
+    /// A checkpoint was written.
+    Checkpoint {
+        /// Steps done.
+        step: u64,
+        /// Its folder.
+        path: PathBuf,
+    },
+    /// A draft was measured.
+    Validated {
+        /// Steps done.
+        step: u64,
+        /// What was measured.
+        result: ValidationResult,
+        /// Whether it is the best so far.
+        is_best: bool,
+    },
+}
+
+/// What the caller wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// Go on.
+    Continue,
+    /// Write a checkpoint and return.
+    Stop,
+}
+
+/// What the caller hands in.
+pub struct Hooks<'a> {
+    /// Called for every event; may stop the run.
+    pub on_event: &'a mut dyn FnMut(&Event) -> Flow,
+    /// Measures drafts; without it the last draft is the result.
+    pub validate: Option<&'a mut Validator<'a>>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// State after the last step.
+    pub state: TrainState,
+    /// All steps were done.
+    pub finished: bool,
+    /// Folder of the draft to use: `best/` if drafts were measured, else `last/`. `None` if stopped early.
+    pub draft: Option<PathBuf>,
+}
+
+/// Walks through the packs of all epochs.
+struct Packs<'a> {
+    order: Order,
+    store: &'a mut dyn RowStore,
+    options: &'a TrainOptions,
+    /// Packs of the current epoch.
+    current: (u64, Vec<Vec<usize>>),
+}
+
+impl Packs<'_> {
+    /// The pack at a position, which then moves on; `None` after the last epoch.
+    fn next(
+        &mut self,
+        (epoch, pack): (&mut u64, &mut u64),
+        (feature_width, last_width): (usize, usize),
+    ) -> Result<Option<Pack>, TrainError> {
+        if *epoch >= self.options.epochs {
+            return Ok(None);
+        }
+        if self.current.0 != *epoch {
+            self.current = (*epoch, self.order.epoch(*epoch));
+        }
+        let numbers = &self.current.1[*pack as usize];
+        let rows = self.store.read(numbers).map_err(|source| TrainError::Rows { source })?;
+        let mut out = Pack::default();
+        for (number, row) in numbers.iter().zip(&rows) {
+            out.push(*number as u64, row, self.options.pack_slots, feature_width, last_width)?;
+        }
+        *pack += 1;
+        if *pack as usize >= self.current.1.len() {
+            (*epoch, *pack) = (*epoch + 1, 0);
+        }
+        Ok(Some(out))
+    }
+}
+
+fn ratio(n: f64, d: u64) -> Option<f64> {
+    (d > 0).then(|| n / d as f64)
+}
+
+/// Trains until the last step, resuming from the newest checkpoint of the folder.
+///
+/// # Errors
+/// See [`TrainError`]. After an error the newest checkpoint is still good.
+pub fn train<M: Method>(
+    method: &mut M,
+    store: &mut dyn RowStore,
+    options: &TrainOptions,
+    mut hooks: Hooks<'_>,
+) -> Result<Outcome, TrainError> {
+    let order = Order::new(store, options.pack_slots, options.seed);
+    let packs_per_step =
+        ((options.tokens_per_step + options.pack_slots / 2) / options.pack_slots.max(1)).max(1);
+    let available = order.total_packs(options.epochs).div_ceil(packs_per_step as u64);
+    let total_steps = available.min(options.max_steps.unwrap_or(u64::MAX));
+    if total_steps == 0 {
+        return Err(TrainError::NoData);
+    }
+    let checkpoints = options.dir.join("checkpoints");
+    let mut optimizer = AdamW::new(options.adamw, method.tape());
+    let start = TrainState::start(method.name(), &options.run_hash, options.seed);
+    let mut state = checkpoint::resume(&checkpoints, method, &mut optimizer, &start)?.unwrap_or(start);
+    draftsmith_formats::atomic::create_dir_all(&options.dir)?;
+    let mut log = JsonLog::open(&options.dir.join("log.jsonl"), state.step)?;
+    let mut board = TensorBoard::create(&options.dir.join("tensorboard"), state.step)?;
+    let widths = (method.feature_width(), method.last_width());
+    let mut packs = Packs { order, store, options, current: (u64::MAX, Vec::new()) };
+    let (began, done_before, slots_before) = (Instant::now(), state.step, state.slots);
+    let mut flow = (hooks.on_event)(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
+    let mut saved_at = state.step;
+    let mut last_loss = f64::NAN;
+    while state.step < total_steps && flow == Flow::Continue {
+        let epoch = state.epoch;
+        let mut stats = BatchStats::default();
+        for _ in 0..packs_per_step {
+            let Some(pack) = packs.next((&mut state.epoch, &mut state.pack), widths)? else { break };
+            stats.add(&method.micro_batch(&pack, Mode::Train)?);
+        }
+        let lr = options.schedule.lr(options.lr, options.warmup_ratio, total_steps, state.step);
+        // A step without a single trained slot has no gradient; it still counts, so that the schedule is kept.
+        let divisor = if stats.weight > 0.0 { stats.weight } else { 1.0 };
+        let grad_norm = optimizer.step(method.tape_mut(), lr, divisor)?;
+        state.step += 1;
+        state.slots += stats.slots;
+        if stats.weight > 0.0 {
+            last_loss = stats.loss / divisor;
+        }
+        if !last_loss.is_finite() {
+            return Err(TrainError::Diverged { step: state.step, loss: last_loss, grad_norm });
+        }
+        let elapsed = began.elapsed().as_secs_f64().max(1e-9);
+        let (new_steps, left) = (state.step - done_before, total_steps - state.step);
+        let report = StepReport {
+            step: state.step,
+            total_steps,
+            epoch,
+            loss: last_loss,
+            lr,
+            grad_norm,
+            acc: stats.depths.iter().map(|d| ratio(d.correct as f64, d.slots)).collect(),
+            alpha: stats.depths.iter().map(|d| ratio(d.alpha, d.trained)).collect(),
+            slots: stats.slots,
+            total_slots: state.slots,
+            tokens_per_s: (state.slots - slots_before) as f64 / elapsed,
+            eta_s: elapsed / new_steps as f64 * left as f64,
+        };
+        if state.step % options.log_every.max(1) == 0 || left == 0 {
+            write_logs(&mut log, &mut board, &report)?;
+        }
+        flow = (hooks.on_event)(&Event::Step(report));
+        let due = options.validate_every.is_some_and(|n| state.step.is_multiple_of(n.max(1))) || left == 0;
+        if due && hooks.validate.is_some() && flow == Flow::Continue {
+            flow = validate(method, &mut state, options, &mut hooks, &mut log, &mut board)?;
+        }
+        if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
+            let path = checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
+            saved_at = state.step;
+            if (hooks.on_event)(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
+                flow = Flow::Stop;
+            }
+        }
+    }
+    if state.step < total_steps {
+        if saved_at != state.step {
+            checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
+        }
+        return Ok(Outcome { state, finished: false, draft: None });
+    }
+    let last = options.dir.join("last");
+    method.draft()?.save(&last)?;
+    let draft = if state.best.is_some() { options.dir.join("best") } else { last };
+    Ok(Outcome { state, finished: true, draft: Some(draft) })
+}
+
+fn validate<M: Method>(
+    method: &M,
+    state: &mut TrainState,
+    options: &TrainOptions,
+    hooks: &mut Hooks<'_>,
+    log: &mut JsonLog,
+    board: &mut TensorBoard,
+) -> Result<Flow, TrainError> {
+    let Some(measure) = &mut hooks.validate else { return Ok(Flow::Continue) };
+    // What is measured is what is saved: weights rounded to bfloat16.
+    let draft = method.draft()?.rounded();
+    let result = measure(&draft, state.step).map_err(|source| TrainError::Validation { source })?;
+    let is_best = state.best.as_ref().is_none_or(|b| result.accept_len > b.result.accept_len);
+    if is_best {
+        draft.save(&options.dir.join("best"))?;
+        state.best = Some(Best { step: state.step, result: result.clone() });
+    }
+    log.write(&json!({
+        "event": "validation",
+        "step": state.step,
+        "accept_len": result.accept_len,
+        "low": result.low,
+        "high": result.high,
+        "verify_steps": result.verify_steps,
+        "committed_tokens": result.committed_tokens,
+        "best": is_best,
+    }))?;
+    board.scalars(state.step, &[("validation/accept_len", result.accept_len)])?;
+    Ok((hooks.on_event)(&Event::Validated { step: state.step, result, is_best }))
+}
+
+fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Result<(), TrainError> {
+    log.write(&json!({
+        "event": "step",
+        "step": r.step,
+        "total_steps": r.total_steps,
+        "epoch": r.epoch,
+        "loss": r.loss,
+        "lr": r.lr,
+        "grad_norm": r.grad_norm,
+        "acc": r.acc,
+        "alpha": r.alpha,
+        "slots": r.slots,
+        "total_slots": r.total_slots,
+        "tokens_per_s": r.tokens_per_s,
+    }))?;
+    let names: Vec<(String, f64)> = [
+        ("train/loss".to_owned(), r.loss),
+        ("train/lr".to_owned(), r.lr),
+        ("train/grad_norm".to_owned(), r.grad_norm),
+        ("train/tokens_per_s".to_owned(), r.tokens_per_s),
+    ]
+    .into_iter()
+    .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
+    .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
+    .collect();
+    let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+    board.scalars(r.step, &values)
+}
