@@ -1,1 +1,37 @@
-//! Sources to conversations to token ids and loss mask; packing, reports, vocabulary map
+//! Sources to conversations to token ids and loss mask; packing, reports, vocabulary map.
+//!
+//! ```text
+//! files ── SourceReader ──► rows ── load: validate, de-duplicate, mix, shuffle ──► rows
+//!                                     │
+//!                                     ├── the target answers their prompts (draftsmith-capture)
+//!                                     ▼
+//!                     Preparer: render, tokenise, mask, cut ──► PreparedRow {ids, loss_mask} ── pack
+//! ```
+//! Nothing is dropped silently: each row that does not come out is counted in the [`Report`] under its [`DropReason`],
+//! and strict mode turns the reasons that speak of broken rows into errors with file and line. The same files, options
+//! and seed give the same rows in the same order.
+
+mod counts;
+mod decontam;
+mod error;
+mod load;
+mod pack;
+mod prepare;
+mod preview;
+mod report;
+mod rng;
+mod row;
+mod source;
+mod workload;
+
+pub use counts::TokenCounts;
+pub use decontam::Decontaminator;
+pub use error::{DataError, DropReason, Location, RowError};
+pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, load};
+pub use pack::{PackError, PackedSequence, pack};
+pub use prepare::{PrepareOptions, PreparedRow, Preparer, prepare};
+pub use preview::{Paint, preview, preview_conversation};
+pub use report::{DomainCounts, Lengths, Report};
+pub use row::{Conversation, LocatedRow, Row, TokenRow, parse_conversation_line};
+pub use source::{ReadOptions, SourceReader};
+pub use workload::{WorkItem, parse_work_item, read_workload, read_workload_bytes};

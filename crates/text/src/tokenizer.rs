@@ -85,6 +85,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     pieces: Arc<Pieces>,
     special: SpecialIds,
+    special_ids: Vec<u32>,
     content_hash: String,
 }
 
@@ -167,7 +168,8 @@ impl Tokenizer {
             hasher.update([u8::from(pieces.is_special(id))]);
         }
         let content_hash = hex(&hasher.finalize());
-        Ok(Tokenizer { inner, pieces: Arc::new(pieces), special, content_hash })
+        let special_ids = (0..pieces.len() as u32).filter(|id| pieces.is_special(*id)).collect();
+        Ok(Tokenizer { inner, pieces: Arc::new(pieces), special, special_ids, content_hash })
     }
 
     /// The ids of a text. Special tokens written out in the text become their ids.
@@ -282,9 +284,18 @@ impl Tokenizer {
         self.pieces.is_special(id)
     }
 
+    /// The first control token (by id) that stands written out in a text, and so would be read as control.
+    pub fn special_in(&self, text: &str) -> Option<u32> {
+        let written = |id: &u32| {
+            let piece = self.pieces.get(*id);
+            std::str::from_utf8(piece).is_ok_and(|piece| !piece.is_empty() && text.contains(piece))
+        };
+        self.special_ids.iter().copied().find(written)
+    }
+
     /// All control tokens, ascending.
-    pub fn special_ids(&self) -> Vec<u32> {
-        (0..self.vocab_size() as u32).filter(|id| self.is_special(*id)).collect()
+    pub fn special_ids(&self) -> &[u32] {
+        &self.special_ids
     }
 
     /// All tokens that stand for one raw byte, ascending.
@@ -294,7 +305,7 @@ impl Tokenizer {
 
     /// What every draft vocabulary must hold: control tokens, ids that end generation, raw bytes.
     pub fn always_in_draft_vocab(&self) -> Vec<TargetTokenId> {
-        let mut ids = self.special_ids();
+        let mut ids = self.special_ids.clone();
         ids.extend(self.byte_ids());
         ids.extend(&self.special.eos);
         ids.extend(self.special.bos);
@@ -353,7 +364,8 @@ impl PieceKind {
 /// `<0x0A>` to 10.
 fn raw_byte(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
+    let hexadecimal = digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    hexadecimal.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
 /// The byte that a character stands for in GPT-2's printable alphabet.

@@ -1,0 +1,236 @@
+//! Rows to token ids and loss mask.
+
+use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
+
+use crate::{
+    Conversation, DataError, DomainCounts, LocatedRow, Report, Row, RowError, TokenCounts, TokenRow,
+};
+
+/// How rows become tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PrepareOptions {
+    /// What the template gets, which turns are trained.
+    pub mask: MaskOptions,
+    /// Longest row in tokens.
+    pub max_length: usize,
+    /// Rows with fewer trained tokens are dropped.
+    pub min_trained_tokens: usize,
+    /// Vocabulary of the target (rows of its head).
+    pub target_vocab: usize,
+    /// Rows without trained tokens, with control tokens in their text, or refused by the template are errors instead of
+    /// being dropped and counted.
+    pub strict: bool,
+}
+
+/// A row as training takes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PreparedRow {
+    /// Id of the row; `#turnN` is added where a conversation became several rows.
+    pub id: String,
+    /// Domain for reports.
+    pub domain: String,
+    /// `[S]` token ids.
+    pub ids: Vec<u32>,
+    /// `[S]` true where the token is trained as an output.
+    pub loss_mask: Vec<bool>,
+}
+
+impl PreparedRow {
+    /// Number of trained tokens.
+    pub fn trained_tokens(&self) -> usize {
+        self.loss_mask.iter().filter(|m| **m).count()
+    }
+}
+
+/// Turns rows into tokens one by one, and counts.
+#[derive(Debug)]
+pub struct Preparer<'a> {
+    tokenizer: &'a Tokenizer,
+    template: &'a ChatTemplate,
+    options: PrepareOptions,
+    report: Report,
+    counts: TokenCounts,
+    lengths: Vec<u64>,
+}
+
+impl<'a> Preparer<'a> {
+    /// Starts with the report of [`crate::load`], or an empty one.
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: &'a ChatTemplate,
+        options: PrepareOptions,
+        report: Report,
+    ) -> Preparer<'a> {
+        let counts = TokenCounts::new(options.target_vocab);
+        let report = Report { rows: 0, ..report };
+        Preparer { tokenizer, template, options, report, counts, lengths: Vec::new() }
+    }
+
+    /// The rows that one row gives: usually one, none if it is dropped, several if the template rewrites history.
+    ///
+    /// # Errors
+    /// [`DataError::Text`] if the conversation cannot be rendered; in strict mode [`DataError::BadRow`].
+    pub fn push(&mut self, located: &LocatedRow) -> Result<Vec<PreparedRow>, DataError> {
+        let drop = |this: &mut Self, problem: RowError| {
+            if this.options.strict {
+                return Err(DataError::BadRow { location: located.location.clone(), problem });
+            }
+            this.report.drop_row(problem.reason());
+            Ok(Vec::new())
+        };
+        let candidates = match &located.row {
+            Row::Tokens(row) => match self.check_tokens(row) {
+                Ok(()) => {
+                    vec![(located.id(), row.ids.clone(), row.loss_mask.clone(), turn_ends(&row.loss_mask))]
+                }
+                Err(problem) => return drop(self, problem),
+            },
+            Row::Conversation(row) => match self.mask(row) {
+                Ok(rows) => {
+                    let split = rows.len() > 1;
+                    let name = |masked: &MaskedRow| match masked.turns.first() {
+                        Some(turn) if split => format!("{}#turn{}", located.id(), turn.message),
+                        _ => located.id(),
+                    };
+                    rows.into_iter()
+                        .map(|masked| {
+                            let ends = masked.turns.iter().map(|turn| turn.tokens.end).collect();
+                            (name(&masked), masked.ids, masked.loss_mask, ends)
+                        })
+                        .collect()
+                }
+                Err(Problem::Row(problem)) => return drop(self, problem),
+                Err(Problem::Text(source)) => {
+                    return Err(DataError::Text { location: located.location.clone(), source });
+                }
+            },
+        };
+        self.report.rows_split += candidates.len().saturating_sub(1) as u64;
+        let mut out = Vec::with_capacity(candidates.len());
+        for (id, mut ids, mut loss_mask, ends) in candidates {
+            let cut = self.cut(&ids, &ends);
+            if let Some((length, at_turn)) = cut {
+                ids.truncate(length);
+                loss_mask.truncate(length);
+                let counter =
+                    if at_turn { &mut self.report.cut_at_turn } else { &mut self.report.cut_inside_turn };
+                *counter += 1;
+            }
+            let row = PreparedRow { id, domain: located.domain().to_owned(), ids, loss_mask };
+            let found = row.trained_tokens();
+            let wanted = self.options.min_trained_tokens.max(1);
+            if found < wanted {
+                out.extend(drop(self, RowError::TooFewTrainedTokens { found, wanted })?);
+                continue;
+            }
+            self.count(&row);
+            out.push(row);
+        }
+        Ok(out)
+    }
+
+    /// Where a row that is too long is cut: after the last turn that fits, else inside the first turn.
+    fn cut(&self, ids: &[u32], ends: &[usize]) -> Option<(usize, bool)> {
+        let max = self.options.max_length;
+        if ids.len() <= max {
+            return None;
+        }
+        match ends.iter().copied().filter(|end| *end <= max).max() {
+            Some(end) => Some((end, true)),
+            None => Some((max, false)),
+        }
+    }
+
+    fn count(&mut self, row: &PreparedRow) {
+        let (tokens, trained) = (row.ids.len() as u64, row.trained_tokens() as u64);
+        self.report.rows += 1;
+        self.report.tokens += tokens;
+        self.report.trained_tokens += trained;
+        let domain: &mut DomainCounts = self.report.domains.entry(row.domain.clone()).or_default();
+        domain.rows += 1;
+        domain.tokens += tokens;
+        domain.trained_tokens += trained;
+        self.counts.add(&row.ids, &row.loss_mask);
+        self.lengths.push(tokens);
+    }
+
+    fn check_tokens(&self, row: &TokenRow) -> Result<(), RowError> {
+        let vocab = self.options.target_vocab;
+        match row.ids.iter().position(|id| *id as usize >= vocab) {
+            Some(at) => Err(RowError::TokenOutOfVocabulary { at, id: row.ids[at], vocab }),
+            None => Ok(()),
+        }
+    }
+
+    fn mask(&self, row: &Conversation) -> Result<Vec<MaskedRow>, Problem> {
+        if !row.has_answer() {
+            return Err(Problem::Row(RowError::NoAnswer));
+        }
+        for (at, message) in row.messages.iter().enumerate() {
+            if let Some(id) = self.tokenizer.special_in(&message.content) {
+                let token = String::from_utf8_lossy(self.tokenizer.token_to_piece(id)).into_owned();
+                return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
+            }
+        }
+        let mut options = self.options.mask.clone();
+        if row.tools.is_some() {
+            options.render.tools.clone_from(&row.tools);
+        }
+        options.render.kwargs.extend(row.kwargs.clone());
+        mask_conversation(self.tokenizer, self.template, &row.messages, &options).map_err(|error| match error
+        {
+            TextError::TemplateRaised { message } => Problem::Row(RowError::TemplateRefused { message }),
+            other => Problem::Text(other),
+        })
+    }
+
+    /// The report so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// The report and the token counts.
+    pub fn finish(mut self) -> (Report, TokenCounts) {
+        self.report.set_lengths(self.lengths);
+        (self.report, self.counts)
+    }
+}
+
+/// What stops a conversation.
+enum Problem {
+    Row(RowError),
+    Text(TextError),
+}
+
+/// Ends of the runs of trained tokens.
+fn turn_ends(loss_mask: &[bool]) -> Vec<usize> {
+    (1..=loss_mask.len()).filter(|end| loss_mask[end - 1] && loss_mask.get(*end) != Some(&true)).collect()
+}
+
+/// Prepares all rows. `progress` gets the rows done so far, now and then.
+///
+/// # Errors
+/// Those of [`Preparer::push`]; [`DataError::NoRows`] if nothing is left.
+pub fn prepare(
+    rows: &[LocatedRow],
+    mut preparer: Preparer<'_>,
+    mut progress: impl FnMut(u64),
+) -> Result<(Vec<PreparedRow>, Report, TokenCounts), DataError> {
+    let mut out = Vec::with_capacity(rows.len());
+    for (done, row) in rows.iter().enumerate() {
+        out.extend(preparer.push(row)?);
+        if (done + 1) % 100 == 0 {
+            progress(done as u64 + 1);
+        }
+    }
+    let (report, counts) = preparer.finish();
+    if out.is_empty() {
+        let mut files: Vec<String> =
+            rows.iter().map(|r| format!("`{}`", r.location.path.display())).collect();
+        files.dedup();
+        files.sort();
+        files.dedup();
+        return Err(DataError::NoRows { files: files.join(", "), dropped: report.dropped_in_words() });
+    }
+    Ok((out, report, counts))
+}

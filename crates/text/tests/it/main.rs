@@ -1,0 +1,6 @@
+//! Tests of the crate from outside, in one binary.
+
+mod common;
+mod stream;
+mod template;
+mod tokenizer;
