@@ -1,1 +1,26 @@
-//! Checkpoint to bundle: checks, probe, model card, exports
+//! Checkpoint to bundle: checks, probe, model card.
+//!
+//! A bundle is one folder that a serving engine loads as a draft (`config.json` and `model.safetensors` in the
+//! SpecForge layout) with proof of what it is: `bundle.json` (provenance and the hash of every file), a numeric
+//! probe, a model card, measured results and their raw records. [`make`] writes it in one atomic step, [`check`]
+//! verifies it.
+
+mod card;
+mod check;
+mod error;
+mod layout;
+mod make;
+mod manifest;
+mod probe;
+mod problem;
+
+pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, check, target_problems};
+pub use error::{BoxError, BundleError};
+pub use layout::{TensorSpec, expected_tensors};
+pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, make};
+pub use manifest::{
+    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, MANIFEST_FILE, Manifest,
+    PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+};
+pub use probe::{PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
+pub use problem::Problem;

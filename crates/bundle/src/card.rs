@@ -1,0 +1,254 @@
+//! The words of a bundle: the model card (`README.md`) and the results (`RESULTS.md`).
+//!
+//! Every number comes from the manifest or a measured record. Flags of other engines are those of their own
+//! documentation [ecosystem §5]; the card says that they were not run here.
+
+use std::fmt::Write as _;
+
+use draftsmith_model::eagle3::{Eagle3Config, Feedback};
+
+use crate::make::{Measured, MeasuredResult, record_files};
+use crate::manifest::{Manifest, TargetInfo};
+
+/// `1234567` as `1,234,567`.
+fn grouped(value: u64) -> String {
+    let digits = value.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+fn measured(value: &Option<Measured>, unit: &str) -> String {
+    match value {
+        None => "–".into(),
+        Some(Measured { value, ci95: None }) => format!("{value:.2}{unit}"),
+        Some(Measured { value, ci95: Some([low, high]) }) => {
+            format!("{value:.2}{unit} [{low:.2}, {high:.2}]")
+        }
+    }
+}
+
+fn rate(value: Option<f64>) -> String {
+    value.map_or_else(|| "–".into(), |v| format!("{v:.1}"))
+}
+
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
+}
+
+/// A scalar for YAML: quoted, so that nothing in it is syntax.
+fn yaml(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " "))
+}
+
+/// What the target is called by other engines.
+fn engine_name(target: &TargetInfo) -> &str {
+    target.hub_name.as_deref().unwrap_or("TARGET")
+}
+
+/// The table of results; empty text if nothing was measured.
+fn table(results: &[MeasuredResult]) -> String {
+    let mut out = String::from(
+        "| workload | drafting | sampling | rows | accept length | plain tok/s | spec tok/s | speedup | identical |\n|:---|:---|:---|---:|---:|---:|---:|---:|---:|\n",
+    );
+    for r in results {
+        let identical = if r.identical_samples == r.samples {
+            format!("all {}", r.samples)
+        } else {
+            format!("**{} of {}**", r.identical_samples, r.samples)
+        };
+        let _ = writeln!(
+            out,
+            "| {}{} | {} | {} | {} | {} | {} | {} | {} | {identical} |",
+            cell(&r.workload),
+            if r.doubts.is_empty() { "" } else { " (doubts)" },
+            cell(&r.drafting),
+            cell(&r.sampling),
+            r.rows,
+            measured(&r.accept_len, ""),
+            rate(r.plain_tokens_per_s),
+            rate(r.spec_tokens_per_s),
+            measured(&r.speedup, "×"),
+        );
+    }
+    out
+}
+
+/// Baselines and machines of the results, each named once.
+fn conditions(results: &[MeasuredResult]) -> String {
+    let mut baselines: Vec<&str> = results.iter().map(|r| r.baseline.as_str()).collect();
+    baselines.dedup();
+    let mut machines: Vec<&str> = results.iter().map(|r| r.machine.as_str()).collect();
+    machines.dedup();
+    format!(
+        "`[low, high]`: 95 % confidence interval over rows. Accept length: committed tokens ÷ verify steps, the target's own token included. Speedup: decode time per token; baseline: {}. Machine: {}.",
+        baselines.join("; "),
+        machines.join("; ")
+    )
+}
+
+fn doubts(results: &[MeasuredResult]) -> String {
+    let lines: Vec<String> =
+        results.iter().flat_map(|r| r.doubts.iter().map(|d| format!("* {}: {d}\n", r.workload))).collect();
+    if lines.is_empty() {
+        String::new()
+    } else {
+        format!("\nDoubts about these numbers:\n\n{}", lines.concat())
+    }
+}
+
+/// `RESULTS.md`.
+pub(crate) fn results(manifest: &Manifest, results: &[MeasuredResult]) -> String {
+    let mut out = format!("# Measured results of {}\n\n", manifest.name);
+    if results.is_empty() {
+        out.push_str("Nothing was measured for this bundle.\n");
+        return out;
+    }
+    let _ = write!(out, "{}\n{}\n{}", table(results), conditions(results), doubts(results));
+    out.push_str(
+        "\n## Accept rate at each depth\n\nDraft tokens accepted at a depth ÷ proposals that reached it.\n\n",
+    );
+    let depth = results.iter().map(|r| r.accept_rate_at.len()).max().unwrap_or(0);
+    let _ = write!(out, "| workload | drafting | verify steps |");
+    for d in 1..=depth {
+        let _ = write!(out, " {d} |");
+    }
+    let _ = write!(out, "\n|:---|:---|---:|{}\n", "---:|".repeat(depth));
+    for r in results {
+        let _ =
+            write!(out, "| {} | {} | {} |", cell(&r.workload), cell(&r.drafting), grouped(r.verify_steps));
+        for d in 0..depth {
+            let _ = write!(
+                out,
+                " {} |",
+                r.accept_rate_at.get(d).map_or_else(String::new, |v| format!("{:.1} %", v * 100.0))
+            );
+        }
+        out.push('\n');
+    }
+    out.push_str("\n## Raw records\n\n");
+    for (name, _) in record_files(results) {
+        let _ = writeln!(out, "* [`results/{name}`](results/{name})");
+    }
+    out
+}
+
+/// `README.md`.
+pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[MeasuredResult]) -> String {
+    let target = &manifest.target;
+    let training = &manifest.training;
+    let mut out = String::from("---\n");
+    if let Some(hub) = &target.hub_name {
+        let _ = writeln!(out, "base_model: {}", yaml(hub));
+    }
+    let _ = writeln!(out, "license: {}", yaml(&manifest.license.to_lowercase()));
+    out.push_str("library_name: draftsmith\npipeline_tag: text-generation\ntags:\n- speculative-decoding\n- eagle3\n- draft-model\n");
+    if !training.data.is_empty() {
+        out.push_str("datasets_used:\n");
+        for data in &training.data {
+            let _ = writeln!(out, "- {}", yaml(&data.name));
+        }
+    }
+    let _ = write!(
+        out,
+        "---\n\n# {}\n\nAn EAGLE-3 draft for **{}**. It proposes tokens, the target verifies them: the target decodes faster and its output does not change. The draft is of no use without its target.\n\n",
+        manifest.name, target.name
+    );
+    if !results.is_empty() {
+        let _ = write!(
+            out,
+            "## Measured\n\n{}\n{}\n{}\nMore in [RESULTS.md](RESULTS.md); raw records in `results/`.\n\n",
+            table(results),
+            conditions(results),
+            doubts(results)
+        );
+    }
+    let r = &manifest.recommended;
+    let shape = if r.top_k <= 1 {
+        format!("a chain of depth {}", r.depth)
+    } else {
+        format!("a tree of depth {}, top-k {}, {} draft tokens", r.depth, r.top_k, r.num_draft_tokens)
+    };
+    let _ = write!(
+        out,
+        "## Use\n\nRecommended: {shape}{}.\n\n",
+        if r.because.is_empty() { String::new() } else { format!(" ({})", r.because) }
+    );
+    let reference = target.references.first().map_or(engine_name(target), String::as_str);
+    let _ = write!(
+        out,
+        "```sh\n# draftsmith (`DIR` is this folder)\ndraftsmith generate --target {reference} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n"
+    );
+    let name = engine_name(target);
+    let _ = write!(
+        out,
+        "\n# SGLang\npython3 -m sglang.launch_server --model-path {name} --speculative-algorithm EAGLE3 \\\n  --speculative-draft-model-path DIR --speculative-num-steps {} --speculative-eagle-topk {} --speculative-num-draft-tokens {}\n\n# vLLM\nvllm serve {name} --speculative-config '{{\"method\": \"eagle3\", \"model\": \"DIR\", \"num_speculative_tokens\": {}, \"draft_tensor_parallel_size\": 1}}'\n```\n\n",
+        r.depth,
+        r.top_k.max(1),
+        // SGLang counts the target's own token as the root of the proposal [ecosystem §5].
+        if r.top_k <= 1 { r.depth + 1 } else { r.num_draft_tokens },
+        r.depth,
+    );
+    out.push_str("The SGLang and vLLM lines follow those engines' documentation and were not run for this card; measured numbers here are from draftsmith.");
+    if config.fc_norm || config.feedback == Feedback::PostNorm {
+        out.push_str(" llama.cpp's converter does not take this variant of EAGLE-3 (norms before the fusion, or fed-back normed states).\n\n");
+    } else {
+        out.push_str(" For llama.cpp, its `convert_hf_to_gguf.py` takes this folder together with the target's (`--target-model-dir`); the result is used with `-md draft.gguf --spec-type draft-eagle3`. That road was not run either.\n\n");
+    }
+    let ids: Vec<String> = manifest.draft.target_layer_ids.iter().map(u32::to_string).collect();
+    let _ = write!(
+        out,
+        "## What it is\n\n| | |\n|:---|:---|\n| target | {}{} |\n| target weights | {}, sha256 `{}` |\n| tokenizer, chat template | sha256 `{}`, `{}` |\n| captured layers (0-based, output of layer) | {} |\n| draft | {} parameters in {}, width {}, {} of {} token ids; the embedding is the target's |\n\n",
+        target.name,
+        target.hub_name.as_ref().map_or_else(String::new, |h| format!(" (`{h}`)")),
+        target.weight_format,
+        target.weights_sha256,
+        target.tokenizer_sha256,
+        target.template_sha256,
+        ids.join(", "),
+        grouped(manifest.draft.parameters),
+        manifest.draft.dtype,
+        manifest.draft.hidden_size,
+        grouped(manifest.draft.draft_vocab_size),
+        grouped(target.vocab_size),
+    );
+    let _ = write!(
+        out,
+        "## How it was trained\n\nWith draftsmith {} (training-time test of {} steps): {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is [run.toml](run.toml).\n\n",
+        manifest.draftsmith_version,
+        training.ttt_length,
+        grouped(training.steps),
+        grouped(training.trained_tokens_seen),
+        training.lr_peak,
+        training.seed,
+        training.wall_s.map_or_else(String::new, |s| format!(", {:.0} minutes", s / 60.0)),
+        if training.chosen_by.is_empty() { "hand" } else { &training.chosen_by },
+        if training.on_policy { "the target itself" } else { "the sources of the data" },
+    );
+    if !training.data.is_empty() {
+        out.push_str("| data | rows | tokens | trained tokens | licences |\n|:---|---:|---:|---:|:---|\n");
+        for data in &training.data {
+            let _ = writeln!(
+                out,
+                "| {} | {} | {} | {} | {} |",
+                cell(&data.name),
+                grouped(data.rows),
+                grouped(data.tokens),
+                grouped(data.trained_tokens),
+                cell(&data.licenses.join(", "))
+            );
+        }
+        out.push('\n');
+    }
+    let _ = write!(
+        out,
+        "## Licence\n\nThese weights: {} (see LICENSE). The target: {}. Attributions are in NOTICE.\n\n## Check\n\n`draftsmith bundle check DIR` compares every file, tensor and a numeric probe with [bundle.json](bundle.json).\n",
+        manifest.license, target.license
+    );
+    out
+}

@@ -1,0 +1,312 @@
+//! The draft folder: `config.json` and `model.safetensors` in the layout that SpecForge, SGLang and vLLM read
+//! [formats §1.1, §2.1], with every tensor accounted for.
+//!
+//! The wanted names and shapes come from the network itself ([`Eagle3Config::tensors`]), so that what is checked
+//! is what is run; `d2t` and `t2d` are added here.
+
+use std::path::Path;
+
+use draftsmith_core::{LayerId, VocabMap, default_target_layers};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, Tensor};
+use draftsmith_model::eagle3::Eagle3Config;
+use serde_json::{Map, Value};
+
+use crate::Problem;
+
+/// Which element types a place allows for trained weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WeightTypes {
+    /// A bundle: BF16 only.
+    Bundle,
+    /// A training checkpoint: F32, F16 or BF16, to be converted; a copy of the target's embedding is dropped.
+    Checkpoint,
+}
+
+/// One tensor that a draft must have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Name in the file.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Type in a bundle.
+    pub dtype: Dtype,
+}
+
+/// Every tensor of a bundled draft: no more, no less.
+pub fn expected_tensors(config: &Eagle3Config) -> Vec<TensorSpec> {
+    let trained =
+        config.tensors().into_iter().map(|(name, shape)| TensorSpec { name, shape, dtype: Dtype::BF16 });
+    let map = [
+        TensorSpec { name: "d2t".into(), shape: vec![config.draft_vocab_size], dtype: Dtype::I64 },
+        TensorSpec { name: "t2d".into(), shape: vec![config.vocab_size], dtype: Dtype::BOOL },
+    ];
+    trained.chain(map).collect()
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "BF16",
+        Dtype::I64 => "I64",
+        Dtype::BOOL => "BOOL",
+        _ => "another type",
+    }
+}
+
+/// What the numbers of one matrix look like.
+struct Spread {
+    constant: Option<f32>,
+    standard_deviation: f64,
+    not_finite: usize,
+    first_not_finite: usize,
+}
+
+fn spread(values: &[f32]) -> Spread {
+    let (mut sum, mut squares, mut not_finite, mut first_not_finite) = (0.0f64, 0.0f64, 0, 0);
+    for (i, v) in values.iter().enumerate() {
+        if !v.is_finite() {
+            if not_finite == 0 {
+                first_not_finite = i;
+            }
+            not_finite += 1;
+        }
+        sum += f64::from(*v);
+        squares += f64::from(*v) * f64::from(*v);
+    }
+    let n = values.len().max(1) as f64;
+    let first = values.first().copied();
+    let constant = first.filter(|f| values.iter().all(|v| v == f));
+    Spread {
+        constant,
+        standard_deviation: (squares / n - (sum / n).powi(2)).max(0.0).sqrt(),
+        not_finite,
+        first_not_finite,
+    }
+}
+
+/// How close the spread of every matrix must be to the initial one for a draft to look untrained. The standard
+/// error of a standard deviation over 10⁵ numbers is 0.2 %; training moves it by several.
+const UNTRAINED_SHARE: f64 = 0.01;
+/// Smallest matrix whose spread says anything.
+const UNTRAINED_NUMBERS_MIN: usize = 4096;
+
+/// Compares the weights with what the configuration asks for; problems in a fixed order, tensors named.
+pub(crate) fn weight_problems(
+    config: &Eagle3Config,
+    weights: &SafetensorsDir,
+    types: WeightTypes,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let specs = expected_tensors(config);
+    let mut norms_are_one = true;
+    let mut initial_spreads = true;
+    let mut matrices_judged = 0;
+    for spec in &specs {
+        let Some(tensor) = weights.find(&spec.name) else {
+            problems.push(Problem::TensorMissing {
+                name: spec.name.clone(),
+                dtype: dtype_name(spec.dtype),
+                shape: spec.shape.clone(),
+            });
+            continue;
+        };
+        if tensor.shape != spec.shape {
+            problems.push(Problem::TensorShape {
+                name: spec.name.clone(),
+                wanted: spec.shape.clone(),
+                found: tensor.shape.to_vec(),
+            });
+            continue;
+        }
+        let trained = spec.dtype == Dtype::BF16;
+        let allowed = tensor.dtype == spec.dtype
+            || (trained
+                && types == WeightTypes::Checkpoint
+                && matches!(tensor.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16));
+        if !allowed {
+            problems.push(Problem::TensorDtype {
+                name: spec.name.clone(),
+                wanted: dtype_name(spec.dtype),
+                found: format!("{:?}", tensor.dtype),
+            });
+            continue;
+        }
+        if !trained {
+            continue;
+        }
+        let Ok(values) = tensor.to_f32() else { continue }; // the type was checked above
+        let spread = spread(&values);
+        if spread.not_finite > 0 {
+            problems.push(Problem::TensorNotFinite {
+                name: spec.name.clone(),
+                count: spread.not_finite,
+                first: spread.first_not_finite,
+            });
+            continue;
+        }
+        if spec.shape.len() == 1 {
+            norms_are_one &= spread.constant == Some(1.0);
+        } else if values.len() >= UNTRAINED_NUMBERS_MIN {
+            matrices_judged += 1;
+            let initial = f64::from(config.initializer_range);
+            initial_spreads &= (spread.standard_deviation / initial - 1.0).abs() < UNTRAINED_SHARE;
+        }
+        // A norm may stay at exactly one: near 1 a bf16 step is 0.008.
+        if let Some(value) = spread.constant
+            && values.len() > 1
+            && !(spec.shape.len() == 1 && value == 1.0)
+        {
+            problems.push(Problem::TensorConstant { name: spec.name.clone(), value });
+        }
+    }
+    for name in weights.names() {
+        let dropped = types == WeightTypes::Checkpoint && name == "embed_tokens.weight";
+        if !dropped && !specs.iter().any(|s| s.name == name) {
+            let shape = weights.find(name).map_or_else(Vec::new, |t| t.shape.to_vec());
+            problems.push(Problem::TensorExtra { name: name.to_owned(), shape });
+        }
+    }
+    if problems.is_empty() && matrices_judged > 0 && norms_are_one && initial_spreads {
+        problems.push(Problem::Untrained { initializer_range: config.initializer_range });
+    }
+    problems
+}
+
+/// The vocabulary map of the weights, or what contradicts in it. `None` if a tensor is unusable, which
+/// [`weight_problems`] has told.
+pub(crate) fn vocab_map(
+    config: &Eagle3Config,
+    weights: &SafetensorsDir,
+) -> Option<Result<VocabMap, Problem>> {
+    let usable = |name: &str, dtype: Dtype, len: usize| -> Option<Tensor<'_>> {
+        weights.find(name).filter(|t| t.dtype == dtype && t.shape == [len])
+    };
+    let d2t = usable("d2t", Dtype::I64, config.draft_vocab_size)?.to_i64().ok()?;
+    let t2d = usable("t2d", Dtype::BOOL, config.vocab_size)?.to_bool().ok()?;
+    Some(VocabMap::from_tensors(&d2t, &t2d).map_err(|e| Problem::VocabMap { contradiction: e.to_string() }))
+}
+
+/// What SGLang and vLLM need of `config.json` beyond what the network needs [formats §1.1, eagle3 §1.1].
+pub(crate) fn config_problems(
+    object: &Map<String, Value>,
+    config: &Eagle3Config,
+    num_layers: Option<u64>,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let text = |v: Option<&Value>| {
+        v.map_or_else(|| "absent".to_owned(), |v| v.to_string().chars().take(60).collect())
+    };
+    let mut need = |key: &str, holds: bool, engine: &'static str, wanted: String| {
+        if !holds {
+            let found = key.split('.').try_fold(None, |at: Option<&Value>, part| match at {
+                None => Ok(object.get(part)),
+                Some(value) => value.get(part).map(Some).ok_or(()),
+            });
+            problems.push(Problem::ConfigKey {
+                key: key.to_owned(),
+                found: text(found.unwrap_or(None)),
+                engine,
+                wanted,
+            });
+        }
+    };
+    const BOTH: &str = "every engine";
+    let architectures: Vec<&str> = object
+        .get("architectures")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    need(
+        "architectures",
+        architectures == ["LlamaForCausalLMEagle3"],
+        BOTH,
+        "[\"LlamaForCausalLMEagle3\"]".into(),
+    );
+    need(
+        "model_type",
+        object.get("model_type").and_then(Value::as_str) == Some("llama"),
+        BOTH,
+        "\"llama\"".into(),
+    );
+    // `null` in a typed field breaks loaders that do not expect it, so these keys must be numbers.
+    for key in [
+        "vocab_size",
+        "draft_vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "num_hidden_layers",
+        "max_position_embeddings",
+    ] {
+        need(
+            key,
+            object.get(key).is_some_and(|v| v.as_u64().is_some_and(|n| n > 0)),
+            BOTH,
+            "a positive integer".into(),
+        );
+    }
+    for key in ["rms_norm_eps", "rope_theta"] {
+        need(
+            key,
+            object.get(key).is_some_and(|v| v.as_f64().is_some_and(|n| n > 0.0)),
+            BOTH,
+            "a positive number".into(),
+        );
+    }
+    need(
+        "tie_word_embeddings",
+        object.get("tie_word_embeddings") == Some(&Value::Bool(false)),
+        BOTH,
+        "false: the head is the draft's own".into(),
+    );
+    let dtype = object.get("torch_dtype").or_else(|| object.get("dtype")).and_then(Value::as_str);
+    need("torch_dtype", dtype == Some("bfloat16"), BOTH, "\"bfloat16\"".into());
+
+    // Defaults differ from engine to engine, so the layers are always written, in each engine's numbering.
+    let list = |v: Option<&Value>| -> Option<Vec<u64>> { v?.as_array()?.iter().map(Value::as_u64).collect() };
+    let ids: Option<[u32; 3]> = config
+        .target_layer_ids
+        .or_else(|| num_layers.map(|l| default_target_layers(l as u32).map(|LayerId(id)| id)));
+    if let Some(ids) = ids {
+        let wanted = |offset: u32| ids.map(|id| u64::from(id + offset)).to_vec();
+        let nested = object.get("eagle_config").and_then(|e| e.get("eagle_aux_hidden_state_layer_ids"));
+        need(
+            "eagle_config.eagle_aux_hidden_state_layer_ids",
+            list(nested) == Some(wanted(0)),
+            "SGLang",
+            format!("{:?} (output of layer, from 0)", wanted(0)),
+        );
+        need(
+            "eagle_aux_hidden_state_layer_ids",
+            list(object.get("eagle_aux_hidden_state_layer_ids")) == Some(wanted(1)),
+            "vLLM",
+            format!("{:?} (input of layer)", wanted(1)),
+        );
+        if let Some(layers) = num_layers {
+            need(
+                "eagle_config.eagle_aux_hidden_state_layer_ids",
+                ids.iter().all(|id| u64::from(*id) < layers),
+                BOTH,
+                format!("layers below {layers}"),
+            );
+        }
+    }
+    problems
+}
+
+/// Reads `config.json` of a folder: the object and the draft's shape.
+pub(crate) fn read_config(path: &Path) -> Result<(Map<String, Value>, Eagle3Config), Problem> {
+    let bad = |message: String| Problem::Config { message: format!("`{}`: {message}", path.display()) };
+    let bytes =
+        draftsmith_formats::atomic::read(path).map_err(|e| Problem::Config { message: e.to_string() })?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+    let config = Eagle3Config::from_value(&value).map_err(|e| bad(e.to_string()))?;
+    match value {
+        Value::Object(object) => Ok((object, config)),
+        _ => Err(bad("it is no object".into())),
+    }
+}

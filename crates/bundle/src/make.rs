@@ -1,0 +1,323 @@
+//! From a training checkpoint to a bundle, in one atomic step.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use draftsmith_core::default_target_layers;
+use draftsmith_formats::atomic::{self, AtomicDir};
+use draftsmith_formats::hash::sha256_hex;
+use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
+use serde::{Deserialize, Serialize};
+
+use crate::card;
+use crate::check::BUNDLE_BYTES_MAX;
+use crate::layout::{WeightTypes, expected_tensors, read_config, vocab_map, weight_problems};
+use crate::manifest::{
+    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, MANIFEST_FILE, Manifest, PROBE_FILE,
+    Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+};
+use crate::probe::{Probe, ProbeFn, ProbeInput, to_file};
+use crate::{BundleError, Problem};
+
+/// A value with the ends of its 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// The value.
+    pub value: f64,
+    /// `[low, high]`, if there were rows enough.
+    pub ci95: Option<[f64; 2]>,
+}
+
+/// One measured workload, for the tables; the record behind it is stored beside.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MeasuredResult {
+    /// Workload.
+    pub workload: String,
+    /// How it was drafted, `chain, depth 5`.
+    pub drafting: String,
+    /// How tokens were chosen, `greedy`.
+    pub sampling: String,
+    /// Rows measured.
+    pub rows: u64,
+    /// Outputs compared.
+    pub samples: u64,
+    /// Outputs equal to target-only decoding.
+    pub identical_samples: u64,
+    /// Verify steps.
+    pub verify_steps: u64,
+    /// Committed tokens per verify step.
+    pub accept_len: Option<Measured>,
+    /// Accepted / proposed per depth.
+    pub accept_rate_at: Vec<f64>,
+    /// Target-only decoding.
+    pub plain_tokens_per_s: Option<f64>,
+    /// Speculative decoding.
+    pub spec_tokens_per_s: Option<f64>,
+    /// Over target-only decoding.
+    pub speedup: Option<Measured>,
+    /// What the speedup is relative to, in words.
+    pub baseline: String,
+    /// Machine and threads, in words.
+    pub machine: String,
+    /// Reasons not to trust the numbers.
+    pub doubts: Vec<String>,
+    /// The raw record.
+    pub record_json: String,
+}
+
+/// What to do if the bundle's folder exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// Leave it and fail.
+    Refuse,
+    /// Replace it in one step.
+    Replace,
+}
+
+/// Everything a bundle is made of.
+#[derive(Clone, Debug)]
+pub struct MakeInput {
+    /// Folder to be made.
+    pub out: PathBuf,
+    /// What to do if it exists.
+    pub existing: Existing,
+    /// Folder with `config.json` and `model.safetensors` of the draft.
+    pub checkpoint: PathBuf,
+    /// Name of the draft.
+    pub name: String,
+    /// The target it was trained for.
+    pub target: TargetInfo,
+    /// How it was trained.
+    pub training: TrainingInfo,
+    /// SPDX expression of the weights' licence.
+    pub license: String,
+    /// Its text, `LICENSE` in the bundle.
+    pub license_text: String,
+    /// Attributions of data and target, `NOTICE` in the bundle.
+    pub notice: String,
+    /// Measured results.
+    pub results: Vec<MeasuredResult>,
+    /// The setting that measured best.
+    pub recommended: Recommended,
+    /// The resolved run file, `run.toml` in the bundle.
+    pub run_toml: String,
+    /// HTML report, `results/report.html` in the bundle.
+    pub report_html: Option<String>,
+    /// Questions for the numeric probe; [`ProbeInput::made_up`] if empty.
+    pub probe_inputs: Vec<ProbeInput>,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// A bundle that was made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Made {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What `bundle.json` says.
+    pub manifest: Manifest,
+    /// Sum of its files.
+    pub bytes: u64,
+    /// What deserves a word ([`Problem::Large`]).
+    pub warnings: Vec<Problem>,
+}
+
+/// Makes a bundle. `network` runs the draft of the *checkpoint* as bundled (weights rounded to bf16).
+///
+/// Nothing is left on disk if it fails.
+///
+/// # Errors
+/// [`BundleError::Checkpoint`] names the first tensor or key that does not fit; [`BundleError::MissingField`] if
+/// name or licence is empty; [`BundleError::Exists`].
+pub fn make(input: &MakeInput, network: &mut ProbeFn<'_>) -> Result<Made, BundleError> {
+    for (field, value) in [
+        ("name", &input.name),
+        ("license", &input.license),
+        ("target.license", &input.target.license),
+        ("target.name", &input.target.name),
+    ] {
+        if value.trim().is_empty() {
+            return Err(BundleError::MissingField { field });
+        }
+    }
+    if input.existing == Existing::Refuse && input.out.exists() {
+        return Err(BundleError::Exists { path: input.out.clone() });
+    }
+    let refused = |problem: Problem, more: usize| BundleError::Checkpoint {
+        path: input.checkpoint.clone(),
+        problem: Box::new(problem),
+        more,
+    };
+    let (_, mut config) = read_config(&input.checkpoint.join(CONFIG_FILE)).map_err(|p| refused(p, 0))?;
+    // Engines have different defaults: the layers are always written.
+    config
+        .target_layer_ids
+        .get_or_insert_with(|| default_target_layers(input.target.num_layers as u32).map(|l| l.0));
+    let weights = SafetensorsDir::open(&input.checkpoint)?;
+    let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
+    if let Some(Err(problem)) = vocab_map(&config, &weights) {
+        problems.push(problem);
+    }
+    for (what, trained, found) in [
+        ("hidden size", config.target_hidden_size as u64, input.target.hidden_size),
+        ("vocabulary", config.vocab_size as u64, input.target.vocab_size),
+    ] {
+        if trained != found {
+            problems.push(Problem::WrongTarget {
+                what,
+                trained: trained.to_string(),
+                found: found.to_string(),
+            });
+        }
+    }
+    if !problems.is_empty() {
+        let first = problems.remove(0);
+        return Err(refused(first, problems.len()));
+    }
+
+    let (tensors, parameters) = bundled_tensors(&config, &weights)?;
+    let config_value = config
+        .to_value()
+        .map_err(|source| BundleError::Config { path: input.checkpoint.join(CONFIG_FILE), source })?;
+    let questions = match input.probe_inputs.as_slice() {
+        [] => ProbeInput::made_up(config.features_width(), config.vocab_size),
+        given => given.to_vec(),
+    };
+    let mut probes = Vec::with_capacity(questions.len());
+    for (index, question) in questions.into_iter().enumerate() {
+        let logits = network(&question).map_err(|source| BundleError::Probe { index, source })?;
+        if logits.len() != config.draft_vocab_size || logits.iter().any(|v| !v.is_finite()) {
+            return Err(BundleError::Probe {
+                index,
+                source: format!("{} logits, wanted {} finite ones", logits.len(), config.draft_vocab_size)
+                    .into(),
+            });
+        }
+        probes.push(Probe { input: question, logits });
+    }
+    let mut manifest = Manifest {
+        format: BUNDLE_FORMAT.into(),
+        version: BUNDLE_VERSION,
+        name: input.name.clone(),
+        method: "eagle3".into(),
+        created_unix_s: input.created_unix_s,
+        draftsmith_version: env!("CARGO_PKG_VERSION").into(),
+        license: input.license.clone(),
+        target: input.target.clone(),
+        draft: DraftInfo {
+            hidden_size: config.hidden_size as u64,
+            draft_vocab_size: config.draft_vocab_size as u64,
+            target_layer_ids: config.target_layer_ids.map_or_else(Vec::new, |ids| ids.to_vec()),
+            parameters,
+            dtype: "bfloat16".into(),
+        },
+        training: TrainingInfo { run_sha256: sha256_hex(&input.run_toml), ..input.training.clone() },
+        recommended: input.recommended.clone(),
+        files: Vec::new(),
+    };
+
+    let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let json = |value: &serde_json::Value| {
+        serde_json::to_string_pretty(value).map(|t| t + "\n").map_err(|source| BundleError::Json { source })
+    };
+    let one = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // what the Python loaders look for
+    files.insert(CONFIG_FILE.into(), json(&config_value)?.into());
+    files.insert(WEIGHTS_FILE.into(), to_bytes(&tensors, &one));
+    files.insert(PROBE_FILE.into(), to_file(&probes));
+    files.insert("run.toml".into(), input.run_toml.clone().into());
+    files.insert("LICENSE".into(), input.license_text.clone().into());
+    files.insert("NOTICE".into(), input.notice.clone().into());
+    for (name, record) in record_files(&input.results) {
+        files.insert(format!("results/{name}"), record.clone().into());
+    }
+    if let Some(report) = &input.report_html {
+        files.insert("results/report.html".into(), report.clone().into());
+    }
+    files.insert("README.md".into(), card::readme(&manifest, &config, &input.results).into());
+    files.insert("RESULTS.md".into(), card::results(&manifest, &input.results).into());
+
+    let dir = AtomicDir::create(&input.out)?;
+    for (path, bytes) in &files {
+        dir.write(path, bytes)?;
+        manifest.files.push(FileEntry {
+            path: path.clone(),
+            bytes: bytes.len() as u64,
+            sha256: sha256_hex(bytes),
+        });
+    }
+    let text = manifest.to_json()?;
+    dir.write(MANIFEST_FILE, &text)?;
+    match input.existing {
+        Existing::Refuse => dir.commit()?,
+        Existing::Replace => dir.commit_replacing()?,
+    }
+    let bytes = text.len() as u64 + files.values().map(|b| b.len() as u64).sum::<u64>();
+    let warnings = match bytes > BUNDLE_BYTES_MAX {
+        true => vec![Problem::Large { bytes, limit: BUNDLE_BYTES_MAX }],
+        false => Vec::new(),
+    };
+    Ok(Made { path: input.out.clone(), manifest, bytes, warnings })
+}
+
+/// The tensors of the bundle in its types, and the count of trained numbers.
+fn bundled_tensors(
+    config: &draftsmith_model::eagle3::Eagle3Config,
+    weights: &SafetensorsDir,
+) -> Result<(Vec<TensorData>, u64), BundleError> {
+    let mut parameters = 0;
+    let mut tensors = Vec::new();
+    for spec in expected_tensors(config) {
+        let tensor = weights.get(&spec.name)?;
+        tensors.push(match spec.name.as_str() {
+            "d2t" => TensorData::i64("d2t", &spec.shape, &tensor.to_i64()?),
+            "t2d" => TensorData::bool("t2d", &spec.shape, &tensor.to_bool()?),
+            name => {
+                parameters += tensor.elements() as u64;
+                TensorData::bf16(name, &spec.shape, &tensor.to_f32()?)
+            }
+        });
+    }
+    Ok((tensors, parameters))
+}
+
+/// A distinct file name for each record: the workload's name, numbered where several settings were measured.
+pub(crate) fn record_files(results: &[MeasuredResult]) -> Vec<(String, &String)> {
+    let mut taken = std::collections::BTreeSet::new();
+    results
+        .iter()
+        .map(|result| {
+            let stem: String = result
+                .workload
+                .chars()
+                .map(|c| if c.is_ascii_alphanumeric() || "-_".contains(c) { c } else { '_' })
+                .collect();
+            let mut name = format!("{stem}.json");
+            let mut n = 2;
+            while !taken.insert(name.clone()) {
+                name = format!("{stem}-{n}.json");
+                n += 1;
+            }
+            (name, &result.record_json)
+        })
+        .collect()
+}
+
+/// Every file below a folder, `/` between folders, sorted.
+pub(crate) fn files_below(dir: &Path) -> Result<Vec<String>, BundleError> {
+    let failed = |path: &Path, e| atomic::AtomicError::from_io("list", path, e);
+    let mut found = Vec::new();
+    let mut folders = vec![(dir.to_owned(), String::new())];
+    while let Some((folder, prefix)) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).map_err(|e| failed(&folder, e))? {
+            let entry = entry.map_err(|e| failed(&folder, e))?;
+            let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+            // Links are not followed: one could lead in a circle.
+            match entry.file_type().map_err(|e| failed(&folder, e))?.is_dir() {
+                true => folders.push((entry.path(), name + "/")),
+                false => found.push(name),
+            }
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}

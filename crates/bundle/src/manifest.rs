@@ -1,0 +1,211 @@
+//! `bundle.json`: what a bundle is, where it came from, and the hash of every other file in it.
+
+use std::path::Path;
+
+use draftsmith_formats::atomic;
+use serde::{Deserialize, Serialize};
+
+use crate::BundleError;
+
+/// First field of the manifest.
+pub const BUNDLE_FORMAT: &str = "draftsmith-bundle";
+/// Newest version of the manifest that this crate reads and writes.
+pub const BUNDLE_VERSION: u32 = 1;
+/// Name of the manifest.
+pub const MANIFEST_FILE: &str = "bundle.json";
+/// Name of the weights.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Name of the draft's configuration.
+pub const CONFIG_FILE: &str = "config.json";
+/// Name of the stored numeric probe.
+pub const PROBE_FILE: &str = "probe.safetensors";
+
+/// `bundle.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Always [`BUNDLE_FORMAT`].
+    pub format: String,
+    /// Version of this layout.
+    pub version: u32,
+    /// Name of the draft.
+    pub name: String,
+    /// Method: `eagle3`.
+    pub method: String,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+    /// Version of the program that made it.
+    pub draftsmith_version: String,
+    /// SPDX expression of the weights' licence.
+    pub license: String,
+    /// The model it drafts for.
+    pub target: TargetInfo,
+    /// Shape of the draft.
+    pub draft: DraftInfo,
+    /// How it was trained.
+    pub training: TrainingInfo,
+    /// What to run it with.
+    pub recommended: Recommended,
+    /// Every other file, sorted by path.
+    pub files: Vec<FileEntry>,
+}
+
+/// The target, as it was during training.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetInfo {
+    /// Name for people, `SmolLM2-135M-Instruct`.
+    pub name: String,
+    /// References that lead to it (`hf:`, `pip:`, path), best first.
+    pub references: Vec<String>,
+    /// Repository name on the Hugging Face hub, if it has one: model cards and other engines want it.
+    pub hub_name: Option<String>,
+    /// SPDX expression of its licence.
+    pub license: String,
+    /// Hash of its weights.
+    pub weights_sha256: String,
+    /// Hash of its tokenizer.
+    pub tokenizer_sha256: String,
+    /// Hash of its chat template.
+    pub template_sha256: String,
+    /// Width of its residual stream.
+    pub hidden_size: u64,
+    /// Its vocabulary.
+    pub vocab_size: u64,
+    /// Its decoder layers.
+    pub num_layers: u64,
+    /// Its longest context, if known.
+    pub context_len: Option<u64>,
+    /// Format of its weights, `Q4_1`.
+    pub weight_format: String,
+}
+
+/// Shape of the draft.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DraftInfo {
+    /// Width.
+    pub hidden_size: u64,
+    /// Ids that it can propose.
+    pub draft_vocab_size: u64,
+    /// Captured layers: 0-based, output of layer.
+    pub target_layer_ids: Vec<u32>,
+    /// Trained numbers (the embedding is the target's and not counted).
+    pub parameters: u64,
+    /// Type of the stored weights.
+    pub dtype: String,
+}
+
+/// One source of training rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataInfo {
+    /// Name or reference.
+    pub name: String,
+    /// Hash of the file.
+    pub sha256: Option<String>,
+    /// SPDX expressions of its rows' licences.
+    pub licenses: Vec<String>,
+    /// Rows used.
+    pub rows: u64,
+    /// Tokens of these rows.
+    pub tokens: u64,
+    /// Tokens that were trained on.
+    pub trained_tokens: u64,
+}
+
+/// How the draft was trained.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingInfo {
+    /// Where the rows came from.
+    pub data: Vec<DataInfo>,
+    /// True if the answers were written by the target itself.
+    pub on_policy: bool,
+    /// Optimiser steps up to the bundled checkpoint.
+    pub steps: u64,
+    /// Trained tokens seen up to there, repeats counted.
+    pub trained_tokens_seen: u64,
+    /// Draft steps unrolled per position (training-time test).
+    pub ttt_length: u32,
+    /// Largest learning rate.
+    pub lr_peak: f64,
+    /// Key of all randomness.
+    pub seed: u64,
+    /// How the checkpoint was chosen.
+    pub chosen_by: String,
+    /// Seconds of training, if known.
+    pub wall_s: Option<f64>,
+    /// Hash of the resolved run file.
+    pub run_sha256: String,
+}
+
+/// The setting that measured best.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recommended {
+    /// Draft steps per proposal.
+    pub depth: u32,
+    /// Candidates per node; 1 is a chain.
+    pub top_k: u32,
+    /// Draft tokens per proposal.
+    pub num_draft_tokens: u32,
+    /// Why, in a few words with the number.
+    pub because: String,
+}
+
+impl Recommended {
+    /// A chain.
+    pub fn chain(depth: u32, because: impl Into<String>) -> Recommended {
+        Recommended { depth, top_k: 1, num_draft_tokens: depth, because: because.into() }
+    }
+}
+
+/// A file of the bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Path inside the bundle, `/` between folders.
+    pub path: String,
+    /// Size.
+    pub bytes: u64,
+    /// Hash.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads `bundle.json` of a folder.
+    ///
+    /// # Errors
+    /// [`BundleError::NoManifest`], [`BundleError::Version`], [`BundleError::Manifest`] with file and line.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Manifest, BundleError> {
+        let dir = dir.as_ref();
+        let path = dir.join(MANIFEST_FILE);
+        if !path.is_file() {
+            return Err(BundleError::NoManifest { path: dir.to_owned() });
+        }
+        let bad = |problem: String| BundleError::Manifest { path: path.clone(), problem };
+        let bytes = atomic::read(&path)?;
+        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if value.get("format").and_then(|f| f.as_str()) != Some(BUNDLE_FORMAT) {
+            return Err(bad(format!("`format` is not `{BUNDLE_FORMAT}`")));
+        }
+        let found = value.get("version").and_then(|v| v.as_u64()).unwrap_or(0);
+        if found == 0 || found > u64::from(BUNDLE_VERSION) {
+            return Err(BundleError::Version { path, found, supported: BUNDLE_VERSION });
+        }
+        // From the text again, so that a wrong key is told with its line.
+        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if manifest.method != "eagle3" {
+            return Err(bad(format!("method `{}` is not known here", manifest.method)));
+        }
+        Ok(manifest)
+    }
+
+    /// The manifest as JSON text.
+    pub fn to_json(&self) -> Result<String, BundleError> {
+        let mut text = serde_json::to_string_pretty(self).map_err(|source| BundleError::Json { source })?;
+        text.push('\n');
+        Ok(text)
+    }
+}
