@@ -1,1 +1,67 @@
-//! Decode engine: sessions, draft, verify, commit and rollback; the Target and Drafter traits
+//! The engine: draft → verify → commit or roll back, for one sequence or many.
+//!
+//! Invariants, each a test:
+//! * the output of a request is the same with any drafter, alone or in a batch, greedy or seeded;
+//! * after a rejected step the caches equal a fresh prefill of the committed text.
+
+mod drafter;
+mod eagle;
+mod engine;
+mod session;
+
+pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
+pub use eagle::EagleDrafter;
+pub use engine::{BatchOptions, Engine, GenerateOptions};
+pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
+
+/// What decoding can refuse.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DecodeError {
+    /// Nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// No room for a single token.
+    #[error("the prompt has {found} tokens, but the context ends at {limit}")]
+    PromptTooLong {
+        /// Tokens in the prompt.
+        found: usize,
+        /// Longest context.
+        limit: usize,
+    },
+    /// A token that the target does not have.
+    #[error("prompt token {id} at position {position} is outside the target's vocabulary of {vocab}")]
+    TokenOutOfRange {
+        /// The token.
+        id: u32,
+        /// Its place in the prompt.
+        position: usize,
+        /// Vocabulary size.
+        vocab: usize,
+    },
+    /// A plan that needs a draft, without one.
+    #[error("speculation was asked for, but no draft is loaded")]
+    NoDraft,
+    /// A draft made for another target.
+    #[error("the draft does not fit the target: its {what} is {draft}, the target's {target}")]
+    DraftMismatch {
+        /// Which number.
+        what: &'static str,
+        /// The draft's.
+        draft: usize,
+        /// The target's.
+        target: usize,
+    },
+}
+
+impl DecodeError {
+    /// What the user can do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            DecodeError::EmptyPrompt => Some("give a prompt of at least one token".into()),
+            DecodeError::PromptTooLong { .. } => Some("shorten the prompt".into()),
+            DecodeError::TokenOutOfRange { .. } => Some("the ids come from another tokenizer".into()),
+            DecodeError::NoDraft => Some("give a bundle with `--bundle DIR`".into()),
+            DecodeError::DraftMismatch { .. } => Some("use the target that the draft was trained for".into()),
+        }
+    }
+}

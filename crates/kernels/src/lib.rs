@@ -70,19 +70,34 @@ pub enum Activation {
 
 /// What each query row may see, beside the committed part of the cache.
 ///
-/// Row `i` of a step is stored in slot `base + i` of the cache. It sees slots `0..base` (or the last `window` of
-/// them) and, in this order, the slots of its path: ancestors within the step, then itself.
+/// Uncommitted row `i` stands in slot `base + i`. It sees slots `0..base` (or the last `window` of its positions)
+/// and, in this order, the slots of its path: its uncommitted ancestors, then itself. The last `new_rows` of the
+/// uncommitted rows are the queries of this call; earlier ones came in calls before (levels of a draft tree).
 #[derive(Clone, Debug)]
 pub struct StepMask<'a> {
-    /// Committed slots before this step.
+    /// Committed slots.
     pub base: usize,
-    /// `[R]` parent row inside the step, `None` for rows that follow the committed text directly. A plain
-    /// prefill or chain is `None, 0, 1, 2, …`.
+    /// Parent of every uncommitted row, `None` for rows that follow the committed text directly. A plain prefill
+    /// or chain is `None, 0, 1, 2, …`.
     pub parents: &'a [Option<u32>],
+    /// `R`: rows of this call, the last of `parents`.
+    pub new_rows: usize,
     /// Sliding window in positions, the query's own included; `None` sees everything.
     pub window: Option<usize>,
     /// Logit scale, normally `1 / sqrt(head_dim)`.
     pub scale: f32,
+}
+
+impl<'a> StepMask<'a> {
+    /// All uncommitted rows are new.
+    pub fn step(base: usize, parents: &'a [Option<u32>], window: Option<usize>, scale: f32) -> StepMask<'a> {
+        StepMask { base, parents, new_rows: parents.len(), window, scale }
+    }
+
+    /// Slot of the first new row.
+    pub fn first_slot(&self) -> usize {
+        self.base + self.parents.len() - self.new_rows
+    }
 }
 
 /// Operations for decoding and capture. See the contract at the top of the crate.
@@ -140,7 +155,7 @@ pub trait Kernels: Send + Sync {
     fn kv_new(&self, kv_heads: usize, head_dim: usize) -> Self::Kv;
     /// Moves slots `from[i]` (ascending, all at or after `base`) to `base + i` and drops the rest.
     fn kv_compact(&self, kv: &mut Self::Kv, base: usize, from: &[usize]);
-    /// Attention of a step: appends `k`, `v` of `[R, kv_heads * head_dim]` to the caches (each at its mask's `base`,
+    /// Attention of a step: appends `k`, `v` of `[R, kv_heads * head_dim]` to the caches (each at its mask's first slot,
     /// dropping anything after), then `y[R, heads * head_dim]` = the queries over them. The rows of the segments
     /// stand one after the other.
     fn attend(
@@ -158,6 +173,6 @@ pub trait Kernels: Send + Sync {
 pub struct Segment<'a, Kv> {
     /// The cache of this sequence and layer.
     pub kv: &'a mut Kv,
-    /// What its rows see; as many rows as parents.
+    /// What its rows see.
     pub mask: StepMask<'a>,
 }

@@ -57,11 +57,12 @@ pub fn attention(
     v: &[f32],
     mask: &StepMask<'_>,
 ) -> Vec<f64> {
-    let rows = mask.parents.len();
+    let rows = mask.new_rows;
+    let earlier = mask.parents.len() - rows;
     let mut y = vec![0.0; rows * heads * dim];
     for row in 0..rows {
-        let mut path = vec![mask.base + row];
-        let mut at = mask.parents[row];
+        let mut path = vec![mask.base + earlier + row];
+        let mut at = mask.parents[earlier + row];
         while let Some(p) = at {
             path.push(mask.base + p as usize);
             at = mask.parents[p as usize];

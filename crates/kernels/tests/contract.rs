@@ -1,7 +1,9 @@
 //! The kernel contract: no row's bits depend on the number of rows, the threads, or the instruction set; and the
 //! values are those of the double-precision reference within the rounding of their format.
 
-use draftsmith_kernels::{Cpu, Kernels, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView, reference};
+use draftsmith_kernels::{
+    Cpu, Kernels, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView, reference,
+};
 
 /// A small deterministic generator; the tests need variety, not quality.
 struct Random(u64);
@@ -89,7 +91,11 @@ fn matmul_rows_are_the_same_bits_alone_in_a_batch_on_any_path_and_thread_count()
                 let cpu = Cpu::new(2);
                 for row in [0, rows / 2, rows - 1] {
                     let alone = matmul(&cpu, &x[row * inputs..(row + 1) * inputs], 1, &w, mode);
-                    assert_eq!(alone, plain[row * out..(row + 1) * out], "{dtype:?} {mode:?} row {row} of {rows}");
+                    assert_eq!(
+                        alone,
+                        plain[row * out..(row + 1) * out],
+                        "{dtype:?} {mode:?} row {row} of {rows}"
+                    );
                 }
             }
         }
@@ -160,7 +166,7 @@ fn append(cpu: &Cpu, kv: &mut <Cpu as Kernels>::Kv, width: usize, base: usize, k
         return;
     }
     let parents: Vec<Option<u32>> = (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
-    let mask = StepMask { base, parents: &parents, window: None, scale: 1.0 };
+    let mask = StepMask::step(base, &parents, None, 1.0);
     let (k, v) = (k.to_vec(), v[..k.len()].to_vec());
     let mut y = cpu.zeros(k.len());
     cpu.attend(&k, &k, &v, kv.kv_heads(), &mut [Segment { kv, mask }], &mut y);
@@ -177,7 +183,7 @@ fn check_attention(random: &mut Random, case: &Case) {
     let run = |cpu: &Cpu| {
         let mut kv = filled(cpu, case, &k, &v);
         let mut y = cpu.zeros(rows * width);
-        let mask = StepMask { base: case.base, parents: &case.parents, window: case.window, scale };
+        let mask = StepMask::step(case.base, &case.parents, case.window, scale);
         let tail = case.base * kv_width..;
         let (k, v) = (k[tail.clone()].to_vec(), v[tail].to_vec());
         cpu.attend(&q, &k, &v, case.heads, &mut [Segment { kv: &mut kv, mask }], &mut y);
@@ -189,12 +195,29 @@ fn check_attention(random: &mut Random, case: &Case) {
             assert_eq!(plain, run(&cpu), "path {}", cpu.features().path);
         }
     }
-    let mask = StepMask { base: case.base, parents: &case.parents, window: case.window, scale };
+    let mask = StepMask::step(case.base, &case.parents, case.window, scale);
     let wanted = reference::attention(&q, case.heads, case.kv_heads, case.dim, &k, &v, &mask);
     for (found, wanted) in plain.iter().zip(&wanted) {
         assert!((f64::from(*found) - wanted).abs() < 2e-5, "{found} against {wanted}");
     }
+    // In two calls, as a draft tree grows: the same bits.
     let cpu = Cpu::new(2);
+    let first = rows / 2;
+    if first > 0 {
+        let mut kv = filled(&cpu, case, &k, &v);
+        for (from, to) in [(0, first), (first, rows)] {
+            let mask = StepMask {
+                new_rows: to - from,
+                ..StepMask::step(case.base, &case.parents[..to], case.window, scale)
+            };
+            let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
+            let (k, v) = (k[at.clone()].to_vec(), v[at].to_vec());
+            let q = q[from * width..to * width].to_vec();
+            let mut y = cpu.zeros((to - from) * width);
+            cpu.attend(&q, &k, &v, case.heads, &mut [Segment { kv: &mut kv, mask }], &mut y);
+            assert_eq!(y, plain[from * width..to * width], "rows {from}..{to} of {rows}");
+        }
+    }
     for row in 0..rows {
         let mut path = vec![row];
         while let Some(p) = case.parents[path[path.len() - 1]] {
@@ -206,7 +229,7 @@ fn check_attention(random: &mut Random, case: &Case) {
         for (i, node) in path.iter().enumerate() {
             let slot = case.base + node;
             let at = slot * kv_width..(slot + 1) * kv_width;
-            let mask = StepMask { base: case.base + i, parents: &[None], window: case.window, scale };
+            let mask = StepMask::step(case.base + i, &[None], case.window, scale);
             let segment = Segment { kv: &mut kv, mask };
             let q = q[node * width..(node + 1) * width].to_vec();
             cpu.attend(&q, &k[at.clone()].to_vec(), &v[at].to_vec(), case.heads, &mut [segment], &mut y);
@@ -222,7 +245,10 @@ fn attention_rows_are_the_same_bits_alone_and_in_any_tree() {
         let kv_heads = 1 + random.below(3);
         let rows = 1 + random.below(12);
         let parents = (0..rows)
-            .map(|r| if i % 2 == 0 { r.checked_sub(1) } else { random.below(r + 1).checked_sub(1) }.map(|p| p as u32))
+            .map(|r| {
+                if i % 2 == 0 { r.checked_sub(1) } else { random.below(r + 1).checked_sub(1) }
+                    .map(|p| p as u32)
+            })
             .collect();
         let case = Case {
             heads: kv_heads * (1 + random.below(3)),
@@ -254,7 +280,7 @@ fn compaction_keeps_the_accepted_path_and_rollback_forgets_the_rest() {
     let mut outputs = Vec::new();
     for kv in [&mut kept, &mut fresh] {
         let mut y = cpu.zeros(64);
-        let mask = StepMask { base: 23, parents: &[None], window: None, scale: 0.25 };
+        let mask = StepMask::step(23, &[None], None, 0.25);
         cpu.attend(&q, &k, &v, 4, &mut [Segment { kv, mask }], &mut y);
         outputs.push(y);
     }

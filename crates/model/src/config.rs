@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use draftsmith_formats::gguf::GgufFile;
+use draftsmith_formats::gguf::{GgufArray, GgufFile, GgufValue};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 
@@ -169,11 +169,12 @@ impl TargetConfig {
         };
         let gemma = family == Family::Gemma3;
         let act_key = if gemma { "hidden_activation" } else { "hidden_act" };
-        let activation = match config.find_str(act_key)?.unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" }) {
-            "silu" => Activation::Silu,
-            "gelu_pytorch_tanh" => Activation::GeluTanh,
-            other => return Err(unsupported(format!("activation `{other}`"))),
-        };
+        let activation =
+            match config.find_str(act_key)?.unwrap_or(if gemma { "gelu_pytorch_tanh" } else { "silu" }) {
+                "silu" => Activation::Silu,
+                "gelu_pytorch_tanh" => Activation::GeluTanh,
+                other => return Err(unsupported(format!("activation `{other}`"))),
+            };
         if config.find_bool("mlp_bias")?.unwrap_or(false) {
             return Err(unsupported("`mlp_bias`".into()));
         }
@@ -217,20 +218,29 @@ impl TargetConfig {
             if types.iter().any(|t| t != "full_attention") {
                 return Err(unsupported("sliding-window layers in this family".into()));
             }
-        } else if window.is_some() && config.find_bool("use_sliding_window")?.unwrap_or(family == Family::Llama) {
+        } else if window.is_some()
+            && config.find_bool("use_sliding_window")?.unwrap_or(family == Family::Llama)
+        {
             return Err(unsupported("sliding-window layers in this family".into()));
         }
         let eos_ids = match config.get("eos_token_id") {
-            Some(v) if v.is_array() => {
-                config.find_usize_list("eos_token_id")?.unwrap_or_default().into_iter().map(|i| i as u32).collect()
-            }
+            Some(v) if v.is_array() => config
+                .find_usize_list("eos_token_id")?
+                .unwrap_or_default()
+                .into_iter()
+                .map(|i| i as u32)
+                .collect(),
             Some(_) => config.find_usize("eos_token_id")?.into_iter().map(|i| i as u32).collect(),
             None => Vec::new(),
         };
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 16 || num_layers > 1 << 16 {
-            return Err(ModelError::Shapes { place, what: format!("head size is {head_dim}, layers {num_layers}") });
+            return Err(ModelError::Shapes {
+                place,
+                what: format!("head size is {head_dim}, layers {num_layers}"),
+            });
         }
-        let query_scale = config.find_f64("query_pre_attn_scalar")?.filter(|_| gemma).unwrap_or(head_dim as f64);
+        let query_scale =
+            config.find_f64("query_pre_attn_scalar")?.filter(|_| gemma).unwrap_or(head_dim as f64);
         let made = TargetConfig {
             family,
             vocab_size: config.get_usize("vocab_size")?,
@@ -286,12 +296,18 @@ impl TargetConfig {
             None => hidden_size / num_heads.max(1),
         };
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 1 << 16 || num_layers > 1 << 16 {
-            return Err(ModelError::Shapes { place, what: format!("head size is {head_dim}, layers {num_layers}") });
+            return Err(ModelError::Shapes {
+                place,
+                what: format!("head size is {head_dim}, layers {num_layers}"),
+            });
         }
         if let Some(rotated) = file.find_u64(&key("rope.dimension_count"))?
             && rotated as usize != head_dim
         {
-            return Err(ModelError::Unsupported { place, what: format!("RoPE on {rotated} of {head_dim} values") });
+            return Err(ModelError::Unsupported {
+                place,
+                what: format!("RoPE on {rotated} of {head_dim} values"),
+            });
         }
         let theta = file.find_f32(&key("rope.freq_base"))?.unwrap_or(if gemma { 1e6 } else { 1e4 });
         let scaling = match file.find_tensor("rope_freqs.weight") {
@@ -304,7 +320,10 @@ impl TargetConfig {
                 RopeScaling::Factors(factors)
             }
             Some(_) => {
-                return Err(ModelError::Shapes { place, what: "`rope_freqs.weight` does not match the head size".into() });
+                return Err(ModelError::Shapes {
+                    place,
+                    what: "`rope_freqs.weight` does not match the head size".into(),
+                });
             }
             None => match file.find_str(&key("rope.scaling.type"))? {
                 None | Some("none") => RopeScaling::None,
@@ -317,12 +336,25 @@ impl TargetConfig {
         let (mut windows, mut rope_local) = (vec![None; num_layers], None);
         if gemma {
             let window = file.find_u32(&key("attention.sliding_window"))?.unwrap_or(4096) as usize;
+            // Newer files say which layers slide; older ones mean one full layer in six.
+            let pattern = match file.get(&key("attention.sliding_window_pattern")) {
+                Some(GgufValue::Array(GgufArray::Bool(pattern))) => Some(pattern.as_slice()),
+                _ => None,
+            };
             for (l, w) in windows.iter_mut().enumerate() {
-                *w = (!(l + 1).is_multiple_of(6)).then_some(window);
+                let sliding = match pattern {
+                    Some(p) => p.get(l).copied().unwrap_or(false),
+                    None => !(l + 1).is_multiple_of(6),
+                };
+                *w = sliding.then_some(window);
             }
-            rope_local = Some(Arc::new(RopeTable::new(head_dim, 1e4, &RopeScaling::None)));
+            let local_theta = file.find_f32(&key("rope.freq_base_swa"))?.unwrap_or(1e4);
+            rope_local = Some(Arc::new(RopeTable::new(head_dim, local_theta, &RopeScaling::None)));
         } else if file.find_u32(&key("attention.sliding_window"))?.unwrap_or(0) > 0 {
-            return Err(ModelError::Unsupported { place, what: "sliding-window layers in this family".into() });
+            return Err(ModelError::Unsupported {
+                place,
+                what: "sliding-window layers in this family".into(),
+            });
         }
         let embedding = file.tensor("token_embd.weight")?;
         let mut eos_ids: Vec<u32> = file.find_u32("tokenizer.ggml.eos_token_id")?.into_iter().collect();
@@ -349,7 +381,12 @@ impl TargetConfig {
             // The converter has added the one already.
             norm_plus_one: false,
             embed_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
-            attention_scale: 1.0 / (head_dim as f32).sqrt(),
+            attention_scale: match file.find_f32(&key("attention.scale"))? {
+                Some(scale) => scale,
+                // Gemma 3 27B, the one with 62 layers, scales by hidden size per head.
+                None if gemma && num_layers == 62 => 1.0 / (hidden_size as f32 / num_heads as f32).sqrt(),
+                None => 1.0 / (head_dim as f32).sqrt(),
+            },
             tied: file.find_tensor("output.weight").is_none(),
             max_position: file.find_u64(&key("context_length"))?.unwrap_or(8192) as usize,
             bos_id: file.find_u32("tokenizer.ggml.bos_token_id")?,

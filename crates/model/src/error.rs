@@ -108,9 +108,10 @@ impl ModelError {
             ModelError::MissingTensor { .. } | ModelError::UnexpectedTensor { .. } => {
                 Some("the file is incomplete or of another architecture; fetch it again".into())
             }
-            ModelError::TensorType { .. } => {
-                Some("built are F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K; convert the model to one of them".into())
-            }
+            ModelError::TensorType { .. } => Some(
+                "built are F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K; convert the model to one of them"
+                    .into(),
+            ),
             ModelError::NotAModel { .. } => {
                 Some("give a `.gguf` file, or a folder as the Hugging Face hub has it".into())
             }

@@ -1,6 +1,5 @@
 //! [`Ops`] for decoding and capture: runs each operation at once on packed weights.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use draftsmith_kernels::{Activation, Kernels, RopeTable, Segment, StepMask};
@@ -32,16 +31,16 @@ impl<'k, K: Kernels> Infer<'k, K> {
     ///
     /// # Panics
     /// If the length is not a multiple of the width.
-    pub fn input(&self, values: &[f32], width: usize) -> Rc<Rows<K::Buf>> {
+    pub fn input(&self, values: &[f32], width: usize) -> Arc<Rows<K::Buf>> {
         assert!(values.len().is_multiple_of(width), "whole rows");
-        Rc::new(Rows { buf: self.kernels.upload(values), rows: values.len() / width, width })
+        Arc::new(Rows { buf: self.kernels.upload(values), rows: values.len() / width, width })
     }
 
     /// Chosen rows.
-    pub fn gather(&self, x: &Rows<K::Buf>, rows: &[u32]) -> Rc<Rows<K::Buf>> {
+    pub fn gather(&self, x: &Rows<K::Buf>, rows: &[u32]) -> Arc<Rows<K::Buf>> {
         let mut buf = self.kernels.zeros(rows.len() * x.width);
         self.kernels.gather_rows(&x.buf, x.width, rows, &mut buf);
-        Rc::new(Rows { buf, rows: rows.len(), width: x.width })
+        Arc::new(Rows { buf, rows: rows.len(), width: x.width })
     }
 
     /// All values on the host.
@@ -57,11 +56,11 @@ impl<'k, K: Kernels> Infer<'k, K> {
         buf
     }
 
-    fn wrap(&self, buf: K::Buf, rows: usize, width: usize) -> Rc<Rows<K::Buf>> {
-        Rc::new(Rows { buf, rows, width })
+    fn wrap(&self, buf: K::Buf, rows: usize, width: usize) -> Arc<Rows<K::Buf>> {
+        Arc::new(Rows { buf, rows, width })
     }
 
-    fn norm(&self, x: &Rows<K::Buf>, w: &K::Buf, width: usize, eps: f32) -> Rc<Rows<K::Buf>> {
+    fn norm(&self, x: &Rows<K::Buf>, w: &K::Buf, width: usize, eps: f32) -> Arc<Rows<K::Buf>> {
         let mut y = self.kernels.zeros(x.rows * x.width);
         self.kernels.rms_norm(&x.buf, w, width, eps, &mut y);
         self.wrap(y, x.rows, x.width)
@@ -79,12 +78,17 @@ pub struct Linear<P> {
 }
 
 impl<K: Kernels> Ops for Infer<'_, K> {
-    type T = Rc<Rows<K::Buf>>;
+    type T = Arc<Rows<K::Buf>>;
     type W = Arc<Linear<K::Packed>>;
     type N = Arc<K::Buf>;
 
     fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T {
-        assert!(x.width == w.in_features, "linear input of {} values, weight wants {}", x.width, w.in_features);
+        assert!(
+            x.width == w.in_features,
+            "linear input of {} values, weight wants {}",
+            x.width,
+            w.in_features
+        );
         let mut y = self.kernels.zeros(x.rows * w.out_features);
         self.kernels.matmul(&x.buf, x.rows, &w.packed, bias.map(Arc::as_ref), &mut y);
         self.wrap(y, x.rows, w.out_features)
@@ -157,10 +161,10 @@ impl<'k, K: Kernels> Attend<Infer<'k, K>> for CacheAttend<'_, K::Kv> {
     fn attend(
         &mut self,
         ops: &mut Infer<'k, K>,
-        q: Rc<Rows<K::Buf>>,
-        k: Rc<Rows<K::Buf>>,
-        v: Rc<Rows<K::Buf>>,
-    ) -> Rc<Rows<K::Buf>> {
+        q: Arc<Rows<K::Buf>>,
+        k: Arc<Rows<K::Buf>>,
+        v: Arc<Rows<K::Buf>>,
+    ) -> Arc<Rows<K::Buf>> {
         let mut y = ops.kernels.zeros(q.rows * q.width);
         let heads = q.width / self.head_dim;
         ops.kernels.attend(&q.buf, &k.buf, &v.buf, heads, &mut self.segments, &mut y);

@@ -1,14 +1,17 @@
 //! Target and draft networks, written once over the kernels; KV cache with rollback; weight loading; the tape.
 
 mod config;
+mod draft;
 pub mod eagle3;
 mod error;
 mod infer;
 mod load;
 mod ops;
+pub mod tape;
 mod target;
 
 pub use config::{Family, TargetConfig};
+pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use ops::{Attend, Ops};

@@ -124,7 +124,12 @@ impl Source {
                 .into_iter()
                 .find(|p| dir.find(&format!("{p}embed_tokens.weight")).is_some())
                 .unwrap_or("model.");
-            return Ok(Source { container: Container::Safetensors { dir, prefix }, place, config, used: BTreeSet::new() });
+            return Ok(Source {
+                container: Container::Safetensors { dir, prefix },
+                place,
+                config,
+                used: BTreeSet::new(),
+            });
         }
         if path.is_file() && path.extension().is_some_and(|e| e == "safetensors") {
             return Err(ModelError::NotAModel { place });
@@ -222,7 +227,12 @@ impl Source {
     }
 
     /// A weight as f32, row-major.
-    pub(crate) fn floats(&mut self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn floats(
+        &mut self,
+        part: Part,
+        layer: usize,
+        shape: [usize; 2],
+    ) -> Result<Vec<f32>, ModelError> {
         let place = self.place.clone();
         let stored = self.stored(part, layer, shape)?;
         let view = WeightView {

@@ -6,7 +6,6 @@
 //! Shape legend: `R` rows of a step, `Ht` hidden size, `V` vocabulary.
 
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
@@ -140,9 +139,9 @@ pub struct StepItem<'a, K: Kernels> {
 /// What a step gives, rows of all items one after the other.
 pub struct StepOutput<B> {
     /// Per captured layer `[R, Ht]`: residual stream after that layer, before any norm.
-    pub hidden: Vec<Rc<Rows<B>>>,
+    pub hidden: Vec<Arc<Rows<B>>>,
     /// `[R, Ht]` after the final norm: the input of the head.
-    pub last: Rc<Rows<B>>,
+    pub last: Arc<Rows<B>>,
 }
 
 /// A target loaded on a backend.
@@ -175,9 +174,14 @@ impl<K: Kernels> Target<K> {
         let mut layers = Vec::with_capacity(c.num_layers);
         for l in 0..c.num_layers {
             let mut linear = |part, out, inp| source.linear(k, precision, part, l, [out, inp]);
-            let (wq, wk, wv, wo) =
-                (linear(Part::Q, q, h)?, linear(Part::K, kv, h)?, linear(Part::V, kv, h)?, linear(Part::O, h, q)?);
-            let (gate, up, down) = (linear(Part::Gate, i, h)?, linear(Part::Up, i, h)?, linear(Part::Down, h, i)?);
+            let (wq, wk, wv, wo) = (
+                linear(Part::Q, q, h)?,
+                linear(Part::K, kv, h)?,
+                linear(Part::V, kv, h)?,
+                linear(Part::O, h, q)?,
+            );
+            let (gate, up, down) =
+                (linear(Part::Gate, i, h)?, linear(Part::Up, i, h)?, linear(Part::Down, h, i)?);
             let bias = match c.qkv_bias {
                 true => Some([
                     upload(source.floats(Part::QBias, l, [1, q])?),
@@ -257,17 +261,17 @@ impl<K: Kernels> Target<K> {
             }
         }
         let mut hidden = ops.embed(&self.embed, &tokens, self.config.embed_scale); // [R, Ht]
-        let mut captured: Vec<Option<Rc<Rows<K::Buf>>>> = vec![None; capture.len()];
+        let mut captured: Vec<Option<Arc<Rows<K::Buf>>>> = vec![None; capture.len()];
         for (l, weights) in self.layers.iter().enumerate() {
             let segments = items
                 .iter_mut()
                 .map(|item| Segment {
-                    mask: StepMask {
-                        base: item.kv.len,
-                        parents: item.parents,
-                        window: self.config.windows[l],
-                        scale: self.config.attention_scale,
-                    },
+                    mask: StepMask::step(
+                        item.kv.len,
+                        item.parents,
+                        self.config.windows[l],
+                        self.config.attention_scale,
+                    ),
                     kv: &mut item.kv.layers[l],
                 })
                 .collect();
@@ -275,7 +279,7 @@ impl<K: Kernels> Target<K> {
             hidden = decoder_layer(&mut ops, &self.config, l, weights, &hidden, &positions, &mut attend);
             for (slot, id) in captured.iter_mut().zip(capture) {
                 if id.0 as usize == l {
-                    *slot = Some(Rc::clone(&hidden));
+                    *slot = Some(Arc::clone(&hidden));
                 }
             }
         }
@@ -283,7 +287,8 @@ impl<K: Kernels> Target<K> {
             item.kv.len += item.tokens.len();
         }
         let last = ops.rms_norm(&hidden, &self.final_norm, self.config.rms_norm_eps);
-        let hidden = captured.into_iter().map(|h| h.expect("captured layers are inside the network")).collect();
+        let hidden =
+            captured.into_iter().map(|h| h.expect("captured layers are inside the network")).collect();
         StepOutput { hidden, last }
     }
 

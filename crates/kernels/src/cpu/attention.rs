@@ -330,17 +330,24 @@ impl<'a> Prepared<'a> {
             }
         }
         let step_slots = (0..parents.len()).map(|i| (base + i) as u32).collect();
-        Prepared { part, chain, step_slots, paths, groups: parents.len().div_ceil(ROWS) }
+        Prepared { part, chain, step_slots, paths, groups: part.mask.new_rows.div_ceil(ROWS) }
     }
 }
 
-pub(crate) fn attention(level: Level, pool: &Pool, q: &[f32], heads: usize, parts: &[Part<'_>], y: &mut [f32]) {
+pub(crate) fn attention(
+    level: Level,
+    pool: &Pool,
+    q: &[f32],
+    heads: usize,
+    parts: &[Part<'_>],
+    y: &mut [f32],
+) {
     let prepared: Vec<Prepared<'_>> = parts.iter().map(Prepared::new).collect();
     let mut tasks: Vec<(usize, usize, usize)> = Vec::new();
     for (index, p) in prepared.iter().enumerate() {
         let kv = p.part.kv;
         assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
-        let end = (p.part.first_row + p.part.mask.parents.len()) * heads * kv.head_dim;
+        let end = (p.part.first_row + p.part.mask.new_rows) * heads * kv.head_dim;
         assert!(q.len() >= end && y.len() >= end, "attention buffers too short");
         for head in 0..heads {
             tasks.extend((0..p.groups).map(|group| (index, head, group)));
@@ -353,17 +360,19 @@ pub(crate) fn attention(level: Level, pool: &Pool, q: &[f32], heads: usize, part
         let (kv, mask, chain) = (p.part.kv, p.part.mask, p.chain);
         let width = heads * kv.head_dim;
         let row = group * ROWS;
-        let count = ROWS.min(mask.parents.len() - row);
+        let count = ROWS.min(mask.new_rows - row);
+        // Index of the group's first row among the uncommitted ones.
+        let node = mask.parents.len() - mask.new_rows + row;
         let kv_head = head / (heads / kv.kv_heads);
         // In a chain the rows before the group are common too; a tree shares the committed part only.
-        let common_end = if chain { mask.base + row } else { mask.base };
+        let common_end = if chain { mask.base + node } else { mask.base };
         let mut first = [0usize; ROWS];
         let mut tails: [&[u32]; ROWS] = [&[]; ROWS];
         for r in 0..count {
-            tails[r] = if chain { &p.step_slots[row..row + r + 1] } else { &p.paths[row + r] };
+            tails[r] = if chain { &p.step_slots[node..node + r + 1] } else { &p.paths[node + r] };
             first[r] = mask.window.map_or(0, |w| (common_end + tails[r].len()).saturating_sub(w));
         }
-        let slots = mask.base + row + count;
+        let slots = mask.base + node + count;
         let stride = slots.next_multiple_of(BLOCK) + 4 * BLOCK;
         let at = (p.part.first_row + row) * width + head * kv.head_dim;
         SCORES.with_borrow_mut(|scores| {

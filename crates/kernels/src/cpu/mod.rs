@@ -257,10 +257,10 @@ impl Kernels for Cpu {
     ) {
         let mut first_row = 0;
         for segment in segments.iter_mut() {
-            let rows = segment.mask.parents.len();
+            let rows = segment.mask.new_rows;
             let width = segment.kv.width();
             let part = first_row * width..(first_row + rows) * width;
-            segment.kv.write(segment.mask.base, rows, &k[part.clone()], &v[part]);
+            segment.kv.write(segment.mask.first_slot(), rows, &k[part.clone()], &v[part]);
             first_row += rows;
         }
         let mut first_row = 0;
@@ -268,7 +268,7 @@ impl Kernels for Cpu {
             .iter()
             .map(|segment| {
                 let part = attention::Part { first_row, kv: segment.kv, mask: &segment.mask };
-                first_row += segment.mask.parents.len();
+                first_row += segment.mask.new_rows;
                 part
             })
             .collect();

@@ -1,0 +1,86 @@
+//! Anything that proposes tokens.
+
+use draftsmith_core::{LayerId, Sampling, TokenTree};
+use draftsmith_kernels::Kernels;
+use draftsmith_model::{Rows, StepOutput};
+
+/// How much to draft per step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DraftPlan {
+    /// Plain decoding.
+    None,
+    /// One token after the other.
+    Chain {
+        /// Draft tokens per step.
+        depth: usize,
+    },
+    /// The best nodes of a tree grown by cumulative draft probability.
+    Tree {
+        /// Levels.
+        depth: usize,
+        /// Children per node, and nodes expanded per level.
+        top_k: usize,
+        /// Nodes verified.
+        num_draft_tokens: usize,
+    },
+}
+
+impl DraftPlan {
+    /// Levels proposed at most.
+    pub fn depth(&self) -> usize {
+        match self {
+            DraftPlan::None => 0,
+            DraftPlan::Chain { depth } | DraftPlan::Tree { depth, .. } => *depth,
+        }
+    }
+}
+
+/// Captured hidden states of a step and the rows of it that were committed.
+pub struct Features<'a, K: Kernels> {
+    /// Everything the target step gave.
+    pub output: &'a StepOutput<K::Buf>,
+    /// Rows of the step, in order of position.
+    pub rows: &'a [u32],
+}
+
+impl<K: Kernels> Features<'_, K> {
+    /// Captured layers side by side, for the chosen rows: `[R, layers * Ht]`.
+    pub fn concat(&self, kernels: &K) -> Rows<K::Buf> {
+        let parts: Vec<K::Buf> = self
+            .output
+            .hidden
+            .iter()
+            .map(|h| {
+                let mut buf = kernels.zeros(self.rows.len() * h.width);
+                kernels.gather_rows(&h.buf, h.width, self.rows, &mut buf);
+                buf
+            })
+            .collect();
+        let widths: Vec<usize> = self.output.hidden.iter().map(|h| h.width).collect();
+        let list: Vec<_> = parts.iter().zip(&widths).map(|(p, w)| (p, *w)).collect();
+        let width = widths.iter().sum();
+        let mut buf = kernels.zeros(self.rows.len() * width);
+        kernels.concat_cols(&list, self.rows.len(), &mut buf);
+        Rows { buf, rows: self.rows.len(), width }
+    }
+}
+
+/// A method that proposes tokens. One value serves many sequences; each has its own session.
+pub trait Drafter<K: Kernels>: Send + Sync {
+    /// Target layers whose output the sessions want to see.
+    fn target_layers(&self) -> &[LayerId];
+    /// Starts a sequence.
+    fn begin(&self) -> Box<dyn DrafterSession<K> + '_>;
+}
+
+/// The drafter's view of one sequence.
+pub trait DrafterSession<K: Kernels> {
+    /// Takes in committed positions: their features and, for each, the token that follows it.
+    ///
+    /// Positions arrive in order, each once. Anything the session computed from its own proposals is replaced by
+    /// what follows from these features [eagle3 §9].
+    fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
+
+    /// Proposes tokens after the last committed one, which stands at `position`, at most `room` levels deep.
+    fn propose(&mut self, plan: &DraftPlan, room: usize, sampling: &Sampling, position: u64) -> TokenTree;
+}

@@ -1,0 +1,329 @@
+//! The step of the engine: propose, verify in one target pass for all sequences, commit or roll back.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use draftsmith_core::{AcceptStats, LayerId, Sampling, TargetTokenId, TokenTree, choose_token, verify_tree};
+use draftsmith_kernels::Kernels;
+use draftsmith_model::{StepItem, Target};
+
+use crate::DecodeError;
+use crate::drafter::{DraftPlan, Drafter, Features};
+use crate::session::{FinishReason, Generation, Session, TokenEvent, TokenOrigin};
+
+/// Prompt tokens taken into one step; bounds the memory of a prefill. Does not change any bit of the result.
+const PREFILL_CHUNK: usize = 256;
+
+/// One request's settings.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Ids that end the answer; they are part of the output.
+    pub stop_ids: Vec<u32>,
+    /// How much to draft.
+    pub draft: DraftPlan,
+}
+
+/// Settings of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchOptions {
+    /// Sequences decoded side by side.
+    pub batch_size: usize,
+}
+
+/// A target with an optional drafter.
+pub struct Engine<K: Kernels> {
+    target: Arc<Target<K>>,
+    drafter: Option<Arc<dyn Drafter<K>>>,
+    max_context: usize,
+}
+
+impl<K: Kernels> Engine<K> {
+    /// An engine on this target.
+    pub fn new(target: Arc<Target<K>>, drafter: Option<Arc<dyn Drafter<K>>>) -> Engine<K> {
+        let max_context = target.config().max_position;
+        Engine { target, drafter, max_context }
+    }
+
+    /// Limits prompt and answer together; never above what the target was made for.
+    pub fn with_max_context(mut self, max_context: usize) -> Engine<K> {
+        self.max_context = max_context.min(self.target.config().max_position);
+        self
+    }
+
+    /// The target.
+    pub fn target(&self) -> &Arc<Target<K>> {
+        &self.target
+    }
+
+    /// True if a drafter is loaded.
+    pub fn has_drafter(&self) -> bool {
+        self.drafter.is_some()
+    }
+
+    /// Replaces the drafter.
+    pub fn set_drafter(&mut self, drafter: Option<Arc<dyn Drafter<K>>>) {
+        self.drafter = drafter;
+    }
+
+    /// Generates one answer. `on_token` sees each committed token and may end the generation.
+    ///
+    /// # Errors
+    /// Prompts that are empty, too long or outside the vocabulary; a plan without a drafter.
+    pub fn generate(
+        &self,
+        prompt_ids: &[u32],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()>,
+    ) -> Result<Generation, DecodeError> {
+        let mut session = self.begin(prompt_ids, options)?;
+        while session.finish.is_none() {
+            self.step(std::slice::from_mut(&mut session), &mut |_, event| on_token(event));
+        }
+        Ok(session.finish())
+    }
+
+    /// Generates many answers with continuous batching: a finished sequence's place is taken by the next request.
+    ///
+    /// `next` hands out requests (an id and a prompt) until it returns `None`; `on_done` receives each answer as it
+    /// finishes and may stop the batch (answers under way are dropped).
+    ///
+    /// # Errors
+    /// As [`Engine::generate`], for the first bad request.
+    pub fn generate_batch(
+        &self,
+        batch: BatchOptions,
+        next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
+        on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
+    ) -> Result<(), DecodeError> {
+        let mut running: Vec<Session<'_, K>> = Vec::new();
+        let mut ids: Vec<usize> = Vec::new();
+        let mut drained = false;
+        loop {
+            while !drained && running.len() < batch.batch_size.max(1) {
+                match next() {
+                    None => drained = true,
+                    Some((id, prompt, options)) => {
+                        running.push(self.begin(&prompt, &options)?);
+                        ids.push(id);
+                    }
+                }
+            }
+            if running.is_empty() {
+                return Ok(());
+            }
+            self.step(&mut running, &mut |_, _| ControlFlow::Continue(()));
+            let mut i = 0;
+            while i < running.len() {
+                if running[i].finish.is_some() {
+                    let (session, id) = (running.swap_remove(i), ids.swap_remove(i));
+                    if on_done(id, session.finish()).is_break() {
+                        return Ok(());
+                    }
+                } else {
+                    i += 1;
+                }
+            }
+        }
+    }
+
+    fn begin(&self, prompt_ids: &[u32], options: &GenerateOptions) -> Result<Session<'_, K>, DecodeError> {
+        let vocab = self.target.config().vocab_size;
+        if prompt_ids.is_empty() {
+            return Err(DecodeError::EmptyPrompt);
+        }
+        if prompt_ids.len() >= self.max_context {
+            return Err(DecodeError::PromptTooLong { found: prompt_ids.len(), limit: self.max_context });
+        }
+        if let Some(position) = prompt_ids.iter().position(|id| *id as usize >= vocab) {
+            return Err(DecodeError::TokenOutOfRange { id: prompt_ids[position], position, vocab });
+        }
+        let drafter = match (options.draft, &self.drafter) {
+            (DraftPlan::None, _) => None,
+            (_, None) => return Err(DecodeError::NoDraft),
+            (_, Some(drafter)) => Some(drafter.begin()),
+        };
+        Ok(Session {
+            kv: self.target.new_kv(),
+            drafter,
+            tokens: prompt_ids.to_vec(),
+            prompt_len: prompt_ids.len(),
+            options: options.clone(),
+            stats: AcceptStats::default(),
+            finish: (options.max_new_tokens == 0).then_some(FinishReason::Length),
+            prefill: Duration::ZERO,
+            started: Instant::now(),
+            first_token: None,
+        })
+    }
+
+    /// One target pass over all unfinished sessions.
+    fn step(
+        &self,
+        sessions: &mut [Session<'_, K>],
+        on_token: &mut dyn FnMut(usize, &TokenEvent) -> ControlFlow<()>,
+    ) {
+        // Propose.
+        let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
+        for (index, session) in sessions.iter_mut().enumerate().filter(|(_, s)| s.finish.is_none()) {
+            let left = session.prompt_left();
+            if left > 0 {
+                let from = session.kv.len();
+                let chunk = session.tokens[from..from + left.min(PREFILL_CHUNK)].to_vec();
+                work.push((index, chunk, TokenTree::default()));
+                continue;
+            }
+            // The target adds one token itself, so a proposal may be one shorter than the room.
+            let room = session.room(self.max_context) - 1;
+            let position = session.tokens.len() as u64 - 1;
+            let tree = match &mut session.drafter {
+                None => TokenTree::default(),
+                Some(d) => d.propose(&session.options.draft, room, &session.options.sampling, position),
+            };
+            let mut rows = vec![*session.tokens.last().expect("a session has tokens")];
+            rows.extend(tree.tokens.iter().map(|t| t.0));
+            work.push((index, rows, tree));
+        }
+        // Verify: the root row, then the tree below it.
+        let parents: Vec<Vec<Option<u32>>> = work
+            .iter()
+            .map(|(_, rows, tree)| {
+                if tree.is_empty() {
+                    (0..rows.len()).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
+                } else {
+                    let below = tree.parents.iter().map(|p| Some(p.map_or(0, |p| p + 1)));
+                    std::iter::once(None).chain(below).collect()
+                }
+            })
+            .collect();
+        let wants_layers = work.iter().any(|(index, ..)| sessions[*index].drafter.is_some());
+        let layers: &[LayerId] = match &self.drafter {
+            Some(drafter) if wants_layers => drafter.target_layers(),
+            _ => &[],
+        };
+        let bases: Vec<usize> = work.iter().map(|(index, ..)| sessions[*index].kv.len()).collect();
+        let output = {
+            let mut kvs: Vec<Option<&mut _>> = sessions.iter_mut().map(|s| Some(&mut s.kv)).collect();
+            let mut items: Vec<StepItem<'_, K>> = work
+                .iter()
+                .zip(&parents)
+                .map(|((index, rows, _), parents)| StepItem {
+                    kv: kvs[*index].take().expect("each session is in the step once"),
+                    tokens: rows,
+                    parents,
+                })
+                .collect();
+            self.target.forward(&mut items, layers)
+        };
+        // Logits: every row of a verify, the last row of a finished prefill.
+        let mut first_row = 0u32;
+        let mut wanted: Vec<u32> = Vec::new();
+        let mut spans: Vec<(u32, usize, usize)> = Vec::new();
+        for ((index, rows, _), base) in work.iter().zip(&bases) {
+            let session = &sessions[*index];
+            let count = if *base >= session.prompt_len {
+                rows.len()
+            } else {
+                usize::from(session.prompt_left() == 0)
+            };
+            spans.push((first_row, wanted.len(), count));
+            let end = first_row + rows.len() as u32;
+            wanted.extend(end - count as u32..end);
+            first_row = end;
+        }
+        let logits = if wanted.is_empty() { Vec::new() } else { self.target.logits(&output, &wanted) };
+        let vocab = self.target.config().vocab_size;
+        // Commit or roll back.
+        for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
+            let session = &mut sessions[*index];
+            let sampling = session.options.sampling;
+            let row_logits = |i: usize| &logits[(at + i) * vocab..(at + i + 1) * vocab];
+            let prefilled = *base < session.prompt_len;
+            let emit: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()> = &mut |e| on_token(*index, e);
+            if prefilled {
+                let mut next: Vec<u32> =
+                    session.tokens[*base + 1..(*base + rows.len() + 1).min(session.prompt_len)].to_vec();
+                if *count == 1 {
+                    let choice = choose_token(row_logits(0), &sampling, session.prompt_len as u64);
+                    session.prefill = session.started.elapsed();
+                    session.first_token = Some(Instant::now());
+                    commit(session, &[(choice.0, TokenOrigin::Plain)], self.max_context, emit);
+                    next.push(choice.0);
+                }
+                if let (Some(drafter), None) = (&mut session.drafter, session.finish) {
+                    let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
+                    drafter.extend(&Features { output: &output, rows: &rows }, &next);
+                }
+                continue;
+            }
+            // The choice after a node of depth d stands d + 2 positions behind the root row's own position.
+            let root_position = *base as u64;
+            let root_choice = choose_token(row_logits(0), &sampling, root_position + 1);
+            let depths = tree.depths();
+            let choices: Vec<TargetTokenId> = depths
+                .iter()
+                .enumerate()
+                .map(|(i, depth)| {
+                    choose_token(row_logits(i + 1), &sampling, root_position + u64::from(*depth) + 2)
+                })
+                .collect();
+            let verdict = verify_tree(tree, root_choice, &choices);
+            let accepted = verdict.accepted_path.len();
+            let mut tokens: Vec<(u32, TokenOrigin)> = verdict
+                .accepted_path
+                .iter()
+                .map(|n| (tree.tokens[*n as usize].0, TokenOrigin::Draft))
+                .collect();
+            let leaf = tree.is_empty()
+                || accepted > 0 && !tree.parents.contains(&verdict.accepted_path.last().copied());
+            let origin = match (tree.is_empty(), leaf) {
+                (true, _) => TokenOrigin::Plain,
+                (false, true) => TokenOrigin::Bonus,
+                (false, false) => TokenOrigin::Recovered,
+            };
+            tokens.push((verdict.target_token.0, origin));
+            let committed = commit(session, &tokens, self.max_context, emit);
+            session.stats.record(tree.depth(), tree.len(), accepted.min(committed), committed);
+            // Rows that stay in the cache: the root and the accepted path.
+            let keep: Vec<u32> =
+                std::iter::once(0).chain(verdict.accepted_path.iter().map(|n| n + 1)).collect();
+            session.kv.commit(self.target.kernels(), *base, &keep);
+            if let (Some(drafter), None) = (&mut session.drafter, session.finish) {
+                let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
+                let next: Vec<u32> = tokens.iter().map(|(t, _)| *t).collect();
+                drafter.extend(&Features { output: &output, rows: &feature_rows }, &next);
+            }
+        }
+    }
+}
+
+/// Appends tokens until one ends the answer; returns how many were committed.
+fn commit<K: Kernels>(
+    session: &mut Session<'_, K>,
+    tokens: &[(u32, TokenOrigin)],
+    max_context: usize,
+    on_token: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()>,
+) -> usize {
+    for (i, (id, origin)) in tokens.iter().enumerate() {
+        let event = TokenEvent { id: *id, position: session.tokens.len(), origin: *origin };
+        session.tokens.push(*id);
+        let go_on = on_token(&event).is_continue();
+        session.finish = if session.options.stop_ids.contains(id) {
+            Some(FinishReason::Stop)
+        } else if session.room(max_context) == 0 {
+            Some(FinishReason::Length)
+        } else if !go_on {
+            Some(FinishReason::Cancelled)
+        } else {
+            None
+        };
+        if session.finish.is_some() {
+            return i + 1;
+        }
+    }
+    tokens.len()
+}

@@ -1,0 +1,116 @@
+//! One sequence in the engine.
+
+use std::time::Duration;
+
+use draftsmith_core::AcceptStats;
+use draftsmith_kernels::Kernels;
+use draftsmith_model::TargetKv;
+
+use crate::drafter::DrafterSession;
+use crate::engine::GenerateOptions;
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The target chose a stop id.
+    Stop,
+    /// The token limit or the context was reached.
+    Length,
+    /// The caller's callback ended it.
+    Cancelled,
+}
+
+impl FinishReason {
+    /// The word used in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// How a token came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenOrigin {
+    /// The target's own, without a proposal (also the first token, which the prefill gives).
+    Plain,
+    /// Drafted and accepted.
+    Draft,
+    /// The target's own after a rejected draft token.
+    Recovered,
+    /// The target's own after a proposal that was accepted to its end.
+    Bonus,
+}
+
+/// A committed token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenEvent {
+    /// Target id.
+    pub id: u32,
+    /// Its position in the sequence.
+    pub position: usize,
+    /// How it came about.
+    pub origin: TokenOrigin,
+}
+
+/// A finished request.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// Generated tokens; a stop id is included.
+    pub token_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Counts of the verify steps. The first token comes from the prefill and is not among them.
+    pub stats: AcceptStats,
+    /// Time until the first token.
+    pub prefill: Duration,
+    /// Time from the first token to the last.
+    pub decode: Duration,
+}
+
+/// State of one request inside the engine.
+pub(crate) struct Session<'e, K: Kernels> {
+    pub kv: TargetKv<K>,
+    pub drafter: Option<Box<dyn DrafterSession<K> + 'e>>,
+    /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
+    pub tokens: Vec<u32>,
+    pub prompt_len: usize,
+    pub options: GenerateOptions,
+    pub stats: AcceptStats,
+    pub finish: Option<FinishReason>,
+    pub prefill: Duration,
+    pub started: std::time::Instant,
+    /// When the first token was committed.
+    pub first_token: Option<std::time::Instant>,
+}
+
+impl<K: Kernels> Session<'_, K> {
+    /// Tokens generated so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Prompt tokens that are not in the cache yet; 0 once decoding.
+    pub(crate) fn prompt_left(&self) -> usize {
+        self.prompt_len.saturating_sub(self.kv.len())
+    }
+
+    /// Tokens that may still be committed.
+    pub(crate) fn room(&self, context: usize) -> usize {
+        let by_limit = self.options.max_new_tokens - self.generated();
+        by_limit.min(context.saturating_sub(self.tokens.len()))
+    }
+
+    pub(crate) fn finish(self) -> Generation {
+        let now = std::time::Instant::now();
+        Generation {
+            token_ids: self.tokens[self.prompt_len..].to_vec(),
+            finish_reason: self.finish.unwrap_or(FinishReason::Cancelled),
+            stats: self.stats,
+            prefill: self.prefill,
+            decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Output with speculation equals output without, whatever the draft says: greedy and seeded, chains and trees,
+//! alone and in a batch. The target is the small trained one of the repo; drafts have random weights, are always
+//! wrong, or are always right.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenTree, VocabMap};
+use draftsmith_decode::{
+    BatchOptions, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine, Features, FinishReason,
+    GenerateOptions, Generation,
+};
+use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_model::eagle3::{Eagle3Config, Feedback};
+use draftsmith_model::{Draft, DraftTensors, Precision, Target};
+
+fn target() -> Arc<Target<Cpu>> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
+    Arc::new(Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap())
+}
+
+struct Row {
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    margins: Vec<f64>,
+}
+
+fn rows() -> Vec<Row> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target/expected.jsonl");
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines()
+        .map(|line| {
+            let v: serde_json::Value = serde_json::from_str(line).unwrap();
+            let list = |key: &str| v[key].as_array().unwrap().clone();
+            let ids = |key: &str| list(key).iter().map(|x| x.as_u64().unwrap() as u32).collect();
+            Row {
+                prompt: ids("prompt_token_ids"),
+                tokens: ids("token_ids"),
+                margins: list("top1_minus_top2_logit").iter().map(|x| x.as_f64().unwrap()).collect(),
+            }
+        })
+        .collect()
+}
+
+fn options(draft: DraftPlan, sampling: Sampling, max_new_tokens: usize) -> GenerateOptions {
+    GenerateOptions { max_new_tokens, sampling, stop_ids: vec![2], draft }
+}
+
+fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Generation {
+    engine.generate(prompt, options, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// A draft with random weights on a third of the vocabulary.
+fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Arc<Draft<Cpu>> {
+    let t = target.config();
+    let (h, vocab) = (t.hidden_size, t.vocab_size);
+    let config = Eagle3Config {
+        vocab_size: vocab,
+        draft_vocab_size: vocab / 3,
+        hidden_size: h,
+        target_hidden_size: h,
+        intermediate_size: 2 * h,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: draftsmith_kernels::RopeScaling::None,
+        max_position_embeddings: 512,
+        fc_norm,
+        feedback,
+        initializer_range: 0.02,
+        target_layer_ids: None,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
+        pad_token_id: None,
+    };
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 33) as f32 / (1u64 << 31) as f32 - 0.5) * 0.4
+    };
+    let mut tensors = DraftTensors::new();
+    for (name, shape) in config.tensors() {
+        if name == "d2t" || name == "t2d" {
+            continue;
+        }
+        let count = shape.iter().product();
+        let norm = name.contains("norm");
+        let values = (0..count).map(|_| if norm { 1.0 } else { next() }).collect();
+        tensors.insert(name, (shape, values));
+    }
+    let ids: Vec<u32> = (0..vocab as u32 / 3).map(|i| i * 3).collect();
+    let map = VocabMap::from_target_ids(&ids, vocab).unwrap();
+    let kernels = target.kernels();
+    Arc::new(Draft::from_tensors(kernels.as_ref(), config, &tensors, map, PackMode::Q8, "test").unwrap())
+}
+
+const PLANS: [DraftPlan; 9] = [
+    DraftPlan::Chain { depth: 1 },
+    DraftPlan::Chain { depth: 2 },
+    DraftPlan::Chain { depth: 3 },
+    DraftPlan::Chain { depth: 4 },
+    DraftPlan::Chain { depth: 5 },
+    DraftPlan::Chain { depth: 6 },
+    DraftPlan::Chain { depth: 7 },
+    DraftPlan::Tree { depth: 4, top_k: 3, num_draft_tokens: 12 },
+    DraftPlan::Tree { depth: 6, top_k: 8, num_draft_tokens: 40 },
+];
+
+const SEEDED: Sampling = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 17 };
+
+#[test]
+fn greedy_text_matches_the_recorded_one() {
+    let engine = Engine::new(target(), None);
+    for row in rows() {
+        let sure = row.margins.iter().position(|m| *m < 0.01).unwrap_or(row.tokens.len());
+        let until_eos = row.tokens.iter().position(|t| *t == 2).map_or(row.tokens.len(), |p| p + 1);
+        let found = run(&engine, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 64));
+        let count = sure.min(until_eos).min(found.token_ids.len());
+        assert!(count > 5);
+        assert_eq!(found.token_ids[..count], row.tokens[..count]);
+    }
+}
+
+#[test]
+fn any_eagle_draft_gives_the_same_text() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    for (seed, feedback, fc_norm) in [(1, Feedback::PreNorm, false), (2, Feedback::PostNorm, true)] {
+        let draft = random_draft(&target, seed, feedback, fc_norm);
+        let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+        let engine = Engine::new(Arc::clone(&target), Some(drafter));
+        for sampling in
+            [Sampling::GREEDY, SEEDED, Sampling { temperature: 1.5, top_k: 40, top_p: 1.0, seed: 5 }]
+        {
+            for row in rows() {
+                let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, sampling, 40));
+                for plan in PLANS {
+                    let found = run(&engine, &row.prompt, &options(plan, sampling, 40));
+                    assert_eq!(found.token_ids, wanted.token_ids, "{plan:?} {sampling:?}");
+                    assert_eq!(found.finish_reason, wanted.finish_reason);
+                    assert_eq!(found.stats.committed_tokens as usize, found.token_ids.len() - 1);
+                }
+            }
+        }
+    }
+}
+
+/// Proposes what a function of the committed tokens says.
+struct Scripted<F>(F);
+
+struct ScriptedSession<'a, F> {
+    script: &'a F,
+    len: usize,
+}
+
+impl<F: Fn(usize) -> TokenTree + Send + Sync> Drafter<Cpu> for Scripted<F> {
+    fn target_layers(&self) -> &[LayerId] {
+        &[]
+    }
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu> + '_> {
+        Box::new(ScriptedSession { script: &self.0, len: 0 })
+    }
+}
+
+impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<'_, F> {
+    fn extend(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
+        assert_eq!(features.rows.len(), next_tokens.len());
+        self.len += next_tokens.len();
+    }
+    fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
+        assert_eq!(self.len as u64, position, "every committed position was handed over once");
+        let mut tree = (self.script)(position as usize + 1);
+        let keep = tree.depths().iter().take_while(|d| (**d as usize) < room).count();
+        tree.tokens.truncate(keep);
+        tree.parents.truncate(keep);
+        tree
+    }
+}
+
+#[test]
+fn a_draft_that_knows_the_answer_is_accepted_to_its_end() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    for sampling in [Sampling::GREEDY, SEEDED] {
+        for row in rows() {
+            let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, sampling, 41));
+            let whole = [&row.prompt[..], &wanted.token_ids[..]].concat();
+            let script = move |from: usize| {
+                let to = (from + 4).min(whole.len());
+                TokenTree::chain(whole[from.min(to)..to].iter().map(|t| TargetTokenId(*t)))
+            };
+            let engine = Engine::new(Arc::clone(&target), Some(Arc::new(Scripted(script))));
+            let found = run(&engine, &row.prompt, &options(DraftPlan::Chain { depth: 4 }, sampling, 41));
+            assert_eq!(found.token_ids, wanted.token_ids);
+            let steps = (found.token_ids.len() - 1).div_ceil(5) as u64;
+            assert_eq!(found.stats.verify_steps, steps, "five tokens a step");
+        }
+    }
+}
+
+#[test]
+fn a_draft_that_is_always_wrong_costs_steps_but_not_text() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    let script = |_: usize| {
+        let mut tree = TokenTree::chain([TargetTokenId(1), TargetTokenId(1)]);
+        tree.push(TargetTokenId(0), None);
+        tree
+    };
+    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(Scripted(script))));
+    for row in rows() {
+        let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 30));
+        let plan = DraftPlan::Tree { depth: 2, top_k: 2, num_draft_tokens: 3 };
+        let found = run(&engine, &row.prompt, &options(plan, Sampling::GREEDY, 30));
+        assert_eq!(found.token_ids, wanted.token_ids);
+        assert_eq!(found.stats.accept_len(), Some(1.0));
+        assert_eq!(found.stats.accepted_drafts, 0);
+    }
+}
+
+#[test]
+fn requests_in_a_batch_get_the_text_they_get_alone() {
+    let target = target();
+    let draft = random_draft(&target, 3, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let engine = Engine::new(target, Some(drafter));
+    let requests: Vec<(Vec<u32>, GenerateOptions)> = rows()
+        .into_iter()
+        .enumerate()
+        .map(|(i, row)| {
+            let plan = [DraftPlan::None, PLANS[4], PLANS[7]][i % 3];
+            let sampling = if i % 2 == 0 { Sampling::GREEDY } else { SEEDED };
+            (row.prompt, options(plan, sampling, 10 + 5 * i))
+        })
+        .collect();
+    let alone: Vec<Vec<u32>> = requests.iter().map(|(p, o)| run(&engine, p, o).token_ids).collect();
+    for batch_size in [1, 3, 8] {
+        let mut queue = requests.iter().cloned().enumerate();
+        let mut done: Vec<Option<Vec<u32>>> = vec![None; requests.len()];
+        engine
+            .generate_batch(
+                BatchOptions { batch_size },
+                &mut || queue.next().map(|(i, (p, o))| (i, p, o)),
+                &mut |id, generation| {
+                    done[id] = Some(generation.token_ids);
+                    ControlFlow::Continue(())
+                },
+            )
+            .unwrap();
+        for (found, wanted) in done.iter().zip(&alone) {
+            assert_eq!(found.as_ref(), Some(wanted), "batch of {batch_size}");
+        }
+    }
+}
+
+#[test]
+fn limits_end_a_generation_inside_an_accepted_prefix() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    let row = rows().remove(0);
+    let free = run(&plain, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 40));
+    let whole = [&row.prompt[..], &free.token_ids[..]].concat();
+    let script = move |from: usize| {
+        let to = (from + 7).min(whole.len());
+        TokenTree::chain(whole[from.min(to)..to].iter().map(|t| TargetTokenId(*t)))
+    };
+    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(Scripted(script))));
+    for limit in 1..12 {
+        let found = run(&engine, &row.prompt, &options(PLANS[6], Sampling::GREEDY, limit));
+        assert_eq!(found.token_ids, free.token_ids[..limit]);
+        assert_eq!(found.finish_reason, FinishReason::Length);
+    }
+    // A stop id in the middle of an accepted proposal: nothing after it is committed or counted.
+    let stop = free.token_ids[3];
+    let first = free.token_ids.iter().position(|t| *t == stop).unwrap();
+    let mut with_stop = options(PLANS[6], Sampling::GREEDY, 40);
+    with_stop.stop_ids = vec![stop];
+    let found = run(&engine, &row.prompt, &with_stop);
+    assert_eq!(found.token_ids, free.token_ids[..=first]);
+    assert_eq!(found.finish_reason, FinishReason::Stop);
+    assert_eq!(found.stats.committed_tokens as usize, first);
+    // The end of the context.
+    let short = Engine::new(target, None).with_max_context(row.prompt.len() + 4);
+    let found = run(&short, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 40));
+    assert_eq!(found.token_ids.len(), 4);
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let engine = Engine::new(target(), None);
+    let refuse = |prompt: &[u32], plan| {
+        engine
+            .generate(prompt, &options(plan, Sampling::GREEDY, 4), &mut |_| ControlFlow::Continue(()))
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(refuse(&[], DraftPlan::None), "the prompt is empty");
+    assert_eq!(
+        refuse(&[5, 1_000_000], DraftPlan::None),
+        "prompt token 1000000 at position 1 is outside the target's vocabulary of 1024"
+    );
+    assert_eq!(refuse(&[5], PLANS[0]), "speculation was asked for, but no draft is loaded");
+    assert!(refuse(&vec![5; 100_000], DraftPlan::None).contains("but the context ends at"));
+}

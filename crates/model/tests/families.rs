@@ -1,0 +1,193 @@
+//! Every family computes what transformers computes on tiny random models, from every container and storage type.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use draftsmith_core::LayerId;
+use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_kernels::{Cpu, Kernels};
+use draftsmith_model::{Infer, Precision, StepItem, Target};
+
+/// Float32 rounding moves these logits by about 1e-5; see the fixtures' README.
+const FLOAT_TOLERANCE: Tolerance = Tolerance::Absolute(1e-4);
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+fn chain(rows: usize) -> Vec<Option<u32>> {
+    (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
+}
+
+/// How far values may be from the recorded ones.
+#[derive(Clone, Copy)]
+enum Tolerance {
+    /// Every value by this much.
+    Absolute(f32),
+    /// The root mean square of the differences, as a share of the values'.
+    RelativeRms(f32),
+}
+
+#[track_caller]
+fn close(what: &str, found: &[f32], wanted: &[f32], tolerance: Tolerance) {
+    assert_eq!(found.len(), wanted.len(), "{what}");
+    let tolerance = match tolerance {
+        Tolerance::Absolute(t) => t,
+        Tolerance::RelativeRms(share) => {
+            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|v| v * v).sum::<f32>();
+            let error = square(&mut found.iter().zip(wanted).map(|(f, w)| f - w));
+            let size = square(&mut wanted.iter().copied());
+            let ratio = (error / size).sqrt();
+            assert!(ratio <= share, "{what}: off by {ratio} of its size");
+            return;
+        }
+    };
+    let worst = found.iter().zip(wanted).map(|(f, w)| (f - w).abs()).fold(0.0, f32::max);
+    assert!(worst <= tolerance, "{what}: off by {worst}");
+}
+
+#[track_caller]
+fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance) {
+    let kernels = Arc::new(Cpu::new(2));
+    let target = Target::load(Arc::clone(&kernels), &fixture(model), precision).unwrap();
+    let expected = SafetensorsDir::open(fixture(expected)).unwrap();
+    let want = |name: &str| expected.get(name).unwrap().to_f32().unwrap();
+    let ids: Vec<u32> =
+        expected.get("input_ids").unwrap().to_i64().unwrap().into_iter().map(|i| i as u32).collect();
+    let layers: Vec<LayerId> = (0..target.config().num_layers as u32).map(LayerId).collect();
+    let ops = Infer::new(kernels.as_ref());
+
+    // All at once.
+    let mut kv = target.new_kv();
+    let rows = chain(ids.len());
+    let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids, parents: &rows }], &layers);
+    for (layer, hidden) in layers.iter().zip(&output.hidden) {
+        if expected.find(&format!("hidden.{}", layer.0)).is_some() {
+            close(
+                &format!("{model}: output of layer {}", layer.0),
+                &ops.values(hidden),
+                &want(&format!("hidden.{}", layer.0)),
+                tolerance,
+            );
+        }
+    }
+    close(&format!("{model}: last"), &ops.values(&output.last), &want("last"), tolerance);
+    let all: Vec<u32> = (0..ids.len() as u32).collect();
+    let logits = target.logits(&output, &all);
+    close(&format!("{model}: logits"), &logits, &want("logits"), tolerance);
+
+    // One by one, and in chunks: the same bits.
+    for chunk in [1usize, 3] {
+        let mut kv = target.new_kv();
+        let mut again = Vec::new();
+        for part in ids.chunks(chunk) {
+            let rows = chain(part.len());
+            let out = target.forward(&mut [StepItem { kv: &mut kv, tokens: part, parents: &rows }], &layers);
+            again.extend(target.logits(&out, &all[..part.len()]));
+        }
+        assert!(again == logits, "{model}: chunks of {chunk} give other bits");
+    }
+
+    // Two sequences in one step, one of them a tree whose second branch repeats the first: the same bits.
+    let (mut a, mut b) = (target.new_kv(), target.new_kv());
+    let half = ids.len() / 2;
+    let step = |kv: &mut _, tokens: &[u32]| {
+        let rows = chain(tokens.len());
+        target.forward(&mut [StepItem { kv, tokens, parents: &rows }], &[]);
+    };
+    step(&mut a, &ids[..half]);
+    step(&mut b, &ids[..half + 1]);
+    let (next, after) = (&ids[half..half + 2], &ids[half + 1..half + 2]);
+    let tree = [next[0], next[0], next[1], next[1]];
+    let parents = [None, None, Some(0), Some(1)];
+    let output = target.forward(
+        &mut [
+            StepItem { kv: &mut a, tokens: &tree, parents: &parents },
+            StepItem { kv: &mut b, tokens: after, parents: &[None] },
+        ],
+        &[],
+    );
+    let vocab = target.config().vocab_size;
+    let found = target.logits(&output, &[0, 1, 2, 3, 4]);
+    for (row, position) in [(0, half), (1, half), (2, half + 1), (3, half + 1), (4, half + 1)] {
+        assert!(
+            found[row * vocab..(row + 1) * vocab] == logits[position * vocab..(position + 1) * vocab],
+            "{model}: row {row} of the tree step differs from position {position}"
+        );
+    }
+
+    // Commit the second branch, go on, and compare again; then roll back and repeat.
+    a.commit(kernels.as_ref(), half, &[1, 3]);
+    let rest = &ids[half + 2..];
+    for _ in 0..2 {
+        let rows = chain(rest.len());
+        let output = target.forward(&mut [StepItem { kv: &mut a, tokens: rest, parents: &rows }], &[]);
+        let found = target.logits(&output, &all[..rest.len()]);
+        assert!(found[..] == logits[(half + 2) * vocab..], "{model}: after commit or rollback");
+        a.rollback_to(half + 2);
+    }
+}
+
+#[test]
+fn safetensors_families_match_transformers() {
+    for family in [
+        "llama",
+        "llama_tied",
+        "llama_tied_bf16",
+        "qwen2",
+        "qwen2_f16",
+        "qwen3",
+        "qwen3_sharded",
+        "gemma3_text",
+    ] {
+        let expected = format!("families/{family}/expected.safetensors");
+        for precision in [Precision::F32, Precision::Stored] {
+            check(&format!("families/{family}"), &expected, precision, FLOAT_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn gguf_families_match_transformers() {
+    for name in ["llama-f32", "llama-q8_0", "qwen2-q8_0", "qwen3-q8_0", "gemma3-q8_0"] {
+        let expected = format!("gguf/{name}.safetensors");
+        check(&format!("gguf/{name}.gguf"), &expected, Precision::F32, FLOAT_TOLERANCE);
+        // Activations rounded to 8 bits, in models whose rows are a single block.
+        if name != "llama-f32" {
+            check(&format!("gguf/{name}.gguf"), &expected, Precision::Stored, Tolerance::RelativeRms(0.05));
+        }
+    }
+}
+
+#[test]
+fn block_types_dequantise_to_the_recorded_values() {
+    use draftsmith_formats::gguf::{GgmlType, GgufFile};
+    use draftsmith_kernels::{PackMode, WeightDtype, WeightView, quant};
+    for (name, dtype) in [
+        ("f32", WeightDtype::F32),
+        ("f16", WeightDtype::F16),
+        ("bf16", WeightDtype::Bf16),
+        ("q4_0", WeightDtype::Q4_0),
+        ("q4_1", WeightDtype::Q4_1),
+        ("q8_0", WeightDtype::Q8_0),
+        ("q4_k", WeightDtype::Q4K),
+        ("q6_k", WeightDtype::Q6K),
+    ] {
+        let file = GgufFile::open(fixture(&format!("gguf/{name}.gguf"))).unwrap();
+        let info = file.tensor("weight").unwrap();
+        assert_ne!(info.ggml_type, GgmlType::I8);
+        let view = WeightView { dtype, out_features: 6, in_features: 512, data: file.data(info) };
+        view.check("weight").unwrap();
+        let found = quant::dequantize(&view);
+        let expected = SafetensorsDir::open(fixture(&format!("gguf/{name}.safetensors"))).unwrap();
+        let wanted = expected.get("weight").unwrap().to_f32().unwrap();
+        for (f, w) in found.iter().zip(&wanted) {
+            assert!((f - w).abs() <= w.abs() * 2.0 * f32::EPSILON, "{name}: {f} against {w}");
+        }
+        let kernels = Cpu::new(1);
+        let packed = kernels.pack("weight", &view, PackMode::Stored).unwrap();
+        let mut rows = kernels.zeros(6 * 512);
+        kernels.embed(&packed, &[0, 1, 2, 3, 4, 5], 1.0, &mut rows);
+        assert_eq!(rows, found, "{name}: packed rows");
+    }
+}
