@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Why a file or folder could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum AtomicError {
-    /// The file system (or the user's quota) is full.
-    #[error("no space left on the device while writing `{}`", path.display())]
+    /// The file system is full, or the user's quota or file size limit is reached.
+    #[error("no space left while writing `{}`", path.display())]
     DiskFull {
         /// Final path of what was being written.
         path: PathBuf,
@@ -50,7 +50,7 @@ impl AtomicError {
     /// Wraps an operating-system error, telling a full disk from everything else.
     pub fn from_io(action: &'static str, path: &Path, source: io::Error) -> AtomicError {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 AtomicError::DiskFull { path: path.to_path_buf() }
             }
             _ => AtomicError::Io { action, path: path.to_path_buf(), source },
@@ -230,6 +230,8 @@ impl AtomicFile {
 
 impl Write for AtomicFile {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        #[cfg(test)]
+        small_disk::take(buf.len())?;
         self.file.as_mut().expect("a file is committed once").write(buf)
     }
 
@@ -348,6 +350,8 @@ impl AtomicDir {
     pub fn write(&self, relative: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), AtomicError> {
         let named = self.path.join(relative.as_ref());
         let inside = self.temporary.join(relative.as_ref());
+        #[cfg(test)]
+        small_disk::take(bytes.as_ref().len()).map_err(|e| AtomicError::from_io("write", &named, e))?;
         fs::create_dir_all(parent_of(&inside))
             .map_err(|e| AtomicError::from_io("create folder of", &named, e))?;
         fs::write(&inside, bytes).map_err(|e| AtomicError::from_io("write", &named, e))
@@ -438,6 +442,36 @@ fn sync_tree(dir: &Path) -> io::Result<()> {
     sync_dir(dir)
 }
 
+/// A disk that runs full, for tests of the writers built on this module.
+#[cfg(test)]
+pub(crate) mod small_disk {
+    use std::cell::Cell;
+    use std::io;
+
+    thread_local! {
+        static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    /// Runs `f` on a disk with room for this many bytes.
+    pub(crate) fn with<T>(bytes: usize, f: impl FnOnce() -> T) -> T {
+        LEFT.set(Some(bytes));
+        let out = f();
+        LEFT.set(None);
+        out
+    }
+
+    pub(super) fn take(bytes: usize) -> io::Result<()> {
+        match LEFT.get() {
+            Some(left) if left < bytes => Err(io::ErrorKind::StorageFull.into()),
+            Some(left) => {
+                LEFT.set(Some(left - bytes));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -472,10 +506,7 @@ mod tests {
         })
         .unwrap_err();
         assert!(err.is_disk_full());
-        assert_eq!(
-            err.to_string(),
-            format!("no space left on the device while writing `{}`", path.display())
-        );
+        assert_eq!(err.to_string(), format!("no space left while writing `{}`", path.display()));
         assert!(err.hint().unwrap().contains("free space"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(dir.path()), ["a.bin"]);

@@ -7,9 +7,13 @@
 //! Each format is one module with one error type.
 
 pub mod atomic;
+pub mod bundle;
+pub mod cache;
+pub mod checkpoint;
 pub mod gguf;
 pub mod hash;
 pub mod hf_config;
 pub mod mapped;
 pub mod run;
 pub mod safetensors_dir;
+pub mod tokens;

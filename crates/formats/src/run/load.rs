@@ -113,8 +113,8 @@ impl RunError {
                 }
                 let elsewhere: Vec<String> = reference()
                     .into_iter()
+                    .filter(|k| k.key.contains('.') && k.name() == last)
                     .map(|k| k.key)
-                    .filter(|k| k.rsplit_once('.').is_some_and(|(_, name)| name == last))
                     .collect();
                 match elsewhere.as_slice() {
                     [] => Some(format!("known keys here: {}", known.join(", "))),
@@ -285,7 +285,16 @@ impl<'t> Source<'t> {
 
     fn deserialize(&self, table: &toml::Table) -> Result<RunFile, RunError> {
         let value = toml::Value::Table(table.clone());
-        value.try_into().map_err(|e: toml::de::Error| self.reword(e.message(), self.at(None), String::new()))
+        value.try_into().map_err(|e: toml::de::Error| {
+            match self.reword(e.message(), self.at(None), String::new()) {
+                // Without a span only the last part of the key is known; the required keys all have their own.
+                RunError::MissingKey { place, key } => {
+                    let full = reference().into_iter().find(|k| k.required && k.name() == key);
+                    RunError::MissingKey { place, key: full.map_or(key, |k| k.key) }
+                }
+                other => other,
+            }
+        })
     }
 
     /// Applies one override. The outer error is the override's own fault; the inner one is a key that is still

@@ -24,6 +24,13 @@ pub struct KeyReference {
     pub description: String,
 }
 
+impl KeyReference {
+    /// The last part of the key.
+    pub fn name(&self) -> &str {
+        self.key.rsplit('.').next().unwrap_or_default()
+    }
+}
+
 /// Every key of the run file, in the order of the tables. Tables themselves are listed too, with kind `table`.
 pub fn reference() -> Vec<KeyReference> {
     let schema = json_schema();
