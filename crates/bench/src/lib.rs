@@ -29,5 +29,5 @@ pub use record::Record;
 pub use report::{ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with};
 pub use runner::{Dialogue, RunOptions, RunOutput, Runner};
 pub use stats::{Estimate, Interval};
-pub use summary::{BASELINE, Contract, Summary, summarize, summarize_all};
+pub use summary::{BASELINE, Contract, Summary, headline, summarize, summarize_all, summarize_each};
 pub use workload::{Workload, WorkloadRow};

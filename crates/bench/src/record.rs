@@ -90,7 +90,17 @@ pub enum Drafting {
 }
 
 impl Drafting {
-    /// Short form for tables: `chain 5`, `tree 5x4, 16 tokens`.
+    /// Shortest form, for names of rows: `chain 5`, `tree 5×4/16`.
+    pub fn short_label(&self) -> String {
+        match self {
+            Drafting::Chain { depth } => format!("chain {depth}"),
+            Drafting::Tree { depth, top_k, num_draft_tokens } => {
+                format!("tree {depth}×{top_k}/{num_draft_tokens}")
+            }
+        }
+    }
+
+    /// In words.
     pub fn label(&self) -> String {
         match self {
             Drafting::Chain { depth } => format!("chain, depth {depth}"),

@@ -13,8 +13,10 @@ pub const BASELINE: &str = "target-only decoding, same session, interleaved";
 /// Numbers of one workload, or of several together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Name of the workload, or `total`.
+    /// Name of the workload, or `total`; with the drafting where several are compared.
     pub name: String,
+    /// True if several workloads are summed.
+    pub is_total: bool,
     /// Rows with at least one sample.
     pub rows: usize,
     /// Samples: rows times turns times repeats.
@@ -74,8 +76,63 @@ pub fn summarize(record: &Record) -> Summary {
     summary(&record.workload.name, &[record], doubts(record))
 }
 
+/// Summaries for tables and reports: one per record, then the total of each setting that has several records.
+///
+/// Records of different drafting or sampling are never summed; their setting then becomes part of the name.
+pub fn summarize_each(records: &[Record]) -> Vec<Summary> {
+    let groups = groups(records);
+    let mut out = Vec::new();
+    for (label, members) in &groups {
+        let named =
+            |name: &str| if groups.len() > 1 { format!("{name} · {label}") } else { name.to_owned() };
+        for record in members {
+            let mut one = summarize(record);
+            one.name = named(&one.name);
+            out.push(one);
+        }
+        if members.len() > 1 {
+            let mut total = summarize_refs(members);
+            total.name = named(&total.name);
+            out.push(total);
+        }
+    }
+    out
+}
+
+/// The summary to put first: all records together, or of several settings the one with the largest speedup.
+/// `None` of nothing.
+pub fn headline(records: &[Record]) -> Option<(String, Summary)> {
+    let totals = groups(records).into_iter().map(|(label, members)| {
+        let one = if members.len() == 1 { summarize(members[0]) } else { summarize_refs(&members) };
+        (label, one)
+    });
+    let value = |s: &Summary| s.speedup.map_or(f64::NEG_INFINITY, |e| e.value);
+    totals.max_by(|a, b| value(&a.1).total_cmp(&value(&b.1)))
+}
+
+/// Records by setting, in order of appearance.
+fn groups(records: &[Record]) -> Vec<(String, Vec<&Record>)> {
+    let mut groups: Vec<(String, Vec<&Record>)> = Vec::new();
+    for record in records {
+        let settings = &record.settings;
+        let mut label = settings.drafting.short_label();
+        if settings.temperature > 0.0 {
+            label.push_str(&format!(", T {}", settings.temperature));
+        }
+        match groups.iter_mut().find(|(l, _)| *l == label) {
+            Some((_, members)) => members.push(record),
+            None => groups.push((label, vec![record])),
+        }
+    }
+    groups
+}
+
 /// Summary of several records together, named `total`; doubts are those of the records, each named once.
 pub fn summarize_all(records: &[Record]) -> Summary {
+    summarize_refs(&records.iter().collect::<Vec<_>>())
+}
+
+fn summarize_refs(records: &[&Record]) -> Summary {
     let mut all: Vec<Doubt> = Vec::new();
     for record in records {
         for doubt in doubts(record) {
@@ -85,7 +142,8 @@ pub fn summarize_all(records: &[Record]) -> Summary {
             }
         }
     }
-    let mut total = summary("total", &records.iter().collect::<Vec<_>>(), all);
+    let mut total = summary("total", records, all);
+    total.is_total = true;
     if total.rows < crate::doubts::ROWS_WANTED {
         total.doubts.push(Doubt::TooFewSamples { rows: total.rows, wanted: crate::doubts::ROWS_WANTED });
     }
@@ -148,6 +206,7 @@ fn summary(name: &str, records: &[&Record], doubts: Vec<Doubt>) -> Summary {
     };
     Summary {
         name: name.to_owned(),
+        is_total: false,
         rows: rows.len(),
         samples,
         accept_len: ratio(

@@ -2,16 +2,7 @@
 
 use crate::record::Record;
 use crate::stats::Estimate;
-use crate::summary::{BASELINE, Summary, summarize, summarize_all};
-
-/// Rows of the table: one per record, then the total if there are several.
-pub fn summaries(records: &[Record]) -> Vec<Summary> {
-    let mut rows: Vec<Summary> = records.iter().map(summarize).collect();
-    if records.len() > 1 {
-        rows.push(summarize_all(records));
-    }
-    rows
-}
+use crate::summary::{BASELINE, Summary, summarize_each};
 
 /// Value with its interval: `2.31 [2.20, 2.42]`, or `–` if there is none.
 pub fn with_interval(estimate: &Option<Estimate>, digits: usize) -> String {
@@ -52,7 +43,7 @@ fn cells(summary: &Summary) -> [String; 8] {
 
 /// Aligned text, with doubts below. Ends with a line feed.
 pub fn text(records: &[Record]) -> String {
-    let summaries = summaries(records);
+    let summaries = summarize_each(records);
     let rows: Vec<[String; 8]> = summaries.iter().map(cells).collect();
     let mut width = HEADER.map(|h| h.chars().count());
     for row in &rows {
@@ -79,7 +70,7 @@ pub fn text(records: &[Record]) -> String {
         line(std::array::from_fn(|i| row[i].as_str()));
     }
     out.push_str(&format!("[low, high]: 95 % confidence interval over rows. speedup: decode time per token, baseline {BASELINE}.\n"));
-    for summary in &summaries[..records.len()] {
+    for summary in summaries.iter().filter(|s| !s.is_total) {
         for doubt in &summary.doubts {
             out.push_str(&format!("doubt ({}): {}\n  {}\n", summary.name, doubt.message(), doubt.advice()));
         }
@@ -89,7 +80,7 @@ pub fn text(records: &[Record]) -> String {
 
 /// Markdown, with doubts as a list below. Ends with a line feed.
 pub fn markdown(records: &[Record]) -> String {
-    let summaries = summaries(records);
+    let summaries = summarize_each(records);
     let mut out = format!("| {} |\n|:---|{}\n", HEADER.join(" | "), "---:|".repeat(HEADER.len() - 1));
     for summary in &summaries {
         out.push_str(&format!("| {} |\n", cells(summary).map(|c| c.replace('|', "\\|")).join(" | ")));
@@ -97,8 +88,9 @@ pub fn markdown(records: &[Record]) -> String {
     out.push_str(&format!(
         "\n`[low, high]`: 95 % confidence interval over rows. Accept length: committed tokens ÷ verify steps, the target's own token included. Speedup: decode time per token; baseline: {BASELINE}.\n"
     ));
-    let doubts: Vec<String> = summaries[..records.len()]
+    let doubts: Vec<String> = summaries
         .iter()
+        .filter(|s| !s.is_total)
         .flat_map(|s| s.doubts.iter().map(|d| format!("* {}: {} ({})\n", s.name, d.message(), d.advice())))
         .collect();
     if !doubts.is_empty() {

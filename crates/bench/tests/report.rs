@@ -88,7 +88,7 @@ fn the_embedded_records_are_the_records() {
 fn speedups_name_their_baseline_and_doubts_stand_beside() {
     let html = report_html(&two_records()).unwrap();
     assert!(html.contains("Speedup over target-only decoding"));
-    assert!(html.contains("only 12 rows were measured"));
+    assert!(html.contains("Only 12 rows were measured"));
     assert!(html.contains("href=\"#doubts\""));
     assert!(!html.contains("sim_"), "nothing estimated without a training curve");
 }
@@ -138,4 +138,29 @@ fn many_workloads_share_no_marker() {
     let html = report_html(&records).unwrap();
     assert_well_formed(&html);
     assert_eq!(html.matches("id=\"accept-rate").count(), 3, "13 workloads, 6 to a chart");
+}
+
+#[test]
+fn several_settings_are_compared_and_never_summed() {
+    let mut deep = options(60);
+    deep.drafting = draftsmith_bench::record::Drafting::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 };
+    let records = vec![
+        measured(
+            &mut FakeRunner { depth: 2, ..FakeRunner::default() },
+            &workload("gsm8k", 24, 1),
+            &options(60),
+        ),
+        measured(&mut FakeRunner::default(), &workload("gsm8k", 24, 1), &deep),
+        measured(&mut FakeRunner::default(), &workload("mtbench", 24, 1), &deep),
+    ];
+    let names: Vec<String> = draftsmith_bench::summarize_each(&records).into_iter().map(|s| s.name).collect();
+    assert_eq!(
+        names,
+        ["gsm8k · chain 5", "gsm8k · tree 5×4/16", "mtbench · tree 5×4/16", "total · tree 5×4/16"]
+    );
+    let (setting, best) = draftsmith_bench::headline(&records).unwrap();
+    assert_eq!((setting.as_str(), best.rows), ("tree 5×4/16", 48));
+    let html = report_html(&records).unwrap();
+    assert_well_formed(&html);
+    assert!(html.contains("tree 5×4/16 (the fastest of the settings below)"));
 }

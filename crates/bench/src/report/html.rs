@@ -6,7 +6,7 @@ use super::{ReportOptions, TrainingPoint, plots};
 use crate::BenchError;
 use crate::record::{Record, Settings};
 use crate::stats::Estimate;
-use crate::summary::{BASELINE, Summary, summarize, summarize_all};
+use crate::summary::{BASELINE, Summary, headline, summarize_each};
 use crate::table::{value_or_dash, with_interval};
 
 const STYLE: &str = include_str!("style.css");
@@ -102,12 +102,9 @@ fn distinct(records: &[Record], value: impl Fn(&Record) -> String) -> String {
 }
 
 pub(super) fn page(records: &[Record], options: &ReportOptions) -> Result<String, BenchError> {
-    let per_record: Vec<Summary> = records.iter().map(summarize).collect();
-    let total = summarize_all(records);
-    let mut shown = per_record.clone();
-    if records.len() > 1 {
-        shown.push(total.clone());
-    }
+    let shown = summarize_each(records);
+    let per_record: Vec<Summary> = shown.iter().filter(|s| !s.is_total).cloned().collect();
+    let Some((setting, best)) = headline(records) else { return Err(BenchError::NoRecords) };
     let first = &records[0];
     let title = options
         .title
@@ -124,8 +121,9 @@ pub(super) fn page(records: &[Record], options: &ReportOptions) -> Result<String
         escape(&distinct(records, |r| r.machine.cpu.clone())),
         escape(&utc(first.created_unix_s)),
     );
-    answers(&mut out, &total, records.len());
-    doubts(&mut out, &per_record, &total, records.len());
+    let several = distinct(records, |r| r.settings.drafting.short_label()) != setting;
+    answers(&mut out, &best, several.then_some(setting.as_str()));
+    doubts(&mut out, &per_record, &best);
     results(&mut out, &shown);
     charts(&mut out, &shown, &per_record)?;
     if let Some(training) = &options.training {
@@ -146,9 +144,12 @@ fn count(n: usize, word: &str) -> String {
     format!("{} {word}{}", grouped(n as u64), if n == 1 { "" } else { "s" })
 }
 
-/// The three answers of the first screen.
-fn answers(out: &mut String, total: &Summary, workloads: usize) {
-    let from = format!("{}, {}", count(total.rows, "row"), count(workloads, "workload"));
+/// The three answers of the first screen; `setting` names the one shown if several were measured.
+fn answers(out: &mut String, total: &Summary, setting: Option<&str>) {
+    let mut from = count(total.rows, "row");
+    if let Some(setting) = setting {
+        let _ = write!(from, ", {} (the fastest of the settings below)", escape(setting));
+    }
     let (class, word) = if total.identical() { ("yes", "yes") } else { ("no", "NO") };
     let lossless = if total.identical() {
         format!("All {} equal target-only decoding, token for token.", count(total.samples, "output"))
@@ -178,7 +179,24 @@ fn answers(out: &mut String, total: &Summary, workloads: usize) {
     );
 }
 
-fn doubts(out: &mut String, per_record: &[Summary], total: &Summary, records: usize) {
+/// Names of options and keys, marked by backticks in messages, as code; the first letter as a capital.
+fn sentence(text: &str) -> String {
+    let mut out = String::new();
+    for (i, part) in text.split('`').enumerate() {
+        match i % 2 {
+            0 => out.push_str(&escape(part)),
+            _ => {
+                let _ = write!(out, "<code>{}</code>", escape(part));
+            }
+        }
+    }
+    match out.chars().next() {
+        Some(first) if first.is_lowercase() => first.to_uppercase().chain(out.chars().skip(1)).collect(),
+        _ => out,
+    }
+}
+
+fn doubts(out: &mut String, per_record: &[Summary], total: &Summary) {
     let mut items = String::new();
     for summary in per_record {
         for doubt in &summary.doubts {
@@ -186,18 +204,18 @@ fn doubts(out: &mut String, per_record: &[Summary], total: &Summary, records: us
                 items,
                 "<li><strong>{}</strong>: {}. <span class=\"advice\">{}.</span></li>\n",
                 escape(&summary.name),
-                escape(&doubt.message()),
-                escape(doubt.advice())
+                sentence(&doubt.message()),
+                sentence(doubt.advice())
             );
         }
     }
-    if records > 1 && items.is_empty() {
+    if items.is_empty() {
         for doubt in &total.doubts {
             let _ = write!(
                 items,
                 "<li>{}. <span class=\"advice\">{}.</span></li>\n",
-                escape(&doubt.message()),
-                escape(doubt.advice())
+                sentence(&doubt.message()),
+                sentence(doubt.advice())
             );
         }
     }
@@ -232,7 +250,7 @@ fn results(out: &mut String, shown: &[Summary]) {
         "<section id=\"results\">\n<h2>Results per workload</h2>\n<div class=\"wide\"><table class=\"results\">\n<thead><tr><th scope=\"col\">workload</th><th scope=\"col\">rows</th><th scope=\"col\">tokens<small>committed</small></th><th scope=\"col\">accept length<small>tokens per step</small></th><th scope=\"col\">target-only<small>tokens/s</small></th><th scope=\"col\">with draft<small>tokens/s</small></th><th scope=\"col\">speedup<small>over target-only</small></th><th scope=\"col\">identical<small>outputs</small></th><th scope=\"col\">doubts</th></tr></thead>\n<tbody>\n"
     );
     for summary in shown {
-        let class = if summary.name == "total" { " class=\"total\"" } else { "" };
+        let class = if summary.is_total { " class=\"total\"" } else { "" };
         let identical = if summary.identical() {
             format!("<span class=\"yes\">all {}</span>", summary.samples)
         } else {
@@ -244,7 +262,7 @@ fn results(out: &mut String, shown: &[Summary]) {
         };
         let _ = write!(
             out,
-            "<tr{class}><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{identical}</td><td>{doubts}</td></tr>\n",
+            "<tr{class}><th scope=\"row\">{}</th><td data-of=\"rows\">{}</td><td data-of=\"tokens committed\">{}</td><td data-of=\"accept length, tokens per step\">{}</td><td data-of=\"target-only, tokens/s\">{}</td><td data-of=\"with draft, tokens/s\">{}</td><td data-of=\"speedup over target-only\">{}</td><td data-of=\"identical outputs\">{identical}</td><td data-of=\"doubts\">{doubts}</td></tr>\n",
             escape(&summary.name),
             grouped(summary.rows as u64),
             grouped(summary.accept.committed_tokens),
@@ -422,7 +440,7 @@ fn training_section(
     };
     if !measured.is_empty() {
         let svg =
-            plots::training("Measured accept length while training", "tokens per verify step", measured)?;
+            plots::training("Measured accept length while training", "tokens per verify step", measured, 0)?;
         figure(
             out,
             "training-measured",
@@ -434,7 +452,8 @@ fn training_section(
         );
     }
     if !sim.is_empty() {
-        let svg = plots::training("Estimated accept length while training", "sim_accept_len", sim)?;
+        let svg =
+            plots::training("Estimated accept length while training", "sim_accept_len (estimated)", sim, 1)?;
         figure(
             out,
             "training-sim",

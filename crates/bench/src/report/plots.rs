@@ -1,8 +1,8 @@
 //! Charts as inline SVG, through `plotters`.
 //!
 //! Colours are drawn as placeholders and replaced by CSS variables, so that one drawing serves light, dark and
-//! print. Series also differ by marker, bars by fill against outline: nothing is told by colour alone. Text is
-//! sized for a drawing 480 wide, so that it stays readable when a phone shrinks it.
+//! print. Series also differ by marker, bars by fill against outline: nothing is told by colour alone. Drawings
+//! are about as wide as a phone, so that their text is never shrunk much, only enlarged.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -14,7 +14,7 @@ use crate::stats::{Estimate, percentile};
 use crate::summary::Summary;
 
 /// Width of every drawing.
-const WIDTH: u32 = 480;
+const WIDTH: u32 = 400;
 /// Series that one chart can tell apart.
 pub(super) const SERIES_MAX: usize = 6;
 
@@ -182,8 +182,8 @@ pub(super) fn accept_len(summaries: &[Summary]) -> Result<String, BenchError> {
         .collect::<Vec<_>>()
         .join("; ");
     let frame = RowFrame {
-        left: 122,
-        right: 412,
+        left: 106,
+        right: 346,
         top: 10,
         row: 34,
         rows: shown.len() as i32,
@@ -203,7 +203,7 @@ pub(super) fn accept_len(summaries: &[Summary]) -> Result<String, BenchError> {
                 }
             }
             let x = frame.x(estimate.value);
-            if summary.name == "total" {
+            if summary.is_total {
                 let diamond = [(x - 7, y), (x, y - 7), (x + 7, y), (x, y + 7)];
                 root.draw(&Polygon::new(diamond, SERIES[0].filled()))?;
             } else {
@@ -234,8 +234,8 @@ pub(super) fn tokens_per_s(summaries: &[Summary]) -> Result<String, BenchError> 
         .collect::<Vec<_>>()
         .join("; ");
     let frame = RowFrame {
-        left: 122,
-        right: 412,
+        left: 106,
+        right: 346,
         top: 10,
         row: 46,
         rows: shown.len() as i32,
@@ -281,8 +281,8 @@ pub(super) fn row_distribution(summaries: &[Summary]) -> Result<String, BenchErr
         .collect::<Vec<_>>()
         .join("; ");
     let frame = RowFrame {
-        left: 122,
-        right: 460,
+        left: 106,
+        right: 388,
         top: 10,
         row: 44,
         rows: shown.len() as i32,
@@ -345,8 +345,8 @@ struct Plane {
 }
 
 impl Plane {
-    const LEFT: i32 = 52;
-    const RIGHT: i32 = 466;
+    const LEFT: i32 = 56;
+    const RIGHT: i32 = 390;
     const TOP: i32 = 12;
 
     fn bottom(&self) -> i32 {
@@ -423,14 +423,12 @@ pub(super) fn accept_rate(summaries: &[&Summary]) -> Result<String, BenchError> 
             root.draw(&PathElement::new(points.clone(), color.stroke_width(2)))?;
             for (d, estimate) in summary.accept_rate_at.iter().enumerate() {
                 if let Some(interval) = estimate.interval {
-                    // Side by side, or the bars of one depth would cover each other.
-                    let shift = (i as i32 * 2 - summaries.len() as i32 + 1) * 2;
                     let (x, low) = plane.at(d as f64 + 1.0, interval.low);
                     let (_, high) = plane.at(d as f64 + 1.0, interval.high);
-                    root.draw(&PathElement::new(
-                        [(x + shift, low), (x + shift, high)],
-                        color.stroke_width(1),
-                    ))?;
+                    root.draw(&PathElement::new([(x, low), (x, high)], color.stroke_width(1)))?;
+                    for y in [low, high] {
+                        root.draw(&PathElement::new([(x - 4, y), (x + 4, y)], color.stroke_width(1)))?;
+                    }
                 }
             }
             for point in points {
@@ -442,10 +440,13 @@ pub(super) fn accept_rate(summaries: &[&Summary]) -> Result<String, BenchError> 
 }
 
 /// A training curve: one series over optimiser steps.
+///
+/// `series` chooses marker and colour, so that an estimated curve never looks like a measured one.
 pub(super) fn training(
     title: &'static str,
     axis: &str,
     points: &[TrainingPoint],
+    series: usize,
 ) -> Result<String, BenchError> {
     let description =
         points.iter().map(|p| format!("step {}: {:.2}", p.step, p.value)).collect::<Vec<_>>().join("; ");
@@ -459,15 +460,18 @@ pub(super) fn training(
         let x_ticks: Vec<_> = values.into_iter().map(|v| (v, tick_label(v, step))).collect();
         plane.draw(root, ("optimiser step", axis), &x_ticks, &y_ticks)?;
         let line: Vec<_> = points.iter().map(|p| plane.at(p.step as f64, p.value.max(1.0))).collect();
-        root.draw(&PathElement::new(line.clone(), SERIES[0].stroke_width(2)))?;
+        root.draw(&PathElement::new(line.clone(), SERIES[series % SERIES_MAX].stroke_width(2)))?;
         for (point, at) in points.iter().zip(line) {
             if let Some(interval) = point.interval {
                 let (x, low) = plane.at(point.step as f64, interval.low.max(1.0));
                 let (_, high) = plane.at(point.step as f64, interval.high.max(1.0));
-                root.draw(&PathElement::new([(x, low), (x, high)], SERIES[0].stroke_width(1)))?;
+                root.draw(&PathElement::new(
+                    [(x, low), (x, high)],
+                    SERIES[series % SERIES_MAX].stroke_width(1),
+                ))?;
             }
             if points.len() <= 40 {
-                marker(root, 0, at)?;
+                marker(root, series, at)?;
             }
         }
         Ok(())
