@@ -30,6 +30,7 @@ pub(crate) trait Isa: Copy {
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn zero_i() -> Self::I;
     unsafe fn to_f(v: Self::I) -> Self::F;
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// Subtracts `v` from every lane.
     unsafe fn sub_i(a: Self::I, v: i32) -> Self::I;
     unsafe fn load_w(p: *const u8) -> Self::W;
@@ -95,6 +96,10 @@ impl Isa for Portable {
     #[inline(always)]
     unsafe fn to_f(v: [i32; 16]) -> [f32; 16] {
         v.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn add_i(a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
     unsafe fn sub_i(a: [i32; 16], v: i32) -> [i32; 16] {
@@ -198,6 +203,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn to_f(v: Self::I) -> Self::F {
             unsafe { (_mm256_cvtepi32_ps(v.0), _mm256_cvtepi32_ps(v.1)) }
+        }
+        #[inline(always)]
+        unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
+            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
         }
         #[inline(always)]
         unsafe fn sub_i(a: Self::I, v: i32) -> Self::I {
@@ -305,6 +314,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn to_f(v: __m512i) -> __m512 {
             unsafe { _mm512_cvtepi32_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_add_epi32(a, b) }
         }
         #[inline(always)]
         unsafe fn sub_i(a: __m512i, v: i32) -> __m512i {

@@ -16,6 +16,8 @@ pub(crate) struct QuantRows {
     scales: Vec<f32>,
     /// `[R, I / 32]` sums of the quants of a block.
     sums: Vec<i32>,
+    /// `[R, I / 32]` scale times sum: what a minimum is multiplied with.
+    offsets: Vec<f32>,
 }
 
 struct SendPtr<T>(*mut T);
@@ -33,6 +35,7 @@ struct QuantizeArgs {
     quants: *mut i8,
     scales: *mut f32,
     sums: *mut i32,
+    offsets: *mut f32,
     blocks: usize,
 }
 
@@ -62,6 +65,7 @@ unsafe fn quantize_body<I: Isa>(a: QuantizeArgs) {
         unsafe {
             *a.scales.add(b) = scale;
             *a.sums.add(b) = sum;
+            *a.offsets.add(b) = scale * sum as f32;
         }
     }
 }
@@ -74,11 +78,13 @@ impl QuantRows {
             quants: vec![0; rows * in_features],
             scales: vec![0.0; rows * blocks],
             sums: vec![0; rows * blocks],
+            offsets: vec![0.0; rows * blocks],
         };
-        let (quants, scales, sums) = (
+        let (quants, scales, sums, offsets) = (
             SendPtr(out.quants.as_mut_ptr()),
             SendPtr(out.scales.as_mut_ptr()),
             SendPtr(out.sums.as_mut_ptr()),
+            SendPtr(out.offsets.as_mut_ptr()),
         );
         let run = |from: usize, to: usize| {
             // SAFETY: rows `from..to` of arrays sized above; tasks take disjoint rows.
@@ -90,6 +96,7 @@ impl QuantRows {
                         quants: quants.get().add(from * in_features),
                         scales: scales.get().add(from * blocks),
                         sums: sums.get().add(from * blocks),
+                        offsets: offsets.get().add(from * blocks),
                         blocks: (to - from) * blocks,
                     },
                 );
@@ -117,6 +124,7 @@ struct PanelArgs {
     quants: *const i8,
     scales: *const f32,
     sums: *const i32,
+    offsets: *const f32,
     rows: usize,
     /// First output of the panel in the first row.
     y: *mut f32,
@@ -178,15 +186,16 @@ unsafe fn block_rows<
                     let bytes = I::load_w(quants.add(j * 64));
                     let (low, high) = (I::low_nibbles(bytes), I::high_nibbles(bytes));
                     for r in 0..R {
+                        // Integer sums are exact, so two chains may be joined later.
                         first[r] = I::dot_u4(first[r], low, act(r, 2 * j));
-                        first[r] = I::dot_u4(first[r], high, act(r, 2 * j + 1));
+                        second[r] = I::dot_u4(second[r], high, act(r, 2 * j + 1));
                     }
                 }
             } else {
                 for group in 0..8 {
                     let bytes = I::prepare_i8(I::load_w(quants.add(group * 64)));
                     for r in 0..R {
-                        if TWO && group >= 4 {
+                        if if TWO { group >= 4 } else { group % 2 == 1 } {
                             second[r] = I::dot_i8(second[r], bytes, act(r, group));
                         } else {
                             first[r] = I::dot_i8(first[r], bytes, act(r, group));
@@ -196,8 +205,8 @@ unsafe fn block_rows<
             }
             for r in 0..R {
                 let at = (row + r) * blocks + b;
-                let (act_scale, act_sum) = (*a.scales.add(at), *a.sums.add(at));
-                let act_scale_v = I::splat(act_scale);
+                let act_sum = *a.sums.add(at);
+                let act_scale_v = I::splat(*a.scales.add(at));
                 if TWO {
                     // Two groups of 16: the bias of the second half is its own sum.
                     let mut half_sum = 0i32;
@@ -211,12 +220,13 @@ unsafe fn block_rows<
                     acc[r] = I::fma(I::mul(scale1, act_scale_v), I::to_f(d1), acc[r]);
                 } else {
                     let bias = if FOUR { a.zero } else { I::I8_BIAS };
-                    let dot = if bias == 0 { first[r] } else { I::sub_i(first[r], bias * act_sum) };
+                    let both = I::add_i(first[r], second[r]);
+                    let dot = if bias == 0 { both } else { I::sub_i(both, bias * act_sum) };
                     acc[r] = I::fma(I::mul(scale, act_scale_v), I::to_f(dot), acc[r]);
                 }
                 if MINS {
                     let min = load(base.add((1 + TWO as usize) * vector));
-                    acc[r] = I::fma(min, I::splat(act_scale * act_sum as f32), acc[r]);
+                    acc[r] = I::fma(min, I::splat(*a.offsets.add(at)), acc[r]);
                 }
             }
         }
@@ -415,14 +425,15 @@ pub(crate) fn matmul(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &Pack
     pool.run(panels.div_ceil(step), &|task| {
         let (from, to) = (task * step, ((task + 1) * step).min(panels));
         for row in (0..rows).step_by(ROW_TILE) {
-            let null = (std::ptr::null(), std::ptr::null(), std::ptr::null());
-            let (quants, scales, sums) = quantised.as_ref().map_or(null, |q| {
+            let null = (std::ptr::null(), std::ptr::null(), std::ptr::null(), std::ptr::null());
+            let (quants, scales, sums, offsets) = quantised.as_ref().map_or(null, |q| {
                 // SAFETY: `row` is in range of the arrays.
                 unsafe {
                     (
                         q.quants.as_ptr().add(row * w.in_features),
                         q.scales.as_ptr().add(row * blocks),
                         q.sums.as_ptr().add(row * blocks),
+                        q.offsets.as_ptr().add(row * blocks),
                     )
                 }
             });
@@ -435,6 +446,7 @@ pub(crate) fn matmul(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &Pack
                 quants,
                 scales,
                 sums,
+                offsets,
                 rows: ROW_TILE.min(rows - row),
                 // SAFETY: output `from * 16` of `row` exists; tasks write disjoint outputs.
                 y: unsafe { out.get().add(row * w.out_features + from * LANES) },

@@ -1,0 +1,45 @@
+//! Time of one verify pass over `m` rows at a context of 256, the median of many.
+//!
+//! `cargo run --release -p draftsmith-decode --example step_time -- MODEL.gguf [THREADS]`
+#![expect(clippy::print_stdout, reason = "an example prints its result")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use draftsmith_kernels::Cpu;
+use draftsmith_model::{Precision, StepItem, Target};
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let path = PathBuf::from(args.next().expect("give the model file"));
+    let threads = args.next().map_or(2, |t| t.parse().expect("threads is a number"));
+    let target = Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).expect("a loadable model");
+    let chain = |n: usize| (0..n).map(|i| i.checked_sub(1).map(|p| p as u32)).collect::<Vec<_>>();
+    let ids: Vec<u32> = (0..512u32).map(|i| 1000 + i * 37 % 20000).collect();
+    let mut kv = target.new_kv();
+    for len in [256usize, 512] {
+        let start = Instant::now();
+        let mut fresh = target.new_kv();
+        target.forward(&mut [StepItem { kv: &mut fresh, tokens: &ids[..len], parents: &chain(len) }], &[]);
+        println!("prefill of {len}: {:.0} tokens/s", len as f64 / start.elapsed().as_secs_f64());
+        if len == 256 {
+            kv = fresh;
+        }
+    }
+    for m in [1usize, 2, 4, 6, 8, 16, 32] {
+        let mut times = Vec::new();
+        for _ in 0..30 {
+            let start = Instant::now();
+            let parents = chain(m);
+            let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids[..m], parents: &parents }], &[]);
+            let rows: Vec<u32> = (0..m as u32).collect();
+            let logits = target.logits(&output, &rows);
+            assert!(logits[0].is_finite());
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+            kv.rollback_to(256);
+        }
+        times.sort_by(f64::total_cmp);
+        println!("t({m}) = {:.2} ms (min {:.2})", times[times.len() / 2], times[0]);
+    }
+}
