@@ -7,9 +7,7 @@
 //! Each format is one module with one error type.
 
 pub mod atomic;
-pub mod bundle;
 pub mod cache;
-pub mod checkpoint;
 pub mod gguf;
 pub mod hash;
 pub mod hf_config;
