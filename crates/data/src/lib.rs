@@ -29,7 +29,10 @@ pub use decontam::Decontaminator;
 pub use error::{DataError, DropReason, Location, RowError};
 pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, load};
 pub use pack::{PackError, PackedSequence, pack};
-pub use prepare::{PrepareOptions, PreparedRow, Preparer, prepare};
+pub use prepare::{PrepareOptions, Preparer, prepare};
+
+/// A row as training takes it.
+pub use draftsmith_formats::tokens::TokenRow as PreparedRow;
 pub use preview::{Paint, preview, preview_conversation};
 pub use report::{DomainCounts, Lengths, Report};
 pub use row::{Conversation, LocatedRow, Row, TokenRow, parse_conversation_line};

@@ -1,5 +1,6 @@
 //! Rows to token ids and loss mask.
 
+use draftsmith_formats::tokens::TokenRow as PreparedRow;
 use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
 
 use crate::{
@@ -20,26 +21,6 @@ pub struct PrepareOptions {
     /// Rows without trained tokens, with control tokens in their text, or refused by the template are errors instead of
     /// being dropped and counted.
     pub strict: bool,
-}
-
-/// A row as training takes it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PreparedRow {
-    /// Id of the row; `#turnN` is added where a conversation became several rows.
-    pub id: String,
-    /// Domain for reports.
-    pub domain: String,
-    /// `[S]` token ids.
-    pub ids: Vec<u32>,
-    /// `[S]` true where the token is trained as an output.
-    pub loss_mask: Vec<bool>,
-}
-
-impl PreparedRow {
-    /// Number of trained tokens.
-    pub fn trained_tokens(&self) -> usize {
-        self.loss_mask.iter().filter(|m| **m).count()
-    }
 }
 
 /// Turns rows into tokens one by one, and counts.
@@ -66,7 +47,7 @@ impl<'a> Preparer<'a> {
         Preparer { tokenizer, template, options, report, counts, lengths: Vec::new() }
     }
 
-    /// The rows that one row gives: usually one, none if it is dropped, several if the template rewrites history.
+    /// The rows that one row gives (their ids end in `#turnN` where there are several): usually one, none if it is dropped, several if the template rewrites history.
     ///
     /// # Errors
     /// [`DataError::Text`] if the conversation cannot be rendered; in strict mode [`DataError::BadRow`].

@@ -197,7 +197,10 @@ fn messages(object: &Map<String, Value>) -> Result<Vec<Message>, RowError> {
             Some(Value::String(text)) => vec![Message::new("user", text.as_str())],
             Some(value @ Value::Array(_)) => list(value, "prompt")?,
             Some(_) => {
-                return Err(RowError::WrongType { field: "prompt", wanted: "a string or a list of messages" });
+                return Err(RowError::WrongType {
+                    field: "prompt",
+                    wanted: "a string or a list of messages",
+                });
             }
         };
         if let (Some(input), Some(message)) =

@@ -169,8 +169,7 @@ fn the_mask_covers_what_the_model_writes_and_nothing_else() {
         &all,
         &[&[&format!("{first}<end_of_turn>"), "it is.<end_of_turn>"]],
     );
-    // Its generation prompt ends before the line break, so the model has to write that too.
-    check_mask("zephyr", &["</s>"], &chat(), &all, &[&[&format!("\n{first}</s>"), "\n  it is.\n\n</s>"]]);
+    check_mask("zephyr", &["</s>"], &chat(), &all, &[&[&format!("{first}</s>"), "  it is.\n\n</s>"]]);
     check_mask(
         "generation_tags",
         &["</s>"],
@@ -190,6 +189,17 @@ fn an_end_of_turn_token_that_the_configuration_forgot_is_still_found() {
         &[&["the\n\nassistant\nsays <b>é</b><end_of_turn>"]],
     );
     assert!(rows[0].turns[0].ends_turn);
+}
+
+#[test]
+fn what_the_generation_prompt_leaves_out_is_trained() {
+    // The line break after the header stands in the conversation but not in the prompt, so the model has to write it.
+    let source = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    let template = ChatTemplate::parse(&source.replace("]\n", "]{{ '\\n' }}")).expect("it parses");
+    let tokenizer = byte_level(&["</s>"]);
+    let rows =
+        mask_conversation(&tokenizer, &template, &[user("a"), assistant("b")], &MaskOptions::default());
+    assert_eq!(trained(&tokenizer, &rows.expect("rows")), [["\nb</s>"]]);
 }
 
 #[test]
