@@ -59,6 +59,16 @@ errors! {
     Disk(draftsmith_formats::atomic::AtomicError),
     /// Weights and networks.
     Model(draftsmith_model::ModelError),
+    /// A draft's weights.
+    Draft(draftsmith_model::DraftError),
+    /// Prompts and drafts that do not fit.
+    Decode(draftsmith_decode::DecodeError),
+    /// Rows of conversations.
+    Data(draftsmith_data::DataError),
+    /// Workloads and measurements.
+    Bench(draftsmith_bench::BenchError),
+    /// Bundles.
+    Bundle(draftsmith_bundle::BundleError),
     /// Rendering and tokenising.
     Text(draftsmith_text::TextError),
 }

@@ -3,8 +3,6 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use draftsmith::pull::PullError;
-
 /// Done, but what was to be checked does not hold.
 pub(crate) const NOT_HELD: u8 = 1;
 /// The input was wrong.
@@ -49,24 +47,12 @@ fn one_line(text: &str) -> String {
     text.split(['\n', '\r']).map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-impl From<PullError> for Failure {
-    fn from(error: PullError) -> Failure {
+impl From<draftsmith::Error> for Failure {
+    fn from(error: draftsmith::Error) -> Failure {
         let code = if error.is_interrupt() { INTERRUPTED } else { BAD_INPUT };
         Failure { code, message: error.to_string(), hint: error.hint() }
     }
 }
-
-/// Errors of the libraries: the message states, the hint advises.
-macro_rules! wrong_input {
-    ($($error:ty),* $(,)?) => {$(
-        impl From<$error> for Failure {
-            fn from(error: $error) -> Failure {
-                Failure::input(error.to_string(), error.hint())
-            }
-        }
-    )*};
-}
-wrong_input!(draftsmith::formats::atomic::AtomicError);
 
 /// A panic is our bug: say so in one line, with where it happened, and end with 101.
 pub(crate) fn report_panics() {

@@ -6,7 +6,9 @@
 
 pub mod cli;
 pub mod doctor;
+pub mod engine;
 mod error;
+pub mod measure;
 pub mod pull;
 pub mod report;
 pub mod run;
@@ -14,7 +16,12 @@ pub mod target;
 
 pub use error::Error;
 
+pub use draftsmith_bench as bench;
+pub use draftsmith_bundle as bundle;
 pub use draftsmith_core as core;
+pub use draftsmith_data as data;
+pub use draftsmith_decode as decode;
 pub use draftsmith_formats as formats;
+pub use draftsmith_kernels as kernels;
 pub use draftsmith_model as model;
 pub use draftsmith_text as text;

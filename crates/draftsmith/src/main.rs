@@ -7,7 +7,7 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::Parser;
-use draftsmith::cli::{Cli, Verb};
+use draftsmith::cli::{Cli, DataVerb, Verb};
 
 use crate::failure::Failure;
 use crate::verbs::Session;
@@ -29,5 +29,10 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
     match cli.verb {
         Verb::Doctor(args) => verbs::doctor::run(&args, session),
         Verb::Pull(args) => verbs::pull::run(&args, session),
+        Verb::Data(args) => match args.verb {
+            DataVerb::Preview(args) => verbs::data::preview(&args, session),
+        },
+        Verb::Generate(args) => verbs::generate::run(&args, session),
+        Verb::Bench(args) => verbs::bench::run(&args, session),
     }
 }

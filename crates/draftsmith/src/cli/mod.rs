@@ -12,8 +12,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use decode::{Bench, BenchKernels, BenchVerb, Choosing, Drafting, Generate, Quickstart};
 pub use stages::{
-    Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb, Regenerate, Run,
-    RunArgs, Status, Train,
+    Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb,
+    Regenerate, Run, RunArgs, Status, Train,
 };
 
 /// Trains, packages and measures draft models for speculative decoding.
@@ -45,6 +45,9 @@ pub struct Cli {
 pub enum Verb {
     Doctor(Doctor),
     Pull(Pull),
+    Data(Data),
+    Generate(Generate),
+    Bench(Bench),
 }
 
 /// Says what works on this machine, what is missing and how to get it.

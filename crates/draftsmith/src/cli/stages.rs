@@ -30,7 +30,6 @@ pub struct Data {
 #[derive(Debug, Subcommand)]
 #[expect(missing_docs, reason = "each verb is documented at its arguments")]
 pub enum DataVerb {
-    Prepare(DataPrepare),
     Preview(DataPreview),
 }
 
@@ -46,7 +45,7 @@ pub struct DataPrepare {
 
 /// Shows conversations as the model sees them, with the trained part marked.
 ///
-/// In colour on a terminal; elsewhere the trained part stands between `[[` and `]]`.
+/// In colour on a terminal; elsewhere the trained part stands between `⟦` and `⟧`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     draftsmith data preview fixtures/tiny-target/prompts-train.jsonl --target fixtures/tiny-target\n  \

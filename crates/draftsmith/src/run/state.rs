@@ -245,7 +245,12 @@ impl StageClock {
     ///
     /// # Errors
     /// Those of the disk.
-    pub fn begin(folder: &RunFolder, stage: Stage, key: &str, before_s: f64) -> Result<StageClock, StateError> {
+    pub fn begin(
+        folder: &RunFolder,
+        stage: Stage,
+        key: &str,
+        before_s: f64,
+    ) -> Result<StageClock, StateError> {
         let file = StageFile {
             key: key.to_string(),
             phase: Phase::Running,

@@ -1,6 +1,9 @@
 //! One module per verb: resolve the arguments, call the library, print the result.
 
+pub(crate) mod bench;
+pub(crate) mod data;
 pub(crate) mod doctor;
+pub(crate) mod generate;
 pub(crate) mod pull;
 
 use std::io::Write;

@@ -1,5 +1,6 @@
 //! `draftsmith pull`.
 
+use draftsmith::Error;
 use draftsmith::cli;
 use draftsmith::formats::hash::is_sha256_hex;
 use draftsmith::pull::{Reference, pull};
@@ -9,7 +10,12 @@ use crate::failure::Failure;
 use crate::printer;
 
 pub(crate) fn run(args: &cli::Pull, session: &Session) -> Result<u8, Failure> {
-    let references = args.references.iter().map(|r| r.parse::<Reference>()).collect::<Result<Vec<_>, _>>()?;
+    let references = args
+        .references
+        .iter()
+        .map(|r| r.parse::<Reference>())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(Error::from)?;
     let sha256 = args.sha256.as_ref().map(|s| s.to_ascii_lowercase());
     if let Some(bad) = sha256.as_ref().filter(|s| !is_sha256_hex(s)) {
         return Err(Failure::input(
@@ -17,7 +23,8 @@ pub(crate) fn run(args: &cli::Pull, session: &Session) -> Result<u8, Failure> {
             Some("it has 64 hex digits; `sha256sum FILE` prints one".to_string()),
         ));
     }
-    let pulled = pull(&references, sha256.as_deref(), &session.places, &session.printer, &session.stop)?;
+    let pulled = pull(&references, sha256.as_deref(), &session.places, &session.printer, &session.stop)
+        .map_err(Error::from)?;
     if args.json {
         printer::json(&pulled)?;
     } else {

@@ -1,0 +1,234 @@
+//! The engine as `bench` sees it: two ways to decode, a dialogue, and timed passes.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use draftsmith_bench::kernels::KernelRunner;
+use draftsmith_bench::record::{Drafting, Finish, Machine};
+use draftsmith_bench::{BoxError, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
+use draftsmith_core::AcceptStats;
+use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
+use draftsmith_kernels::Cpu;
+use draftsmith_model::{StepItem, Target};
+use draftsmith_text::{Message, RenderOptions};
+
+use crate::engine::LoadedTarget;
+use crate::report::Stop;
+use crate::target::TargetText;
+
+/// Decodes a prompt with and without the drafter of an engine.
+pub struct EngineRunner<'a> {
+    /// Target and drafter.
+    pub engine: &'a Engine<Cpu>,
+    /// How the drafter proposes.
+    pub plan: DraftPlan,
+    /// Ids that end an answer.
+    pub stop_ids: Vec<u32>,
+    /// Ends an answer early; the caller then stops the measurement.
+    pub stop: &'a Stop,
+}
+
+impl EngineRunner<'_> {
+    fn run(&self, prompt: &[u32], options: &RunOptions, draft: DraftPlan) -> Result<RunOutput, BoxError> {
+        let options = GenerateOptions {
+            max_new_tokens: options.max_new_tokens,
+            sampling: options.sampling,
+            stop_ids: self.stop_ids.clone(),
+            draft,
+        };
+        let done = self.engine.generate(prompt, &options, &mut |_| match self.stop.requested() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })?;
+        if done.finish_reason == FinishReason::Cancelled {
+            return Err("interrupted".into());
+        }
+        Ok(output(done))
+    }
+}
+
+fn output(done: Generation) -> RunOutput {
+    RunOutput {
+        // The first token comes from the prefill, the clock of the decoding starts with it.
+        decode_tokens: done.token_ids.len().saturating_sub(1),
+        token_ids: done.token_ids,
+        finish: match done.finish_reason {
+            FinishReason::Stop => Finish::Stop,
+            FinishReason::Length | FinishReason::Cancelled => Finish::Length,
+        },
+        prefill: done.prefill,
+        decode: done.decode,
+        stats: done.stats,
+    }
+}
+
+impl Runner for EngineRunner<'_> {
+    fn plain(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError> {
+        let mut output = self.run(prompt_ids, options, DraftPlan::None)?;
+        // Plain steps verify nothing.
+        output.stats = AcceptStats::default();
+        Ok(output)
+    }
+
+    fn spec(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError> {
+        self.run(prompt_ids, options, self.plan)
+    }
+
+    fn context_len(&self) -> usize {
+        self.engine.target().config().max_position
+    }
+}
+
+/// Conversations in the target's own template.
+pub struct TemplateDialogue<'a> {
+    /// Tokenizer and template.
+    pub text: &'a TargetText,
+}
+
+impl Dialogue for TemplateDialogue<'_> {
+    fn prompt(&mut self, row: &WorkloadRow, answers: &[String]) -> Result<Vec<u32>, BoxError> {
+        let mut messages = Vec::new();
+        if let Some(system) = &row.system {
+            messages.push(Message::new("system", system.as_str()));
+        }
+        for (i, turn) in row.turns.iter().take(answers.len() + 1).enumerate() {
+            messages.push(Message::new("user", turn.as_str()));
+            if let Some(answer) = answers.get(i) {
+                messages.push(Message::new("assistant", answer.as_str()));
+            }
+        }
+        Ok(prompt_ids(self.text, &messages)?)
+    }
+
+    fn answer(&mut self, token_ids: &[u32]) -> Result<String, BoxError> {
+        Ok(self.text.tokenizer.decode(token_ids, true))
+    }
+}
+
+/// Messages to the ids of a prompt that asks for an answer.
+///
+/// # Errors
+/// A model without a template, or a template that refuses the messages.
+pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, crate::Error> {
+    let ask = RenderOptions::default().with_generation_prompt(true);
+    let rendered = text.template()?.render(messages, &ask)?;
+    // The template writes its own BOS.
+    Ok(text.tokenizer.encode(&rendered, false)?)
+}
+
+/// The shape of a proposal, for records.
+pub fn drafting(plan: &DraftPlan) -> Drafting {
+    match *plan {
+        DraftPlan::None => Drafting::Chain { depth: 0 },
+        DraftPlan::Chain { depth } => Drafting::Chain { depth: depth as u32 },
+        DraftPlan::Tree { depth, top_k, num_draft_tokens } => Drafting::Tree {
+            depth: depth as u32,
+            top_k: top_k as u32,
+            num_draft_tokens: num_draft_tokens as u32,
+        },
+    }
+}
+
+/// The machine, for records.
+pub fn machine(kernels: &Cpu) -> Machine {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let cpu = read("/proc/cpuinfo")
+        .and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_string())
+        })
+        .unwrap_or_else(|| "unknown".to_string());
+    let memory_bytes = read("/proc/meminfo").and_then(|text| {
+        text.lines()
+            .find(|l| l.starts_with("MemTotal:"))?
+            .split_whitespace()
+            .nth(1)?
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
+    });
+    let load_average_1m = read("/proc/loadavg").and_then(|text| text.split_whitespace().next()?.parse().ok());
+    Machine {
+        cpu,
+        cpu_features: kernels.features().found.iter().map(|f| (*f).to_string()).collect(),
+        logical_cpus: crate::engine::default_threads() as u32,
+        memory_bytes,
+        os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+        load_average_1m,
+    }
+}
+
+/// Timed passes of a target over made-up tokens: the cost of a pass depends on their number alone.
+pub struct TargetPasses {
+    target: Arc<Target<Cpu>>,
+    /// The context of the last pass; rolled back instead of computed again.
+    kv: Option<draftsmith_model::TargetKv<Cpu>>,
+}
+
+impl TargetPasses {
+    /// Passes of this target.
+    pub fn new(target: &LoadedTarget) -> TargetPasses {
+        TargetPasses { target: Arc::clone(&target.target), kv: None }
+    }
+
+    fn tokens(&self, count: usize, from: usize) -> Vec<u32> {
+        let vocab = self.target.config().vocab_size;
+        (from..from + count).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
+    }
+
+    /// Runs `count` tokens in one pass and gives the time, with the logits of the last `logits` rows.
+    fn pass(&self, kv: &mut draftsmith_model::TargetKv<Cpu>, count: usize, logits: usize) -> Duration {
+        let tokens = self.tokens(count, kv.len());
+        let parents: Vec<Option<u32>> = (0..count).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+        let began = Instant::now();
+        let output = self.target.forward(&mut [StepItem { kv, tokens: &tokens, parents: &parents }], &[]);
+        let rows: Vec<u32> = (count - logits..count).map(|r| r as u32).collect();
+        let values = self.target.logits(&output, &rows);
+        let time = began.elapsed();
+        debug_assert_eq!(values.len(), logits * self.target.config().vocab_size);
+        time
+    }
+
+    fn context(&mut self, tokens: usize) -> draftsmith_model::TargetKv<Cpu> {
+        if let Some(mut kv) = self.kv.take().filter(|kv| kv.len() >= tokens) {
+            kv.rollback_to(tokens);
+            return kv;
+        }
+        let mut kv = self.target.new_kv();
+        let mut left = tokens;
+        while left > 0 {
+            let now = left.min(256);
+            self.pass(&mut kv, now, 1);
+            left -= now;
+        }
+        kv
+    }
+}
+
+impl KernelRunner for TargetPasses {
+    fn step(&mut self, context_tokens: usize, m: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.context(context_tokens);
+        // Every row of a verify pass is asked for its logits.
+        let time = self.pass(&mut kv, m, m);
+        self.kv = Some(kv);
+        Ok(time)
+    }
+
+    fn prefill(&mut self, tokens: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.target.new_kv();
+        let mut left = tokens;
+        let mut time = Duration::ZERO;
+        while left > 0 {
+            let now = left.min(256);
+            time += self.pass(&mut kv, now, 1);
+            left -= now;
+        }
+        Ok(time)
+    }
+
+    fn decode(&mut self, context_tokens: usize, tokens: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.context(context_tokens);
+        Ok((0..tokens).map(|_| self.pass(&mut kv, 1, 1)).sum())
+    }
+}

@@ -1,0 +1,201 @@
+//! `draftsmith bench` and `draftsmith bench kernels`.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use draftsmith::bench::kernels::{KernelOptions, kernels_text, run_kernels};
+use draftsmith::bench::{
+    Contract, MeasureOptions, Progress, Record, RunOptions, Workload, report_html, run_workload, table,
+};
+use draftsmith::bundle::Manifest;
+use draftsmith::cli;
+use draftsmith::engine::{LoadedDraft, LoadedTarget, TargetOptions, engine, load_draft};
+use draftsmith::formats::atomic;
+use draftsmith::kernels::PackMode;
+use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
+use draftsmith::model::Precision;
+use draftsmith::report::{Report, Unit};
+use draftsmith::{Error, bench};
+
+use super::Session;
+use super::generate::{plan, sampling, threads};
+use crate::failure::{Failure, NOT_HELD};
+use crate::printer;
+
+/// Tokens decoded by each side before the first sample.
+const WARMUP_TOKENS: usize = 16;
+
+pub(crate) fn run(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
+    match &args.verb {
+        Some(cli::BenchVerb::Kernels(args)) => kernels(args, session),
+        None => workloads(args, session),
+    }
+}
+
+/// Writes a JSON value to a file, or prints it for `-`.
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Failure> {
+    if cli::is_stdout(path) {
+        return printer::json(value);
+    }
+    let text = serde_json::to_string_pretty(value).expect("results hold only what JSON can say");
+    Ok(atomic::write(path, text + "\n").map_err(Error::from)?)
+}
+
+fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
+    // Clap made sure that it is there.
+    let bundle = args.bundle.as_deref().unwrap_or(Path::new(""));
+    let sampling = sampling(&args.choosing)?;
+    let plan = plan(&args.drafting);
+    let limit = args.limit.map(|l| l as usize);
+    // Wrong files are told before a model is fetched.
+    let workloads = args
+        .workload
+        .iter()
+        .map(|file| Workload::read(file, limit))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(Error::from)?;
+    let (target, draft) = target_and_draft(bundle, args.target.as_ref(), args.threads, session)?;
+    let engine = engine(&target, Some(&draft));
+    let options = MeasureOptions {
+        run: RunOptions { max_new_tokens: args.max_new_tokens as usize, sampling },
+        repeats: args.repeats as usize,
+        warmup_tokens: WARMUP_TOKENS,
+        drafting: drafting(&plan),
+        threads: target.threads as u32,
+        target: target.artifact(),
+        draft: draft.artifact.clone(),
+        machine: machine(target.target.kernels()),
+    };
+    let mut records: Vec<Record> = Vec::new();
+    for workload in &workloads {
+        let mut runner =
+            EngineRunner { engine: &engine, plan, stop_ids: target.stop_ids(), stop: &session.stop };
+        let mut dialogue = TemplateDialogue { text: &target.text };
+        session.printer.begin(
+            &format!("bench {}", workload.name),
+            Some(workload.rows.len() as u64),
+            Unit::Rows,
+        );
+        let record =
+            run_workload(&mut runner, &mut dialogue, workload, &options, &mut |p| progress(p, session));
+        session.printer.end();
+        match record {
+            _ if session.stop.requested() => {
+                return Err(Failure::interrupted("interrupted: nothing was written", None));
+            }
+            Ok(record) => records.push(record),
+            Err(error) => return Err(Error::from(error).into()),
+        }
+    }
+    if let Some(folder) = &args.report {
+        write_report(folder, &records)?;
+    }
+    let contract = Contract::of_all(&records).ok_or_else(|| Failure::input("nothing was measured", None))?;
+    match &args.json {
+        Some(path) => {
+            write_json(path, &contract)?;
+            if !cli::is_stdout(path) {
+                printer::out(&table::text(&records))?;
+            }
+        }
+        None => printer::out(&table::text(&records))?,
+    }
+    Ok(if contract.identical { 0 } else { NOT_HELD })
+}
+
+/// Raw records and the page made from them.
+pub(crate) fn write_report(folder: &Path, records: &[Record]) -> Result<(), Failure> {
+    atomic::create_dir_all(folder).map_err(Error::from)?;
+    for record in records {
+        let text = record.to_json().map_err(Error::from)?;
+        atomic::write(folder.join(format!("{}.json", record.workload.name)), text).map_err(Error::from)?;
+    }
+    let html = report_html(records).map_err(Error::from)?;
+    Ok(atomic::write(folder.join("report.html"), html).map_err(Error::from)?)
+}
+
+pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
+    session.printer.at(p.rows_done as u64);
+    let (committed, steps) = p.samples.iter().fold((0u64, 0u64), |(c, s), sample| {
+        (c + sample.accept.committed_tokens, s + sample.accept.verify_steps)
+    });
+    if steps > 0 {
+        session.printer.detail(&format!("accept length {:.2}", committed as f64 / steps as f64));
+    }
+    if session.stop.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
+/// Loads a bundle and its target: the one named, or the sources that the bundle remembers.
+pub(crate) fn target_and_draft(
+    bundle: &Path,
+    target: Option<&String>,
+    thread_count: Option<u32>,
+    session: &Session,
+) -> Result<(LoadedTarget, LoadedDraft), Failure> {
+    let sources = match target {
+        Some(reference) => vec![reference.clone()],
+        None => Manifest::read(bundle).map_err(Error::from)?.target.references,
+    };
+    if sources.is_empty() {
+        return Err(Failure::input(
+            format!("bundle `{}` names no source of its target", bundle.display()),
+            Some("name the target with `--target REF`".to_string()),
+        ));
+    }
+    let target = LoadedTarget::load(
+        &TargetOptions {
+            sources: &sources,
+            sha256: None,
+            precision: Precision::Stored,
+            threads: threads(thread_count),
+            template: None,
+        },
+        &session.places,
+        &session.printer,
+        &session.stop,
+    )?;
+    let draft = load_draft(bundle, &target, PackMode::Q8)?;
+    Ok((target, draft))
+}
+
+fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
+    let target = LoadedTarget::load(
+        &TargetOptions {
+            sources: std::slice::from_ref(&args.target),
+            sha256: None,
+            precision: if args.f32 { Precision::F32 } else { Precision::Stored },
+            threads: threads(args.threads),
+            template: None,
+        },
+        &session.places,
+        &session.printer,
+        &session.stop,
+    )?;
+    let context = target.target.config().max_position;
+    let mut options = KernelOptions::default();
+    // A small model's context may be shorter than what is measured by default.
+    options.prefill_tokens = options.prefill_tokens.min(context);
+    options.context_tokens = options.context_tokens.min(context / 2);
+    options.decode_tokens = options.decode_tokens.min(context / 4);
+    session.printer.begin("bench kernels", None, Unit::Steps);
+    let report = run_kernels(
+        &mut TargetPasses::new(&target),
+        &options,
+        target.artifact(),
+        target.threads as u32,
+        machine(target.target.kernels()),
+        &mut |done, _| session.printer.at(done as u64),
+    );
+    session.printer.end();
+    let report: bench::kernels::KernelReport = report.map_err(Error::from)?;
+    match &args.json {
+        Some(path) => {
+            write_json(path, &report)?;
+            if !cli::is_stdout(path) {
+                printer::out(&kernels_text(&report))?;
+            }
+        }
+        None => printer::out(&kernels_text(&report))?,
+    }
+    Ok(0)
+}

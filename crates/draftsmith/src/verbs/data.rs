@@ -1,0 +1,76 @@
+//! `draftsmith data preview`.
+
+use std::io::IsTerminal;
+
+use draftsmith::Error;
+use draftsmith::cli;
+use draftsmith::data::{Paint, ReadOptions, Row, SourceReader, preview_conversation};
+use draftsmith::engine::locate;
+use draftsmith::target::TargetText;
+use draftsmith::text::{MaskOptions, RenderOptions, mask_conversation};
+
+use super::Session;
+use crate::failure::Failure;
+use crate::printer;
+
+pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, Failure> {
+    // A wrong file is told before a model is fetched.
+    let mut reader = SourceReader::open(&args.file, ReadOptions::default()).map_err(Error::from)?;
+    let pulled =
+        locate(std::slice::from_ref(&args.target), None, &session.places, &session.printer, &session.stop)?;
+    let text = TargetText::open(&pulled.path, args.template.as_deref()).map_err(Error::from)?;
+    let template = text.template().map_err(Error::from)?;
+    let mut number = 0;
+    let mut shown = 0;
+    let paint = if std::io::stdout().is_terminal() { Paint::Ansi } else { Paint::Plain };
+    while shown < args.rows {
+        let Some((location, row)) = reader.next_row().map_err(Error::from)? else { break };
+        number += 1;
+        if number < args.row {
+            continue;
+        }
+        shown += 1;
+        let problem = |problem| draftsmith::data::DataError::BadRow { location: location.clone(), problem };
+        let row = row.map_err(|p| Error::from(problem(p)))?;
+        let Row::Conversation(row) = row else {
+            return Err(Failure::input(
+                format!("{location}: the row is tokens already"),
+                Some("there is nothing to render: its `loss_mask` says what is trained".to_string()),
+            ));
+        };
+        let options = MaskOptions {
+            render: RenderOptions {
+                tools: row.tools.clone(),
+                kwargs: row.kwargs.clone(),
+                ..RenderOptions::default()
+            },
+            ..MaskOptions::default()
+        };
+        let failed =
+            |source| Error::from(draftsmith::data::DataError::Text { location: location.clone(), source });
+        if args.json {
+            for masked in
+                mask_conversation(&text.tokenizer, template, &row.messages, &options).map_err(failed)?
+            {
+                let mask: Vec<u8> = masked.loss_mask.iter().map(|m| u8::from(*m)).collect();
+                printer::json(&serde_json::json!({
+                    "row": number,
+                    "text": masked.text,
+                    "ids": masked.ids,
+                    "loss_mask": mask,
+                }))?;
+            }
+        } else {
+            let page =
+                preview_conversation(&text.tokenizer, template, &row, &options, paint).map_err(failed)?;
+            printer::out(&format!("── {location}\n{}\n", page.trim_end()))?;
+        }
+    }
+    if shown == 0 {
+        return Err(Failure::input(
+            format!("`{}` has {number} rows, row {} was asked for", args.file.display(), args.row),
+            None,
+        ));
+    }
+    Ok(0)
+}

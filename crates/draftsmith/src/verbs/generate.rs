@@ -1,0 +1,169 @@
+//! `draftsmith generate`.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use draftsmith::cli;
+use draftsmith::core::Sampling;
+use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
+use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads, draft_plan, engine, load_draft};
+use draftsmith::kernels::PackMode;
+use draftsmith::measure::prompt_ids;
+use draftsmith::model::Precision;
+use draftsmith::text::Message;
+use draftsmith::{Error, formats};
+use serde::Serialize;
+
+use super::Session;
+use crate::failure::{Failure, NOT_HELD};
+use crate::printer;
+
+/// Fixed by the contract of the command line; what follows `accept_len` was added.
+#[derive(Serialize)]
+struct Answer {
+    prompt_ids: Vec<u32>,
+    token_ids: Vec<u32>,
+    text: String,
+    finish_reason: &'static str,
+    accept_len: Option<f64>,
+    /// With `--prove`: every token equals target-only decoding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    identical: Option<bool>,
+    tokens_per_s: Option<f64>,
+}
+
+pub(crate) fn sampling(args: &cli::Choosing) -> Result<Sampling, Failure> {
+    let wrong = |flag: &str, value: f32, wanted: &str| {
+        Failure::input(format!("`{flag}` is {value}, expected {wanted}"), None)
+    };
+    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
+        return Err(wrong("--temperature", args.temperature, "a number of at least 0"));
+    }
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        return Err(wrong("--top-p", args.top_p, "a number above 0 and at most 1"));
+    }
+    Ok(Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed })
+}
+
+pub(crate) fn plan(args: &cli::Drafting) -> DraftPlan {
+    draft_plan(args.depth, args.tree_top_k.map(|k| (k, args.tree_nodes)))
+}
+
+pub(crate) fn threads(given: Option<u32>) -> usize {
+    given.map_or_else(default_threads, |t| t as usize)
+}
+
+/// Reads a list of messages, or an object with `messages`.
+fn read_messages(path: &Path) -> Result<Vec<Message>, Failure> {
+    let shape = "write a JSON list of {\"role\", \"content\"}, or an object whose `messages` is one";
+    let bytes = formats::atomic::read(path).map_err(Error::from)?;
+    let wrong =
+        |what: String| Failure::input(format!("`{}`: {what}", path.display()), Some(shape.to_string()));
+    let value: serde_json::Value = serde_json::from_slice(&bytes)
+        .map_err(|e| wrong(format!("broken JSON at line {}: {e}", e.line())))?;
+    let list = value
+        .get("messages")
+        .unwrap_or(&value)
+        .as_array()
+        .ok_or_else(|| wrong("no list of messages".into()))?;
+    if list.is_empty() {
+        return Err(wrong("the list of messages is empty".into()));
+    }
+    list.iter()
+        .enumerate()
+        .map(|(i, m)| Message::from_json(m).map_err(|e| wrong(format!("message {i}: {e}"))))
+        .collect()
+}
+
+pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure> {
+    let sampling = sampling(&args.choosing)?;
+    let messages = match (&args.prompt, &args.messages) {
+        (Some(prompt), _) => Some(vec![Message::new("user", prompt.as_str())]),
+        (None, Some(path)) => Some(read_messages(path)?),
+        (None, None) => None,
+    };
+    let target = LoadedTarget::load(
+        &TargetOptions {
+            sources: std::slice::from_ref(&args.target),
+            sha256: None,
+            precision: if args.f32 { Precision::F32 } else { Precision::Stored },
+            threads: threads(args.threads),
+            template: None,
+        },
+        &session.places,
+        &session.printer,
+        &session.stop,
+    )?;
+    let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
+    let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, mode)).transpose()?;
+    let prompt = match (&messages, &args.prompt_ids) {
+        (Some(messages), _) => prompt_ids(&target.text, messages)?,
+        (None, ids) => ids.clone().unwrap_or_default(),
+    };
+    let engine = engine(&target, draft.as_ref());
+    let decode = |draft: DraftPlan, stream: bool| -> Result<Generation, Failure> {
+        let options = GenerateOptions {
+            max_new_tokens: args.max_new_tokens as usize,
+            sampling,
+            stop_ids: target.stop_ids(),
+            draft,
+        };
+        let mut decoder = target.text.tokenizer.stream_decoder(true, &[]);
+        let mut written = Ok(());
+        let done = engine
+            .generate(&prompt, &options, &mut |event| {
+                if stream {
+                    written = printer::out(&decoder.push(event.id).text);
+                }
+                match session.stop.requested() || written.is_err() {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            })
+            .map_err(Error::from)?;
+        written?;
+        if stream {
+            printer::out(&format!("{}\n", decoder.finish().text))?;
+        }
+        if done.finish_reason == FinishReason::Cancelled {
+            return Err(Failure::interrupted("interrupted", None));
+        }
+        Ok(done)
+    };
+    let speculative = if draft.is_some() { plan(&args.drafting) } else { DraftPlan::None };
+    let done = decode(speculative, !args.json)?;
+    let identical = match args.prove {
+        true => Some(decode(DraftPlan::None, false)?.token_ids == done.token_ids),
+        false => None,
+    };
+    let seconds = done.decode.as_secs_f64();
+    let tokens_per_s =
+        (seconds > 0.0 && done.token_ids.len() > 1).then(|| (done.token_ids.len() - 1) as f64 / seconds);
+    let accept_len = draft.as_ref().and_then(|_| done.stats.accept_len());
+    if args.json {
+        printer::json(&Answer {
+            text: target.text.tokenizer.decode(&done.token_ids, true),
+            prompt_ids: prompt,
+            token_ids: done.token_ids,
+            finish_reason: done.finish_reason.name(),
+            accept_len,
+            identical,
+            tokens_per_s,
+        })?;
+    } else {
+        let mut line = format!("{} tokens", done.token_ids.len());
+        if let Some(rate) = tokens_per_s {
+            line.push_str(&format!(", {rate:.1} tokens/s"));
+        }
+        if let Some(accept_len) = accept_len {
+            line.push_str(&format!(", accept length {accept_len:.2}"));
+        }
+        match identical {
+            Some(true) => line.push_str(", equal to target-only decoding token for token"),
+            Some(false) => line.push_str(", DIFFERENT from target-only decoding"),
+            None => {}
+        }
+        draftsmith::report::Report::note(&session.printer, &line);
+    }
+    Ok(if identical == Some(false) { NOT_HELD } else { 0 })
+}
