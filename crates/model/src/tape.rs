@@ -204,6 +204,18 @@ impl<K: TrainKernels> Tape<K> {
         p.grad.as_ref().map(|g| self.host(g, p.numel()))
     }
 
+    /// Adds host values to the gradient of a trained parameter.
+    ///
+    /// # Panics
+    /// If the parameter is frozen or the length differs.
+    pub fn add_grad(&mut self, id: ParamId, values: &[f32]) {
+        assert_eq!(values.len(), self.params[id.0].numel(), "one gradient per value");
+        let buf = self.upload(values);
+        let grad = self.params[id.0].grad.as_mut().expect("only trained parameters have gradients");
+        self.kernels.add_to(&buf, values.len(), true, grad);
+        self.release(buf);
+    }
+
     /// Zeros every gradient accumulator.
     pub fn clear_grads(&mut self) {
         for p in &mut self.params {

@@ -131,9 +131,9 @@ pub fn ttt_attention(
 ) {
     let (qw, kvw, hd) = (shape.q_width(), shape.kv_width(), shape.head_dim);
     let rows = shape.slots.len();
-    assert!(x.q.len() >= rows * qw && x.v0.len() >= x.k0.len(), "complete inputs");
+    assert!(x.q.len() >= rows * qw, "complete queries");
     let mut panels = Vec::new();
-    for d in shape.by_document(x.k0.len() / kvw) {
+    for d in shape.by_document(x.k0.len().min(x.v0.len()) / kvw) {
         for first in d.rows.clone().step_by(TILE) {
             let n = TILE.min(d.rows.end - first);
             let keys = shape.slots[first + n - 1] as usize + 1 - d.doc.start as usize;
@@ -255,7 +255,7 @@ pub fn ttt_attention_grad(
     let (qw, kvw, hd) = (shape.q_width(), shape.kv_width(), shape.head_dim);
     let rows = shape.slots.len();
     let group = shape.heads / shape.kv_heads;
-    let documents = shape.by_document(x.k0.len() / kvw);
+    let documents = shape.by_document(x.k0.len().min(x.v0.len()) / kvw);
     // <dO, out> of each row and head: what the softmax subtracts.
     let mut delta = vec![0.0f32; rows * shape.heads];
     let deltas = Shared::new(&mut delta);

@@ -1,0 +1,318 @@
+//! Training as a whole: gradients by finite differences, learning, packing, and resume bit for bit.
+
+use std::path::Path;
+
+use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_kernels::train::SoftLoss;
+use draftsmith_model::eagle3::Feedback;
+use draftsmith_model::read_draft;
+use draftsmith_train::eagle3::{TargetStart, warm_weights};
+use draftsmith_train::{
+    AdamWOptions, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode, Outcome, Pack,
+    Row, RowStore, TrainError, TrainOptions, ValidationResult, train,
+};
+
+use crate::infer::Random;
+
+struct Memory(Vec<Row>);
+
+impl RowStore for Memory {
+    fn num_rows(&self) -> usize {
+        self.0.len()
+    }
+    fn row_slots(&self, row: usize) -> usize {
+        self.0[row].ids.len()
+    }
+    fn read(&mut self, rows: &[usize]) -> Result<Vec<Row>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(rows.iter().map(|r| self.0[*r].clone()).collect())
+    }
+}
+
+#[test]
+fn gradients_equal_difference_quotients_of_the_whole_loss() {
+    let losses = [SoftLoss::Kl, SoftLoss::LkAlpha, SoftLoss::LkLambda { kl_scale: 1.0, kl_decay: 0.0 }];
+    for (i, loss) in losses.into_iter().enumerate() {
+        let mut random = Random::new(7 + i as u64, &[17, 9]);
+        random.config.feedback = if i == 1 { Feedback::PostNorm } else { Feedback::PreNorm };
+        let options = Eagle3Options { ttt_length: 4, step_decay: 0.8, loss, divisor: LossDivisor::AllSlots };
+        let mut method = random.method(2, options);
+        let pack = random.pack();
+        method.micro_batch(&pack, Mode::Train).unwrap();
+        for id in method.tape().trained() {
+            let name = method.tape().param(id).name.clone();
+            let (at, grad) = (method.tape().param_values(id), method.tape().grad_values(id).unwrap());
+            // Along the gradient itself the quotient is its norm; single precision leaves about four digits.
+            let norm = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let h = 3e-3;
+            let mut loss_at = |sign: f64| {
+                let moved: Vec<f32> =
+                    at.iter().zip(&grad).map(|(w, g)| w + (sign * h * f64::from(*g) / norm) as f32).collect();
+                method.tape_mut().set_param(id, &moved);
+                method.micro_batch(&pack, Mode::Evaluate).unwrap().loss
+            };
+            let quotient = (loss_at(1.0) - loss_at(-1.0)) / (2.0 * h);
+            method.tape_mut().set_param(id, &at);
+            assert!(norm > 1e-6, "{name} has a gradient");
+            // `α` is a sum of minima: a few of them switch sides within the difference.
+            let tolerance = if loss == SoftLoss::Kl { 3e-3 } else { 2e-2 };
+            assert!(
+                (quotient - norm).abs() <= tolerance * norm,
+                "{name}: gradient {norm}, quotient {quotient}"
+            );
+        }
+    }
+}
+
+fn stats_and_grads(random: &Random, packs: &[Pack], threads: usize) -> (f64, f64, Vec<Vec<f32>>) {
+    let options = Eagle3Options { ttt_length: 3, ..Eagle3Options::default() };
+    let mut method = random.method(threads, options);
+    let (mut loss, mut weight) = (0.0, 0.0);
+    for pack in packs {
+        let stats = method.micro_batch(pack, Mode::Train).unwrap();
+        loss += stats.loss;
+        weight += stats.weight;
+    }
+    let tape = method.tape();
+    (loss, weight, tape.trained().into_iter().map(|id| tape.grad_values(id).unwrap()).collect())
+}
+
+#[test]
+fn packed_rows_train_as_rows_alone_do() {
+    let random = Random::new(3, &[12, 5, 20]);
+    let together = stats_and_grads(&random, &[random.pack()], 2);
+    let widths = (random.config.features_width(), random.config.target_hidden_size);
+    let alone: Vec<Pack> = random
+        .rows
+        .iter()
+        .enumerate()
+        .map(|(i, row)| {
+            let mut pack = Pack::default();
+            pack.push(i as u64, row, 100, widths.0, widths.1).unwrap();
+            pack
+        })
+        .collect();
+    let apart = stats_and_grads(&random, &alone, 2);
+    assert!((together.0 - apart.0).abs() < 1e-5 * together.0, "{} {}", together.0, apart.0);
+    assert_eq!(together.1, apart.1);
+    for (a, b) in together.2.iter().flatten().zip(apart.2.iter().flatten()) {
+        assert!((a - b).abs() < 1e-3, "{a} {b}");
+    }
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_thread_count() {
+    let random = Random::new(4, &[70, 33]);
+    let one = stats_and_grads(&random, &[random.pack()], 1);
+    assert!(one == stats_and_grads(&random, &[random.pack()], 2));
+    assert!(one == stats_and_grads(&random, &[random.pack()], 3));
+}
+
+fn options(dir: &Path) -> TrainOptions {
+    TrainOptions {
+        dir: dir.to_owned(),
+        run_hash: "abc".into(),
+        lr: 3e-3,
+        warmup_ratio: 0.1,
+        schedule: LrSchedule::Cosine,
+        adamw: AdamWOptions::default(),
+        epochs: 4,
+        max_steps: None,
+        tokens_per_step: 64,
+        pack_slots: 32,
+        log_every: 1,
+        checkpoint_every: 3,
+        keep_checkpoints: 2,
+        validate_every: Some(5),
+        seed: 11,
+    }
+}
+
+/// Trains until the end, or stops after `stop` steps of this process.
+fn run(random: &Random, options: &TrainOptions, stop: Option<u64>) -> (Outcome, Vec<Event>) {
+    let unroll = Eagle3Options { ttt_length: 3, ..Eagle3Options::default() };
+    let mut method = random.method(2, unroll);
+    let mut events = Vec::new();
+    let mut on_event = |event: &Event| {
+        events.push(event.clone());
+        let steps = events.iter().filter(|e| matches!(e, Event::Step(_))).count() as u64;
+        if stop == Some(steps) { Flow::Stop } else { Flow::Continue }
+    };
+    // A stand-in for decoding: best in the middle of the run.
+    let mut measure = |_: &draftsmith_train::DraftWeights, step: u64| {
+        let accept_len = 3.0 - (step as f64 - 10.0).abs() / 10.0;
+        Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
+    };
+    let hooks = Hooks { on_event: &mut on_event, validate: Some(&mut measure) };
+    let outcome = train(&mut method, &mut Memory(random.rows.clone()), options, hooks).unwrap();
+    (outcome, events)
+}
+
+fn data() -> Random {
+    Random::new(8, &(0..24).map(|i| 6 + i * 5 % 23).collect::<Vec<_>>())
+}
+
+fn steps(events: &[Event]) -> Vec<(u64, f64, f64)> {
+    let of = |e: &Event| match e {
+        Event::Step(r) => Some((r.step, r.loss, r.grad_norm)),
+        Event::Started { .. } | Event::Checkpoint { .. } | Event::Validated { .. } => None,
+    };
+    events.iter().filter_map(of).collect()
+}
+
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
+    let random = data();
+    let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (outcome, events) = run(&random, &options(whole.path()), None);
+    assert!(outcome.finished);
+    let all = steps(&events);
+    assert!(all.len() > 12, "{} steps", all.len());
+    let mut seen = Vec::new();
+    for stop in [Some(4), Some(1), Some(3), None] {
+        let (part, events) = run(&random, &options(broken.path()), stop);
+        assert_eq!(part.finished, stop.is_none());
+        seen.extend(steps(&events));
+        if stop == Some(1) {
+            // A kill leaves the newest checkpoint behind: steps after it are done again.
+            let folder = broken.path().join("checkpoints/step-00000005");
+            std::fs::remove_dir_all(folder).unwrap();
+            seen.pop();
+        }
+    }
+    assert_eq!(seen, all);
+    for file in ["last/model.safetensors", "best/model.safetensors", "last/config.json"] {
+        let read = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+        assert!(read(whole.path()) == read(broken.path()), "{file}");
+    }
+    let state = |dir: &Path| {
+        let newest = format!("checkpoints/step-{:08}", outcome.state.step);
+        (
+            std::fs::read(dir.join(&newest).join("tensors.safetensors")).unwrap(),
+            std::fs::read_to_string(dir.join(&newest).join("state.json")).unwrap(),
+        )
+    };
+    assert!(state(whole.path()) == state(broken.path()), "checkpoint after the last step");
+    let lines = |dir: &Path| {
+        let text = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
+        text.lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(lines(whole.path()), lines(broken.path()));
+}
+
+#[test]
+fn training_learns_and_keeps_the_best_measured_draft() {
+    let random = data();
+    let dir = tempfile::tempdir().unwrap();
+    let (outcome, events) = run(&random, &TrainOptions { epochs: 12, ..options(dir.path()) }, None);
+    let losses = steps(&events);
+    let mean = |part: &[(u64, f64, f64)]| part.iter().map(|s| s.1).sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..4]), mean(&losses[losses.len() - 4..]));
+    assert!(last < 0.8 * first, "loss {first} to {last}");
+    let best = outcome.state.best.unwrap();
+    assert_eq!(best.step, 10);
+    assert_eq!(outcome.draft.as_deref(), Some(dir.path().join("best").as_path()));
+    let kept: Vec<_> = std::fs::read_dir(dir.path().join("checkpoints")).unwrap().collect();
+    assert_eq!(kept.len(), 2);
+
+    // What was saved is a draft that decoding reads.
+    let (config, tensors, vocab_map) = read_draft(&dir.path().join("best")).unwrap();
+    assert_eq!((config, vocab_map), (random.config.clone(), random.vocab_map.clone()));
+    assert_eq!(tensors.len(), 13);
+    let file = SafetensorsDir::open(dir.path().join("best")).unwrap();
+    assert!(file.find("embed_tokens.weight").is_none());
+}
+
+#[test]
+fn a_checkpoint_of_another_run_is_refused() {
+    let random = data();
+    let dir = tempfile::tempdir().unwrap();
+    run(&random, &options(dir.path()), Some(3));
+    let mut method = random.method(1, Eagle3Options::default());
+    let other = TrainOptions { run_hash: "other".into(), ..options(dir.path()) };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let error = train(&mut method, &mut Memory(random.rows.clone()), &other, hooks).unwrap_err();
+    assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+    std::fs::write(dir.path().join("checkpoints/step-00000003/state.json"), "{").unwrap();
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let error =
+        train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
+    assert!(matches!(error, TrainError::BadCheckpoint { .. }), "{error}");
+}
+
+#[test]
+fn rows_that_do_not_fit_the_draft_are_refused() {
+    let mut random = data();
+    random.rows[0].ids[2] = 90;
+    let mut method = random.method(1, Eagle3Options::default());
+    let error = method.micro_batch(&random.pack(), Mode::Train).unwrap_err();
+    assert!(matches!(error, TrainError::TokenId { row: 0, id: 90, vocab: 90 }), "{error}");
+}
+
+#[test]
+fn a_row_without_trained_slots_has_no_gradient() {
+    let mut random = Random::new(2, &[6]);
+    random.rows[0].loss_mask.fill(false);
+    let mut method = random.method(1, Eagle3Options::default());
+    let stats = method.micro_batch(&random.pack(), Mode::Train).unwrap();
+    assert_eq!((stats.loss, stats.weight), (0.0, 0.0));
+    assert_eq!(method.tape().grad_norm(), 0.0);
+}
+
+#[test]
+fn a_warm_start_is_the_last_layer_of_the_target() {
+    let mut random = Random::new(2, &[6]);
+    random.config.target_hidden_size = random.config.hidden_size;
+    let c = random.config.clone();
+    let (h, i) = (c.hidden_size, c.intermediate_size);
+    let mut rng = draftsmith_train::Rng::new(1, &[]);
+    let mut part = |name, len| (name, rng.normal(len, 1.0));
+    let layer = [
+        part("self_attn.q_proj.weight", c.q_width() * h),
+        part("self_attn.k_proj.weight", c.kv_width() * h),
+        part("self_attn.v_proj.weight", c.kv_width() * h),
+        part("self_attn.o_proj.weight", h * c.q_width()),
+        part("mlp.gate_proj.weight", i * h),
+        part("mlp.up_proj.weight", i * h),
+        part("mlp.down_proj.weight", h * i),
+        part("input_layernorm.weight", h),
+        part("post_attention_layernorm.weight", h),
+    ];
+    let (_, head) = part("head", c.vocab_size * h);
+    let (_, final_norm) = part("norm", h);
+    let start = TargetStart { layer: &layer, final_norm: &final_norm, head: &head };
+    let weights = warm_weights(&c, &random.vocab_map, &start, 5).unwrap();
+    let find = |name: &str| &weights.iter().find(|t| t.name == name).unwrap().values;
+    assert_eq!(find("midlayer.mlp.down_proj.weight"), &layer[6].1);
+    assert_eq!(find("midlayer.hidden_norm.weight"), &layer[7].1);
+    assert_eq!(find("midlayer.self_attn.k_proj.weight")[h..2 * h], layer[1].1[..h]);
+    assert!(find("midlayer.self_attn.k_proj.weight")[..h].iter().all(|x| x.abs() < 0.1));
+    assert_eq!(find("norm.weight"), &final_norm);
+    assert_eq!(find("lm_head.weight")[h..2 * h], head[5 * h..6 * h], "draft id 1 is target id 5");
+    let fc = find("fc.weight");
+    assert!((fc[2 * h] - 1.0).abs() < 0.1 && fc[0].abs() < 0.1 && fc[2 * h + 1].abs() < 0.1);
+    let short = TargetStart { layer: &layer[1..], ..start };
+    let error = warm_weights(&c, &random.vocab_map, &short, 5).unwrap_err();
+    assert!(matches!(error, TrainError::MissingTensor { .. }), "{error}");
+}
+
+#[test]
+fn buffers_of_a_larger_pack_do_not_leak_into_a_smaller_one() {
+    let random = Random::new(6, &[40, 9]);
+    let widths = (random.config.features_width(), random.config.target_hidden_size);
+    let mut small = Pack::default();
+    small.push(1, &random.rows[1], 100, widths.0, widths.1).unwrap();
+    let fresh = stats_and_grads(&random, &[small.clone()], 2);
+    let mut method = random.method(2, Eagle3Options { ttt_length: 3, ..Eagle3Options::default() });
+    for _ in 0..2 {
+        method.micro_batch(&random.pack(), Mode::Train).unwrap();
+        method.tape_mut().clear_grads();
+        let stats = method.micro_batch(&small, Mode::Train).unwrap();
+        let tape = method.tape();
+        let grads: Vec<Vec<f32>> =
+            tape.trained().into_iter().map(|id| tape.grad_values(id).unwrap()).collect();
+        assert!((stats.loss, stats.weight, grads) == fresh);
+        method.tape_mut().clear_grads();
+    }
+}

@@ -1,0 +1,6 @@
+//! Training against reference vectors, against decoding, and against itself.
+
+mod golden;
+mod infer;
+mod learning;
+mod optimizer;
