@@ -163,4 +163,19 @@ fn several_settings_are_compared_and_never_summed() {
     let html = report_html(&records).unwrap();
     assert_well_formed(&html);
     assert!(html.contains("tree 5×4/16 (the fastest of the settings below)"));
+    assert!(html.contains("All 72 outputs equal target-only decoding"));
+}
+
+#[test]
+fn a_difference_in_a_slower_setting_is_not_hidden() {
+    let mut deep = options(60);
+    deep.drafting = draftsmith_bench::record::Drafting::Chain { depth: 7 };
+    let mut slow = FakeRunner { depth: 2, spoil: Some((18, 4)), ..FakeRunner::default() };
+    let records = vec![
+        measured(&mut slow, &workload("gsm8k", 24, 1), &options(60)),
+        measured(&mut FakeRunner::default(), &workload("gsm8k", 24, 1), &deep),
+    ];
+    let html = report_html(&records).unwrap();
+    assert!(html.contains("10 of 48 outputs differ from target-only decoding"));
+    assert!(!html.contains("<div class=\"big yes\">"));
 }

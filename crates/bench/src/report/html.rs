@@ -122,7 +122,7 @@ pub(super) fn page(records: &[Record], options: &ReportOptions) -> Result<String
         escape(&utc(first.created_unix_s)),
     );
     let several = distinct(records, |r| r.settings.drafting.short_label()) != setting;
-    answers(&mut out, &best, several.then_some(setting.as_str()));
+    answers(&mut out, &per_record, &best, several.then_some(setting.as_str()));
     doubts(&mut out, &per_record, &best);
     results(&mut out, &shown);
     charts(&mut out, &shown, &per_record)?;
@@ -144,25 +144,26 @@ fn count(n: usize, word: &str) -> String {
     format!("{} {word}{}", grouped(n as u64), if n == 1 { "" } else { "s" })
 }
 
-/// The three answers of the first screen; `setting` names the one shown if several were measured.
-fn answers(out: &mut String, total: &Summary, setting: Option<&str>) {
+/// The three answers of the first screen. Losslessness is told of all records; lengths and times of `total`, and
+/// `setting` names it if several were measured.
+fn answers(out: &mut String, all: &[Summary], total: &Summary, setting: Option<&str>) {
     let mut from = count(total.rows, "row");
     if let Some(setting) = setting {
         let _ = write!(from, ", {} (the fastest of the settings below)", escape(setting));
     }
-    let (class, word) = if total.identical() { ("yes", "yes") } else { ("no", "NO") };
-    let lossless = if total.identical() {
-        format!("All {} equal target-only decoding, token for token.", count(total.samples, "output"))
+    let outputs: usize = all.iter().map(|s| s.samples).sum();
+    let equal: usize = all.iter().map(|s| s.identical_samples).sum();
+    let (class, word) = if equal == outputs { ("yes", "yes") } else { ("no", "NO") };
+    let lossless = if equal == outputs {
+        format!("All {} equal target-only decoding, token for token.", count(outputs, "output"))
     } else {
-        format!(
-            "{} of {} outputs differ from target-only decoding.",
-            total.samples - total.identical_samples,
-            total.samples
-        )
+        format!("{} of {} differ from target-only decoding.", outputs - equal, count(outputs, "output"))
     };
+    let rows: usize = all.iter().map(|s| s.rows).sum();
     let _ = write!(
         out,
-        "<div class=\"answers\">\n<section class=\"answer\"><h2>Lossless?</h2><div class=\"big {class}\">{word}</div><p>{lossless}</p><p class=\"note\">{from}</p></section>\n<section class=\"answer\"><h2>Accept length</h2><div class=\"big\">{} <small>tokens per verify step</small></div><p>{}</p><p class=\"note\">{} tokens in {} steps, {from}</p></section>\n",
+        "<div class=\"answers\">\n<section class=\"answer\"><h2>Lossless?</h2><div class=\"big {class}\">{word}</div><p>{lossless}</p><p class=\"note\">{}</p></section>\n<section class=\"answer\"><h2>Accept length</h2><div class=\"big\">{} <small>tokens per verify step</small></div><p>{}</p><p class=\"note\">{} tokens in {} steps, {from}</p></section>\n",
+        count(rows, "row"),
         value_or_dash(&total.accept_len, 2),
         interval_text(&total.accept_len, 2, ""),
         grouped(total.accept.committed_tokens),
@@ -200,9 +201,9 @@ fn doubts(out: &mut String, per_record: &[Summary], total: &Summary) {
     let mut items = String::new();
     for summary in per_record {
         for doubt in &summary.doubts {
-            let _ = write!(
+            let _ = writeln!(
                 items,
-                "<li><strong>{}</strong>: {}. <span class=\"advice\">{}.</span></li>\n",
+                "<li><strong>{}</strong>: {}. <span class=\"advice\">{}.</span></li>",
                 escape(&summary.name),
                 sentence(&doubt.message()),
                 sentence(doubt.advice())
@@ -211,9 +212,9 @@ fn doubts(out: &mut String, per_record: &[Summary], total: &Summary) {
     }
     if items.is_empty() {
         for doubt in &total.doubts {
-            let _ = write!(
+            let _ = writeln!(
                 items,
-                "<li>{}. <span class=\"advice\">{}.</span></li>\n",
+                "<li>{}. <span class=\"advice\">{}.</span></li>",
                 sentence(&doubt.message()),
                 sentence(doubt.advice())
             );
@@ -228,6 +229,14 @@ fn doubts(out: &mut String, per_record: &[Summary], total: &Summary) {
             out,
             "<section class=\"doubts\" id=\"doubts\"><h2>Doubts about these numbers</h2>\n<ul>\n{items}</ul></section>\n"
         );
+    }
+}
+
+/// A workload's name, its setting in small print below.
+fn stacked_name(name: &str) -> String {
+    match name.split_once(" · ") {
+        None => escape(name),
+        Some((workload, setting)) => format!("{}<small>{}</small>", escape(workload), escape(setting)),
     }
 }
 
@@ -260,10 +269,10 @@ fn results(out: &mut String, shown: &[Summary]) {
             0 => "none".into(),
             n => format!("<a href=\"#doubts\">{n}</a>"),
         };
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "<tr{class}><th scope=\"row\">{}</th><td data-of=\"rows\">{}</td><td data-of=\"tokens committed\">{}</td><td data-of=\"accept length, tokens per step\">{}</td><td data-of=\"target-only, tokens/s\">{}</td><td data-of=\"with draft, tokens/s\">{}</td><td data-of=\"speedup over target-only\">{}</td><td data-of=\"identical outputs\">{identical}</td><td data-of=\"doubts\">{doubts}</td></tr>\n",
-            escape(&summary.name),
+            "<tr{class}><th scope=\"row\">{}</th><td data-of=\"rows\">{}</td><td data-of=\"tokens committed\">{}</td><td data-of=\"accept length, tokens per step\">{}</td><td data-of=\"target-only, tokens/s\">{}</td><td data-of=\"with draft, tokens/s\">{}</td><td data-of=\"speedup over target-only\">{}</td><td data-of=\"identical outputs\">{identical}</td><td data-of=\"doubts\">{doubts}</td></tr>",
+            stacked_name(&summary.name),
             grouped(summary.rows as u64),
             grouped(summary.accept.committed_tokens),
             stacked(&summary.accept_len, 2, ""),
@@ -280,16 +289,16 @@ fn results(out: &mut String, shown: &[Summary]) {
 
 /// A figure: heading, drawing, legend, caption, and the same numbers as a table.
 fn figure(out: &mut String, id: &str, heading: &str, svg: &str, legend: &str, caption: &str, table: &str) {
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<figure id=\"{id}\"><h3>{heading}</h3>{svg}{legend}<figcaption>{caption}</figcaption><details><summary>The numbers as a table</summary><div class=\"wide\"><table>{table}</table></div></details></figure>\n"
+        "<figure id=\"{id}\"><h3>{heading}</h3>{svg}{legend}<figcaption>{caption}</figcaption><details><summary>The numbers as a table</summary><div class=\"wide\"><table>{table}</table></div></details></figure>"
     );
 }
 
 fn charts(out: &mut String, shown: &[Summary], per_record: &[Summary]) -> Result<(), BenchError> {
     out.push_str("<section id=\"charts\">\n<h2>Charts</h2>\n<p class=\"note\">All values here are measured.</p>\n<div class=\"plots\">\n");
     let rows_note = |s: &[Summary]| {
-        s.iter().map(|s| format!("{} {}", escape(&s.name), s.rows)).collect::<Vec<_>>().join(", ")
+        s.iter().map(|s| format!("{} ({})", escape(&s.name), s.rows)).collect::<Vec<_>>().join(", ")
     };
 
     let mut table = String::from(
@@ -377,7 +386,7 @@ fn charts(out: &mut String, shown: &[Summary], per_record: &[Summary]) -> Result
                 "Share of proposals that reached a depth and had it accepted. Thin bars: 95 % interval over rows. Rows: {}.",
                 chunk
                     .iter()
-                    .map(|s| format!("{} {}", escape(&s.name), s.rows))
+                    .map(|s| format!("{} ({})", escape(&s.name), s.rows))
                     .collect::<Vec<_>>()
                     .join(", ")
             ),
@@ -479,7 +488,7 @@ fn conditions(out: &mut String, records: &[Record]) {
     out.push_str("<section id=\"conditions\">\n<h2>Where and how</h2>\n<dl>\n");
     let mut item = |name: &str, value: String| {
         if !value.is_empty() {
-            let _ = write!(out, "<dt>{name}</dt><dd>{}</dd>\n", escape(&value));
+            let _ = writeln!(out, "<dt>{name}</dt><dd>{}</dd>", escape(&value));
         }
     };
     let artifact = |a: &crate::record::ArtifactInfo| {

@@ -156,8 +156,18 @@ impl RowFrame {
         let style = text_style(12, INK, HPos::Center, VPos::Top);
         root.draw(&Text::new(axis.to_owned(), (middle, self.bottom() + 23), style))?;
         for (row, name) in names.iter().enumerate() {
-            let style = text_style(13, INK, HPos::Right, VPos::Center);
-            root.draw(&Text::new(short(name, 14), (self.left - 8, self.y(row)), style))?;
+            let line = |text: &str, size, shift| {
+                let style = text_style(size, INK, HPos::Right, VPos::Center);
+                root.draw(&Text::new(short(text, 14), (self.left - 8, self.y(row) + shift), style))
+            };
+            // `workload · setting` takes two lines, or its second half would be cut off.
+            match name.split_once(" · ") {
+                None => line(name, 13, 0)?,
+                Some((workload, setting)) => {
+                    line(workload, 13, -7)?;
+                    line(setting, 11, 8)?;
+                }
+            }
         }
         Ok(())
     }
