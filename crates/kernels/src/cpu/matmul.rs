@@ -131,7 +131,6 @@ struct PanelArgs {
     y_stride: usize,
     /// Outputs from `y` on, at most `panels * 16`.
     outputs: usize,
-    zero: i32,
 }
 
 /// Writes 16 outputs, or the few that exist.
@@ -157,6 +156,7 @@ unsafe fn block_rows<
     const HALF: bool,
     const TWO: bool,
     const MINS: bool,
+    const ZERO: i32,
     const R: usize,
 >(
     a: &PanelArgs,
@@ -219,7 +219,7 @@ unsafe fn block_rows<
                     let scale1 = load(base.add(vector));
                     acc[r] = I::fma(I::mul(scale1, act_scale_v), I::to_f(d1), acc[r]);
                 } else {
-                    let bias = if FOUR { a.zero } else { I::I8_BIAS };
+                    let bias = if FOUR { ZERO } else { I::I8_BIAS };
                     let both = I::add_i(first[r], second[r]);
                     let dot = if bias == 0 { both } else { I::sub_i(both, bias * act_sum) };
                     acc[r] = I::fma(I::mul(scale, act_scale_v), I::to_f(dot), acc[r]);
@@ -237,7 +237,14 @@ unsafe fn block_rows<
 }
 
 #[inline(always)]
-unsafe fn block_body<I: Isa, const FOUR: bool, const HALF: bool, const TWO: bool, const MINS: bool>(
+unsafe fn block_body<
+    I: Isa,
+    const FOUR: bool,
+    const HALF: bool,
+    const TWO: bool,
+    const MINS: bool,
+    const ZERO: i32,
+>(
     a: PanelArgs,
 ) {
     for p in 0..a.panels {
@@ -249,23 +256,23 @@ unsafe fn block_body<I: Isa, const FOUR: bool, const HALF: bool, const TWO: bool
             while row < a.rows {
                 match a.rows - row {
                     8.. => {
-                        block_rows::<I, FOUR, HALF, TWO, MINS, 8>(&a, w, row, y, count);
+                        block_rows::<I, FOUR, HALF, TWO, MINS, ZERO, 8>(&a, w, row, y, count);
                         row += 8;
                     }
                     6..8 => {
-                        block_rows::<I, FOUR, HALF, TWO, MINS, 6>(&a, w, row, y, count);
+                        block_rows::<I, FOUR, HALF, TWO, MINS, ZERO, 6>(&a, w, row, y, count);
                         row += 6;
                     }
                     4..6 => {
-                        block_rows::<I, FOUR, HALF, TWO, MINS, 4>(&a, w, row, y, count);
+                        block_rows::<I, FOUR, HALF, TWO, MINS, ZERO, 4>(&a, w, row, y, count);
                         row += 4;
                     }
                     2..4 => {
-                        block_rows::<I, FOUR, HALF, TWO, MINS, 2>(&a, w, row, y, count);
+                        block_rows::<I, FOUR, HALF, TWO, MINS, ZERO, 2>(&a, w, row, y, count);
                         row += 2;
                     }
                     _ => {
-                        block_rows::<I, FOUR, HALF, TWO, MINS, 1>(&a, w, row, y, count);
+                        block_rows::<I, FOUR, HALF, TWO, MINS, ZERO, 1>(&a, w, row, y, count);
                         row += 1;
                     }
                 }
@@ -277,32 +284,32 @@ unsafe fn block_body<I: Isa, const FOUR: bool, const HALF: bool, const TWO: bool
 #[inline(always)]
 unsafe fn q4_0_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, true, true, false, false>(a) }
+    unsafe { block_body::<I, true, true, false, false, 8>(a) }
 }
 #[inline(always)]
 unsafe fn q4_1_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, true, true, false, true>(a) }
+    unsafe { block_body::<I, true, true, false, true, 0>(a) }
 }
 #[inline(always)]
 unsafe fn q8_0_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, false, true, false, false>(a) }
+    unsafe { block_body::<I, false, true, false, false, 0>(a) }
 }
 #[inline(always)]
 unsafe fn q8_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, false, false, false, false>(a) }
+    unsafe { block_body::<I, false, false, false, false, 0>(a) }
 }
 #[inline(always)]
 unsafe fn q4k_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, true, false, false, true>(a) }
+    unsafe { block_body::<I, true, false, false, true, 0>(a) }
 }
 #[inline(always)]
 unsafe fn q6k_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
-    unsafe { block_body::<I, false, false, true, false>(a) }
+    unsafe { block_body::<I, false, false, true, false, 0>(a) }
 }
 dispatch! { unsafe fn q4_0(a: PanelArgs) = q4_0_body }
 dispatch! { unsafe fn q4_1(a: PanelArgs) = q4_1_body }
@@ -452,10 +459,6 @@ pub(crate) fn matmul(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &Pack
                 y: unsafe { out.get().add(row * w.out_features + from * LANES) },
                 y_stride: w.out_features,
                 outputs: w.out_features - from * LANES,
-                zero: match w.body {
-                    Body::Block(format) => format.zero,
-                    Body::Float(_) => 0,
-                },
             };
             // SAFETY: `args` describes panels `from..to` and rows of this tile, all inside their slices.
             unsafe {

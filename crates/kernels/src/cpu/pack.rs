@@ -5,16 +5,22 @@
 //!   over the weight is one forward stream. Quants are `[k / 4][16 outputs][4 inputs]`; 4-bit ones hold group
 //!   `2j` in the low and `2j + 1` in the high nibbles.
 
+use memmap2::MmapMut;
+
 use crate::quant::{self, Block32};
 use crate::{KernelError, PackMode, WeightDtype, WeightView};
 
 /// Outputs per panel.
 pub(crate) const LANES: usize = 16;
 
-/// A cache line, for alignment.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub(crate) [u8; 64]);
+/// Zeroed memory in pages of its own, large ones where the system has them: a pass over a weight is one forward
+/// stream, and small pages would break it every 4 KiB.
+fn pages(bytes: usize) -> MmapMut {
+    let map = MmapMut::map_anon(bytes.max(1)).expect("the operating system refused memory for a weight");
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    map
+}
 
 /// Stored type of a float panel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +72,7 @@ pub struct PackedWeight {
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     pub(crate) body: Body,
-    data: Vec<Line>,
+    data: MmapMut,
 }
 
 impl PackedWeight {
@@ -82,7 +88,7 @@ impl PackedWeight {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        self.data.len() * 64
+        self.data.len()
     }
 
     pub(crate) fn panels(&self) -> usize {
@@ -90,8 +96,7 @@ impl PackedWeight {
     }
 
     pub(crate) fn data(&self) -> &[u8] {
-        // SAFETY: `Line` is 64 plain bytes without padding.
-        unsafe { std::slice::from_raw_parts(self.data.as_ptr().cast(), self.data.len() * 64) }
+        &self.data
     }
 
     pub(crate) fn panel_bytes(&self) -> usize {
@@ -102,15 +107,12 @@ impl PackedWeight {
     }
 
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
-        let mut packed = PackedWeight { out_features, in_features, body, data: Vec::new() };
-        let bytes = packed.panels() * packed.panel_bytes();
-        packed.data = vec![Line([0; 64]); bytes.div_ceil(64)];
-        packed
-    }
-
-    fn data_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `data`; any bytes are valid.
-        unsafe { std::slice::from_raw_parts_mut(self.data.as_mut_ptr().cast(), self.data.len() * 64) }
+        let panel_bytes = match body {
+            Body::Float(kind) => in_features * LANES * kind.bytes(),
+            Body::Block(format) => in_features / 32 * format.record_bytes(),
+        };
+        let data = pages(out_features.div_ceil(LANES) * panel_bytes);
+        PackedWeight { out_features, in_features, body, data }
     }
 
     pub(crate) fn pack(name: &str, w: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
@@ -134,7 +136,7 @@ impl PackedWeight {
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
         let (panel_bytes, in_features, size) = (packed.panel_bytes(), w.in_features, kind.bytes());
         let mut row = vec![0.0f32; in_features];
-        let data = packed.data_mut();
+        let data = &mut packed.data[..];
         for o in 0..w.out_features {
             let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
             let lane = o % LANES;
@@ -181,7 +183,7 @@ impl PackedWeight {
         let (panel_bytes, record_bytes, vector_bytes) =
             (packed.panel_bytes(), format.record_bytes(), format.vector_bytes());
         let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
-        let data = packed.data_mut();
+        let data = &mut packed.data[..];
         for o in 0..w.out_features {
             let lane = o % LANES;
             let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
