@@ -89,7 +89,7 @@ pub fn load(
         while source.max_rows.is_none_or(|max| taken < max) {
             let Some((location, row)) = reader.next_row()? else { break };
             report.rows_read += 1;
-            if report.rows_read % 1000 == 0 {
+            if report.rows_read.is_multiple_of(1000) {
                 progress(report.rows_read);
             }
             let mut row = match row {

@@ -153,11 +153,7 @@ impl<'a> Preparer<'a> {
                 return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
             }
         }
-        let mut options = self.options.mask.clone();
-        if row.tools.is_some() {
-            options.render.tools.clone_from(&row.tools);
-        }
-        options.render.kwargs.extend(row.kwargs.clone());
+        let options = row.mask_options(&self.options.mask);
         mask_conversation(self.tokenizer, self.template, &row.messages, &options).map_err(|error| match error
         {
             TextError::TemplateRaised { message } => Problem::Row(RowError::TemplateRefused { message }),
@@ -200,7 +196,7 @@ pub fn prepare(
     let mut out = Vec::with_capacity(rows.len());
     for (done, row) in rows.iter().enumerate() {
         out.extend(preparer.push(row)?);
-        if (done + 1) % 100 == 0 {
+        if (done + 1).is_multiple_of(100) {
             progress(done as u64 + 1);
         }
     }

@@ -29,11 +29,7 @@ pub fn preview_conversation(
     options: &MaskOptions,
     paint: Paint,
 ) -> Result<String, TextError> {
-    let mut options = options.clone();
-    if conversation.tools.is_some() {
-        options.render.tools.clone_from(&conversation.tools);
-    }
-    options.render.kwargs.extend(conversation.kwargs.clone());
+    let options = conversation.mask_options(options);
     let rows = mask_conversation(tokenizer, template, &conversation.messages, &options)?;
     if rows.is_empty() {
         let options = options.render.with_generation_prompt(true);

@@ -1,6 +1,6 @@
 //! One row of a data set, in any of the shapes that data sets have.
 
-use draftsmith_text::Message;
+use draftsmith_text::{MaskOptions, Message};
 use serde_json::{Map, Value};
 
 use crate::{Location, RowError};
@@ -25,12 +25,25 @@ pub struct Conversation {
     pub tools: Option<Value>,
     /// More variables for the chat template (`chat_template_kwargs`).
     pub kwargs: Map<String, Value>,
+    /// The last answer hit a token limit (`finish_reason` is `length`): its end is not trained.
+    pub last_answer_cut: bool,
 }
 
 impl Conversation {
     /// True if there is something to train on as it is.
     pub fn has_answer(&self) -> bool {
         self.messages.iter().any(|m| m.role == "assistant")
+    }
+
+    /// The options of a run with what this row adds to them: tools, template variables, a cut answer.
+    pub fn mask_options(&self, run: &MaskOptions) -> MaskOptions {
+        let mut options = run.clone();
+        if self.tools.is_some() {
+            options.render.tools.clone_from(&self.tools);
+        }
+        options.render.kwargs.extend(self.kwargs.clone());
+        options.last_answer_cut |= self.last_answer_cut;
+        options
     }
 
     /// The text that makes two rows the same prompt: user and system turns.
@@ -125,6 +138,7 @@ pub(crate) fn parse_row(value: &Value) -> Result<Row, RowError> {
         domain: text(object, "domain").or_else(|| text(object, "category")),
         source: text(object, "source"),
         license: text(object, "license"),
+        last_answer_cut: object.get("finish_reason").and_then(Value::as_str) == Some("length"),
         ..Conversation::default()
     };
     if let Some(tools) = object.get("tools").filter(|t| !t.is_null()) {
@@ -339,6 +353,17 @@ mod tests {
             r#"{"id":"x","turns":["a","b"],"system":"s"}"#,
             &[("system", "s"), ("user", "a"), ("user", "b")],
         );
+    }
+
+    #[test]
+    fn an_answer_that_hit_the_token_limit_is_known() {
+        let cut = |line: &str| match parse_conversation_line(line.as_bytes()) {
+            Ok(Row::Conversation(row)) => row.last_answer_cut,
+            other => panic!("{other:?}"),
+        };
+        assert!(cut(r#"{"prompt":"a","completion":"b","finish_reason":"length"}"#));
+        assert!(!cut(r#"{"prompt":"a","completion":"b","finish_reason":"stop"}"#));
+        assert!(!cut(r#"{"prompt":"a","completion":"b"}"#));
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub struct MaskOptions {
     pub render: RenderOptions,
     /// Which assistant turns are trained.
     pub turns: Turns,
+    /// The last answer was cut off (by a token limit), so the model did not end its turn there: the row ends with the
+    /// answer, and no end-of-turn token is trained.
+    pub last_answer_cut: bool,
 }
 
 /// Why a conversation became several rows.
@@ -122,20 +125,21 @@ pub fn mask_conversation(
         let added = prompt.len()..text.len();
         rendered.push((turn, text, added));
     }
-    let Some((_, whole, _)) = rendered.last() else { return Ok(Vec::new()) };
+    let Some((last, whole, _)) = rendered.last() else { return Ok(Vec::new()) };
+    let cut = options.last_answer_cut.then_some(*last);
     let rewritten =
         rendered.iter().find(|(_, text, _)| !whole.starts_with(text.as_str())).map(|(turn, _, _)| *turn);
     match rewritten {
         None => {
             let whole = whole.clone();
             let turns = rendered.into_iter().map(|(turn, _, added)| (turn, added)).collect();
-            Ok(vec![row(tokenizer, whole, turns, messages, None)?])
+            Ok(vec![row(tokenizer, whole, turns, messages, cut, None)?])
         }
         Some(turn) => rendered
             .into_iter()
             .map(|(message, text, added)| {
                 let split = Some(SplitReason::HistoryRewritten { turn });
-                row(tokenizer, text, vec![(message, added)], messages, split)
+                row(tokenizer, text, vec![(message, added)], messages, cut, split)
             })
             .collect(),
     }
@@ -158,9 +162,10 @@ fn row(
     text: String,
     turns: Vec<(usize, Range<usize>)>,
     messages: &[Message],
+    cut: Option<usize>,
     split: Option<SplitReason>,
 ) -> Result<MaskedRow, TextError> {
-    let encoding = tokenizer.encode_with_spans(&text)?;
+    let mut encoding = tokenizer.encode_with_spans(&text)?;
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id(), encoding.ids.as_slice())
         && *first == bos
         && *second == bos
@@ -174,8 +179,15 @@ fn row(
         let start = encoding.spans.partition_point(|span| span.start < added.start);
         let stop = encoding.spans.partition_point(|span| span.start < added.end);
         let after_content = content_end(&text, &added, &messages[message]);
-        let (end, ends_turn) =
+        let (mut end, mut ends_turn) =
             end_of_turn(tokenizer, &encoding.ids[..stop], &encoding.spans, start, after_content);
+        if cut == Some(message) {
+            end -= usize::from(ends_turn);
+            ends_turn = false;
+            encoding.ids.truncate(end);
+            encoding.spans.truncate(end);
+            loss_mask.truncate(end);
+        }
         loss_mask[start..end].fill(true);
         trained.push(TrainedTurn { message, added, tokens: start..end, ends_turn });
     }

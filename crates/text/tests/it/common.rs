@@ -6,6 +6,11 @@ use draftsmith_text::{GgufTokenizer, Message, Tokenizer};
 /// A byte-level tokenizer of 256 bytes, some merges and the control tokens of the template fixtures. `<s>` is BOS,
 /// `eos` the tokens that end generation.
 pub(crate) fn byte_level(eos: &[&str]) -> Tokenizer {
+    byte_level_with("smollm", eos)
+}
+
+/// The same with another way of splitting text.
+pub(crate) fn byte_level_with(pre: &str, eos: &[&str]) -> Tokenizer {
     let printable = |byte: u8| match byte {
         0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => char::from(byte),
         0x00..=0x20 => char::from_u32(0x100 + u32::from(byte)).expect("a character"),
@@ -36,7 +41,7 @@ pub(crate) fn byte_level(eos: &[&str]) -> Tokenizer {
     let id = |name: &str| tokens.iter().position(|t| t == name).expect("a known token") as u32;
     let gguf = GgufTokenizer {
         model: "gpt2".into(),
-        pre: Some("smollm".into()),
+        pre: Some(pre.into()),
         bos_id: Some(id("<s>")),
         eos_ids: eos.iter().map(|name| id(name)).collect(),
         merges: merges.map(String::from).to_vec(),

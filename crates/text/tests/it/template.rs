@@ -1,6 +1,6 @@
 //! Chat templates against Jinja2, and the loss mask they give.
 
-use crate::common::{assistant, byte_level, read, template_source, user};
+use crate::common::{assistant, byte_level, byte_level_with, read, template_source, user};
 use draftsmith_text::{
     ChatTemplate, MaskOptions, MaskedRow, Message, RenderOptions, SplitReason, TextError, Tokenizer, Turns,
     mask_conversation,
@@ -192,6 +192,16 @@ fn an_end_of_turn_token_that_the_configuration_forgot_is_still_found() {
 }
 
 #[test]
+fn a_tokenizer_that_normalises_text_masks_the_same_answers() {
+    // Qwen's tokenizers compose characters, so that tokens no longer spell the rendered text.
+    let tokenizer = byte_level_with("qwen2", &["<|im_end|>"]);
+    let messages =
+        [user("cafe\u{301}?"), assistant("oui, cafe\u{301}."), user("u\u{308}"), assistant("o\u{308}")];
+    let rows = mask("chatml", &tokenizer, &messages, &MaskOptions::default()).expect("rows");
+    assert_eq!(trained(&tokenizer, &rows), [["oui, caf\u{e9}.<|im_end|>", "\u{f6}<|im_end|>"]]);
+}
+
+#[test]
 fn what_the_generation_prompt_leaves_out_is_trained() {
     // The line break after the header stands in the conversation but not in the prompt, so the model has to write it.
     let source = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
@@ -252,6 +262,18 @@ fn an_answer_that_does_not_continue_its_prompt_is_an_error() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn an_answer_that_was_cut_off_does_not_end_its_turn() {
+    let options = MaskOptions { last_answer_cut: true, ..MaskOptions::default() };
+    let tokenizer = byte_level(&["<|im_end|>"]);
+    let messages = [user("a"), assistant("one"), user("b"), assistant("and so")];
+    let rows = mask("chatml", &tokenizer, &messages, &options).expect("rows");
+    assert_eq!(trained(&tokenizer, &rows), [["one<|im_end|>", "and so"]]);
+    assert!(tokenizer.decode(&rows[0].ids, false).ends_with("assistant\nand so"));
+    assert_eq!((rows[0].ids.len(), rows[0].spans.len()), (rows[0].loss_mask.len(), rows[0].loss_mask.len()));
+    assert_eq!(rows[0].turns.iter().map(|t| t.ends_turn).collect::<Vec<_>>(), [true, false]);
 }
 
 #[test]
