@@ -106,9 +106,19 @@ pub fn check(dir: impl AsRef<Path>, options: CheckOptions<'_>) -> Result<CheckRe
     let (config_line, config) = config(dir, &manifest);
     checks.push(config_line);
     let config = config.as_ref();
-    checks.extend(tensors(dir, config));
+    let [tensors, map] = tensors(dir, config);
+    let usable = tensors.status == Status::Held && map.status == Status::Held;
+    checks.extend([tensors, map]);
     checks.push(target(&manifest, config, options.target));
-    checks.push(numbers(dir, config, options.network)?);
+    let network = match options.target {
+        _ if !usable => Err("the weights do not hold"),
+        // The embedding is the target's: other weights give other numbers, and rightly so.
+        Some(found) if found.weights_sha256 != manifest.target.weights_sha256 => {
+            Err("it was answered beside other target weights")
+        }
+        _ => options.network.ok_or("the target was not given, so the draft network cannot run"),
+    };
+    checks.push(numbers(dir, config, network)?);
     checks.push(size(dir, &manifest));
     Ok(CheckReport::new(manifest.name, checks))
 }
@@ -300,7 +310,7 @@ pub fn target_problems(trained: &TargetInfo, found: &TargetInfo) -> Vec<Problem>
 fn numbers(
     dir: &Path,
     config: Option<&Eagle3Config>,
-    network: Option<&mut ProbeFn<'_>>,
+    network: Result<&mut ProbeFn<'_>, &str>,
 ) -> Result<CheckLine, BundleError> {
     let Some(config) = config else { return Ok(skipped("probe", "config.json cannot be read")) };
     let path = dir.join(PROBE_FILE);
@@ -311,8 +321,9 @@ fn numbers(
             return Ok(line("probe", PROBE_FILE.into(), vec![Problem::ProbeFile { message: e.to_string() }]));
         }
     };
-    let Some(network) = network else {
-        return Ok(skipped("probe", "the target was not given, so the draft network cannot run"));
+    let network = match network {
+        Ok(network) => network,
+        Err(why) => return Ok(skipped("probe", why)),
     };
     let (worst, problems) = probe::run(&probes, network)?;
     let detail = format!(
