@@ -300,7 +300,7 @@ pub fn remove_dir_all(path: impl AsRef<Path>) -> Result<(), AtomicError> {
 /// Dropped without commit, it leaves nothing.
 #[derive(Debug)]
 pub struct AtomicDir {
-    path: PathBuf,
+    destination: PathBuf,
     temporary: PathBuf,
     lock: Option<File>,
 }
@@ -323,7 +323,7 @@ impl AtomicDir {
             let lock_path = temporary.join(LOCK_NAME);
             match OpenOptions::new().write(true).create_new(true).open(&lock_path) {
                 Ok(lock) if lock_fresh(&lock, &lock_path) => {
-                    return Ok(AtomicDir { path: path.to_path_buf(), temporary, lock: Some(lock) });
+                    return Ok(AtomicDir { destination: path.to_path_buf(), temporary, lock: Some(lock) });
                 }
                 Ok(_) => {}
                 // Cleaned away by another writer while it was empty.
@@ -343,12 +343,12 @@ impl AtomicDir {
 
     /// The path that the folder will have.
     pub fn final_path(&self) -> &Path {
-        &self.path
+        &self.destination
     }
 
     /// Writes one file into the folder (`relative` may have parent folders).
     pub fn write(&self, relative: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), AtomicError> {
-        let named = self.path.join(relative.as_ref());
+        let named = self.destination.join(relative.as_ref());
         let inside = self.temporary.join(relative.as_ref());
         #[cfg(test)]
         small_disk::take(bytes.as_ref().len()).map_err(|e| AtomicError::from_io("write", &named, e))?;
@@ -362,8 +362,8 @@ impl AtomicDir {
     /// # Errors
     /// [`AtomicError::Exists`] if something stands there already.
     pub fn commit(self) -> Result<(), AtomicError> {
-        if self.path.symlink_metadata().is_ok() {
-            return Err(AtomicError::Exists { path: self.path.clone() });
+        if self.destination.symlink_metadata().is_ok() {
+            return Err(AtomicError::Exists { path: self.destination.clone() });
         }
         self.finish(None)
     }
@@ -373,8 +373,8 @@ impl AtomicDir {
     /// Folders cannot be replaced in one step everywhere, so the old one is first moved aside. A writer killed
     /// between the two renames leaves it as `.NAME.PID-N.old`; [`recover`] moves it back.
     pub fn commit_replacing(self) -> Result<(), AtomicError> {
-        let aside = match self.path.symlink_metadata() {
-            Ok(_) => Some(temporary_name(&self.path, "old")?),
+        let aside = match self.destination.symlink_metadata() {
+            Ok(_) => Some(temporary_name(&self.destination, "old")?),
             Err(_) => None,
         };
         self.finish(aside)
@@ -382,21 +382,21 @@ impl AtomicDir {
 
     fn finish(mut self, aside: Option<PathBuf>) -> Result<(), AtomicError> {
         let named = |action| {
-            let path = self.path.clone();
+            let path = self.destination.clone();
             move |e| AtomicError::from_io(action, &path, e)
         };
         sync_tree(&self.temporary).map_err(named("flush"))?;
         fs::remove_file(self.temporary.join(LOCK_NAME)).map_err(named("finish"))?;
         if let Some(aside) = &aside {
-            fs::rename(&self.path, aside).map_err(named("replace"))?;
+            fs::rename(&self.destination, aside).map_err(named("replace"))?;
         }
-        if let Err(e) = fs::rename(&self.temporary, &self.path) {
+        if let Err(e) = fs::rename(&self.temporary, &self.destination) {
             if let Some(aside) = &aside {
-                let _ = fs::rename(aside, &self.path);
+                let _ = fs::rename(aside, &self.destination);
             }
             return Err(named("rename to")(e));
         }
-        sync_dir(parent_of(&self.path)).map_err(named("flush the folder of"))?;
+        sync_dir(parent_of(&self.destination)).map_err(named("flush the folder of"))?;
         self.lock = None;
         if let Some(aside) = aside {
             // The new folder is in place; what is left of the old one goes at the next write at the latest.

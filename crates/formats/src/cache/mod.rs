@@ -13,8 +13,10 @@
 //! The states of a token are its `K` captured layers in order and then the final normed state, each of `Ht` values.
 //!
 //! **int8**: blocks of 32 neighbouring values share a scale, `max / 127` rounded up to bf16, so no value is clipped
-//! and the error is at most half a scale. One scale per whole state would be smaller by 6 %, but residual streams
-//! carry a few values hundreds of times larger than the rest, which would flatten all others to zero.
+//! and the error is at most half a scale. One scale per whole state would save 6 % of the bytes, but residual streams
+//! carry a few values hundreds of times larger than the rest. Measured on SmolLM2-135M (layers 1, 14, 26 and the
+//! final state, 516 positions): KL of the teacher's distribution 4.0e-3 with one scale per state and the arg-max
+//! changed at 2.3 % of the positions; 6.7e-4 with blocks of 64; 1.9e-4 with blocks of 32, where bf16 has 1.2e-4.
 //!
 //! Invariant: a shard is complete or absent; the manifest lists complete shards only; so a killed writer loses at most
 //! the shard that it was filling, and the finished cache has the same bytes as if it had never been interrupted. Row `i` of the
