@@ -12,6 +12,7 @@ use std::sync::Arc;
 use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 use serde_json::{Map, Value, json};
 
+use crate::config::TargetConfig;
 use crate::ops::{Attend, Ops};
 
 /// What the next draft step receives from this one [eagle3 §7].
@@ -160,6 +161,38 @@ impl Keys<'_> {
 }
 
 impl Eagle3Config {
+    /// The draft that a target gets when nobody says otherwise: the shapes of one of its own layers
+    /// [formats §1.1].
+    ///
+    /// Explicit RoPE divisors have no key in a draft's configuration; such a target's draft gets plain RoPE.
+    pub fn for_target(target: &TargetConfig, draft_vocab_size: usize) -> Eagle3Config {
+        let rope_scaling = match &target.rope_scaling {
+            RopeScaling::Factors(_) => RopeScaling::None,
+            other => other.clone(),
+        };
+        Eagle3Config {
+            vocab_size: target.vocab_size,
+            draft_vocab_size,
+            hidden_size: target.hidden_size,
+            target_hidden_size: target.hidden_size,
+            intermediate_size: target.intermediate_size,
+            num_attention_heads: target.num_heads,
+            num_key_value_heads: target.num_kv_heads,
+            head_dim: target.head_dim,
+            rms_norm_eps: target.rms_norm_eps,
+            rope_theta: target.rope_theta,
+            rope_scaling,
+            max_position_embeddings: target.max_position,
+            fc_norm: false,
+            feedback: Feedback::PreNorm,
+            initializer_range: 0.02,
+            target_layer_ids: None,
+            bos_token_id: target.bos_id,
+            eos_token_ids: target.eos_ids.clone(),
+            pad_token_id: None,
+        }
+    }
+
     /// Reads a draft's `config.json`.
     pub fn from_json(text: &str) -> Result<Eagle3Config, Eagle3ConfigError> {
         let value: Value =

@@ -6,12 +6,13 @@
 use std::time::Instant;
 
 use draftsmith_core::VocabMap;
+use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::Cpu;
 use draftsmith_kernels::train::LinearShape;
 use draftsmith_kernels::train::linear::matmul;
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_train::eagle3::{TargetSide, random_weights};
-use draftsmith_train::{AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng, Row};
+use draftsmith_train::{AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng};
 
 fn main() {
     let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("arguments are numbers"));
@@ -42,7 +43,7 @@ fn main() {
         let ids: Vec<u32> = (0..len).map(|_| rng.below(8192) as u32 * 6).collect();
         let last =
             ids.iter().flat_map(|i| embed[*i as usize * 576..(*i as usize + 1) * 576].to_vec()).collect();
-        let row = Row {
+        let row = CaptureRow {
             loss_mask: (0..len).map(|t| t * 10 >= len * 4).collect(),
             features: rng.normal(len * 3 * 576, 1.0),
             last,

@@ -5,22 +5,10 @@
 //!
 //! Shape legend: `S` slots of a row or pack, `F` width of the captured features, `Ht` target width.
 
+use draftsmith_formats::cache::{CacheReader, CaptureRow};
 use draftsmith_kernels::train::DocSpan;
 
 use crate::{Rng, TrainError};
-
-/// One captured conversation [eagle3 §1.3, unshifted].
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Row {
-    /// `[S]` token ids.
-    pub ids: Vec<u32>,
-    /// `[S]` true where the answer is trained.
-    pub loss_mask: Vec<bool>,
-    /// `[S, F]` hidden states at the captured layers, low to high, side by side.
-    pub features: Vec<f32>,
-    /// `[S, Ht]` last hidden state after the final norm.
-    pub last: Vec<f32>,
-}
 
 /// Rows by number: from a target cache on disk, or computed by a live target when asked for (online training).
 pub trait RowStore {
@@ -29,7 +17,19 @@ pub trait RowStore {
     /// Slots of a row, known without reading it.
     fn row_slots(&self, row: usize) -> usize;
     /// Reads rows, in the order asked for.
-    fn read(&mut self, rows: &[usize]) -> Result<Vec<Row>, Box<dyn std::error::Error + Send + Sync>>;
+    fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+impl RowStore for CacheReader {
+    fn num_rows(&self) -> usize {
+        self.len()
+    }
+    fn row_slots(&self, row: usize) -> usize {
+        self.row_tokens(row)
+    }
+    fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(rows.iter().map(|row| self.row(*row)).collect::<Result<_, _>>()?)
+    }
 }
 
 /// Rows of one micro-batch, packed.
@@ -71,7 +71,7 @@ impl Pack {
     pub fn push(
         &mut self,
         number: u64,
-        row: &Row,
+        row: &CaptureRow,
         max_slots: usize,
         feature_width: usize,
         last_width: usize,
@@ -154,7 +154,7 @@ mod tests {
         fn row_slots(&self, row: usize) -> usize {
             self.0[row]
         }
-        fn read(&mut self, _: &[usize]) -> Result<Vec<Row>, Box<dyn std::error::Error + Send + Sync>> {
+        fn read(&mut self, _: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
             Ok(Vec::new())
         }
     }
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_row_is_cut_to_the_pack_and_its_last_slot_is_not_trained() {
-        let row = Row {
+        let row = CaptureRow {
             ids: vec![1, 2, 3, 4],
             loss_mask: vec![false, true, true, true],
             features: vec![0.5; 8],
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(pack.loss_mask, [false, true, false, false, true, true, false]);
         assert_eq!(pack.positions, [0, 1, 2, 0, 1, 2, 3]);
         assert_eq!(pack.docs[1], DocSpan { start: 3, len: 4 });
-        let bad = Row { features: vec![0.0; 7], ..row };
+        let bad = CaptureRow { features: vec![0.0; 7], ..row };
         assert!(matches!(
             pack.push(5, &bad, 8, 2, 1),
             Err(TrainError::RowShape { row: 5, found: 7, wanted: 8, .. })

@@ -50,6 +50,18 @@ pub enum TrainError {
         /// Values needed.
         wanted: usize,
     },
+    /// The draft does not have the shapes of the target that it should start from.
+    #[error(
+        "the draft cannot start from the target: `{name}` has {found} values there, the draft needs {wanted}"
+    )]
+    Start {
+        /// Tensor name.
+        name: String,
+        /// Values of the target.
+        found: usize,
+        /// Values of the draft.
+        wanted: usize,
+    },
     /// A tensor to start from is missing.
     #[error("tensor `{name}` is missing")]
     MissingTensor {
@@ -111,6 +123,11 @@ impl TrainError {
             TrainError::RowShape { .. } | TrainError::TokenId { .. } => {
                 Some("the target cache was captured for another target or other layers; capture again".into())
             }
+            TrainError::Start { .. } => Some(
+                "set `draft.init = \"random\"`, or leave `draft.hidden`, `draft.intermediate`, `draft.heads` and \
+                 `draft.kv_heads` to the target's"
+                    .into(),
+            ),
             TrainError::Diverged { .. } => Some(
                 "lower `train.lr` or `train.max_grad_norm`, then run again from the last checkpoint".into(),
             ),

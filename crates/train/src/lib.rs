@@ -20,9 +20,10 @@ mod rng;
 mod trainer;
 
 pub use checkpoint::{Best, TrainState};
-pub use data::{Order, Pack, Row, RowStore};
+pub use data::{Order, Pack, RowStore};
 pub use draft::{DraftTensor, DraftWeights};
 pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
+
 pub use error::TrainError;
 pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use draftsmith_formats::run::{RunFile, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -45,6 +46,39 @@ pub struct TrainOptions {
     pub validate_every: Option<u64>,
     /// Seed of the data order.
     pub seed: u64,
+}
+
+impl TrainOptions {
+    /// The settings of a run file. `run_hash` is its hash over everything that changes the result of training.
+    pub fn from_run(run: &RunFile, dir: PathBuf, run_hash: String) -> TrainOptions {
+        let t = &run.train;
+        TrainOptions {
+            dir,
+            run_hash,
+            lr: t.lr,
+            warmup_ratio: t.warmup_ratio,
+            schedule: match t.schedule {
+                Schedule::Cosine => LrSchedule::Cosine,
+                Schedule::Constant => LrSchedule::Constant,
+            },
+            adamw: AdamWOptions {
+                beta1: t.beta1,
+                beta2: t.beta2,
+                weight_decay: t.weight_decay,
+                max_grad_norm: t.max_grad_norm,
+                ..AdamWOptions::default()
+            },
+            epochs: u64::from(t.epochs),
+            max_steps: t.max_steps,
+            tokens_per_step: t.tokens_per_step as usize,
+            pack_slots: t.pack_length as usize,
+            log_every: t.log_every,
+            checkpoint_every: t.checkpoint_every,
+            keep_checkpoints: t.keep_checkpoints as usize,
+            validate_every: (run.validate.every > 0).then_some(run.validate.every),
+            seed: t.seed.unwrap_or(run.run.seed),
+        }
+    }
 }
 
 /// One measured validation, as the caller's decoder found it.

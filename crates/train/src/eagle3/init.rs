@@ -1,6 +1,8 @@
 //! How the weights of an EAGLE-3 draft start.
 
 use draftsmith_core::VocabMap;
+use draftsmith_kernels::Activation;
+use draftsmith_model::TargetTensors;
 use draftsmith_model::eagle3::Eagle3Config;
 
 use crate::{DraftTensor, Rng, TrainError};
@@ -25,12 +27,34 @@ pub fn random_weights(config: &Eagle3Config, seed: u64) -> Vec<DraftTensor> {
 
 /// Tensors of the target that a draft of the same shapes can start from.
 pub struct TargetStart<'a> {
-    /// Last decoder layer, by the names of a Hugging Face checkpoint without the layer prefix.
-    pub layer: &'a [(&'static str, Vec<f32>)],
+    /// Last decoder layer, by the names of a Hugging Face checkpoint without the layer prefix. What is not there
+    /// starts at random: see [`TargetStart::of`].
+    pub layer: Vec<(&'static str, &'a [f32])>,
     /// `[Ht]`
     pub final_norm: &'a [f32],
     /// `[V, Ht]`
     pub head: &'a [f32],
+}
+
+impl<'a> TargetStart<'a> {
+    /// The parts of a target's last layer that mean the same in a draft.
+    ///
+    /// A draft has no biases, no norms on query and key heads, and SiLU: attention weights that were trained with
+    /// the former, or an MLP with another non-linearity, are left out, and so is a layer with norms on its outputs.
+    pub fn of(target: &'a TargetTensors) -> TargetStart<'a> {
+        let c = &target.config;
+        let attention = !c.qkv_bias && !c.qk_norm && !c.post_norms;
+        let mlp = c.activation == Activation::Silu && !c.post_norms;
+        let keep = |name: &str| match name {
+            "input_layernorm.weight" => attention,
+            "post_attention_layernorm.weight" => mlp,
+            name if name.starts_with("self_attn.") => attention,
+            _ => mlp,
+        };
+        let layer = target.last_layer.iter().filter(|t| keep(t.0)).map(|(n, v)| (*n, v.as_slice())).collect();
+        let head = target.head.as_deref().unwrap_or(&target.embed);
+        TargetStart { layer, final_norm: &target.final_norm, head }
+    }
 }
 
 /// Starts the draft as the target's own last layer, final norm and head, fed with the highest captured layer.
@@ -48,14 +72,15 @@ pub fn warm_weights(
 ) -> Result<Vec<DraftTensor>, TrainError> {
     let (h, ht) = (config.hidden_size, config.target_hidden_size);
     if h != ht {
-        return Err(TrainError::Tensor { name: "fc.weight".into(), found: ht, wanted: h });
+        return Err(TrainError::Start { name: "final hidden state".into(), found: ht, wanted: h });
     }
-    let layer = |name: &str, len: usize| -> Result<&[f32], TrainError> {
-        let found = start.layer.iter().find(|(n, _)| *n == name);
-        let (_, values) = found.ok_or_else(|| TrainError::MissingTensor { name: name.to_owned() })?;
-        match values.len() == len {
-            true => Ok(values),
-            false => Err(TrainError::Tensor { name: name.to_owned(), found: values.len(), wanted: len }),
+    let layer = |name: &str, len: usize| -> Result<Option<&[f32]>, TrainError> {
+        match start.layer.iter().find(|(n, _)| *n == name) {
+            None => Ok(None),
+            Some((_, values)) if values.len() == len => Ok(Some(*values)),
+            Some((_, values)) => {
+                Err(TrainError::Start { name: name.to_owned(), found: values.len(), wanted: len })
+            }
         }
     };
     let mut tensors = random_weights(config, seed);
@@ -72,20 +97,22 @@ pub fn warm_weights(
             name @ ("midlayer.self_attn.q_proj.weight"
             | "midlayer.self_attn.k_proj.weight"
             | "midlayer.self_attn.v_proj.weight") => {
-                let from = layer(&name["midlayer.".len()..], numel / 2)?;
+                let Some(from) = layer(&name["midlayer.".len()..], numel / 2)? else { continue };
                 for (row, from) in t.values.chunks_exact_mut(2 * h).zip(from.chunks_exact(h)) {
                     quiet(&mut row[..h]);
                     row[h..].copy_from_slice(from);
                 }
             }
             "midlayer.hidden_norm.weight" => {
-                t.values.copy_from_slice(layer("input_layernorm.weight", numel)?)
+                if let Some(from) = layer("input_layernorm.weight", numel)? {
+                    t.values.copy_from_slice(from);
+                }
             }
             "midlayer.input_layernorm.weight" => {}
             "norm.weight" => {
                 if start.final_norm.len() != numel {
                     let (found, wanted) = (start.final_norm.len(), numel);
-                    return Err(TrainError::Tensor { name: "norm.weight".into(), found, wanted });
+                    return Err(TrainError::Start { name: "norm.weight".into(), found, wanted });
                 }
                 t.values.copy_from_slice(start.final_norm);
             }
@@ -93,14 +120,16 @@ pub fn warm_weights(
                 let wanted = config.vocab_size * ht;
                 if start.head.len() != wanted {
                     let found = start.head.len();
-                    return Err(TrainError::Tensor { name: "lm_head.weight".into(), found, wanted });
+                    return Err(TrainError::Start { name: "lm_head.weight".into(), found, wanted });
                 }
                 for (row, id) in t.values.chunks_exact_mut(h).zip(vocab_map.target_ids()) {
                     row.copy_from_slice(&start.head[*id as usize * ht..(*id as usize + 1) * ht]);
                 }
             }
             name if name.starts_with("midlayer.") => {
-                t.values.copy_from_slice(layer(&name["midlayer.".len()..], numel)?);
+                if let Some(from) = layer(&name["midlayer.".len()..], numel)? {
+                    t.values.copy_from_slice(from);
+                }
             }
             // The per-layer norms before `fc` of EAGLE-3.1 start at 1.
             _ => {}

@@ -17,11 +17,12 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use draftsmith_core::{TargetTokenId, VocabMap};
+use draftsmith_formats::run::{DraftInit, DraftTable, Loss, TrainTable};
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums, Teacher};
-use draftsmith_model::Ops;
 use draftsmith_model::eagle3::{BuildWeights, Eagle3, Eagle3Config, Eagle3Weights, Feedback};
 use draftsmith_model::tape::{ParamId, Tape, TttAttend, TttLayout};
+use draftsmith_model::{Ops, TargetConfig, TargetTensors};
 
 pub use init::{TargetStart, random_weights, warm_weights};
 
@@ -155,7 +156,68 @@ fn expect_len(name: &str, found: usize, wanted: usize) -> Result<(), TrainError>
     }
 }
 
+/// The shapes of a draft as a run file's `[draft]` table asks for them: the target's where it says nothing.
+///
+/// # Errors
+/// If the numbers do not fit together.
+pub fn draft_config(
+    table: &DraftTable,
+    target: &TargetConfig,
+    draft_vocab_size: usize,
+) -> Result<Eagle3Config, TrainError> {
+    let mut config = Eagle3Config::for_target(target, draft_vocab_size);
+    let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
+    set(&mut config.hidden_size, table.hidden);
+    set(&mut config.intermediate_size, table.intermediate);
+    set(&mut config.num_attention_heads, table.heads);
+    set(&mut config.num_key_value_heads, table.kv_heads);
+    config.fc_norm = table.fc_norm;
+    config.feedback = if table.norm_output { Feedback::PostNorm } else { Feedback::PreNorm };
+    config.check()?;
+    Ok(config)
+}
+
+impl Eagle3Options {
+    /// The settings of a run file's `[train]` table, normalised by trained tokens.
+    pub fn from_table(table: &TrainTable) -> Eagle3Options {
+        let loss = match table.loss {
+            Loss::Kl => SoftLoss::Kl,
+            Loss::LkAlpha => SoftLoss::LkAlpha,
+            Loss::LkLambda => {
+                SoftLoss::LkLambda { kl_scale: table.kl_scale as f32, kl_decay: table.kl_decay as f32 }
+            }
+        };
+        Eagle3Options {
+            ttt_length: table.ttt_length as usize,
+            step_decay: table.step_decay,
+            loss,
+            divisor: LossDivisor::ValidTokens,
+        }
+    }
+}
+
 impl<K: TrainKernels> Eagle3Train<K> {
+    /// A draft for a loaded target, started from it or at random.
+    ///
+    /// # Errors
+    /// As [`Eagle3Train::new`]; a start from the target also needs a draft of its shapes.
+    pub fn for_target(
+        kernels: K,
+        config: Eagle3Config,
+        options: Eagle3Options,
+        vocab_map: VocabMap,
+        target: &TargetTensors,
+        init: DraftInit,
+        seed: u64,
+    ) -> Result<Eagle3Train<K>, TrainError> {
+        let weights = match init {
+            DraftInit::Target => warm_weights(&config, &vocab_map, &TargetStart::of(target), seed)?,
+            DraftInit::Random => random_weights(&config, seed),
+        };
+        let side = TargetSide { embed: &target.embed, head: target.head.as_deref() };
+        Eagle3Train::new(kernels, config, options, vocab_map, &side, &weights)
+    }
+
     /// A draft with the given initial weights (all of [`Eagle3Config::tensors`], by name).
     ///
     /// # Errors

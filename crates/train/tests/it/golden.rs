@@ -4,13 +4,14 @@
 use std::path::PathBuf;
 
 use draftsmith_core::VocabMap;
+use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_kernels::Cpu;
 use draftsmith_kernels::train::SoftLoss;
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_train::eagle3::TargetSide;
 use draftsmith_train::{
-    AdamW, AdamWOptions, DraftTensor, Eagle3Options, Eagle3Train, LossDivisor, Method, Mode, Pack, Row,
+    AdamW, AdamWOptions, DraftTensor, Eagle3Options, Eagle3Train, LossDivisor, Method, Mode, Pack,
 };
 use serde_json::Value;
 
@@ -108,7 +109,7 @@ impl Case {
         let mut all_positions = Vec::new();
         for (b, len) in self.valid_lengths().into_iter().enumerate() {
             let at = b * shape[1];
-            let row = Row {
+            let row = CaptureRow {
                 ids: ids[at..at + len].iter().map(|i| *i as u32).collect(),
                 loss_mask: mask[at..at + len].iter().map(|m| *m != 0).collect(),
                 features: features[at * fw..(at + len) * fw].to_vec(),

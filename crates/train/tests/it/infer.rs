@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use draftsmith_core::VocabMap;
+use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::{Cpu, Kernels, PackMode, StepMask, WeightView};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_model::tape::Tape;
 use draftsmith_model::{CacheAttend, Draft, Infer, Linear, Ops};
 use draftsmith_train::eagle3::{TargetSide, random_weights};
-use draftsmith_train::{DraftTensor, Eagle3Options, Eagle3Train, Pack, Rng, Row};
+use draftsmith_train::{DraftTensor, Eagle3Options, Eagle3Train, Pack, Rng};
 
 use crate::golden::{Case, Errors};
 
@@ -96,7 +97,7 @@ pub(crate) struct Random {
     pub(crate) embed: Vec<f32>,
     pub(crate) head: Vec<f32>,
     pub(crate) vocab_map: VocabMap,
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<CaptureRow>,
 }
 
 impl Random {
@@ -114,7 +115,7 @@ impl Random {
         let vocab_map = VocabMap::from_target_ids(&ids, config.vocab_size).unwrap();
         let rows = lengths
             .iter()
-            .map(|len| Row {
+            .map(|len| CaptureRow {
                 ids: (0..*len).map(|_| rng.below(90) as u32).collect(),
                 loss_mask: (0..*len).map(|t| t * 3 / len != 1).collect(),
                 features: rng.normal(len * config.features_width(), 1.0),

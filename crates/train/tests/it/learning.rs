@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_kernels::train::SoftLoss;
 use draftsmith_model::eagle3::Feedback;
@@ -9,12 +10,12 @@ use draftsmith_model::read_draft;
 use draftsmith_train::eagle3::{TargetStart, warm_weights};
 use draftsmith_train::{
     AdamWOptions, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode, Outcome, Pack,
-    Row, RowStore, TrainError, TrainOptions, ValidationResult, train,
+    RowStore, TrainError, TrainOptions, ValidationResult, train,
 };
 
 use crate::infer::Random;
 
-struct Memory(Vec<Row>);
+struct Memory(Vec<CaptureRow>);
 
 impl RowStore for Memory {
     fn num_rows(&self) -> usize {
@@ -23,7 +24,7 @@ impl RowStore for Memory {
     fn row_slots(&self, row: usize) -> usize {
         self.0[row].ids.len()
     }
-    fn read(&mut self, rows: &[usize]) -> Result<Vec<Row>, Box<dyn std::error::Error + Send + Sync>> {
+    fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
         Ok(rows.iter().map(|r| self.0[*r].clone()).collect())
     }
 }
@@ -281,7 +282,8 @@ fn a_warm_start_is_the_last_layer_of_the_target() {
     ];
     let (_, head) = part("head", c.vocab_size * h);
     let (_, final_norm) = part("norm", h);
-    let start = TargetStart { layer: &layer, final_norm: &final_norm, head: &head };
+    let views = |from: usize| layer[from..].iter().map(|(n, v)| (*n, v.as_slice())).collect::<Vec<_>>();
+    let start = TargetStart { layer: views(0), final_norm: &final_norm, head: &head };
     let weights = warm_weights(&c, &random.vocab_map, &start, 5).unwrap();
     let find = |name: &str| &weights.iter().find(|t| t.name == name).unwrap().values;
     assert_eq!(find("midlayer.mlp.down_proj.weight"), &layer[6].1);
@@ -292,9 +294,13 @@ fn a_warm_start_is_the_last_layer_of_the_target() {
     assert_eq!(find("lm_head.weight")[h..2 * h], head[5 * h..6 * h], "draft id 1 is target id 5");
     let fc = find("fc.weight");
     assert!((fc[2 * h] - 1.0).abs() < 0.1 && fc[0].abs() < 0.1 && fc[2 * h + 1].abs() < 0.1);
-    let short = TargetStart { layer: &layer[1..], ..start };
+    let without = TargetStart { layer: views(1), ..start };
+    let weights = warm_weights(&c, &random.vocab_map, &without, 5).unwrap();
+    let q = &weights.iter().find(|t| t.name == "midlayer.self_attn.q_proj.weight").unwrap().values;
+    assert_ne!(q[h..2 * h], layer[0].1[..h], "what the target does not offer starts at random");
+    let short = TargetStart { final_norm: &final_norm[1..], ..without };
     let error = warm_weights(&c, &random.vocab_map, &short, 5).unwrap_err();
-    assert!(matches!(error, TrainError::MissingTensor { .. }), "{error}");
+    assert!(matches!(error, TrainError::Start { .. }), "{error}");
 }
 
 #[test]
