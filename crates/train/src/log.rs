@@ -158,7 +158,7 @@ mod tests {
         // crc32c("123456789") = 0xe3069283, the value of the polynomial's definition.
         assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
         let framed = record(b"123456789");
-        let masked = ((0xe306_9283u32 >> 15) | (0xe306_9283u32 << 17)).wrapping_add(0xa282_ead8);
+        let masked = 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8);
         assert_eq!(framed[framed.len() - 4..], masked.to_le_bytes());
     }
 

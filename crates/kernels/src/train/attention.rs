@@ -149,7 +149,7 @@ pub fn ttt_attention(
             with_scratch(p.rows * p.keys, |logits| {
                 panel_logits(&shape, x.q, x.k0, p, kv, logits);
                 let mut sums = [0.0f32; TILE];
-                for i in 0..p.rows {
+                for (i, row_sum) in sums[..p.rows].iter_mut().enumerate() {
                     let row = p.first + i;
                     let line = &mut logits[i * p.keys..(i + 1) * p.keys];
                     let seen = shape.slots[row] as usize + 1 - p.start;
@@ -175,7 +175,7 @@ pub fn ttt_attention(
                         );
                         total += exp(z - shift);
                     }
-                    sums[i] = total;
+                    *row_sum = total;
                     // SAFETY: one task per (row, head).
                     unsafe {
                         lse.range(row * shape.heads + p.head..row * shape.heads + p.head + 1)[0] =
@@ -195,7 +195,7 @@ pub fn ttt_attention(
                 let (dst, v) = (out.at(p.first * qw + p.head * hd), &x.v0[p.start * kvw + kv * hd..]);
                 // SAFETY: `keys` rows of V0 exist, and this task alone writes these rows of this head.
                 unsafe { product.run(dst, logits.as_ptr(), v.as_ptr(), Parallelism::None) };
-                for i in 0..p.rows {
+                for (i, row_sum) in sums[..p.rows].iter().enumerate() {
                     let row = p.first + i;
                     let q = &x.q[row * qw + p.head * hd..][..hd];
                     // SAFETY: as above.
@@ -206,7 +206,7 @@ pub fn ttt_attention(
                     simd(
                         #[inline(always)]
                         || {
-                            let inverse = 1.0 / sums[i];
+                            let inverse = 1.0 / row_sum;
                             o.iter_mut().for_each(|o| *o *= inverse);
                             for (k, v) in x.diagonals {
                                 let weight = exp(shape.scale * dot(q, &k[row * kvw + kv * hd..][..hd]) - lse);
@@ -458,7 +458,7 @@ mod tests {
                 for head in 0..self.heads {
                     let kv = head / (self.heads / self.kv_heads);
                     let mut seen = Vec::new();
-                    for block in 0..=self.diagonals {
+                    for (block, keys) in k.iter().enumerate() {
                         // Rows of block 0 are slots of the pack, rows of later blocks are query rows.
                         let of_block = if block == 0 { self.total() } else { self.slots.len() };
                         for i in 0..of_block {
@@ -469,7 +469,7 @@ mod tests {
                             };
                             if allowed {
                                 let z: f64 = (0..hd)
-                                    .map(|c| q[r * qw + head * hd + c] * k[block][i * kvw + kv * hd + c])
+                                    .map(|c| q[r * qw + head * hd + c] * keys[i * kvw + kv * hd + c])
                                     .sum();
                                 seen.push((z / (hd as f64).sqrt(), block, i));
                             }
@@ -526,14 +526,14 @@ mod tests {
             case.dense(q, k, v).iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum()
         };
         directional(&q, &dq, 1e-4, |q| total_of(q, &wk, &wv));
-        for block in 0..=case.diagonals {
+        for (block, (k_block, v_block)) in k.iter().zip(&v).enumerate() {
             let with = |all: &[Vec<f64>], x: &[f64]| {
                 let mut all = all.to_vec();
                 all[block] = x.to_vec();
                 all
             };
-            directional(&k[block], &dk[block], 1e-4, |x| total_of(&wide(&q), &with(&wk, x), &wv));
-            directional(&v[block], &dv[block], 1e-4, |x| total_of(&wide(&q), &wk, &with(&wv, x)));
+            directional(k_block, &dk[block], 1e-4, |x| total_of(&wide(&q), &with(&wk, x), &wv));
+            directional(v_block, &dv[block], 1e-4, |x| total_of(&wide(&q), &wk, &with(&wv, x)));
         }
         let mut one = (
             vec![0.0; dq.len()],

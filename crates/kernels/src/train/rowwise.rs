@@ -134,6 +134,7 @@ fn add(a: &mut [f32], b: &[f32]) {
 }
 
 /// RoPE of all heads of each row, or its inverse (which is its gradient). `x` and `y`: `[R, heads * head_dim]`.
+#[allow(clippy::too_many_arguments, reason = "the operands of one operation")]
 pub fn rotate(
     threads: usize,
     x: &[f32],
@@ -190,7 +191,7 @@ fn activate(activation: Activation, x: f32) -> (f32, f32) {
         }
         Activation::GeluTanh => {
             // 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x³)
-            const K: f32 = 1.595_769_1;
+            const K: f32 = 1.595_769_2;
             let s = sigmoid(K * (x + 0.044_715 * x * x * x));
             (x * s, s + x * s * (1.0 - s) * K * (1.0 + 3.0 * 0.044_715 * x * x))
         }

@@ -347,10 +347,10 @@ mod tests {
             let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
             let m = t.rows[n] as usize;
             let (mut kl, mut alpha) = (0.0, 0.0f64);
-            for j in 0..case.vocab {
+            for (j, z) in z.iter().enumerate() {
                 let p = f64::from(t.p[m * case.vocab + j]);
-                kl -= p * (z[j] - lse);
-                alpha += (z[j] - lse).exp().min(p * f64::from(t.mass[m]));
+                kl -= p * (z - lse);
+                alpha += (z - lse).exp().min(p * f64::from(t.mass[m]));
             }
             let best = (0..case.vocab).max_by(|a, b| z[*a].total_cmp(&z[*b])).unwrap();
             sums.correct += u64::from(best == t.labels[m] as usize);

@@ -17,7 +17,7 @@ pub fn random_weights(config: &Eagle3Config, seed: u64) -> Vec<DraftTensor> {
         .map(|(i, (name, shape))| {
             let values = match shape.len() {
                 1 => vec![1.0; shape[0]],
-                _ => Rng::new(seed, &[0x69_6e69_74, i as u64])
+                _ => Rng::new(seed, &[0x696e_6974, i as u64])
                     .normal(shape.iter().product(), config.initializer_range),
             };
             DraftTensor { name, shape, values }
