@@ -257,3 +257,36 @@ fn kernel_widths_take_turns_and_medians_are_kept_in_order() {
     );
     assert!((report.decode_tokens_per_s - 1000.0 / 11.0).abs() < 1e-9);
 }
+
+#[test]
+fn a_record_of_version_1_still_opens() {
+    // Written by the first version of this crate from the made-up engine; never to be written anew.
+    let record = Record::from_json("record-v1.json", include_str!("data/record-v1.json")).unwrap();
+    assert_eq!((record.samples.len(), record.skipped.len()), (4, 1));
+    let summary = summarize(&record);
+    assert_eq!(summary.accept.committed_tokens, 44);
+    assert_eq!(summary.accept.verify_steps, 15);
+    assert!(summary.identical());
+}
+
+#[test]
+fn a_spoilt_record_is_refused_and_never_a_panic() {
+    let text = include_str!("data/record-v1.json");
+    let mut refused = 0;
+    for i in (0..text.len()).step_by(7) {
+        for byte in [b'0', b'"', b'-', b'9', b'}', b' '] {
+            let mut bytes = text.as_bytes().to_vec();
+            bytes[i] = byte;
+            let Ok(spoilt) = String::from_utf8(bytes) else { continue };
+            match Record::from_json("spoilt", &spoilt) {
+                // Some changes leave a record; then everything derived from it works, too.
+                Ok(record) => {
+                    let _ = Contract::new(&record);
+                    let _ = table::text(&[record]);
+                }
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(refused > 100, "{refused}");
+}

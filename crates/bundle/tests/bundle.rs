@@ -709,3 +709,39 @@ fn a_report_can_be_read_by_machines() {
     };
     assert_eq!(name, "norm.weight");
 }
+
+#[test]
+fn a_manifest_of_version_1_still_opens() {
+    // Written by the first version of this crate; never to be written anew.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("bundle.json"), include_str!("data/bundle-v1.json")).unwrap();
+    let manifest = Manifest::read(dir.path()).unwrap();
+    assert_eq!(manifest.name, "toy-8l-eagle3");
+    assert_eq!(manifest.draft.target_layer_ids, [1, 3, 4]);
+    assert_eq!(manifest.training.data[0].trained_tokens, 600_000);
+}
+
+#[test]
+fn a_spoilt_manifest_or_probe_is_told_and_never_a_panic() {
+    let (_root, dir) = made();
+    let good = std::fs::read_to_string(dir.join("bundle.json")).unwrap();
+    for i in (0..good.len()).step_by(11) {
+        for byte in [b'0', b'"', b'-', b'}'] {
+            let mut bytes = good.as_bytes().to_vec();
+            bytes[i] = byte;
+            std::fs::write(dir.join("bundle.json"), &bytes).unwrap();
+            if let Ok(report) = check(&dir, CheckOptions::default()) {
+                let _ = report.text();
+            }
+        }
+    }
+    std::fs::write(dir.join("bundle.json"), &good).unwrap();
+    let good = std::fs::read(dir.join("probe.safetensors")).unwrap();
+    let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    for i in 0..header {
+        let mut bytes = good.clone();
+        bytes[i] ^= 0x11;
+        std::fs::write(dir.join("probe.safetensors"), &bytes).unwrap();
+        assert!(!checked(&dir).holds, "byte {i}");
+    }
+}

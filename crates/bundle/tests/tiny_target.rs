@@ -1,0 +1,234 @@
+//! The real draft network beside the tiny target: what the probe asks is what decoding runs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use draftsmith_bundle::{
+    Existing, MakeInput, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo,
+    check_with_target, expected_tensors, make_with_target, run_draft,
+};
+use draftsmith_core::{LayerId, Sampling};
+use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Features};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
+use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::{Draft, Infer, Precision, StepItem, Target};
+use serde_json::{Value, json};
+
+const VD: usize = 400;
+
+fn target() -> Target<Cpu> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
+    Target::load(Arc::new(Cpu::new(1)), &path, Precision::Stored).unwrap()
+}
+
+/// `variant` is merged into the configuration.
+fn write_draft(dir: &Path, target: &Target<Cpu>, variant: &Value) {
+    let t = target.config();
+    let mut config = json!({
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama",
+        "vocab_size": t.vocab_size, "draft_vocab_size": VD, "hidden_size": t.hidden_size,
+        "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "num_hidden_layers": 1, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "initializer_range": 0.02
+    });
+    for (key, value) in variant.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    let mut state = 1u64;
+    let mut number = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+    };
+    let tensors: Vec<TensorData> = expected_tensors(&Eagle3Config::from_value(&config).unwrap())
+        .into_iter()
+        .map(|spec| {
+            let n = spec.shape.iter().product();
+            match spec.dtype {
+                // Every second id from 100 on.
+                Dtype::I64 => {
+                    TensorData::i64("d2t", &[VD], &std::array::from_fn::<_, VD, _>(|i| 100 + i as i64))
+                }
+                Dtype::BOOL => {
+                    let covered: Vec<bool> =
+                        (0..n).map(|t| (100..100 + 2 * VD).contains(&t) && t % 2 == 0).collect();
+                    TensorData::bool("t2d", &[n], &covered)
+                }
+                _ if spec.shape.len() == 1 => TensorData::f32(
+                    &spec.name,
+                    &spec.shape,
+                    &(0..n).map(|_| 1.0 + number()).collect::<Vec<_>>(),
+                ),
+                _ => TensorData::f32(
+                    &spec.name,
+                    &spec.shape,
+                    &(0..n).map(|_| 0.3 * number()).collect::<Vec<_>>(),
+                ),
+            }
+        })
+        .collect();
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    write(dir.join("model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+}
+
+fn facts(target: &Target<Cpu>) -> TargetInfo {
+    let config = target.config();
+    TargetInfo {
+        name: "tiny".into(),
+        license: "CC0-1.0".into(),
+        weights_sha256: "aa".repeat(32),
+        hidden_size: config.hidden_size as u64,
+        vocab_size: config.vocab_size as u64,
+        num_layers: config.num_layers as u64,
+        ..TargetInfo::default()
+    }
+}
+
+fn input(root: &Path, target: &Target<Cpu>) -> MakeInput {
+    MakeInput {
+        out: root.join("bundle"),
+        existing: Existing::Refuse,
+        checkpoint: root.join("checkpoint"),
+        name: "tiny-eagle3".into(),
+        target: facts(target),
+        training: TrainingInfo::default(),
+        license: "CC0-1.0".into(),
+        license_text: "CC0\n".into(),
+        notice: String::new(),
+        results: vec![],
+        recommended: Recommended::chain(5, ""),
+        run_toml: String::new(),
+        report_html: None,
+        probe_inputs: vec![],
+        created_unix_s: 0,
+    }
+}
+
+fn made(variant: &Value) -> (tempfile::TempDir, PathBuf, Target<Cpu>) {
+    let root = tempfile::tempdir().unwrap();
+    let target = target();
+    write_draft(&root.path().join("checkpoint"), &target, variant);
+    let made = make_with_target(&input(root.path(), &target), &target).unwrap();
+    (root, made.path, target)
+}
+
+#[test]
+fn the_probe_sees_what_the_drafter_proposes() {
+    for variant in [json!({}), json!({"fc_norm": true, "norm_output": true})] {
+        let (_root, dir, target) = made(&variant);
+        let draft = Arc::new(Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap());
+        let drafter = EagleDrafter::new(&target, Arc::clone(&draft)).unwrap();
+        let layers: Vec<LayerId> = drafter.target_layers().to_vec();
+        for prompt in [vec![1, 300, 17, 42, 42, 901], vec![5], (0..40).map(|i| i * 23 % 1024).collect()] {
+            let (context, next) = (&prompt[..], [&prompt[1..], &[77]].concat());
+            let parents: Vec<Option<u32>> = (0..context.len() as u32).map(|i| i.checked_sub(1)).collect();
+            let mut kv = target.new_kv();
+            let mut items = [StepItem { kv: &mut kv, tokens: context, parents: &parents }];
+            let output = target.forward(&mut items, &layers);
+            let rows: Vec<u32> = (0..context.len() as u32).collect();
+            let features = Features { output: &output, rows: &rows };
+
+            let mut session = drafter.begin();
+            session.extend(&features, &next);
+            let tree =
+                session.propose(&DraftPlan::Chain { depth: 5 }, 5, &Sampling::GREEDY, context.len() as u64);
+            let proposed: Vec<u32> = tree.tokens.iter().map(|t| t.0).collect();
+
+            let kernels = target.kernels().as_ref();
+            let values = Infer::new(kernels).values(&features.concat(kernels));
+            let asked: Vec<u32> = (0..5)
+                .map(|depth| {
+                    let question = ProbeInput { token_ids: next.clone(), features: values.clone(), depth };
+                    let logits = run_draft(&target, &draft, &question).unwrap();
+                    let best = (0..VD).fold(0, |b, i| if logits[i] > logits[b] { i } else { b });
+                    100 + 2 * best as u32
+                })
+                .collect();
+            assert_eq!(asked, proposed);
+        }
+    }
+}
+
+#[test]
+fn a_bundle_made_beside_a_target_holds_beside_it() {
+    let (_root, dir, target) = made(&json!({}));
+    let report = check_with_target(&dir, &facts(&target), &target).unwrap();
+    assert!(report.holds, "{}", report.text());
+    let probe = &report.checks[5];
+    assert_eq!((probe.name, probe.status), ("probe", Status::Held));
+    assert!(
+        probe.detail.contains("difference 0.0e0"),
+        "the same machine gives the same bits: {}",
+        probe.detail
+    );
+
+    // Another quantisation of the target: its embedding differs, so the stored answers say nothing.
+    let other = TargetInfo { weights_sha256: "bb".repeat(32), ..facts(&target) };
+    let report = check_with_target(&dir, &other, &target).unwrap();
+    assert!(report.holds);
+    assert_eq!(report.checks[5].status, Status::Skipped);
+}
+
+#[test]
+fn a_network_with_another_configuration_than_trained_is_found() {
+    // The weights stay what they are; only what the network does with them changes.
+    for (key, value) in
+        [("rope_theta", json!(20000.0)), ("norm_output", json!(true)), ("rms_norm_eps", json!(0.1))]
+    {
+        let (_root, dir, target) = made(&json!({}));
+        let path = dir.join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config[key] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let report = check_with_target(&dir, &facts(&target), &target).unwrap();
+        let probe = &report.checks[5];
+        assert_eq!(probe.status, Status::Failed, "{key}: {}", report.text());
+        assert!(matches!(probe.problems[0], Problem::ProbeDiffers { .. }), "{key}");
+    }
+}
+
+#[test]
+fn a_transposed_square_matrix_is_found_by_the_probe_alone() {
+    let (_root, dir, target) = made(&json!({}));
+    let open = SafetensorsDir::open(&dir).unwrap();
+    let tensors: Vec<TensorData> = open
+        .names()
+        .map(|name| {
+            let t = open.get(name).unwrap();
+            let mut bytes = t.bytes.to_vec();
+            if name == "midlayer.self_attn.o_proj.weight" {
+                let n = t.shape[0];
+                assert_eq!(t.shape, [n, n]);
+                for r in 0..n {
+                    for c in 0..n {
+                        let (to, from) = ((r * n + c) * 2, (c * n + r) * 2);
+                        bytes[to..to + 2].copy_from_slice(&t.bytes[from..from + 2]);
+                    }
+                }
+            }
+            TensorData { name: name.into(), dtype: t.dtype, shape: t.shape.to_vec(), bytes }
+        })
+        .collect();
+    drop(open);
+    write(dir.join("model.safetensors"), &tensors, &BTreeMap::new()).unwrap();
+    let report = check_with_target(&dir, &facts(&target), &target).unwrap();
+    assert_eq!(report.checks[2].status, Status::Held, "shapes cannot tell");
+    assert_eq!(report.checks[5].status, Status::Failed);
+}
+
+#[test]
+fn a_question_that_does_not_fit_is_an_error_not_a_panic() {
+    let (_root, dir, target) = made(&json!({}));
+    let draft = Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap();
+    let width = draft.network.config.features_width();
+    let ask = |token_ids: Vec<u32>, features: usize| {
+        run_draft(&target, &draft, &ProbeInput { token_ids, features: vec![0.1; features], depth: 0 })
+    };
+    assert!(ask(vec![], 0).is_err());
+    assert!(ask(vec![1, 2], width).is_err());
+    assert!(ask(vec![9999], width).unwrap_err().to_string().contains("9999"));
+    assert_eq!(ask(vec![1], width).unwrap().len(), VD);
+}
