@@ -18,6 +18,7 @@ pub use error::Error;
 
 pub use draftsmith_bench as bench;
 pub use draftsmith_bundle as bundle;
+pub use draftsmith_capture as capture;
 pub use draftsmith_core as core;
 pub use draftsmith_data as data;
 pub use draftsmith_decode as decode;
@@ -25,3 +26,4 @@ pub use draftsmith_formats as formats;
 pub use draftsmith_kernels as kernels;
 pub use draftsmith_model as model;
 pub use draftsmith_text as text;
+pub use draftsmith_train as train;

@@ -7,7 +7,8 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::Parser;
-use draftsmith::cli::{Cli, DataVerb, Verb};
+use draftsmith::cli::{BundleVerb, Cli, DataVerb, Verb};
+use draftsmith::formats::run::Stage;
 
 use crate::failure::Failure;
 use crate::verbs::Session;
@@ -30,9 +31,26 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
         Verb::Doctor(args) => verbs::doctor::run(&args, session),
         Verb::Pull(args) => verbs::pull::run(&args, session),
         Verb::Data(args) => match args.verb {
+            DataVerb::Prepare(args) => {
+                verbs::stages::advance("data prepare", &args.run, Some(Stage::Data), session)
+            }
             DataVerb::Preview(args) => verbs::data::preview(&args, session),
         },
+        Verb::Regenerate(args) => {
+            verbs::stages::advance("regenerate", &args.run, Some(Stage::Regenerate), session)
+        }
+        Verb::Capture(args) => verbs::stages::capture(&args, session),
+        Verb::Train(args) => verbs::stages::advance("train", &args.run, Some(Stage::Train), session),
+        Verb::Bundle(args) => match args.verb {
+            BundleVerb::Make(args) => {
+                verbs::stages::advance("bundle make", &args.run, Some(Stage::Bundle), session)
+            }
+            BundleVerb::Check(args) => verbs::bundle::run(&args, session),
+        },
+        Verb::Run(args) => verbs::stages::advance("run", &args.run, None, session),
+        Verb::Status(args) => verbs::status::run(&args, session),
         Verb::Generate(args) => verbs::generate::run(&args, session),
         Verb::Bench(args) => verbs::bench::run(&args, session),
+        Verb::Quickstart(args) => verbs::quickstart::run(&args, session),
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_bench::kernels::KernelRunner;
 use draftsmith_bench::record::{Drafting, Finish, Machine};
-use draftsmith_bench::{BoxError, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
+use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
 use draftsmith_core::AcceptStats;
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith_kernels::Cpu;
@@ -78,6 +78,25 @@ impl Runner for EngineRunner<'_> {
     fn context_len(&self) -> usize {
         self.engine.target().config().max_position
     }
+
+    fn busy_times(&mut self) -> Option<BusyTimes> {
+        busy_times()
+    }
+}
+
+/// Processor times of the machine and of this process, in ticks; `None` where `/proc` does not tell.
+fn busy_times() -> Option<BusyTimes> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let ticks: Vec<u64> =
+        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().map_while(|t| t.parse().ok()).collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in the first two already.
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    let total: u64 = ticks.iter().take(8).sum();
+    let own = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name in brackets may hold blanks, so fields are counted behind it: the first there is number 3.
+    let fields: Vec<&str> = own.rsplit_once(')')?.1.split_whitespace().collect();
+    let own = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    Some(BusyTimes { total, busy: total - idle, own })
 }
 
 /// Conversations in the target's own template.
@@ -156,6 +175,7 @@ pub fn machine(kernels: &Cpu) -> Machine {
         memory_bytes,
         os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         load_average_1m,
+        others_busy_share: None,
     }
 }
 

@@ -43,9 +43,16 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 #[expect(missing_docs, reason = "each verb is documented at its arguments")]
 pub enum Verb {
+    Quickstart(Quickstart),
     Doctor(Doctor),
     Pull(Pull),
+    Run(Run),
+    Status(Status),
     Data(Data),
+    Regenerate(Regenerate),
+    Capture(Capture),
+    Train(Train),
+    Bundle(Bundle),
     Generate(Generate),
     Bench(Bench),
 }

@@ -30,6 +30,7 @@ pub struct Data {
 #[derive(Debug, Subcommand)]
 #[expect(missing_docs, reason = "each verb is documented at its arguments")]
 pub enum DataVerb {
+    Prepare(DataPrepare),
     Preview(DataPreview),
 }
 

@@ -1,10 +1,14 @@
 //! One module per verb: resolve the arguments, call the library, print the result.
 
 pub(crate) mod bench;
+pub(crate) mod bundle;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod generate;
 pub(crate) mod pull;
+pub(crate) mod quickstart;
+pub(crate) mod stages;
+pub(crate) mod status;
 
 use std::io::Write;
 

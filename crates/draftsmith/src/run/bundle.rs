@@ -1,0 +1,166 @@
+//! Stage `bundle`: the chosen draft with everything that proves what it is.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use draftsmith_bundle::{
+    DataInfo, Existing, MakeInput, MeasuredResult, Recommended, TargetInfo, TrainingInfo, make_with_target,
+};
+use draftsmith_formats::gguf::GgufFile;
+use draftsmith_formats::hash::sha256_hex;
+use draftsmith_formats::run::Stage;
+use serde_json::{Value, json};
+
+use super::Run;
+use crate::Error;
+
+/// Stands for a licence that nobody told us.
+const UNKNOWN_LICENSE: &str = "LicenseRef-unknown";
+
+impl Run<'_> {
+    pub(super) fn bundle(&self, dir: &Path, key: &str) -> Result<Value, Error> {
+        self.make_bundle(dir, key, Vec::new(), None)
+    }
+
+    /// Makes (or replaces) the bundle; with results once there are some.
+    pub(super) fn make_bundle(
+        &self,
+        dir: &Path,
+        key: &str,
+        results: Vec<MeasuredResult>,
+        report_html: Option<String>,
+    ) -> Result<Value, Error> {
+        if dir.exists() && !dir.join(draftsmith_bundle::MANIFEST_FILE).is_file() {
+            return Err(Error::input(
+                format!("`{}` exists and is not a bundle", dir.display()),
+                "name another folder in `bundle.dir`, or move it away",
+            ));
+        }
+        let summary = |stage| -> Result<Value, Error> {
+            Ok(self.folder.read(stage)?.map_or(Value::Null, |file| file.summary))
+        };
+        let trained = summary(Stage::Train)?;
+        let data = summary(Stage::Data)?;
+        let tokens = if self.file.regenerate.enabled { summary(Stage::Regenerate)? } else { data.clone() };
+        let target = self.target()?;
+        let depth = self.file.bench.depth;
+        let because = match trained["accept_len"].as_f64() {
+            Some(accept_len) => {
+                format!(
+                    "accept length {accept_len:.2} at depth {} on held-out prompts",
+                    self.file.validate.depth
+                )
+            }
+            None => "the depth of the run file; nothing was measured".to_string(),
+        };
+        let license = self.file.bundle.license.clone().unwrap_or_default();
+        let draft_dir = self.folder.stage_dir(Stage::Train).join(trained["draft"].as_str().unwrap_or("last"));
+        let run_toml = self.file.to_toml();
+        let strings = |value: &Value| -> Vec<String> {
+            value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_string).collect()
+        };
+        let sources: Vec<String> = self.file.data.sources.iter().map(|s| s.path.clone()).collect();
+        let input = MakeInput {
+            out: dir.to_path_buf(),
+            existing: Existing::Replace,
+            checkpoint: draft_dir,
+            name: self.file.bundle.name.clone().unwrap_or_else(|| self.file.run.name.clone()),
+            target: TargetInfo {
+                references: self.file.target.source.0.clone(),
+                license: target_license(&target.path),
+                hub_name: hub_name(&self.file.target.source.0),
+                ..target.info()
+            },
+            training: TrainingInfo {
+                data: vec![DataInfo {
+                    name: sources.join(", "),
+                    sha256: Some(tokens["tokens_sha256"].as_str().unwrap_or_default().to_string()),
+                    licenses: strings(&data["licenses"]),
+                    rows: tokens["token_rows"].as_u64().unwrap_or(0),
+                    tokens: tokens["tokens"].as_u64().unwrap_or(0),
+                    trained_tokens: tokens["trained_tokens"].as_u64().unwrap_or(0),
+                }],
+                on_policy: self.file.regenerate.enabled,
+                steps: trained["draft_step"].as_u64().unwrap_or(0),
+                trained_tokens_seen: trained["slots"].as_u64().unwrap_or(0),
+                ttt_length: self.file.train.ttt_length,
+                lr_peak: self.file.train.lr,
+                seed: self.file.train.seed.unwrap_or(self.file.run.seed),
+                chosen_by: match self.file.validate.every {
+                    0 => "the last step".to_string(),
+                    _ => "measured accept length on held-out prompts".to_string(),
+                },
+                wall_s: self.folder.read(Stage::Train)?.map(|file| file.seconds),
+                run_sha256: sha256_hex(run_toml.as_bytes()),
+            },
+            license_text: license_text(&license),
+            notice: self.notice(&strings(&data["origins"]), &strings(&data["licenses"])),
+            license,
+            results,
+            recommended: Recommended::chain(depth, because),
+            run_toml,
+            report_html,
+            probe_inputs: Vec::new(),
+            created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        };
+        let made = make_with_target(&input, &target.target)?;
+        for warning in &made.warnings {
+            self.env.report.note(&format!("bundle: {warning}"));
+        }
+        Ok(json!({ "path": made.path, "bytes": made.bytes, "made_from": key }))
+    }
+
+    fn notice(&self, origins: &[String], licenses: &[String]) -> String {
+        let mut text = format!(
+            "Draft for {}, trained by draftsmith.\n\nTraining data: {}.\n",
+            self.inputs.target_path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
+            self.file.data.sources.iter().map(|s| s.path.as_str()).collect::<Vec<_>>().join(", ")
+        );
+        if !origins.is_empty() {
+            text.push_str(&format!("Rows come from: {}.\n", origins.join(", ")));
+        }
+        if !licenses.is_empty() {
+            text.push_str(&format!("Licences of the rows: {}.\n", licenses.join(", ")));
+        }
+        if self.file.regenerate.enabled {
+            text.push_str("Answers were written by the target itself.\n");
+        }
+        text
+    }
+}
+
+/// The licence that a model file names.
+fn target_license(path: &Path) -> String {
+    if path.is_dir() {
+        return UNKNOWN_LICENSE.to_string();
+    }
+    GgufFile::open(path)
+        .ok()
+        .and_then(|file| file.find_str("general.license").ok().flatten().map(spdx))
+        .unwrap_or_else(|| UNKNOWN_LICENSE.to_string())
+}
+
+/// The hub writes licences in lower case.
+fn spdx(name: &str) -> String {
+    match name {
+        "apache-2.0" => "Apache-2.0",
+        "mit" => "MIT",
+        "cc0-1.0" => "CC0-1.0",
+        other => other,
+    }
+    .to_string()
+}
+
+/// `ORG/NAME` of the first hub reference.
+fn hub_name(sources: &[String]) -> Option<String> {
+    let rest = sources.iter().find_map(|s| s.strip_prefix("hf:"))?;
+    rest.split([':', '@']).next().map(str::to_string)
+}
+
+fn license_text(license: &str) -> String {
+    match license {
+        "Apache-2.0" => include_str!("../../../../LICENSE-APACHE").to_string(),
+        "MIT" => include_str!("../../../../LICENSE-MIT").to_string(),
+        other => format!("The weights in this folder are licensed under {other} (SPDX expression).\n"),
+    }
+}

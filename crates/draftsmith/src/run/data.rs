@@ -1,0 +1,268 @@
+//! Stage `data`: files of conversations to checked rows and, where the answers stay as they are, to tokens.
+//!
+//! ```text
+//! data/conversations.jsonl   rows in their final order
+//! data/validation.jsonl      rows held back
+//! data/train.tokens          ids and loss mask, unless answers are regenerated
+//! data/report.json           what was read and dropped
+//! ```
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use draftsmith_data::{
+    Conversation, Dedupe, LoadOptions, LocatedRow, PrepareOptions, Preparer, ReadOptions,
+    Report as DataReport, Row, SourceReader, SourceSpec, hold_back, load,
+};
+use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
+use draftsmith_formats::run::Stage;
+use draftsmith_formats::tokens::{TokenRow, TokenSummary, TokenWriter};
+use draftsmith_text::MaskOptions;
+use serde_json::{Value, json};
+
+use super::Run;
+use crate::Error;
+use crate::report::{Report, Unit};
+
+/// Rows of conversations in their final order.
+pub(super) const CONVERSATIONS: &str = "conversations.jsonl";
+/// Rows held back.
+pub(super) const VALIDATION: &str = "validation.jsonl";
+
+impl Run<'_> {
+    pub(super) fn data(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+        let data = &self.file.data;
+        let regenerate = self.file.regenerate.enabled;
+        report.begin("read conversations", None, Unit::Rows);
+        let options = LoadOptions {
+            read: ReadOptions::default(),
+            strict: true,
+            dedupe: match (data.dedupe, regenerate) {
+                (false, _) => Dedupe::Off,
+                (true, false) => Dedupe::Conversation,
+                (true, true) => Dedupe::Prompt,
+            },
+            system: data.system.clone(),
+            decontaminate: None,
+            shuffle: true,
+            seed: self.file.run.seed,
+        };
+        let mut loaded = load(&self.inputs.sources, &options, |rows| report.at(rows))?;
+        report.at(loaded.report.rows_read);
+        report.end();
+        self.check_stop(Stage::Data)?;
+        let validation = match &self.inputs.validation {
+            Some(file) => {
+                let options = LoadOptions { shuffle: false, dedupe: Dedupe::Off, ..options };
+                load(&[SourceSpec::new(file)], &options, |_| {})?.rows
+            }
+            None => hold_back(&mut loaded, data.validation_rows as usize),
+        };
+        if loaded.rows.is_empty() {
+            return Err(Error::input(
+                "no rows are left to train on after `data.validation_rows` were held back",
+                "lower `data.validation_rows` or give more data",
+            ));
+        }
+        // Rows are keyed by id from here on.
+        let mut ids = BTreeSet::new();
+        let mut name = |row: &LocatedRow| {
+            let base = row.id();
+            let mut id = base.clone();
+            let mut n = 2;
+            while !ids.insert(id.clone()) {
+                id = format!("{base}~{n}");
+                n += 1;
+            }
+            id
+        };
+        atomic::create_dir_all(dir)?;
+        write_rows(&dir.join(VALIDATION), validation.iter().map(|row| to_json(row, &row.id())))?;
+        write_rows(&dir.join(CONVERSATIONS), loaded.rows.iter().map(|row| to_json(row, &name(row))))?;
+        let licenses: BTreeSet<&str> =
+            loaded.rows.iter().filter_map(|row| field(row, |c| &c.license)).collect();
+        let origins: BTreeSet<&str> =
+            loaded.rows.iter().filter_map(|row| field(row, |c| &c.source)).collect();
+        let mut summary = json!({
+            "rows": loaded.rows.len(),
+            "validation_rows": validation.len(),
+            "licenses": licenses,
+            "origins": origins,
+        });
+        let page;
+        if regenerate {
+            page = loaded.report.table();
+            atomic::write(dir.join("report.json"), to_text(&loaded.report))?;
+        } else {
+            let (tokens, prepared) =
+                self.prepare(dir, loaded.rows.into_iter().map(Ok), loaded.report, report, Stage::Data)?;
+            page = prepared.table();
+            atomic::write(dir.join("report.json"), to_text(&prepared))?;
+            add_tokens(&mut summary, &tokens);
+        }
+        page.lines().for_each(|line| report.note(line));
+        Ok(summary)
+    }
+
+    /// Tokenises rows into `train.tokens`.
+    pub(super) fn prepare(
+        &self,
+        dir: &Path,
+        rows: impl Iterator<Item = Result<LocatedRow, Error>>,
+        so_far: DataReport,
+        report: &dyn Report,
+        stage: Stage,
+    ) -> Result<(TokenSummary, DataReport), Error> {
+        let target = self.target()?;
+        let template = target.text.template()?;
+        let total = so_far.rows;
+        let options = PrepareOptions {
+            mask: MaskOptions::default(),
+            max_length: self.file.data.max_length as usize,
+            min_trained_tokens: self.file.data.min_trained_tokens as usize,
+            target_vocab: target.target.config().vocab_size,
+            strict: stage == Stage::Data,
+        };
+        let mut preparer = Preparer::new(&target.text.tokenizer, template, options, so_far);
+        let meta = [
+            ("target_sha256".to_string(), target.sha256.clone()),
+            ("tokenizer_sha256".to_string(), target.text.tokenizer.content_hash().to_string()),
+            ("template_sha256".to_string(), template.hash()),
+        ];
+        let mut writer = TokenWriter::create(dir.join("train.tokens"), &meta.into_iter().collect())?;
+        report.begin("tokenise", Some(total), Unit::Rows);
+        for (done, row) in rows.enumerate() {
+            let row = row?;
+            for prepared in preparer.push(&row)? {
+                writer.push(&TokenRow {
+                    id: prepared.id,
+                    domain: prepared.domain,
+                    ids: prepared.ids,
+                    loss_mask: prepared.loss_mask,
+                })?;
+            }
+            report.at(done as u64 + 1);
+            self.check_stop(stage)?;
+        }
+        report.end();
+        if writer.summary().rows == 0 {
+            return Err(Error::input(
+                "no row is left to train on",
+                "look at the report in the folder of the stage: it says what was dropped and why",
+            ));
+        }
+        let summary = writer.finish()?;
+        let (data_report, _) = preparer.finish();
+        Ok((summary, data_report))
+    }
+
+    /// Rows of a file that this run wrote, one after the other.
+    pub(super) fn rows_of(&self, path: &Path) -> Result<Vec<LocatedRow>, Error> {
+        let mut reader = SourceReader::open(path, ReadOptions::default())?;
+        let mut rows = Vec::new();
+        while let Some((location, row)) = reader.next_row()? {
+            let row = row.map_err(|problem| draftsmith_data::DataError::BadRow {
+                location: location.clone(),
+                problem,
+            })?;
+            rows.push(LocatedRow { row, location, repeat: 0 });
+        }
+        Ok(rows)
+    }
+}
+
+/// Counts of a token file in the summary of a stage.
+pub(super) fn add_tokens(summary: &mut Value, tokens: &TokenSummary) {
+    summary["token_rows"] = tokens.rows.into();
+    summary["tokens"] = tokens.tokens.into();
+    summary["trained_tokens"] = tokens.trained_tokens.into();
+    summary["tokens_sha256"] = tokens.sha256.clone().into();
+}
+
+pub(super) fn to_text(report: &DataReport) -> String {
+    serde_json::to_string_pretty(report).expect("a report holds only what JSON can say") + "\n"
+}
+
+fn field<'r>(row: &'r LocatedRow, get: impl Fn(&'r Conversation) -> &'r Option<String>) -> Option<&'r str> {
+    match &row.row {
+        Row::Conversation(row) => get(row).as_deref(),
+        Row::Tokens(_) => None,
+    }
+}
+
+/// A row as one line that [`SourceReader`] reads back to the same row.
+fn to_json(row: &LocatedRow, id: &str) -> Value {
+    match &row.row {
+        Row::Conversation(c) => {
+            let mut value = json!({ "id": id, "domain": row.domain(), "messages": c.messages });
+            let more = [("source", &c.source), ("license", &c.license)];
+            for (key, text) in more {
+                if let Some(text) = text {
+                    value[key] = text.clone().into();
+                }
+            }
+            if let Some(tools) = &c.tools {
+                value["tools"] = tools.clone();
+            }
+            if c.last_answer_cut {
+                value["finish_reason"] = "length".into();
+            }
+            if !c.kwargs.is_empty() {
+                value["chat_template_kwargs"] = Value::Object(c.kwargs.clone());
+            }
+            value
+        }
+        Row::Tokens(t) => {
+            let mask: Vec<u8> = t.loss_mask.iter().map(|m| u8::from(*m)).collect();
+            json!({ "id": id, "domain": row.domain(), "input_ids": t.ids, "loss_mask": mask })
+        }
+    }
+}
+
+/// Writes rows as JSONL, whole or not at all.
+fn write_rows(path: &Path, rows: impl Iterator<Item = Value>) -> Result<(), Error> {
+    let mut file = AtomicFile::create(path)?;
+    for row in rows {
+        let line = serde_json::to_string(&row).expect("a row is JSON") + "\n";
+        file.write_all(line.as_bytes()).map_err(|e| file.error(e))?;
+    }
+    Ok(file.commit()?)
+}
+
+/// Appends lines to a log of finished rows; a line that was torn by a kill is cut off first.
+pub(super) struct RowLog {
+    file: BufWriter<File>,
+    path: std::path::PathBuf,
+}
+
+impl RowLog {
+    /// Opens the log and gives the lines that are in it.
+    pub(super) fn open(path: &Path) -> Result<(RowLog, Vec<Value>), Error> {
+        let mut lines = Vec::new();
+        let mut keep = 0usize;
+        if path.is_file() {
+            let bytes = atomic::read(path)?;
+            for line in bytes.split_inclusive(|b| *b == b'\n') {
+                match serde_json::from_slice(line) {
+                    Ok(value) if line.ends_with(b"\n") => lines.push(value),
+                    _ => break,
+                }
+                keep += line.len();
+            }
+        }
+        let disk = |e| Error::from(AtomicError::from_io("write", path, e));
+        let file = File::options().create(true).append(true).truncate(false).open(path).map_err(disk)?;
+        file.set_len(keep as u64).map_err(disk)?;
+        Ok((RowLog { file: BufWriter::new(file), path: path.to_path_buf() }, lines))
+    }
+
+    pub(super) fn push(&mut self, row: &Value) -> Result<(), Error> {
+        let line = serde_json::to_string(row).expect("a row is JSON") + "\n";
+        self.file
+            .write_all(line.as_bytes())
+            .and_then(|()| self.file.flush())
+            .map_err(|e| AtomicError::from_io("write", &self.path, e).into())
+    }
+}

@@ -1,0 +1,133 @@
+//! The verbs that work on a run: one stage, or all of them.
+
+use std::fmt::Write;
+
+use draftsmith::Error;
+use draftsmith::cli;
+use draftsmith::doctor::human;
+use draftsmith::formats::run::{RunFile, Stage};
+use draftsmith::run::{Env, Run, StageDone};
+use serde_json::{Value, json};
+
+use super::Session;
+use crate::failure::{Failure, NOT_HELD};
+use crate::printer::{self, duration};
+
+fn open<'a>(verb: &str, args: &cli::RunArgs, session: &'a Session) -> Result<Run<'a>, Failure> {
+    let file = RunFile::load(&args.run_file, &args.overrides).map_err(Error::from)?;
+    let mut resume = format!("draftsmith {verb} {}", args.run_file.display());
+    for text in &args.overrides {
+        let _ = write!(resume, " {text}");
+    }
+    let env = Env { places: &session.places, report: &session.printer, stop: &session.stop };
+    Ok(Run::open(file, resume, env)?)
+}
+
+/// Does everything up to `last`; `None`: all stages.
+pub(crate) fn advance(
+    verb: &str,
+    args: &cli::RunArgs,
+    last: Option<Stage>,
+    session: &Session,
+) -> Result<u8, Failure> {
+    let run = open(verb, args, session)?;
+    if let Some(last) = last.filter(|last| !run.stages().contains(last)) {
+        return Err(Failure::input(
+            format!("run file `{}` has no stage `{}`", args.run_file.display(), last.name()),
+            Some(
+                match last {
+                    Stage::Regenerate => "set `regenerate.enabled=true`",
+                    Stage::Capture => "set `capture.mode=cache`; `online` captures while it trains",
+                    Stage::Data | Stage::Train | Stage::Bundle | Stage::Bench => "name `bench.workloads`",
+                }
+                .to_string(),
+            ),
+        ));
+    }
+    let done = run.advance(last.unwrap_or(Stage::Bench))?;
+    let root = run.folder().root();
+    if args.json {
+        printer::json(&json!({ "run": root, "stages": done }))?;
+    } else {
+        let mut page = String::new();
+        for stage in &done {
+            let _ = writeln!(page, "{:<11} {}", stage.stage.name(), line(stage));
+        }
+        let _ = writeln!(page, "{:<11} {}", "run", root.display());
+        printer::out(&page)?;
+    }
+    let identical = done
+        .iter()
+        .filter(|d| d.stage == Stage::Bench)
+        .all(|d| d.file.summary["results"]["identical"].as_bool().unwrap_or(true));
+    Ok(if identical { 0 } else { NOT_HELD })
+}
+
+/// What came out of a stage, in words.
+fn line(done: &StageDone) -> String {
+    let s = &done.file.summary;
+    let count = |key: &str| s[key].as_u64().unwrap_or(0);
+    let what = match done.stage {
+        Stage::Data => format!("{} rows, {} held out", count("rows"), count("validation_rows")),
+        Stage::Regenerate => format!(
+            "{} conversations, {} tokens generated, {} trained",
+            count("dialogues"),
+            count("generated_tokens"),
+            count("trained_tokens")
+        ),
+        Stage::Capture => format!("{} tokens, {}", count("tokens"), human(count("bytes"))),
+        Stage::Train => match s["accept_len"].as_f64() {
+            Some(accept_len) => format!(
+                "{} steps, best accept length {accept_len:.2} at step {}",
+                count("steps"),
+                count("draft_step")
+            ),
+            None => format!("{} steps", count("steps")),
+        },
+        Stage::Bundle => format!("{}, {}", text(&s["path"]), human(count("bytes"))),
+        Stage::Bench => {
+            let r = &s["results"];
+            let number = |key: &str| r[key].as_f64().map_or("none".to_string(), |v| format!("{v:.2}"));
+            let same = match r["identical"].as_bool() {
+                Some(true) => "outputs equal to target-only decoding",
+                Some(false) => "outputs DIFFER from target-only decoding",
+                None => "nothing compared",
+            };
+            format!(
+                "accept length {}, speedup {}, {same}; {}",
+                number("accept_len"),
+                number("speedup"),
+                text(&s["report"])
+            )
+        }
+    };
+    let when = if done.before { "done before, " } else { "" };
+    format!("{what} ({when}{})", duration(std::time::Duration::from_secs_f64(done.file.seconds.max(0.0))))
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+pub(crate) fn capture(args: &cli::Capture, session: &Session) -> Result<u8, Failure> {
+    if !args.plan {
+        return advance("capture", &args.run, Some(Stage::Capture), session);
+    }
+    let bill = open("capture", &args.run, session)?.plan_capture()?;
+    if args.run.json {
+        printer::json(&bill)?;
+    } else {
+        let free = bill.free_bytes.map_or("unknown".to_string(), human);
+        printer::out(&format!(
+            "rows            {}\ntokens          {}\ntrained tokens  {}\nbytes           about {} ({free} free)\n\
+             minutes         about {:.1} at {:.0} tokens/s\n",
+            bill.rows,
+            bill.tokens,
+            bill.trained_tokens,
+            human(bill.bytes),
+            bill.minutes,
+            bill.tokens_per_s
+        ))?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,130 @@
+//! `draftsmith status`.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use draftsmith::cli;
+use draftsmith::formats::run::{RunFile, Stage};
+use draftsmith::run::stages_of;
+use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
+use draftsmith::{Error, formats};
+use serde_json::{Value, json};
+
+use super::Session;
+use crate::failure::Failure;
+use crate::printer::{self, duration};
+
+pub(crate) fn run(args: &cli::Status, _session: &Session) -> Result<u8, Failure> {
+    let folders = match &args.run {
+        Some(path) => vec![folder_of(path)?],
+        None => all_runs(Path::new("runs"))?,
+    };
+    for folder in &folders {
+        let status = status(folder)?;
+        if args.json {
+            printer::json(&status)?;
+        } else {
+            printer::out(&page(&status))?;
+        }
+    }
+    Ok(0)
+}
+
+fn folder_of(path: &Path) -> Result<RunFolder, Failure> {
+    if path.is_file() {
+        return Ok(RunFolder::new(RunFile::load(path, &[]).map_err(Error::from)?.dir()));
+    }
+    Ok(RunFolder::new(path))
+}
+
+fn all_runs(root: &Path) -> Result<Vec<RunFolder>, Failure> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.join("run.toml").is_file())
+        .collect();
+    folders.sort();
+    if folders.is_empty() {
+        return Err(Failure::input(
+            format!("no runs in `{}`", root.display()),
+            Some("begin one with `draftsmith run RUN.toml`, or name the folder of one".to_string()),
+        ));
+    }
+    Ok(folders.into_iter().map(RunFolder::new).collect())
+}
+
+fn status(folder: &RunFolder) -> Result<Value, Failure> {
+    if !folder.run_file().is_file() {
+        return Err(Error::from(StateError::NoRun { folder: folder.root().to_path_buf() }).into());
+    }
+    let file = RunFile::load(folder.run_file(), &[]).map_err(Error::from)?;
+    let busy = folder.is_busy();
+    let mut stages = Vec::new();
+    for stage in stages_of(&file) {
+        let known = folder.read(stage).map_err(Error::from)?;
+        let state = match &known {
+            None => "waiting",
+            Some(StageFile { phase: Phase::Done, .. }) => "done",
+            Some(_) if busy => "running",
+            Some(_) => "interrupted",
+        };
+        stages.push(json!({
+            "stage": stage,
+            "state": state,
+            "seconds": known.as_ref().map(|f| f.seconds),
+            "progress": known.as_ref().and_then(|f| f.progress.clone()),
+            "summary": known.map(|f| f.summary).unwrap_or(Value::Null),
+        }));
+    }
+    Ok(json!({
+        "run": folder.root(),
+        "name": file.run.name,
+        "busy": busy,
+        "best_accept_len": best_accept_len(folder),
+        "stages": stages,
+    }))
+}
+
+/// The best validation in the log of the training, finished or not.
+fn best_accept_len(folder: &RunFolder) -> Option<f64> {
+    let log = folder.stage_dir(Stage::Train).join("log.jsonl");
+    let bytes = formats::atomic::read(log).ok()?;
+    String::from_utf8_lossy(&bytes)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|value| value["event"] == "validation")
+        .filter_map(|value| value["accept_len"].as_f64())
+        .max_by(f64::total_cmp)
+}
+
+fn page(status: &Value) -> String {
+    let mut page = String::new();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
+    let _ = writeln!(page, "{}", text(&status["run"]));
+    for stage in status["stages"].as_array().into_iter().flatten() {
+        let mut line = format!("  {:<11} {:<12}", text(&stage["stage"]), text(&stage["state"]));
+        if let Some(seconds) = stage["seconds"].as_f64() {
+            let _ = write!(line, "{:>7}  ", duration(Duration::from_secs_f64(seconds.max(0.0))));
+        }
+        let progress = &stage["progress"];
+        if let Some(done) = progress["done"].as_u64() {
+            let total = progress["total"].as_u64().map(|t| format!(" of {t}")).unwrap_or_default();
+            let _ = write!(line, "{}: {done}{total} {}", text(&progress["task"]), text(&progress["unit"]));
+            if let Some(eta) = progress["eta_s"].as_f64().filter(|_| stage["state"] == "running") {
+                let _ = write!(line, ", {} left", duration(Duration::from_secs_f64(eta.max(0.0))));
+            }
+            let detail = text(&progress["detail"]);
+            if !detail.is_empty() {
+                let _ = write!(line, ", {detail}");
+            }
+        }
+        let _ = writeln!(page, "{}", line.trim_end());
+    }
+    if let Some(best) = status["best_accept_len"].as_f64() {
+        let _ = writeln!(page, "  best accept length so far: {best:.3}");
+    }
+    page
+}

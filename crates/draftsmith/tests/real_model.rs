@@ -1,0 +1,83 @@
+//! The shipped draft on the real target: text with speculation equals text without, for chains of depth 1 to 7 and a
+//! tree, greedy and seeded.
+//!
+//! Needs the model file (`DRAFTSMITH_TEST_TARGET`, see the README). CI compares a few prompts;
+//! `DRAFTSMITH_PROVE_PROMPTS=100` compares a hundred of the public evaluation prompts in the repo.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use draftsmith::measure::prompt_ids;
+use draftsmith::target::TargetText;
+use draftsmith_core::{AcceptStats, Sampling};
+use draftsmith_data::read_workload;
+use draftsmith_decode::{DraftPlan, EagleDrafter, Engine, GenerateOptions};
+use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_model::{Draft, Precision, Target};
+use draftsmith_text::Message;
+
+const MAX_NEW_TOKENS: usize = 48;
+
+fn repo(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
+}
+
+#[test]
+fn real_model_speculation_gives_the_same_text() {
+    let model = PathBuf::from(std::env::var_os("DRAFTSMITH_TEST_TARGET").expect(
+        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
+    ));
+    let wanted: usize = std::env::var("DRAFTSMITH_PROVE_PROMPTS").map_or(6, |n| n.parse().expect("a number"));
+    let text = TargetText::open(&model, None).unwrap();
+    let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &model, Precision::Stored).unwrap());
+    let bundle = repo("bundles/smollm2-135m-instruct-eagle3");
+    let draft = Draft::load(target.kernels().as_ref(), &bundle, PackMode::Q8).unwrap();
+    let drafter = Arc::new(EagleDrafter::new(&target, Arc::new(draft)).unwrap());
+    let engine = Engine::new(Arc::clone(&target), Some(drafter));
+
+    let (math, chat) = (repo("recipes/data/eval/gsm8k.jsonl"), repo("recipes/data/eval/mtbench.jsonl"));
+    let rows = |path: &PathBuf, count| read_workload(path, Some(count)).unwrap();
+    let chat_rows = rows(&chat, (wanted / 2).min(40));
+    let math_rows = rows(&math, wanted - chat_rows.len());
+    let prompts: Vec<(String, Vec<u32>)> = chat_rows
+        .iter()
+        .chain(&math_rows)
+        .map(|row| {
+            let ids = prompt_ids(&text, &[Message::new("user", row.turns[0].as_str())]).unwrap();
+            (row.id.clone(), ids)
+        })
+        .collect();
+    assert_eq!(prompts.len(), wanted);
+
+    let mut plans: Vec<DraftPlan> = (1..=7).map(|depth| DraftPlan::Chain { depth }).collect();
+    plans.push(DraftPlan::Tree { depth: 5, top_k: 3, num_draft_tokens: 12 });
+    let seeded = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 7 };
+    for sampling in [Sampling::GREEDY, seeded] {
+        let mut stats: Vec<AcceptStats> = vec![AcceptStats::default(); plans.len()];
+        for (id, prompt) in &prompts {
+            let run = |draft| {
+                let options = GenerateOptions {
+                    max_new_tokens: MAX_NEW_TOKENS,
+                    sampling,
+                    stop_ids: text.tokenizer.eos_ids().to_vec(),
+                    draft,
+                };
+                engine.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap()
+            };
+            let plain = run(DraftPlan::None);
+            for (plan, stats) in plans.iter().zip(&mut stats) {
+                let found = run(*plan);
+                assert_eq!(found.token_ids, plain.token_ids, "{id}, {plan:?}, {sampling:?}");
+                stats.add(&found.stats);
+            }
+        }
+        for (plan, stats) in plans.iter().zip(&stats) {
+            println!(
+                "{wanted} prompts, {plan:?}, temperature {}: identical, accept length {:.3}",
+                sampling.temperature,
+                stats.accept_len().unwrap_or(f64::NAN)
+            );
+        }
+    }
+}
