@@ -14,11 +14,15 @@ pub struct OpenError {
     pub source: std::io::Error,
 }
 
-/// The bytes of a file, mapped into memory; clones share the mapping.
+/// The bytes of a file, mapped into memory; clones share them.
 #[derive(Clone, Debug)]
-pub struct Mapped {
-    /// `None` for an empty file, which cannot be mapped.
-    map: Option<Arc<memmap2::Mmap>>,
+pub struct Mapped(Bytes);
+
+#[derive(Clone, Debug)]
+enum Bytes {
+    Map(Arc<memmap2::Mmap>),
+    /// Bytes that are in memory already, and empty files, which cannot be mapped.
+    Owned(Arc<[u8]>),
 }
 
 impl Mapped {
@@ -32,18 +36,27 @@ impl Mapped {
             return Err(fail(std::io::Error::from(std::io::ErrorKind::IsADirectory)));
         }
         if meta.len() == 0 {
-            return Ok(Mapped { map: None });
+            return Ok(Mapped::from(Vec::new()));
         }
         // SAFETY: the mapping is private and read-only. Weight files are replaced by rename, never changed in
         // place (see `atomic`), so the bytes stay the same while they are mapped; a file that someone else
         // truncates meanwhile ends the process with SIGBUS, as in every program that maps files.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?;
-        Ok(Mapped { map: Some(Arc::new(map)) })
+        Ok(Mapped(Bytes::Map(Arc::new(map))))
     }
 
     /// All bytes of the file.
     pub fn bytes(&self) -> &[u8] {
-        self.map.as_deref().map_or(&[], |m| &m[..])
+        match &self.0 {
+            Bytes::Map(map) => map,
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl From<Vec<u8>> for Mapped {
+    fn from(bytes: Vec<u8>) -> Mapped {
+        Mapped(Bytes::Owned(bytes.into()))
     }
 }
 

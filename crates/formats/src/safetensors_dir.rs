@@ -249,9 +249,17 @@ impl SafetensorsDir {
         Ok(out)
     }
 
-    /// Opens and checks one file; returns its tensors.
-    fn load(&mut self, path: &Path) -> Result<Vec<(String, Location)>, SafetensorsError> {
-        let mapped = Mapped::open(path)?;
+    /// Like [`SafetensorsDir::open`] for one file whose bytes are in memory; `path` is for errors.
+    pub fn from_bytes(path: impl Into<PathBuf>, bytes: Vec<u8>) -> Result<SafetensorsDir, SafetensorsError> {
+        let path = path.into();
+        let mut out = SafetensorsDir { path: path.clone(), shards: Vec::new(), tensors: BTreeMap::new() };
+        let found = out.load(&path, bytes.into())?;
+        out.tensors.extend(found);
+        Ok(out)
+    }
+
+    /// Checks one file and returns its tensors.
+    fn load(&mut self, path: &Path, mapped: Mapped) -> Result<Vec<(String, Location)>, SafetensorsError> {
         let header = |e: SafeTensorError| SafetensorsError::Header {
             path: path.to_path_buf(),
             problem: header_problem(&e, mapped.bytes()),
@@ -272,7 +280,7 @@ impl SafetensorsDir {
     }
 
     fn add_file(&mut self, path: &Path) -> Result<(), SafetensorsError> {
-        let found = self.load(path)?;
+        let found = self.load(path, Mapped::open(path)?)?;
         self.tensors.extend(found);
         Ok(())
     }
@@ -302,7 +310,8 @@ impl SafetensorsDir {
         }
         for (shard, wanted) in by_shard {
             let shard_path = folder.join(shard);
-            let mut found: HashMap<String, Location> = self.load(&shard_path)?.into_iter().collect();
+            let mut found: HashMap<String, Location> =
+                self.load(&shard_path, Mapped::open(&shard_path)?)?.into_iter().collect();
             for name in wanted {
                 let location = found.remove(name).ok_or_else(|| SafetensorsError::NotInShard {
                     path: shard_path.clone(),

@@ -267,7 +267,15 @@ impl TokenFile {
     /// Opens a file and checks its structure completely.
     pub fn open(path: impl AsRef<Path>) -> Result<TokenFile, TokensError> {
         let path = path.as_ref();
-        let bytes = Mapped::open(path)?;
+        TokenFile::check(path, Mapped::open(path)?)
+    }
+
+    /// Like [`TokenFile::open`] for bytes that are in memory; `path` is for errors.
+    pub fn from_bytes(path: impl AsRef<Path>, bytes: Vec<u8>) -> Result<TokenFile, TokensError> {
+        TokenFile::check(path.as_ref(), bytes.into())
+    }
+
+    fn check(path: &Path, bytes: Mapped) -> Result<TokenFile, TokensError> {
         if bytes.get(..8) != Some(MAGIC) {
             return Err(TokensError::Magic { path: path.to_path_buf() });
         }

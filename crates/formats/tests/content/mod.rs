@@ -48,7 +48,9 @@ pub(crate) fn spec(dtype: CaptureDtype) -> CacheSpec {
 
 /// Values are multiples of 1/8 up to 127/8, so that int8 (where each block has a 127/8) and bf16 both store them exactly.
 pub(crate) fn capture_rows() -> Vec<CaptureRow> {
-    let value = |n: usize| if n % 8 == 0 { 127.0 / 8.0 } else { ((n * 37) % 255) as f32 / 8.0 - 127.0 / 8.0 };
+    let value = |n: usize| {
+        if n.is_multiple_of(8) { 127.0 / 8.0 } else { ((n * 37) % 255) as f32 / 8.0 - 127.0 / 8.0 }
+    };
     token_rows()
         .into_iter()
         .map(|row| CaptureRow {
