@@ -11,6 +11,8 @@ pub const ROWS_WANTED: usize = 20;
 /// A first sample slower than the median of the others by this factor was not warm.
 const FIRST_SAMPLE_FACTOR: f64 = 1.3;
 /// Share of the logical processors that others may use before timings suffer.
+const OTHERS_SHARE_MAX: f64 = 0.1;
+/// Load average per logical processor above which the machine was not idle before.
 const LOAD_SHARE_MAX: f64 = 0.25;
 /// Change of the plain time per token between both halves that means throttling or a noisy neighbour.
 const DRIFT_MAX: f64 = 0.10;
@@ -47,12 +49,17 @@ pub enum Doubt {
         /// Median of the others.
         median_ms: f64,
     },
-    /// Other programs were running.
+    /// The machine was at work before we measured.
     MachineBusy {
         /// Load average before the first sample.
         load: f64,
         /// Logical processors.
         logical_cpus: u32,
+    },
+    /// Other programs were running while we measured.
+    OthersBusy {
+        /// Share of all processors that they used.
+        share: f64,
     },
     /// More worker threads than processors.
     TooManyThreads {
@@ -93,7 +100,7 @@ impl Doubt {
             Doubt::OutputsDiffer { .. } => "outputs_differ",
             Doubt::TooFewSamples { .. } => "too_few_samples",
             Doubt::FirstSampleSlow { .. } => "first_sample_slow",
-            Doubt::MachineBusy { .. } => "machine_busy",
+            Doubt::MachineBusy { .. } | Doubt::OthersBusy { .. } => "machine_busy",
             Doubt::TooManyThreads { .. } => "too_many_threads",
             Doubt::ClockDrift { .. } => "clock_drift",
             Doubt::RowsSkipped { .. } => "rows_skipped",
@@ -116,6 +123,9 @@ impl Doubt {
             ),
             Doubt::MachineBusy { load, logical_cpus } => {
                 format!("the load average before the first sample was {load:.2} on {logical_cpus} processors")
+            }
+            Doubt::OthersBusy { share } => {
+                format!("other programs used {:.0} % of the processors while measuring", share * 100.0)
             }
             Doubt::TooManyThreads { threads, logical_cpus } => {
                 format!("{threads} worker threads share {logical_cpus} processors")
@@ -141,7 +151,7 @@ impl Doubt {
             }
             Doubt::TooFewSamples { .. } => "raise `--limit`, or use a larger workload",
             Doubt::FirstSampleSlow { .. } => "measure again; if it stays, lengthen the warm-up",
-            Doubt::MachineBusy { .. } => "close other programs and measure again",
+            Doubt::MachineBusy { .. } | Doubt::OthersBusy { .. } => "close other programs and measure again",
             Doubt::TooManyThreads { .. } => "set `--threads` to the number of processors or lower",
             Doubt::ClockDrift { .. } => {
                 "the chip throttled or others were at work: measure again on an idle, cool machine (the speedup suffers less than the rates, since both sides alternate)"
@@ -192,10 +202,13 @@ pub fn doubts(record: &Record) -> Vec<Doubt> {
         found.push(Doubt::RowsSkipped { turns: record.skipped.len(), first: first.reason.clone() });
     }
     let machine = &record.machine;
-    if let Some(load) = machine.load_average_1m
-        && load > LOAD_SHARE_MAX * f64::from(machine.logical_cpus.max(1))
-    {
-        found.push(Doubt::MachineBusy { load, logical_cpus: machine.logical_cpus });
+    match (machine.others_busy_share, machine.load_average_1m) {
+        (Some(share), _) if share > OTHERS_SHARE_MAX => found.push(Doubt::OthersBusy { share }),
+        (Some(_), _) => {}
+        (None, Some(load)) if load > LOAD_SHARE_MAX * f64::from(machine.logical_cpus.max(1)) => {
+            found.push(Doubt::MachineBusy { load, logical_cpus: machine.logical_cpus });
+        }
+        (None, _) => {}
     }
     if machine.logical_cpus > 0 && record.settings.threads > machine.logical_cpus {
         found.push(Doubt::TooManyThreads {

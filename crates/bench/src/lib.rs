@@ -27,7 +27,7 @@ pub use error::{BenchError, BoxError};
 pub use measure::{MeasureOptions, Progress, first_difference, run_workload};
 pub use record::Record;
 pub use report::{ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with};
-pub use runner::{Dialogue, RunOptions, RunOutput, Runner};
+pub use runner::{BusyTimes, Dialogue, RunOptions, RunOutput, Runner};
 pub use stats::{Estimate, Interval};
 pub use summary::{BASELINE, Contract, Summary, headline, summarize, summarize_all, summarize_each};
 pub use workload::{Workload, WorkloadRow};

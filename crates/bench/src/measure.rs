@@ -10,7 +10,7 @@ use crate::record::{
     Accept, ArtifactInfo, Drafting, Machine, Order, RECORD_FORMAT, RECORD_VERSION, Record, Sample, Settings,
     Side, Skipped, WorkloadInfo,
 };
-use crate::runner::{Dialogue, RunOptions, RunOutput, Runner};
+use crate::runner::{BusyTimes, Dialogue, RunOptions, RunOutput, Runner};
 use crate::workload::Workload;
 use crate::{BenchError, BoxError};
 
@@ -74,6 +74,7 @@ pub fn run_workload(
     let mut stopped_early = false;
     let mut warm = options.warmup_tokens == 0;
     let mut begin = Instant::now();
+    let mut busy_before = runner.busy_times();
 
     'rows: for (rows_done, row) in workload.rows.iter().enumerate() {
         let mut answers: Vec<String> = Vec::new();
@@ -105,6 +106,7 @@ pub fn run_workload(
                 runner.spec(&prompt_ids, &warmup).map_err(run_error("speculative"))?;
                 warm = true;
                 begin = Instant::now();
+                busy_before = runner.busy_times();
                 let state = Progress {
                     workload: &workload.name,
                     rows_done,
@@ -168,6 +170,8 @@ pub fn run_workload(
             _ => BenchError::Stopped { workload: workload.name.clone() },
         });
     }
+    let busy_after = runner.busy_times();
+    let others_busy_share = busy_before.zip(busy_after).and_then(|(a, b)| BusyTimes::others_share(a, b));
     let sampling = options.run.sampling;
     Ok(Record {
         format: RECORD_FORMAT.to_owned(),
@@ -193,7 +197,7 @@ pub fn run_workload(
             repeats: repeats as u32,
             warmup_tokens: options.warmup_tokens as u32,
         },
-        machine: options.machine.clone(),
+        machine: Machine { others_busy_share, ..options.machine.clone() },
         stopped_early,
         skipped,
         samples,

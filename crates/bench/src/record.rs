@@ -149,8 +149,12 @@ pub struct Machine {
     pub memory_bytes: Option<u64>,
     /// Operating system and architecture, `linux x86_64`.
     pub os: String,
-    /// Mean number of runnable tasks in the minute before the first sample, if known.
+    /// Mean number of runnable tasks in the minute before the first sample, if known. Our own work is in it, so it
+    /// is looked at only where `others_busy_share` is not known.
     pub load_average_1m: Option<f64>,
+    /// Share of all processors that other programs used while measuring, 0 to 1, if known.
+    #[serde(default)]
+    pub others_busy_share: Option<f64>,
 }
 
 /// A row that was not measured.

@@ -42,6 +42,31 @@ pub trait Runner {
     fn spec(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError>;
     /// Longest prompt plus answer, in tokens.
     fn context_len(&self) -> usize;
+    /// Processor times up to now, where the system tells them; read before the first sample and after the last.
+    fn busy_times(&mut self) -> Option<BusyTimes> {
+        None
+    }
+}
+
+/// Counters of processor time, all in the same unit, since some fixed moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BusyTimes {
+    /// Of all processors, idle or not.
+    pub total: u64,
+    /// Of all processors, at work for anybody.
+    pub busy: u64,
+    /// At work for this program.
+    pub own: u64,
+}
+
+impl BusyTimes {
+    /// Share of all processors that others used between two readings; `None` if no time passed.
+    pub fn others_share(before: BusyTimes, after: BusyTimes) -> Option<f64> {
+        let total = after.total.checked_sub(before.total).filter(|t| *t > 0)?;
+        let busy = after.busy.saturating_sub(before.busy);
+        let own = after.own.saturating_sub(before.own);
+        Some((busy.saturating_sub(own) as f64 / total as f64).min(1.0))
+    }
 }
 
 /// Turns a conversation into a prompt and an answer into text.

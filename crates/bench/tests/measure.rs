@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use common::{FakeDialogue, FakeRunner, measured, options, workload};
 use draftsmith_bench::record::Order;
-use draftsmith_bench::{BenchError, Contract, Doubt, Record, run_workload, summarize, summarize_all, table};
+use draftsmith_bench::{
+    BenchError, BusyTimes, Contract, Doubt, Record, run_workload, summarize, summarize_all, table,
+};
 
 /// Kinds of doubt about a record.
 fn doubts_of(record: &Record) -> Vec<&'static str> {
@@ -106,6 +108,12 @@ fn every_doubt_is_raised_by_its_cause_alone() {
 
     let mut busy = quiet.clone();
     busy.machine.load_average_1m = Some(1.7);
+    assert_eq!(doubts_of(&busy), ["machine_busy"]);
+
+    // Our own work is in the load average; what others did while measuring counts for more.
+    busy.machine.others_busy_share = Some(0.02);
+    assert!(doubts_of(&busy).is_empty());
+    busy.machine.others_busy_share = Some(0.3);
     assert_eq!(doubts_of(&busy), ["machine_busy"]);
 
     let mut crowded = quiet.clone();
@@ -289,4 +297,12 @@ fn a_spoilt_record_is_refused_and_never_a_panic() {
         }
     }
     assert!(refused > 100, "{refused}");
+}
+
+#[test]
+fn what_others_used_is_busy_time_less_our_own() {
+    let at = |total, busy, own| BusyTimes { total, busy, own };
+    assert_eq!(BusyTimes::others_share(at(100, 50, 10), at(300, 150, 60)), Some(0.25));
+    assert_eq!(BusyTimes::others_share(at(100, 50, 10), at(300, 60, 40)), Some(0.0));
+    assert_eq!(BusyTimes::others_share(at(100, 50, 10), at(100, 60, 40)), None);
 }

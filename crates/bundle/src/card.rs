@@ -148,12 +148,6 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
     }
     let _ = writeln!(out, "license: {}", yaml(&manifest.license.to_lowercase()));
     out.push_str("library_name: draftsmith\npipeline_tag: text-generation\ntags:\n- speculative-decoding\n- eagle3\n- draft-model\n");
-    if !training.data.is_empty() {
-        out.push_str("datasets_used:\n");
-        for data in &training.data {
-            let _ = writeln!(out, "- {}", yaml(&data.name));
-        }
-    }
     let _ = write!(
         out,
         "---\n\n# {}\n\nAn EAGLE-3 draft for **{}**. It proposes tokens, the target verifies them: the target decodes faster and its output does not change. The draft is of no use without its target.\n\n",
@@ -179,7 +173,9 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         "## Use\n\nRecommended: {shape}{}.\n\n",
         if r.because.is_empty() { String::new() } else { format!(" ({})", r.because) }
     );
-    let reference = target.references.first().map_or(engine_name(target), String::as_str);
+    // A path of the machine where it was made helps nobody else.
+    let elsewhere = |r: &&String| r.starts_with("hf:") || r.starts_with("pip:");
+    let reference = target.references.iter().find(elsewhere).map_or(engine_name(target), String::as_str);
     let _ = write!(
         out,
         "```sh\n# draftsmith (`DIR` is this folder)\ndraftsmith generate --target {reference} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n"

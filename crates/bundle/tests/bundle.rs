@@ -71,7 +71,7 @@ fn write_checkpoint(dir: &Path, config: &Value, tensors: &[TensorData]) {
 fn target() -> TargetInfo {
     TargetInfo {
         name: "Toy-8L-Instruct".into(),
-        references: vec!["hf:toy/Toy-8L-Instruct".into()],
+        references: vec!["/home/somebody/toy.gguf".into(), "hf:toy/Toy-8L-Instruct".into()],
         hub_name: Some("toy/Toy-8L-Instruct".into()),
         license: "Apache-2.0".into(),
         weights_sha256: "aa".repeat(32),
@@ -674,6 +674,7 @@ fn the_card_says_what_was_measured_and_how_to_run_it() {
         "| gsm8k (doubts) | chain, depth 3 |",
         "baseline: target-only decoding, same session, interleaved.",
         "* gsm8k: only 5 rows were measured, 20 are wanted",
+        "draftsmith generate --target hf:toy/Toy-8L-Instruct --bundle DIR",
         "--speculative-algorithm EAGLE3",
         "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6",
         "\"method\": \"eagle3\"",
@@ -684,6 +685,7 @@ fn the_card_says_what_was_measured_and_how_to_run_it() {
     ] {
         assert!(card.contains(part), "`{part}` is not in\n{card}");
     }
+    assert!(!card.contains("/home/somebody"), "a local path is of no use to others");
     let results = std::fs::read_to_string(dir.join("RESULTS.md")).unwrap();
     assert!(results.contains("| gsm8k | chain, depth 5 | 4,000 | 70.0 % | 40.0 % | 15.0 % |"), "{results}");
     assert!(dir.join("results/gsm8k.json").is_file() && dir.join("results/gsm8k-2.json").is_file());

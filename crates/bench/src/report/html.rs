@@ -523,9 +523,11 @@ fn conditions(out: &mut String, records: &[Record]) {
     );
     item("instruction sets", distinct(records, |r| r.machine.cpu_features.join(", ")));
     item(
-        "load average before",
-        distinct(records, |r| {
-            r.machine.load_average_1m.map_or_else(|| "unknown".into(), |l| format!("{l:.2}"))
+        "other programs",
+        distinct(records, |r| match (r.machine.others_busy_share, r.machine.load_average_1m) {
+            (Some(share), _) => format!("used {:.1} % of the processors while measuring", share * 100.0),
+            (None, Some(load)) => format!("load average {load:.2} before the first sample"),
+            (None, None) => "unknown".into(),
         }),
     );
     item("draftsmith", distinct(records, |r| r.draftsmith_version.clone()));

@@ -140,6 +140,7 @@ pub(crate) fn options(max_new_tokens: usize) -> MeasureOptions {
             memory_bytes: Some(8 << 30),
             os: "linux x86_64".into(),
             load_average_1m: Some(0.1),
+            others_busy_share: None,
         },
     }
 }
