@@ -100,7 +100,7 @@ impl TextError {
             TextError::TokenizerJson { .. } => "pass the `tokenizer.json` that belongs to the model".into(),
             TextError::UnsupportedDecoder { .. } => "use a model with a byte-level BPE or a SentencePiece BPE tokenizer".into(),
             TextError::UnsupportedModel { .. } | TextError::UnsupportedPre { .. } => {
-                "put the model's `tokenizer.json` beside the GGUF file and name it with `target.tokenizer`".into()
+                "use the model's safetensors folder; its `tokenizer.json` is read as it is".into()
             }
             TextError::BadGguf { .. } => "the file is damaged or made by an old converter; convert the model again".into(),
             TextError::ConfigJson { file, .. } => format!("check the JSON of `{file}`"),

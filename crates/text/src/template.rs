@@ -2,12 +2,13 @@
 //!
 //! Blocks are trimmed, `tojson` is Python's, `raise_exception` and string methods work, loops have `break`. A template
 //! is foreign code: a budget of steps and bytes bounds each rendering, recursion is limited, nothing can be included.
+//! Not bounded by it: text that a template makes with `~`, `join` or `format` of lists that hold each other many times.
 
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, from_args};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::value::{Kwargs, Value, ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, Output, State};
 use serde_json::Map;
 use sha2::{Digest, Sha256};
 
@@ -17,9 +18,11 @@ use crate::tokenizer::{hex, one_line};
 use crate::{Message, TextError};
 
 /// Steps of one rendering; a step is an instruction or 64 bytes of text. Real templates use a few hundred per message.
-const FUEL: u64 = 4_000_000;
+const FUEL: u64 = 2_000_000;
 /// Longer sources are refused: the longest template in use has about 30 kB.
 const MAX_SOURCE: usize = 1 << 20;
+/// Longest text of one printed list or object.
+const MAX_PRINTED: usize = 16 << 20;
 /// Marks errors that `raise_exception` made.
 const RAISED: &str = "\u{1}raised:";
 
@@ -75,7 +78,9 @@ impl ChatTemplate {
         environment.set_syntax(syntax());
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        environment.set_formatter(print);
+        environment.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
+            let message = bounded_text(&message)?;
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
         });
         environment.add_filter("tojson", tojson);
@@ -163,6 +168,36 @@ impl ChatTemplate {
     }
 }
 
+/// `{{ value }}`. Lists and objects are written through a limit: a few lists that hold each other several times spell
+/// a text of any length, and the engine's budget only counts it afterwards.
+fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Map | ValueKind::Iterable | ValueKind::Plain => {
+            out.write_str(&bounded_text(value)?).map_err(Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+/// A value as text, or an error beyond `MAX_PRINTED` bytes.
+fn bounded_text(value: &Value) -> Result<String, Error> {
+    struct Bounded(String);
+    impl std::fmt::Write for Bounded {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            if self.0.len() + text.len() > MAX_PRINTED {
+                return Err(std::fmt::Error);
+            }
+            self.0.push_str(text);
+            Ok(())
+        }
+    }
+    let mut out = Bounded(String::new());
+    match std::fmt::Write::write_fmt(&mut out, format_args!("{value}")) {
+        Ok(()) => Ok(out.0),
+        Err(_) => Err(Error::new(ErrorKind::InvalidOperation, "a printed value is too long")),
+    }
+}
+
 fn syntax() -> SyntaxConfig {
     let mut builder = SyntaxConfig::builder();
     builder.trim_blocks(true).lstrip_blocks(true);
@@ -195,7 +230,7 @@ fn value_of(json: &serde_json::Value) -> Value {
 }
 
 /// `tojson(indent=None, ensure_ascii=False, separators=None, sort_keys=False)`.
-fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
+fn tojson(state: &State, value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let indent = match indent {
         Some(indent) => Some(indent),
         None => kwargs.get::<Option<Value>>("indent")?,
@@ -220,7 +255,7 @@ fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value,
         ensure_ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
     };
     kwargs.assert_all_used()?;
-    Ok(Value::from(dumps(value, &style)?))
+    Ok(Value::from(dumps(value, &style, &|fuel| state.consume_fuel(fuel))?))
 }
 
 /// `{% generation %}` marks answers for a training library; for the text it is a block that is always on.

@@ -67,6 +67,12 @@ fn runaway_templates_end() {
         "fuel",
     );
     check_error("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion");
+    let wide =
+        "{% set ns = namespace(a=[1]) %}{% for i in range(90) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}";
+    check_error(&format!("{wide}{{{{ ns.a | tojson }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ ns.a | tojson(indent=4) }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ ns.a }}}}"), "a printed value is too long");
+    check_error(&format!("{wide}{{{{ raise_exception(ns.a) }}}}"), "a printed value is too long");
     let deep = format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000));
     check_error(&deep, "recursion");
 }
