@@ -1,6 +1,11 @@
 //! The binary as its users see it: stdout, stderr and exit code.
 
 mod cli;
+mod decode;
 mod hub;
+mod models;
 mod pip;
+mod rows;
+mod run_file;
+mod stages;
 mod support;

@@ -1,0 +1,76 @@
+//! Run files that cannot run: file, key and line in one `error:` line, exit code 2, nothing written.
+
+use insta::assert_snapshot;
+
+use crate::support::{Home, repository};
+
+/// What `run` says about a run file whose lines come after a good beginning.
+fn run(more: &str, overrides: &[&str]) -> String {
+    let home = Home::new();
+    let tiny = repository().join("fixtures/tiny-target");
+    home.write("good.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n");
+    home.write(
+        "run.toml",
+        format!(
+            "[target]\nsource = \"{}\"\n[bundle]\nlicense = \"MIT\"\n[data]\nsources = [{{ path = \"good.jsonl\" }}]\n{more}",
+            tiny.display()
+        ),
+    );
+    let args: Vec<&str> = ["run", "run.toml"].into_iter().chain(overrides.iter().copied()).collect();
+    let text = home.snapshot(&args);
+    assert!(text.contains("exit: 2"), "{text}");
+    assert!(!home.path().join("runs").exists(), "nothing may be written");
+    text
+}
+
+#[test]
+fn a_misspelt_key_is_named_with_its_line_and_what_was_meant() {
+    assert_snapshot!(run("[train]\nttt_lenght = 7\n", &[]));
+}
+
+#[test]
+fn an_unknown_table_is_named() {
+    assert_snapshot!(run("[trian]\nlr = 1e-4\n", &[]));
+}
+
+#[test]
+fn a_wrong_type_is_named() {
+    assert_snapshot!(run("[train]\nlr = \"fast\"\n", &[]));
+    assert_snapshot!(run("[train]\nepochs = -1\n", &[]));
+    assert_snapshot!(run("[draft]\nmethod = \"eagle4\"\n", &[]));
+}
+
+#[test]
+fn a_value_out_of_range_is_named() {
+    assert_snapshot!(run("[train]\nlr = -1.0\n", &[]));
+    assert_snapshot!(run("max_length = 1\n", &[]));
+}
+
+#[test]
+fn a_wrong_override_is_named() {
+    assert_snapshot!(run("", &["train.lrr=1"]));
+    assert_snapshot!(run("", &["train"]));
+}
+
+#[test]
+fn text_that_is_no_toml_is_named_with_its_line() {
+    assert_snapshot!(run("[train\n", &[]));
+}
+
+#[test]
+fn a_run_file_that_is_not_there_is_named() {
+    assert_snapshot!(Home::new().snapshot(&["run", "none.toml"]));
+}
+
+#[test]
+fn a_missing_licence_is_told_before_the_work() {
+    assert_snapshot!(run("", &["bundle.license="]));
+}
+
+#[test]
+fn files_that_are_not_there_are_told_before_the_work() {
+    assert_snapshot!(run("", &["data.sources.0.path=none.jsonl"]));
+    assert_snapshot!(run("", &["bench.workloads=[\"none.jsonl\"]"]));
+    assert_snapshot!(run("", &["data.template=none.jinja"]));
+    assert_snapshot!(run("", &["target.source=none.gguf"]));
+}
