@@ -3,8 +3,8 @@
 //! Everything is written to a temporary name in the same folder, flushed to the device, and renamed. A reader
 //! never sees a half-written artefact under its final name, whatever kills the writer.
 //!
-//! Temporary names are `.NAME.PID-N.tmp`. The writer holds an exclusive advisory lock on its temporary file (for
-//! a folder: on `.lock` inside it), so the next write of the same `NAME` can tell leftovers of a killed run, which
+//! Temporary names are `.NAME.PID-N.tmp`. The writer holds an exclusive advisory lock on its temporary file or
+//! folder, so the next write of the same `NAME` can tell leftovers of a killed run, which
 //! it removes, from the work of a writer that is still alive, which it leaves alone. A process id alone could not
 //! tell: in a fresh container the new run often has the old one's id.
 
@@ -127,29 +127,19 @@ fn temporaries_of(path: &Path, kind: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-const LOCK_NAME: &str = ".lock";
-
 /// Removes temporary files and folders that killed writers of `path` left behind.
 ///
 /// Called by every writer here; failures are ignored, since a leftover only costs space.
 pub fn clean_leftovers(path: &Path) {
     for entry in temporaries_of(path, "tmp") {
-        let is_dir = entry.is_dir();
-        let lock = if is_dir { entry.join(LOCK_NAME) } else { entry.clone() };
-        let stale = match OpenOptions::new().write(true).open(&lock) {
-            Ok(file) => file.try_lock().is_ok().then_some(Some(file)),
-            // A folder is locked right after it is made; without a lock file it is either that young or was killed
-            // in between, and an empty one can go in both cases only if it stays empty: leave it to `remove_dir`.
-            Err(_) if is_dir => Some(None),
-            Err(_) => None,
-        };
-        match stale {
-            // The lock is held until the entry is gone, so its owner-to-be can notice.
-            Some(Some(_held)) if is_dir => drop(fs::remove_dir_all(&entry)),
-            Some(Some(_held)) => drop(fs::remove_file(&entry)),
-            Some(None) => drop(fs::remove_dir(&entry)),
-            None => {}
+        // Where a folder cannot be opened or locked (other systems, some network file systems) leftovers stay.
+        let Ok(held) = File::open(&entry) else { continue };
+        if held.try_lock().is_err() {
+            continue;
         }
+        // The lock is held until the entry is gone, so a writer that has just made it can notice.
+        let _ = if entry.is_dir() { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
+        drop(held);
     }
 }
 
@@ -302,7 +292,9 @@ pub fn remove_dir_all(path: impl AsRef<Path>) -> Result<(), AtomicError> {
 pub struct AtomicDir {
     destination: PathBuf,
     temporary: PathBuf,
-    lock: Option<File>,
+    /// Held as long as the folder is being built; `None` where folders cannot be opened.
+    _lock: Option<File>,
+    committed: bool,
 }
 
 impl AtomicDir {
@@ -320,13 +312,17 @@ impl AtomicDir {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(e) => return Err(AtomicError::from_io("create folder", path, e)),
             }
-            let lock_path = temporary.join(LOCK_NAME);
-            match OpenOptions::new().write(true).create_new(true).open(&lock_path) {
-                Ok(lock) if lock_fresh(&lock, &lock_path) => {
-                    return Ok(AtomicDir { destination: path.to_path_buf(), temporary, lock: Some(lock) });
+            match File::open(&temporary) {
+                Ok(lock) if lock_fresh(&lock, &temporary) => {
+                    let (destination, _lock) = (path.to_path_buf(), Some(lock));
+                    return Ok(AtomicDir { destination, temporary, _lock, committed: false });
                 }
                 Ok(_) => {}
-                // Cleaned away by another writer while it was empty.
+                Err(_) if cfg!(not(unix)) => {
+                    let destination = path.to_path_buf();
+                    return Ok(AtomicDir { destination, temporary, _lock: None, committed: false });
+                }
+                // Cleaned away by another writer before it was locked.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => {
                     let _ = fs::remove_dir_all(&temporary);
@@ -386,7 +382,6 @@ impl AtomicDir {
             move |e| AtomicError::from_io(action, &path, e)
         };
         sync_tree(&self.temporary).map_err(named("flush"))?;
-        fs::remove_file(self.temporary.join(LOCK_NAME)).map_err(named("finish"))?;
         if let Some(aside) = &aside {
             fs::rename(&self.destination, aside).map_err(named("replace"))?;
         }
@@ -397,7 +392,7 @@ impl AtomicDir {
             return Err(named("rename to")(e));
         }
         sync_dir(parent_of(&self.destination)).map_err(named("flush the folder of"))?;
-        self.lock = None;
+        self.committed = true;
         if let Some(aside) = aside {
             // The new folder is in place; what is left of the old one goes at the next write at the latest.
             let _ = fs::remove_dir_all(aside);
@@ -408,7 +403,7 @@ impl AtomicDir {
 
 impl Drop for AtomicDir {
     fn drop(&mut self) {
-        if self.lock.take().is_some() {
+        if !self.committed {
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
@@ -527,7 +522,6 @@ mod tests {
         // What kill -9 leaves: unlocked temporaries.
         fs::write(dir.path().join(".a.bin.1-0.tmp"), b"half").unwrap();
         fs::create_dir(dir.path().join(".a.bin.1-1.tmp")).unwrap();
-        fs::write(dir.path().join(".a.bin.1-1.tmp/.lock"), b"").unwrap();
         fs::write(dir.path().join(".a.bin.1-1.tmp/x"), b"half").unwrap();
         fs::create_dir(dir.path().join(".a.bin.1-2.tmp")).unwrap();
         // Files of other names.
@@ -535,9 +529,12 @@ mod tests {
         fs::write(dir.path().join(".b.bin.1-0.tmp"), b"other").unwrap();
         let alive = AtomicFile::create(&path).unwrap();
         assert_eq!(names(dir.path()).len(), 3);
+        let alive_dir = AtomicDir::create(&path).unwrap();
+        alive_dir.write("x", b"kept").unwrap();
         write(&path, b"done").unwrap();
-        assert!(alive.temporary.exists());
+        assert!(alive.temporary.exists() && alive_dir.path().join("x").exists());
         alive.commit().unwrap();
+        drop(alive_dir);
         assert_eq!(names(dir.path()), [".a.bin.bak.tmp", ".b.bin.1-0.tmp", "a.bin"]);
     }
 

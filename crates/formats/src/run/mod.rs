@@ -126,6 +126,9 @@ pub struct DataTable {
     /// Rows with fewer trained tokens are dropped.
     #[serde(default = "DataTable::default_min_trained_tokens")]
     pub min_trained_tokens: u32,
+    /// Broken rows are errors; off: they are dropped and counted.
+    #[serde(default = "DataTable::default_strict")]
+    pub strict: bool,
     /// Drop rows whose token ids occurred before.
     #[serde(default = "DataTable::default_dedupe")]
     pub dedupe: bool,
@@ -149,6 +152,9 @@ impl DataTable {
     }
     fn default_min_trained_tokens() -> u32 {
         1
+    }
+    fn default_strict() -> bool {
+        true
     }
     fn default_dedupe() -> bool {
         true
@@ -569,7 +575,8 @@ impl RunFile {
         };
         keep("run", &["name", "dir", "threads"]);
         keep("target", &[]);
-        keep("data", &[]);
+        // Strict or not, the rows that come out are the same.
+        keep("data", &["strict"]);
         if stage >= Stage::Regenerate {
             // The batch size changes speed alone: every answer depends on its own prompt and seed.
             keep("regenerate", &["batch_size"]);
