@@ -21,6 +21,10 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Share of the best token's probability below which top-k and top-p sampling never draws a token. Over a vocabulary
+/// of 250,000 ids all such tokens together have less than a millionth of the mass.
+const NEGLIGIBLE: f32 = 1e-12;
+
 impl Default for Sampling {
     fn default() -> Self {
         Sampling::GREEDY
@@ -58,7 +62,8 @@ fn mix(mut x: u64) -> u64 {
 
 /// Standard Gumbel noise for (`seed`, `position`, `token`): counter-based, so any entry can be drawn alone.
 pub fn gumbel_noise(seed: u64, position: u64, token: u32) -> f32 {
-    let bits = mix(mix(seed ^ 0x6472_6166_7473_6d74).wrapping_add(mix(position)) ^ mix(u64::from(token) << 1 | 1));
+    let bits =
+        mix(mix(seed ^ 0x6472_6166_7473_6d74).wrapping_add(mix(position)) ^ mix(u64::from(token) << 1 | 1));
     // 53 random bits, centred: never 0 and never 1, so both logarithms are finite.
     let uniform = ((bits >> 11) as f64 + 0.5) * (1.0 / (1u64 << 53) as f64);
     (-(-uniform.ln()).ln()) as f32
@@ -74,40 +79,32 @@ pub fn token_distribution(logits: &[f32], sampling: &Sampling) -> Vec<(TargetTok
         return vec![(TargetTokenId(argmax(logits.iter().copied()) as u32), 1.0)];
     }
     let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|i| !logits[*i as usize].is_nan()).collect();
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    // Tokens this far below the best one have less than `NEGLIGIBLE` of its probability each. Dropping them first
+    // keeps the sort and the exponentials to the few hundred tokens that can be drawn at all.
+    let cutoff = max + sampling.temperature * NEGLIGIBLE.ln();
+    let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|i| logits[*i as usize] >= cutoff).collect();
     let k = if sampling.top_k == 0 { ids.len() } else { (sampling.top_k as usize).min(ids.len()) };
     if k < ids.len() {
         ids.select_nth_unstable_by(k, order);
         ids.truncate(k);
     }
-    let max = ids.iter().map(|i| logits[*i as usize]).fold(f32::NEG_INFINITY, f32::max);
+    ids.sort_unstable_by(order);
     let inv_t = 1.0 / f64::from(sampling.temperature);
-    let weight = |id: u32| (f64::from(logits[id as usize] - max) * inv_t).exp();
-    // Order matters for top-p and for the fixed summation order; the far tail cannot be reached by top-p < 1,
-    // so only tokens with weight above the smallest normal share are sorted.
+    let mut weights: Vec<f64> =
+        ids.iter().map(|i| (f64::from(logits[*i as usize] - max) * inv_t).exp()).collect();
     if sampling.top_p < 1.0 {
-        let floor = (1.0 - f64::from(sampling.top_p)) / (ids.len() as f64) * 1e-3;
-        let total: f64 = ids.iter().map(|i| weight(*i)).sum();
-        let tail: f64 = ids.iter().map(|i| weight(*i)).filter(|w| *w < floor).sum();
-        if tail < total * (1.0 - f64::from(sampling.top_p)) * 0.5 {
-            ids.retain(|i| weight(*i) >= floor);
-        }
-        ids.sort_unstable_by(order);
+        let wanted = f64::from(sampling.top_p) * weights.iter().sum::<f64>();
         let mut mass = 0.0;
-        let mut keep = 0;
-        for id in &ids {
-            keep += 1;
-            mass += weight(*id);
-            if mass >= f64::from(sampling.top_p) * total {
-                break;
-            }
-        }
-        ids.truncate(keep.max(1));
-    } else {
-        ids.sort_unstable_by(order);
+        let keep = weights.iter().position(|w| {
+            mass += w;
+            mass >= wanted
+        });
+        weights.truncate(keep.map_or(weights.len(), |i| i + 1).max(1));
+        ids.truncate(weights.len());
     }
-    let kept: f64 = ids.iter().map(|i| weight(*i)).sum();
-    ids.into_iter().map(|i| (TargetTokenId(i), weight(i) / kept)).collect()
+    let kept: f64 = weights.iter().sum();
+    ids.into_iter().zip(weights).map(|(i, w)| (TargetTokenId(i), w / kept)).collect()
 }
 
 /// The token at `position`: arg-max if greedy, else the Gumbel-max draw keyed by (seed, position).
@@ -126,11 +123,11 @@ pub fn choose_token(logits: &[f32], sampling: &Sampling, position: u64) -> Targe
             .map(|(i, l)| l * inv_t + gumbel_noise(sampling.seed, position, i as u32));
         return TargetTokenId(argmax(noisy) as u32);
     }
-    let mut kept: Vec<TargetTokenId> = token_distribution(logits, sampling).into_iter().map(|(t, _)| t).collect();
+    let mut kept: Vec<TargetTokenId> =
+        token_distribution(logits, sampling).into_iter().map(|(t, _)| t).collect();
     kept.sort_unstable();
-    let noisy = kept
-        .iter()
-        .map(|t| logits[t.0 as usize] * inv_t + gumbel_noise(sampling.seed, position, t.0));
+    let noisy =
+        kept.iter().map(|t| logits[t.0 as usize] * inv_t + gumbel_noise(sampling.seed, position, t.0));
     kept[argmax(noisy)]
 }
 
@@ -163,7 +160,11 @@ mod tests {
         let rest = residual(target, draft).unwrap_or_else(|| vec![0.0; target.len()]);
         for x in 0..target.len() {
             let emitted = keep(x) + rejected * rest[x];
-            assert!((emitted - target[x]).abs() < 1e-12, "token {x}: emitted {emitted}, target {}", target[x]);
+            assert!(
+                (emitted - target[x]).abs() < 1e-12,
+                "token {x}: emitted {emitted}, target {}",
+                target[x]
+            );
         }
     }
 

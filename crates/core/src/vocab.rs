@@ -19,7 +19,9 @@ pub struct VocabMap {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum VocabMapError {
     /// A draft id points outside the target vocabulary.
-    #[error("`d2t[{draft}]` = {offset} points to target id {target}, but the target vocabulary has {vocab} ids")]
+    #[error(
+        "`d2t[{draft}]` = {offset} points to target id {target}, but the target vocabulary has {vocab} ids"
+    )]
     OutOfRange {
         /// Draft id.
         draft: usize,
@@ -113,7 +115,11 @@ impl VocabMap {
     ///
     /// # Shapes
     /// - `counts`: `[V]` occurrences of each target id at trained positions.
-    pub fn from_counts(counts: &[u64], draft_vocab: usize, always: &[TargetTokenId]) -> Result<VocabMap, VocabMapError> {
+    pub fn from_counts(
+        counts: &[u64],
+        draft_vocab: usize,
+        always: &[TargetTokenId],
+    ) -> Result<VocabMap, VocabMapError> {
         if draft_vocab == 0 || draft_vocab > counts.len() {
             return Err(VocabMapError::Size { draft: draft_vocab, target: counts.len() });
         }

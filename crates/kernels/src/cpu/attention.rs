@@ -105,15 +105,14 @@ impl KvLayer {
     }
 }
 
-/// Query rows that share one pass over keys and values.
+/// Queries (rows, and heads that share a key head) that share one pass over keys and values.
 const ROWS: usize = 4;
 
 #[derive(Clone, Copy)]
 struct AttendArgs<'a> {
-    /// First query of the group for this head.
-    q: *const f32,
-    q_stride: usize,
-    y: *mut f32,
+    /// The queries of the group, `head_dim` values each.
+    q: [*const f32; ROWS],
+    y: [*mut f32; ROWS],
     keys: &'a [f32],
     values: &'a [f32],
     head_dim: usize,
@@ -145,7 +144,7 @@ unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_
                 *k = I::load(base.add((b * a.head_dim + d) * BLOCK));
             }
             for r in 0..R {
-                let q = I::splat(*a.q.add((row + r) * a.q_stride + d));
+                let q = I::splat(*a.q[row + r].add(d));
                 for b in 0..B {
                     acc[r][b] = I::fma(keys[b], q, acc[r][b]);
                 }
@@ -194,16 +193,12 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
             match (a.rows, wide) {
                 (4, true) => score_blocks::<I, 4, 4>(&a, 0, block),
                 (4, false) => score_blocks::<I, 4, 1>(&a, 0, block),
-                (rows, true) => {
-                    for r in 0..rows {
-                        score_blocks::<I, 1, 4>(&a, r, block);
-                    }
-                }
-                (rows, false) => {
-                    for r in 0..rows {
-                        score_blocks::<I, 1, 1>(&a, r, block);
-                    }
-                }
+                (3, true) => score_blocks::<I, 3, 4>(&a, 0, block),
+                (3, false) => score_blocks::<I, 3, 1>(&a, 0, block),
+                (2, true) => score_blocks::<I, 2, 4>(&a, 0, block),
+                (2, false) => score_blocks::<I, 2, 1>(&a, 0, block),
+                (_, true) => score_blocks::<I, 1, 4>(&a, 0, block),
+                (_, false) => score_blocks::<I, 1, 1>(&a, 0, block),
             }
             block += if wide { 4 } else { 1 };
         }
@@ -249,13 +244,22 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
                 mix::<I, 1>(&a, r, column, &mut one, a.first[r].min(joint), joint);
                 acc[r] = one[0];
             }
-            if a.rows == ROWS {
-                mix::<I, ROWS>(&a, 0, column, &mut acc, joint, a.common_end);
-            } else {
-                for r in 0..a.rows {
-                    let mut one = [acc[r]];
-                    mix::<I, 1>(&a, r, column, &mut one, joint, a.common_end);
-                    acc[r] = one[0];
+            match a.rows {
+                4 => mix::<I, 4>(&a, 0, column, &mut acc, joint, a.common_end),
+                3 => {
+                    let mut some = [acc[0], acc[1], acc[2]];
+                    mix::<I, 3>(&a, 0, column, &mut some, joint, a.common_end);
+                    acc[..3].copy_from_slice(&some);
+                }
+                2 => {
+                    let mut some = [acc[0], acc[1]];
+                    mix::<I, 2>(&a, 0, column, &mut some, joint, a.common_end);
+                    acc[..2].copy_from_slice(&some);
+                }
+                _ => {
+                    let mut some = [acc[0]];
+                    mix::<I, 1>(&a, 0, column, &mut some, joint, a.common_end);
+                    acc[0] = some[0];
                 }
             }
             for r in 0..a.rows {
@@ -269,7 +273,7 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
                     acc[r] = I::fma(weight, v, acc[r]);
                 }
                 let out = I::mul(acc[r], I::splat(sums[r]));
-                let y = a.y.add(r * a.q_stride + column);
+                let y = a.y[r].add(column);
                 let count = a.head_dim.saturating_sub(column).min(BLOCK);
                 if count == BLOCK {
                     I::store(y, out);
@@ -313,7 +317,6 @@ struct Prepared<'a> {
     step_slots: Vec<u32>,
     /// Slots of each row's path inside the step, itself last; empty for a chain.
     paths: Vec<Vec<u32>>,
-    groups: usize,
 }
 
 impl<'a> Prepared<'a> {
@@ -330,7 +333,7 @@ impl<'a> Prepared<'a> {
             }
         }
         let step_slots = (0..parents.len()).map(|i| (base + i) as u32).collect();
-        Prepared { part, chain, step_slots, paths, groups: part.mask.new_rows.div_ceil(ROWS) }
+        Prepared { part, chain, step_slots, paths }
     }
 }
 
@@ -349,41 +352,48 @@ pub(crate) fn attention(
         assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
         let end = (p.part.first_row + p.part.mask.new_rows) * heads * kv.head_dim;
         assert!(q.len() >= end && y.len() >= end, "attention buffers too short");
-        for head in 0..heads {
-            tasks.extend((0..p.groups).map(|group| (index, head, group)));
+        let queries = p.part.mask.new_rows * (heads / kv.kv_heads);
+        for kv_head in 0..kv.kv_heads {
+            tasks.extend((0..queries.div_ceil(ROWS)).map(|group| (index, kv_head, group)));
         }
     }
     let out = SendPtr(y.as_mut_ptr());
     pool.run(tasks.len(), &|task| {
-        let (index, head, group) = tasks[task];
+        let (index, kv_head, group) = tasks[task];
         let p = &prepared[index];
         let (kv, mask, chain) = (p.part.kv, p.part.mask, p.chain);
         let width = heads * kv.head_dim;
-        let row = group * ROWS;
-        let count = ROWS.min(mask.new_rows - row);
-        // Index of the group's first row among the uncommitted ones.
-        let node = mask.parents.len() - mask.new_rows + row;
-        let kv_head = head / (heads / kv.kv_heads);
+        // Queries of a key head: row by row, in each row the heads that share it.
+        let sharing = heads / kv.kv_heads;
+        let count = ROWS.min(mask.new_rows * sharing - group * ROWS);
+        let row_of = |lane: usize| (group * ROWS + lane) / sharing;
+        // Index of a row among the uncommitted ones.
+        let node_of = |lane: usize| mask.parents.len() - mask.new_rows + row_of(lane);
         // In a chain the rows before the group are common too; a tree shares the committed part only.
-        let common_end = if chain { mask.base + node } else { mask.base };
+        let common_end = if chain { mask.base + node_of(0) } else { mask.base };
         let mut first = [0usize; ROWS];
         let mut tails: [&[u32]; ROWS] = [&[]; ROWS];
-        for r in 0..count {
-            tails[r] = if chain { &p.step_slots[node..node + r + 1] } else { &p.paths[node + r] };
-            first[r] = mask.window.map_or(0, |w| (common_end + tails[r].len()).saturating_sub(w));
+        let mut queries = [std::ptr::null(); ROWS];
+        let mut outputs = [std::ptr::null_mut(); ROWS];
+        for lane in 0..count {
+            let node = node_of(lane);
+            tails[lane] = if chain { &p.step_slots[node_of(0)..=node] } else { &p.paths[node] };
+            first[lane] = mask.window.map_or(0, |w| (common_end + tails[lane].len()).saturating_sub(w));
+            let head = kv_head * sharing + (group * ROWS + lane) % sharing;
+            let at = (p.part.first_row + row_of(lane)) * width + head * kv.head_dim;
+            queries[lane] = q[at..].as_ptr();
+            // SAFETY: the head's columns of the row exist; tasks write disjoint parts.
+            outputs[lane] = unsafe { out.get().add(at) };
         }
-        let slots = mask.base + node + count;
+        let slots = mask.base + node_of(count - 1) + 1;
         let stride = slots.next_multiple_of(BLOCK) + 4 * BLOCK;
-        let at = (p.part.first_row + row) * width + head * kv.head_dim;
         SCORES.with_borrow_mut(|scores| {
             if scores.len() < ROWS * stride {
                 scores.resize(ROWS * stride, 0.0);
             }
             let args = AttendArgs {
-                q: q[at..].as_ptr(),
-                q_stride: width,
-                // SAFETY: the head's columns of the row exist; tasks write disjoint parts.
-                y: unsafe { out.get().add(at) },
+                q: queries,
+                y: outputs,
                 keys: &kv.keys[kv_head],
                 values: &kv.values[kv_head],
                 head_dim: kv.head_dim,
