@@ -76,6 +76,25 @@ pub enum Row {
     Tokens(TokenRow),
 }
 
+impl Row {
+    /// The data set's id, if it has one.
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Row::Conversation(row) => row.id.as_deref(),
+            Row::Tokens(row) => row.id.as_deref(),
+        }
+    }
+
+    /// Domain for reports; `unnamed` where the data set gives none.
+    pub fn domain(&self) -> &str {
+        match self {
+            Row::Conversation(row) => row.domain.as_deref(),
+            Row::Tokens(row) => row.domain.as_deref(),
+        }
+        .unwrap_or("unnamed")
+    }
+}
+
 /// A row and where it stands.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LocatedRow {
@@ -90,10 +109,7 @@ pub struct LocatedRow {
 impl LocatedRow {
     /// The row's id; its place where the data set gives none.
     pub fn id(&self) -> String {
-        let id = match &self.row {
-            Row::Conversation(row) => row.id.as_deref(),
-            Row::Tokens(row) => row.id.as_deref(),
-        };
+        let id = self.row.id();
         let name =
             self.location.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let id = id.map_or_else(|| format!("{name}:{}", self.location.number), str::to_owned);
@@ -102,11 +118,7 @@ impl LocatedRow {
 
     /// Domain for reports.
     pub fn domain(&self) -> &str {
-        match &self.row {
-            Row::Conversation(row) => row.domain.as_deref(),
-            Row::Tokens(row) => row.domain.as_deref(),
-        }
-        .unwrap_or("unnamed")
+        self.row.domain()
     }
 }
 
