@@ -78,10 +78,9 @@ impl LoadedTarget {
         stop: &Stop,
     ) -> Result<LoadedTarget, Error> {
         let pulled = locate(options.sources, options.sha256, places, report, stop)?;
-        // The text side is cheap and wrong more often: it is read before the weights.
-        let text = TargetText::open(&pulled.path, options.template)?;
         let kernels = Arc::new(Cpu::new(options.threads));
         let target = Arc::new(Target::load(kernels, &pulled.path, options.precision)?);
+        let text = TargetText::open(&pulled.path, options.template)?;
         let sha256 = match pulled.sha256 {
             Some(sha256) => sha256,
             None => model_hash(&pulled.path)?,

@@ -34,6 +34,11 @@ macro_rules! errors {
         impl Error {
             /// What the user can do about it.
             pub fn hint(&self) -> Option<String> {
+                if let Error::RunFile(error) = self
+                    && error.hint().is_none()
+                {
+                    return Some("docs/RUN_FILE.md lists every key with its type and default".to_string());
+                }
                 match self {
                     $(Error::$variant(error) => error.hint(),)*
                     Error::Interrupted { resume, .. } => {

@@ -35,8 +35,10 @@ impl Failure {
     pub(crate) fn print(self) -> ExitCode {
         let mut err = std::io::stderr().lock();
         let _ = writeln!(err, "error: {}", one_line(&self.message));
-        if let Some(hint) = &self.hint {
-            let _ = writeln!(err, "hint: {}", one_line(hint));
+        let help = || "`draftsmith --help` (or after a verb) lists what there is".to_string();
+        let hint = self.hint.or_else(|| (self.code == BAD_INPUT).then(help));
+        if let Some(hint) = hint {
+            let _ = writeln!(err, "hint: {}", one_line(&hint));
         }
         ExitCode::from(self.code)
     }

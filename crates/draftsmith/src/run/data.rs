@@ -38,7 +38,7 @@ impl Run<'_> {
         report.begin("read conversations", None, Unit::Rows);
         let options = LoadOptions {
             read: ReadOptions::default(),
-            strict: true,
+            strict: data.strict,
             dedupe: match (data.dedupe, regenerate) {
                 (false, _) => Dedupe::Off,
                 (true, false) => Dedupe::Conversation,
@@ -123,7 +123,7 @@ impl Run<'_> {
             max_length: self.file.data.max_length as usize,
             min_trained_tokens: self.file.data.min_trained_tokens as usize,
             target_vocab: target.target.config().vocab_size,
-            strict: stage == Stage::Data,
+            strict: data_is_strict(stage, self.file.data.strict),
         };
         let mut preparer = Preparer::new(&target.text.tokenizer, template, options, so_far);
         let meta = [
@@ -183,6 +183,11 @@ pub(super) fn add_tokens(summary: &mut Value, tokens: &TokenSummary) {
 
 pub(super) fn to_text(report: &DataReport) -> String {
     serde_json::to_string_pretty(report).expect("a report holds only what JSON can say") + "\n"
+}
+
+/// Answers that the target wrote are not the user's mistake, whatever is wrong with them.
+fn data_is_strict(stage: Stage, strict: bool) -> bool {
+    strict && stage == Stage::Data
 }
 
 fn field<'r>(row: &'r LocatedRow, get: impl Fn(&'r Conversation) -> &'r Option<String>) -> Option<&'r str> {

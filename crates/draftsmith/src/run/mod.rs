@@ -29,7 +29,7 @@ use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
 use crate::Error;
 use crate::engine::{LoadedTarget, TargetOptions, default_threads, locate};
-use crate::pull::{Places, Reference};
+use crate::pull::{Places, PullError, Reference};
 use crate::report::{Report, Stop, Unit};
 use crate::target::model_hash;
 
@@ -329,29 +329,37 @@ impl Inputs {
             None => model_hash(&target.path)?,
         };
         let mut hasher = Hasher::default();
-        let mut find = |name: &str| -> Result<PathBuf, Error> {
+        let mut find = |key: &str, name: &str| -> Result<PathBuf, Error> {
             let reference: Reference = name.parse()?;
-            let found = crate::pull::pull(&[reference], None, env.places, env.report, env.stop)?;
+            let found = match crate::pull::pull(&[reference], None, env.places, env.report, env.stop) {
+                Err(PullError::NoSuchPath { .. }) => {
+                    return Err(Error::input(
+                        format!("`{key}` names `{name}`, which does not exist"),
+                        "relative paths start at the working directory",
+                    ));
+                }
+                found => found?,
+            };
             hasher.field(found.sha256.as_deref().unwrap_or_default().as_bytes());
             match found.sha256 {
                 Some(_) => Ok(found.path),
                 None => Err(Error::input(
-                    format!("`{name}` is a folder, expected a file of conversations"),
+                    format!("`{key}` names `{name}`, a folder, expected a file"),
                     "name one file, for `hf:` references after a `:`",
                 )),
             }
         };
         let mut sources = Vec::new();
-        for source in &file.data.sources {
+        for (i, source) in file.data.sources.iter().enumerate() {
             sources.push(SourceSpec {
-                path: find(&source.path)?,
+                path: find(&format!("data.sources.{i}.path"), &source.path)?,
                 weight: source.weight,
                 max_rows: source.max_rows,
             });
         }
-        let validation = file.data.validation.as_deref().map(&mut find).transpose()?;
+        let validation = file.data.validation.as_deref().map(|name| find("data.validation", name)).transpose()?;
         if let Some(template) = &file.data.template {
-            find(&template.display().to_string())?;
+            find("data.template", &template.display().to_string())?;
         }
         Ok(Inputs {
             target_path: target.path,

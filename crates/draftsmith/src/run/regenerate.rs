@@ -7,6 +7,7 @@
 //! Which dialogues finish first depends on what is decoded beside them; what they say does not. So rows are put back
 //! into the order of the data, and a limit on tokens counts in that order: the result does not depend on interruptions.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -151,14 +152,53 @@ impl Run<'_> {
             max_context: options.max_context,
             batch_size: options.batch_size,
         };
-        report.begin("answer conversations", Some(order.len() as u64), Unit::Rows);
-        report.at(answers.len() as u64);
+        // Progress counts what ends the stage: tokens if they are limited, else rows.
+        let limited = max_tokens != u64::MAX;
+        let done_before: u64 = answers.values().map(|a| a.generated_tokens).sum();
+        match limited {
+            true => report.begin("answer conversations", Some(max_tokens), Unit::Tokens),
+            false => report.begin("answer conversations", Some(order.len() as u64), Unit::Rows),
+        }
+        report.at(if limited { done_before.min(max_tokens) } else { answers.len() as u64 });
         let began = std::time::Instant::now();
         let mut failed = None;
-        // Rows that cannot be answered at all never come back; they are not waited for.
         let stop = self.env.stop;
-        let mut source = missing.into_iter().take_while(|_| !stop.requested());
+        // Dialogues whose first prompt cannot be asked never come back: they count as answered with nothing.
+        let template = target.text.template()?;
+        let fits = |dialogue: &Dialogue| -> bool {
+            let end = dialogue.turns.iter().position(|m| m.role == "user");
+            let ask = RenderOptions::default().with_generation_prompt(true);
+            let text = end.map(|end| template.render(&dialogue.turns[..=end], &ask));
+            match text {
+                None => false,
+                // A template that fails is told by the generator, with the dialogue's name.
+                Some(Err(_)) => true,
+                Some(Ok(text)) => target
+                    .text
+                    .tokenizer
+                    .encode(&text, false)
+                    .is_ok_and(|ids| ids.len() + 1 < options.max_context),
+            }
+        };
+        let unasked: RefCell<Vec<AnswerLine>> = RefCell::new(Vec::new());
+        let mut source = missing.into_iter().take_while(|_| !stop.requested()).filter(|dialogue| {
+            let fits = fits(dialogue);
+            if !fits {
+                unasked.borrow_mut().push(AnswerLine {
+                    id: dialogue.id.clone(),
+                    domain: dialogue.domain.clone(),
+                    messages: Vec::new(),
+                    generated_tokens: 0,
+                    greedy: false,
+                    mark: None,
+                });
+            }
+            fits
+        });
         regenerate(&mut source, &mut generator, &options, &mut |done, progress| {
+            for line in unasked.borrow_mut().drain(..) {
+                answers.insert(line.id.clone(), line);
+            }
             let line = AnswerLine::from(done);
             if let Err(error) = serde_json::to_value(&line)
                 .map_err(|e| Error::input(e.to_string(), ""))
@@ -168,7 +208,10 @@ impl Run<'_> {
                 return ControlFlow::Break(());
             }
             answers.insert(line.id.clone(), line);
-            report.at(answers.len() as u64 + progress.skipped);
+            report.at(match limited {
+                true => (done_before + progress.tokens).min(max_tokens),
+                false => answers.len() as u64,
+            });
             let rate = progress.tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
             report.detail(&format!("{} tokens, {rate:.0} tokens/s", progress.tokens));
             if stop.requested() || taken(order, answers, max_tokens).is_some() {
