@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::layout::{WeightTypes, config_problems, read_config, vocab_map, weight_problems};
 use crate::manifest::{CONFIG_FILE, MANIFEST_FILE, Manifest, PROBE_FILE, TargetInfo, WEIGHTS_FILE};
-use crate::probe::{self, ProbeFn};
+use crate::probe::{self, EmbedFn, ProbeFn};
 use crate::{BundleError, Problem};
 
 /// Largest bundle that belongs into a source repository.
@@ -93,6 +93,8 @@ pub struct CheckOptions<'a> {
     pub target: Option<&'a TargetInfo>,
     /// Runs the real draft network on a probe; see [`ProbeInput`](crate::ProbeInput).
     pub network: Option<&'a mut ProbeFn<'a>>,
+    /// Rows of the target's embedding, to be compared with those stored in the probe.
+    pub embedding: Option<&'a mut EmbedFn<'a>>,
 }
 
 /// Checks a bundle.
@@ -110,15 +112,8 @@ pub fn check(dir: impl AsRef<Path>, options: CheckOptions<'_>) -> Result<CheckRe
     let usable = tensors.status == Status::Held && map.status == Status::Held;
     checks.extend([tensors, map]);
     checks.push(target(&manifest, config, options.target));
-    let network = match options.target {
-        _ if !usable => Err("the weights do not hold"),
-        // The embedding is the target's: other weights give other numbers, and rightly so.
-        Some(found) if found.weights_sha256 != manifest.target.weights_sha256 => {
-            Err("it was answered beside other target weights")
-        }
-        _ => options.network.ok_or("the target was not given, so the draft network cannot run"),
-    };
-    checks.push(numbers(dir, config, network)?);
+    let same_weights = options.target.map(|found| found.weights_sha256 == manifest.target.weights_sha256);
+    checks.push(numbers(dir, config, usable, same_weights, options)?);
     checks.push(size(dir, &manifest));
     Ok(CheckReport::new(manifest.name, checks))
 }
@@ -307,25 +302,36 @@ pub fn target_problems(trained: &TargetInfo, found: &TargetInfo) -> Vec<Problem>
     problems
 }
 
+/// Runs the probe. `usable`: the tensors hold; `same_weights`: what is known of the target at hand.
 fn numbers(
     dir: &Path,
     config: Option<&Eagle3Config>,
-    network: Result<&mut ProbeFn<'_>, &str>,
+    usable: bool,
+    same_weights: Option<bool>,
+    options: CheckOptions<'_>,
 ) -> Result<CheckLine, BundleError> {
     let Some(config) = config else { return Ok(skipped("probe", "config.json cannot be read")) };
-    let path = dir.join(PROBE_FILE);
-    let read = probe::from_file(&path, config.features_width(), config.vocab_size, config.draft_vocab_size);
-    let probes = match read {
+    let probes = match probe::from_file(&dir.join(PROBE_FILE), config) {
         Ok(probes) => probes,
         Err(e) => {
             return Ok(line("probe", PROBE_FILE.into(), vec![Problem::ProbeFile { message: e.to_string() }]));
         }
     };
-    let network = match network {
-        Ok(network) => network,
-        Err(why) => return Ok(skipped("probe", why)),
+    let alone = probes.iter().all(|p| !p.input.embeddings.is_empty());
+    let network = match (options.network, same_weights) {
+        _ if !usable => return Ok(skipped("probe", "the weights do not hold")),
+        (None, _) => return Ok(skipped("probe", "the draft network was not run")),
+        // Without stored embeddings the target's own are used: other weights give other numbers, and rightly so.
+        (_, None) if !alone => return Ok(skipped("probe", "it needs the target")),
+        (_, Some(false)) if !alone => {
+            return Ok(skipped("probe", "it was answered beside other target weights"));
+        }
+        (Some(network), _) => network,
     };
-    let (worst, problems) = probe::run(&probes, network)?;
+    let (worst, mut problems) = probe::run(&probes, network)?;
+    if let (Some(embed), Some(true)) = (options.embedding, same_weights) {
+        problems.extend(probe::embedding_problems(&probes, embed)?);
+    }
     let detail = format!(
         "{} probes, largest difference {:.1e} of the largest logit (limit {:.0e})",
         probes.len(),

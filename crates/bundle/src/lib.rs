@@ -23,6 +23,6 @@ pub use manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, MANIFEST_FILE, Manifest,
     PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
-pub use network::{check_with_target, make_with_target, run_draft};
-pub use probe::{PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
+pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
+pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
 pub use problem::Problem;

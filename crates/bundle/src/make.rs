@@ -16,7 +16,7 @@ use crate::manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, MANIFEST_FILE, Manifest, PROBE_FILE,
     Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
-use crate::probe::{Probe, ProbeFn, ProbeInput, to_file};
+use crate::probe::{AnswerFn, ProbeInput, fits, to_file};
 use crate::{BundleError, Problem};
 
 /// A value with the ends of its 95 % interval.
@@ -122,14 +122,15 @@ pub struct Made {
     pub warnings: Vec<Problem>,
 }
 
-/// Makes a bundle. `network` runs the draft of the *checkpoint* as bundled (weights rounded to bf16).
+/// Makes a bundle. `network` answers the probes with the draft of the *checkpoint* as bundled (weights rounded to
+/// bf16).
 ///
 /// Nothing is left on disk if it fails.
 ///
 /// # Errors
 /// [`BundleError::Checkpoint`] names the first tensor or key that does not fit; [`BundleError::MissingField`] if
 /// name or licence is empty; [`BundleError::Exists`].
-pub fn make(input: &MakeInput, network: &mut ProbeFn<'_>) -> Result<Made, BundleError> {
+pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, BundleError> {
     for (field, value) in [
         ("name", &input.name),
         ("license", &input.license),
@@ -185,15 +186,15 @@ pub fn make(input: &MakeInput, network: &mut ProbeFn<'_>) -> Result<Made, Bundle
     };
     let mut probes = Vec::with_capacity(questions.len());
     for (index, question) in questions.into_iter().enumerate() {
-        let logits = network(&question).map_err(|source| BundleError::Probe { index, source })?;
-        if logits.len() != config.draft_vocab_size || logits.iter().any(|v| !v.is_finite()) {
-            return Err(BundleError::Probe {
-                index,
-                source: format!("{} logits, wanted {} finite ones", logits.len(), config.draft_vocab_size)
-                    .into(),
-            });
+        let probe = network(question).map_err(|source| BundleError::Probe { index, source })?;
+        let (found, wanted) = (probe.logits.len(), config.draft_vocab_size);
+        if found != wanted || probe.logits.iter().any(|v| !v.is_finite()) {
+            let source = format!("{found} logits, wanted {wanted} finite ones").into();
+            return Err(BundleError::Probe { index, source });
         }
-        probes.push(Probe { input: question, logits });
+        fits(&probe.input, &config)
+            .map_err(|problem| BundleError::Probe { index, source: problem.into() })?;
+        probes.push(probe);
     }
     let mut manifest = Manifest {
         format: BUNDLE_FORMAT.into(),
@@ -223,7 +224,7 @@ pub fn make(input: &MakeInput, network: &mut ProbeFn<'_>) -> Result<Made, Bundle
     let one = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // what the Python loaders look for
     files.insert(CONFIG_FILE.into(), json(&config_value)?.into());
     files.insert(WEIGHTS_FILE.into(), to_bytes(&tensors, &one));
-    files.insert(PROBE_FILE.into(), to_file(&probes));
+    files.insert(PROBE_FILE.into(), to_file(&probes, config.features_width()));
     files.insert("run.toml".into(), input.run_toml.clone().into());
     files.insert("LICENSE".into(), input.license_text.clone().into());
     files.insert("NOTICE".into(), input.notice.clone().into());

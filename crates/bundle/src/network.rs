@@ -10,26 +10,48 @@ use draftsmith_formats::safetensors_dir::TensorData;
 use draftsmith_kernels::{Kernels, PackMode, StepMask};
 use draftsmith_model::{CacheAttend, Draft, Infer, Ops, Target, read_draft};
 
+use crate::BundleError;
 use crate::check::{CheckOptions, CheckReport, check};
 use crate::error::BoxError;
 use crate::make::{Made, MakeInput, make};
 use crate::manifest::TargetInfo;
-use crate::{BundleError, ProbeInput};
+use crate::probe::{Probe, ProbeInput, fits};
 
-/// Logits `[Vd]` that the draft gives for a probe, with the target's own embedding.
+/// Where a token's embedding comes from.
+#[derive(Clone, Copy)]
+enum Embedding<'a, K: Kernels> {
+    /// The target's own table.
+    Target(&'a Target<K>),
+    /// The rows stored in the question.
+    Stored,
+}
+
+/// Logits `[Vd]` that the draft gives for a probe with stored embeddings.
 ///
 /// # Errors
-/// Shapes of probe, draft and target that do not fit each other.
+/// A question that does not fit the draft, or has no embeddings.
 pub fn run_draft<K: Kernels>(
-    target: &Target<K>,
+    kernels: &K,
     draft: &Draft<K>,
     input: &ProbeInput,
 ) -> Result<Vec<f32>, BoxError> {
-    let config = &draft.network.config;
-    let (slots, width) = (input.token_ids.len(), config.features_width());
-    if slots == 0 || input.features.len() != slots * width {
-        return Err(format!("{} features do not fit {slots} slots of {width}", input.features.len()).into());
+    if input.embeddings.is_empty() {
+        return Err("the question has no embeddings: the target must be asked".into());
     }
+    Ok(run(kernels, draft, input, Embedding::Stored)?.logits)
+}
+
+/// Logits that the draft gives for a probe with the target's own embedding, and the question with the tokens that
+/// were fed and their embeddings filled in.
+///
+/// # Errors
+/// Shapes of question, draft and target that do not fit each other.
+pub fn answer_beside<K: Kernels>(
+    target: &Target<K>,
+    draft: &Draft<K>,
+    input: &ProbeInput,
+) -> Result<Probe, BoxError> {
+    let config = &draft.network.config;
     for (what, draft, target) in [
         ("width", config.hidden_size, target.config().hidden_size),
         ("target width", config.target_hidden_size, target.config().hidden_size),
@@ -39,28 +61,44 @@ pub fn run_draft<K: Kernels>(
             return Err(format!("the draft has {what} {draft}, the target {target}").into());
         }
     }
-    if let Some(outside) = input.token_ids.iter().find(|t| **t as usize >= config.vocab_size) {
-        return Err(format!("token {outside} is outside the vocabulary of {}", config.vocab_size).into());
-    }
-    let kernels = target.kernels().as_ref();
+    run(target.kernels().as_ref(), draft, input, Embedding::Target(target))
+}
+
+fn run<K: Kernels>(
+    kernels: &K,
+    draft: &Draft<K>,
+    input: &ProbeInput,
+    embedding: Embedding<'_, K>,
+) -> Result<Probe, BoxError> {
+    let config = &draft.network.config;
+    fits(input, config)?;
     let (network, weights) = (&draft.network, &draft.weights);
+    let slots = input.features.len() / config.features_width();
     let scale = 1.0 / (config.head_dim as f32).sqrt();
     let mut kv = kernels.kv_new(config.num_key_value_heads, config.head_dim);
     let mut ops = Infer::new(kernels);
 
-    let features = ops.input(&input.features, width); // [N, 3 Ht]
+    let features = ops.input(&input.features, config.features_width()); // [N, 3 Ht]
     let mut hidden = network.project(&mut ops, weights, &features); // [N, H]
-    let mut tokens = input.token_ids.clone();
+    let mut tokens = input.token_ids[..slots].to_vec();
+    let (mut fed, mut embeddings) = (Vec::new(), Vec::new());
     // All rows stay uncommitted: one chain, as a proposal behind an empty cache.
     let mut parents: Vec<Option<u32>> = Vec::new();
-    let mut depth = 0;
-    loop {
-        let first = parents.len() as u32;
-        parents.extend((first..first + tokens.len() as u32).map(|row| row.checked_sub(1)));
+    for depth in 0.. {
+        let first = parents.len();
+        parents.extend((first as u32..(first + tokens.len()) as u32).map(|row| row.checked_sub(1)));
         // The feature of a drafted token stands one position behind the token itself, so rows and positions agree.
-        let positions: Vec<u32> = (first..parents.len() as u32).collect();
+        let positions: Vec<u32> = (first as u32..parents.len() as u32).collect();
         let mask = StepMask { new_rows: tokens.len(), ..StepMask::step(0, &parents, None, scale) };
-        let embedded = ops.embed(target.embedding(), &tokens, target.config().embed_scale); // [R, H]
+        let embedded = match embedding {
+            Embedding::Target(target) => ops.embed(target.embedding(), &tokens, target.config().embed_scale),
+            Embedding::Stored => {
+                let rows = first * config.hidden_size..parents.len() * config.hidden_size;
+                ops.input(&input.embeddings[rows], config.hidden_size)
+            }
+        }; // [R, H]
+        embeddings.extend(ops.values(&embedded));
+        fed.extend_from_slice(&tokens);
         let mut attend = CacheAttend::one(&mut kv, mask, config.head_dim);
         let output = network.step(&mut ops, weights, &embedded, &hidden, &positions, &mut attend); // [R, H]
         let head_input = network.head_input(&mut ops, weights, &output); // [R, H]
@@ -69,14 +107,17 @@ pub fn run_draft<K: Kernels>(
         let logits_row = network.logits(&mut ops, weights, &head_row); // [1, Vd]
         let logits = ops.values(&logits_row);
         if depth == input.depth {
-            return Ok(logits);
+            let (features, depth) = (input.features.clone(), input.depth);
+            return Ok(Probe { input: ProbeInput { token_ids: fed, features, depth, embeddings }, logits });
         }
-        depth += 1;
-        let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-        tokens = vec![draft.vocab_map.to_target(DraftTokenId(best as u32)).0];
+        tokens = vec![input.token_ids.get(slots + depth as usize).copied().unwrap_or_else(|| {
+            let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
+            draft.vocab_map.to_target(DraftTokenId(best as u32)).0
+        })];
         let feedback = network.feedback(&output, &head_input);
         hidden = ops.gather(&feedback, &last); // [1, H]
     }
+    unreachable!("the loop ends at the question's depth")
 }
 
 /// [`make`] with the real draft network beside this target.
@@ -92,7 +133,7 @@ pub fn make_with_target<K: Kernels>(input: &MakeInput, target: &Target<K>) -> Re
         if draft.is_none() {
             draft = Some(rounded_draft(target.kernels().as_ref(), &input.checkpoint)?);
         }
-        run_draft(target, draft.as_ref().expect("loaded above"), question)
+        answer_beside(target, draft.as_ref().expect("loaded above"), &question)
     })
 }
 
@@ -109,7 +150,18 @@ fn rounded_draft<K: Kernels>(kernels: &K, checkpoint: &Path) -> Result<Draft<K>,
     Ok(Draft::from_tensors(kernels, config, &tensors, vocab_map, PackMode::F32, &place)?)
 }
 
-/// [`check`] with the real draft network beside this target.
+/// [`check`] with the real draft network, without a target: the probe holds the embeddings it needs.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_alone<K: Kernels>(dir: impl AsRef<Path>, kernels: &K) -> Result<CheckReport, BundleError> {
+    let dir = dir.as_ref();
+    let mut draft: Option<Draft<K>> = None;
+    let mut network = |question: &ProbeInput| run_draft(kernels, loaded(&mut draft, kernels, dir)?, question);
+    check(dir, CheckOptions { network: Some(&mut network), ..CheckOptions::default() })
+}
+
+/// [`check`] with the real draft network beside its target, whose facts and embedding are compared, too.
 ///
 /// # Errors
 /// As [`check`].
@@ -119,12 +171,34 @@ pub fn check_with_target<K: Kernels>(
     target: &Target<K>,
 ) -> Result<CheckReport, BundleError> {
     let dir = dir.as_ref();
+    let kernels = target.kernels().as_ref();
     let mut draft: Option<Draft<K>> = None;
     let mut network = |question: &ProbeInput| {
-        if draft.is_none() {
-            draft = Some(Draft::load(target.kernels().as_ref(), dir, PackMode::F32)?);
+        let draft = loaded(&mut draft, kernels, dir)?;
+        match question.embeddings.is_empty() {
+            true => Ok(answer_beside(target, draft, question)?.logits),
+            false => run_draft(kernels, draft, question),
         }
-        run_draft(target, draft.as_ref().expect("loaded above"), question)
     };
-    check(dir, CheckOptions { target: Some(facts), network: Some(&mut network) })
+    let mut embedding = |ids: &[u32]| {
+        let mut ops = Infer::new(kernels);
+        let rows = ops.embed(target.embedding(), ids, target.config().embed_scale);
+        Ok(ops.values(&rows))
+    };
+    check(
+        dir,
+        CheckOptions { target: Some(facts), network: Some(&mut network), embedding: Some(&mut embedding) },
+    )
+}
+
+/// The bundle's draft in f32, loaded when it is first asked: by then its tensors were checked.
+fn loaded<'d, K: Kernels>(
+    draft: &'d mut Option<Draft<K>>,
+    kernels: &K,
+    dir: &Path,
+) -> Result<&'d Draft<K>, BoxError> {
+    if draft.is_none() {
+        *draft = Some(Draft::load(kernels, dir, PackMode::F32)?);
+    }
+    Ok(draft.as_ref().expect("loaded above"))
 }

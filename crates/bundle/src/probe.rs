@@ -4,12 +4,17 @@
 //! different norm, a RoPE off by one, captured layers in another order); then it accepts nothing. The probe is run
 //! through the real network by a closure of the caller, so that such a difference shows as a number.
 //!
-//! Shape legend: `P` probes, `N` slots of a probe, `Ht` target width, `Vd` draft vocabulary.
+//! The embedding is the target's. Its rows for the probe's tokens are stored too, so that the draft can be probed
+//! without loading a target.
+//!
+//! Shape legend: `N` slots of a probe, `D` draft steps after the first, `H` draft width, `Ht` target width, `Vd`
+//! draft vocabulary.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
+use draftsmith_model::eagle3::Eagle3Config;
 
 use crate::error::BoxError;
 use crate::{BundleError, Problem};
@@ -22,21 +27,31 @@ pub const PROBE_TOLERANCE: f32 = 2e-3;
 const PROBES_MAX: usize = 16;
 /// Slots of one probe at most.
 const SLOTS_MAX: usize = 256;
+/// Draft steps after the first at most.
+const DEPTH_MAX: usize = 16;
+
+/// Rows of the target's embedding, one below the other, as the draft receives them.
+pub type EmbedFn<'a> = dyn FnMut(&[u32]) -> Result<Vec<f32>, BoxError> + 'a;
 
 /// What the draft network is asked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProbeInput {
-    /// `[N]` the token that follows each feature's position.
+    /// `[N]` the token that follows each feature's position; then `[D]` the tokens fed at the later depths. Without
+    /// these the network feeds its own arg-max.
     pub token_ids: Vec<u32>,
     /// `[N, 3 Ht]` captured hidden states, low, mid, high side by side.
     pub features: Vec<f32>,
-    /// Draft steps after the first: 0 asks for the logits of the last slot; `k` feeds back the arg-max (mapped to
-    /// the target vocabulary) and the network's own hidden state `k` times, and asks for the logits then.
+    /// `D`: the network's own hidden state is fed back so often; the logits are those of the last row then.
     pub depth: u32,
+    /// `[N + D, H]` embedding of each token, as the draft receives it; empty if the target must be asked.
+    pub embeddings: Vec<f32>,
 }
 
 /// Runs the draft network: `[Vd]` logits of the last slot.
 pub type ProbeFn<'a> = dyn FnMut(&ProbeInput) -> Result<Vec<f32>, BoxError> + 'a;
+
+/// Answers a question when a bundle is made; it may complete the question (tokens fed, embeddings).
+pub type AnswerFn<'a> = dyn FnMut(ProbeInput) -> Result<Probe, BoxError> + 'a;
 
 /// An input with the logits it gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,67 +83,118 @@ impl ProbeInput {
                     .map(|_| (next() >> 40) as f32 / (1u32 << 22) as f32 - 2.0)
                     .collect(),
                 depth,
+                embeddings: Vec::new(),
             })
             .into()
     }
 }
 
 /// The probe file's bytes.
-pub(crate) fn to_file(probes: &[Probe]) -> Vec<u8> {
+pub(crate) fn to_file(probes: &[Probe], features_width: usize) -> Vec<u8> {
     let mut tensors = Vec::new();
     for (i, probe) in probes.iter().enumerate() {
-        let slots = probe.input.token_ids.len();
-        let ids: Vec<i64> = probe.input.token_ids.iter().map(|t| i64::from(*t)).collect();
-        let width = probe.input.features.len() / slots.max(1);
-        tensors.push(TensorData::i64(&format!("{i}.token_ids"), &[slots], &ids));
-        tensors.push(TensorData::f32(&format!("{i}.features"), &[slots, width], &probe.input.features));
+        let input = &probe.input;
+        let ids: Vec<i64> = input.token_ids.iter().map(|t| i64::from(*t)).collect();
+        let slots = input.features.len() / features_width.max(1);
+        tensors.push(TensorData::i64(&format!("{i}.token_ids"), &[ids.len()], &ids));
+        tensors.push(TensorData::f32(&format!("{i}.features"), &[slots, features_width], &input.features));
+        if !input.embeddings.is_empty() {
+            let shape = [ids.len(), input.embeddings.len() / ids.len().max(1)];
+            tensors.push(TensorData::f32(&format!("{i}.embeddings"), &shape, &input.embeddings));
+        }
         tensors.push(TensorData::f32(&format!("{i}.logits"), &[probe.logits.len()], &probe.logits));
         tensors.push(TensorData::i64(&format!("{i}.depth"), &[1], &[i64::from(probe.input.depth)]));
     }
     to_bytes(&tensors, &BTreeMap::new())
 }
 
+/// What is wrong with a question for a draft, in words; `Ok` if it fits.
+pub(crate) fn fits(input: &ProbeInput, config: &Eagle3Config) -> Result<(), String> {
+    let width = config.features_width();
+    let slots = input.features.len() / width;
+    let (ids, depth) = (input.token_ids.len(), input.depth as usize);
+    if slots == 0 || slots > SLOTS_MAX || input.features.len() != slots * width {
+        return Err(format!("{} features are not 1 to {SLOTS_MAX} rows of {width}", input.features.len()));
+    }
+    if depth > DEPTH_MAX {
+        return Err(format!("a depth of {depth} is more than {DEPTH_MAX}"));
+    }
+    if ids != slots && ids != slots + depth {
+        return Err(format!("{ids} tokens do not fit {slots} slots and a depth of {depth}"));
+    }
+    if let Some(outside) = input.token_ids.iter().find(|t| **t as usize >= config.vocab_size) {
+        return Err(format!("token {outside} is outside the vocabulary of {}", config.vocab_size));
+    }
+    if !input.embeddings.is_empty()
+        && (ids != slots + depth || input.embeddings.len() != ids * config.hidden_size)
+    {
+        return Err(format!(
+            "{} numbers are no embeddings of {} tokens of width {}",
+            input.embeddings.len(),
+            slots + depth,
+            config.hidden_size
+        ));
+    }
+    Ok(())
+}
+
 /// Reads a probe file; every shape is checked against the draft's.
-pub(crate) fn from_file(
-    path: &Path,
-    features_width: usize,
-    vocab: usize,
-    draft_vocab: usize,
-) -> Result<Vec<Probe>, BundleError> {
+pub(crate) fn from_file(path: &Path, config: &Eagle3Config) -> Result<Vec<Probe>, BundleError> {
     let bad = |problem: String| BundleError::Manifest { path: path.to_owned(), problem };
     let dir = SafetensorsDir::open(path)?;
-    let count = dir.len() / 4;
-    if !dir.len().is_multiple_of(4) || count == 0 || count > PROBES_MAX {
-        return Err(bad(format!("{} tensors make no probes", dir.len())));
+    let count = (0..PROBES_MAX).take_while(|i| dir.find(&format!("{i}.token_ids")).is_some()).count();
+    if count == 0 {
+        return Err(bad("it holds no probe: `0.token_ids` is missing".into()));
+    }
+    let known = |name: &str| {
+        let (index, part) = name.split_once('.')?;
+        let parts = ["token_ids", "features", "logits", "depth", "embeddings"];
+        (index.parse::<usize>().ok()? < count && parts.contains(&part)).then_some(())
+    };
+    if let Some(extra) = dir.names().find(|name| known(name).is_none()) {
+        return Err(bad(format!("tensor `{extra}` belongs to no probe")));
     }
     (0..count)
         .map(|i| {
-            let ids = dir.get(&format!("{i}.token_ids"))?;
-            let slots = ids.elements();
-            if slots == 0 || slots > SLOTS_MAX {
-                return Err(bad(format!("probe {i} has {slots} slots, wanted 1 to {SLOTS_MAX}")));
-            }
-            let features = dir.get(&format!("{i}.features"))?;
-            features.expect_shape(&[slots, features_width])?;
             let logits = dir.get(&format!("{i}.logits"))?;
-            logits.expect_shape(&[draft_vocab])?;
+            logits.expect_shape(&[config.draft_vocab_size])?;
             let depth = dir.get(&format!("{i}.depth"))?;
             depth.expect_shape(&[1])?;
-            let depth = depth.to_i64()?;
-            let depth = u32::try_from(depth[0]).ok().filter(|d| *d <= 16);
-            let depth = depth.ok_or_else(|| bad(format!("probe {i} has no depth of 0 to 16")))?;
-            let token_ids = ids
-                .to_i64()?
-                .into_iter()
-                .map(|t| u32::try_from(t).ok().filter(|t| (*t as usize) < vocab))
-                .collect::<Option<Vec<u32>>>()
-                .ok_or_else(|| bad(format!("probe {i} has a token id outside the vocabulary of {vocab}")))?;
-            Ok(Probe {
-                input: ProbeInput { token_ids, features: features.to_f32()?, depth },
-                logits: logits.to_f32()?,
-            })
+            let depth = u32::try_from(depth.to_i64()?[0]).unwrap_or(u32::MAX);
+            let ids = dir.get(&format!("{i}.token_ids"))?.to_i64()?;
+            let token_ids = ids.iter().map(|t| u32::try_from(*t).unwrap_or(u32::MAX)).collect();
+            let embeddings = dir.find(&format!("{i}.embeddings")).map(|t| t.to_f32()).transpose()?;
+            let input = ProbeInput {
+                token_ids,
+                features: dir.get(&format!("{i}.features"))?.to_f32()?,
+                depth,
+                embeddings: embeddings.unwrap_or_default(),
+            };
+            fits(&input, config).map_err(|problem| bad(format!("probe {i}: {problem}")))?;
+            Ok(Probe { input, logits: logits.to_f32()? })
         })
         .collect()
+}
+
+/// Compares the stored embeddings with the target's own.
+pub(crate) fn embedding_problems(
+    probes: &[Probe],
+    embed: &mut EmbedFn<'_>,
+) -> Result<Vec<Problem>, BundleError> {
+    let mut problems = Vec::new();
+    for (index, probe) in probes.iter().enumerate() {
+        let (ids, stored) = (&probe.input.token_ids, &probe.input.embeddings);
+        if stored.is_empty() {
+            continue;
+        }
+        let found = embed(ids).map_err(|source| BundleError::Probe { index, source })?;
+        let (share, at) = difference(stored, &found);
+        if found.len() != stored.len() || share > PROBE_TOLERANCE {
+            let token_id = ids[at * ids.len() / stored.len()];
+            problems.push(Problem::EmbeddingDiffers { token_id });
+        }
+    }
+    Ok(problems)
 }
 
 /// Largest difference as a share of the largest stored magnitude, and the id where it is.

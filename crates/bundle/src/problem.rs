@@ -197,6 +197,12 @@ pub enum Problem {
         /// Value now.
         found: f32,
     },
+    /// The target embeds a token of the probe in another way than when the bundle was made.
+    #[error("the target's embedding of token {token_id} is not the one that the draft was bundled with")]
+    EmbeddingDiffers {
+        /// Which.
+        token_id: u32,
+    },
     /// The stored probe cannot be read.
     #[error("{message}")]
     ProbeFile {
@@ -239,6 +245,7 @@ impl Problem {
             Problem::ShortContext { .. } => "short_context",
             Problem::ProbeSize { .. } => "probe_size",
             Problem::ProbeDiffers { .. } => "probe_differs",
+            Problem::EmbeddingDiffers { .. } => "embedding_differs",
             Problem::ProbeFile { .. } => "probe_file",
             Problem::Large { .. } => "large",
         }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_bundle::{
     BUNDLE_BYTES_MAX, BundleError, CheckOptions, CheckReport, DataInfo, Existing, MakeInput, Manifest,
-    Measured, MeasuredResult, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo, check,
-    expected_tensors, make,
+    Measured, MeasuredResult, Probe, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo,
+    check, expected_tensors, make,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
@@ -158,6 +158,11 @@ fn input(root: &Path) -> MakeInput {
     }
 }
 
+/// An answer of equal logits.
+fn constant(input: ProbeInput, logit: f32, count: usize) -> Probe {
+    Probe { input, logits: vec![logit; count] }
+}
+
 /// A made bundle in a fresh folder.
 fn made() -> (tempfile::TempDir, PathBuf) {
     let root = tempfile::tempdir().unwrap();
@@ -178,7 +183,7 @@ fn made() -> (tempfile::TempDir, PathBuf) {
         .collect();
     write_checkpoint(&rounded, &config_value(), &bf16);
     let open = SafetensorsDir::open(&rounded).unwrap();
-    let made = make(&input, &mut |q| Ok(network(&open, q))).unwrap();
+    let made = make(&input, &mut |q| Ok(Probe { logits: network(&open, &q), input: q })).unwrap();
     assert_eq!(made.warnings, []);
     assert!(made.bytes < BUNDLE_BYTES_MAX);
     let out = made.path;
@@ -192,7 +197,7 @@ fn checked(dir: &Path) -> CheckReport {
         Ok(open) => Ok(network(open, q)),
         Err(e) => Err(e.to_string().into()),
     };
-    check(dir, CheckOptions { target: Some(&target), network: Some(&mut network) }).unwrap()
+    check(dir, CheckOptions { target: Some(&target), network: Some(&mut network), embedding: None }).unwrap()
 }
 
 /// Replaces the weights of a bundle and brings the manifest in line, so that only the tensors themselves can tell.
@@ -513,7 +518,7 @@ fn a_draft_for_another_target_is_refused_and_another_quantisation_is_not() {
     let run = |edit: &dyn Fn(&mut TargetInfo)| {
         let mut other = target();
         edit(&mut other);
-        check(&dir, CheckOptions { target: Some(&other), network: None }).unwrap()
+        check(&dir, CheckOptions { target: Some(&other), network: None, embedding: None }).unwrap()
     };
     fails_with(&run(&|t| t.hidden_size = 128), "wrong_target", "hidden size 64");
     fails_with(&run(&|t| t.vocab_size = 50), "wrong_target", "vocabulary 40");
@@ -528,6 +533,7 @@ fn a_draft_for_another_target_is_refused_and_another_quantisation_is_not() {
 #[test]
 fn a_network_that_computes_something_else_is_found_by_the_probe() {
     let (_root, dir) = made();
+    let trained = target();
     let open = SafetensorsDir::open(&dir).unwrap();
     let mut off = |q: &ProbeInput| {
         let mut logits = network(&open, q);
@@ -536,23 +542,34 @@ fn a_network_that_computes_something_else_is_found_by_the_probe() {
         }
         Ok(logits)
     };
-    let report = check(&dir, CheckOptions { target: None, network: Some(&mut off) }).unwrap();
+    let report =
+        check(&dir, CheckOptions { target: Some(&trained), network: Some(&mut off), embedding: None })
+            .unwrap();
     fails_with(&report, "probe_differs", "probe 1 at depth 2");
     fails_with(&report, "probe_differs", "draft id 11");
     let mut rounding = |q: &ProbeInput| Ok(network(&open, q).iter().map(|v| v * (1.0 + 1e-5)).collect());
-    assert!(check(&dir, CheckOptions { target: None, network: Some(&mut rounding) }).unwrap().holds);
+    assert!(
+        check(&dir, CheckOptions { target: Some(&trained), network: Some(&mut rounding), embedding: None })
+            .unwrap()
+            .holds
+    );
     let mut nan = |_: &ProbeInput| Ok(vec![f32::NAN; VD]);
     fails_with(
-        &check(&dir, CheckOptions { target: None, network: Some(&mut nan) }).unwrap(),
+        &check(&dir, CheckOptions { target: Some(&trained), network: Some(&mut nan), embedding: None })
+            .unwrap(),
         "probe_differs",
         "NaN",
     );
     let mut short = |_: &ProbeInput| Ok(vec![0.0; 3]);
     fails_with(
-        &check(&dir, CheckOptions { target: None, network: Some(&mut short) }).unwrap(),
+        &check(&dir, CheckOptions { target: Some(&trained), network: Some(&mut short), embedding: None })
+            .unwrap(),
         "probe_size",
         "3",
     );
+    // These probes hold no embeddings, so a network is not asked without its target.
+    let alone = check(&dir, CheckOptions { network: Some(&mut off), ..CheckOptions::default() }).unwrap();
+    assert_eq!(alone.checks[5].status, Status::Skipped);
     let without = check(&dir, CheckOptions::default()).unwrap();
     assert_eq!(without.checks[5].status, Status::Skipped);
 }
@@ -587,7 +604,7 @@ fn a_checkpoint_that_does_not_fit_leaves_nothing() {
     let input = input(root.path());
     let failed = |tensors: &[TensorData], config: &Value, input: &MakeInput| {
         write_checkpoint(&input.checkpoint, config, tensors);
-        let error = make(input, &mut |_| Ok(vec![0.0; VD])).unwrap_err();
+        let error = make(input, &mut |q| Ok(constant(q, 0.0, VD))).unwrap_err();
         assert!(!input.out.exists());
         let names: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["checkpoint"], "only the checkpoint is there");
@@ -618,7 +635,7 @@ fn a_checkpoint_that_does_not_fit_leaves_nothing() {
     // A network that fails, or gives too few logits.
     let error = make(&input, &mut |_| Err("no target".into())).unwrap_err();
     assert!(matches!(error, BundleError::Probe { index: 0, .. }));
-    assert!(make(&input, &mut |_| Ok(vec![0.0; 2])).unwrap_err().to_string().contains("2 logits"));
+    assert!(make(&input, &mut |q| Ok(constant(q, 0.0, 2))).unwrap_err().to_string().contains("2 logits"));
     assert!(!input.out.exists());
 }
 
@@ -628,11 +645,11 @@ fn an_existing_bundle_is_kept_or_replaced_as_asked() {
     let before = std::fs::read(dir.join("bundle.json")).unwrap();
     let mut again = input(root.path());
     again.created_unix_s += 1;
-    let error = make(&again, &mut |_| Ok(vec![0.1; VD])).unwrap_err();
+    let error = make(&again, &mut |q| Ok(constant(q, 0.1, VD))).unwrap_err();
     assert!(matches!(error, BundleError::Exists { .. }));
     assert_eq!(std::fs::read(dir.join("bundle.json")).unwrap(), before);
     again.existing = Existing::Replace;
-    make(&again, &mut |_| Ok(vec![0.1; VD])).unwrap();
+    make(&again, &mut |q| Ok(constant(q, 0.1, VD))).unwrap();
     assert_eq!(Manifest::read(&dir).unwrap().created_unix_s, again.created_unix_s);
 }
 
@@ -653,7 +670,7 @@ fn an_embedding_in_the_checkpoint_is_dropped_and_in_a_bundle_refused() {
     tensors.push(TensorData::f32("embed_tokens.weight", &[V, 64], &vec![0.25; V * 64]));
     let input = input(root.path());
     write_checkpoint(&input.checkpoint, &config_value(), &tensors);
-    let made = make(&input, &mut |_| Ok(vec![0.1; VD])).unwrap();
+    let made = make(&input, &mut |q| Ok(constant(q, 0.1, VD))).unwrap();
     let mut tensors = bundle_tensors(&made.path);
     assert!(tensors.iter().all(|t| t.name != "embed_tokens.weight"));
     tensors.push(TensorData::bf16("embed_tokens.weight", &[V, 64], &vec![0.25; V * 64]));

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_bundle::{
-    Existing, MakeInput, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo,
-    check_with_target, expected_tensors, make_with_target, run_draft,
+    Existing, MakeInput, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo, answer_beside,
+    check_alone, check_with_target, expected_tensors, make_with_target, run_draft,
 };
 use draftsmith_core::{LayerId, Sampling};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Features};
@@ -141,8 +141,17 @@ fn the_probe_sees_what_the_drafter_proposes() {
             let values = Infer::new(kernels).values(&features.concat(kernels));
             let asked: Vec<u32> = (0..5)
                 .map(|depth| {
-                    let question = ProbeInput { token_ids: next.clone(), features: values.clone(), depth };
-                    let logits = run_draft(&target, &draft, &question).unwrap();
+                    let question = ProbeInput {
+                        token_ids: next.clone(),
+                        features: values.clone(),
+                        depth,
+                        embeddings: vec![],
+                    };
+                    let answer = answer_beside(&target, &draft, &question).unwrap();
+                    // Completed with what was fed, the question has the same answer without the target.
+                    assert_eq!(answer.input.token_ids.len(), next.len() + depth as usize);
+                    assert_eq!(run_draft(kernels, &draft, &answer.input).unwrap(), answer.logits);
+                    let logits = answer.logits;
                     let best = (0..VD).fold(0, |b, i| if logits[i] > logits[b] { i } else { b });
                     100 + 2 * best as u32
                 })
@@ -165,11 +174,52 @@ fn a_bundle_made_beside_a_target_holds_beside_it() {
         probe.detail
     );
 
-    // Another quantisation of the target: its embedding differs, so the stored answers say nothing.
+    // Another quantisation of the target is no reason against the draft.
     let other = TargetInfo { weights_sha256: "bb".repeat(32), ..facts(&target) };
     let report = check_with_target(&dir, &other, &target).unwrap();
     assert!(report.holds);
-    assert_eq!(report.checks[5].status, Status::Skipped);
+    assert_eq!((report.checks[4].status, report.checks[5].status), (Status::Warned, Status::Held));
+
+    // Without any target the numbers are compared all the same.
+    let report = check_alone(&dir, target.kernels().as_ref()).unwrap();
+    assert!(report.holds, "{}", report.text());
+    assert_eq!((report.checks[4].status, report.checks[5].status), (Status::Skipped, Status::Held));
+}
+
+#[test]
+fn a_target_that_embeds_in_another_way_is_found() {
+    let (_root, dir, target) = made(&json!({}));
+    let path = dir.join("probe.safetensors");
+    let open = SafetensorsDir::open(&path).unwrap();
+    let tensors: Vec<TensorData> = open
+        .names()
+        .map(|name| {
+            let t = open.get(name).unwrap();
+            let mut values = t.to_f32().unwrap_or_default();
+            match name {
+                // The sixth token's row.
+                "0.embeddings" => {
+                    values[5 * t.shape[1] + 3] += 1.0;
+                    TensorData::f32(name, t.shape, &values)
+                }
+                _ => TensorData {
+                    name: name.into(),
+                    dtype: t.dtype,
+                    shape: t.shape.to_vec(),
+                    bytes: t.bytes.to_vec(),
+                },
+            }
+        })
+        .collect();
+    let sixth = open.get("0.token_ids").unwrap().to_i64().unwrap()[5] as u32;
+    drop(open);
+    write(&path, &tensors, &BTreeMap::new()).unwrap();
+    let report = check_with_target(&dir, &facts(&target), &target).unwrap();
+    assert!(
+        report.failures().any(|p| *p == Problem::EmbeddingDiffers { token_id: sixth }),
+        "{}",
+        report.text()
+    );
 }
 
 #[test]
@@ -225,10 +275,15 @@ fn a_question_that_does_not_fit_is_an_error_not_a_panic() {
     let draft = Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap();
     let width = draft.network.config.features_width();
     let ask = |token_ids: Vec<u32>, features: usize| {
-        run_draft(&target, &draft, &ProbeInput { token_ids, features: vec![0.1; features], depth: 0 })
+        let input = ProbeInput { token_ids, features: vec![0.1; features], depth: 0, embeddings: vec![] };
+        answer_beside(&target, &draft, &input).map(|answer| answer.logits)
     };
     assert!(ask(vec![], 0).is_err());
     assert!(ask(vec![1, 2], width).is_err());
     assert!(ask(vec![9999], width).unwrap_err().to_string().contains("9999"));
     assert_eq!(ask(vec![1], width).unwrap().len(), VD);
+    let alone = ProbeInput { token_ids: vec![1], features: vec![0.1; width], depth: 0, embeddings: vec![] };
+    assert!(run_draft(target.kernels().as_ref(), &draft, &alone).is_err());
+    let short = ProbeInput { embeddings: vec![0.1; 7], ..alone };
+    assert!(run_draft(target.kernels().as_ref(), &draft, &short).is_err());
 }

@@ -1,9 +1,10 @@
 //! `draftsmith bundle check`.
 
 use draftsmith::Error;
-use draftsmith::bundle::{CheckOptions, CheckReport, check, check_with_target};
+use draftsmith::bundle::{CheckReport, check_alone, check_with_target};
 use draftsmith::cli;
 use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads};
+use draftsmith::kernels::Cpu;
 use draftsmith::model::Precision;
 
 use super::Session;
@@ -12,7 +13,7 @@ use crate::printer;
 
 pub(crate) fn run(args: &cli::BundleCheck, session: &Session) -> Result<u8, Failure> {
     let report: CheckReport = match &args.target {
-        None => check(&args.dir, CheckOptions::default()).map_err(Error::from)?,
+        None => check_alone(&args.dir, &Cpu::new(default_threads())).map_err(Error::from)?,
         Some(reference) => {
             // A folder that is no bundle is told before a model is fetched.
             draftsmith::bundle::Manifest::read(&args.dir).map_err(Error::from)?;
