@@ -51,7 +51,10 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
                 findings.push(format!("{file}:{}: {what} `{mark}`", n + 1));
             };
             marks.iter().filter(|m| line.contains(**m)).for_each(|m| found("leftover", m));
-            machines.iter().filter(|m| line.contains(**m)).for_each(|m| found("path of one machine", m));
+            // Tests make up paths of somebody's machine to see that they are not shown.
+            let made_up = line.contains("/somebody");
+            let machines = machines.iter().filter(|m| line.contains(**m) && !made_up);
+            machines.for_each(|m| found("path of one machine", m));
             hosts.iter().filter(|m| line.contains(**m)).for_each(|m| found("host of a registry", m));
             let code = line.trim_start();
             let is_unsafe = ["unsafe {", "unsafe fn", "unsafe impl"].iter().any(|u| code.contains(u));

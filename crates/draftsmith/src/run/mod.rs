@@ -357,7 +357,8 @@ impl Inputs {
                 max_rows: source.max_rows,
             });
         }
-        let validation = file.data.validation.as_deref().map(|name| find("data.validation", name)).transpose()?;
+        let validation =
+            file.data.validation.as_deref().map(|name| find("data.validation", name)).transpose()?;
         if let Some(template) = &file.data.template {
             find("data.template", &template.display().to_string())?;
         }

@@ -15,7 +15,16 @@ fn the_answer_is_the_one_that_the_reference_gave() {
         let ids: Vec<String> =
             row["prompt_token_ids"].as_array().unwrap().iter().map(|id| id.to_string()).collect();
         let answer = home
-            .run(&["generate", "--target", &tiny(), "--prompt-ids", &ids.join(","), "--max-new-tokens", "64", "--json"])
+            .run(&[
+                "generate",
+                "--target",
+                &tiny(),
+                "--prompt-ids",
+                &ids.join(","),
+                "--max-new-tokens",
+                "64",
+                "--json",
+            ])
             .json();
         let (eos, reference) = (row["eos_at"].as_u64(), row["token_ids"].as_array().unwrap());
         let wanted = &reference[..eos.map_or(reference.len(), |e| e as usize + 1)];
@@ -30,8 +39,18 @@ fn a_seed_gives_the_same_text_and_another_seed_another() {
     let home = Home::new();
     let text = |seed: &str| {
         home.run(&[
-            "generate", "--target", &tiny(), "--prompt", "Tell me a short story about a cow.", "--temperature", "1.5",
-            "--seed", seed, "--max-new-tokens", "40", "--json",
+            "generate",
+            "--target",
+            &tiny(),
+            "--prompt",
+            "Tell me a short story about a cow.",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+            "--max-new-tokens",
+            "40",
+            "--json",
         ])
         .json()["text"]
             .clone()
@@ -45,7 +64,8 @@ fn messages_come_from_a_file_and_wrong_ones_are_named() {
     let home = Home::new();
     home.write("chat.json", r#"{"messages":[{"role":"user","content":"Calculate 1 + 1."}]}"#);
     let by_file = home.run(&["generate", "--target", &tiny(), "--messages", "chat.json", "--json"]).json();
-    let by_flag = home.run(&["generate", "--target", &tiny(), "--prompt", "Calculate 1 + 1.", "--json"]).json();
+    let by_flag =
+        home.run(&["generate", "--target", &tiny(), "--prompt", "Calculate 1 + 1.", "--json"]).json();
     assert_eq!(by_file["token_ids"], by_flag["token_ids"]);
     home.write("bad.json", r#"[{"content":"a"}]"#);
     insta::assert_snapshot!(home.snapshot(&["generate", "--target", &tiny(), "--messages", "bad.json"]));
@@ -60,7 +80,14 @@ fn prompts_that_cannot_be_decoded_are_named() {
     let long = vec!["1"; 2000].join(",");
     let ended = home.run(&["generate", "--target", &tiny(), "--prompt-ids", &long]);
     assert_eq!((ended.code, ended.stderr.lines().count()), (Some(2), 2), "{}", ended.stderr);
-    insta::assert_snapshot!(home.snapshot(&["generate", "--target", &tiny(), "--prompt", "a", "--temperature=-1"]));
+    insta::assert_snapshot!(home.snapshot(&[
+        "generate",
+        "--target",
+        &tiny(),
+        "--prompt",
+        "a",
+        "--temperature=-1"
+    ]));
     insta::assert_snapshot!(home.snapshot(&["generate", "--target", &tiny()]));
     insta::assert_snapshot!(home.snapshot(&["generate", "--target", &tiny(), "--prompt", "a", "--prove"]));
 }

@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use draftsmith::core::VocabMap;
-use draftsmith::train::eagle3::random_weights;
 use draftsmith::bundle::{Manifest, TargetInfo};
+use draftsmith::core::VocabMap;
 use draftsmith::engine::{LoadedTarget, TargetOptions};
 use draftsmith::model::Precision;
 use draftsmith::model::eagle3::Eagle3Config;
 use draftsmith::pull::Places;
 use draftsmith::report::{Silent, Stop};
 use draftsmith::train::DraftWeights;
+use draftsmith::train::eagle3::random_weights;
 use insta::assert_snapshot;
 
 use crate::support::{Home, repository};
@@ -95,7 +95,13 @@ fn a_gguf_of_an_unknown_architecture_is_refused() {
 /// A copy of the tiny target with one file changed.
 fn folder(file: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> String {
     let home = Home::new();
-    for name in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
         home.write(&format!("m/{name}"), std::fs::read(fixture("tiny-target").join(name)).unwrap());
     }
     let bytes = std::fs::read(home.path().join("m").join(file)).unwrap();
@@ -158,7 +164,11 @@ fn safetensors_with_a_missing_tensor_are_refused() {
 #[test]
 fn a_folder_of_an_unknown_architecture_is_refused() {
     assert_snapshot!(folder("config.json", |b| {
-        String::from_utf8(b).unwrap().replace("LlamaForCausalLM", "MambaForCausalLM").replace("\"llama\"", "\"mamba\"").into_bytes()
+        String::from_utf8(b)
+            .unwrap()
+            .replace("LlamaForCausalLM", "MambaForCausalLM")
+            .replace("\"llama\"", "\"mamba\"")
+            .into_bytes()
     }));
 }
 
@@ -173,7 +183,13 @@ fn a_folder_without_a_tokenizer_is_refused() {
 
 fn tiny_target() -> LoadedTarget {
     let source = [fixture("tiny-target").display().to_string()];
-    let options = TargetOptions { sources: &source, sha256: None, precision: Precision::Stored, threads: 1, template: None };
+    let options = TargetOptions {
+        sources: &source,
+        sha256: None,
+        precision: Precision::Stored,
+        threads: 1,
+        template: None,
+    };
     LoadedTarget::load(&options, &Places::from_vars(|_| None), &Silent, &Stop::default()).unwrap()
 }
 

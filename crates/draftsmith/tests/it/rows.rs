@@ -42,7 +42,9 @@ fn an_empty_conversation_is_named() {
 
 #[test]
 fn a_conversation_that_starts_with_the_assistant_is_named() {
-    assert_snapshot!(second(r#"{"messages":[{"role":"assistant","content":"a"},{"role":"user","content":"b"}]}"#));
+    assert_snapshot!(second(
+        r#"{"messages":[{"role":"assistant","content":"a"},{"role":"user","content":"b"}]}"#
+    ));
 }
 
 #[test]

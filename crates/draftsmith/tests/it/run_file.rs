@@ -8,7 +8,10 @@ use crate::support::{Home, repository};
 fn run(more: &str, overrides: &[&str]) -> String {
     let home = Home::new();
     let tiny = repository().join("fixtures/tiny-target");
-    home.write("good.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n");
+    home.write(
+        "good.jsonl",
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n",
+    );
     home.write(
         "run.toml",
         format!(

@@ -25,7 +25,8 @@ const SMALL: [&str; 12] = [
 ];
 
 fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
-    let mut args = vec!["run".to_string(), "recipes/smoke.toml".to_string(), format!("run.dir={}", dir.display())];
+    let mut args =
+        vec!["run".to_string(), "recipes/smoke.toml".to_string(), format!("run.dir={}", dir.display())];
     args.extend(SMALL.iter().map(|s| s.to_string()));
     args.push("bench.limit=2".to_string());
     args.push("bench.max_new_tokens=12".to_string());
@@ -36,7 +37,12 @@ fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
 fn spawn(home: &Home, dir: &Path, more: &[&str]) -> Child {
     let args = arguments(dir, more);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    home.command(&args).current_dir(repository()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    home.command(&args)
+        .current_dir(repository())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
 }
 
 #[track_caller]
@@ -136,7 +142,9 @@ fn a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_depends_on_it(
         assert!(again.contains(&format!("{name}: done before")), "{name} in {again}");
     }
     let changed = finish(spawn(&home, &dir, &["train.lr=1e-3", "run.threads=1"]));
-    for (name, what) in [("capture", "done before"), ("train", "inputs changed"), ("bundle", "inputs changed")] {
+    for (name, what) in
+        [("capture", "done before"), ("train", "inputs changed"), ("bundle", "inputs changed")]
+    {
         assert!(changed.contains(&format!("{name}: {what}")), "{name} in {changed}");
     }
     let status = home.run(&["status", "run", "--json"]).json();
@@ -156,19 +164,51 @@ fn a_finished_run_is_not_done_again_and_a_changed_key_redoes_what_depends_on_it(
 
     let workload = repository().join("fixtures/tiny-target/eval.jsonl").display().to_string();
     let draft = dir.join("train/best").display().to_string();
-    let bench = home
-        .run(&["bench", "--bundle", &draft, "--target", &tiny, "--workload", &workload, "--limit", "2", "--max-new-tokens", "12", "--json", "out.json"]);
+    let bench = home.run(&[
+        "bench",
+        "--bundle",
+        &draft,
+        "--target",
+        &tiny,
+        "--workload",
+        &workload,
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "12",
+        "--json",
+        "out.json",
+    ]);
     assert_eq!(bench.code, Some(0), "{}", bench.stderr);
     let out: Value = serde_json::from_slice(&bytes(home.path().join("out.json"))).unwrap();
     for key in [
-        "accept_len", "accept_rate_at", "verify_steps", "committed_tokens", "plain_tokens_per_s", "spec_tokens_per_s",
-        "speedup", "identical", "rows", "doubts", "machine",
+        "accept_len",
+        "accept_rate_at",
+        "verify_steps",
+        "committed_tokens",
+        "plain_tokens_per_s",
+        "spec_tokens_per_s",
+        "speedup",
+        "identical",
+        "rows",
+        "doubts",
+        "machine",
     ] {
         assert!(!out[key].is_null(), "`{key}` in {out}");
     }
     assert_eq!(out["identical"], true);
     let proof = home
-        .run(&["generate", "--target", &tiny, "--bundle", &draft, "--prompt", "Calculate 2 + 3.", "--prove", "--json"])
+        .run(&[
+            "generate",
+            "--target",
+            &tiny,
+            "--bundle",
+            &draft,
+            "--prompt",
+            "Calculate 2 + 3.",
+            "--prove",
+            "--json",
+        ])
         .json();
     assert_eq!(proof["identical"], true);
     assert!(proof["accept_len"].as_f64().is_some_and(|a| a >= 1.0), "{proof}");
@@ -198,12 +238,16 @@ fn the_first_ctrl_c_stops_cleanly_and_says_how_to_go_on() {
         assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let interrupted = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let interrupted =
+        std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(interrupted.success());
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("error: interrupted during `train`\nhint: `draftsmith run recipes/smoke.toml"), "{stderr}");
+    assert!(
+        stderr.contains("error: interrupted during `train`\nhint: `draftsmith run recipes/smoke.toml"),
+        "{stderr}"
+    );
     let status = home.run(&["status", "run", "--json"]).json();
     let train = status["stages"].as_array().unwrap().iter().find(|s| s["stage"] == "train").unwrap().clone();
     assert_eq!(train["state"], "interrupted", "{train}");
@@ -234,10 +278,19 @@ fn a_disk_that_is_full_during_capture_is_told_and_nothing_half_written_stays() {
     let home = Home::new();
     let dir = home.path().join("run");
     let limited = |blocks: &str| {
-        let args = arguments(&dir, &["capture.shard_rows=60", "validate.every=0", "train.max_steps=2", "bench.workloads=[]"]);
+        let args = arguments(
+            &dir,
+            &["capture.shard_rows=60", "validate.every=0", "train.max_steps=2", "bench.workloads=[]"],
+        );
         let mut command = std::process::Command::new("sh");
         command
-            .args(["-c", "trap '' XFSZ; ulimit -f \"$0\"; exec \"$@\"", blocks, env!("CARGO_BIN_EXE_draftsmith"), "--quiet"])
+            .args([
+                "-c",
+                "trap '' XFSZ; ulimit -f \"$0\"; exec \"$@\"",
+                blocks,
+                env!("CARGO_BIN_EXE_draftsmith"),
+                "--quiet",
+            ])
             .args(args)
             .current_dir(repository())
             .env("HOME", home.path());
@@ -247,7 +300,8 @@ fn a_disk_that_is_full_during_capture_is_told_and_nothing_half_written_stays() {
     let stderr = String::from_utf8_lossy(&full.stderr).replace(&home.path().display().to_string(), "[HOME]");
     assert_eq!(full.status.code(), Some(2), "{stderr}");
     insta::assert_snapshot!(stderr);
-    let left: Vec<_> = std::fs::read_dir(dir.join("capture")).unwrap().flatten().map(|e| e.file_name()).collect();
+    let left: Vec<_> =
+        std::fs::read_dir(dir.join("capture")).unwrap().flatten().map(|e| e.file_name()).collect();
     assert_eq!(left, ["manifest.json"], "no part of a shard may stay");
     let after = limited("unlimited");
     assert_eq!(after.status.code(), Some(0), "{}", String::from_utf8_lossy(&after.stderr));
