@@ -1,7 +1,7 @@
 //! The words of a bundle: the model card (`README.md`) and the results (`RESULTS.md`).
 //!
 //! Every number comes from the manifest or a measured record. Flags of other engines are those of their own
-//! documentation [ecosystem §5]; the card says that they were not run here.
+//! documentation; the card says that they were not run here.
 
 use std::fmt::Write as _;
 
@@ -186,7 +186,7 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         "\n# SGLang\npython3 -m sglang.launch_server --model-path {name} --speculative-algorithm EAGLE3 \\\n  --speculative-draft-model-path DIR --speculative-num-steps {} --speculative-eagle-topk {} --speculative-num-draft-tokens {}\n\n# vLLM\nvllm serve {name} --speculative-config '{{\"method\": \"eagle3\", \"model\": \"DIR\", \"num_speculative_tokens\": {}, \"draft_tensor_parallel_size\": 1}}'\n```\n\n",
         r.depth,
         r.top_k.max(1),
-        // SGLang counts the target's own token as the root of the proposal [ecosystem §5].
+        // SGLang counts the target's own token as the root of the proposal.
         if r.top_k <= 1 { r.depth + 1 } else { r.num_draft_tokens },
         r.depth,
     );

@@ -1,5 +1,5 @@
 //! The draft folder: `config.json` and `model.safetensors` in the layout that SpecForge, SGLang and vLLM read
-//! [formats §1.1, §2.1], with every tensor accounted for.
+//! [formats, draft folder], with every tensor accounted for.
 //!
 //! The wanted names and shapes come from the network itself ([`Eagle3Config::tensors`]), so that what is checked
 //! is what is run; `d2t` and `t2d` are added here.
@@ -186,7 +186,7 @@ pub(crate) fn vocab_map(
     Some(VocabMap::from_tensors(&d2t, &t2d).map_err(|e| Problem::VocabMap { contradiction: e.to_string() }))
 }
 
-/// What SGLang and vLLM need of `config.json` beyond what the network needs [formats §1.1, eagle3 §1.1].
+/// What SGLang and vLLM need of `config.json` beyond what the network needs [formats, draft folder; eagle3 §1.1].
 pub(crate) fn config_problems(
     object: &Map<String, Value>,
     config: &Eagle3Config,

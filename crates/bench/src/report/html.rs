@@ -40,7 +40,7 @@ fn file_stem(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect()
 }
 
-/// `2026-11-23 14:05 UTC` [hinnant2013, days to civil].
+/// `2026-11-23 14:05 UTC`: days to civil dates by Howard Hinnant's algorithm.
 fn utc(unix_s: u64) -> String {
     let (days, second) = (unix_s / 86_400, unix_s % 86_400);
     let z = days as i64 + 719_468;
