@@ -38,12 +38,11 @@ fn arguments(line: &str) -> Option<Vec<String>> {
 
 fn check_line(place: &str, line: &str, findings: &mut Findings) {
     let Some(words) = arguments(line) else { return };
-    if let Err(error) = Cli::try_parse_from(std::iter::once("draftsmith".to_string()).chain(words)) {
-        if error.exit_code() != 0 {
-            let text = error.to_string();
-            let first = text.lines().next().unwrap_or_default();
-            findings.push(format!("{place}: `{}` does not work: {first}", line.trim()));
-        }
+    let parsed = Cli::try_parse_from(std::iter::once("draftsmith".to_string()).chain(words));
+    if let Some(error) = parsed.err().filter(|e| e.exit_code() != 0) {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default();
+        findings.push(format!("{place}: `{}` does not work: {first}", line.trim()));
     }
 }
 

@@ -168,7 +168,8 @@ fn findings(doctor: &Doctor, places: &Places) -> Vec<Finding> {
         list.push(Finding { severity, message, hint: hint.to_string() });
     };
     let has = |name: &str| doctor.cpu.features.iter().any(|(n, on)| *n == name && *on);
-    if !has("neon") && !(has("avx2") && has("fma") && has("f16c")) {
+    let fast = has("neon") || ["avx2", "fma", "f16c"].iter().all(|name| has(name));
+    if !fast {
         add(
             Severity::Note,
             "the processor lacks AVX2, FMA or F16C, and NEON".to_string(),

@@ -24,6 +24,7 @@ fn repo(path: &str) -> PathBuf {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "the accept lengths are worth reading beside the verdict")]
 fn real_model_speculation_gives_the_same_text() {
     let model = PathBuf::from(std::env::var_os("DRAFTSMITH_TEST_TARGET").expect(
         "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",

@@ -102,3 +102,21 @@ fn the_cost_of_a_pass_is_measured_for_every_width() {
     assert!(report["prefill_tokens_per_s"].as_f64().is_some_and(|r| r > 0.0));
     assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|r| r > 0.0));
 }
+
+#[test]
+fn real_model_quickstart_proves_that_the_texts_are_equal() {
+    let target = std::env::var("DRAFTSMITH_TEST_TARGET").expect(
+        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
+    );
+    let home = Home::new();
+    let output = home
+        .command(&["quickstart", "--target", &target, "--max-new-tokens", "32", "--json"])
+        .current_dir(repository())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["identical"], true, "{value}");
+    assert!(value["accept_len"].as_f64().is_some_and(|a| a > 1.0), "{value}");
+}
