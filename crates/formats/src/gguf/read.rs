@@ -17,6 +17,10 @@ const MIN_ENTRY: u64 = 13;
 /// Smallest directory entry: empty name (8), number of dimensions (4), one dimension (8), type (4), offset (8).
 const MIN_TENSOR: u64 = 32;
 
+/// Room made in advance for items that a count promises. Counts are only checked against the bytes left, of which a
+/// large file has many; beyond this, memory grows with what is really read.
+const MAX_RESERVE: usize = 1 << 12;
+
 pub(super) struct Parsed {
     pub(super) version: u32,
     pub(super) alignment: u64,
@@ -153,7 +157,7 @@ impl<'a> Cursor<'a> {
             }
             8 => {
                 let count = self.count(8, &|| length_of(key))?;
-                let mut strings = Vec::with_capacity(count);
+                let mut strings = Vec::with_capacity(count.min(MAX_RESERVE));
                 for i in 0..count {
                     strings.push(self.string(&|| format!("element {i} of metadata key `{key}`"))?);
                 }
@@ -162,7 +166,7 @@ impl<'a> Cursor<'a> {
             9 => {
                 // Type (4) and length (8) of an empty inner array.
                 let count = self.count(12, &|| length_of(key))?;
-                let mut arrays = Vec::with_capacity(count);
+                let mut arrays = Vec::with_capacity(count.min(MAX_RESERVE));
                 for _ in 0..count {
                     arrays.push(self.array_value(key, depth + 1)?);
                 }
@@ -220,8 +224,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, GgufError> {
     let tensors_what = || "number of tensors".to_string();
     cursor.check_count(tensor_count, MIN_TENSOR, tensor_count_at, &tensors_what)?;
 
-    let mut metadata = Vec::with_capacity(entries);
-    let mut keys = HashMap::with_capacity(entries);
+    let mut metadata = Vec::with_capacity(entries.min(MAX_RESERVE));
+    let mut keys = HashMap::with_capacity(entries.min(MAX_RESERVE));
     for i in 0..entries {
         let offset = cursor.at;
         let key = cursor.string(&|| format!("name of metadata key {i}"))?;
@@ -240,8 +244,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, GgufError> {
     };
 
     let count = cursor.check_count(tensor_count, MIN_TENSOR, tensor_count_at, &tensors_what)?;
-    let mut entries = Vec::with_capacity(count);
-    let mut names = HashMap::with_capacity(count);
+    let mut entries = Vec::with_capacity(count.min(MAX_RESERVE));
+    let mut names = HashMap::with_capacity(count.min(MAX_RESERVE));
     for i in 0..count {
         let entry = directory_entry(&mut cursor, i)?;
         check_name("tensor", &entry.name, entry.offset, names.contains_key(&entry.name))?;
@@ -250,7 +254,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, GgufError> {
     }
 
     let data_start = (cursor.at as u64).checked_next_multiple_of(alignment);
-    let mut tensors = Vec::with_capacity(count);
+    let mut tensors = Vec::with_capacity(count.min(MAX_RESERVE));
     for entry in entries {
         tensors.push(place(entry, data_start.unwrap_or(u64::MAX), alignment, bytes.len())?);
     }

@@ -294,6 +294,16 @@ fn values_are_checked_against_each_other() {
 }
 
 #[test]
+fn integers_that_toml_cannot_write_are_refused() {
+    // TOML integers are signed; a larger one could be read into a `u64`, but the resolved copy could not be written.
+    assert_eq!(parse(SMALL, &["run.seed=9223372036854775807"]).unwrap().run.seed, i64::MAX as u64);
+    for text in ["9223372036854775808", "18446744073709551615"] {
+        assert!(parse(&format!("{SMALL}[run]\nseed = {text}\n"), &[]).is_err());
+        assert!(parse(SMALL, &[&format!("run.seed={text}")]).is_err());
+    }
+}
+
+#[test]
 fn every_key_is_documented() {
     let keys = reference();
     for key in &keys {
