@@ -283,7 +283,13 @@ fn a_disk_that_is_full_during_capture_is_told_and_nothing_half_written_stays() {
     let limited = |blocks: &str| {
         let args = arguments(
             &dir,
-            &["capture.shard_rows=60", "validate.every=0", "train.max_steps=2", "bench.workloads=[]"],
+            &[
+                "data.sources.0.weight=1",
+                "capture.shard_rows=60",
+                "validate.every=0",
+                "train.max_steps=2",
+                "bench.workloads=[]",
+            ],
         );
         let mut command = std::process::Command::new("sh");
         command
