@@ -14,7 +14,8 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let path = PathBuf::from(args.next().expect("give the model file"));
     let threads = args.next().map_or(2, |t| t.parse().expect("threads is a number"));
-    let target = Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).expect("a loadable model");
+    let target =
+        Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).expect("a loadable model");
     let chain = |n: usize| (0..n).map(|i| i.checked_sub(1).map(|p| p as u32)).collect::<Vec<_>>();
     let ids: Vec<u32> = (0..512u32).map(|i| 1000 + i * 37 % 20000).collect();
     let mut kv = target.new_kv();
@@ -32,7 +33,8 @@ fn main() {
         for _ in 0..30 {
             let start = Instant::now();
             let parents = chain(m);
-            let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids[..m], parents: &parents }], &[]);
+            let output =
+                target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids[..m], parents: &parents }], &[]);
             let rows: Vec<u32> = (0..m as u32).collect();
             let logits = target.logits(&output, &rows);
             assert!(logits[0].is_finite());

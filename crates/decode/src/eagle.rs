@@ -75,6 +75,9 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
     }
 }
 
+/// Activations that several nodes may share.
+type Shared<K> = Arc<Rows<<K as Kernels>::Buf>>;
+
 /// Output of one draft row.
 struct Head<K: Kernels> {
     /// `[1, H]` hidden input of the next depth.
@@ -107,7 +110,7 @@ impl<K: Kernels> EagleSession<'_, K> {
         tokens: &[u32],
         parents: &[Option<u32>],
         positions: &[u32],
-    ) -> (Arc<Rows<K::Buf>>, Arc<Rows<K::Buf>>) {
+    ) -> (Shared<K>, Shared<K>) {
         let drafter = self.drafter;
         let (network, weights) = (&drafter.draft.network, &drafter.draft.weights);
         let mut ops = Infer::new(drafter.kernels.as_ref());

@@ -69,7 +69,7 @@ pub(crate) fn block32(dtype: WeightDtype, row: &[u8], b: usize) -> Block32 {
             let (scale, min) = k4_scale_min(&block[4..16], sub);
             let bytes = &block[16 + sub / 2 * 32..16 + sub / 2 * 32 + 32];
             for (q, byte) in quants.iter_mut().zip(bytes) {
-                *q = if sub % 2 == 0 { byte & 15 } else { byte >> 4 } as i8;
+                *q = if sub.is_multiple_of(2) { byte & 15 } else { byte >> 4 } as i8;
             }
             Block32 { quants, scales: [d * f32::from(scale); 2], min: -(dmin * f32::from(min)) }
         }

@@ -74,7 +74,7 @@ impl<'a> WeightView<'a> {
                 dtype: self.dtype,
             });
         }
-        let wanted = self.row_bytes().checked_mul(self.out_features).unwrap_or(usize::MAX);
+        let wanted = self.row_bytes().saturating_mul(self.out_features);
         if wanted != self.data.len() {
             return Err(KernelError::WeightBytes {
                 name: name.into(),

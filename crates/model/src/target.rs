@@ -144,12 +144,15 @@ pub struct StepOutput<B> {
     pub last: Arc<Rows<B>>,
 }
 
+/// Weights of a layer in the backend's layout.
+type PackedLayer<K> = LayerWeights<Arc<Linear<<K as Kernels>::Packed>>, Arc<<K as Kernels>::Buf>>;
+
 /// A target loaded on a backend.
 pub struct Target<K: Kernels> {
     kernels: Arc<K>,
     config: TargetConfig,
     embed: Arc<Linear<K::Packed>>,
-    layers: Vec<LayerWeights<Arc<Linear<K::Packed>>, Arc<K::Buf>>>,
+    layers: Vec<PackedLayer<K>>,
     final_norm: Arc<K::Buf>,
     head: Arc<Linear<K::Packed>>,
 }

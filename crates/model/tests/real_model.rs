@@ -1,6 +1,7 @@
 //! Parity with llama.cpp on the real target, as recorded in `fixtures/oracle`.
 //!
 //! Needs the model file; see the README on `DRAFTSMITH_TEST_TARGET`.
+#![expect(clippy::print_stdout, reason = "the distances belong beside the verdict")]
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -80,8 +81,8 @@ fn check_tokens(target: &Target<Cpu>, weights: &str, margin: f64) -> usize {
         let sure = row.margins.iter().position(|m| *m < margin).unwrap_or(row.tokens.len());
         let ids = [&row.prompt[..], &row.tokens[..row.tokens.len() - 1]].concat();
         let logits = forward(target, &ids, row.prompt.len() - 1);
-        for i in 0..sure {
-            assert_eq!(argmax(&logits[i]), row.tokens[i], "{weights} {}: token {i}", row.id);
+        for (i, (logits, token)) in logits.iter().zip(&row.tokens[..sure]).enumerate() {
+            assert_eq!(argmax(logits), *token, "{weights} {}: token {i}", row.id);
         }
         compared += sure;
     }

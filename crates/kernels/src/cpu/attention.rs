@@ -4,6 +4,10 @@
 //! slots and each score is one chain of fused multiply-adds over `d`. The softmax sum and the mix of values run
 //! over *logical* positions in order: committed slots first, then the path of the row inside the step. A row of a
 //! tree therefore reduces exactly as the same row decoded alone does, whatever slot it stands in.
+#![expect(
+    clippy::needless_range_loop,
+    reason = "lanes of several arrays run together; their number is a constant"
+)]
 
 use super::isa::{Isa, Level, dispatch};
 use super::math::{exp, sum_lanes};

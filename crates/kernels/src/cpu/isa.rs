@@ -5,7 +5,6 @@
 //!
 //! Safety rule of the module: an `Isa` method may be called only inside a function compiled with that set's
 //! target features on a CPU that has them; pointers must be valid for the 16 lanes (or 64 bytes) read or written.
-#![expect(clippy::missing_safety_doc, reason = "one rule for all methods, stated in the module head")]
 
 /// An instruction set.
 pub(crate) trait Isa: Copy {

@@ -8,6 +8,7 @@ use crate::Activation;
 ///
 /// Cody-Waite reduction by `ln 2` in two parts and a polynomial of degree 6 (the series of `e^r` on
 /// `|r| <= ln 2 / 2`, last coefficients adjusted for the interval).
+#[expect(clippy::manual_clamp, reason = "`max` first turns NaN into the bound, `clamp` would keep it")]
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let x = x.max(-87.0).min(88.0);

@@ -3,6 +3,10 @@
 //! The reduction of one output runs over the inputs in order: float weights by one fused multiply-add per input,
 //! block weights by an exact integer sum per block and one fused multiply-add per block (and one for the minima).
 //! Row and panel grouping only decide which outputs are in registers together.
+#![expect(
+    clippy::needless_range_loop,
+    reason = "rows of several arrays run together; their number is a constant"
+)]
 
 use super::isa::{Isa, Level, dispatch};
 use super::pack::{Body, FloatKind, LANES, PackedWeight};
@@ -39,6 +43,7 @@ struct QuantizeArgs {
     blocks: usize,
 }
 
+#[expect(clippy::manual_clamp, reason = "`max` first turns NaN into the bound, `clamp` would keep it")]
 #[inline(always)]
 unsafe fn quantize_body<I: Isa>(a: QuantizeArgs) {
     for b in 0..a.blocks {
