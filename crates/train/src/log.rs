@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn events_have_the_published_bytes() {
-        // Encoded with the protobuf and crc32c of TensorFlow's own writer for Event(wall_time=1.5, step=300,
+        // Derived by hand from the protobuf wire format and masked crc32c for Event(wall_time=1.5, step=300,
         // summary=[("a", 2.0)]).
         let data = scalars(1.5, 300, &[("a", 2.0)]);
         let wanted: &[u8] = &[
