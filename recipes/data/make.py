@@ -170,7 +170,10 @@ def main():
     taken = set()
     valid = pick(valid_pool, want_valid, SEED, taken)
     train = pick(read_rows(args.train), SOURCES, SEED, taken)
-    for name, rows in [("prompts-mini.jsonl.zst", train), ("prompts-mini-valid.jsonl.zst", valid)]:
+    math = [row for row in train if row["domain"] == "math"]
+    general = [row for row in train if row["domain"] != "math"]
+    files = [("prompts-math.jsonl.zst", math), ("prompts-general.jsonl.zst", general), ("prompts-valid.jsonl.zst", valid)]
+    for name, rows in files:
         write_zst(args.out / name, [compact(row) for row in rows])
         report(name, args.out / name, rows)
 

@@ -96,7 +96,7 @@ impl<K: Kernels> CaptureSource for InProcess<K> {
                 (0..chunk.len()).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
             let item = StepItem { kv: &mut kv, tokens: chunk, parents: &parents };
             let output = self.target.forward(&mut [item], &self.layers);
-            let mut buf = kernels.zeros(chunk.len() * joined);
+            let mut buf = kernels.scratch(chunk.len() * joined);
             let parts: Vec<_> = output.hidden.iter().map(|h| (&h.buf, h.width)).collect();
             kernels.concat_cols(&parts, chunk.len(), &mut buf); // [chunk, K * Ht]
             let from = features.len();

@@ -1,6 +1,6 @@
 //! Time of one verify pass over `m` rows at a context of 256, the median of many.
 //!
-//! `cargo run --release -p draftsmith-decode --example step_time -- MODEL.gguf [THREADS]`
+//! `cargo run --release -p draftsmith-decode --example step_time -- MODEL.gguf [THREADS] [ROWS,ROWS,…]`
 #![expect(clippy::print_stdout, reason = "an example prints its result")]
 
 use std::path::PathBuf;
@@ -14,6 +14,12 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let path = PathBuf::from(args.next().expect("give the model file"));
     let threads = args.next().map_or(2, |t| t.parse().expect("threads is a number"));
+    let sizes: Vec<usize> = args
+        .next()
+        .map_or_else(|| "1,2,4,6,8,16,32".to_owned(), |m| m)
+        .split(',')
+        .map(|m| m.parse().expect("rows are numbers"))
+        .collect();
     let target =
         Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).expect("a loadable model");
     let chain = |n: usize| (0..n).map(|i| i.checked_sub(1).map(|p| p as u32)).collect::<Vec<_>>();
@@ -28,9 +34,9 @@ fn main() {
             kv = fresh;
         }
     }
-    for m in [1usize, 2, 4, 6, 8, 16, 32] {
+    for m in sizes {
         let mut times = Vec::new();
-        for _ in 0..30 {
+        for _ in 0..60 {
             let start = Instant::now();
             let parents = chain(m);
             let output =

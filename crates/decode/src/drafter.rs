@@ -51,7 +51,7 @@ impl<K: Kernels> Features<'_, K> {
             .hidden
             .iter()
             .map(|h| {
-                let mut buf = kernels.zeros(self.rows.len() * h.width);
+                let mut buf = kernels.scratch(self.rows.len() * h.width);
                 kernels.gather_rows(&h.buf, h.width, self.rows, &mut buf);
                 buf
             })
@@ -59,7 +59,7 @@ impl<K: Kernels> Features<'_, K> {
         let widths: Vec<usize> = self.output.hidden.iter().map(|h| h.width).collect();
         let list: Vec<_> = parts.iter().zip(&widths).map(|(p, w)| (p, *w)).collect();
         let width = widths.iter().sum();
-        let mut buf = kernels.zeros(self.rows.len() * width);
+        let mut buf = kernels.scratch(self.rows.len() * width);
         kernels.concat_cols(&list, self.rows.len(), &mut buf);
         Rows { buf, rows: self.rows.len(), width }
     }

@@ -282,7 +282,7 @@ impl<K: Kernels> EagleSession<'_, K> {
         // Side by side in one row is the same memory as one below the other.
         let kernels = self.drafter.kernels.as_ref();
         let width = inputs[0].width;
-        let mut buf = kernels.zeros(inputs.len() * width);
+        let mut buf = kernels.scratch(inputs.len() * width);
         let parts: Vec<_> = inputs.iter().map(|i| (&i.buf, width)).collect();
         kernels.concat_cols(&parts, 1, &mut buf);
         Arc::new(Rows { buf, rows: inputs.len(), width })

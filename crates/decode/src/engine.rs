@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_core::{AcceptStats, LayerId, Sampling, TargetTokenId, TokenTree, choose_token, verify_tree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{StepItem, Target};
+use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
 use crate::drafter::{DraftPlan, Drafter, Features};
@@ -161,6 +161,35 @@ impl<K: Kernels> Engine<K> {
         })
     }
 
+    /// Runs the head on the rows `wanted` of a step; full logits only for those that are sampled.
+    fn choices(
+        &self,
+        output: &StepOutput<K::Buf>,
+        wanted: &[u32],
+        is_greedy: impl Fn(usize) -> bool,
+    ) -> Choices {
+        let (mut greedy, mut sampled, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, row) in wanted.iter().enumerate() {
+            if is_greedy(i) {
+                rows.push(Choice::Greedy(0));
+                greedy.push(*row);
+            } else {
+                rows.push(Choice::Sampled(sampled.len()));
+                sampled.push(*row);
+            }
+        }
+        if !greedy.is_empty() {
+            let mut ids = self.target.argmax(output, &greedy).into_iter();
+            for row in &mut rows {
+                if let Choice::Greedy(id) = row {
+                    *id = ids.next().expect("one arg-max per greedy row");
+                }
+            }
+        }
+        let logits = if sampled.is_empty() { Vec::new() } else { self.target.logits(output, &sampled) };
+        Choices { rows, logits, vocab: self.target.config().vocab_size }
+    }
+
     /// One target pass over all unfinished sessions.
     fn step(
         &self,
@@ -235,20 +264,21 @@ impl<K: Kernels> Engine<K> {
             wanted.extend(end - count as u32..end);
             first_row = end;
         }
-        let logits = if wanted.is_empty() { Vec::new() } else { self.target.logits(&output, &wanted) };
-        let vocab = self.target.config().vocab_size;
+        let choices = self.choices(&output, &wanted, |row| {
+            let owner = spans.partition_point(|(_, at, _)| *at <= row) - 1;
+            sessions[work[owner].0].options.sampling.is_greedy()
+        });
         // Commit or roll back.
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
             let sampling = session.options.sampling;
-            let row_logits = |i: usize| &logits[(at + i) * vocab..(at + i + 1) * vocab];
             let prefilled = *base < session.prompt_len;
             let emit: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()> = &mut |e| on_token(*index, e);
             if prefilled {
                 let mut next: Vec<u32> =
                     session.tokens[*base + 1..(*base + rows.len() + 1).min(session.prompt_len)].to_vec();
                 if *count == 1 {
-                    let choice = choose_token(row_logits(0), &sampling, session.prompt_len as u64);
+                    let choice = choices.get(*at, &sampling, session.prompt_len as u64);
                     session.prefill = session.started.elapsed();
                     session.first_token = Some(Instant::now());
                     commit(session, &[(choice.0, TokenOrigin::Plain)], self.max_context, emit);
@@ -262,16 +292,14 @@ impl<K: Kernels> Engine<K> {
             }
             // The choice after a node of depth d stands d + 2 positions behind the root row's own position.
             let root_position = *base as u64;
-            let root_choice = choose_token(row_logits(0), &sampling, root_position + 1);
+            let root_choice = choices.get(*at, &sampling, root_position + 1);
             let depths = tree.depths();
-            let choices: Vec<TargetTokenId> = depths
+            let below: Vec<TargetTokenId> = depths
                 .iter()
                 .enumerate()
-                .map(|(i, depth)| {
-                    choose_token(row_logits(i + 1), &sampling, root_position + u64::from(*depth) + 2)
-                })
+                .map(|(i, depth)| choices.get(at + i + 1, &sampling, root_position + u64::from(*depth) + 2))
                 .collect();
-            let verdict = verify_tree(tree, root_choice, &choices);
+            let verdict = verify_tree(tree, root_choice, &below);
             let accepted = verdict.accepted_path.len();
             let mut tokens: Vec<(u32, TokenOrigin)> = verdict
                 .accepted_path
@@ -296,6 +324,33 @@ impl<K: Kernels> Engine<K> {
                 let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
                 let next: Vec<u32> = tokens.iter().map(|(t, _)| *t).collect();
                 drafter.extend(&Features { output: &output, rows: &feature_rows }, &next);
+            }
+        }
+    }
+}
+
+/// What the target says in the rows of a step that were asked for.
+struct Choices {
+    rows: Vec<Choice>,
+    /// `[sampled rows, V]`
+    logits: Vec<f32>,
+    vocab: usize,
+}
+
+enum Choice {
+    /// The arg-max.
+    Greedy(u32),
+    /// Row of the logits.
+    Sampled(usize),
+}
+
+impl Choices {
+    /// The target's token after row `row`, at `position`.
+    fn get(&self, row: usize, sampling: &Sampling, position: u64) -> TargetTokenId {
+        match self.rows[row] {
+            Choice::Greedy(id) => TargetTokenId(id),
+            Choice::Sampled(at) => {
+                choose_token(&self.logits[at * self.vocab..(at + 1) * self.vocab], sampling, position)
             }
         }
     }

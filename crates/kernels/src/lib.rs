@@ -15,6 +15,7 @@ mod pool;
 pub mod quant;
 pub mod reference;
 mod rope;
+mod scratch;
 pub mod train;
 mod weight;
 
@@ -100,10 +101,16 @@ impl<'a> StepMask<'a> {
     }
 }
 
+/// Device memory of activations.
+pub trait Buffer: Send + Sync + Default {
+    /// Gives the memory up for a later [`Kernels::scratch`]; what is left is empty.
+    fn recycle(&mut self);
+}
+
 /// Operations for decoding and capture. See the contract at the top of the crate.
 pub trait Kernels: Send + Sync {
     /// A device array of f32.
-    type Buf: Send + Sync;
+    type Buf: Buffer;
     /// A weight in the backend's own layout.
     type Packed: Send + Sync;
     /// Keys and values of one layer of one sequence.
@@ -111,21 +118,25 @@ pub trait Kernels: Send + Sync {
 
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buf;
+    /// A buffer of `len` values with unspecified content, to be written in full.
+    fn scratch(&self, len: usize) -> Self::Buf;
     /// Copies host data to a new buffer.
     fn upload(&self, data: &[f32]) -> Self::Buf;
     /// Copies `out.len()` values from `offset` on to the host.
     fn download(&self, buf: &Self::Buf, offset: usize, out: &mut [f32]);
     /// Repacks a weight once at load.
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
-    /// `y[R, O] = x[R, I] · Wᵀ`, plus `bias[O]` if given.
-    fn matmul(
+    /// Several linear layers of one input: `ys[i][R, Oᵢ] = x[R, I] · Wᵢᵀ`, plus `bias[Oᵢ]` if given.
+    fn matmuls(
         &self,
         x: &Self::Buf,
         rows: usize,
-        w: &Self::Packed,
-        bias: Option<&Self::Buf>,
-        y: &mut Self::Buf,
+        weights: &[(&Self::Packed, Option<&Self::Buf>)],
+        ys: &mut [Self::Buf],
     );
+    /// Per row the output of `x[R, I] · Wᵀ` with the largest value, the lowest among equals, without the outputs
+    /// being written anywhere; NaN never wins.
+    fn argmax(&self, x: &Self::Buf, rows: usize, w: &Self::Packed) -> Vec<u32>;
     /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
     fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
     /// `y = x * rsqrt(mean(x²) + eps) * weight`, over groups of `width` values: whole rows, or heads for q/k norms.

@@ -39,6 +39,19 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer in `job` is to a `Sync` closure.
 unsafe impl Send for Shared {}
 
+/// A pointer that tasks share.
+pub(crate) struct SendPtr<T>(pub *mut T);
+// SAFETY: tasks write disjoint parts behind the pointer; every use says which.
+unsafe impl<T> Sync for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T> Send for SendPtr<T> {}
+impl<T> SendPtr<T> {
+    /// Through a method, so that closures capture the wrapper and not the pointer.
+    pub(crate) fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
 /// The pool. Dropping it ends its threads.
 pub struct Pool {
     shared: Arc<Shared>,

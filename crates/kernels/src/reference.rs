@@ -33,8 +33,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
 /// RoPE of one row of `heads * head_dim` values.
 pub fn rope(x: &[f32], table: &RopeTable, position: u32) -> Vec<f64> {
     let dim = table.head_dim();
-    let (mut cos, mut sin) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
-    table.angles(position, &mut cos, &mut sin);
+    let (cos, sin) = table.angles(position);
     let mut y = vec![0.0; x.len()];
     for (x, y) in x.chunks_exact(dim).zip(y.chunks_exact_mut(dim)) {
         for i in 0..dim / 2 {

@@ -1,5 +1,7 @@
 //! Rotary position tables: half-rotation ("NeoX") layout on `head_dim` values [eagle3 §2.2].
 
+use std::sync::{Arc, OnceLock};
+
 /// Frequency scaling of long-context models.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -25,12 +27,31 @@ pub enum RopeScaling {
     Factors(Vec<f32>),
 }
 
-/// Inverse frequencies of one RoPE configuration; angles are computed on the fly from the position.
-#[derive(Clone, Debug, PartialEq)]
+/// Positions whose angles are computed at once.
+const CHUNK: usize = 256;
+/// Chunks of a table; a million positions.
+const CHUNKS: usize = 1 << 12;
+
+/// One RoPE configuration: inverse frequencies, and the angles of the positions asked for so far.
+#[derive(Clone)]
 pub struct RopeTable {
     head_dim: usize,
     /// `[head_dim / 2]`
     inv_freq: Vec<f32>,
+    /// Per chunk `[CHUNK][cos[head_dim / 2], sin[head_dim / 2]]`.
+    angles: Arc<[OnceLock<Box<[f32]>>]>,
+}
+
+impl std::fmt::Debug for RopeTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RopeTable").field("inv_freq", &self.inv_freq).finish_non_exhaustive()
+    }
+}
+
+impl PartialEq for RopeTable {
+    fn eq(&self, other: &RopeTable) -> bool {
+        self.head_dim == other.head_dim && self.inv_freq == other.inv_freq
+    }
 }
 
 impl RopeTable {
@@ -74,7 +95,7 @@ impl RopeTable {
                 scaled as f32
             })
             .collect();
-        RopeTable { head_dim, inv_freq }
+        RopeTable { head_dim, inv_freq, angles: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
     }
 
     /// Values per head.
@@ -82,13 +103,24 @@ impl RopeTable {
         self.head_dim
     }
 
-    /// Writes `cos[head_dim / 2]` and `sin[head_dim / 2]` of one position.
-    pub fn angles(&self, position: u32, cos: &mut [f32], sin: &mut [f32]) {
-        for (i, f) in self.inv_freq.iter().enumerate() {
-            // f32 product as the reference implementations take it, sine and cosine of that in f64.
-            let angle = f64::from(position as f32 * f);
-            cos[i] = angle.cos() as f32;
-            sin[i] = angle.sin() as f32;
-        }
+    /// `cos[head_dim / 2]` and `sin[head_dim / 2]` of one position.
+    ///
+    /// # Panics
+    /// From position 2^20 on.
+    pub fn angles(&self, position: u32) -> (&[f32], &[f32]) {
+        let (half, position) = (self.head_dim / 2, position as usize);
+        let chunk = self.angles[position / CHUNK].get_or_init(|| {
+            let first = position / CHUNK * CHUNK;
+            let mut values = Vec::with_capacity(CHUNK * self.head_dim);
+            for p in first..first + CHUNK {
+                // f32 product as the reference implementations take it, sine and cosine of that in f64.
+                let angle = |f: &f32| f64::from(p as f32 * f);
+                values.extend(self.inv_freq.iter().map(|f| angle(f).cos() as f32));
+                values.extend(self.inv_freq.iter().map(|f| angle(f).sin() as f32));
+            }
+            values.into_boxed_slice()
+        });
+        let at = position % CHUNK * self.head_dim;
+        chunk[at..at + self.head_dim].split_at(half)
     }
 }

@@ -60,9 +60,47 @@ fn stored(random: &mut Random, dtype: WeightDtype, out: usize, inputs: usize) ->
 
 fn matmul(cpu: &Cpu, x: &[f32], rows: usize, w: &WeightView<'_>, mode: PackMode) -> Vec<f32> {
     let packed = cpu.pack("w", w, mode).unwrap();
-    let mut y = cpu.zeros(rows * w.out_features);
-    cpu.matmul(&cpu.upload(x), rows, &packed, None, &mut y);
+    let mut y = [cpu.scratch(rows * w.out_features)];
+    cpu.matmuls(&cpu.upload(x), rows, &[(&packed, None)], &mut y);
+    let [y] = y;
+    // The arg-max of every row without its outputs is that of its outputs.
+    let best: Vec<u32> = y
+        .chunks_exact(w.out_features)
+        .map(|row| (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32)
+        .collect();
+    assert_eq!(cpu.argmax(&cpu.upload(x), rows, &packed), best);
     y
+}
+
+#[test]
+fn several_products_of_one_input_are_each_the_product_alone() {
+    let mut random = Random(21);
+    for rows in [1, 3, 9, 40] {
+        let inputs = 288;
+        let x = random.floats(rows * inputs);
+        let shapes = [(WeightDtype::Q4_1, 40), (WeightDtype::F32, 7), (WeightDtype::Q8_0, 100)];
+        let data: Vec<Vec<u8>> =
+            shapes.iter().map(|(d, out)| stored(&mut random, *d, *out, inputs)).collect();
+        let views: Vec<WeightView<'_>> = shapes
+            .iter()
+            .zip(&data)
+            .map(|((dtype, out), data)| WeightView {
+                dtype: *dtype,
+                out_features: *out,
+                in_features: inputs,
+                data,
+            })
+            .collect();
+        for cpu in [1, 2, 5].into_iter().flat_map(Cpu::all_paths) {
+            let packed: Vec<_> = views.iter().map(|w| cpu.pack("w", w, PackMode::Stored).unwrap()).collect();
+            let weights: Vec<_> = packed.iter().map(|p| (p, None)).collect();
+            let mut ys: Vec<_> = views.iter().map(|w| cpu.scratch(rows * w.out_features)).collect();
+            cpu.matmuls(&cpu.upload(&x), rows, &weights, &mut ys);
+            for (view, y) in views.iter().zip(ys) {
+                assert_eq!(y, matmul(&cpu, &x, rows, view, PackMode::Stored), "{:?} {rows} rows", view.dtype);
+            }
+        }
+    }
 }
 
 #[test]

@@ -595,9 +595,8 @@ impl Eagle3 {
         let e = ops.rms_norm(embedded, &w.input_norm, eps);
         let n = ops.rms_norm(hidden, &w.hidden_norm, eps);
         let u = ops.concat(&[&e, &n]); // [R, 2H]
-        let q = ops.linear(&u, &w.q_proj, None); // [R, nh hd]
-        let k = ops.linear(&u, &w.k_proj, None); // [R, nkv hd]
-        let v = ops.linear(&u, &w.v_proj, None); // [R, nkv hd]
+        // [R, nh hd], [R, nkv hd] twice
+        let [q, k, v] = ops.linears(&u, [(&w.q_proj, None), (&w.k_proj, None), (&w.v_proj, None)]);
         let q = ops.rope(&q, &self.rope, positions);
         let k = ops.rope(&k, &self.rope, positions);
         let mixed = attend.attend(ops, q, k, v); // [R, nh hd]
@@ -605,8 +604,7 @@ impl Eagle3 {
         // The residual is the raw hidden input, not the normalised one [eagle3 §2.2].
         let h1 = ops.add(hidden, &o);
         let n = ops.rms_norm(&h1, &w.post_norm, eps);
-        let gate = ops.linear(&n, &w.gate_proj, None); // [R, I]
-        let up = ops.linear(&n, &w.up_proj, None); // [R, I]
+        let [gate, up] = ops.linears(&n, [(&w.gate_proj, None), (&w.up_proj, None)]); // [R, I] each
         let act = ops.gated(Activation::Silu, &gate, &up);
         let down = ops.linear(&act, &w.down_proj, None); // [R, H]
         ops.add(&h1, &down)

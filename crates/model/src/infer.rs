@@ -2,18 +2,24 @@
 
 use std::sync::Arc;
 
-use draftsmith_kernels::{Activation, Kernels, RopeTable, Segment, StepMask};
+use draftsmith_kernels::{Activation, Buffer, Kernels, RopeTable, Segment, StepMask};
 
 use crate::ops::{Attend, Ops};
 
-/// Activations `[rows, width]` on the device.
-pub struct Rows<B> {
+/// Activations `[rows, width]` on the device; their memory goes back when the last owner drops them.
+pub struct Rows<B: Buffer> {
     /// Row-major values.
     pub buf: B,
     /// Tokens.
     pub rows: usize,
     /// Values per token.
     pub width: usize,
+}
+
+impl<B: Buffer> Drop for Rows<B> {
+    fn drop(&mut self) {
+        self.buf.recycle();
+    }
 }
 
 /// Runs networks on a backend without recording anything.
@@ -38,7 +44,7 @@ impl<'k, K: Kernels> Infer<'k, K> {
 
     /// Chosen rows.
     pub fn gather(&self, x: &Rows<K::Buf>, rows: &[u32]) -> Arc<Rows<K::Buf>> {
-        let mut buf = self.kernels.zeros(rows.len() * x.width);
+        let mut buf = self.kernels.scratch(rows.len() * x.width);
         self.kernels.gather_rows(&x.buf, x.width, rows, &mut buf);
         Arc::new(Rows { buf, rows: rows.len(), width: x.width })
     }
@@ -51,7 +57,7 @@ impl<'k, K: Kernels> Infer<'k, K> {
     }
 
     fn copy(&self, x: &Rows<K::Buf>) -> K::Buf {
-        let mut buf = self.kernels.zeros(x.rows * x.width);
+        let mut buf = self.kernels.scratch(x.rows * x.width);
         self.kernels.slice_cols(&x.buf, x.width, 0, x.width, x.rows, &mut buf);
         buf
     }
@@ -61,7 +67,7 @@ impl<'k, K: Kernels> Infer<'k, K> {
     }
 
     fn norm(&self, x: &Rows<K::Buf>, w: &K::Buf, width: usize, eps: f32) -> Arc<Rows<K::Buf>> {
-        let mut y = self.kernels.zeros(x.rows * x.width);
+        let mut y = self.kernels.scratch(x.rows * x.width);
         self.kernels.rms_norm(&x.buf, w, width, eps, &mut y);
         self.wrap(y, x.rows, x.width)
     }
@@ -83,15 +89,28 @@ impl<K: Kernels> Ops for Infer<'_, K> {
     type N = Arc<K::Buf>;
 
     fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T {
-        assert!(
-            x.width == w.in_features,
-            "linear input of {} values, weight wants {}",
-            x.width,
-            w.in_features
-        );
-        let mut y = self.kernels.zeros(x.rows * w.out_features);
-        self.kernels.matmul(&x.buf, x.rows, &w.packed, bias.map(Arc::as_ref), &mut y);
-        self.wrap(y, x.rows, w.out_features)
+        let [y] = self.linears(x, [(w, bias)]);
+        y
+    }
+
+    fn linears<const N: usize>(
+        &mut self,
+        x: &Self::T,
+        layers: [(&Self::W, Option<&Self::N>); N],
+    ) -> [Self::T; N] {
+        let mut ys = layers.map(|(w, _)| {
+            assert!(
+                x.width == w.in_features,
+                "linear input of {} values, weight wants {}",
+                x.width,
+                w.in_features
+            );
+            self.kernels.scratch(x.rows * w.out_features)
+        });
+        let weights = layers.map(|(w, bias)| (&w.packed, bias.map(Arc::as_ref)));
+        self.kernels.matmuls(&x.buf, x.rows, &weights, &mut ys);
+        let mut ys = ys.into_iter().zip(layers).map(|(y, (w, _))| self.wrap(y, x.rows, w.out_features));
+        std::array::from_fn(|_| ys.next().expect("one output per layer"))
     }
 
     fn rms_norm(&mut self, x: &Self::T, w: &Self::N, eps: f32) -> Self::T {
@@ -123,20 +142,20 @@ impl<K: Kernels> Ops for Infer<'_, K> {
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T {
         let rows = parts.first().map_or(0, |p| p.rows);
         let width = parts.iter().map(|p| p.width).sum();
-        let mut y = self.kernels.zeros(rows * width);
+        let mut y = self.kernels.scratch(rows * width);
         let list: Vec<_> = parts.iter().map(|p| (&p.buf, p.width)).collect();
         self.kernels.concat_cols(&list, rows, &mut y);
         self.wrap(y, rows, width)
     }
 
     fn slice_cols(&mut self, x: &Self::T, from: usize, width: usize) -> Self::T {
-        let mut y = self.kernels.zeros(x.rows * width);
+        let mut y = self.kernels.scratch(x.rows * width);
         self.kernels.slice_cols(&x.buf, x.width, from, width, x.rows, &mut y);
         self.wrap(y, x.rows, width)
     }
 
     fn embed(&mut self, table: &Self::W, ids: &[u32], scale: f32) -> Self::T {
-        let mut y = self.kernels.zeros(ids.len() * table.in_features);
+        let mut y = self.kernels.scratch(ids.len() * table.in_features);
         self.kernels.embed(&table.packed, ids, scale, &mut y);
         self.wrap(y, ids.len(), table.in_features)
     }
@@ -165,7 +184,7 @@ impl<'k, K: Kernels> Attend<Infer<'k, K>> for CacheAttend<'_, K::Kv> {
         k: Arc<Rows<K::Buf>>,
         v: Arc<Rows<K::Buf>>,
     ) -> Arc<Rows<K::Buf>> {
-        let mut y = ops.kernels.zeros(q.rows * q.width);
+        let mut y = ops.kernels.scratch(q.rows * q.width);
         let heads = q.width / self.head_dim;
         ops.kernels.attend(&q.buf, &k.buf, &v.buf, heads, &mut self.segments, &mut y);
         ops.wrap(y, q.rows, q.width)

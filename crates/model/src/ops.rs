@@ -19,6 +19,14 @@ pub trait Ops {
 
     /// `x · Wᵀ (+ bias)`.
     fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T;
+    /// Several linear layers of one input.
+    fn linears<const N: usize>(
+        &mut self,
+        x: &Self::T,
+        layers: [(&Self::W, Option<&Self::N>); N],
+    ) -> [Self::T; N] {
+        layers.map(|(w, bias)| self.linear(x, w, bias))
+    }
     /// RMS norm over whole rows.
     fn rms_norm(&mut self, x: &Self::T, w: &Self::N, eps: f32) -> Self::T;
     /// RMS norm over each head of `head_dim` values (Qwen3, Gemma 3).

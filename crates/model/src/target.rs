@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
-use draftsmith_kernels::{Kernels, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -60,9 +60,8 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     let eps = config.rms_norm_eps;
     let n = ops.rms_norm(hidden, &w.input_norm, eps);
     let bias = |i: usize| w.bias.as_ref().map(|b| &b[i]);
-    let mut q = ops.linear(&n, &w.q, bias(0)); // [R, heads * dim]
-    let mut k = ops.linear(&n, &w.k, bias(1)); // [R, kv_heads * dim]
-    let v = ops.linear(&n, &w.v, bias(2));
+    // [R, heads * dim], [R, kv_heads * dim] twice
+    let [mut q, mut k, v] = ops.linears(&n, [(&w.q, bias(0)), (&w.k, bias(1)), (&w.v, bias(2))]);
     if let Some([q_norm, k_norm]) = &w.qk_norm {
         q = ops.head_norm(&q, q_norm, config.head_dim, eps);
         k = ops.head_norm(&k, k_norm, config.head_dim, eps);
@@ -80,8 +79,7 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     }
     let hidden = ops.add(hidden, &o);
     let n = ops.rms_norm(&hidden, &w.mlp_norm, eps);
-    let gate = ops.linear(&n, &w.gate, None);
-    let up = ops.linear(&n, &w.up, None);
+    let [gate, up] = ops.linears(&n, [(&w.gate, None), (&w.up, None)]);
     let act = ops.gated(config.activation, &gate, &up);
     let mut down = ops.linear(&act, &w.down, None); // [R, Ht]
     if let Some(norm) = &w.mlp_post_norm {
@@ -137,7 +135,7 @@ pub struct StepItem<'a, K: Kernels> {
 }
 
 /// What a step gives, rows of all items one after the other.
-pub struct StepOutput<B> {
+pub struct StepOutput<B: Buffer> {
     /// Per captured layer `[R, Ht]`: residual stream after that layer, before any norm.
     pub hidden: Vec<Arc<Rows<B>>>,
     /// `[R, Ht]` after the final norm: the input of the head.
@@ -293,6 +291,12 @@ impl<K: Kernels> Target<K> {
         let hidden =
             captured.into_iter().map(|h| h.expect("captured layers are inside the network")).collect();
         StepOutput { hidden, last }
+    }
+
+    /// The most probable token of chosen rows of a step, the lowest id among equals.
+    pub fn argmax(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<u32> {
+        let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);
+        self.kernels.argmax(&chosen.buf, rows.len(), &self.head.packed)
     }
 
     /// Logits `[rows.len(), V]` of chosen rows of a step, on the host.

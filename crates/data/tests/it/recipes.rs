@@ -23,7 +23,12 @@ fn every_row_is_valid_and_of_an_allowed_licence() {
         "CC0-1.0 (base prompt) + CC0-1.0 (constraint)",
         "Apache-2.0 (base prompt) + CC0-1.0 (constraint)",
     ];
-    for (name, rows) in [("prompts-mini.jsonl.zst", 15_200), ("prompts-mini-valid.jsonl.zst", 201)] {
+    let files = [
+        ("prompts-math.jsonl.zst", 8_200),
+        ("prompts-general.jsonl.zst", 7_000),
+        ("prompts-valid.jsonl.zst", 201),
+    ];
+    for (name, rows) in files {
         let loaded = prompts(name);
         assert_eq!(loaded.rows.len(), rows, "{name}");
         for row in &loaded.rows {
@@ -31,7 +36,10 @@ fn every_row_is_valid_and_of_an_allowed_licence() {
             assert!(allowed.contains(&row.license.as_deref().expect("a licence")), "{row:?}");
         }
     }
-    let size = std::fs::metadata(folder().join("prompts-mini.jsonl.zst")).expect("the file is there").len();
+    let size: u64 = files
+        .iter()
+        .map(|(name, _)| std::fs::metadata(folder().join(name)).expect("the file is there").len())
+        .sum();
     assert!(size <= 3_000_000, "{size}");
 }
 
@@ -45,7 +53,8 @@ fn no_training_prompt_overlaps_with_the_evaluation_files_or_the_held_back_rows()
     }
     assert_eq!(texts.len(), 80 + 2 * 40);
     let evaluation = Decontaminator::new(texts.iter().map(String::as_str));
-    let mut train = prompts("prompts-mini.jsonl.zst");
+    let mut train = prompts("prompts-math.jsonl.zst");
+    train.rows.extend(prompts("prompts-general.jsonl.zst").rows);
     let turns = |row: &Row| match row {
         Row::Conversation(row) => row.messages.iter().map(|m| m.content.clone()).collect::<Vec<_>>(),
         Row::Tokens(_) => Vec::new(),
@@ -59,7 +68,7 @@ fn no_training_prompt_overlaps_with_the_evaluation_files_or_the_held_back_rows()
     assert!(overlapping.is_empty(), "{overlapping:?}");
     // Held back and training rows together have no prompt twice.
     let count = train.rows.len();
-    train.rows.extend(prompts("prompts-mini-valid.jsonl.zst").rows);
+    train.rows.extend(prompts("prompts-valid.jsonl.zst").rows);
     let held = draftsmith_data::hold_back(&mut train, 201);
     assert_eq!((held.len(), train.rows.len()), (201, count));
 }

@@ -11,6 +11,7 @@
 
 use super::isa::{Isa, Level, dispatch};
 use super::math::{exp, sum_lanes};
+use crate::pool::SendPtr;
 use crate::{Pool, StepMask};
 
 const BLOCK: usize = 16;
@@ -163,22 +164,63 @@ unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_
     }
 }
 
+/// Values of `R` rows mixed by their weights, `C` groups of 16 columns from `column` on.
 #[inline(always)]
-unsafe fn mix<I: Isa, const R: usize>(
+unsafe fn mix<I: Isa, const R: usize, const C: usize>(
     a: &AttendArgs<'_>,
-    row: usize,
     column: usize,
-    acc: &mut [I::F; R],
-    from: usize,
-    to: usize,
+    joint: usize,
+    sums: &[f32; ROWS],
 ) {
-    // SAFETY: module rule; positions and the 16 columns from `column` on are in range.
+    // SAFETY: module rule; positions and columns are in range by the caller's loops.
     unsafe {
-        for p in from..to {
-            let v = I::load(a.values.as_ptr().add(p * a.padded + column));
+        let mut acc = [[I::splat(0.0); C]; R];
+        let value =
+            |slot: usize, c: usize| I::load(a.values.as_ptr().add(slot * a.padded + column + c * BLOCK));
+        let weight = |r: usize, position: usize| I::splat(*a.scores.add(r * a.stride + position));
+        for r in 0..R {
+            for p in a.first[r].min(joint)..joint {
+                let w = weight(r, p);
+                for c in 0..C {
+                    acc[r][c] = I::fma(w, value(p, c), acc[r][c]);
+                }
+            }
+        }
+        for p in joint..a.common_end {
+            let mut v = [I::splat(0.0); C];
+            for c in 0..C {
+                v[c] = value(p, c);
+            }
             for r in 0..R {
-                let weight = I::splat(*a.scores.add((row + r) * a.stride + p));
-                acc[r] = I::fma(weight, v, acc[r]);
+                let w = weight(r, p);
+                for c in 0..C {
+                    acc[r][c] = I::fma(w, v[c], acc[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            for (i, slot) in a.tails[r].iter().enumerate() {
+                let position = a.common_end + i;
+                if position < a.first[r] {
+                    continue;
+                }
+                let w = weight(r, position);
+                for c in 0..C {
+                    acc[r][c] = I::fma(w, value(*slot as usize, c), acc[r][c]);
+                }
+            }
+            for c in 0..C {
+                let out = I::mul(acc[r][c], I::splat(sums[r]));
+                let from = column + c * BLOCK;
+                let y = a.y[r].add(from);
+                let count = a.head_dim.saturating_sub(from).min(BLOCK);
+                if count == BLOCK {
+                    I::store(y, out);
+                } else {
+                    let mut buffer = [0.0f32; BLOCK];
+                    I::store(buffer.as_mut_ptr(), out);
+                    std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, count);
+                }
             }
         }
     }
@@ -193,18 +235,22 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
     unsafe {
         let mut block = start;
         while block < blocks {
-            let wide = blocks - block >= 4;
+            let wide = if blocks - block >= I::SCORE_BLOCKS { I::SCORE_BLOCKS } else { 1 };
             match (a.rows, wide) {
-                (4, true) => score_blocks::<I, 4, 4>(&a, 0, block),
-                (4, false) => score_blocks::<I, 4, 1>(&a, 0, block),
-                (3, true) => score_blocks::<I, 3, 4>(&a, 0, block),
-                (3, false) => score_blocks::<I, 3, 1>(&a, 0, block),
-                (2, true) => score_blocks::<I, 2, 4>(&a, 0, block),
-                (2, false) => score_blocks::<I, 2, 1>(&a, 0, block),
-                (_, true) => score_blocks::<I, 1, 4>(&a, 0, block),
-                (_, false) => score_blocks::<I, 1, 1>(&a, 0, block),
+                (4, 4) => score_blocks::<I, 4, 4>(&a, 0, block),
+                (4, 2) => score_blocks::<I, 4, 2>(&a, 0, block),
+                (4, _) => score_blocks::<I, 4, 1>(&a, 0, block),
+                (3, 4) => score_blocks::<I, 3, 4>(&a, 0, block),
+                (3, 2) => score_blocks::<I, 3, 2>(&a, 0, block),
+                (3, _) => score_blocks::<I, 3, 1>(&a, 0, block),
+                (2, 4) => score_blocks::<I, 2, 4>(&a, 0, block),
+                (2, 2) => score_blocks::<I, 2, 2>(&a, 0, block),
+                (2, _) => score_blocks::<I, 2, 1>(&a, 0, block),
+                (_, 4) => score_blocks::<I, 1, 4>(&a, 0, block),
+                (_, 2) => score_blocks::<I, 1, 2>(&a, 0, block),
+                (_, _) => score_blocks::<I, 1, 1>(&a, 0, block),
             }
-            block += if wide { 4 } else { 1 };
+            block += wide;
         }
         for r in 0..a.rows {
             let scores = std::slice::from_raw_parts_mut(a.scores.add(r * a.stride), a.stride);
@@ -240,67 +286,30 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
             sums[r] = 1.0 / sum_lanes(&lanes);
         }
         let joint = (0..a.rows).map(|r| a.first[r]).max().unwrap_or(0).min(a.common_end);
-        let mut column = 0;
-        while column < a.padded {
-            let mut acc = [I::splat(0.0); ROWS];
-            for r in 0..a.rows {
-                let mut one = [acc[r]];
-                mix::<I, 1>(&a, r, column, &mut one, a.first[r].min(joint), joint);
-                acc[r] = one[0];
+        let columns = a.padded / BLOCK;
+        let mut at = 0;
+        while at < columns {
+            let wide = if columns - at >= I::MIX_COLUMNS { I::MIX_COLUMNS } else { 1 };
+            let column = at * BLOCK;
+            match (a.rows, wide) {
+                (4, 4) => mix::<I, 4, 4>(&a, column, joint, &sums),
+                (4, 2) => mix::<I, 4, 2>(&a, column, joint, &sums),
+                (4, _) => mix::<I, 4, 1>(&a, column, joint, &sums),
+                (3, 4) => mix::<I, 3, 4>(&a, column, joint, &sums),
+                (3, 2) => mix::<I, 3, 2>(&a, column, joint, &sums),
+                (3, _) => mix::<I, 3, 1>(&a, column, joint, &sums),
+                (2, 4) => mix::<I, 2, 4>(&a, column, joint, &sums),
+                (2, 2) => mix::<I, 2, 2>(&a, column, joint, &sums),
+                (2, _) => mix::<I, 2, 1>(&a, column, joint, &sums),
+                (_, 4) => mix::<I, 1, 4>(&a, column, joint, &sums),
+                (_, 2) => mix::<I, 1, 2>(&a, column, joint, &sums),
+                (_, _) => mix::<I, 1, 1>(&a, column, joint, &sums),
             }
-            match a.rows {
-                4 => mix::<I, 4>(&a, 0, column, &mut acc, joint, a.common_end),
-                3 => {
-                    let mut some = [acc[0], acc[1], acc[2]];
-                    mix::<I, 3>(&a, 0, column, &mut some, joint, a.common_end);
-                    acc[..3].copy_from_slice(&some);
-                }
-                2 => {
-                    let mut some = [acc[0], acc[1]];
-                    mix::<I, 2>(&a, 0, column, &mut some, joint, a.common_end);
-                    acc[..2].copy_from_slice(&some);
-                }
-                _ => {
-                    let mut some = [acc[0]];
-                    mix::<I, 1>(&a, 0, column, &mut some, joint, a.common_end);
-                    acc[0] = some[0];
-                }
-            }
-            for r in 0..a.rows {
-                for (i, slot) in a.tails[r].iter().enumerate() {
-                    let position = a.common_end + i;
-                    if position < a.first[r] {
-                        continue;
-                    }
-                    let weight = I::splat(*a.scores.add(r * a.stride + position));
-                    let v = I::load(a.values.as_ptr().add(*slot as usize * a.padded + column));
-                    acc[r] = I::fma(weight, v, acc[r]);
-                }
-                let out = I::mul(acc[r], I::splat(sums[r]));
-                let y = a.y[r].add(column);
-                let count = a.head_dim.saturating_sub(column).min(BLOCK);
-                if count == BLOCK {
-                    I::store(y, out);
-                } else {
-                    let mut buffer = [0.0f32; BLOCK];
-                    I::store(buffer.as_mut_ptr(), out);
-                    std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, count);
-                }
-            }
-            column += BLOCK;
+            at += wide;
         }
     }
 }
 dispatch! { unsafe fn attend(a: AttendArgs<'_>) = attend_body }
-
-struct SendPtr(*mut f32);
-// SAFETY: tasks write disjoint heads and rows behind the pointer.
-unsafe impl Sync for SendPtr {}
-impl SendPtr {
-    fn get(&self) -> *mut f32 {
-        self.0
-    }
-}
 
 thread_local! {
     static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };

@@ -1,7 +1,6 @@
-//! Sixteen f32 lanes and sixteen 4-byte integer dot products, on three instruction sets.
+//! Sixteen f32 lanes on three instruction sets.
 //!
-//! Every operation is lane-wise IEEE arithmetic with fused multiply-add, or exact integer arithmetic, so the
-//! three give the same bits. Kernels are written once over [`Isa`] and compiled per set by [`dispatch!`].
+//! Every operation is lane-wise IEEE arithmetic with fused multiply-add, so the three give the same bits. Kernels are written once over [`Isa`] and compiled per set by [`dispatch!`].
 //!
 //! Safety rule of the module: an `Isa` method may be called only inside a function compiled with that set's
 //! target features on a CPU that has them; pointers must be valid for the 16 lanes (or 64 bytes) read or written.
@@ -10,14 +9,10 @@
 pub(crate) trait Isa: Copy {
     /// 16 x f32.
     type F: Copy;
-    /// 16 x i32.
-    type I: Copy;
-    /// 64 weight bytes: 16 outputs x 4 inputs.
-    type W: Copy;
-    /// 64 signed weight bytes, prepared for [`Isa::dot_i8`].
-    type S: Copy;
-    /// What `dot_i8` adds per unit of the activation sum, to be subtracted by the caller.
-    const I8_BIAS: i32;
+    /// Blocks of 16 keys whose scores are in registers together.
+    const SCORE_BLOCKS: usize;
+    /// Groups of 16 values that are mixed together.
+    const MIX_COLUMNS: usize;
 
     unsafe fn splat(v: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
@@ -27,20 +22,6 @@ pub(crate) trait Isa: Copy {
     /// `a * b + c` with one rounding.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn zero_i() -> Self::I;
-    unsafe fn to_f(v: Self::I) -> Self::F;
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
-    /// Subtracts `v` from every lane.
-    unsafe fn sub_i(a: Self::I, v: i32) -> Self::I;
-    unsafe fn load_w(p: *const u8) -> Self::W;
-    unsafe fn low_nibbles(w: Self::W) -> Self::W;
-    unsafe fn high_nibbles(w: Self::W) -> Self::W;
-    /// Adds the dot product of each lane's four weights in 0..=15 with the four activations in `a`.
-    unsafe fn dot_u4(acc: Self::I, w: Self::W, a: i32) -> Self::I;
-    unsafe fn prepare_i8(w: Self::W) -> Self::S;
-    /// Adds the dot product of each lane's four signed weights with the four activations in `a` (-127..=127),
-    /// plus [`Isa::I8_BIAS`] times their sum.
-    unsafe fn dot_i8(acc: Self::I, w: Self::S, a: i32) -> Self::I;
 }
 
 /// Plain Rust, any CPU.
@@ -49,10 +30,8 @@ pub(crate) struct Portable;
 
 impl Isa for Portable {
     type F = [f32; 16];
-    type I = [i32; 16];
-    type W = [u8; 64];
-    type S = [u8; 64];
-    const I8_BIAS: i32 = 0;
+    const SCORE_BLOCKS: usize = 1;
+    const MIX_COLUMNS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> [f32; 16] {
@@ -88,49 +67,6 @@ impl Isa for Portable {
     unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
         std::array::from_fn(|i| a[i] * b[i])
     }
-    #[inline(always)]
-    unsafe fn zero_i() -> [i32; 16] {
-        [0; 16]
-    }
-    #[inline(always)]
-    unsafe fn to_f(v: [i32; 16]) -> [f32; 16] {
-        v.map(|x| x as f32)
-    }
-    #[inline(always)]
-    unsafe fn add_i(a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
-        std::array::from_fn(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    unsafe fn sub_i(a: [i32; 16], v: i32) -> [i32; 16] {
-        a.map(|x| x - v)
-    }
-    #[inline(always)]
-    unsafe fn load_w(p: *const u8) -> [u8; 64] {
-        // SAFETY: module rule.
-        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn low_nibbles(w: [u8; 64]) -> [u8; 64] {
-        w.map(|x| x & 15)
-    }
-    #[inline(always)]
-    unsafe fn high_nibbles(w: [u8; 64]) -> [u8; 64] {
-        w.map(|x| x >> 4)
-    }
-    #[inline(always)]
-    unsafe fn dot_u4(acc: [i32; 16], w: [u8; 64], a: i32) -> [i32; 16] {
-        let a = a.to_le_bytes().map(|b| i32::from(b as i8));
-        std::array::from_fn(|i| acc[i] + (0..4).map(|j| i32::from(w[4 * i + j]) * a[j]).sum::<i32>())
-    }
-    #[inline(always)]
-    unsafe fn prepare_i8(w: [u8; 64]) -> [u8; 64] {
-        w
-    }
-    #[inline(always)]
-    unsafe fn dot_i8(acc: [i32; 16], w: [u8; 64], a: i32) -> [i32; 16] {
-        let a = a.to_le_bytes().map(|b| i32::from(b as i8));
-        std::array::from_fn(|i| acc[i] + (0..4).map(|j| i32::from(w[4 * i + j] as i8) * a[j]).sum::<i32>())
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -149,11 +85,8 @@ mod x86 {
     #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
     impl Isa for Avx2 {
         type F = P<__m256>;
-        type I = P<__m256i>;
-        type W = P<__m256i>;
-        /// Absolute values and the signed originals.
-        type S = (P<__m256i>, P<__m256i>);
-        const I8_BIAS: i32 = 0;
+        const SCORE_BLOCKS: usize = 2;
+        const MIX_COLUMNS: usize = 2;
 
         #[inline(always)]
         unsafe fn splat(v: f32) -> Self::F {
@@ -195,71 +128,6 @@ mod x86 {
         unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
             unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
         }
-        #[inline(always)]
-        unsafe fn zero_i() -> Self::I {
-            unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
-        }
-        #[inline(always)]
-        unsafe fn to_f(v: Self::I) -> Self::F {
-            unsafe { (_mm256_cvtepi32_ps(v.0), _mm256_cvtepi32_ps(v.1)) }
-        }
-        #[inline(always)]
-        unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
-        }
-        #[inline(always)]
-        unsafe fn sub_i(a: Self::I, v: i32) -> Self::I {
-            unsafe {
-                let v = _mm256_set1_epi32(v);
-                (_mm256_sub_epi32(a.0, v), _mm256_sub_epi32(a.1, v))
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_w(p: *const u8) -> Self::W {
-            unsafe { (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
-        }
-        #[inline(always)]
-        unsafe fn low_nibbles(w: Self::W) -> Self::W {
-            unsafe {
-                let mask = _mm256_set1_epi8(15);
-                (_mm256_and_si256(w.0, mask), _mm256_and_si256(w.1, mask))
-            }
-        }
-        #[inline(always)]
-        unsafe fn high_nibbles(w: Self::W) -> Self::W {
-            unsafe {
-                let mask = _mm256_set1_epi8(15);
-                (
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(w.0), mask),
-                    _mm256_and_si256(_mm256_srli_epi16::<4>(w.1), mask),
-                )
-            }
-        }
-        #[inline(always)]
-        unsafe fn dot_u4(acc: Self::I, w: Self::W, a: i32) -> Self::I {
-            unsafe {
-                // 15 * 127 * 2 fits an i16: no saturation.
-                let (a, ones) = (_mm256_set1_epi32(a), _mm256_set1_epi16(1));
-                let dot = |acc, w| _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), ones));
-                (dot(acc.0, w.0), dot(acc.1, w.1))
-            }
-        }
-        #[inline(always)]
-        unsafe fn prepare_i8(w: Self::W) -> Self::S {
-            unsafe { ((_mm256_abs_epi8(w.0), _mm256_abs_epi8(w.1)), w) }
-        }
-        #[inline(always)]
-        unsafe fn dot_i8(acc: Self::I, w: Self::S, a: i32) -> Self::I {
-            unsafe {
-                // |w| <= 128 and |a| <= 127: pairs reach 32,512 at most and fit an i16.
-                let (a, ones) = (_mm256_set1_epi32(a), _mm256_set1_epi16(1));
-                let dot = |acc, abs, signed| {
-                    let products = _mm256_maddubs_epi16(abs, _mm256_sign_epi8(a, signed));
-                    _mm256_add_epi32(acc, _mm256_madd_epi16(products, ones))
-                };
-                (dot(acc.0, w.0.0, w.1.0), dot(acc.1, w.0.1, w.1.1))
-            }
-        }
     }
 
     /// AVX-512 F/BW/VL/DQ + VNNI.
@@ -269,11 +137,8 @@ mod x86 {
     #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
     impl Isa for Avx512 {
         type F = __m512;
-        type I = __m512i;
-        type W = __m512i;
-        type S = __m512i;
-        /// Weights are shifted to 0..=255 by flipping the sign bit.
-        const I8_BIAS: i32 = 128;
+        const SCORE_BLOCKS: usize = 4;
+        const MIX_COLUMNS: usize = 4;
 
         #[inline(always)]
         unsafe fn splat(v: f32) -> __m512 {
@@ -305,46 +170,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn mul(a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn zero_i() -> __m512i {
-            unsafe { _mm512_setzero_si512() }
-        }
-        #[inline(always)]
-        unsafe fn to_f(v: __m512i) -> __m512 {
-            unsafe { _mm512_cvtepi32_ps(v) }
-        }
-        #[inline(always)]
-        unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
-            unsafe { _mm512_add_epi32(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn sub_i(a: __m512i, v: i32) -> __m512i {
-            unsafe { _mm512_sub_epi32(a, _mm512_set1_epi32(v)) }
-        }
-        #[inline(always)]
-        unsafe fn load_w(p: *const u8) -> __m512i {
-            unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn low_nibbles(w: __m512i) -> __m512i {
-            unsafe { _mm512_and_si512(w, _mm512_set1_epi8(15)) }
-        }
-        #[inline(always)]
-        unsafe fn high_nibbles(w: __m512i) -> __m512i {
-            unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(w), _mm512_set1_epi8(15)) }
-        }
-        #[inline(always)]
-        unsafe fn dot_u4(acc: __m512i, w: __m512i, a: i32) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)) }
-        }
-        #[inline(always)]
-        unsafe fn prepare_i8(w: __m512i) -> __m512i {
-            unsafe { _mm512_xor_si512(w, _mm512_set1_epi8(-128)) }
-        }
-        #[inline(always)]
-        unsafe fn dot_i8(acc: __m512i, w: __m512i, a: i32) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)) }
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The CPU implementation: packed panels, exact integer dot products, fixed reduction orders.
 
 mod attention;
+mod block;
+mod dot;
 pub(crate) mod isa;
 mod math;
 mod matmul;
@@ -11,7 +13,8 @@ use std::sync::Arc;
 pub use attention::KvLayer;
 pub use pack::PackedWeight;
 
-use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, Segment, WeightView};
+use crate::pool::SendPtr;
+use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, Segment, WeightView, scratch};
 use isa::Level;
 
 /// Elements from which an element-wise operation is worth a second thread.
@@ -31,15 +34,6 @@ pub struct CpuFeatures {
 pub struct Cpu {
     level: Level,
     pool: Arc<Pool>,
-}
-
-struct SendPtr(*mut f32);
-// SAFETY: tasks touch disjoint ranges behind the pointer.
-unsafe impl Sync for SendPtr {}
-impl SendPtr {
-    fn get(&self) -> *mut f32 {
-        self.0
-    }
 }
 
 impl Cpu {
@@ -111,8 +105,14 @@ impl Kernels for Cpu {
         vec![0.0; len]
     }
 
+    fn scratch(&self, len: usize) -> Vec<f32> {
+        scratch::take(len)
+    }
+
     fn upload(&self, data: &[f32]) -> Vec<f32> {
-        data.to_vec()
+        let mut buf = scratch::take(data.len());
+        buf.copy_from_slice(data);
+        buf
     }
 
     fn download(&self, buf: &Vec<f32>, offset: usize, out: &mut [f32]) {
@@ -123,15 +123,28 @@ impl Kernels for Cpu {
         PackedWeight::pack(name, weight, mode)
     }
 
-    fn matmul(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight, bias: Option<&Vec<f32>>, y: &mut Vec<f32>) {
-        matmul::matmul(self.level, &self.pool, x, rows, w, y);
-        if let Some(bias) = bias {
+    fn matmuls(
+        &self,
+        x: &Vec<f32>,
+        rows: usize,
+        weights: &[(&PackedWeight, Option<&Vec<f32>>)],
+        ys: &mut [Vec<f32>],
+    ) {
+        let packed: Vec<&PackedWeight> = weights.iter().map(|(w, _)| *w).collect();
+        let mut outputs: Vec<&mut [f32]> = ys.iter_mut().map(Vec::as_mut_slice).collect();
+        matmul::matmuls(self.level, &self.pool, x, rows, &packed, &mut outputs);
+        for ((w, bias), y) in weights.iter().zip(ys) {
+            let Some(bias) = bias else { continue };
             for row in y[..rows * w.out_features].chunks_exact_mut(w.out_features) {
-                for (y, b) in row.iter_mut().zip(bias) {
+                for (y, b) in row.iter_mut().zip(*bias) {
                     *y += b;
                 }
             }
         }
+    }
+
+    fn argmax(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight) -> Vec<u32> {
+        matmul::argmax(self.level, &self.pool, x, rows, w)
     }
 
     fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {
@@ -167,9 +180,8 @@ impl Kernels for Cpu {
         assert!(x.len() >= positions.len() * width, "RoPE buffer too short");
         let out = SendPtr(x.as_mut_ptr());
         self.split(positions.len(), width, &|from, to| {
-            let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
             for (row, position) in positions.iter().enumerate().take(to).skip(from) {
-                table.angles(*position, &mut cos, &mut sin);
+                let (cos, sin) = table.angles(*position);
                 let args = math::RopeArgs {
                     // SAFETY: row `row` exists; tasks are disjoint.
                     x: unsafe { out.get().add(row * width) },

@@ -149,20 +149,18 @@ pub fn rotate(
     let (rows, width) = (positions.len(), heads * hd);
     let (x, y) = (&x[..rows * width], Shared::new(&mut y[..rows * width]));
     par_ranges(threads, rows, ROWS, |r| {
-        let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
         // SAFETY: row ranges of tasks are disjoint.
         let y = unsafe { y.range(r.start * width..r.end * width) };
         for (i, row) in r.clone().enumerate() {
-            table.angles(positions[row], &mut cos, &mut sin);
-            if inverse {
-                sin.iter_mut().for_each(|s| *s = -*s);
-            }
+            let (cos, sin) = table.angles(positions[row]);
+            let turn = if inverse { -1.0 } else { 1.0 };
             for head in 0..heads {
                 let x = &x[row * width + head * hd..][..hd];
                 let y = &mut y[i * width + head * hd..][..hd];
                 for j in 0..half {
                     let (a, b) = (x[j], x[j + half]);
-                    let (ra, rb) = (a * cos[j] - b * sin[j], b * cos[j] + a * sin[j]);
+                    let sin = turn * sin[j];
+                    let (ra, rb) = (a * cos[j] - b * sin, b * cos[j] + a * sin);
                     if accumulate {
                         y[j] += ra;
                         y[j + half] += rb;

@@ -1,0 +1,352 @@
+//! Products of quantised activations with block panels.
+//!
+//! The reduction of one output runs over the blocks in order: an exact integer sum per block (per half for two
+//! scales) and one fused multiply-add, then one for the minimum. Tiles and registers only decide which outputs are
+//! computed together.
+
+use super::dot::Dot;
+use super::isa::{Isa, Level, dispatch};
+use super::matmul::PanelArgs;
+use super::pack::LANES;
+use crate::Pool;
+use crate::pool::SendPtr;
+
+/// Rows of activations that stand together, block by block.
+pub(crate) const TILE: usize = 8;
+
+/// Activations quantised per row in blocks of 32.
+///
+/// Rows stand in tiles of [`TILE`] (the last one as high as needed): `[tile][block][row][32]` quants and
+/// `[tile][block][row]` scales, so that a kernel walks one forward stream.
+#[derive(Default)]
+pub(crate) struct QuantRows {
+    quants: Vec<i8>,
+    scales: Vec<f32>,
+    /// Sums of the quants of each half of a block.
+    sums: Vec<[i32; 2]>,
+    /// Scale times sum: what a minimum is multiplied with.
+    offsets: Vec<f32>,
+}
+
+#[derive(Clone, Copy)]
+struct QuantizeArgs {
+    x: *const f32,
+    quants: *mut i8,
+    scales: *mut f32,
+    sums: *mut [i32; 2],
+    offsets: *mut f32,
+    in_features: usize,
+    rows: usize,
+}
+
+/// Rows from the start of a tile on; all pointers stand at that tile.
+#[inline(always)]
+unsafe fn quantize_body<I: Isa + Dot>(a: QuantizeArgs) {
+    let blocks = a.in_features / 32;
+    let mut row = 0;
+    while row < a.rows {
+        let height = TILE.min(a.rows - row);
+        for r in 0..height {
+            for b in 0..blocks {
+                let at = row * blocks + b * height + r;
+                // SAFETY: the caller's arrays hold `rows * blocks` blocks.
+                unsafe {
+                    let (scale, sums) =
+                        I::quantize(a.x.add((row + r) * a.in_features + b * 32), a.quants.add(at * 32));
+                    *a.scales.add(at) = scale;
+                    *a.sums.add(at) = sums;
+                    *a.offsets.add(at) = scale * (sums[0] + sums[1]) as f32;
+                }
+            }
+        }
+        row += height;
+    }
+}
+dispatch! { unsafe fn quantize(a: QuantizeArgs) = quantize_body }
+
+impl QuantRows {
+    /// Quantises `x[rows, in_features]` into this memory.
+    pub(crate) fn fill(&mut self, level: Level, pool: &Pool, x: &[f32], rows: usize, in_features: usize) {
+        assert!(x.len() >= rows * in_features, "activations too short");
+        let blocks = in_features / 32;
+        if self.scales.len() < rows * blocks {
+            self.quants.resize(rows * in_features, 0);
+            self.scales.resize(rows * blocks, 0.0);
+            self.sums.resize(rows * blocks, [0; 2]);
+            self.offsets.resize(rows * blocks, 0.0);
+        }
+        let (quants, scales, sums, offsets) = (
+            SendPtr(self.quants.as_mut_ptr()),
+            SendPtr(self.scales.as_mut_ptr()),
+            SendPtr(self.sums.as_mut_ptr()),
+            SendPtr(self.offsets.as_mut_ptr()),
+        );
+        let run = |from: usize, to: usize| {
+            // SAFETY: rows `from..to` of arrays sized above; `from` starts a tile and tasks take disjoint rows.
+            unsafe {
+                quantize(
+                    level,
+                    QuantizeArgs {
+                        x: x.as_ptr().add(from * in_features),
+                        quants: quants.get().add(from * in_features),
+                        scales: scales.get().add(from * blocks),
+                        sums: sums.get().add(from * blocks),
+                        offsets: offsets.get().add(from * blocks),
+                        in_features,
+                        rows: to - from,
+                    },
+                );
+            }
+        };
+        if rows * in_features < 1 << 13 {
+            run(0, rows);
+        } else {
+            let step = rows.div_ceil(pool.threads() * 2).next_multiple_of(TILE);
+            pool.run(rows.div_ceil(step), &|t| run(t * step, ((t + 1) * step).min(rows)));
+        }
+    }
+
+    /// The tiles from `row` on, which starts one.
+    pub(crate) fn tiles(&self, row: usize, in_features: usize) -> TilePtr {
+        let blocks = in_features / 32;
+        assert!(row.is_multiple_of(TILE) && row * blocks < self.scales.len(), "a row of the activations");
+        TilePtr {
+            quants: self.quants[row * in_features..].as_ptr(),
+            scales: self.scales[row * blocks..].as_ptr(),
+            sums: self.sums[row * blocks..].as_ptr(),
+            offsets: self.offsets[row * blocks..].as_ptr(),
+        }
+    }
+}
+
+/// Where tiles of activations stand.
+#[derive(Clone, Copy)]
+pub(crate) struct TilePtr {
+    quants: *const i8,
+    scales: *const f32,
+    sums: *const [i32; 2],
+    offsets: *const f32,
+}
+
+impl TilePtr {
+    /// For float weights, which do not read it.
+    pub(crate) const NONE: TilePtr = TilePtr {
+        quants: std::ptr::null(),
+        scales: std::ptr::null(),
+        sums: std::ptr::null(),
+        offsets: std::ptr::null(),
+    };
+
+    /// `count` blocks later.
+    #[inline(always)]
+    unsafe fn add(self, count: usize) -> TilePtr {
+        // SAFETY: the caller stays inside the arrays (or at their end).
+        unsafe {
+            TilePtr {
+                quants: self.quants.add(count * 32),
+                scales: self.scales.add(count),
+                sums: self.sums.add(count),
+                offsets: self.offsets.add(count),
+            }
+        }
+    }
+}
+
+/// What a panel's records look like; see [`super::pack::BlockFormat`].
+trait Format {
+    const FOUR: bool;
+    const HALF: bool;
+    const TWO: bool;
+    const MINS: bool;
+    const ZERO: i32;
+
+    const VECTOR: usize = if Self::HALF { 2 * LANES } else { 4 * LANES };
+    const HEADER: usize = (1 + Self::TWO as usize + Self::MINS as usize) * Self::VECTOR;
+    const RECORD: usize = Self::HEADER + if Self::FOUR { 256 } else { 512 };
+}
+
+macro_rules! formats {
+    ($($name:ident: $four:literal, $half:literal, $two:literal, $mins:literal, $zero:literal;)*) => {
+        $(
+            struct $name;
+            impl Format for $name {
+                const FOUR: bool = $four;
+                const HALF: bool = $half;
+                const TWO: bool = $two;
+                const MINS: bool = $mins;
+                const ZERO: i32 = $zero;
+            }
+        )*
+    };
+}
+formats! {
+    // 4-bit, f16 scales, two scales, minima, zero point
+    Q4x0: true, true, false, false, 8;
+    Q4x1: true, true, false, true, 0;
+    Q8x0: false, true, false, false, 0;
+    Q8: false, false, false, false, 0;
+    Q4K: true, false, false, true, 0;
+    Q6K: false, false, true, false, 0;
+}
+
+/// Bytes ahead of the reader that are asked for.
+const AHEAD: usize = 1024;
+
+/// `R` rows of a tile of `height` rows against outputs `part * D::LANES..` of one panel.
+#[inline(always)]
+unsafe fn rows<D: Dot, F: Format, const R: usize>(
+    blocks: usize,
+    panel: *const u8,
+    part: usize,
+    tile: TilePtr,
+    height: usize,
+) -> [D::V; R] {
+    // SAFETY: module rule of `isa`; the panel has `blocks` records, the tile `blocks * height` blocks.
+    unsafe {
+        let load = |p: *const u8| {
+            if F::HALF {
+                D::load_f16(p.cast::<u16>().add(part * D::LANES))
+            } else {
+                D::load(p.cast::<f32>().add(part * D::LANES))
+            }
+        };
+        let mut acc = [D::zero(); R];
+        for b in 0..blocks {
+            let record = panel.add(b * F::RECORD);
+            let quants = record.add(F::HEADER + part * D::LANES * 4);
+            let here = tile.add(b * height);
+            let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
+            let mut offset = 0;
+            while offset < F::RECORD {
+                D::prefetch(record.wrapping_add(AHEAD + offset));
+                offset += 64;
+            }
+            let scale = load(record);
+            if F::FOUR {
+                let mut sums = [D::zero4(); R];
+                for j in 0..4 {
+                    let (low, high) = D::nibbles(quants.add(j * 64));
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        *sum = D::dot4(*sum, low, act(r, 2 * j));
+                    }
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        *sum = D::dot4(*sum, high, act(r, 2 * j + 1));
+                    }
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let mut dot = D::sum4(sums[r]);
+                    if F::ZERO != 0 {
+                        let [first, second] = *here.sums.add(r);
+                        dot = D::sub(dot, F::ZERO * (first + second));
+                    }
+                    *acc = D::fma(D::mul(scale, D::splat(here.scales.add(r))), D::to_f(dot), *acc);
+                }
+            } else {
+                // One sum per scale: the whole block, or its halves.
+                let mut first = [D::zero_i(); R];
+                let mut second = [D::zero_i(); R];
+                for group in 0..8 {
+                    let bytes = D::bytes(quants.add(group * 64));
+                    let sums = if F::TWO && group >= 4 { &mut second } else { &mut first };
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        *sum = D::dot8(*sum, bytes, act(r, group));
+                    }
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let act_scale = D::splat(here.scales.add(r));
+                    let bias =
+                        |dot: D::I, sum: i32| if D::BIAS8 == 0 { dot } else { D::sub(dot, D::BIAS8 * sum) };
+                    let [sum, sum1] = *here.sums.add(r);
+                    if F::TWO {
+                        *acc = D::fma(D::mul(scale, act_scale), D::to_f(bias(first[r], sum)), *acc);
+                        let scale1 = load(record.add(F::VECTOR));
+                        *acc = D::fma(D::mul(scale1, act_scale), D::to_f(bias(second[r], sum1)), *acc);
+                    } else {
+                        *acc = D::fma(D::mul(scale, act_scale), D::to_f(bias(first[r], sum + sum1)), *acc);
+                    }
+                }
+            }
+            if F::MINS {
+                let min = load(record.add((1 + F::TWO as usize) * F::VECTOR));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    *acc = D::fma(min, D::splat(here.offsets.add(r)), *acc);
+                }
+            }
+        }
+        acc
+    }
+}
+
+#[inline(always)]
+unsafe fn panels<I: Isa + Dot, F: Format>(a: PanelArgs) {
+    let blocks = a.in_features / 32;
+    for p in 0..a.panels {
+        let count = (a.outputs - p * LANES).min(LANES);
+        for part in 0..LANES / I::LANES {
+            let Some(lanes @ 1..) = count.checked_sub(part * I::LANES) else { break };
+            let mut row = 0;
+            while row < a.rows {
+                let height = TILE.min(a.rows - row);
+                let mut r = 0;
+                while r < height {
+                    // SAFETY: panels, parts and rows are in range by the loop conditions.
+                    unsafe {
+                        let panel = a.w.add(p * a.panel_bytes);
+                        let mut tile = a.tiles.add(row * blocks);
+                        // Rows of a block stand side by side: `r` rows further on in each.
+                        tile = tile.add(r);
+                        let y = a.y.add((row + r) * a.y_stride + p * LANES + part * I::LANES);
+                        macro_rules! run {
+                            ($n:literal) => {{
+                                let values = rows::<I, F, $n>(blocks, panel, part, tile, height);
+                                for (i, v) in values.into_iter().enumerate() {
+                                    let y = y.add(i * a.y_stride);
+                                    if lanes >= I::LANES {
+                                        <I as Dot>::store(y, v);
+                                    } else {
+                                        let mut buffer = [0.0f32; LANES];
+                                        <I as Dot>::store(buffer.as_mut_ptr(), v);
+                                        std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, lanes);
+                                    }
+                                }
+                                r += $n;
+                            }};
+                        }
+                        match (height - r).min(I::ROWS) {
+                            1 => run!(1),
+                            2 => run!(2),
+                            3 => run!(3),
+                            4 => run!(4),
+                            5 => run!(5),
+                            6 => run!(6),
+                            7 => run!(7),
+                            _ => run!(8),
+                        }
+                    }
+                }
+                row += height;
+            }
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($($name:ident = $body:ident: $format:ident;)*) => {
+        $(
+            #[inline(always)]
+            unsafe fn $body<I: Isa + Dot>(a: PanelArgs) {
+                // SAFETY: passed on.
+                unsafe { panels::<I, $format>(a) }
+            }
+            dispatch! { pub(crate) unsafe fn $name(a: PanelArgs) = $body }
+        )*
+    };
+}
+kernels! {
+    q4_0 = q4_0_body: Q4x0;
+    q4_1 = q4_1_body: Q4x1;
+    q8_0 = q8_0_body: Q8x0;
+    q8 = q8_body: Q8;
+    q4k = q4k_body: Q4K;
+    q6k = q6k_body: Q6K;
+}

@@ -1,0 +1,405 @@
+//! Dot products of stored quants with 8-bit activations, on three instruction sets.
+//!
+//! One step covers a register of outputs times four inputs. All sums are exact integers, so the sets agree bit for
+//! bit; they differ in how many outputs a register holds and in when 16-bit sums are widened.
+//!
+//! Safety rule of the module: as in [`super::isa`].
+
+use super::isa::Portable;
+
+/// Integer dot products of one instruction set.
+pub(crate) trait Dot: Copy {
+    /// Outputs per register; divides 16.
+    const LANES: usize;
+    /// Activation rows whose sums fit the registers together.
+    const ROWS: usize;
+    /// What [`Dot::dot8`] adds per unit of the activation sum, to be subtracted by the caller.
+    const BIAS8: i32;
+    /// `LANES` x f32.
+    type V: Copy;
+    /// `LANES` x i32.
+    type I: Copy;
+    /// A sum of 4-bit products under way.
+    type Sum4: Copy;
+    /// `LANES` x 4 weights in 0..=15.
+    type W4: Copy;
+    /// `LANES` x 4 signed weights.
+    type W8: Copy;
+
+    unsafe fn splat(p: *const f32) -> Self::V;
+    unsafe fn zero() -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn load_f16(p: *const u16) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c` with one rounding.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+
+    unsafe fn zero_i() -> Self::I;
+    unsafe fn to_f(v: Self::I) -> Self::V;
+    /// Subtracts `v` from every lane.
+    unsafe fn sub(a: Self::I, v: i32) -> Self::I;
+
+    unsafe fn zero4() -> Self::Sum4;
+    /// The low and the high nibbles of `LANES * 4` bytes.
+    unsafe fn nibbles(p: *const u8) -> (Self::W4, Self::W4);
+    /// Adds each lane's four weights times the four activations at `a`; at most eight times before [`Dot::sum4`].
+    unsafe fn dot4(acc: Self::Sum4, w: Self::W4, a: *const i8) -> Self::Sum4;
+    unsafe fn sum4(acc: Self::Sum4) -> Self::I;
+
+    unsafe fn bytes(p: *const u8) -> Self::W8;
+    /// Adds each lane's four weights times the four activations at `a` (-127..=127), plus [`Dot::BIAS8`] times the
+    /// sum of these activations.
+    unsafe fn dot8(acc: Self::I, w: Self::W8, a: *const i8) -> Self::I;
+
+    /// Asks for the line at `p`, which need not exist.
+    unsafe fn prefetch(p: *const u8);
+
+    /// Quantises 32 values: scale and the sums of the two halves [`crate::quant::quantize_block`].
+    unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]);
+}
+
+impl Dot for Portable {
+    const LANES: usize = 16;
+    const ROWS: usize = 4;
+    const BIAS8: i32 = 0;
+    type V = [f32; 16];
+    type I = [i32; 16];
+    type Sum4 = [i32; 16];
+    type W4 = [u8; 64];
+    type W8 = [i8; 64];
+
+    #[inline(always)]
+    unsafe fn splat(p: *const f32) -> [f32; 16] {
+        // SAFETY: module rule.
+        [unsafe { *p }; 16]
+    }
+    #[inline(always)]
+    unsafe fn zero() -> [f32; 16] {
+        [0.0; 16]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> [f32; 16] {
+        // SAFETY: module rule.
+        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> [f32; 16] {
+        // SAFETY: module rule.
+        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        bits.map(|b| half::f16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: [f32; 16]) {
+        // SAFETY: module rule.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn fma(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    unsafe fn zero_i() -> [i32; 16] {
+        [0; 16]
+    }
+    #[inline(always)]
+    unsafe fn to_f(v: [i32; 16]) -> [f32; 16] {
+        v.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: [i32; 16], v: i32) -> [i32; 16] {
+        a.map(|x| x - v)
+    }
+    #[inline(always)]
+    unsafe fn zero4() -> [i32; 16] {
+        [0; 16]
+    }
+    #[inline(always)]
+    unsafe fn nibbles(p: *const u8) -> ([u8; 64], [u8; 64]) {
+        // SAFETY: module rule.
+        let w = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
+        (w.map(|x| x & 15), w.map(|x| x >> 4))
+    }
+    #[inline(always)]
+    unsafe fn dot4(acc: [i32; 16], w: [u8; 64], a: *const i8) -> [i32; 16] {
+        // SAFETY: module rule.
+        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
+        std::array::from_fn(|i| {
+            acc[i] + (0..4).map(|j| i32::from(w[4 * i + j]) * i32::from(a[j])).sum::<i32>()
+        })
+    }
+    #[inline(always)]
+    unsafe fn sum4(acc: [i32; 16]) -> [i32; 16] {
+        acc
+    }
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> [i8; 64] {
+        // SAFETY: module rule.
+        unsafe { p.cast::<[i8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn dot8(acc: [i32; 16], w: [i8; 64], a: *const i8) -> [i32; 16] {
+        // SAFETY: module rule.
+        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
+        std::array::from_fn(|i| {
+            acc[i] + (0..4).map(|j| i32::from(w[4 * i + j]) * i32::from(a[j])).sum::<i32>()
+        })
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {
+        // SAFETY: module rule: 32 values each.
+        let (x, q) = unsafe { (&*x.cast::<[f32; 32]>(), &mut *q.cast::<[i8; 32]>()) };
+        let scale = crate::quant::quantize_block(x, q);
+        let sum = |half: &[i8]| half.iter().map(|q| i32::from(*q)).sum();
+        (scale, [sum(&q[..16]), sum(&q[16..])])
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::super::isa::{Avx2, Avx512};
+    use super::Dot;
+
+    // SAFETY of all blocks below: the module rule (features present, pointers valid).
+    #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
+    impl Dot for Avx2 {
+        const LANES: usize = 8;
+        const ROWS: usize = 4;
+        const BIAS8: i32 = 0;
+        type V = __m256;
+        type I = __m256i;
+        /// Pairs summed in 16 bits: eight steps reach `8 * 2 * 15 * 127 = 30,480` at most.
+        type Sum4 = __m256i;
+        type W4 = __m256i;
+        /// Absolute values and the signed originals.
+        type W8 = (__m256i, __m256i);
+
+        #[inline(always)]
+        unsafe fn splat(p: *const f32) -> __m256 {
+            unsafe { _mm256_broadcast_ss(&*p) }
+        }
+        #[inline(always)]
+        unsafe fn zero() -> __m256 {
+            unsafe { _mm256_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m256 {
+            unsafe { _mm256_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> __m256 {
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: __m256) {
+            unsafe { _mm256_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn zero_i() -> __m256i {
+            unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        unsafe fn to_f(v: __m256i) -> __m256 {
+            unsafe { _mm256_cvtepi32_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m256i, v: i32) -> __m256i {
+            unsafe { _mm256_sub_epi32(a, _mm256_set1_epi32(v)) }
+        }
+        #[inline(always)]
+        unsafe fn zero4() -> __m256i {
+            unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        unsafe fn nibbles(p: *const u8) -> (__m256i, __m256i) {
+            unsafe {
+                let (w, mask) = (_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(15));
+                (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask))
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot4(acc: __m256i, w: __m256i, a: *const i8) -> __m256i {
+            unsafe {
+                let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
+                _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum4(acc: __m256i) -> __m256i {
+            unsafe { _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) }
+        }
+        #[inline(always)]
+        unsafe fn bytes(p: *const u8) -> (__m256i, __m256i) {
+            unsafe {
+                let w = _mm256_loadu_si256(p.cast());
+                (_mm256_abs_epi8(w), w)
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot8(acc: __m256i, w: (__m256i, __m256i), a: *const i8) -> __m256i {
+            unsafe {
+                // |w| <= 128 and |a| <= 127: pairs reach 32,512 at most and fit an i16.
+                let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
+                let products = _mm256_maddubs_epi16(w.0, _mm256_sign_epi8(a, w.1));
+                _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {
+            unsafe {
+                let sign = _mm256_set1_ps(-0.0);
+                let x = [0, 1, 2, 3].map(|i| _mm256_loadu_ps(x.add(i * 8)));
+                // `max` with the old value second ignores NaN.
+                let max =
+                    x.iter().fold(_mm256_setzero_ps(), |m, v| _mm256_max_ps(_mm256_andnot_ps(sign, *v), m));
+                let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+                let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+                let max = _mm_cvtss_f32(_mm_max_ss(max, _mm_shuffle_ps::<1>(max, max)));
+                let scale = max / 127.0;
+                let inv = _mm256_set1_ps(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+                let (low, high) = (_mm256_set1_ps(-127.0), _mm256_set1_ps(127.0));
+                // The default rounding mode is to nearest, ties to even; NaN becomes the second operand of `max`.
+                let [a, b, c, d] = x.map(|v| {
+                    let v = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(v, inv), low), high);
+                    _mm256_cvtps_epi32(v)
+                });
+                let sum = |a: __m256i, b: __m256i| {
+                    let s = _mm256_add_epi32(a, b);
+                    let s = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256::<1>(s));
+                    let s = _mm_add_epi32(s, _mm_shuffle_epi32::<0b01_00_11_10>(s));
+                    _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32::<1>(s)))
+                };
+                let sums = [sum(a, b), sum(c, d)];
+                // Packing works on 128-bit halves; the permutation puts the groups of four bytes in order.
+                let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+                let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                _mm256_storeu_si256(q.cast(), _mm256_permutevar8x32_epi32(bytes, order));
+                (scale, sums)
+            }
+        }
+    }
+
+    #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
+    impl Dot for Avx512 {
+        const LANES: usize = 16;
+        const ROWS: usize = 8;
+        /// Weights are shifted to 0..=255 by flipping the sign bit.
+        const BIAS8: i32 = 128;
+        type V = __m512;
+        type I = __m512i;
+        type Sum4 = __m512i;
+        type W4 = __m512i;
+        type W8 = __m512i;
+
+        #[inline(always)]
+        unsafe fn splat(p: *const f32) -> __m512 {
+            unsafe { _mm512_set1_ps(*p) }
+        }
+        #[inline(always)]
+        unsafe fn zero() -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: __m512) {
+            unsafe { _mm512_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn zero_i() -> __m512i {
+            unsafe { _mm512_setzero_si512() }
+        }
+        #[inline(always)]
+        unsafe fn to_f(v: __m512i) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m512i, v: i32) -> __m512i {
+            unsafe { _mm512_sub_epi32(a, _mm512_set1_epi32(v)) }
+        }
+        #[inline(always)]
+        unsafe fn zero4() -> __m512i {
+            unsafe { _mm512_setzero_si512() }
+        }
+        #[inline(always)]
+        unsafe fn nibbles(p: *const u8) -> (__m512i, __m512i) {
+            unsafe {
+                let (w, mask) = (_mm512_loadu_si512(p.cast()), _mm512_set1_epi8(15));
+                (_mm512_and_si512(w, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(w), mask))
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot4(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned())) }
+        }
+        #[inline(always)]
+        unsafe fn sum4(acc: __m512i) -> __m512i {
+            acc
+        }
+        #[inline(always)]
+        unsafe fn bytes(p: *const u8) -> __m512i {
+            unsafe { _mm512_xor_si512(_mm512_loadu_si512(p.cast()), _mm512_set1_epi8(-128)) }
+        }
+        #[inline(always)]
+        unsafe fn dot8(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned())) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {
+            unsafe {
+                let (a, b) = (_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16)));
+                // `max` with the old value second ignores NaN.
+                let max = _mm512_max_ps(_mm512_abs_ps(a), _mm512_setzero_ps());
+                let scale = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(b), max)) / 127.0;
+                let inv = _mm512_set1_ps(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+                let (low, high) = (_mm512_set1_ps(-127.0), _mm512_set1_ps(127.0));
+                // The default rounding mode is to nearest, ties to even; NaN becomes the second operand of `max`.
+                let [a, b] = [a, b].map(|v| {
+                    let v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, inv), low), high);
+                    _mm512_cvtps_epi32(v)
+                });
+                _mm_storeu_si128(q.cast(), _mm512_cvtepi32_epi8(a));
+                _mm_storeu_si128(q.add(16).cast(), _mm512_cvtepi32_epi8(b));
+                (scale, [_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b)])
+            }
+        }
+    }
+}
