@@ -87,12 +87,15 @@ pub enum Drafting {
         /// Nodes kept.
         num_draft_tokens: u32,
     },
+    /// Draft and repetitions of the text, as much of each as pays by measured costs.
+    Auto,
 }
 
 impl Drafting {
     /// Shortest form, for names of rows: `chain 5`, `tree 5×4/16`.
     pub fn short_label(&self) -> String {
         match self {
+            Drafting::Auto => "auto".to_owned(),
             Drafting::Chain { depth } => format!("chain {depth}"),
             Drafting::Tree { depth, top_k, num_draft_tokens } => {
                 format!("tree {depth}×{top_k}/{num_draft_tokens}")
@@ -103,6 +106,7 @@ impl Drafting {
     /// In words.
     pub fn label(&self) -> String {
         match self {
+            Drafting::Auto => "as much as pays".to_owned(),
             Drafting::Chain { depth } => format!("chain, depth {depth}"),
             Drafting::Tree { depth, top_k, num_draft_tokens } => {
                 format!("tree, depth {depth}, top-k {top_k}, {num_draft_tokens} tokens")

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use draftsmith_core::LayerId;
+use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{Infer, StepItem, Target};
@@ -92,8 +92,7 @@ impl<K: Kernels> CaptureSource for InProcess<K> {
         let mut features = Vec::with_capacity(ids.len() * joined);
         let mut last = Vec::with_capacity(ids.len() * width);
         for chunk in ids.chunks(CHUNK) {
-            let parents: Vec<Option<u32>> =
-                (0..chunk.len()).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+            let parents = TokenTree::chain_parents(chunk.len());
             let item = StepItem { kv: &mut kv, tokens: chunk, parents: &parents };
             let output = self.target.forward(&mut [item], &self.layers);
             let mut buf = kernels.scratch(chunk.len() * joined);

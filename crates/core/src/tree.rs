@@ -39,8 +39,13 @@ impl TokenTree {
     /// A chain: each token follows the one before.
     pub fn chain(tokens: impl IntoIterator<Item = TargetTokenId>) -> TokenTree {
         let tokens: Vec<_> = tokens.into_iter().collect();
-        let parents = (0..tokens.len()).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+        let parents = TokenTree::chain_parents(tokens.len());
         TokenTree { tokens, parents }
+    }
+
+    /// Parents of `count` rows that follow each other: `None, 0, 1, 2, …`.
+    pub fn chain_parents(count: usize) -> Vec<Option<u32>> {
+        (0..count).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
     }
 
     /// Number of draft tokens.

@@ -23,6 +23,9 @@ pub enum DraftPlan {
         /// Nodes verified.
         num_draft_tokens: usize,
     },
+    /// Whatever pays on this machine: the draft and repetitions of the text, deeper or wider where that is likely to
+    /// be accepted ([`crate::Costs`]).
+    Auto,
 }
 
 impl DraftPlan {
@@ -30,6 +33,7 @@ impl DraftPlan {
     pub fn depth(&self) -> usize {
         match self {
             DraftPlan::None => 0,
+            DraftPlan::Auto => crate::auto::MOST_NODES,
             DraftPlan::Chain { depth } | DraftPlan::Tree { depth, .. } => *depth,
         }
     }
@@ -80,6 +84,23 @@ pub trait DrafterSession<K: Kernels> {
     /// Positions arrive in order, each once. Anything the session computed from its own proposals is replaced by
     /// what follows from these features [eagle3 §9].
     fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
+
+    /// As [`DrafterSession::extend`], but the work may wait until the next proposal.
+    fn defer(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
+
+    /// The `k` most probable tokens after a node (`None`: after the last committed token), which stands at `position`,
+    /// best first, with their probabilities. Asking for the root forgets all nodes expanded before.
+    fn children(
+        &mut self,
+        node: Option<u32>,
+        k: usize,
+        sampling: &Sampling,
+        position: u64,
+    ) -> Vec<(u32, f32)>;
+
+    /// Runs the draft on `token`, a child of `parent` in level `depth` (0: below the root), and returns its handle for
+    /// [`DrafterSession::children`].
+    fn expand(&mut self, parent: Option<u32>, token: u32, depth: usize) -> u32;
 
     /// Proposes tokens after the last committed one, which stands at `position`, at most `room` levels deep.
     fn propose(&mut self, plan: &DraftPlan, room: usize, sampling: &Sampling, position: u64) -> TokenTree;

@@ -71,7 +71,16 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
     fn begin(&self) -> Box<dyn DrafterSession<K> + '_> {
         let config = &self.draft.network.config;
         let kv = self.kernels.kv_new(config.num_key_value_heads, config.head_dim);
-        Box::new(EagleSession { drafter: self, kv, len: 0, last: None })
+        Box::new(EagleSession {
+            drafter: self,
+            kv,
+            len: 0,
+            last: None,
+            pending: Vec::new(),
+            pending_tokens: Vec::new(),
+            grown: Vec::new(),
+            grown_parents: Vec::new(),
+        })
     }
 }
 
@@ -92,6 +101,12 @@ struct EagleSession<'d, K: Kernels> {
     /// Committed slots.
     len: usize,
     last: Option<Head<K>>,
+    /// Features of committed positions that are not in the cache yet, and the tokens that follow them.
+    pending: Vec<Shared<K>>,
+    pending_tokens: Vec<u32>,
+    /// Nodes expanded one by one since then, and their parents among them.
+    grown: Vec<Head<K>>,
+    grown_parents: Vec<Option<u32>>,
 }
 
 /// A node considered for the tree.
@@ -148,7 +163,14 @@ impl<K: Kernels> EagleSession<'_, K> {
     ///
     /// With a temperature, the position's own noise is added first: the target will choose by the same noise, so
     /// the draft's guess of that very draw is more often right than its most probable token.
-    fn children(&self, logits: &[f32], k: usize, sampling: &Sampling, position: u64) -> Vec<(u32, f32)> {
+    fn best(
+        &self,
+        logits: &[f32],
+        k: usize,
+        sampling: &Sampling,
+        position: u64,
+        normalised: bool,
+    ) -> Vec<(u32, f32)> {
         let map = &self.drafter.draft.vocab_map;
         let target = |i: usize| map.to_target(DraftTokenId(i as u32)).0;
         let noisy: Vec<f32>;
@@ -171,48 +193,97 @@ impl<K: Kernels> EagleSession<'_, K> {
             }
         }
         let max = best.first().map_or(0.0, |b| b.1);
-        // Chains need no probabilities.
-        let log_total = if k == 1 { 0.0 } else { scores.iter().map(|s| (s - max).exp()).sum::<f32>().ln() };
+        let log_total =
+            if !normalised { 0.0 } else { scores.iter().map(|s| (s - max).exp()).sum::<f32>().ln() };
         best.into_iter().map(|(i, s)| (target(i as usize), s - max - log_total)).collect()
     }
 
     fn rollback(&mut self) {
         self.drafter.kernels.kv_compact(&mut self.kv, self.len, &[]);
+        self.grown.clear();
+        self.grown_parents.clear();
     }
-}
 
-impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
-    fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
-        assert!(features.rows.len() == next_tokens.len(), "one following token per position");
+    /// Takes the pending positions into the cache and computes what follows the last of them.
+    fn flush(&mut self) {
+        let next_tokens = std::mem::take(&mut self.pending_tokens);
         if next_tokens.is_empty() {
             return;
         }
         self.rollback();
         let drafter = self.drafter;
         let mut ops = Infer::new(drafter.kernels.as_ref());
-        let joined = Arc::new(features.concat(drafter.kernels.as_ref()));
+        let pending = std::mem::take(&mut self.pending);
+        let joined = self.stack(&pending);
         let hidden = drafter.draft.network.project(&mut ops, &drafter.draft.weights, &joined);
         let rows = next_tokens.len();
-        let parents: Vec<Option<u32>> = (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+        let parents = TokenTree::chain_parents(rows);
         let positions: Vec<u32> = (self.len as u32..(self.len + rows) as u32).collect();
-        let (output, head_input) = self.step(&hidden, next_tokens, &parents, &positions);
+        let (output, head_input) = self.step(&hidden, &next_tokens, &parents, &positions);
         self.len += rows;
         self.last = self.heads(&output, &head_input, &[rows as u32 - 1]).pop();
+    }
+}
+
+impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
+    fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
+        self.defer(features, next_tokens);
+        self.flush();
+    }
+
+    fn defer(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
+        assert!(features.rows.len() == next_tokens.len(), "one following token per position");
+        if !next_tokens.is_empty() {
+            self.pending.push(Arc::new(features.concat(self.drafter.kernels.as_ref())));
+            self.pending_tokens.extend_from_slice(next_tokens);
+        }
+    }
+
+    fn children(
+        &mut self,
+        node: Option<u32>,
+        k: usize,
+        sampling: &Sampling,
+        position: u64,
+    ) -> Vec<(u32, f32)> {
+        if node.is_none() {
+            self.flush();
+            self.rollback();
+        }
+        let head = node.map_or(self.last.as_ref(), |n| self.grown.get(n as usize));
+        let Some(head) = head else { return Vec::new() };
+        let best = self.best(&head.logits, k, sampling, position + 1, true);
+        best.into_iter().map(|(token, score)| (token, score.exp())).collect()
+    }
+
+    fn expand(&mut self, parent: Option<u32>, token: u32, depth: usize) -> u32 {
+        let from = parent.map_or(self.last.as_ref(), |p| self.grown.get(p as usize));
+        let hidden = Arc::clone(&from.expect("children were asked for before").feedback);
+        let mut parents = std::mem::take(&mut self.grown_parents);
+        parents.push(parent);
+        // The feature of a drafted token stands one position behind the token itself.
+        let (output, head_input) = self.step(&hidden, &[token], &parents, &[(self.len + depth) as u32]);
+        self.grown_parents = parents;
+        self.grown.extend(self.heads(&output, &head_input, &[0]));
+        self.grown.len() as u32 - 1
     }
 
     fn propose(&mut self, plan: &DraftPlan, room: usize, sampling: &Sampling, position: u64) -> TokenTree {
         let (depth, top_k, nodes) = match plan {
-            DraftPlan::None => return TokenTree::default(),
+            // An automatic plan grows its tree node by node.
+            DraftPlan::None | DraftPlan::Auto => return TokenTree::default(),
             DraftPlan::Chain { depth } => (*depth, 1, *depth),
             DraftPlan::Tree { depth, top_k, num_draft_tokens } => {
                 (*depth, (*top_k).max(1), *num_draft_tokens)
             }
         };
         let depth = depth.min(room);
+        self.flush();
         let Some(last) = self.last.take() else { return TokenTree::default() };
         self.rollback();
         let mut candidates: Vec<Candidate> = self
-            .children(&last.logits, top_k, sampling, position + 1)
+            // Chains need no probabilities.
+            .best(&last.logits, top_k, sampling, position + 1, top_k > 1)
             .into_iter()
             .map(|(token, score)| Candidate { token, parent: None, score })
             .collect();
@@ -256,7 +327,7 @@ impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
                 let parent = frontier[i];
                 let base = candidates[parent as usize].score;
                 for (token, score) in
-                    self.children(&head.logits, top_k, sampling, position + level as u64 + 1)
+                    self.best(&head.logits, top_k, sampling, position + level as u64 + 1, top_k > 1)
                 {
                     next.push(candidates.len() as u32);
                     candidates.push(Candidate { token, parent: Some(parent), score: base + score });
@@ -274,7 +345,7 @@ impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
 }
 
 impl<K: Kernels> EagleSession<'_, K> {
-    /// Rows `[1, H]` one below the other.
+    /// Rows of equal width one below the other.
     fn stack(&self, inputs: &[Arc<Rows<K::Buf>>]) -> Arc<Rows<K::Buf>> {
         if let [one] = inputs {
             return Arc::clone(one);
@@ -282,10 +353,11 @@ impl<K: Kernels> EagleSession<'_, K> {
         // Side by side in one row is the same memory as one below the other.
         let kernels = self.drafter.kernels.as_ref();
         let width = inputs[0].width;
-        let mut buf = kernels.scratch(inputs.len() * width);
-        let parts: Vec<_> = inputs.iter().map(|i| (&i.buf, width)).collect();
+        let rows = inputs.iter().map(|i| i.rows).sum();
+        let mut buf = kernels.scratch(rows * width);
+        let parts: Vec<_> = inputs.iter().map(|i| (&i.buf, i.rows * width)).collect();
         kernels.concat_cols(&parts, 1, &mut buf);
-        Arc::new(Rows { buf, rows: inputs.len(), width })
+        Arc::new(Rows { buf, rows, width })
     }
 }
 

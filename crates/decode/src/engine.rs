@@ -1,7 +1,7 @@
 //! The step of the engine: propose, verify in one target pass for all sequences, commit or roll back.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{AcceptStats, LayerId, Sampling, TargetTokenId, TokenTree, choose_token, verify_tree};
@@ -9,8 +9,11 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
+use crate::auto::{Costs, Grown, Pacer, Rates};
+use crate::calibrate;
 use crate::drafter::{DraftPlan, Drafter, Features};
-use crate::session::{FinishReason, Generation, Session, TokenEvent, TokenOrigin};
+use crate::lookup::Lookup;
+use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step; bounds the memory of a prefill. Does not change any bit of the result.
 const PREFILL_CHUNK: usize = 256;
@@ -40,13 +43,16 @@ pub struct Engine<K: Kernels> {
     target: Arc<Target<K>>,
     drafter: Option<Arc<dyn Drafter<K>>>,
     max_context: usize,
+    costs: OnceLock<Costs>,
+    /// What the last automatic sequence learnt about its proposals.
+    rates: Mutex<Rates>,
 }
 
 impl<K: Kernels> Engine<K> {
     /// An engine on this target.
     pub fn new(target: Arc<Target<K>>, drafter: Option<Arc<dyn Drafter<K>>>) -> Engine<K> {
         let max_context = target.config().max_position;
-        Engine { target, drafter, max_context }
+        Engine { target, drafter, max_context, costs: OnceLock::new(), rates: Mutex::default() }
     }
 
     /// Limits prompt and answer together; never above what the target was made for.
@@ -65,9 +71,22 @@ impl<K: Kernels> Engine<K> {
         self.drafter.is_some()
     }
 
-    /// Replaces the drafter.
+    /// Replaces the drafter; costs are measured anew.
     pub fn set_drafter(&mut self, drafter: Option<Arc<dyn Drafter<K>>>) {
         self.drafter = drafter;
+        self.costs = OnceLock::new();
+        self.rates = Mutex::default();
+    }
+
+    /// Sets costs that were measured before, on this machine with this target, drafter and thread count.
+    pub fn with_costs(mut self, costs: Costs) -> Engine<K> {
+        self.costs = OnceLock::from(costs);
+        self
+    }
+
+    /// What passes cost here; measured at the first call, in about a second.
+    pub fn costs(&self) -> &Costs {
+        self.costs.get_or_init(|| calibrate::measure(&self.target, self.drafter.as_deref()))
     }
 
     /// Generates one answer. `on_token` sees each committed token and may end the generation.
@@ -84,6 +103,7 @@ impl<K: Kernels> Engine<K> {
         while session.finish.is_none() {
             self.step(std::slice::from_mut(&mut session), &mut |_, event| on_token(event));
         }
+        self.remember(&session);
         Ok(session.finish())
     }
 
@@ -121,6 +141,7 @@ impl<K: Kernels> Engine<K> {
             while i < running.len() {
                 if running[i].finish.is_some() {
                     let (session, id) = (running.swap_remove(i), ids.swap_remove(i));
+                    self.remember(&session);
                     if on_done(id, session.finish()).is_break() {
                         return Ok(());
                     }
@@ -143,13 +164,22 @@ impl<K: Kernels> Engine<K> {
             return Err(DecodeError::TokenOutOfRange { id: prompt_ids[position], position, vocab });
         }
         let drafter = match (options.draft, &self.drafter) {
-            (DraftPlan::None, _) => None,
+            (DraftPlan::None, _) | (DraftPlan::Auto, None) => None,
             (_, None) => return Err(DecodeError::NoDraft),
             (_, Some(drafter)) => Some(drafter.begin()),
         };
+        let auto = (options.draft == DraftPlan::Auto).then(|| {
+            let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Auto {
+                pacer: Pacer::new(self.costs(), rates),
+                lookup: Lookup::default(),
+                grown: Grown::default(),
+            }
+        });
         Ok(Session {
             kv: self.target.new_kv(),
             drafter,
+            auto,
             tokens: prompt_ids.to_vec(),
             prompt_len: prompt_ids.len(),
             options: options.clone(),
@@ -159,6 +189,13 @@ impl<K: Kernels> Engine<K> {
             started: Instant::now(),
             first_token: None,
         })
+    }
+
+    /// Keeps what a finished sequence learnt about its proposals.
+    fn remember(&self, session: &Session<'_, K>) {
+        if let Some(auto) = &session.auto {
+            *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
+        }
     }
 
     /// Runs the head on the rows `wanted` of a step; full logits only for those that are sampled.
@@ -197,6 +234,7 @@ impl<K: Kernels> Engine<K> {
         on_token: &mut dyn FnMut(usize, &TokenEvent) -> ControlFlow<()>,
     ) {
         // Propose.
+        let others = sessions.iter().filter(|s| s.finish.is_none()).count().saturating_sub(1);
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
         for (index, session) in sessions.iter_mut().enumerate().filter(|(_, s)| s.finish.is_none()) {
             let left = session.prompt_left();
@@ -209,9 +247,24 @@ impl<K: Kernels> Engine<K> {
             // The target adds one token itself, so a proposal may be one shorter than the room.
             let room = session.room(self.max_context) - 1;
             let position = session.tokens.len() as u64 - 1;
-            let tree = match &mut session.drafter {
-                None => TokenTree::default(),
-                Some(d) => d.propose(&session.options.draft, room, &session.options.sampling, position),
+            let sampling = &session.options.sampling;
+            let tree = match (&mut session.auto, &mut session.drafter) {
+                (Some(auto), drafter) => {
+                    let repetition = auto.lookup.find(&session.tokens);
+                    let drafter = drafter.as_deref_mut();
+                    auto.grown = auto.pacer.grow(
+                        self.costs(),
+                        drafter,
+                        repetition,
+                        &session.tokens,
+                        room,
+                        others,
+                        sampling,
+                    );
+                    auto.grown.tree.clone()
+                }
+                (None, None) => TokenTree::default(),
+                (None, Some(d)) => d.propose(&session.options.draft, room, sampling, position),
             };
             let mut rows = vec![*session.tokens.last().expect("a session has tokens")];
             rows.extend(tree.tokens.iter().map(|t| t.0));
@@ -222,7 +275,7 @@ impl<K: Kernels> Engine<K> {
             .iter()
             .map(|(_, rows, tree)| {
                 if tree.is_empty() {
-                    (0..rows.len()).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
+                    TokenTree::chain_parents(rows.len())
                 } else {
                     let below = tree.parents.iter().map(|p| Some(p.map_or(0, |p| p + 1)));
                     std::iter::once(None).chain(below).collect()
@@ -284,10 +337,8 @@ impl<K: Kernels> Engine<K> {
                     commit(session, &[(choice.0, TokenOrigin::Plain)], self.max_context, emit);
                     next.push(choice.0);
                 }
-                if let (Some(drafter), None) = (&mut session.drafter, session.finish) {
-                    let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
-                    drafter.extend(&Features { output: &output, rows: &rows }, &next);
-                }
+                let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
+                session.feed_drafter(&Features { output: &output, rows: &rows }, &next);
                 continue;
             }
             // The choice after a node of depth d stands d + 2 positions behind the root row's own position.
@@ -316,15 +367,16 @@ impl<K: Kernels> Engine<K> {
             tokens.push((verdict.target_token.0, origin));
             let committed = commit(session, &tokens, self.max_context, emit);
             session.stats.record(tree.depth(), tree.len(), accepted.min(committed), committed);
+            if let Some(auto) = &mut session.auto {
+                auto.pacer.learn(self.costs(), &auto.grown, &verdict.accepted_path, accepted + 1);
+            }
             // Rows that stay in the cache: the root and the accepted path.
             let keep: Vec<u32> =
                 std::iter::once(0).chain(verdict.accepted_path.iter().map(|n| n + 1)).collect();
             session.kv.commit(self.target.kernels(), *base, &keep);
-            if let (Some(drafter), None) = (&mut session.drafter, session.finish) {
-                let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
-                let next: Vec<u32> = tokens.iter().map(|(t, _)| *t).collect();
-                drafter.extend(&Features { output: &output, rows: &feature_rows }, &next);
-            }
+            let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
+            let next: Vec<u32> = tokens.iter().map(|(t, _)| *t).collect();
+            session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next);
         }
     }
 }

@@ -4,11 +4,15 @@
 //! * the output of a request is the same with any drafter, alone or in a batch, greedy or seeded;
 //! * after a rejected step the caches equal a fresh prefill of the committed text.
 
+mod auto;
+mod calibrate;
 mod drafter;
 mod eagle;
 mod engine;
+mod lookup;
 mod session;
 
+pub use auto::Costs;
 pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
 pub use eagle::EagleDrafter;
 pub use engine::{BatchOptions, Engine, GenerateOptions};

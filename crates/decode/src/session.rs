@@ -6,8 +6,10 @@ use draftsmith_core::AcceptStats;
 use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
-use crate::drafter::DrafterSession;
+use crate::auto::{Grown, Pacer};
+use crate::drafter::{DrafterSession, Features};
 use crate::engine::GenerateOptions;
+use crate::lookup::Lookup;
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +72,20 @@ pub struct Generation {
     pub decode: Duration,
 }
 
+/// What an automatic plan keeps per sequence.
+pub(crate) struct Auto {
+    pub pacer: Pacer,
+    pub lookup: Lookup,
+    /// The proposal under way.
+    pub grown: Grown,
+}
+
 /// State of one request inside the engine.
 pub(crate) struct Session<'e, K: Kernels> {
     pub kv: TargetKv<K>,
     pub drafter: Option<Box<dyn DrafterSession<K> + 'e>>,
+    /// Set for an automatic plan.
+    pub auto: Option<Auto>,
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
@@ -87,6 +99,16 @@ pub(crate) struct Session<'e, K: Kernels> {
 }
 
 impl<K: Kernels> Session<'_, K> {
+    /// Hands committed positions to the drafter, if there is one and the answer goes on.
+    pub(crate) fn feed_drafter(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
+        let paused = self.auto.as_ref().is_some_and(|a| a.pacer.is_paused());
+        match &mut self.drafter {
+            Some(drafter) if self.finish.is_none() && paused => drafter.defer(features, next_tokens),
+            Some(drafter) if self.finish.is_none() => drafter.extend(features, next_tokens),
+            _ => {}
+        }
+    }
+
     /// Tokens generated so far.
     pub(crate) fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_len

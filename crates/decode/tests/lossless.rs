@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenTree, VocabMap};
 use draftsmith_decode::{
-    BatchOptions, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine, Features, FinishReason,
+    BatchOptions, Costs, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine, Features, FinishReason,
     GenerateOptions, Generation,
 };
 use draftsmith_kernels::{Cpu, PackMode};
@@ -109,6 +109,16 @@ const PLANS: [DraftPlan; 9] = [
     DraftPlan::Tree { depth: 6, top_k: 8, num_draft_tokens: 40 },
 ];
 
+/// Rows almost for nothing: an automatic plan drafts as much as it may.
+fn cheap() -> Costs {
+    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 }
+}
+
+/// Costs of a machine on which it depends.
+fn fair() -> Costs {
+    Costs { verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)], draft_step_ms: 0.3, extend_ms: 0.4 }
+}
+
 const SEEDED: Sampling = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 17 };
 
 #[test]
@@ -148,6 +158,59 @@ fn any_eagle_draft_gives_the_same_text() {
     }
 }
 
+#[test]
+fn an_automatic_plan_gives_the_same_text_with_a_draft_and_from_repetitions_alone() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    let draft = random_draft(&target, 4, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let (mut proposed, mut accepted) = (0, 0);
+    for costs in [cheap(), fair()] {
+        for drafter in [None, Some(Arc::clone(&drafter))] {
+            let engine = Engine::new(Arc::clone(&target), drafter).with_costs(costs.clone());
+            for sampling in [Sampling::GREEDY, SEEDED] {
+                for row in rows() {
+                    let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, sampling, 60));
+                    let found = run(&engine, &row.prompt, &options(DraftPlan::Auto, sampling, 60));
+                    assert_eq!(found.token_ids, wanted.token_ids, "{costs:?} {sampling:?}");
+                    assert_eq!(found.finish_reason, wanted.finish_reason);
+                    proposed += found.stats.proposed_drafts;
+                    accepted += found.stats.accepted_drafts;
+                }
+            }
+        }
+    }
+    assert!(proposed > 100 && accepted > 0, "{proposed} proposed, {accepted} accepted");
+}
+
+#[test]
+fn an_automatic_plan_goes_deep_when_the_draft_is_right_and_rows_are_cheap() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    let row = rows().remove(0);
+    let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 41));
+    let whole = [&row.prompt[..], &wanted.token_ids[..]].concat();
+    let script = move |from: usize| TokenTree::chain(whole.get(from).map(|t| TargetTokenId(*t)));
+    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(Scripted(script)))).with_costs(cheap());
+    let found = run(&engine, &row.prompt, &options(DraftPlan::Auto, Sampling::GREEDY, 41));
+    assert_eq!(found.token_ids, wanted.token_ids);
+    assert!(found.stats.verify_steps <= 12, "{} steps for 40 tokens", found.stats.verify_steps);
+}
+
+#[test]
+fn costs_are_measured_once_and_plausible() {
+    let target = target();
+    let draft = random_draft(&target, 5, Feedback::PreNorm, false);
+    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(EagleDrafter::new(&target, draft).unwrap())));
+    let costs = engine.costs().clone();
+    assert_eq!(&costs, engine.costs());
+    assert_eq!(costs.verify_ms[0].0, 1);
+    assert!(costs.verify_ms.len() > 3 && costs.verify_ms.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1));
+    assert!(costs.draft_step_ms > 0.0 && costs.extend_ms > 0.0);
+    let alone = Engine::new(target, None);
+    assert_eq!((alone.costs().draft_step_ms, alone.costs().extend_ms), (0.0, 0.0));
+}
+
 /// Proposes what a function of the committed tokens says.
 struct Scripted<F>(F);
 
@@ -169,6 +232,17 @@ impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<'_, F> {
     fn extend(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
         assert_eq!(features.rows.len(), next_tokens.len());
         self.len += next_tokens.len();
+    }
+    fn defer(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
+        self.extend(features, next_tokens);
+    }
+    fn children(&mut self, _: Option<u32>, k: usize, _: &Sampling, position: u64) -> Vec<(u32, f32)> {
+        let tree = (self.script)(position as usize + 1);
+        let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
+        roots.take(k).map(|(token, _)| (token.0, 0.9)).collect()
+    }
+    fn expand(&mut self, _: Option<u32>, _: u32, _: usize) -> u32 {
+        0
     }
     fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
         assert_eq!(self.len as u64, position, "every committed position was handed over once");
@@ -226,12 +300,12 @@ fn requests_in_a_batch_get_the_text_they_get_alone() {
     let target = target();
     let draft = random_draft(&target, 3, Feedback::PreNorm, false);
     let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
-    let engine = Engine::new(target, Some(drafter));
+    let engine = Engine::new(target, Some(drafter)).with_costs(cheap());
     let requests: Vec<(Vec<u32>, GenerateOptions)> = rows()
         .into_iter()
         .enumerate()
         .map(|(i, row)| {
-            let plan = [DraftPlan::None, PLANS[4], PLANS[7]][i % 3];
+            let plan = [DraftPlan::None, PLANS[4], DraftPlan::Auto, PLANS[7]][i % 4];
             let sampling = if i % 2 == 0 { Sampling::GREEDY } else { SEEDED };
             (row.prompt, options(plan, sampling, 10 + 5 * i))
         })

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use draftsmith_bench::kernels::KernelRunner;
 use draftsmith_bench::record::{Drafting, Finish, Machine};
 use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
-use draftsmith_core::AcceptStats;
+use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{StepItem, Target};
@@ -140,6 +140,7 @@ pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, c
 pub fn drafting(plan: &DraftPlan) -> Drafting {
     match *plan {
         DraftPlan::None => Drafting::Chain { depth: 0 },
+        DraftPlan::Auto => Drafting::Auto,
         DraftPlan::Chain { depth } => Drafting::Chain { depth: depth as u32 },
         DraftPlan::Tree { depth, top_k, num_draft_tokens } => Drafting::Tree {
             depth: depth as u32,
@@ -200,7 +201,7 @@ impl TargetPasses {
     /// Runs `count` tokens in one pass and gives the time, with the logits of the last `logits` rows.
     fn pass(&self, kv: &mut draftsmith_model::TargetKv<Cpu>, count: usize, logits: usize) -> Duration {
         let tokens = self.tokens(count, kv.len());
-        let parents: Vec<Option<u32>> = (0..count).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+        let parents = TokenTree::chain_parents(count);
         let began = Instant::now();
         let output = self.target.forward(&mut [StepItem { kv, tokens: &tokens, parents: &parents }], &[]);
         let rows: Vec<u32> = (count - logits..count).map(|r| r as u32).collect();
