@@ -49,6 +49,8 @@ pub struct LoadedTarget {
     pub sha256: String,
     /// Threads it computes with.
     pub threads: usize,
+    /// In which arithmetic it runs.
+    pub precision: Precision,
 }
 
 /// Finds a target on this machine or fetches it.
@@ -92,6 +94,7 @@ impl LoadedTarget {
             reference: pulled.reference,
             sha256,
             threads: options.threads,
+            precision: options.precision,
         })
     }
 

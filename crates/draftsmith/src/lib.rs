@@ -5,6 +5,7 @@
 //! printing and exit codes; nothing here prints, exits or reads the environment by itself.
 
 pub mod cli;
+pub mod costs;
 pub mod doctor;
 pub mod engine;
 mod error;

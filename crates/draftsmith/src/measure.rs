@@ -150,15 +150,20 @@ pub fn drafting(plan: &DraftPlan) -> Drafting {
     }
 }
 
-/// The machine, for records.
-pub fn machine(kernels: &Cpu) -> Machine {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let cpu = read("/proc/cpuinfo")
+/// What the processor calls itself.
+pub fn cpu_name() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
         .and_then(|text| {
             let line = text.lines().find(|l| l.starts_with("model name"))?;
             Some(line.split_once(':')?.1.trim().to_string())
         })
-        .unwrap_or_else(|| "unknown".to_string());
+        .unwrap_or_else(|| "unknown".to_string())
+}
+
+/// The machine, for records.
+pub fn machine(kernels: &Cpu) -> Machine {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
     let memory_bytes = read("/proc/meminfo").and_then(|text| {
         text.lines()
             .find(|l| l.starts_with("MemTotal:"))?
@@ -170,7 +175,7 @@ pub fn machine(kernels: &Cpu) -> Machine {
     });
     let load_average_1m = read("/proc/loadavg").and_then(|text| text.split_whitespace().next()?.parse().ok());
     Machine {
-        cpu,
+        cpu: cpu_name(),
         cpu_features: kernels.features().found.iter().map(|f| (*f).to_string()).collect(),
         logical_cpus: crate::engine::default_threads() as u32,
         memory_bytes,
@@ -198,16 +203,16 @@ impl TargetPasses {
         (from..from + count).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
     }
 
-    /// Runs `count` tokens in one pass and gives the time, with the logits of the last `logits` rows.
+    /// Runs `count` tokens in one pass and gives the time, with the choice of the target after the last `logits` rows.
     fn pass(&self, kv: &mut draftsmith_model::TargetKv<Cpu>, count: usize, logits: usize) -> Duration {
         let tokens = self.tokens(count, kv.len());
         let parents = TokenTree::chain_parents(count);
         let began = Instant::now();
         let output = self.target.forward(&mut [StepItem { kv, tokens: &tokens, parents: &parents }], &[]);
         let rows: Vec<u32> = (count - logits..count).map(|r| r as u32).collect();
-        let values = self.target.logits(&output, &rows);
+        let best = self.target.argmax(&output, &rows);
         let time = began.elapsed();
-        debug_assert_eq!(values.len(), logits * self.target.config().vocab_size);
+        debug_assert_eq!(best.len(), logits);
         time
     }
 
@@ -230,7 +235,7 @@ impl TargetPasses {
 impl KernelRunner for TargetPasses {
     fn step(&mut self, context_tokens: usize, m: usize) -> Result<Duration, BoxError> {
         let mut kv = self.context(context_tokens);
-        // Every row of a verify pass is asked for its logits.
+        // Every row of a verify pass is asked for its choice.
         let time = self.pass(&mut kv, m, m);
         self.kv = Some(kv);
         Ok(time)

@@ -7,9 +7,13 @@ use clap::{Args, Subcommand};
 /// How proposals look.
 #[derive(Debug, Args)]
 pub struct Drafting {
-    /// Draft tokens per proposal (a chain), or levels of the tree.
-    #[arg(long, value_name = "D", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub depth: u32,
+    /// Draft as much as pays by the costs measured on this machine, and repetitions of the text (default of `generate`
+    /// with a bundle; works without one).
+    #[arg(long, conflicts_with_all = ["depth", "tree_top_k", "tree_nodes"])]
+    pub auto: bool,
+    /// Draft tokens per proposal (a chain), or levels of the tree (default of `bench`: 5).
+    #[arg(long, value_name = "D", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub depth: Option<u32>,
     /// Draft a tree: candidates per node.
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub tree_top_k: Option<u32>,
@@ -40,7 +44,8 @@ pub struct Choosing {
 #[command(after_help = "Examples:\n  \
     draftsmith generate --target fixtures/tiny-target --prompt \"Calculate 22 + 20.\"\n  \
     draftsmith generate --target REF --bundle runs/smoke/bundle --prompt \"Why?\" --temperature 0.8 --seed 7 --json\n  \
-    draftsmith generate --target REF --bundle runs/smoke/bundle --messages chat.json --prove\n\n\
+    draftsmith generate --target REF --bundle runs/smoke/bundle --messages chat.json --prove\n  \
+    draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n\n\
     With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
     JSON: prompt_ids, token_ids, text, finish_reason, accept_len.")]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "prompt_ids", "messages"]))]
@@ -70,7 +75,7 @@ pub struct Generate {
     #[expect(missing_docs, reason = "documented at the type")]
     pub drafting: Drafting,
     /// Decode both ways and compare token by token.
-    #[arg(long, requires = "bundle")]
+    #[arg(long)]
     pub prove: bool,
     /// Compute on the weights expanded to 32-bit floats: slow, the specification.
     #[arg(long)]

@@ -9,16 +9,17 @@ use draftsmith::bench::{
 };
 use draftsmith::bundle::Manifest;
 use draftsmith::cli;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, TargetOptions, engine, load_draft};
+use draftsmith::costs::with_costs;
+use draftsmith::decode::DraftPlan;
+use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::formats::atomic;
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
-use draftsmith::model::Precision;
 use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 
 use super::Session;
-use super::generate::{plan, sampling, threads};
+use super::generate::{DEFAULT_DEPTH, plan, sampling};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -45,7 +46,7 @@ fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     // Clap made sure that it is there.
     let bundle = args.bundle.as_deref().unwrap_or(Path::new(""));
     let sampling = sampling(&args.choosing)?;
-    let plan = plan(&args.drafting);
+    let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
     let limit = args.limit.map(|l| l as usize);
     // Wrong files are told before a model is fetched.
     let workloads = args
@@ -55,7 +56,10 @@ fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(Error::from)?;
     let (target, draft) = target_and_draft(bundle, args.target.as_ref(), args.threads, session)?;
-    let engine = engine(&target, Some(&draft));
+    let mut engine = engine(&target, Some(&draft));
+    if plan == DraftPlan::Auto {
+        engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);
+    }
     let options = MeasureOptions {
         run: RunOptions { max_new_tokens: args.max_new_tokens as usize, sampling },
         repeats: args.repeats as usize,
@@ -142,35 +146,13 @@ pub(crate) fn target_and_draft(
             Some("name the target with `--target REF`".to_string()),
         ));
     }
-    let target = LoadedTarget::load(
-        &TargetOptions {
-            sources: &sources,
-            sha256: None,
-            precision: Precision::Stored,
-            threads: threads(thread_count),
-            template: None,
-        },
-        &session.places,
-        &session.printer,
-        &session.stop,
-    )?;
+    let target = session.load_target(&sources, None, false, thread_count)?;
     let draft = load_draft(bundle, &target, PackMode::Q8)?;
     Ok((target, draft))
 }
 
 fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
-    let target = LoadedTarget::load(
-        &TargetOptions {
-            sources: std::slice::from_ref(&args.target),
-            sha256: None,
-            precision: if args.f32 { Precision::F32 } else { Precision::Stored },
-            threads: threads(args.threads),
-            template: None,
-        },
-        &session.places,
-        &session.printer,
-        &session.stop,
-    )?;
+    let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let context = target.target.config().max_position;
     let mut options = KernelOptions::default();
     // A small model's context may be shorter than what is measured by default.

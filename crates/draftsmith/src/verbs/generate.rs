@@ -5,11 +5,11 @@ use std::path::Path;
 
 use draftsmith::cli;
 use draftsmith::core::Sampling;
+use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
-use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads, draft_plan, engine, load_draft};
+use draftsmith::engine::{draft_plan, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
-use draftsmith::model::Precision;
 use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
@@ -45,13 +45,19 @@ pub(crate) fn sampling(args: &cli::Choosing) -> Result<Sampling, Failure> {
     Ok(Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed })
 }
 
-pub(crate) fn plan(args: &cli::Drafting) -> DraftPlan {
-    draft_plan(args.depth, args.tree_top_k.map(|k| (k, args.tree_nodes)))
+/// The plan that was asked for; `None` if nothing was said about it.
+pub(crate) fn plan(args: &cli::Drafting) -> Option<DraftPlan> {
+    match (args.auto, args.depth, args.tree_top_k) {
+        (true, ..) => Some(DraftPlan::Auto),
+        (false, None, None) => None,
+        (false, depth, top_k) => {
+            Some(draft_plan(depth.unwrap_or(DEFAULT_DEPTH), top_k.map(|k| (k, args.tree_nodes))))
+        }
+    }
 }
 
-pub(crate) fn threads(given: Option<u32>) -> usize {
-    given.map_or_else(default_threads, |t| t as usize)
-}
+/// Draft tokens per proposal when nobody says.
+pub(crate) const DEFAULT_DEPTH: u32 = 5;
 
 /// Reads a list of messages, or an object with `messages`.
 fn read_messages(path: &Path) -> Result<Vec<Message>, Failure> {
@@ -82,25 +88,29 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         (None, Some(path)) => Some(read_messages(path)?),
         (None, None) => None,
     };
-    let target = LoadedTarget::load(
-        &TargetOptions {
-            sources: std::slice::from_ref(&args.target),
-            sha256: None,
-            precision: if args.f32 { Precision::F32 } else { Precision::Stored },
-            threads: threads(args.threads),
-            template: None,
-        },
-        &session.places,
-        &session.printer,
-        &session.stop,
-    )?;
+    let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
     let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
         (Some(messages), _) => prompt_ids(&target.text, messages)?,
         (None, ids) => ids.clone().unwrap_or_default(),
     };
-    let engine = engine(&target, draft.as_ref());
+    let speculative = match (plan(&args.drafting), &draft) {
+        (Some(DraftPlan::Auto), _) => DraftPlan::Auto,
+        (Some(_), None) => {
+            return Err(Failure::input(
+                "`--depth` and `--tree-top-k` need a draft",
+                Some("give one with `--bundle DIR`, or leave them out".to_string()),
+            ));
+        }
+        (Some(plan), Some(_)) => plan,
+        (None, Some(_)) => DraftPlan::Auto,
+        (None, None) => DraftPlan::None,
+    };
+    let mut engine = engine(&target, draft.as_ref());
+    if speculative == DraftPlan::Auto {
+        engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
+    }
     let decode = |draft: DraftPlan, stream: bool| -> Result<Generation, Failure> {
         let options = GenerateOptions {
             max_new_tokens: args.max_new_tokens as usize,
@@ -130,7 +140,6 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         }
         Ok(done)
     };
-    let speculative = if draft.is_some() { plan(&args.drafting) } else { DraftPlan::None };
     let done = decode(speculative, !args.json)?;
     let identical = match args.prove {
         true => Some(decode(DraftPlan::None, false)?.token_ids == done.token_ids),
@@ -139,7 +148,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     let seconds = done.decode.as_secs_f64();
     let tokens_per_s =
         (seconds > 0.0 && done.token_ids.len() > 1).then(|| (done.token_ids.len() - 1) as f64 / seconds);
-    let accept_len = draft.as_ref().and_then(|_| done.stats.accept_len());
+    let accept_len = (speculative != DraftPlan::None).then(|| done.stats.accept_len()).flatten();
     if args.json {
         printer::json(&Answer {
             text: target.text.tokenizer.decode(&done.token_ids, true),

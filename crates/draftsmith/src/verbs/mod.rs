@@ -12,7 +12,10 @@ pub(crate) mod status;
 
 use std::io::Write;
 
+use draftsmith::Error;
 use draftsmith::cli::Cli;
+use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads};
+use draftsmith::model::Precision;
 use draftsmith::pull::Places;
 use draftsmith::report::Stop;
 
@@ -44,6 +47,24 @@ impl Session {
             );
         });
         Session { places, printer: Printer::new(cli.quiet), stop }
+    }
+
+    /// Locates and loads a target, with its weights as stored or as 32-bit floats.
+    pub(crate) fn load_target(
+        &self,
+        sources: &[String],
+        sha256: Option<&str>,
+        f32: bool,
+        threads: Option<u32>,
+    ) -> Result<LoadedTarget, Error> {
+        let options = TargetOptions {
+            sources,
+            sha256,
+            precision: if f32 { Precision::F32 } else { Precision::Stored },
+            threads: threads.map_or_else(default_threads, |t| t as usize),
+            template: None,
+        };
+        LoadedTarget::load(&options, &self.places, &self.printer, &self.stop)
     }
 }
 

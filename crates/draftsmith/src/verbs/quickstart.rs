@@ -7,17 +7,15 @@ use std::path::{Path, PathBuf};
 use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::{AcceptStats, Sampling};
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
-use draftsmith::engine::{LoadedTarget, TargetOptions, draft_plan, engine, load_draft};
+use draftsmith::engine::{draft_plan, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
-use draftsmith::model::Precision;
 use draftsmith::report::Report;
 use draftsmith::text::Message;
 use draftsmith::{Error, cli};
 use serde_json::json;
 
 use super::Session;
-use super::generate::threads;
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -64,18 +62,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         None => (manifest.target.references.clone(), Some(manifest.target.weights_sha256.as_str())),
     };
     session.printer.note(&format!("target {} ({})", manifest.target.name, manifest.target.license));
-    let target = LoadedTarget::load(
-        &TargetOptions {
-            sources: &sources,
-            sha256,
-            precision: Precision::Stored,
-            threads: threads(args.threads),
-            template: None,
-        },
-        &session.places,
-        &session.printer,
-        &session.stop,
-    )?;
+    let target = session.load_target(&sources, sha256, false, args.threads)?;
     let draft = load_draft(&bundle, &target, PackMode::Q8)?;
     session.printer.note(&format!("draft  {} in `{}`", manifest.name, shown(&bundle)));
     let engine = engine(&target, Some(&draft));
