@@ -73,7 +73,7 @@ pub enum BenchError {
         source: BoxError,
     },
     /// The engine failed outside a workload.
-    #[error("kernel benchmark: {source}")]
+    #[error("the engine failed while it was measured: {source}")]
     Kernels {
         /// What the engine said.
         source: BoxError,

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod engine;
 mod error;
 pub mod measure;
+pub mod peer;
 pub mod pull;
 pub mod report;
 pub mod run;

@@ -144,6 +144,58 @@ pub struct Bench {
 #[expect(missing_docs, reason = "each verb is documented at its arguments")]
 pub enum BenchVerb {
     Kernels(BenchKernels),
+    Decode(BenchDecode),
+}
+
+/// Engines to compare with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PeerKind {
+    /// llama.cpp through its Python package.
+    LlamaCppPython,
+}
+
+/// Measures decode and prefill rates against another engine: same weights, prompts and threads, sides in turn.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bench decode --target REF --workload recipes/data/eval/gsm8k.jsonl --limit 10\n  \
+    draftsmith bench decode --target REF --bundle DIR --workload FILE --peer llama-cpp-python \\\n      \
+    --peer-python runs/peers/llama-cpp-python/bin/python --batch 32 --json out.json\n\n\
+    `bench/peers/install-llama-cpp-python.sh` installs the peer. Every side decodes the same number of tokens greedily,\n\
+    past any end of text.")]
+pub struct BenchDecode {
+    /// The target: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// Measure our decoding with this draft as well.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// Prompts; the first turn of each row.
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub workload: PathBuf,
+    /// Rows (default: all).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// Tokens per prompt and side.
+    #[arg(long, value_name = "M", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
+    pub new_tokens: u32,
+    /// Length of the measured prefill.
+    #[arg(long, value_name = "M", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+    pub prefill_tokens: u32,
+    /// Also decode this many sequences at once.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1024))]
+    pub batch: Option<u32>,
+    /// Compare with this engine.
+    #[arg(long, value_name = "ENGINE")]
+    pub peer: Option<PeerKind>,
+    /// Interpreter that has the peer (default: `python3`).
+    #[arg(long, value_name = "PATH", requires = "peer")]
+    pub peer_python: Option<PathBuf>,
+    /// Threads of every side (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
 }
 
 /// Measures what one target pass of m tokens costs, and prefill and decode rates.

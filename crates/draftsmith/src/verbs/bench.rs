@@ -29,12 +29,13 @@ const WARMUP_TOKENS: usize = 16;
 pub(crate) fn run(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     match &args.verb {
         Some(cli::BenchVerb::Kernels(args)) => kernels(args, session),
+        Some(cli::BenchVerb::Decode(args)) => super::bench_decode::run(args, session),
         None => workloads(args, session),
     }
 }
 
 /// Writes a JSON value to a file, or prints it for `-`.
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Failure> {
+pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Failure> {
     if cli::is_stdout(path) {
         return printer::json(value);
     }

@@ -107,6 +107,12 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         (None, Some(_)) => DraftPlan::Auto,
         (None, None) => DraftPlan::None,
     };
+    if args.prove && speculative == DraftPlan::None {
+        return Err(Failure::input(
+            "`--prove` compares decoding with and without speculation, and there is none",
+            Some("give a draft with `--bundle DIR`, or `--auto`".to_string()),
+        ));
+    }
     let mut engine = engine(&target, draft.as_ref());
     if speculative == DraftPlan::Auto {
         engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);

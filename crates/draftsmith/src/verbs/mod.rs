@@ -1,6 +1,7 @@
 //! One module per verb: resolve the arguments, call the library, print the result.
 
 pub(crate) mod bench;
+pub(crate) mod bench_decode;
 pub(crate) mod bundle;
 pub(crate) mod data;
 pub(crate) mod doctor;

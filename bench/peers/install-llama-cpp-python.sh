@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs llama-cpp-python from the package registry into a virtual environment of its own, for
+# `draftsmith bench decode --peer llama-cpp-python`. Compiles llama.cpp: minutes, needs a C++ compiler.
+#
+# Usage: bench/peers/install-llama-cpp-python.sh [FOLDER]     (default: runs/peers/llama-cpp-python)
+set -euo pipefail
+
+folder=${1:-runs/peers/llama-cpp-python}
+version=0.3.36
+python3 -m venv "$folder"
+# The examples, the server and the vision code of llama.cpp are not measured; leaving them out halves the build.
+CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF ${CMAKE_ARGS:-}" \
+    "$folder/bin/pip" install "llama-cpp-python==$version"
+echo
+echo "draftsmith bench decode --peer llama-cpp-python --peer-python $folder/bin/python …"

@@ -1,0 +1,185 @@
+//! `draftsmith bench decode`.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, Timed, decode_text, run_decode};
+use draftsmith::bench::{BoxError, Workload};
+use draftsmith::cli;
+use draftsmith::core::Sampling;
+use draftsmith::costs::with_costs;
+use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions};
+use draftsmith::engine::{engine, load_draft};
+use draftsmith::kernels::{Cpu, PackMode};
+use draftsmith::measure::{machine, prompt_ids};
+use draftsmith::peer::Peer;
+use draftsmith::report::{Report, Stop, Unit};
+use draftsmith::text::Message;
+use draftsmith::{Error, bench};
+use serde::Serialize;
+
+use super::Session;
+use super::bench::write_json;
+use crate::failure::Failure;
+use crate::printer;
+
+/// Rounds of the prefill measurement.
+const PREFILL_ROUNDS: usize = 5;
+
+/// Our engine as a side.
+struct Ours<'a> {
+    engine: &'a Engine<Cpu>,
+    plan: DraftPlan,
+    stop: &'a Stop,
+}
+
+fn options(new_tokens: usize, draft: DraftPlan) -> GenerateOptions {
+    GenerateOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY, stop_ids: Vec::new(), draft }
+}
+
+impl Side for Ours<'_> {
+    fn name(&self) -> String {
+        match self.plan {
+            DraftPlan::None => concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned(),
+            _ => concat!("draftsmith ", env!("CARGO_PKG_VERSION"), ", with draft").to_owned(),
+        }
+    }
+
+    fn decode(&mut self, prompt_ids: &[u32], new_tokens: usize) -> Result<Timed, BoxError> {
+        let done = self.engine.generate(prompt_ids, &options(new_tokens, self.plan), &mut |_| match self
+            .stop
+            .requested()
+        {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })?;
+        if done.finish_reason == FinishReason::Cancelled {
+            return Err("interrupted".into());
+        }
+        Ok(Timed { token_ids: done.token_ids, prefill: done.prefill, decode: done.decode })
+    }
+}
+
+/// Many sequences at once against one.
+#[derive(Serialize)]
+struct Together {
+    sequences: usize,
+    tokens_per_s: f64,
+    over_one: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(flatten)]
+    report: &'a bench::decode::DecodeReport,
+    batch: Option<Together>,
+}
+
+/// Time of `new_tokens` for every prompt in one batch.
+fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> Result<Duration, Error> {
+    let mut queue = prompts.iter().cloned().enumerate();
+    let began = Instant::now();
+    engine.generate_batch(
+        BatchOptions { batch_size: prompts.len() },
+        &mut || queue.next().map(|(i, prompt)| (i, prompt, options(new_tokens, DraftPlan::None))),
+        &mut |_, _| ControlFlow::Continue(()),
+    )?;
+    Ok(began.elapsed())
+}
+
+pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Failure> {
+    let workload = Workload::read(&args.workload, args.limit.map(|l| l as usize)).map_err(Error::from)?;
+    let target = session.load_target(std::slice::from_ref(&args.target), None, false, args.threads)?;
+    let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, PackMode::Q8)).transpose()?;
+    let mut engine = engine(&target, draft.as_ref());
+    if draft.is_some() {
+        engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
+    }
+    let mut rows = Vec::new();
+    for row in &workload.rows {
+        let mut messages = Vec::new();
+        if let Some(system) = &row.system {
+            messages.push(Message::new("system", system.as_str()));
+        }
+        messages.extend(row.turns.first().map(|turn| Message::new("user", turn.as_str())));
+        rows.push(DecodeRow { id: row.id.clone(), prompt_ids: prompt_ids(&target.text, &messages)? });
+    }
+    let new_tokens = args.new_tokens as usize;
+    let longest = rows.iter().map(|r| r.prompt_ids.len()).max().unwrap_or(0) + new_tokens;
+    let context = target.target.config().max_position;
+    let prefill_tokens = (args.prefill_tokens as usize).min(context - 1);
+    if longest > context {
+        return Err(Failure::input(
+            format!(
+                "the longest prompt and {new_tokens} new tokens need {longest} positions, the target has {context}"
+            ),
+            Some("lower `--new-tokens`".to_string()),
+        ));
+    }
+    let mut peer = match args.peer {
+        None => None,
+        Some(cli::PeerKind::LlamaCppPython) => {
+            let python = args.peer_python.clone().unwrap_or_else(|| PathBuf::from("python3"));
+            if target.path.is_dir() {
+                return Err(Failure::input(
+                    "llama-cpp-python reads GGUF files, this target is a folder",
+                    Some("name a GGUF file with `--target`".to_string()),
+                ));
+            }
+            let needed = longest.max(prefill_tokens + 1);
+            Some(Peer::llama_cpp_python(&python, &target.path, target.threads, needed)?)
+        }
+    };
+    let mut plain = Ours { engine: &engine, plan: DraftPlan::None, stop: &session.stop };
+    let mut spec = Ours { engine: &engine, plan: DraftPlan::Auto, stop: &session.stop };
+    let mut sides: Vec<&mut dyn Side> = vec![&mut plain];
+    if draft.is_some() {
+        sides.push(&mut spec);
+    }
+    if let Some(peer) = &mut peer {
+        sides.push(peer);
+    }
+    session.printer.begin("bench decode", Some(rows.len() as u64), Unit::Rows);
+    let report = run_decode(
+        &mut sides,
+        &rows,
+        &DecodeOptions { new_tokens, prefill_tokens, prefill_rounds: PREFILL_ROUNDS },
+        (target.artifact(), machine(target.target.kernels()), target.threads as u32),
+        &mut |done| session.printer.at(done as u64),
+    );
+    session.printer.end();
+    if session.stop.requested() {
+        return Err(Failure::interrupted("interrupted: nothing was written", None));
+    }
+    let report = report.map_err(Error::from)?;
+    let batch = match args.batch.map(|b| b as usize) {
+        None => None,
+        Some(sequences) => {
+            let prompts: Vec<Vec<u32>> =
+                rows.iter().map(|r| r.prompt_ids.clone()).cycle().take(sequences).collect();
+            // The prefill is in both times.
+            let first = batch_time(&engine, &prompts, 1)?;
+            let all = batch_time(&engine, &prompts, new_tokens + 1)?;
+            let seconds = all.saturating_sub(first).as_secs_f64().max(1e-9);
+            let tokens_per_s = (sequences * new_tokens) as f64 / seconds;
+            let one = report.sides[0].decode_tokens_per_s.map(|e| e.value);
+            Some(Together { sequences, tokens_per_s, over_one: one.map(|one| tokens_per_s / one) })
+        }
+    };
+    let output = Output { report: &report, batch };
+    if let Some(path) = &args.json {
+        write_json(path, &output)?;
+    }
+    if !args.json.as_deref().is_some_and(cli::is_stdout) {
+        printer::out(&decode_text(&report))?;
+        if let Some(b) = &output.batch {
+            let over = b.over_one.map_or_else(String::new, |o| format!(", {o:.2} times one sequence"));
+            printer::out(&format!(
+                "{} sequences at once: {:.0} tokens/s{over}\n",
+                b.sequences, b.tokens_per_s
+            ))?;
+        }
+    }
+    Ok(0)
+}
