@@ -13,6 +13,7 @@ use crate::auto::{Costs, Grown, Pacer, Rates};
 use crate::calibrate;
 use crate::drafter::{DraftPlan, Drafter, Features};
 use crate::lookup::Lookup;
+use crate::prefix::Prefixes;
 use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step; bounds the memory of a prefill. Does not change any bit of the result.
@@ -46,13 +47,21 @@ pub struct Engine<K: Kernels> {
     costs: OnceLock<Costs>,
     /// What the last automatic sequence learnt about its proposals.
     rates: Mutex<Rates>,
+    prefixes: Mutex<Prefixes<K>>,
 }
 
 impl<K: Kernels> Engine<K> {
     /// An engine on this target.
     pub fn new(target: Arc<Target<K>>, drafter: Option<Arc<dyn Drafter<K>>>) -> Engine<K> {
         let max_context = target.config().max_position;
-        Engine { target, drafter, max_context, costs: OnceLock::new(), rates: Mutex::default() }
+        Engine {
+            target,
+            drafter,
+            max_context,
+            costs: OnceLock::new(),
+            rates: Mutex::default(),
+            prefixes: Mutex::new(Prefixes::new(0)),
+        }
     }
 
     /// Limits prompt and answer together; never above what the target was made for.
@@ -84,6 +93,15 @@ impl<K: Kernels> Engine<K> {
         self
     }
 
+    /// Keeps the caches of finished sequences, up to `bytes` in all, for requests that begin with the same tokens.
+    /// Sequences with a draft neither use nor leave one: the draft would miss the features of the shared part.
+    pub fn with_prefix_cache(mut self, bytes: usize) -> Engine<K> {
+        let config = self.target.config();
+        let per_token = 2 * size_of::<f32>() * config.kv_width() * config.num_layers;
+        self.prefixes = Mutex::new(Prefixes::new(bytes / per_token.max(1)));
+        self
+    }
+
     /// What passes cost here; measured at the first call, in about a second.
     pub fn costs(&self) -> &Costs {
         self.costs.get_or_init(|| calibrate::measure(&self.target, self.drafter.as_deref()))
@@ -103,8 +121,7 @@ impl<K: Kernels> Engine<K> {
         while session.finish.is_none() {
             self.step(std::slice::from_mut(&mut session), &mut |_, event| on_token(event));
         }
-        self.remember(&session);
-        Ok(session.finish())
+        Ok(self.end(session))
     }
 
     /// Generates many answers with continuous batching: a finished sequence's place is taken by the next request.
@@ -141,8 +158,7 @@ impl<K: Kernels> Engine<K> {
             while i < running.len() {
                 if running[i].finish.is_some() {
                     let (session, id) = (running.swap_remove(i), ids.swap_remove(i));
-                    self.remember(&session);
-                    if on_done(id, session.finish()).is_break() {
+                    if on_done(id, self.end(session)).is_break() {
                         return Ok(());
                     }
                 } else {
@@ -176,8 +192,12 @@ impl<K: Kernels> Engine<K> {
                 grown: Grown::default(),
             }
         });
+        let shared = match &drafter {
+            None => self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).take(prompt_ids),
+            Some(_) => None,
+        };
         Ok(Session {
-            kv: self.target.new_kv(),
+            kv: shared.unwrap_or_else(|| self.target.new_kv()),
             drafter,
             auto,
             tokens: prompt_ids.to_vec(),
@@ -191,11 +211,17 @@ impl<K: Kernels> Engine<K> {
         })
     }
 
-    /// Keeps what a finished sequence learnt about its proposals.
-    fn remember(&self, session: &Session<'_, K>) {
+    /// Ends a sequence and keeps what the next ones can use: its cache, and what it learnt about its proposals.
+    fn end(&self, session: Session<'_, K>) -> Generation {
         if let Some(auto) = &session.auto {
             *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
         }
+        let alone = session.drafter.is_none();
+        let (generation, tokens, kv) = session.finish();
+        if alone {
+            self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).keep(tokens, kv);
+        }
+        generation
     }
 
     /// Runs the head on the rows `wanted` of a step; full logits only for those that are sampled.

@@ -10,6 +10,7 @@ mod drafter;
 mod eagle;
 mod engine;
 mod lookup;
+mod prefix;
 mod session;
 
 pub use auto::Costs;

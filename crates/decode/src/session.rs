@@ -125,14 +125,16 @@ impl<K: Kernels> Session<'_, K> {
         by_limit.min(context.saturating_sub(self.tokens.len()))
     }
 
-    pub(crate) fn finish(self) -> Generation {
+    /// The answer, and the tokens and cache of the sequence.
+    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>) {
         let now = std::time::Instant::now();
-        Generation {
+        let generation = Generation {
             token_ids: self.tokens[self.prompt_len..].to_vec(),
             finish_reason: self.finish.unwrap_or(FinishReason::Cancelled),
             stats: self.stats,
             prefill: self.prefill,
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
-        }
+        };
+        (generation, self.tokens, self.kv)
     }
 }

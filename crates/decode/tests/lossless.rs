@@ -331,6 +331,35 @@ fn requests_in_a_batch_get_the_text_they_get_alone() {
 }
 
 #[test]
+fn a_turn_that_begins_like_an_earlier_one_gets_the_text_of_a_fresh_engine() {
+    let target = target();
+    let fresh = Engine::new(Arc::clone(&target), None);
+    let keeping = Engine::new(Arc::clone(&target), None).with_prefix_cache(64 << 20);
+    for sampling in [Sampling::GREEDY, SEEDED] {
+        for row in rows() {
+            let mut text = row.prompt.clone();
+            for turn in 0..3 {
+                let asked = options(DraftPlan::None, sampling, 12);
+                let wanted = run(&fresh, &text, &asked);
+                assert_eq!(run(&keeping, &text, &asked).token_ids, wanted.token_ids, "turn {turn}");
+                // The next turn repeats everything; the one after that differs inside the answer.
+                text.extend(&wanted.token_ids);
+                if turn == 1 {
+                    let at = text.len() - 2;
+                    text[at] = 5;
+                }
+                text.extend([7, 8, 9]);
+            }
+        }
+    }
+    // A cache without room keeps nothing and still answers.
+    let none = Engine::new(target, None).with_prefix_cache(1);
+    let row = rows().remove(0);
+    let asked = options(DraftPlan::None, Sampling::GREEDY, 12);
+    assert_eq!(run(&none, &row.prompt, &asked).token_ids, run(&fresh, &row.prompt, &asked).token_ids);
+}
+
+#[test]
 fn limits_end_a_generation_inside_an_accepted_prefix() {
     let target = target();
     let plain = Engine::new(Arc::clone(&target), None);

@@ -104,7 +104,7 @@ impl<'a> StepMask<'a> {
 /// Device memory of activations.
 pub trait Buffer: Send + Sync + Default {
     /// Gives the memory up for a later [`Kernels::scratch`]; what is left is empty.
-    fn recycle(&mut self);
+    fn give_back(&mut self);
 }
 
 /// Operations for decoding and capture. See the contract at the top of the crate.

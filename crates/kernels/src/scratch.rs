@@ -42,7 +42,7 @@ pub(crate) fn take(len: usize) -> Vec<f32> {
 }
 
 impl Buffer for Vec<f32> {
-    fn recycle(&mut self) {
+    fn give_back(&mut self) {
         let buffer = std::mem::take(self);
         // Gone at the end of a thread, when the list itself is gone.
         let _ = FREE.try_with(|free| {
@@ -64,14 +64,15 @@ mod tests {
     fn memory_comes_back_for_the_same_and_for_smaller_sizes() {
         let mut first = take(1000);
         let place = first.as_ptr();
-        first.recycle();
+        first.give_back();
         assert!(first.is_empty());
         let again = take(900);
         assert_eq!((again.len(), again.as_ptr()), (900, place));
         let mut small = again;
-        small.recycle();
+        small.give_back();
         // A tiny request does not take a large buffer.
-        assert_ne!(take(10).as_ptr(), place);
-        assert_eq!(take(1000).as_ptr(), place);
+        let (tiny, large) = (take(10), take(1000));
+        assert_ne!(tiny.as_ptr(), place);
+        assert_eq!(large.as_ptr(), place);
     }
 }

@@ -597,17 +597,17 @@ impl Eagle3 {
         let u = ops.concat(&[&e, &n]); // [R, 2H]
         // [R, nh hd], [R, nkv hd] twice
         let [q, k, v] = ops.linears(&u, [(&w.q_proj, None), (&w.k_proj, None), (&w.v_proj, None)]);
-        let q = ops.rope(&q, &self.rope, positions);
-        let k = ops.rope(&k, &self.rope, positions);
+        let q = ops.rope(q, &self.rope, positions);
+        let k = ops.rope(k, &self.rope, positions);
         let mixed = attend.attend(ops, q, k, v); // [R, nh hd]
         let o = ops.linear(&mixed, &w.o_proj, None); // [R, H]
         // The residual is the raw hidden input, not the normalised one [eagle3 §2.2].
-        let h1 = ops.add(hidden, &o);
+        let h1 = ops.add(hidden.clone(), &o);
         let n = ops.rms_norm(&h1, &w.post_norm, eps);
         let [gate, up] = ops.linears(&n, [(&w.gate_proj, None), (&w.up_proj, None)]); // [R, I] each
-        let act = ops.gated(Activation::Silu, &gate, &up);
+        let act = ops.gated(Activation::Silu, gate, &up);
         let down = ops.linear(&act, &w.down_proj, None); // [R, H]
-        ops.add(&h1, &down)
+        ops.add(h1, &down)
     }
 
     /// Final norm: layer output `[R, H]` → input of the head `[R, H]`.

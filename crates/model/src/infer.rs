@@ -18,7 +18,7 @@ pub struct Rows<B: Buffer> {
 
 impl<B: Buffer> Drop for Rows<B> {
     fn drop(&mut self) {
-        self.buf.recycle();
+        self.buf.give_back();
     }
 }
 
@@ -56,10 +56,21 @@ impl<'k, K: Kernels> Infer<'k, K> {
         out
     }
 
-    fn copy(&self, x: &Rows<K::Buf>) -> K::Buf {
+    /// The value itself if nobody else holds it, else a copy.
+    fn own(&self, mut x: Arc<Rows<K::Buf>>) -> Arc<Rows<K::Buf>> {
+        if Arc::get_mut(&mut x).is_some() {
+            return x;
+        }
         let mut buf = self.kernels.scratch(x.rows * x.width);
         self.kernels.slice_cols(&x.buf, x.width, 0, x.width, x.rows, &mut buf);
-        buf
+        self.wrap(buf, x.rows, x.width)
+    }
+
+    /// Changes a value in place, or its copy if others hold it.
+    fn change(&self, x: Arc<Rows<K::Buf>>, change: impl FnOnce(&K, &mut K::Buf)) -> Arc<Rows<K::Buf>> {
+        let mut x = self.own(x);
+        change(self.kernels, &mut Arc::get_mut(&mut x).expect("just made the only owner").buf);
+        x
     }
 
     fn wrap(&self, buf: K::Buf, rows: usize, width: usize) -> Arc<Rows<K::Buf>> {
@@ -121,22 +132,17 @@ impl<K: Kernels> Ops for Infer<'_, K> {
         self.norm(x, w, head_dim, eps)
     }
 
-    fn rope(&mut self, x: &Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T {
-        let mut y = self.copy(x);
-        self.kernels.rope(&mut y, x.width / table.head_dim(), table, positions);
-        self.wrap(y, x.rows, x.width)
+    fn rope(&mut self, x: Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T {
+        let heads = x.width / table.head_dim();
+        self.change(x, |kernels, x| kernels.rope(x, heads, table, positions))
     }
 
-    fn gated(&mut self, activation: Activation, gate: &Self::T, up: &Self::T) -> Self::T {
-        let mut y = self.copy(gate);
-        self.kernels.gated(activation, &mut y, &up.buf);
-        self.wrap(y, gate.rows, gate.width)
+    fn gated(&mut self, activation: Activation, gate: Self::T, up: &Self::T) -> Self::T {
+        self.change(gate, |kernels, gate| kernels.gated(activation, gate, &up.buf))
     }
 
-    fn add(&mut self, a: &Self::T, b: &Self::T) -> Self::T {
-        let mut y = self.copy(a);
-        self.kernels.add(&mut y, &b.buf);
-        self.wrap(y, a.rows, a.width)
+    fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T {
+        self.change(a, |kernels, a| kernels.add(a, &b.buf))
     }
 
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T {

@@ -32,11 +32,11 @@ pub trait Ops {
     /// RMS norm over each head of `head_dim` values (Qwen3, Gemma 3).
     fn head_norm(&mut self, x: &Self::T, w: &Self::N, head_dim: usize, eps: f32) -> Self::T;
     /// RoPE on all heads of each row; `positions: [rows]`.
-    fn rope(&mut self, x: &Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T;
+    fn rope(&mut self, x: Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T;
     /// `act(gate) * up`.
-    fn gated(&mut self, activation: Activation, gate: &Self::T, up: &Self::T) -> Self::T;
+    fn gated(&mut self, activation: Activation, gate: Self::T, up: &Self::T) -> Self::T;
     /// `a + b`.
-    fn add(&mut self, a: &Self::T, b: &Self::T) -> Self::T;
+    fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T;
     /// Columns side by side.
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T;
     /// Columns `from..from + width` of each row.

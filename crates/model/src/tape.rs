@@ -634,29 +634,29 @@ impl<K: TrainKernels> Ops for Tape<K> {
         self.push(Op::Norm { x: *x, w: *w, group: head_dim, eps }, rows, width, y, &[*x])
     }
 
-    fn rope(&mut self, x: &Var, table: &Arc<RopeTable>, positions: &[u32]) -> Var {
-        let (rows, width) = self.shape(*x);
+    fn rope(&mut self, x: Var, table: &Arc<RopeTable>, positions: &[u32]) -> Var {
+        let (rows, width) = self.shape(x);
         assert_eq!(rows, positions.len(), "one position per row");
         let heads = width / table.head_dim();
         let mut y = self.buffer(rows, width);
-        self.kernels.rotate(self.value(*x), table, positions, heads, Rotation::Forward, &mut y);
-        let op = Op::Rope { x: *x, table: Arc::clone(table), positions: positions.to_vec(), heads };
-        self.push(op, rows, width, y, &[*x])
+        self.kernels.rotate(self.value(x), table, positions, heads, Rotation::Forward, &mut y);
+        let op = Op::Rope { x, table: Arc::clone(table), positions: positions.to_vec(), heads };
+        self.push(op, rows, width, y, &[x])
     }
 
-    fn gated(&mut self, activation: Activation, gate: &Var, up: &Var) -> Var {
-        let (rows, width) = self.shape(*gate);
+    fn gated(&mut self, activation: Activation, gate: Var, up: &Var) -> Var {
+        let (rows, width) = self.shape(gate);
         let mut y = self.buffer(rows, width);
-        self.kernels.gate(activation, self.value(*gate), self.value(*up), rows * width, &mut y);
-        self.push(Op::Gate { activation, gate: *gate, up: *up }, rows, width, y, &[*gate, *up])
+        self.kernels.gate(activation, self.value(gate), self.value(*up), rows * width, &mut y);
+        self.push(Op::Gate { activation, gate, up: *up }, rows, width, y, &[gate, *up])
     }
 
-    fn add(&mut self, a: &Var, b: &Var) -> Var {
-        let (rows, width) = self.shape(*a);
+    fn add(&mut self, a: Var, b: &Var) -> Var {
+        let (rows, width) = self.shape(a);
         assert_eq!((rows, width), self.shape(*b), "sums have one shape");
         let mut y = self.buffer(rows, width);
-        self.kernels.sum(self.value(*a), self.value(*b), rows * width, &mut y);
-        self.push(Op::Add { a: *a, b: *b }, rows, width, y, &[*a, *b])
+        self.kernels.sum(self.value(a), self.value(*b), rows * width, &mut y);
+        self.push(Op::Add { a, b: *b }, rows, width, y, &[a, *b])
     }
 
     fn concat(&mut self, parts: &[&Var]) -> Var {

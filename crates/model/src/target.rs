@@ -53,12 +53,12 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     config: &TargetConfig,
     layer: usize,
     w: &LayerWeights<O::W, O::N>,
-    hidden: &O::T,
+    hidden: O::T,
     positions: &[u32],
     attend: &mut A,
 ) -> O::T {
     let eps = config.rms_norm_eps;
-    let n = ops.rms_norm(hidden, &w.input_norm, eps);
+    let n = ops.rms_norm(&hidden, &w.input_norm, eps);
     let bias = |i: usize| w.bias.as_ref().map(|b| &b[i]);
     // [R, heads * dim], [R, kv_heads * dim] twice
     let [mut q, mut k, v] = ops.linears(&n, [(&w.q, bias(0)), (&w.k, bias(1)), (&w.v, bias(2))]);
@@ -70,8 +70,8 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
         (Some(local), Some(_)) => local,
         _ => &config.rope,
     };
-    let q = ops.rope(&q, rope, positions);
-    let k = ops.rope(&k, rope, positions);
+    let q = ops.rope(q, rope, positions);
+    let k = ops.rope(k, rope, positions);
     let mixed = attend.attend(ops, q, k, v); // [R, heads * dim]
     let mut o = ops.linear(&mixed, &w.o, None); // [R, Ht]
     if let Some(norm) = &w.attention_post_norm {
@@ -80,12 +80,12 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     let hidden = ops.add(hidden, &o);
     let n = ops.rms_norm(&hidden, &w.mlp_norm, eps);
     let [gate, up] = ops.linears(&n, [(&w.gate, None), (&w.up, None)]);
-    let act = ops.gated(config.activation, &gate, &up);
+    let act = ops.gated(config.activation, gate, &up);
     let mut down = ops.linear(&act, &w.down, None); // [R, Ht]
     if let Some(norm) = &w.mlp_post_norm {
         down = ops.rms_norm(&down, norm, eps);
     }
-    ops.add(&hidden, &down)
+    ops.add(hidden, &down)
 }
 
 /// Keys and values of one sequence in all layers.
@@ -277,7 +277,7 @@ impl<K: Kernels> Target<K> {
                 })
                 .collect();
             let mut attend = CacheAttend { segments, head_dim: self.config.head_dim };
-            hidden = decoder_layer(&mut ops, &self.config, l, weights, &hidden, &positions, &mut attend);
+            hidden = decoder_layer(&mut ops, &self.config, l, weights, hidden, &positions, &mut attend);
             for (slot, id) in captured.iter_mut().zip(capture) {
                 if id.0 as usize == l {
                     *slot = Some(Arc::clone(&hidden));

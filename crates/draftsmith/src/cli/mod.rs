@@ -10,7 +10,9 @@ use std::path::Path;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-pub use decode::{Bench, BenchDecode, BenchKernels, BenchVerb, Choosing, Drafting, Generate, PeerKind, Quickstart};
+pub use decode::{
+    Bench, BenchDecode, BenchKernels, BenchVerb, Choosing, Drafting, Generate, PeerKind, Quickstart,
+};
 pub use stages::{
     Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb,
     Regenerate, Run, RunArgs, Status, Train,

@@ -28,6 +28,9 @@ use crate::Error;
 use crate::engine::engine;
 use crate::report::{Report, Unit};
 
+/// Caches of answered turns that are kept for the next turns of their dialogues.
+const PREFIX_CACHE_BYTES: usize = 256 << 20;
+
 /// One line of `answers.jsonl`.
 #[derive(Serialize, Deserialize)]
 struct AnswerLine {
@@ -131,7 +134,7 @@ impl Run<'_> {
     ) -> Result<(), Error> {
         let table = &self.file.regenerate;
         let target = self.target()?;
-        let engine = engine(target, None);
+        let engine = engine(target, None).with_prefix_cache(PREFIX_CACHE_BYTES);
         let context = target.target.config().max_position;
         let options = RegenerateOptions {
             max_new_tokens: table.max_new_tokens as usize,

@@ -120,7 +120,7 @@ impl Kernels for Cpu {
     }
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
-        PackedWeight::pack(name, weight, mode)
+        PackedWeight::pack(&self.pool, name, weight, mode)
     }
 
     fn matmuls(

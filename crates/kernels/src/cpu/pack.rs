@@ -7,8 +7,9 @@
 
 use memmap2::MmapMut;
 
+use crate::pool::SendPtr;
 use crate::quant::{self, Block32};
-use crate::{KernelError, PackMode, WeightDtype, WeightView};
+use crate::{KernelError, PackMode, Pool, WeightDtype, WeightView};
 
 /// Outputs per panel.
 pub(crate) const LANES: usize = 16;
@@ -115,7 +116,12 @@ impl PackedWeight {
         PackedWeight { out_features, in_features, body, data }
     }
 
-    pub(crate) fn pack(name: &str, w: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
+    pub(crate) fn pack(
+        pool: &Pool,
+        name: &str,
+        w: &WeightView<'_>,
+        mode: PackMode,
+    ) -> Result<PackedWeight, KernelError> {
         w.check(name)?;
         let blocks = match (mode, w.dtype) {
             (PackMode::F32, _) => false,
@@ -124,40 +130,56 @@ impl PackedWeight {
             // Rows that are not whole blocks stay floats.
             (PackMode::Q8, _) => w.in_features.is_multiple_of(32),
         };
-        Ok(if blocks { Self::pack_blocks(w) } else { Self::pack_floats(w, mode) })
+        Ok(if blocks { Self::pack_blocks(pool, w) } else { Self::pack_floats(pool, w, mode) })
     }
 
-    fn pack_floats(w: &WeightView<'_>, mode: PackMode) -> PackedWeight {
+    /// Lets `fill` write every panel: its first output and its bytes.
+    fn fill_panels(&mut self, pool: &Pool, fill: &(dyn Fn(usize, &mut [u8]) + Sync)) {
+        let (panels, panel_bytes) = (self.panels(), self.panel_bytes());
+        let data = SendPtr(self.data.as_mut_ptr());
+        // Panels in runs, so that a task writes whole pages.
+        let run = panels.div_ceil(pool.threads() * 4).max(1);
+        pool.run(panels.div_ceil(run), &|task| {
+            for panel in task * run..((task + 1) * run).min(panels) {
+                // SAFETY: panel `panel` lies inside the data; tasks take disjoint panels.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts_mut(data.get().add(panel * panel_bytes), panel_bytes)
+                };
+                fill(panel * LANES, bytes);
+            }
+        });
+    }
+
+    fn pack_floats(pool: &Pool, w: &WeightView<'_>, mode: PackMode) -> PackedWeight {
         let kind = match (mode, w.dtype) {
             (PackMode::Stored, WeightDtype::F16) => FloatKind::F16,
             (PackMode::Stored, WeightDtype::Bf16) => FloatKind::Bf16,
             _ => FloatKind::F32,
         };
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
-        let (panel_bytes, in_features, size) = (packed.panel_bytes(), w.in_features, kind.bytes());
-        let mut row = vec![0.0f32; in_features];
-        let data = &mut packed.data[..];
-        for o in 0..w.out_features {
-            let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
-            let lane = o % LANES;
-            if kind == FloatKind::F32 {
-                quant::dequantize_row(w, o, &mut row);
-                for (k, v) in row.iter().enumerate() {
-                    let at = (k * LANES + lane) * 4;
-                    panel[at..at + 4].copy_from_slice(&v.to_ne_bytes());
-                }
-            } else {
-                let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
-                for (k, v) in stored.chunks_exact(size).enumerate() {
-                    let at = (k * LANES + lane) * size;
-                    panel[at..at + size].copy_from_slice(v);
+        let (in_features, size) = (w.in_features, kind.bytes());
+        packed.fill_panels(pool, &|first, panel| {
+            let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
+            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
+                if kind == FloatKind::F32 {
+                    quant::dequantize_row(w, o, &mut row);
+                    for (k, v) in row.iter().enumerate() {
+                        let at = (k * LANES + lane) * 4;
+                        panel[at..at + 4].copy_from_slice(&v.to_ne_bytes());
+                    }
+                } else {
+                    let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
+                    for (k, v) in stored.chunks_exact(size).enumerate() {
+                        let at = (k * LANES + lane) * size;
+                        panel[at..at + size].copy_from_slice(v);
+                    }
                 }
             }
-        }
+        });
         packed
     }
 
-    fn pack_blocks(w: &WeightView<'_>) -> PackedWeight {
+    fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
         let format = match w.dtype {
             WeightDtype::Q4_0 => {
                 BlockFormat { four_bit: true, half: true, two_scales: false, mins: false, zero: 8 }
@@ -180,58 +202,56 @@ impl PackedWeight {
         };
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
-        let (panel_bytes, record_bytes, vector_bytes) =
-            (packed.panel_bytes(), format.record_bytes(), format.vector_bytes());
-        let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
-        let data = &mut packed.data[..];
-        for o in 0..w.out_features {
-            let lane = o % LANES;
-            let panel = &mut data[o / LANES * panel_bytes..(o / LANES + 1) * panel_bytes];
-            if is_float {
-                quant::dequantize_row(w, o, &mut values);
-            }
-            let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
-            for b in 0..w.in_features / 32 {
-                let block = if is_float {
-                    let mut quants = [0i8; 32];
-                    let scale = quant::quantize_block(&values[b * 32..b * 32 + 32], &mut quants);
-                    Block32 { quants, scales: [scale; 2], min: 0.0 }
-                } else {
-                    quant::block32(w.dtype, stored, b)
-                };
-                let record = &mut panel[b * record_bytes..(b + 1) * record_bytes];
-                let mut at = 0;
-                let mut put = |v: f32, record: &mut [u8]| {
-                    if format.half {
-                        let slot = at + lane * 2;
-                        // Exact: the value came from an f16 of the file.
-                        record[slot..slot + 2]
-                            .copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
+        let (record_bytes, vector_bytes) = (format.record_bytes(), format.vector_bytes());
+        packed.fill_panels(pool, &|first, panel| {
+            let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
+            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
+                if is_float {
+                    quant::dequantize_row(w, o, &mut values);
+                }
+                let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
+                for b in 0..w.in_features / 32 {
+                    let block = if is_float {
+                        let mut quants = [0i8; 32];
+                        let scale = quant::quantize_block(&values[b * 32..b * 32 + 32], &mut quants);
+                        Block32 { quants, scales: [scale; 2], min: 0.0 }
                     } else {
-                        let slot = at + lane * 4;
-                        record[slot..slot + 4].copy_from_slice(&v.to_ne_bytes());
+                        quant::block32(w.dtype, stored, b)
+                    };
+                    let record = &mut panel[b * record_bytes..(b + 1) * record_bytes];
+                    let mut at = 0;
+                    let mut put = |v: f32, record: &mut [u8]| {
+                        if format.half {
+                            let slot = at + lane * 2;
+                            // Exact: the value came from an f16 of the file.
+                            record[slot..slot + 2]
+                                .copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
+                        } else {
+                            let slot = at + lane * 4;
+                            record[slot..slot + 4].copy_from_slice(&v.to_ne_bytes());
+                        }
+                        at += vector_bytes;
+                    };
+                    put(block.scales[0], record);
+                    if format.two_scales {
+                        put(block.scales[1], record);
                     }
-                    at += vector_bytes;
-                };
-                put(block.scales[0], record);
-                if format.two_scales {
-                    put(block.scales[1], record);
-                }
-                if format.mins {
-                    put(block.min, record);
-                }
-                let quants = &mut record[at..];
-                for (k, q) in block.quants.iter().enumerate() {
-                    let (group, i) = (k / 4, k % 4);
-                    if format.four_bit {
-                        let byte = (i32::from(*q) + format.zero) as u8;
-                        quants[group / 2 * 64 + lane * 4 + i] |= byte << (group % 2 * 4);
-                    } else {
-                        quants[group * 64 + lane * 4 + i] = *q as u8;
+                    if format.mins {
+                        put(block.min, record);
+                    }
+                    let quants = &mut record[at..];
+                    for (k, q) in block.quants.iter().enumerate() {
+                        let (group, i) = (k / 4, k % 4);
+                        if format.four_bit {
+                            let byte = (i32::from(*q) + format.zero) as u8;
+                            quants[group / 2 * 64 + lane * 4 + i] |= byte << (group % 2 * 4);
+                        } else {
+                            quants[group * 64 + lane * 4 + i] = *q as u8;
+                        }
                     }
                 }
             }
-        }
+        });
         packed
     }
 
