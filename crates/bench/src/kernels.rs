@@ -16,6 +16,32 @@ pub trait KernelRunner {
     fn prefill(&mut self, tokens: usize) -> Result<Duration, BoxError>;
     /// Decoding of `tokens` tokens, one per pass, behind a context of `context_tokens`.
     fn decode(&mut self, context_tokens: usize, tokens: usize) -> Result<Duration, BoxError>;
+    /// What the machine can do at best, and what a pass needs.
+    fn limits(&mut self) -> Option<Limits> {
+        None
+    }
+}
+
+/// What bounds a pass: bytes over bandwidth, operations over peak.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Limits {
+    /// Read by all threads from memory, measured.
+    pub read_gb_per_s: f64,
+    /// Multiply-adds of all threads with 4-bit weights in the nearest caches, measured; `None` for float weights.
+    pub dot_gmac_per_s: Option<f64>,
+    /// Weights that a pass reads.
+    pub weight_bytes: usize,
+    /// Multiply-adds with weights per row.
+    pub macs_per_row: usize,
+}
+
+impl Limits {
+    /// Least milliseconds of a pass of `m` rows.
+    pub fn floor_ms(&self, m: usize) -> f64 {
+        let memory = self.weight_bytes as f64 / self.read_gb_per_s / 1e6;
+        let dots = self.dot_gmac_per_s.map_or(0.0, |rate| (self.macs_per_row * m) as f64 / rate / 1e6);
+        memory.max(dots)
+    }
 }
 
 /// How much to measure.
@@ -81,6 +107,8 @@ pub struct KernelReport {
     pub target: ArtifactInfo,
     /// Where it was run.
     pub machine: Machine,
+    /// What bounds a pass here.
+    pub limits: Option<Limits>,
     /// Raw times of the passes.
     pub step_samples: Vec<StepTimes>,
     /// Raw times of the prefills, nanoseconds.
@@ -145,6 +173,7 @@ pub fn run_kernels(
         decode_samples_ns
             .push(ns(runner.decode(options.context_tokens, options.decode_tokens).map_err(failed)?));
     }
+    let limits = runner.limits();
     let rate = |tokens: usize, samples: &[u64]| {
         let rates: Vec<f64> = samples.iter().map(|ns| tokens as f64 * 1e9 / (*ns).max(1) as f64).collect();
         median(&rates).unwrap_or(0.0)
@@ -157,6 +186,7 @@ pub fn run_kernels(
         threads,
         target,
         machine,
+        limits,
         step_samples,
         prefill_samples_ns,
         decode_samples_ns,
@@ -166,15 +196,34 @@ pub fn run_kernels(
 /// Aligned text of a kernel report: `t(m)`, its ratio to `t(1)`, and what it means per token.
 pub fn kernels_text(report: &KernelReport) -> String {
     let one = report.t_ms.get(1);
-    let mut out = String::from("   m     t(m) ms   t(m)/t(1)   ms/token   rounds\n");
+    let mut out = String::from("   m     t(m) ms   t(m)/t(1)   ms/token   rounds");
+    out.push_str(if report.limits.is_some() { "   floor ms    GB/s   GMAC/s\n" } else { "\n" });
     for step in &report.step_samples {
         let Some(ms) = step.median_ms() else { continue };
         let ratio = one.map_or_else(|| "–".into(), |one| format!("{:.2}", ms / one));
         out.push_str(&format!(
-            "{:4}  {ms:10.3}  {ratio:>10}  {:9.3}  {:7}\n",
+            "{:4}  {ms:10.3}  {ratio:>10}  {:9.3}  {:7}",
             step.m,
             ms / step.m as f64,
             step.ns.len()
+        ));
+        if let Some(limits) = &report.limits {
+            out.push_str(&format!(
+                "  {:9.3}  {:6.1}  {:7.1}",
+                limits.floor_ms(step.m),
+                limits.weight_bytes as f64 / ms / 1e6,
+                (limits.macs_per_row * step.m) as f64 / ms / 1e6,
+            ));
+        }
+        out.push('\n');
+    }
+    if let Some(limits) = &report.limits {
+        let dots = limits.dot_gmac_per_s.map_or_else(String::new, |rate| format!(", {rate:.0} GMAC/s"));
+        out.push_str(&format!(
+            "limits: {:.1} GB/s from memory{dots}; a pass reads {:.1} MB and makes {:.1} M multiply-adds a row\n",
+            limits.read_gb_per_s,
+            limits.weight_bytes as f64 / 1e6,
+            limits.macs_per_row as f64 / 1e6,
         ));
     }
     out.push_str(&format!(

@@ -4,13 +4,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use draftsmith_bench::kernels::KernelRunner;
+use draftsmith_bench::kernels::{KernelRunner, Limits};
 use draftsmith_bench::record::{Drafting, Finish, Machine};
 use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
 use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith_kernels::Cpu;
-use draftsmith_model::{StepItem, Target};
+use draftsmith_model::{Precision, StepItem, Target};
 use draftsmith_text::{Message, RenderOptions};
 
 use crate::engine::LoadedTarget;
@@ -188,6 +188,7 @@ pub fn machine(kernels: &Cpu) -> Machine {
 /// Timed passes of a target over made-up tokens: the cost of a pass depends on their number alone.
 pub struct TargetPasses {
     target: Arc<Target<Cpu>>,
+    precision: Precision,
     /// The context of the last pass; rolled back instead of computed again.
     kv: Option<draftsmith_model::TargetKv<Cpu>>,
 }
@@ -195,7 +196,7 @@ pub struct TargetPasses {
 impl TargetPasses {
     /// Passes of this target.
     pub fn new(target: &LoadedTarget) -> TargetPasses {
-        TargetPasses { target: Arc::clone(&target.target), kv: None }
+        TargetPasses { target: Arc::clone(&target.target), precision: target.precision, kv: None }
     }
 
     fn tokens(&self, count: usize, from: usize) -> Vec<u32> {
@@ -232,7 +233,20 @@ impl TargetPasses {
     }
 }
 
+/// Memory that is read to measure its bandwidth: more than a pass reads, and than most caches hold.
+const READ_BYTES: usize = 256 << 20;
+
 impl KernelRunner for TargetPasses {
+    fn limits(&mut self) -> Option<Limits> {
+        let kernels = self.target.kernels();
+        Some(Limits {
+            read_gb_per_s: kernels.read_rate(READ_BYTES) / 1e9,
+            dot_gmac_per_s: (self.precision == Precision::Stored).then(|| kernels.dot_rate() / 1e9),
+            weight_bytes: self.target.pass_bytes(),
+            macs_per_row: self.target.pass_macs(),
+        })
+    }
+
     fn step(&mut self, context_tokens: usize, m: usize) -> Result<Duration, BoxError> {
         let mut kv = self.context(context_tokens);
         // Every row of a verify pass is asked for its choice.

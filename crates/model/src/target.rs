@@ -308,6 +308,23 @@ impl<K: Kernels> Target<K> {
     }
 }
 
+impl Target<draftsmith_kernels::Cpu> {
+    /// Bytes of weights that a pass reads, whatever its number of rows: all layers and the head.
+    pub fn pass_bytes(&self) -> usize {
+        self.pass_weights().map(|w| w.packed.bytes()).sum()
+    }
+
+    /// Multiply-adds with weights per row of a pass.
+    pub fn pass_macs(&self) -> usize {
+        self.pass_weights().map(|w| w.out_features * w.in_features).sum()
+    }
+
+    fn pass_weights(&self) -> impl Iterator<Item = &Linear<draftsmith_kernels::PackedWeight>> {
+        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+        layers.chain([&self.head]).map(Arc::as_ref)
+    }
+}
+
 /// Weights of a target as plain f32, for training: the frozen embedding and head, and the last decoder layer, from
 /// which a draft can start.
 pub struct TargetTensors {

@@ -68,6 +68,9 @@ pub struct Generate {
     /// Longest answer in tokens.
     #[arg(long, value_name = "M", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
+    /// End the answer before this text; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub choosing: Choosing,
@@ -145,6 +148,41 @@ pub struct Bench {
 pub enum BenchVerb {
     Kernels(BenchKernels),
     Decode(BenchDecode),
+    Identity(BenchIdentity),
+}
+
+/// Proves that the text does not depend on how it is decoded: plain, from repetitions, with chains and a tree of the
+/// draft; alone and in a batch; with every thread count.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bench identity --target REF --bundle DIR --workload recipes/data/eval/mtbench.jsonl --limit 10\n  \
+    draftsmith bench identity --target REF --bundle DIR --workload FILE --temperature 0.8 --top-p 0.95 --json out.json\n\n\
+    Ends with 1 if any text differs. JSON: identical, ways, prompts (id, sha256 of the token ids), differences.")]
+pub struct BenchIdentity {
+    /// The target: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// The draft; without one only plain decoding and repetitions are compared.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// Prompts, the first turn of each row; may be given several times.
+    #[arg(long, value_name = "FILE.jsonl", required = true)]
+    pub workload: Vec<PathBuf>,
+    /// Rows per file (default: all).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub new_tokens: u32,
+    /// Thread counts.
+    #[arg(long, value_name = "1,2", value_delimiter = ',', default_values_t = [1, 2], value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Vec<u32>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub choosing: Choosing,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
 }
 
 /// Engines to compare with.
@@ -212,6 +250,9 @@ pub struct BenchKernels {
     /// Compute on the weights expanded to 32-bit floats.
     #[arg(long)]
     pub f32: bool,
+    /// Context behind every pass, in tokens (default: 256, or half of what the model can).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Option<u32>,
     /// Write one JSON object to a file, or print it if none is named.
     #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,

@@ -30,6 +30,7 @@ pub(crate) fn run(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     match &args.verb {
         Some(cli::BenchVerb::Kernels(args)) => kernels(args, session),
         Some(cli::BenchVerb::Decode(args)) => super::bench_decode::run(args, session),
+        Some(cli::BenchVerb::Identity(args)) => super::bench_identity::run(args, session),
         None => workloads(args, session),
     }
 }
@@ -158,8 +159,18 @@ fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
     let mut options = KernelOptions::default();
     // A small model's context may be shorter than what is measured by default.
     options.prefill_tokens = options.prefill_tokens.min(context);
-    options.context_tokens = options.context_tokens.min(context / 2);
+    options.context_tokens = args.context.map_or(options.context_tokens.min(context / 2), |c| c as usize);
     options.decode_tokens = options.decode_tokens.min(context / 4);
+    let longest = options.context_tokens + options.decode_tokens.max(32);
+    if longest > context {
+        return Err(Failure::input(
+            format!(
+                "`--context {}` and the passes behind it need {longest} positions, the target has {context}",
+                options.context_tokens
+            ),
+            Some("lower `--context`".to_string()),
+        ));
+    }
     session.printer.begin("bench kernels", None, Unit::Steps);
     let report = run_kernels(
         &mut TargetPasses::new(&target),

@@ -117,38 +117,47 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     if speculative == DraftPlan::Auto {
         engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     }
-    let decode = |draft: DraftPlan, stream: bool| -> Result<Generation, Failure> {
+    let decode = |draft: DraftPlan, stream: bool| -> Result<(Generation, String), Failure> {
         let options = GenerateOptions {
             max_new_tokens: args.max_new_tokens as usize,
             sampling,
             stop_ids: target.stop_ids(),
             draft,
         };
-        let mut decoder = target.text.tokenizer.stream_decoder(true, &[]);
+        let mut decoder = target.text.tokenizer.stream_decoder(true, &args.stop);
+        let mut text = String::new();
         let mut written = Ok(());
-        let done = engine
+        let mut done = engine
             .generate(&prompt, &options, &mut |event| {
+                let chunk = decoder.push(event.id);
                 if stream {
-                    written = printer::out(&decoder.push(event.id).text);
+                    written = printer::out(&chunk.text);
                 }
-                match session.stop.requested() || written.is_err() {
+                text.push_str(&chunk.text);
+                match chunk.stopped || session.stop.requested() || written.is_err() {
                     true => ControlFlow::Break(()),
                     false => ControlFlow::Continue(()),
                 }
             })
             .map_err(Error::from)?;
         written?;
-        if stream {
-            printer::out(&format!("{}\n", decoder.finish().text))?;
+        if decoder.stopped() {
+            // Ended by a stop text, as by a stop id.
+            done.finish_reason = FinishReason::Stop;
         }
+        let rest = decoder.finish().text;
+        if stream {
+            printer::out(&format!("{rest}\n"))?;
+        }
+        text.push_str(&rest);
         if done.finish_reason == FinishReason::Cancelled {
             return Err(Failure::interrupted("interrupted", None));
         }
-        Ok(done)
+        Ok((done, text))
     };
-    let done = decode(speculative, !args.json)?;
+    let (done, text) = decode(speculative, !args.json)?;
     let identical = match args.prove {
-        true => Some(decode(DraftPlan::None, false)?.token_ids == done.token_ids),
+        true => Some(decode(DraftPlan::None, false)?.0.token_ids == done.token_ids),
         false => None,
     };
     let seconds = done.decode.as_secs_f64();
@@ -157,7 +166,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     let accept_len = (speculative != DraftPlan::None).then(|| done.stats.accept_len()).flatten();
     if args.json {
         printer::json(&Answer {
-            text: target.text.tokenizer.decode(&done.token_ids, true),
+            text,
             prompt_ids: prompt,
             token_ids: done.token_ids,
             finish_reason: done.finish_reason.name(),

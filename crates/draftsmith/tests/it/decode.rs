@@ -60,6 +60,68 @@ fn a_seed_gives_the_same_text_and_another_seed_another() {
 }
 
 #[test]
+fn repetitions_of_the_text_are_drafted_without_a_bundle_and_change_nothing() {
+    let home = Home::new();
+    let answer = |more: &[&str]| {
+        let mut args = vec!["generate", "--target"];
+        let tiny = tiny();
+        args.extend([tiny.as_str(), "--prompt", "Calculate 22 + 20.", "--max-new-tokens", "60", "--json"]);
+        args.extend(more);
+        home.run(&args).json()
+    };
+    let (plain, auto) = (answer(&[]), answer(&["--auto", "--prove"]));
+    assert_eq!(plain["token_ids"], auto["token_ids"]);
+    assert_eq!(auto["identical"], true);
+    assert!(auto["accept_len"].as_f64().is_some_and(|a| a >= 1.0), "{auto}");
+    // Costs were measured once and are kept.
+    let kept: Vec<_> = std::fs::read_dir(home.path().join(".cache/draftsmith/costs")).unwrap().collect();
+    assert_eq!(kept.len(), 1);
+}
+
+#[test]
+fn a_stop_text_ends_the_answer_before_it() {
+    let home = Home::new();
+    let answer = |more: &[&str]| {
+        let mut args = vec!["generate", "--target"];
+        let tiny = tiny();
+        args.extend([tiny.as_str(), "--prompt", "Tell me a short story about a cow.", "--json"]);
+        args.extend(more);
+        home.run(&args).json()
+    };
+    let whole = answer(&[])["text"].as_str().unwrap().to_owned();
+    let stop = whole.split_whitespace().nth(3).expect("a story has words").to_owned();
+    let cut = answer(&["--stop", &stop]);
+    assert_eq!(cut["text"].as_str(), whole.split_once(&stop).map(|(before, _)| before));
+    assert_eq!(cut["finish_reason"], "stop");
+}
+
+#[test]
+fn every_way_to_decode_gives_one_text_and_a_peer_that_is_not_there_is_named() {
+    let home = Home::new();
+    home.write(
+        "prompts.jsonl",
+        "{\"id\":\"a\",\"turns\":[\"Calculate 22 + 20.\"]}\n{\"id\":\"b\",\"turns\":[\"Why?\"]}\n",
+    );
+    let tiny = tiny();
+    let identity = ["bench", "identity", "--target", &tiny, "--workload", "prompts.jsonl", "--json"];
+    let output = home.run(&identity).json();
+    assert_eq!(output["identical"], true);
+    assert_eq!(output["prompts"].as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        output["ways"].as_array().map(Vec::len),
+        Some(8),
+        "two ways, alone and batched, 1 and 2 threads"
+    );
+    let decode = ["bench", "decode", "--target", &tiny, "--workload", "prompts.jsonl", "--new-tokens", "8"];
+    let report =
+        home.run(&[&decode[..], &["--batch", "4", "--prefill-tokens", "32", "--json"]].concat()).json();
+    assert!(report["sides"][0]["decode_tokens_per_s"]["value"].as_f64().is_some_and(|r| r > 0.0), "{report}");
+    assert_eq!(report["batch"]["sequences"], 4);
+    let missing = [&decode[..], &["--peer", "llama-cpp-python", "--peer-python", "no-such-python"]].concat();
+    insta::assert_snapshot!(home.snapshot(&missing));
+}
+
+#[test]
 fn messages_come_from_a_file_and_wrong_ones_are_named() {
     let home = Home::new();
     home.write("chat.json", r#"{"messages":[{"role":"user","content":"Calculate 1 + 1."}]}"#);

@@ -359,6 +359,20 @@ pub(crate) fn attention(
     y: &mut [f32],
 ) {
     let prepared: Vec<Prepared<'_>> = parts.iter().map(Prepared::new).collect();
+    // Few queries are shared out in smaller groups if that leaves no thread without work.
+    let group_rows = [ROWS, 2, 1]
+        .into_iter()
+        .find(|rows| {
+            let tasks: usize = parts
+                .iter()
+                .map(|p| {
+                    let kv_heads = p.kv.kv_heads;
+                    kv_heads * (p.mask.new_rows * (heads / kv_heads.max(1))).div_ceil(*rows)
+                })
+                .sum();
+            tasks.is_multiple_of(pool.threads()) || tasks >= 4 * pool.threads()
+        })
+        .unwrap_or(ROWS);
     let mut tasks: Vec<(usize, usize, usize)> = Vec::new();
     for (index, p) in prepared.iter().enumerate() {
         let kv = p.part.kv;
@@ -367,7 +381,7 @@ pub(crate) fn attention(
         assert!(q.len() >= end && y.len() >= end, "attention buffers too short");
         let queries = p.part.mask.new_rows * (heads / kv.kv_heads);
         for kv_head in 0..kv.kv_heads {
-            tasks.extend((0..queries.div_ceil(ROWS)).map(|group| (index, kv_head, group)));
+            tasks.extend((0..queries.div_ceil(group_rows)).map(|group| (index, kv_head, group)));
         }
     }
     let out = SendPtr(y.as_mut_ptr());
@@ -378,8 +392,8 @@ pub(crate) fn attention(
         let width = heads * kv.head_dim;
         // Queries of a key head: row by row, in each row the heads that share it.
         let sharing = heads / kv.kv_heads;
-        let count = ROWS.min(mask.new_rows * sharing - group * ROWS);
-        let row_of = |lane: usize| (group * ROWS + lane) / sharing;
+        let count = group_rows.min(mask.new_rows * sharing - group * group_rows);
+        let row_of = |lane: usize| (group * group_rows + lane) / sharing;
         // Index of a row among the uncommitted ones.
         let node_of = |lane: usize| mask.parents.len() - mask.new_rows + row_of(lane);
         // In a chain the rows before the group are common too; a tree shares the committed part only.
@@ -392,7 +406,7 @@ pub(crate) fn attention(
             let node = node_of(lane);
             tails[lane] = if chain { &p.step_slots[node_of(0)..=node] } else { &p.paths[node] };
             first[lane] = mask.window.map_or(0, |w| (common_end + tails[lane].len()).saturating_sub(w));
-            let head = kv_head * sharing + (group * ROWS + lane) % sharing;
+            let head = kv_head * sharing + (group * group_rows + lane) % sharing;
             let at = (p.part.first_row + row_of(lane)) * width + head * kv.head_dim;
             queries[lane] = q[at..].as_ptr();
             // SAFETY: the head's columns of the row exist; tasks write disjoint parts.

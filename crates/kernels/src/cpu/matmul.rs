@@ -230,6 +230,16 @@ fn with_input<R>(
     }
 }
 
+/// Panels per task: a few tasks per thread even out an unlucky core, and the last round of tasks should leave no thread
+/// without one.
+fn balanced_step(panels: usize, threads: usize, multiple: usize) -> usize {
+    (2..=6)
+        .rev()
+        .map(|per_thread| panels.div_ceil(threads * per_thread).next_multiple_of(multiple).max(1))
+        .min_by_key(|step| panels.div_ceil(*step).div_ceil(threads) * step)
+        .unwrap_or(1)
+}
+
 /// Several products of one input: `ys[i][R, Oᵢ] = x[R, I] · Wᵢᵀ`.
 pub(crate) fn matmuls(
     level: Level,
@@ -252,8 +262,9 @@ pub(crate) fn matmuls(
         })
         .collect();
     let all: usize = weights.iter().map(|w| w.panels()).sum();
-    // A few tasks per thread even out an unlucky core; a multiple of four panels keeps the float path wide.
-    let step = all.div_ceil(pool.threads() * if rows >= 4 { 4 } else { 2 }).next_multiple_of(4);
+    // A multiple of four panels keeps the float path wide.
+    let wide = if weights.iter().any(|w| matches!(w.body, Body::Float(_))) { 4 } else { 1 };
+    let step = balanced_step(all, pool.threads(), wide);
     let tasks = weights.iter().map(|w| w.panels().div_ceil(step)).sum();
     with_input(level, pool, x, rows, weights, |input| {
         pool.run(tasks, &|mut task| {

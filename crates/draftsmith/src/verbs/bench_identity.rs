@@ -1,0 +1,226 @@
+//! `draftsmith bench identity`: one text per prompt, however it is decoded.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use draftsmith::Error;
+use draftsmith::bench::Workload;
+use draftsmith::cli;
+use draftsmith::core::Sampling;
+use draftsmith::decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions};
+use draftsmith::engine::{LoadedTarget, engine, load_draft};
+use draftsmith::formats::hash::sha256_hex;
+use draftsmith::kernels::{Cpu, PackMode};
+use draftsmith::measure::prompt_ids;
+use draftsmith::report::{Report, Unit};
+use draftsmith::text::Message;
+use serde::Serialize;
+
+use super::Session;
+use super::bench::write_json;
+use super::generate::sampling;
+use crate::failure::{Failure, NOT_HELD};
+use crate::printer;
+
+/// Sequences of the batched ways.
+const BATCH: usize = 8;
+
+/// Rows for nothing: repetitions are proposed whenever there are any.
+fn eager() -> Costs {
+    Costs { verify_ms: vec![(1, 1.0), (32, 1.001)], draft_step_ms: 0.001, extend_ms: 0.001 }
+}
+
+/// A way to decode.
+struct Way {
+    name: &'static str,
+    plan: DraftPlan,
+    /// Without a draft: plain, or repetitions of the text alone.
+    alone: bool,
+}
+
+const WAYS: [Way; 5] = [
+    Way { name: "plain", plan: DraftPlan::None, alone: true },
+    Way { name: "n-gram", plan: DraftPlan::Auto, alone: true },
+    Way { name: "chain 3", plan: DraftPlan::Chain { depth: 3 }, alone: false },
+    Way { name: "chain 7", plan: DraftPlan::Chain { depth: 7 }, alone: false },
+    Way { name: "tree 16", plan: DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 }, alone: false },
+];
+
+#[derive(Serialize)]
+struct PromptHash {
+    id: String,
+    /// Of the token ids, in decimal, one blank between two.
+    sha256: String,
+    tokens: usize,
+}
+
+#[derive(Serialize)]
+struct Difference {
+    id: String,
+    way: String,
+    /// First token that differs.
+    at: usize,
+}
+
+#[derive(Serialize)]
+struct Output {
+    identical: bool,
+    ways: Vec<String>,
+    prompts: Vec<PromptHash>,
+    differences: Vec<Difference>,
+    temperature: f32,
+    new_tokens: u32,
+    target_sha256: String,
+    draft_sha256: Option<String>,
+}
+
+struct Job<'a> {
+    engine: &'a Engine<Cpu>,
+    options: GenerateOptions,
+    prompts: &'a [(String, Vec<u32>)],
+    session: &'a Session,
+}
+
+impl Job<'_> {
+    /// Every prompt's tokens.
+    fn one_by_one(&self) -> Result<Vec<Vec<u32>>, Error> {
+        let go_on = |_: &_| match self.session.stop.requested() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        };
+        let mut all = Vec::new();
+        for (_, prompt) in self.prompts {
+            all.push(self.engine.generate(prompt, &self.options, &mut { go_on })?.token_ids);
+            if self.session.stop.requested() {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    fn batched(&self) -> Result<Vec<Vec<u32>>, Error> {
+        let mut queue = self.prompts.iter().enumerate();
+        let mut all = vec![Vec::new(); self.prompts.len()];
+        self.engine.generate_batch(
+            BatchOptions { batch_size: BATCH },
+            &mut || queue.next().map(|(i, (_, prompt))| (i, prompt.clone(), self.options.clone())),
+            &mut |i, done| {
+                all[i] = done.token_ids;
+                match self.session.stop.requested() {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            },
+        )?;
+        Ok(all)
+    }
+}
+
+fn prompts(args: &cli::BenchIdentity, target: &LoadedTarget) -> Result<Vec<(String, Vec<u32>)>, Failure> {
+    let mut prompts = Vec::new();
+    for file in &args.workload {
+        let workload = Workload::read(file, args.limit.map(|l| l as usize)).map_err(Error::from)?;
+        for row in &workload.rows {
+            let mut messages = Vec::new();
+            if let Some(system) = &row.system {
+                messages.push(Message::new("system", system.as_str()));
+            }
+            messages.extend(row.turns.first().map(|turn| Message::new("user", turn.as_str())));
+            prompts.push((format!("{}/{}", workload.name, row.id), prompt_ids(&target.text, &messages)?));
+        }
+    }
+    Ok(prompts)
+}
+
+pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Failure> {
+    let sampling: Sampling = sampling(&args.choosing)?;
+    let mut wanted: Vec<PromptHash> = Vec::new();
+    let mut first: Vec<Vec<u32>> = Vec::new();
+    let mut differences: Vec<Difference> = Vec::new();
+    let mut names: Vec<String> = Vec::new();
+    let mut hashes: BTreeMap<&'static str, Option<String>> = BTreeMap::new();
+    let per_thread_count = 2 * if args.bundle.is_some() { WAYS.len() } else { 2 };
+    session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
+    for threads in &args.threads {
+        let target = session.load_target(std::slice::from_ref(&args.target), None, false, Some(*threads))?;
+        let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, PackMode::Q8)).transpose()?;
+        let alone = engine(&target, None).with_costs(eager());
+        let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
+        let prompts = prompts(args, &target)?;
+        hashes.insert("target", Some(target.sha256.clone()));
+        hashes.insert("draft", draft.as_ref().and_then(|d| d.artifact.sha256.clone()));
+        for way in &WAYS {
+            let Some(engine) = (if way.alone { Some(&alone) } else { with_draft.as_ref() }) else { continue };
+            let options = GenerateOptions {
+                max_new_tokens: args.new_tokens as usize,
+                sampling,
+                stop_ids: target.stop_ids(),
+                draft: way.plan,
+            };
+            let job = Job { engine, options, prompts: &prompts, session };
+            for batched in [false, true] {
+                let name = format!(
+                    "{}, {}, {threads} thread{}",
+                    way.name,
+                    if batched { "batch of 8" } else { "alone" },
+                    if *threads == 1 { "" } else { "s" }
+                );
+                session.printer.detail(&name);
+                let found = if batched { job.batched()? } else { job.one_by_one()? };
+                if session.stop.requested() {
+                    session.printer.end();
+                    return Err(Failure::interrupted("interrupted: nothing was written", None));
+                }
+                if first.is_empty() {
+                    wanted.extend(prompts.iter().zip(&found).map(|((id, _), ids)| {
+                        let text: Vec<String> = ids.iter().map(u32::to_string).collect();
+                        PromptHash { id: id.clone(), sha256: sha256_hex(text.join(" ")), tokens: ids.len() }
+                    }));
+                    first = found;
+                } else {
+                    for ((wanted, found), (id, _)) in first.iter().zip(&found).zip(&prompts) {
+                        if wanted != found {
+                            let at = wanted.iter().zip(found).take_while(|(a, b)| a == b).count();
+                            differences.push(Difference { id: id.clone(), way: name.clone(), at });
+                        }
+                    }
+                }
+                names.push(name);
+                session.printer.at(names.len() as u64);
+            }
+        }
+    }
+    session.printer.end();
+    let output = Output {
+        identical: differences.is_empty(),
+        ways: names,
+        prompts: wanted,
+        differences,
+        temperature: sampling.temperature,
+        new_tokens: args.new_tokens,
+        target_sha256: hashes.remove("target").flatten().unwrap_or_default(),
+        draft_sha256: hashes.remove("draft").flatten(),
+    };
+    if let Some(path) = &args.json {
+        write_json(path, &output)?;
+    }
+    if !args.json.as_deref().is_some_and(cli::is_stdout) {
+        for d in output.differences.iter().take(20) {
+            printer::out(&format!(
+                "{}: {} differs from {} at token {}\n",
+                d.id, d.way, output.ways[0], d.at
+            ))?;
+        }
+        let tokens: usize = output.prompts.iter().map(|p| p.tokens).sum();
+        printer::out(&format!(
+            "{} prompts, {tokens} tokens, {} ways to decode: {}\n",
+            output.prompts.len(),
+            output.ways.len(),
+            match output.differences.len() {
+                0 => "one text per prompt".to_owned(),
+                n => format!("{n} DIFFERENCES"),
+            }
+        ))?;
+    }
+    Ok(if output.identical { 0 } else { NOT_HELD })
+}
