@@ -80,13 +80,19 @@ impl LoadedTarget {
         stop: &Stop,
     ) -> Result<LoadedTarget, Error> {
         let pulled = locate(options.sources, options.sha256, places, report, stop)?;
-        let kernels = Arc::new(Cpu::new(options.threads));
-        let target = Arc::new(Target::load(kernels, &pulled.path, options.precision)?);
-        let text = TargetText::open(&pulled.path, options.template)?;
-        let sha256 = match pulled.sha256 {
-            Some(sha256) => sha256,
-            None => model_hash(&pulled.path)?,
-        };
+        // Weights, text side and hash do not need each other.
+        let (target, text, sha256) = std::thread::scope(|scope| {
+            let text = scope.spawn(|| TargetText::open(&pulled.path, options.template));
+            let hash = scope.spawn(|| match &pulled.sha256 {
+                Some(sha256) => Ok(sha256.clone()),
+                None => model_hash(&pulled.path),
+            });
+            let kernels = Arc::new(Cpu::new(options.threads));
+            let target = Target::load(kernels, &pulled.path, options.precision);
+            let joined = "a loader does not panic";
+            (target, text.join().expect(joined), hash.join().expect(joined))
+        });
+        let (target, text, sha256) = (Arc::new(target?), text?, sha256?);
         Ok(LoadedTarget {
             target,
             text,

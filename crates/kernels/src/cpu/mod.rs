@@ -7,6 +7,7 @@ pub(crate) mod isa;
 mod math;
 mod matmul;
 mod pack;
+mod pages;
 mod peaks;
 
 use std::sync::Arc;

@@ -5,23 +5,13 @@
 //!   over the weight is one forward stream. Quants are `[k / 4][16 outputs][4 inputs]`; 4-bit ones hold group
 //!   `2j` in the low and `2j + 1` in the high nibbles.
 
-use memmap2::MmapMut;
-
+use super::pages::Pages;
 use crate::pool::SendPtr;
 use crate::quant::{self, Block32};
 use crate::{KernelError, PackMode, Pool, WeightDtype, WeightView};
 
 /// Outputs per panel.
 pub(crate) const LANES: usize = 16;
-
-/// Zeroed memory in pages of its own, large ones where the system has them: a pass over a weight is one forward
-/// stream, and small pages would break it every 4 KiB.
-fn pages(bytes: usize) -> MmapMut {
-    let map = MmapMut::map_anon(bytes.max(1)).expect("the operating system refused memory for a weight");
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(memmap2::Advice::HugePage);
-    map
-}
 
 /// Stored type of a float panel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +63,7 @@ pub struct PackedWeight {
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     pub(crate) body: Body,
-    data: MmapMut,
+    data: Pages,
 }
 
 impl PackedWeight {
@@ -112,7 +102,7 @@ impl PackedWeight {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
             Body::Block(format) => in_features / 32 * format.record_bytes(),
         };
-        let data = pages(out_features.div_ceil(LANES) * panel_bytes);
+        let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
         PackedWeight { out_features, in_features, body, data }
     }
 
