@@ -82,6 +82,8 @@ pub(crate) struct Rates {
     counts: [(f32, f32); DRAFT_CLASSES + LOOKUP_CLASSES],
     /// Chance that the best child of a node is accepted, over all nodes that were expanded.
     child: (f32, f32),
+    /// Milliseconds of a plain step of one sequence as it really goes; `None` before the first.
+    plain_ms: Option<f32>,
 }
 
 impl Default for Rates {
@@ -96,7 +98,7 @@ impl Default for Rates {
             };
             *hits = prior * *trials;
         }
-        Rates { counts, child: (0.5 * PRIOR_TRIALS, PRIOR_TRIALS) }
+        Rates { counts, child: (0.5 * PRIOR_TRIALS, PRIOR_TRIALS), plain_ms: None }
     }
 }
 
@@ -158,6 +160,8 @@ pub(crate) const MOST_NODES: usize = 32;
 const CHILDREN: usize = 4;
 /// Steps over which gain and pace are averaged.
 const WINDOW: f32 = 24.0;
+/// Plain steps at the very start, to know what a token costs without a draft.
+const FIRST_LOOK: usize = 6;
 /// First pause of an unprofitable draft, in steps; doubles each time up to [`LONGEST_PAUSE`].
 const PAUSE: usize = 48;
 const LONGEST_PAUSE: usize = 1024;
@@ -193,7 +197,9 @@ struct Candidate {
 
 impl Pacer {
     pub(crate) fn new(costs: &Costs, rates: Rates) -> Pacer {
-        Pacer { rates, pace_ms: costs.verify(1), gain_ms: 0.0, paused: 0, next_pause: PAUSE }
+        let paused = if rates.plain_ms.is_none() { FIRST_LOOK } else { 0 };
+        let pace_ms = rates.plain_ms.unwrap_or_else(|| costs.verify(1));
+        Pacer { rates, pace_ms, gain_ms: 0.0, paused, next_pause: PAUSE }
     }
 
     /// What was learnt, for the next sequence.
@@ -223,7 +229,7 @@ impl Pacer {
             drafter = None;
         }
         let position = text.len() as u64 - 1;
-        let plain = plain_token(costs, others);
+        let plain = self.plain_token(costs, others);
         let price = if others == 0 { self.pace_ms.min(plain) } else { plain };
         let cheapest = costs.cheapest_row(others + 1);
         let mut candidates: Vec<Candidate> = Vec::new();
@@ -338,8 +344,23 @@ impl Pacer {
         }
     }
 
-    /// Learns from the step that verified `grown` and committed `committed` tokens.
-    pub(crate) fn learn(&mut self, costs: &Costs, grown: &Grown, accepted: &[u32], committed: usize) {
+    /// Milliseconds per token of plain decoding beside `others` rows: what an accepted token saves.
+    fn plain_token(&self, costs: &Costs, others: usize) -> f32 {
+        match self.rates.plain_ms {
+            Some(ms) if others == 0 => ms,
+            _ => costs.verify(others + 1) / (others + 1) as f32,
+        }
+    }
+
+    /// Learns from the step that verified `grown`, committed `committed` tokens and took `elapsed_ms` in all.
+    pub(crate) fn learn(
+        &mut self,
+        costs: &Costs,
+        grown: &Grown,
+        accepted: &[u32],
+        committed: usize,
+        elapsed_ms: f32,
+    ) {
         self.rates.learn(grown, accepted);
         let paused = self.paused > 0;
         let drafting = if paused || costs.draft_step_ms == 0.0 {
@@ -347,16 +368,25 @@ impl Pacer {
         } else {
             costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms
         };
-        let plain = plain_token(costs, grown.others);
-        let extra =
-            costs.verify(grown.others + 1 + grown.tree.len()) - costs.verify(grown.others + 1) + drafting;
+        let plain = self.plain_token(costs, grown.others);
+        let extra = if grown.others == 0 {
+            // What really happened: caches, other programs and the text side are in it.
+            elapsed_ms - plain
+        } else {
+            costs.verify(grown.others + 1 + grown.tree.len()) - costs.verify(grown.others + 1) + drafting
+        };
         let committed = committed.max(1) as f32;
         self.pace_ms += ((plain + extra) / committed - self.pace_ms) / WINDOW;
         if paused {
             self.paused -= 1;
+            if grown.others == 0 && grown.tree.is_empty() {
+                let known = self.rates.plain_ms.get_or_insert(elapsed_ms);
+                // A step that something else held up says nothing.
+                *known += (elapsed_ms.min(2.0 * *known) - *known) / WINDOW;
+            }
             return;
         }
-        self.gain_ms += ((committed - 1.0) * plain - extra - self.gain_ms) / WINDOW;
+        self.gain_ms += ((committed - 1.0) * plain - extra.min(4.0 * plain) - self.gain_ms) / WINDOW;
         // Half a window of steps that lose 4 % each.
         if self.gain_ms < -0.02 * plain && costs.draft_step_ms > 0.0 {
             self.paused = self.next_pause;
@@ -366,11 +396,6 @@ impl Pacer {
             self.next_pause = PAUSE;
         }
     }
-}
-
-/// Milliseconds per token of plain decoding beside `others` rows: what an accepted token saves.
-fn plain_token(costs: &Costs, others: usize) -> f32 {
-    costs.verify(others + 1) / (others + 1) as f32
 }
 
 #[cfg(test)]
@@ -399,8 +424,13 @@ mod tests {
         }
     }
 
+    /// One that knows the price of a plain step.
+    fn awake(costs: &Costs) -> Pacer {
+        Pacer::new(costs, Rates { plain_ms: Some(costs.verify(1)), ..Rates::default() })
+    }
+
     fn grown(costs: &Costs, probability: f32, room: usize) -> usize {
-        let mut pacer = Pacer::new(costs, Rates::default());
+        let mut pacer = awake(costs);
         let mut draft = Sure(probability);
         let session: &mut dyn DrafterSession<Cpu> = &mut draft;
         pacer.grow(costs, Some(session), None, &[1, 2, 3], room, 0, &Sampling::GREEDY).tree.len()
@@ -427,7 +457,7 @@ mod tests {
     #[test]
     fn rejections_end_the_drafting_and_it_is_tried_again_later() {
         let costs = costs(&[(1, 4.0), (2, 5.0), (8, 8.0)], 0.3);
-        let mut pacer = Pacer::new(&costs, Rates::default());
+        let mut pacer = awake(&costs);
         let mut draft = Sure(0.9);
         let (mut proposed, mut paused) = (0, 0);
         for _ in 0..1000 {
@@ -435,7 +465,8 @@ mod tests {
             let grown = pacer.grow(&costs, Some(session), None, &[1, 2, 3], 8, 0, &Sampling::GREEDY);
             proposed += usize::from(!grown.tree.is_empty());
             paused += usize::from(pacer.is_paused());
-            pacer.learn(&costs, &grown, &[], 1);
+            let time = costs.verify(grown.tree.len() + 1) + grown.draft_steps as f32 * 0.3;
+            pacer.learn(&costs, &grown, &[], 1, time);
         }
         assert!(proposed < 100, "{proposed} proposals of a draft that is always wrong");
         assert!(paused > 800 && paused < 1000, "{paused}");
@@ -444,7 +475,7 @@ mod tests {
     #[test]
     fn a_repetition_is_joined_to_the_draft_and_followed_alone() {
         let costs = costs(&[(1, 4.0), (8, 4.4), (32, 8.0)], 0.1);
-        let mut pacer = Pacer::new(&costs, Rates::default());
+        let mut pacer = awake(&costs);
         // After 7, 8 came 10, 50, 51; the draft says 10 as well, then 11.
         let text = [7, 8, 10, 50, 51, 9, 7, 8];
         let mut draft = Sure(0.9);

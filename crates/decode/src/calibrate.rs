@@ -14,9 +14,16 @@ use crate::drafter::{Drafter, Features};
 const SIZES: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 /// Context behind them.
 const CONTEXT: usize = 128;
-/// Rounds over all sizes; the median counts.
-const ROUNDS: usize = 5;
-/// No further size or round is begun after this.
+/// Timed passes of one size in a row; the median counts.
+const TIMED: usize = 5;
+/// Untimed passes before them: after passes of another size it takes a few until the caches have settled, and decoding
+/// goes on with alike passes.
+const SETTLE: usize = 2;
+/// The same for passes that only wait for memory, which settle more slowly.
+const SETTLE_SMALL: usize = 6;
+/// Rows up to which a pass counts as small.
+const SMALL: usize = 4;
+/// No further size is begun after this.
 const LIMIT: Duration = Duration::from_millis(900);
 
 fn tokens<K: Kernels>(target: &Target<K>, from: usize, count: usize) -> Vec<u32> {
@@ -47,7 +54,7 @@ fn median(times: &mut [f32]) -> f32 {
     times.get(times.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// Measures them; the first sizes at least twice, the rest as time allows.
+/// Measures them; the first two sizes in any case, the rest as time allows.
 pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&dyn Drafter<K>>) -> Costs {
     let context = CONTEXT.min(target.config().max_position / 4).max(1);
     let layers = drafter.map_or(&[][..], |d| d.target_layers());
@@ -55,17 +62,22 @@ pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&dyn Draft
     let output = pass(target, &mut kv, context, layers);
     let began = Instant::now();
     let mut times: Vec<Vec<f32>> = vec![Vec::new(); SIZES.len()];
-    for round in 0..ROUNDS {
-        for (i, rows) in SIZES.iter().enumerate() {
-            if (round > 1 || i > 1) && began.elapsed() > LIMIT
-                || context + rows > target.config().max_position
-            {
-                continue;
-            }
+    for (i, rows) in SIZES.iter().enumerate() {
+        if i > 1 && began.elapsed() > LIMIT || context + rows > target.config().max_position {
+            continue;
+        }
+        let settle = if *rows <= SMALL { SETTLE_SMALL } else { SETTLE };
+        for number in 0..settle + TIMED {
             let start = Instant::now();
             pass(target, &mut kv, *rows, layers);
-            times[i].push(ms(start.elapsed()));
+            if number >= settle {
+                times[i].push(ms(start.elapsed()));
+            }
             kv.rollback_to(context);
+            // A large model on a small machine: two timed passes have to do.
+            if number > settle && began.elapsed() > LIMIT {
+                break;
+            }
         }
     }
     let mut verify_ms: Vec<(usize, f32)> = Vec::new();
@@ -81,7 +93,7 @@ pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&dyn Draft
         let mut session = drafter.begin();
         let all: Vec<u32> = (0..context as u32).collect();
         session.extend(&Features { output: &output, rows: &all }, &tokens(target, 1, context));
-        for _ in 0..2 * ROUNDS {
+        for _ in 0..3 * TIMED {
             // About what one step commits.
             let rows: Vec<u32> = (0..2.min(context as u32)).collect();
             let start = Instant::now();

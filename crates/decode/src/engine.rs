@@ -190,6 +190,7 @@ impl<K: Kernels> Engine<K> {
                 pacer: Pacer::new(self.costs(), rates),
                 lookup: Lookup::default(),
                 grown: Grown::default(),
+                clock: Instant::now(),
             }
         });
         let shared = match &drafter {
@@ -360,6 +361,9 @@ impl<K: Kernels> Engine<K> {
                     let choice = choices.get(*at, &sampling, session.prompt_len as u64);
                     session.prefill = session.started.elapsed();
                     session.first_token = Some(Instant::now());
+                    if let Some(auto) = &mut session.auto {
+                        auto.clock = Instant::now();
+                    }
                     commit(session, &[(choice.0, TokenOrigin::Plain)], self.max_context, emit);
                     next.push(choice.0);
                 }
@@ -394,7 +398,10 @@ impl<K: Kernels> Engine<K> {
             let committed = commit(session, &tokens, self.max_context, emit);
             session.stats.record(tree.depth(), tree.len(), accepted.min(committed), committed);
             if let Some(auto) = &mut session.auto {
-                auto.pacer.learn(self.costs(), &auto.grown, &verdict.accepted_path, accepted + 1);
+                let now = Instant::now();
+                let elapsed_ms = (now - auto.clock).as_secs_f32() * 1e3;
+                auto.clock = now;
+                auto.pacer.learn(self.costs(), &auto.grown, &verdict.accepted_path, accepted + 1, elapsed_ms);
             }
             // Rows that stay in the cache: the root and the accepted path.
             let keep: Vec<u32> =

@@ -78,6 +78,8 @@ pub(crate) struct Auto {
     pub lookup: Lookup,
     /// The proposal under way.
     pub grown: Grown,
+    /// When the step before was verified.
+    pub clock: std::time::Instant,
 }
 
 /// State of one request inside the engine.

@@ -9,6 +9,7 @@ use draftsmith_bench::{
 };
 use draftsmith_bundle::{Measured, MeasuredResult};
 use draftsmith_core::Sampling;
+use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
 use draftsmith_kernels::PackMode;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
+use crate::costs::with_costs;
 use crate::engine::{draft_plan, engine, load_draft};
 use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
 use crate::report::{Report, Unit};
@@ -33,12 +35,17 @@ impl Run<'_> {
             None => draft_plan(table.depth, None),
             Some(tree) => draft_plan(tree.depth, Some((tree.top_k, Some(tree.nodes)))),
         };
-        let engine = engine(target, Some(&draft));
-        let options = MeasureOptions {
+        let mut engine = engine(target, Some(&draft));
+        let mut plans = vec![plan];
+        if table.auto {
+            engine = with_costs(engine, self.env.places, target, Some(&draft), report);
+            plans.push(DraftPlan::Auto);
+        }
+        let options = |plan: &DraftPlan| MeasureOptions {
             run: RunOptions { max_new_tokens: table.max_new_tokens as usize, sampling: Sampling::GREEDY },
             repeats: 1,
             warmup_tokens: WARMUP_TOKENS,
-            drafting: drafting(&plan),
+            drafting: drafting(plan),
             threads: target.threads as u32,
             target: target.artifact(),
             draft: draft.artifact.clone(),
@@ -46,14 +53,19 @@ impl Run<'_> {
         };
         atomic::create_dir_all(dir)?;
         let mut records = Vec::new();
-        for path in &table.workloads {
+        let measured_plans =
+            table.workloads.iter().flat_map(|path| plans.iter().map(move |plan| (path, *plan)));
+        for (path, plan) in measured_plans {
             let workload = Workload::read(path, table.limit.map(|l| l as usize))?;
-            let file = dir.join(format!("{}.json", workload.name));
+            let options = options(&plan);
+            let end = if plan == DraftPlan::Auto { "-auto" } else { "" };
+            let file = dir.join(format!("{}{end}.json", workload.name));
             // A record that is there was finished before an interruption.
             if let Ok(text) = std::fs::read_to_string(&file)
                 && let Ok(record) = Record::from_json(&workload.name, &text)
                 && record.workload.sha256 == workload.sha256
                 && record.draft == options.draft
+                && record.settings.drafting == options.drafting
             {
                 records.push(record);
                 continue;
@@ -61,7 +73,8 @@ impl Run<'_> {
             let mut runner =
                 EngineRunner { engine: &engine, plan, stop_ids: target.stop_ids(), stop: self.env.stop };
             let mut dialogue = TemplateDialogue { text: &target.text };
-            report.begin(&format!("bench {}", workload.name), Some(workload.rows.len() as u64), Unit::Rows);
+            let title = format!("bench {}, {}", workload.name, options.drafting.label());
+            report.begin(&title, Some(workload.rows.len() as u64), Unit::Rows);
             let record = run_workload(&mut runner, &mut dialogue, &workload, &options, &mut |p| {
                 report.at(p.rows_done as u64);
                 match self.env.stop.requested() {

@@ -47,7 +47,7 @@ impl Run<'_> {
         let because = match trained["accept_len"].as_f64() {
             Some(accept_len) => {
                 format!(
-                    "accept length {accept_len:.2} at depth {} on held-out prompts",
+                    "for engines with a fixed depth; accept length {accept_len:.2} at depth {} on held-out prompts",
                     self.file.validate.depth
                 )
             }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::{AcceptStats, Sampling};
+use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
-use draftsmith::engine::{draft_plan, engine, load_draft};
+use draftsmith::engine::{engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
 use draftsmith::report::Report;
@@ -66,11 +67,8 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     let draft = load_draft(&bundle, &target, PackMode::Q8)?;
     session.printer.note(&format!("draft  {} in `{}`", manifest.name, shown(&bundle)));
     let engine = engine(&target, Some(&draft));
-    let recommended = &manifest.recommended;
-    let plan = match recommended.top_k {
-        0 | 1 => draft_plan(recommended.depth, None),
-        k => draft_plan(recommended.depth, Some((k, Some(recommended.num_draft_tokens)))),
-    };
+    let engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);
+    let plan = DraftPlan::Auto;
     let show = Show { live: !args.json, colour: !args.json && std::io::stdout().is_terminal() };
     let decode =
         |prompt: &[u32], draft: DraftPlan, limit: usize, show: Show| -> Result<Generation, Failure> {

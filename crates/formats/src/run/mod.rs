@@ -465,11 +465,21 @@ pub struct BenchTable {
     pub depth: u32,
     /// Draft a tree instead of a chain.
     pub tree: Option<TreeTable>,
+    /// Measure automatic drafting as well: as much as pays on this machine.
+    #[serde(default)]
+    pub auto: bool,
 }
 
 impl Default for BenchTable {
     fn default() -> Self {
-        BenchTable { workloads: Vec::new(), limit: None, max_new_tokens: 256, depth: 5, tree: None }
+        BenchTable {
+            workloads: Vec::new(),
+            limit: None,
+            max_new_tokens: 256,
+            depth: 5,
+            tree: None,
+            auto: false,
+        }
     }
 }
 
