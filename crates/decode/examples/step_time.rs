@@ -18,7 +18,7 @@ fn main() {
     let threads = args.next().map_or(2, |t| t.parse().expect("threads is a number"));
     let sizes: Vec<usize> = args
         .next()
-        .map_or_else(|| "1,2,4,6,8,16,32".to_owned(), |m| m)
+        .unwrap_or_else(|| "1,2,4,6,8,16,32".to_owned())
         .split(',')
         .map(|m| m.parse().expect("rows are numbers"))
         .collect();

@@ -1,5 +1,5 @@
-//! The shipped draft on the real target: text with speculation equals text without, for chains of depth 1 to 7 and a
-//! tree, greedy and seeded.
+//! The shipped draft on the real target: text with speculation equals text without, for chains of depth 1 to 7, a
+//! tree and the automatic plan, greedy and seeded.
 //!
 //! Needs the model file (`DRAFTSMITH_TEST_TARGET`, see the README). CI compares a few prompts;
 //! `DRAFTSMITH_PROVE_PROMPTS=100` compares a hundred of the public evaluation prompts in the repo.
@@ -53,6 +53,7 @@ fn real_model_speculation_gives_the_same_text() {
 
     let mut plans: Vec<DraftPlan> = (1..=7).map(|depth| DraftPlan::Chain { depth }).collect();
     plans.push(DraftPlan::Tree { depth: 5, top_k: 3, num_draft_tokens: 12 });
+    plans.push(DraftPlan::Auto);
     let seeded = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 7 };
     for sampling in [Sampling::GREEDY, seeded] {
         let mut stats: Vec<AcceptStats> = vec![AcceptStats::default(); plans.len()];
