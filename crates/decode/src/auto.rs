@@ -162,6 +162,8 @@ const CHILDREN: usize = 4;
 const WINDOW: f32 = 24.0;
 /// Plain steps at the very start, to know what a token costs without a draft.
 const FIRST_LOOK: usize = 6;
+/// The same at the start of later sequences: what was measured just after loading is too slow for long.
+const NEXT_LOOK: usize = 2;
 /// First pause of an unprofitable draft, in steps; doubles each time up to [`LONGEST_PAUSE`].
 const PAUSE: usize = 48;
 const LONGEST_PAUSE: usize = 1024;
@@ -197,7 +199,7 @@ struct Candidate {
 
 impl Pacer {
     pub(crate) fn new(costs: &Costs, rates: Rates) -> Pacer {
-        let paused = if rates.plain_ms.is_none() { FIRST_LOOK } else { 0 };
+        let paused = if rates.plain_ms.is_none() { FIRST_LOOK } else { NEXT_LOOK };
         let pace_ms = rates.plain_ms.unwrap_or_else(|| costs.verify(1));
         Pacer { rates, pace_ms, gain_ms: 0.0, paused, next_pause: PAUSE }
     }
@@ -381,8 +383,10 @@ impl Pacer {
             self.paused -= 1;
             if grown.others == 0 && grown.tree.is_empty() {
                 let known = self.rates.plain_ms.get_or_insert(elapsed_ms);
-                // A step that something else held up says nothing.
-                *known += (elapsed_ms.min(2.0 * *known) - *known) / WINDOW;
+                // Fast steps count for more: a draft has to win against plain decoding at its best, and a step that
+                // something else held up says little.
+                let weight = if elapsed_ms < *known { 0.4 } else { 1.0 / WINDOW };
+                *known += (elapsed_ms.min(1.5 * *known) - *known) * weight;
             }
             return;
         }
@@ -426,7 +430,8 @@ mod tests {
 
     /// One that knows the price of a plain step.
     fn awake(costs: &Costs) -> Pacer {
-        Pacer::new(costs, Rates { plain_ms: Some(costs.verify(1)), ..Rates::default() })
+        let rates = Rates { plain_ms: Some(costs.verify(1)), ..Rates::default() };
+        Pacer { paused: 0, ..Pacer::new(costs, rates) }
     }
 
     fn grown(costs: &Costs, probability: f32, room: usize) -> usize {

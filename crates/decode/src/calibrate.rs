@@ -20,7 +20,7 @@ const TIMED: usize = 5;
 /// goes on with alike passes.
 const SETTLE: usize = 2;
 /// The same for passes that only wait for memory, which settle more slowly.
-const SETTLE_SMALL: usize = 6;
+const SETTLE_SMALL: usize = 16;
 /// Rows up to which a pass counts as small.
 const SMALL: usize = 4;
 /// No further size is begun after this.
