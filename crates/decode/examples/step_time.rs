@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use draftsmith_core::TokenTree;
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, StepItem, Target};
 
@@ -31,13 +32,15 @@ fn main() {
             .expect("a path that this CPU has"),
     };
     let target = Target::load(Arc::new(cpu), &path, Precision::Stored).expect("a loadable model");
-    let chain = |n: usize| (0..n).map(|i| i.checked_sub(1).map(|p| p as u32)).collect::<Vec<_>>();
     let ids: Vec<u32> = (0..context.max(512) as u32).map(|i| 1000 + i * 37 % 20000).collect();
     let mut kv = target.new_kv();
     for len in [512, context] {
         let start = Instant::now();
         let mut fresh = target.new_kv();
-        target.forward(&mut [StepItem { kv: &mut fresh, tokens: &ids[..len], parents: &chain(len) }], &[]);
+        target.forward(
+            &mut [StepItem { kv: &mut fresh, tokens: &ids[..len], parents: &TokenTree::chain_parents(len) }],
+            &[],
+        );
         println!("prefill of {len}: {:.0} tokens/s", len as f64 / start.elapsed().as_secs_f64());
         if len == context {
             kv = fresh;
@@ -47,7 +50,7 @@ fn main() {
         let mut times = Vec::new();
         for _ in 0..60 {
             let start = Instant::now();
-            let parents = chain(m);
+            let parents = TokenTree::chain_parents(m);
             let output =
                 target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids[..m], parents: &parents }], &[]);
             let rows: Vec<u32> = (0..m as u32).collect();

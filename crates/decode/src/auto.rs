@@ -169,7 +169,7 @@ const PAUSE: usize = 48;
 const LONGEST_PAUSE: usize = 1024;
 
 /// The running decision of one sequence.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Pacer {
     rates: Rates,
     /// Average milliseconds per token, the price of time.
@@ -365,16 +365,16 @@ impl Pacer {
     ) {
         self.rates.learn(grown, accepted);
         let paused = self.paused > 0;
-        let drafting = if paused || costs.draft_step_ms == 0.0 {
-            0.0
-        } else {
-            costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms
-        };
         let plain = self.plain_token(costs, grown.others);
         let extra = if grown.others == 0 {
             // What really happened: caches, other programs and the text side are in it.
             elapsed_ms - plain
         } else {
+            let drafting = if paused || costs.draft_step_ms == 0.0 {
+                0.0
+            } else {
+                costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms
+            };
             costs.verify(grown.others + 1 + grown.tree.len()) - costs.verify(grown.others + 1) + drafting
         };
         let committed = committed.max(1) as f32;

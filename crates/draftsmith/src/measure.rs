@@ -1,6 +1,5 @@
 //! The engine as `bench` sees it: two ways to decode, a dialogue, and timed passes.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,10 +36,7 @@ impl EngineRunner<'_> {
             stop_ids: self.stop_ids.clone(),
             draft,
         };
-        let done = self.engine.generate(prompt, &options, &mut |_| match self.stop.requested() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        })?;
+        let done = self.engine.generate(prompt, &options, &mut |_| self.stop.flow())?;
         if done.finish_reason == FinishReason::Cancelled {
             return Err("interrupted".into());
         }
@@ -105,19 +101,32 @@ pub struct TemplateDialogue<'a> {
     pub text: &'a TargetText,
 }
 
+/// The prompt of a workload row after `answers` of its turns.
+fn turn_prompt(text: &TargetText, row: &WorkloadRow, answers: &[String]) -> Result<Vec<u32>, crate::Error> {
+    let mut messages = Vec::new();
+    if let Some(system) = &row.system {
+        messages.push(Message::new("system", system.as_str()));
+    }
+    for (i, turn) in row.turns.iter().take(answers.len() + 1).enumerate() {
+        messages.push(Message::new("user", turn.as_str()));
+        if let Some(answer) = answers.get(i) {
+            messages.push(Message::new("assistant", answer.as_str()));
+        }
+    }
+    prompt_ids(text, &messages)
+}
+
+/// The prompt of a workload row's first turn.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn first_prompt(text: &TargetText, row: &WorkloadRow) -> Result<Vec<u32>, crate::Error> {
+    turn_prompt(text, row, &[])
+}
+
 impl Dialogue for TemplateDialogue<'_> {
     fn prompt(&mut self, row: &WorkloadRow, answers: &[String]) -> Result<Vec<u32>, BoxError> {
-        let mut messages = Vec::new();
-        if let Some(system) = &row.system {
-            messages.push(Message::new("system", system.as_str()));
-        }
-        for (i, turn) in row.turns.iter().take(answers.len() + 1).enumerate() {
-            messages.push(Message::new("user", turn.as_str()));
-            if let Some(answer) = answers.get(i) {
-                messages.push(Message::new("assistant", answer.as_str()));
-            }
-        }
-        Ok(prompt_ids(self.text, &messages)?)
+        Ok(turn_prompt(self.text, row, answers)?)
     }
 
     fn answer(&mut self, token_ids: &[u32]) -> Result<String, BoxError> {

@@ -3,6 +3,7 @@
 //! The library never prints. It is handed a [`Report`] and a [`Stop`]; the binary draws bars on a terminal and
 //! writes plain lines otherwise, a program that embeds us does what it likes.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -70,6 +71,11 @@ impl Stop {
     /// True once somebody asked.
     pub fn requested(&self) -> bool {
         self.0.load(Ordering::SeqCst)
+    }
+
+    /// For the callbacks of long work: goes on until somebody asks.
+    pub fn flow(&self) -> ControlFlow<()> {
+        if self.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     /// The flag itself, for code that polls a plain atomic.

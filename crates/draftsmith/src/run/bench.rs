@@ -1,6 +1,5 @@
 //! Stage `bench`: the finished bundle against target-only decoding, then once more the bundle, with its results.
 
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use draftsmith_bench::{
@@ -77,10 +76,7 @@ impl Run<'_> {
             report.begin(&title, Some(workload.rows.len() as u64), Unit::Rows);
             let record = run_workload(&mut runner, &mut dialogue, &workload, &options, &mut |p| {
                 report.at(p.rows_done as u64);
-                match self.env.stop.requested() {
-                    true => ControlFlow::Break(()),
-                    false => ControlFlow::Continue(()),
-                }
+                self.env.stop.flow()
             });
             report.end();
             self.check_stop(Stage::Bench)?;

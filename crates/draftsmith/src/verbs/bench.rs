@@ -128,7 +128,7 @@ pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
     if steps > 0 {
         session.printer.detail(&format!("accept length {:.2}", committed as f64 / steps as f64));
     }
-    if session.stop.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    session.stop.flow()
 }
 
 /// Loads a bundle and its target: the one named, or the sources that the bundle remembers.

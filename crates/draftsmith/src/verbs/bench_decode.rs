@@ -5,17 +5,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, Timed, decode_text, run_decode};
-use draftsmith::bench::{BoxError, Workload};
+use draftsmith::bench::{BoxError, RunOptions, Runner, Workload};
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
-use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions};
+use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
 use draftsmith::engine::{engine, load_draft};
 use draftsmith::kernels::{Cpu, PackMode};
-use draftsmith::measure::{machine, prompt_ids};
+use draftsmith::measure::{EngineRunner, first_prompt, machine};
 use draftsmith::peer::Peer;
-use draftsmith::report::{Report, Stop, Unit};
-use draftsmith::text::Message;
+use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 use serde::Serialize;
 
@@ -28,35 +27,19 @@ use crate::printer;
 const PREFILL_ROUNDS: usize = 5;
 
 /// Our engine as a side.
-struct Ours<'a> {
-    engine: &'a Engine<Cpu>,
-    plan: DraftPlan,
-    stop: &'a Stop,
-}
-
-fn options(new_tokens: usize, draft: DraftPlan) -> GenerateOptions {
-    GenerateOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY, stop_ids: Vec::new(), draft }
-}
+struct Ours<'a>(EngineRunner<'a>);
 
 impl Side for Ours<'_> {
     fn name(&self) -> String {
-        match self.plan {
+        match self.0.plan {
             DraftPlan::None => concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned(),
             _ => concat!("draftsmith ", env!("CARGO_PKG_VERSION"), ", with draft").to_owned(),
         }
     }
 
     fn decode(&mut self, prompt_ids: &[u32], new_tokens: usize) -> Result<Timed, BoxError> {
-        let done = self.engine.generate(prompt_ids, &options(new_tokens, self.plan), &mut |_| match self
-            .stop
-            .requested()
-        {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        })?;
-        if done.finish_reason == FinishReason::Cancelled {
-            return Err("interrupted".into());
-        }
+        let options = RunOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY };
+        let done = self.0.spec(prompt_ids, &options)?;
         Ok(Timed { token_ids: done.token_ids, prefill: done.prefill, decode: done.decode })
     }
 }
@@ -80,9 +63,15 @@ struct Output<'a> {
 fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> Result<Duration, Error> {
     let mut queue = prompts.iter().cloned().enumerate();
     let began = Instant::now();
+    let options = GenerateOptions {
+        max_new_tokens: new_tokens,
+        sampling: Sampling::GREEDY,
+        stop_ids: Vec::new(),
+        draft: DraftPlan::None,
+    };
     engine.generate_batch(
         BatchOptions { batch_size: prompts.len() },
-        &mut || queue.next().map(|(i, prompt)| (i, prompt, options(new_tokens, DraftPlan::None))),
+        &mut || queue.next().map(|(i, prompt)| (i, prompt, options.clone())),
         &mut |_, _| ControlFlow::Continue(()),
     )?;
     Ok(began.elapsed())
@@ -98,12 +87,7 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
     }
     let mut rows = Vec::new();
     for row in &workload.rows {
-        let mut messages = Vec::new();
-        if let Some(system) = &row.system {
-            messages.push(Message::new("system", system.as_str()));
-        }
-        messages.extend(row.turns.first().map(|turn| Message::new("user", turn.as_str())));
-        rows.push(DecodeRow { id: row.id.clone(), prompt_ids: prompt_ids(&target.text, &messages)? });
+        rows.push(DecodeRow { id: row.id.clone(), prompt_ids: first_prompt(&target.text, row)? });
     }
     let new_tokens = args.new_tokens as usize;
     let longest = rows.iter().map(|r| r.prompt_ids.len()).max().unwrap_or(0) + new_tokens;
@@ -131,8 +115,8 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
             Some(Peer::llama_cpp_python(&python, &target.path, target.threads, needed)?)
         }
     };
-    let mut plain = Ours { engine: &engine, plan: DraftPlan::None, stop: &session.stop };
-    let mut spec = Ours { engine: &engine, plan: DraftPlan::Auto, stop: &session.stop };
+    let ours = |plan| Ours(EngineRunner { engine: &engine, plan, stop_ids: Vec::new(), stop: &session.stop });
+    let (mut plain, mut spec) = (ours(DraftPlan::None), ours(DraftPlan::Auto));
     let mut sides: Vec<&mut dyn Side> = vec![&mut plain];
     if draft.is_some() {
         sides.push(&mut spec);

@@ -1,8 +1,5 @@
 //! `draftsmith bench identity`: one text per prompt, however it is decoded.
 
-use std::collections::BTreeMap;
-use std::ops::ControlFlow;
-
 use draftsmith::Error;
 use draftsmith::bench::Workload;
 use draftsmith::cli;
@@ -11,9 +8,8 @@ use draftsmith::decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions
 use draftsmith::engine::{LoadedTarget, engine, load_draft};
 use draftsmith::formats::hash::sha256_hex;
 use draftsmith::kernels::{Cpu, PackMode};
-use draftsmith::measure::prompt_ids;
+use draftsmith::measure::first_prompt;
 use draftsmith::report::{Report, Unit};
-use draftsmith::text::Message;
 use serde::Serialize;
 
 use super::Session;
@@ -84,13 +80,11 @@ struct Job<'a> {
 impl Job<'_> {
     /// Every prompt's tokens.
     fn one_by_one(&self) -> Result<Vec<Vec<u32>>, Error> {
-        let go_on = |_: &_| match self.session.stop.requested() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        };
         let mut all = Vec::new();
         for (_, prompt) in self.prompts {
-            all.push(self.engine.generate(prompt, &self.options, &mut { go_on })?.token_ids);
+            all.push(
+                self.engine.generate(prompt, &self.options, &mut |_| self.session.stop.flow())?.token_ids,
+            );
             if self.session.stop.requested() {
                 break;
             }
@@ -106,10 +100,7 @@ impl Job<'_> {
             &mut || queue.next().map(|(i, (_, prompt))| (i, prompt.clone(), self.options.clone())),
             &mut |i, done| {
                 all[i] = done.token_ids;
-                match self.session.stop.requested() {
-                    true => ControlFlow::Break(()),
-                    false => ControlFlow::Continue(()),
-                }
+                self.session.stop.flow()
             },
         )?;
         Ok(all)
@@ -121,12 +112,7 @@ fn prompts(args: &cli::BenchIdentity, target: &LoadedTarget) -> Result<Vec<(Stri
     for file in &args.workload {
         let workload = Workload::read(file, args.limit.map(|l| l as usize)).map_err(Error::from)?;
         for row in &workload.rows {
-            let mut messages = Vec::new();
-            if let Some(system) = &row.system {
-                messages.push(Message::new("system", system.as_str()));
-            }
-            messages.extend(row.turns.first().map(|turn| Message::new("user", turn.as_str())));
-            prompts.push((format!("{}/{}", workload.name, row.id), prompt_ids(&target.text, &messages)?));
+            prompts.push((format!("{}/{}", workload.name, row.id), first_prompt(&target.text, row)?));
         }
     }
     Ok(prompts)
@@ -138,7 +124,8 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     let mut first: Vec<Vec<u32>> = Vec::new();
     let mut differences: Vec<Difference> = Vec::new();
     let mut names: Vec<String> = Vec::new();
-    let mut hashes: BTreeMap<&'static str, Option<String>> = BTreeMap::new();
+    let mut target_sha256 = String::new();
+    let mut draft_sha256 = None;
     let per_thread_count = 2 * if args.bundle.is_some() { WAYS.len() } else { 2 };
     session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
     for threads in &args.threads {
@@ -147,8 +134,8 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
         let prompts = prompts(args, &target)?;
-        hashes.insert("target", Some(target.sha256.clone()));
-        hashes.insert("draft", draft.as_ref().and_then(|d| d.artifact.sha256.clone()));
+        target_sha256.clone_from(&target.sha256);
+        draft_sha256 = draft.as_ref().and_then(|d| d.artifact.sha256.clone());
         for way in &WAYS {
             let Some(engine) = (if way.alone { Some(&alone) } else { with_draft.as_ref() }) else { continue };
             let options = GenerateOptions {
@@ -198,8 +185,8 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         differences,
         temperature: sampling.temperature,
         new_tokens: args.new_tokens,
-        target_sha256: hashes.remove("target").flatten().unwrap_or_default(),
-        draft_sha256: hashes.remove("draft").flatten(),
+        target_sha256,
+        draft_sha256,
     };
     if let Some(path) = &args.json {
         write_json(path, &output)?;

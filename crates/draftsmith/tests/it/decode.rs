@@ -96,7 +96,7 @@ fn a_stop_text_ends_the_answer_before_it() {
 }
 
 #[test]
-fn every_way_to_decode_gives_one_text_and_a_peer_that_is_not_there_is_named() {
+fn every_way_to_decode_gives_one_text_and_a_peer_refuses_a_folder() {
     let home = Home::new();
     home.write(
         "prompts.jsonl",
@@ -165,11 +165,68 @@ fn the_cost_of_a_pass_is_measured_for_every_width() {
     assert!(report["decode_tokens_per_s"].as_f64().is_some_and(|r| r > 0.0));
 }
 
+fn real_target() -> String {
+    std::env::var("DRAFTSMITH_TEST_TARGET").expect(
+        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
+    )
+}
+
+#[test]
+fn real_model_every_way_to_decode_gives_one_text() {
+    let home = Home::new();
+    let root = repository();
+    let path = |name: &str| root.join(name).display().to_string();
+    let (target, bundle, workload) =
+        (real_target(), path("bundles/smollm2-135m-instruct-eagle3"), path("recipes/data/eval/gsm8k.jsonl"));
+    let output = home
+        .run(&[
+            "bench",
+            "identity",
+            "--target",
+            &target,
+            "--bundle",
+            &bundle,
+            "--workload",
+            &workload,
+            "--limit",
+            "9",
+            "--new-tokens",
+            "12",
+            "--json",
+        ])
+        .json();
+    assert_eq!(output["identical"], true, "{output}");
+    assert_eq!(output["prompts"].as_array().map(Vec::len), Some(9), "more than a batch");
+    assert_eq!(output["ways"].as_array().map(Vec::len), Some(20), "{output}");
+}
+
+#[test]
+fn real_model_a_peer_that_is_not_there_is_named() {
+    let home = Home::new();
+    home.write("prompts.jsonl", "{\"id\":\"a\",\"turns\":[\"Why?\"]}\n");
+    let target = real_target();
+    let ended = home.run(&[
+        "bench",
+        "decode",
+        "--target",
+        &target,
+        "--workload",
+        "prompts.jsonl",
+        "--new-tokens",
+        "2",
+        "--peer",
+        "llama-cpp-python",
+        "--peer-python",
+        "no-such-python",
+    ]);
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains("llama-cpp-python does not run in `no-such-python`"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("bench/peers/install-llama-cpp-python.sh"), "{}", ended.stderr);
+}
+
 #[test]
 fn real_model_quickstart_proves_that_the_texts_are_equal() {
-    let target = std::env::var("DRAFTSMITH_TEST_TARGET").expect(
-        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
-    );
+    let target = real_target();
     let home = Home::new();
     let output = home
         .command(&["quickstart", "--target", &target, "--max-new-tokens", "32", "--json"])

@@ -9,7 +9,7 @@
     reason = "lanes of several arrays run together; their number is a constant"
 )]
 
-use super::isa::{Isa, Level, dispatch};
+use super::isa::{Isa, Lanes, Level, dispatch};
 use super::math::{exp, sum_lanes};
 use crate::pool::SendPtr;
 use crate::{Pool, StepMask};
@@ -141,24 +141,24 @@ struct AttendArgs<'a> {
 unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_>, row: usize, block: usize) {
     // SAFETY: module rule of `isa`; rows and blocks are in range by the caller's loops.
     unsafe {
-        let mut acc = [[I::splat(0.0); B]; R];
+        let mut acc = [[I::F::splat(0.0); B]; R];
         let base = a.keys.as_ptr().add(block * a.head_dim * BLOCK);
         for d in 0..a.head_dim {
-            let mut keys = [I::splat(0.0); B];
+            let mut keys = [I::F::splat(0.0); B];
             for (b, k) in keys.iter_mut().enumerate() {
-                *k = I::load(base.add((b * a.head_dim + d) * BLOCK));
+                *k = I::F::load(base.add((b * a.head_dim + d) * BLOCK));
             }
             for r in 0..R {
-                let q = I::splat(*a.q[row + r].add(d));
+                let q = I::F::splat(*a.q[row + r].add(d));
                 for b in 0..B {
-                    acc[r][b] = I::fma(keys[b], q, acc[r][b]);
+                    acc[r][b] = I::F::fma(keys[b], q, acc[r][b]);
                 }
             }
         }
-        let scale = I::splat(a.scale);
+        let scale = I::F::splat(a.scale);
         for (r, values) in acc.into_iter().enumerate() {
             for (b, v) in values.into_iter().enumerate() {
-                I::store(a.scores.add((row + r) * a.stride + (block + b) * BLOCK), I::mul(v, scale));
+                I::F::store(a.scores.add((row + r) * a.stride + (block + b) * BLOCK), I::F::mul(v, scale));
             }
         }
     }
@@ -174,27 +174,27 @@ unsafe fn mix<I: Isa, const R: usize, const C: usize>(
 ) {
     // SAFETY: module rule; positions and columns are in range by the caller's loops.
     unsafe {
-        let mut acc = [[I::splat(0.0); C]; R];
+        let mut acc = [[I::F::splat(0.0); C]; R];
         let value =
-            |slot: usize, c: usize| I::load(a.values.as_ptr().add(slot * a.padded + column + c * BLOCK));
-        let weight = |r: usize, position: usize| I::splat(*a.scores.add(r * a.stride + position));
+            |slot: usize, c: usize| I::F::load(a.values.as_ptr().add(slot * a.padded + column + c * BLOCK));
+        let weight = |r: usize, position: usize| I::F::splat(*a.scores.add(r * a.stride + position));
         for r in 0..R {
             for p in a.first[r].min(joint)..joint {
                 let w = weight(r, p);
                 for c in 0..C {
-                    acc[r][c] = I::fma(w, value(p, c), acc[r][c]);
+                    acc[r][c] = I::F::fma(w, value(p, c), acc[r][c]);
                 }
             }
         }
         for p in joint..a.common_end {
-            let mut v = [I::splat(0.0); C];
+            let mut v = [I::F::splat(0.0); C];
             for c in 0..C {
                 v[c] = value(p, c);
             }
             for r in 0..R {
                 let w = weight(r, p);
                 for c in 0..C {
-                    acc[r][c] = I::fma(w, v[c], acc[r][c]);
+                    acc[r][c] = I::F::fma(w, v[c], acc[r][c]);
                 }
             }
         }
@@ -206,21 +206,15 @@ unsafe fn mix<I: Isa, const R: usize, const C: usize>(
                 }
                 let w = weight(r, position);
                 for c in 0..C {
-                    acc[r][c] = I::fma(w, value(*slot as usize, c), acc[r][c]);
+                    acc[r][c] = I::F::fma(w, value(*slot as usize, c), acc[r][c]);
                 }
             }
             for c in 0..C {
-                let out = I::mul(acc[r][c], I::splat(sums[r]));
+                let out = I::F::mul(acc[r][c], I::F::splat(sums[r]));
                 let from = column + c * BLOCK;
                 let y = a.y[r].add(from);
                 let count = a.head_dim.saturating_sub(from).min(BLOCK);
-                if count == BLOCK {
-                    I::store(y, out);
-                } else {
-                    let mut buffer = [0.0f32; BLOCK];
-                    I::store(buffer.as_mut_ptr(), out);
-                    std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, count);
-                }
+                I::F::store_first(y, count, out);
             }
         }
     }

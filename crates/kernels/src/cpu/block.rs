@@ -5,9 +5,9 @@
 //! computed together.
 
 use super::dot::Dot;
-use super::isa::{Isa, Level, dispatch};
+use super::isa::{Isa, Lanes, Level, dispatch};
 use super::matmul::PanelArgs;
-use super::pack::LANES;
+use super::pack::{BlockFormat, LANES};
 use crate::Pool;
 use crate::pool::SendPtr;
 
@@ -152,50 +152,18 @@ impl TilePtr {
     }
 }
 
-/// What a panel's records look like; see [`super::pack::BlockFormat`].
-trait Format {
-    const FOUR: bool;
-    const HALF: bool;
-    const TWO: bool;
-    const MINS: bool;
-    const ZERO: i32;
-
-    const VECTOR: usize = if Self::HALF { 2 * LANES } else { 4 * LANES };
-    const HEADER: usize = (1 + Self::TWO as usize + Self::MINS as usize) * Self::VECTOR;
-    const RECORD: usize = Self::HEADER + if Self::FOUR { 256 } else { 512 };
-}
-
-macro_rules! formats {
-    ($($name:ident: $four:literal, $half:literal, $two:literal, $mins:literal, $zero:literal;)*) => {
-        $(
-            struct $name;
-            impl Format for $name {
-                const FOUR: bool = $four;
-                const HALF: bool = $half;
-                const TWO: bool = $two;
-                const MINS: bool = $mins;
-                const ZERO: i32 = $zero;
-            }
-        )*
-    };
-}
-formats! {
-    // 4-bit, f16 scales, two scales, minima, zero point
-    Q4x0: true, true, false, false, 8;
-    Q4x1: true, true, false, true, 0;
-    Q8x0: false, true, false, false, 0;
-    Q8: false, false, false, false, 0;
-    Q4K: true, false, false, true, 0;
-    Q6K: false, false, true, false, 0;
+/// The records of a panel, known when the kernel is compiled.
+trait Records {
+    const FORMAT: BlockFormat;
 }
 
 /// Bytes ahead of the reader that are asked for: what arrives in the time that memory takes to answer, a few times over.
 /// Measured: 1024 costs a third of the time of a one-row pass, 4096 to 16384 are alike.
 const AHEAD: usize = 8192;
 
-/// `R` rows of a tile of `height` rows against outputs `part * D::LANES..` of one panel.
+/// `R` rows of a tile of `height` rows against outputs `part * D::V::COUNT..` of one panel.
 #[inline(always)]
-unsafe fn rows<D: Dot, F: Format, const R: usize>(
+unsafe fn rows<D: Dot, W: Records, const R: usize>(
     blocks: usize,
     panel: *const u8,
     part: usize,
@@ -203,30 +171,31 @@ unsafe fn rows<D: Dot, F: Format, const R: usize>(
     height: usize,
     ahead: bool,
 ) -> [D::V; R] {
+    let format = const { W::FORMAT };
     // SAFETY: module rule of `isa`; the panel has `blocks` records, the tile `blocks * height` blocks.
     unsafe {
         let load = |p: *const u8| {
-            if F::HALF {
-                D::load_f16(p.cast::<u16>().add(part * D::LANES))
+            if format.half() {
+                D::V::load_f16(p.cast::<u16>().add(part * D::V::COUNT))
             } else {
-                D::load(p.cast::<f32>().add(part * D::LANES))
+                D::V::load(p.cast::<f32>().add(part * D::V::COUNT))
             }
         };
-        let mut acc = [D::zero(); R];
+        let mut acc = [D::V::splat(0.0); R];
         for b in 0..blocks {
-            let record = panel.add(b * F::RECORD);
-            let quants = record.add(F::HEADER + part * D::LANES * 4);
+            let record = panel.add(b * format.record_bytes());
+            let quants = record.add(format.header_bytes() + part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
             if ahead {
                 let mut offset = 0;
-                while offset < F::RECORD {
+                while offset < format.record_bytes() {
                     D::prefetch(record.wrapping_add(AHEAD + offset));
                     offset += 64;
                 }
             }
             let scale = load(record);
-            if F::FOUR {
+            if format.four_bit() {
                 let mut sums = [D::zero4(); R];
                 for j in 0..4 {
                     let (low, high) = D::nibbles(quants.add(j * 64));
@@ -239,11 +208,11 @@ unsafe fn rows<D: Dot, F: Format, const R: usize>(
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let mut dot = D::sum4(sums[r]);
-                    if F::ZERO != 0 {
+                    if format.zero() != 0 {
                         let [first, second] = *here.sums.add(r);
-                        dot = D::sub(dot, F::ZERO * (first + second));
+                        dot = D::sub(dot, format.zero() * (first + second));
                     }
-                    *acc = D::fma(D::mul(scale, D::splat(here.scales.add(r))), D::to_f(dot), *acc);
+                    *acc = D::V::fma(D::V::mul(scale, D::V::splat(*here.scales.add(r))), D::to_f(dot), *acc);
                 }
             } else {
                 // One sum per scale: the whole block, or its halves.
@@ -251,29 +220,30 @@ unsafe fn rows<D: Dot, F: Format, const R: usize>(
                 let mut second = [D::zero_i(); R];
                 for group in 0..8 {
                     let bytes = D::bytes(quants.add(group * 64));
-                    let sums = if F::TWO && group >= 4 { &mut second } else { &mut first };
+                    let sums = if format.two_scales() && group >= 4 { &mut second } else { &mut first };
                     for (r, sum) in sums.iter_mut().enumerate() {
                         *sum = D::dot8(*sum, bytes, act(r, group));
                     }
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let act_scale = D::splat(here.scales.add(r));
+                    let act_scale = D::V::splat(*here.scales.add(r));
                     let bias =
                         |dot: D::I, sum: i32| if D::BIAS8 == 0 { dot } else { D::sub(dot, D::BIAS8 * sum) };
                     let [sum, sum1] = *here.sums.add(r);
-                    if F::TWO {
-                        *acc = D::fma(D::mul(scale, act_scale), D::to_f(bias(first[r], sum)), *acc);
-                        let scale1 = load(record.add(F::VECTOR));
-                        *acc = D::fma(D::mul(scale1, act_scale), D::to_f(bias(second[r], sum1)), *acc);
+                    if format.two_scales() {
+                        *acc = D::V::fma(D::V::mul(scale, act_scale), D::to_f(bias(first[r], sum)), *acc);
+                        let scale1 = load(record.add(format.vector_bytes()));
+                        *acc = D::V::fma(D::V::mul(scale1, act_scale), D::to_f(bias(second[r], sum1)), *acc);
                     } else {
-                        *acc = D::fma(D::mul(scale, act_scale), D::to_f(bias(first[r], sum + sum1)), *acc);
+                        *acc =
+                            D::V::fma(D::V::mul(scale, act_scale), D::to_f(bias(first[r], sum + sum1)), *acc);
                     }
                 }
             }
-            if F::MINS {
-                let min = load(record.add((1 + F::TWO as usize) * F::VECTOR));
+            if format.mins() {
+                let min = load(record.add(format.min_at()));
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    *acc = D::fma(min, D::splat(here.offsets.add(r)), *acc);
+                    *acc = D::V::fma(min, D::V::splat(*here.offsets.add(r)), *acc);
                 }
             }
         }
@@ -282,12 +252,12 @@ unsafe fn rows<D: Dot, F: Format, const R: usize>(
 }
 
 #[inline(always)]
-unsafe fn panels<I: Isa + Dot, F: Format>(a: PanelArgs) {
+unsafe fn panels_body<I: Isa + Dot, W: Records>(a: PanelArgs) {
     let blocks = a.in_features / 32;
     for p in 0..a.panels {
         let count = (a.outputs - p * LANES).min(LANES);
-        for part in 0..LANES / I::LANES {
-            let Some(lanes @ 1..) = count.checked_sub(part * I::LANES) else { break };
+        for part in 0..LANES / I::V::COUNT {
+            let Some(lanes @ 1..) = count.checked_sub(part * I::V::COUNT) else { break };
             let mut row = 0;
             while row < a.rows {
                 let height = TILE.min(a.rows - row);
@@ -301,19 +271,12 @@ unsafe fn panels<I: Isa + Dot, F: Format>(a: PanelArgs) {
                         let mut tile = a.tiles.add(row * blocks);
                         // Rows of a block stand side by side: `r` rows further on in each.
                         tile = tile.add(r);
-                        let y = a.y.add((row + r) * a.y_stride + p * LANES + part * I::LANES);
+                        let y = a.y.add((row + r) * a.y_stride + p * LANES + part * I::V::COUNT);
                         macro_rules! run {
                             ($n:literal) => {{
-                                let values = rows::<I, F, $n>(blocks, panel, part, tile, height, first);
+                                let values = rows::<I, W, $n>(blocks, panel, part, tile, height, first);
                                 for (i, v) in values.into_iter().enumerate() {
-                                    let y = y.add(i * a.y_stride);
-                                    if lanes >= I::LANES {
-                                        <I as Dot>::store(y, v);
-                                    } else {
-                                        let mut buffer = [0.0f32; LANES];
-                                        <I as Dot>::store(buffer.as_mut_ptr(), v);
-                                        std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, lanes);
-                                    }
+                                    I::V::store_first(y.add(i * a.y_stride), lanes, v);
                                 }
                                 r += $n;
                             }};
@@ -336,23 +299,42 @@ unsafe fn panels<I: Isa + Dot, F: Format>(a: PanelArgs) {
     }
 }
 
-macro_rules! kernels {
-    ($($name:ident = $body:ident: $format:ident;)*) => {
+macro_rules! formats {
+    ($($module:ident: $format:ident;)*) => {
         $(
-            #[inline(always)]
-            unsafe fn $body<I: Isa + Dot>(a: PanelArgs) {
-                // SAFETY: passed on.
-                unsafe { panels::<I, $format>(a) }
+            mod $module {
+                use super::*;
+
+                struct Own;
+                impl Records for Own {
+                    const FORMAT: BlockFormat = BlockFormat::$format;
+                }
+                #[inline(always)]
+                unsafe fn body<I: Isa + Dot>(a: PanelArgs) {
+                    // SAFETY: passed on.
+                    unsafe { panels_body::<I, Own>(a) }
+                }
+                dispatch! { pub(super) unsafe fn run(a: PanelArgs) = body }
             }
-            dispatch! { pub(crate) unsafe fn $name(a: PanelArgs) = $body }
         )*
+
+        /// Panels of this format times quantised rows.
+        ///
+        /// # Safety
+        /// `a` describes panels, rows and outputs inside their buffers.
+        pub(crate) unsafe fn panels(level: Level, format: BlockFormat, a: PanelArgs) {
+            match format {
+                // SAFETY: passed on.
+                $(BlockFormat::$format => unsafe { $module::run(level, a) },)*
+            }
+        }
     };
 }
-kernels! {
-    q4_0 = q4_0_body: Q4x0;
-    q4_1 = q4_1_body: Q4x1;
-    q8_0 = q8_0_body: Q8x0;
-    q8 = q8_body: Q8;
-    q4k = q4k_body: Q4K;
-    q6k = q6k_body: Q6K;
+formats! {
+    q4_0: Q4_0;
+    q4_1: Q4_1;
+    q8_0: Q8_0;
+    q8: Q8;
+    q4k: Q4K;
+    q6k: Q6K;
 }

@@ -5,35 +5,24 @@
 //!
 //! Safety rule of the module: as in [`super::isa`].
 
-use super::isa::Portable;
+use super::isa::{Lanes, Portable};
 
 /// Integer dot products of one instruction set.
 pub(crate) trait Dot: Copy {
-    /// Outputs per register; divides 16.
-    const LANES: usize;
     /// Activation rows whose sums fit the registers together.
     const ROWS: usize;
     /// What [`Dot::dot8`] adds per unit of the activation sum, to be subtracted by the caller.
     const BIAS8: i32;
-    /// `LANES` x f32.
-    type V: Copy;
-    /// `LANES` x i32.
+    /// One f32 per output of a register, which divide 16.
+    type V: Lanes;
+    /// One i32 per output.
     type I: Copy;
     /// A sum of 4-bit products under way.
     type Sum4: Copy;
-    /// `LANES` x 4 weights in 0..=15.
+    /// Four weights in 0..=15 per output.
     type W4: Copy;
-    /// `LANES` x 4 signed weights.
+    /// Four signed weights per output.
     type W8: Copy;
-
-    unsafe fn splat(p: *const f32) -> Self::V;
-    unsafe fn zero() -> Self::V;
-    unsafe fn load(p: *const f32) -> Self::V;
-    unsafe fn load_f16(p: *const u16) -> Self::V;
-    unsafe fn store(p: *mut f32, v: Self::V);
-    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c` with one rounding.
-    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 
     unsafe fn zero_i() -> Self::I;
     unsafe fn to_f(v: Self::I) -> Self::V;
@@ -41,7 +30,7 @@ pub(crate) trait Dot: Copy {
     unsafe fn sub(a: Self::I, v: i32) -> Self::I;
 
     unsafe fn zero4() -> Self::Sum4;
-    /// The low and the high nibbles of `LANES * 4` bytes.
+    /// The low and the high nibbles of four bytes per output.
     unsafe fn nibbles(p: *const u8) -> (Self::W4, Self::W4);
     /// Adds each lane's four weights times the four activations at `a`; at most eight times before [`Dot::sum4`].
     unsafe fn dot4(acc: Self::Sum4, w: Self::W4, a: *const i8) -> Self::Sum4;
@@ -59,8 +48,15 @@ pub(crate) trait Dot: Copy {
     unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]);
 }
 
+/// Adds four products to each of 16 sums.
+#[inline(always)]
+unsafe fn dot_fours<W: Copy + Into<i32>>(acc: [i32; 16], w: [W; 64], a: *const i8) -> [i32; 16] {
+    // SAFETY: module rule: four activations.
+    let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
+    std::array::from_fn(|i| acc[i] + (0..4).map(|j| w[4 * i + j].into() * i32::from(a[j])).sum::<i32>())
+}
+
 impl Dot for Portable {
-    const LANES: usize = 16;
     const ROWS: usize = 4;
     const BIAS8: i32 = 0;
     type V = [f32; 16];
@@ -69,39 +65,6 @@ impl Dot for Portable {
     type W4 = [u8; 64];
     type W8 = [i8; 64];
 
-    #[inline(always)]
-    unsafe fn splat(p: *const f32) -> [f32; 16] {
-        // SAFETY: module rule.
-        [unsafe { *p }; 16]
-    }
-    #[inline(always)]
-    unsafe fn zero() -> [f32; 16] {
-        [0.0; 16]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> [f32; 16] {
-        // SAFETY: module rule.
-        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn load_f16(p: *const u16) -> [f32; 16] {
-        // SAFETY: module rule.
-        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
-        bits.map(|b| half::f16::from_bits(b).to_f32())
-    }
-    #[inline(always)]
-    unsafe fn store(p: *mut f32, v: [f32; 16]) {
-        // SAFETY: module rule.
-        unsafe { p.cast::<[f32; 16]>().write_unaligned(v) }
-    }
-    #[inline(always)]
-    unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] * b[i])
-    }
-    #[inline(always)]
-    unsafe fn fma(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
-    }
     #[inline(always)]
     unsafe fn zero_i() -> [i32; 16] {
         [0; 16]
@@ -127,10 +90,7 @@ impl Dot for Portable {
     #[inline(always)]
     unsafe fn dot4(acc: [i32; 16], w: [u8; 64], a: *const i8) -> [i32; 16] {
         // SAFETY: module rule.
-        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
-        std::array::from_fn(|i| {
-            acc[i] + (0..4).map(|j| i32::from(w[4 * i + j]) * i32::from(a[j])).sum::<i32>()
-        })
+        unsafe { dot_fours(acc, w, a) }
     }
     #[inline(always)]
     unsafe fn sum4(acc: [i32; 16]) -> [i32; 16] {
@@ -144,10 +104,7 @@ impl Dot for Portable {
     #[inline(always)]
     unsafe fn dot8(acc: [i32; 16], w: [i8; 64], a: *const i8) -> [i32; 16] {
         // SAFETY: module rule.
-        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
-        std::array::from_fn(|i| {
-            acc[i] + (0..4).map(|j| i32::from(w[4 * i + j]) * i32::from(a[j])).sum::<i32>()
-        })
+        unsafe { dot_fours(acc, w, a) }
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
@@ -171,7 +128,6 @@ mod x86 {
     // SAFETY of all blocks below: the module rule (features present, pointers valid).
     #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
     impl Dot for Avx2 {
-        const LANES: usize = 8;
         const ROWS: usize = 4;
         const BIAS8: i32 = 0;
         type V = __m256;
@@ -182,34 +138,6 @@ mod x86 {
         /// Absolute values and the signed originals.
         type W8 = (__m256i, __m256i);
 
-        #[inline(always)]
-        unsafe fn splat(p: *const f32) -> __m256 {
-            unsafe { _mm256_broadcast_ss(&*p) }
-        }
-        #[inline(always)]
-        unsafe fn zero() -> __m256 {
-            unsafe { _mm256_setzero_ps() }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m256 {
-            unsafe { _mm256_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn load_f16(p: *const u16) -> __m256 {
-            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m256) {
-            unsafe { _mm256_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-            unsafe { _mm256_fmadd_ps(a, b, c) }
-        }
         #[inline(always)]
         unsafe fn zero_i() -> __m256i {
             unsafe { _mm256_setzero_si256() }
@@ -301,7 +229,6 @@ mod x86 {
 
     #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
     impl Dot for Avx512 {
-        const LANES: usize = 16;
         const ROWS: usize = 8;
         /// Weights are shifted to 0..=255 by flipping the sign bit.
         const BIAS8: i32 = 128;
@@ -311,34 +238,6 @@ mod x86 {
         type W4 = __m512i;
         type W8 = __m512i;
 
-        #[inline(always)]
-        unsafe fn splat(p: *const f32) -> __m512 {
-            unsafe { _mm512_set1_ps(*p) }
-        }
-        #[inline(always)]
-        unsafe fn zero() -> __m512 {
-            unsafe { _mm512_setzero_ps() }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m512 {
-            unsafe { _mm512_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn load_f16(p: *const u16) -> __m512 {
-            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m512) {
-            unsafe { _mm512_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-            unsafe { _mm512_mul_ps(a, b) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-            unsafe { _mm512_fmadd_ps(a, b, c) }
-        }
         #[inline(always)]
         unsafe fn zero_i() -> __m512i {
             unsafe { _mm512_setzero_si512() }

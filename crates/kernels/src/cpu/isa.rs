@@ -2,26 +2,92 @@
 //!
 //! Every operation is lane-wise IEEE arithmetic with fused multiply-add, so the three give the same bits. Kernels are written once over [`Isa`] and compiled per set by [`dispatch!`].
 //!
-//! Safety rule of the module: an `Isa` method may be called only inside a function compiled with that set's
-//! target features on a CPU that has them; pointers must be valid for the 16 lanes (or 64 bytes) read or written.
+//! Safety rule of the module: a `Lanes` method may be called only inside a function compiled with that set's
+//! target features on a CPU that has them; pointers must be valid for the lanes (or bytes) read or written.
+
+/// f32 numbers side by side in registers.
+pub(crate) trait Lanes: Copy {
+    /// How many.
+    const COUNT: usize;
+
+    unsafe fn splat(v: f32) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn load_f16(p: *const u16) -> Self;
+    unsafe fn load_bf16(p: *const u16) -> Self;
+    unsafe fn store(p: *mut f32, v: Self);
+    /// `a * b + c` with one rounding.
+    unsafe fn fma(a: Self, b: Self, c: Self) -> Self;
+    unsafe fn mul(a: Self, b: Self) -> Self;
+
+    /// Writes the lanes that exist: the first `count` of them, or all.
+    #[inline(always)]
+    unsafe fn store_first(p: *mut f32, count: usize, v: Self) {
+        if count >= Self::COUNT {
+            // SAFETY: all lanes exist.
+            unsafe { Self::store(p, v) };
+        } else {
+            let mut buffer = [0.0f32; 16];
+            // SAFETY: no set has more than 16 lanes; `p` has `count` values.
+            unsafe {
+                Self::store(buffer.as_mut_ptr(), v);
+                std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, count);
+            }
+        }
+    }
+}
+
+/// Two registers as one of twice the lanes.
+impl<T: Lanes> Lanes for (T, T) {
+    const COUNT: usize = 2 * T::COUNT;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        // SAFETY: module rule, here and below.
+        unsafe { (T::splat(v), T::splat(v)) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::load(p), T::load(p.add(T::COUNT))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::load_f16(p), T::load_f16(p.add(T::COUNT))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::load_bf16(p), T::load_bf16(p.add(T::COUNT))) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Self) {
+        // SAFETY: as above.
+        unsafe {
+            T::store(p, v.0);
+            T::store(p.add(T::COUNT), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self, b: Self, c: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::fma(a.0, b.0, c.0), T::fma(a.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self, b: Self) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::mul(a.0, b.0), T::mul(a.1, b.1)) }
+    }
+}
 
 /// An instruction set.
 pub(crate) trait Isa: Copy {
     /// 16 x f32.
-    type F: Copy;
+    type F: Lanes;
     /// Blocks of 16 keys whose scores are in registers together.
     const SCORE_BLOCKS: usize;
     /// Groups of 16 values that are mixed together.
     const MIX_COLUMNS: usize;
-
-    unsafe fn splat(v: f32) -> Self::F;
-    unsafe fn load(p: *const f32) -> Self::F;
-    unsafe fn load_f16(p: *const u16) -> Self::F;
-    unsafe fn load_bf16(p: *const u16) -> Self::F;
-    unsafe fn store(p: *mut f32, v: Self::F);
-    /// `a * b + c` with one rounding.
-    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
 }
 
 /// Plain Rust, any CPU.
@@ -32,6 +98,10 @@ impl Isa for Portable {
     type F = [f32; 16];
     const SCORE_BLOCKS: usize = 1;
     const MIX_COLUMNS: usize = 1;
+}
+
+impl Lanes for [f32; 16] {
+    const COUNT: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> [f32; 16] {
@@ -73,60 +143,53 @@ impl Isa for Portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Isa;
+    use super::{Isa, Lanes};
 
     /// AVX2 + FMA + F16C: two registers per 16 lanes.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2;
 
-    type P<T> = (T, T);
+    impl Isa for Avx2 {
+        type F = (__m256, __m256);
+        const SCORE_BLOCKS: usize = 2;
+        const MIX_COLUMNS: usize = 2;
+    }
 
     // SAFETY of all blocks below: the module rule (features present, pointers valid).
     #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
-    impl Isa for Avx2 {
-        type F = P<__m256>;
-        const SCORE_BLOCKS: usize = 2;
-        const MIX_COLUMNS: usize = 2;
+    impl Lanes for __m256 {
+        const COUNT: usize = 8;
 
         #[inline(always)]
-        unsafe fn splat(v: f32) -> Self::F {
-            unsafe { (_mm256_set1_ps(v), _mm256_set1_ps(v)) }
+        unsafe fn splat(v: f32) -> __m256 {
+            unsafe { _mm256_set1_ps(v) }
         }
         #[inline(always)]
-        unsafe fn load(p: *const f32) -> Self::F {
-            unsafe { (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        unsafe fn load(p: *const f32) -> __m256 {
+            unsafe { _mm256_loadu_ps(p) }
         }
         #[inline(always)]
-        unsafe fn load_f16(p: *const u16) -> Self::F {
+        unsafe fn load_f16(p: *const u16) -> __m256 {
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const u16) -> __m256 {
             unsafe {
-                (
-                    _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
-                    _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
-                )
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
             }
         }
         #[inline(always)]
-        unsafe fn load_bf16(p: *const u16) -> Self::F {
-            unsafe {
-                let widen =
-                    |x: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)));
-                (widen(_mm_loadu_si128(p.cast())), widen(_mm_loadu_si128(p.add(8).cast())))
-            }
+        unsafe fn store(p: *mut f32, v: __m256) {
+            unsafe { _mm256_storeu_ps(p, v) }
         }
         #[inline(always)]
-        unsafe fn store(p: *mut f32, v: Self::F) {
-            unsafe {
-                _mm256_storeu_ps(p, v.0);
-                _mm256_storeu_ps(p.add(8), v.1);
-            }
+        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+            unsafe { _mm256_fmadd_ps(a, b, c) }
         }
         #[inline(always)]
-        unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-            unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
-        }
-        #[inline(always)]
-        unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
-            unsafe { (_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)) }
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_mul_ps(a, b) }
         }
     }
 
@@ -134,11 +197,15 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512;
 
-    #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
     impl Isa for Avx512 {
         type F = __m512;
         const SCORE_BLOCKS: usize = 4;
         const MIX_COLUMNS: usize = 4;
+    }
+
+    #[expect(clippy::undocumented_unsafe_blocks, reason = "module rule")]
+    impl Lanes for __m512 {
+        const COUNT: usize = 16;
 
         #[inline(always)]
         unsafe fn splat(v: f32) -> __m512 {

@@ -10,7 +10,7 @@
 use std::cell::RefCell;
 
 use super::block::{self, QuantRows, TilePtr};
-use super::isa::{Isa, Level, dispatch};
+use super::isa::{Isa, Lanes, Level, dispatch};
 use super::pack::{Body, FloatKind, LANES, PackedWeight};
 use crate::Pool;
 use crate::pool::SendPtr;
@@ -36,22 +36,6 @@ pub(crate) struct PanelArgs {
     pub outputs: usize,
 }
 
-/// Writes 16 outputs, or the few that exist.
-#[inline(always)]
-unsafe fn store_lanes<I: Isa>(y: *mut f32, count: usize, v: I::F) {
-    if count >= LANES {
-        // SAFETY: 16 outputs exist.
-        unsafe { I::store(y, v) };
-    } else {
-        let mut buffer = [0.0f32; LANES];
-        // SAFETY: the buffer has 16 values, `y` has `count`.
-        unsafe {
-            I::store(buffer.as_mut_ptr(), v);
-            std::ptr::copy_nonoverlapping(buffer.as_ptr(), y, count);
-        }
-    }
-}
-
 const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
@@ -66,29 +50,29 @@ unsafe fn float_rows<I: Isa, const KIND: u8, const R: usize, const P: usize>(
     let size = if KIND == F32 { 4 } else { 2 };
     // SAFETY: module rule of `isa`; `P` panels from `panel` on and `R` rows from `row` on exist.
     unsafe {
-        let mut acc = [[I::splat(0.0); P]; R];
+        let mut acc = [[I::F::splat(0.0); P]; R];
         let w = a.w.add(panel * a.panel_bytes);
         for k in 0..a.in_features {
-            let mut columns = [I::splat(0.0); P];
+            let mut columns = [I::F::splat(0.0); P];
             for (p, c) in columns.iter_mut().enumerate() {
                 let at = w.add(p * a.panel_bytes + k * LANES * size);
                 *c = match KIND {
-                    F32 => I::load(at.cast()),
-                    F16 => I::load_f16(at.cast()),
-                    _ => I::load_bf16(at.cast()),
+                    F32 => I::F::load(at.cast()),
+                    F16 => I::F::load_f16(at.cast()),
+                    _ => I::F::load_bf16(at.cast()),
                 };
             }
             for r in 0..R {
-                let x = I::splat(*a.x.add((row + r) * a.in_features + k));
+                let x = I::F::splat(*a.x.add((row + r) * a.in_features + k));
                 for p in 0..P {
-                    acc[r][p] = I::fma(columns[p], x, acc[r][p]);
+                    acc[r][p] = I::F::fma(columns[p], x, acc[r][p]);
                 }
             }
         }
         for (r, values) in acc.into_iter().enumerate() {
             for (p, v) in values.into_iter().enumerate() {
                 let at = (panel + p) * LANES;
-                store_lanes::<I>(a.y.add((row + r) * a.y_stride + at), a.outputs - at, v);
+                I::F::store_first(a.y.add((row + r) * a.y_stride + at), a.outputs - at, v);
             }
         }
     }
@@ -194,14 +178,7 @@ impl Input<'_> {
                     Body::Float(FloatKind::F32) => f32_panels(self.level, args),
                     Body::Float(FloatKind::F16) => f16_panels(self.level, args),
                     Body::Float(FloatKind::Bf16) => bf16_panels(self.level, args),
-                    Body::Block(f) => match (f.four_bit, f.half, f.two_scales, f.mins) {
-                        (true, true, _, false) => block::q4_0(self.level, args),
-                        (true, true, _, true) => block::q4_1(self.level, args),
-                        (true, false, ..) => block::q4k(self.level, args),
-                        (false, true, ..) => block::q8_0(self.level, args),
-                        (false, false, false, _) => block::q8(self.level, args),
-                        (false, false, true, _) => block::q6k(self.level, args),
-                    },
+                    Body::Block(format) => block::panels(self.level, format, args),
                 }
             }
         }

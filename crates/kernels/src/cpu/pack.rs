@@ -27,35 +27,76 @@ impl FloatKind {
     }
 }
 
-/// How the records of a block panel look.
+/// How the records of a block panel look: `[scales][second scales][minima][quants]`, what a format has of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BlockFormat {
-    /// 4-bit quants, else signed 8-bit.
-    pub four_bit: bool,
-    /// Scales and minima are f16, else f32.
-    pub half: bool,
-    /// Two scales per block (groups of 16), else one.
-    pub two_scales: bool,
-    /// Minima present.
-    pub mins: bool,
-    /// Subtracted from every stored quant (8 for Q4_0).
-    pub zero: i32,
+pub(crate) enum BlockFormat {
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    /// Ours: signed bytes with an f32 scale.
+    Q8,
+    Q4K,
+    Q6K,
 }
 
 impl BlockFormat {
-    pub(crate) fn vector_bytes(self) -> usize {
-        LANES * if self.half { 2 } else { 4 }
+    /// 4-bit quants, else signed 8-bit.
+    pub(crate) const fn four_bit(self) -> bool {
+        matches!(self, BlockFormat::Q4_0 | BlockFormat::Q4_1 | BlockFormat::Q4K)
     }
 
-    pub(crate) fn record_bytes(self) -> usize {
-        let vectors = 1 + usize::from(self.two_scales) + usize::from(self.mins);
-        vectors * self.vector_bytes() + if self.four_bit { 256 } else { 512 }
+    /// Scales and minima are f16, else f32.
+    pub(crate) const fn half(self) -> bool {
+        matches!(self, BlockFormat::Q4_0 | BlockFormat::Q4_1 | BlockFormat::Q8_0)
+    }
+
+    /// Two scales per block (groups of 16), else one.
+    pub(crate) const fn two_scales(self) -> bool {
+        matches!(self, BlockFormat::Q6K)
+    }
+
+    /// Minima present.
+    pub(crate) const fn mins(self) -> bool {
+        matches!(self, BlockFormat::Q4_1 | BlockFormat::Q4K)
+    }
+
+    /// Added to every quant when it is stored.
+    pub(crate) const fn zero(self) -> i32 {
+        if matches!(self, BlockFormat::Q4_0) { 8 } else { 0 }
+    }
+
+    /// Bytes of the scales of a panel, or of its minima.
+    pub(crate) const fn vector_bytes(self) -> usize {
+        LANES * if self.half() { 2 } else { 4 }
+    }
+
+    /// Where the minima begin.
+    pub(crate) const fn min_at(self) -> usize {
+        (1 + self.two_scales() as usize) * self.vector_bytes()
+    }
+
+    /// Where the quants begin.
+    pub(crate) const fn header_bytes(self) -> usize {
+        self.min_at() + self.mins() as usize * self.vector_bytes()
+    }
+
+    pub(crate) const fn record_bytes(self) -> usize {
+        self.header_bytes() + if self.four_bit() { 256 } else { 512 }
     }
 }
 
 pub(crate) enum Body {
     Float(FloatKind),
     Block(BlockFormat),
+}
+
+impl Body {
+    fn panel_bytes(&self, in_features: usize) -> usize {
+        match self {
+            Body::Float(kind) => in_features * LANES * kind.bytes(),
+            Body::Block(format) => in_features / 32 * format.record_bytes(),
+        }
+    }
 }
 
 /// A weight in panel layout.
@@ -91,18 +132,11 @@ impl PackedWeight {
     }
 
     pub(crate) fn panel_bytes(&self) -> usize {
-        match self.body {
-            Body::Float(kind) => self.in_features * LANES * kind.bytes(),
-            Body::Block(format) => self.in_features / 32 * format.record_bytes(),
-        }
+        self.body.panel_bytes(self.in_features)
     }
 
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
-        let panel_bytes = match body {
-            Body::Float(kind) => in_features * LANES * kind.bytes(),
-            Body::Block(format) => in_features / 32 * format.record_bytes(),
-        };
-        let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
+        let data = Pages::new(out_features.div_ceil(LANES) * body.panel_bytes(in_features));
         PackedWeight { out_features, in_features, body, data }
     }
 
@@ -171,28 +205,16 @@ impl PackedWeight {
 
     fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
         let format = match w.dtype {
-            WeightDtype::Q4_0 => {
-                BlockFormat { four_bit: true, half: true, two_scales: false, mins: false, zero: 8 }
-            }
-            WeightDtype::Q4_1 => {
-                BlockFormat { four_bit: true, half: true, two_scales: false, mins: true, zero: 0 }
-            }
-            WeightDtype::Q8_0 => {
-                BlockFormat { four_bit: false, half: true, two_scales: false, mins: false, zero: 0 }
-            }
-            WeightDtype::Q4K => {
-                BlockFormat { four_bit: true, half: false, two_scales: false, mins: true, zero: 0 }
-            }
-            WeightDtype::Q6K => {
-                BlockFormat { four_bit: false, half: false, two_scales: true, mins: false, zero: 0 }
-            }
-            WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => {
-                BlockFormat { four_bit: false, half: false, two_scales: false, mins: false, zero: 0 }
-            }
+            WeightDtype::Q4_0 => BlockFormat::Q4_0,
+            WeightDtype::Q4_1 => BlockFormat::Q4_1,
+            WeightDtype::Q8_0 => BlockFormat::Q8_0,
+            WeightDtype::Q4K => BlockFormat::Q4K,
+            WeightDtype::Q6K => BlockFormat::Q6K,
+            WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => BlockFormat::Q8,
         };
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
-        let (record_bytes, vector_bytes) = (format.record_bytes(), format.vector_bytes());
+        let record_bytes = format.record_bytes();
         packed.fill_panels(pool, &|first, panel| {
             let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
             for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
@@ -209,9 +231,8 @@ impl PackedWeight {
                         quant::block32(w.dtype, stored, b)
                     };
                     let record = &mut panel[b * record_bytes..(b + 1) * record_bytes];
-                    let mut at = 0;
-                    let mut put = |v: f32, record: &mut [u8]| {
-                        if format.half {
+                    let mut put = |at: usize, v: f32| {
+                        if format.half() {
                             let slot = at + lane * 2;
                             // Exact: the value came from an f16 of the file.
                             record[slot..slot + 2]
@@ -220,20 +241,19 @@ impl PackedWeight {
                             let slot = at + lane * 4;
                             record[slot..slot + 4].copy_from_slice(&v.to_ne_bytes());
                         }
-                        at += vector_bytes;
                     };
-                    put(block.scales[0], record);
-                    if format.two_scales {
-                        put(block.scales[1], record);
+                    put(0, block.scales[0]);
+                    if format.two_scales() {
+                        put(format.vector_bytes(), block.scales[1]);
                     }
-                    if format.mins {
-                        put(block.min, record);
+                    if format.mins() {
+                        put(format.min_at(), block.min);
                     }
-                    let quants = &mut record[at..];
+                    let quants = &mut record[format.header_bytes()..];
                     for (k, q) in block.quants.iter().enumerate() {
                         let (group, i) = (k / 4, k % 4);
-                        if format.four_bit {
-                            let byte = (i32::from(*q) + format.zero) as u8;
+                        if format.four_bit() {
+                            let byte = (i32::from(*q) + format.zero()) as u8;
                             quants[group / 2 * 64 + lane * 4 + i] |= byte << (group % 2 * 4);
                         } else {
                             quants[group * 64 + lane * 4 + i] = *q as u8;
@@ -263,26 +283,25 @@ impl PackedWeight {
                 }
             }
             Body::Block(format) => {
-                let (record_bytes, vector) = (format.record_bytes(), format.vector_bytes());
+                let record_bytes = format.record_bytes();
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
                     let record = &panel[b * record_bytes..(b + 1) * record_bytes];
-                    let get = |i: usize| {
-                        if format.half {
-                            f16_at(record, i * vector + lane * 2)
+                    let get = |at: usize| {
+                        if format.half() {
+                            f16_at(record, at + lane * 2)
                         } else {
-                            f32_at(record, i * vector + lane * 4)
+                            f32_at(record, at + lane * 4)
                         }
                     };
-                    let scales = [get(0), get(usize::from(format.two_scales))];
-                    let mut used = 1 + usize::from(format.two_scales);
-                    let min = if format.mins { get(used) } else { 0.0 };
-                    used += usize::from(format.mins);
-                    let quants = &record[used * vector..];
+                    let second = if format.two_scales() { format.vector_bytes() } else { 0 };
+                    let scales = [get(0), get(second)];
+                    let min = if format.mins() { get(format.min_at()) } else { 0.0 };
+                    let quants = &record[format.header_bytes()..];
                     for (k, v) in values.iter_mut().enumerate() {
                         let (group, i) = (k / 4, k % 4);
-                        let q = if format.four_bit {
+                        let q = if format.four_bit() {
                             let byte = quants[group / 2 * 64 + lane * 4 + i];
-                            i32::from(byte >> (group % 2 * 4) & 15) - format.zero
+                            i32::from(byte >> (group % 2 * 4) & 15) - format.zero()
                         } else {
                             i32::from(quants[group * 64 + lane * 4 + i] as i8)
                         };

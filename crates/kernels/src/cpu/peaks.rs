@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::isa::{Isa, dispatch};
+use super::isa::{Isa, Lanes, dispatch};
 use super::{Cpu, matmul, pack};
 use crate::pool::SendPtr;
 use crate::{PackMode, WeightDtype, WeightView};
@@ -22,18 +22,18 @@ struct SumArgs {
 unsafe fn sum_body<I: Isa>(a: SumArgs) {
     // SAFETY: module rule of `isa`; `x` has `len` values, `sum` 16.
     unsafe {
-        let one = I::splat(1.0);
-        let mut acc = [I::splat(0.0); 8];
+        let one = I::F::splat(1.0);
+        let mut acc = [I::F::splat(0.0); 8];
         for at in (0..a.len).step_by(128) {
             for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = I::fma(I::load(a.x.add(at + i * 16)), one, *acc);
+                *acc = I::F::fma(I::F::load(a.x.add(at + i * 16)), one, *acc);
             }
         }
         let mut all = acc[0];
         for acc in &acc[1..] {
-            all = I::fma(*acc, one, all);
+            all = I::F::fma(*acc, one, all);
         }
-        I::store(a.sum, all);
+        I::F::store(a.sum, all);
     }
 }
 dispatch! { unsafe fn sum(a: SumArgs) = sum_body }
