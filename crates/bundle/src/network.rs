@@ -75,7 +75,7 @@ fn run<K: Kernels>(
     let (network, weights) = (&draft.network, &draft.weights);
     let slots = input.features.len() / config.features_width();
     let scale = 1.0 / (config.head_dim as f32).sqrt();
-    let mut kv = kernels.kv_new(config.num_key_value_heads, config.head_dim);
+    let mut kv = draft.new_kv(kernels);
     let mut ops = Infer::new(kernels);
 
     let features = ops.input(&input.features, config.features_width()); // [N, 3 Ht]

@@ -69,8 +69,7 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
     }
 
     fn begin(&self) -> Box<dyn DrafterSession<K> + '_> {
-        let config = &self.draft.network.config;
-        let kv = self.kernels.kv_new(config.num_key_value_heads, config.head_dim);
+        let kv = self.draft.new_kv(self.kernels.as_ref());
         Box::new(EagleSession {
             drafter: self,
             kv,

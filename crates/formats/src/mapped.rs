@@ -1,6 +1,7 @@
 //! Read-only memory-mapped files.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,6 +51,23 @@ impl Mapped {
         match &self.0 {
             Bytes::Map(map) => map,
             Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl Mapped {
+    /// Gives the memory of a part back to the system; reading it again fetches it from the file.
+    pub fn release(&self, part: Range<usize>) {
+        let Bytes::Map(map) = &self.0 else { return };
+        // Whole pages inside the part, of any size that is in use; the edges stay.
+        const PAGE: usize = 1 << 16;
+        let (from, to) = (part.start.next_multiple_of(PAGE), part.end.min(map.len()) / PAGE * PAGE);
+        if from < to {
+            // SAFETY: the pages are clean copies of the file (read-only, see `open`), so they come back unchanged.
+            let done =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from) };
+            // Advice only: without it the memory is given back later.
+            drop(done);
         }
     }
 }

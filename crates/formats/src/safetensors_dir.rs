@@ -361,6 +361,13 @@ impl SafetensorsDir {
         Some(Tensor { name, dtype: at.dtype, shape: &at.shape, bytes, path: &shard.path })
     }
 
+    /// Gives the memory of a tensor's bytes back to the system; reading them again fetches them from the file.
+    pub fn release(&self, name: &str) {
+        if let Some(location) = self.tensors.get(name) {
+            self.shards[location.shard].mapped.release(location.start..location.end);
+        }
+    }
+
     /// A tensor.
     ///
     /// # Errors

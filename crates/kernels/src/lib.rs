@@ -60,6 +60,16 @@ pub enum KernelError {
     },
 }
 
+/// How keys and values are stored. Sums over them run in f32 either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    /// As computed: the specification.
+    F32,
+    /// Rounded to f16, values beyond its range to its largest: half the memory, and half the time where a long
+    /// context makes attention wait for it.
+    F16,
+}
+
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -163,7 +173,7 @@ pub trait Kernels: Send + Sync {
     fn gather_rows(&self, x: &Self::Buf, width: usize, rows: &[u32], y: &mut Self::Buf);
 
     /// An empty cache for one layer.
-    fn kv_new(&self, kv_heads: usize, head_dim: usize) -> Self::Kv;
+    fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> Self::Kv;
     /// Moves slots `from[i]` (ascending, all at or after `base`) to `base + i` and drops the rest.
     fn kv_compact(&self, kv: &mut Self::Kv, base: usize, from: &[usize]);
     /// Attention of a step: appends `k`, `v` of `[R, kv_heads * head_dim]` to the caches (each at its mask's first slot,

@@ -1,6 +1,6 @@
 //! A weight as it stands in a file: type, shape, bytes.
 
-use crate::KernelError;
+use crate::{KernelError, KvDtype};
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -98,4 +98,14 @@ pub enum PackMode {
     Stored,
     /// Quantise floats to signed 8-bit blocks of 32 (block types stay as stored).
     Q8,
+}
+
+impl PackMode {
+    /// How the keys and values of a network with such weights are stored.
+    pub fn kv_dtype(self) -> KvDtype {
+        match self {
+            PackMode::F32 => KvDtype::F32,
+            PackMode::Stored | PackMode::Q8 => KvDtype::F16,
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use draftsmith_core::{VocabMap, VocabMapError};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
-use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightView};
+use draftsmith_kernels::{KernelError, Kernels, KvDtype, PackMode, WeightView};
 
 use crate::eagle3::{BuildWeights, Eagle3, Eagle3Config, Eagle3ConfigError, Eagle3Weights};
 use crate::infer::Linear;
@@ -110,6 +110,7 @@ pub struct Draft<K: Kernels> {
     pub weights: PackedEagle3<K>,
     /// Draft ids to target ids.
     pub vocab_map: VocabMap,
+    kv_dtype: KvDtype,
 }
 
 struct Packing<'a, K> {
@@ -181,7 +182,13 @@ impl<K: Kernels> Draft<K> {
                 return Err(DraftError::Unexpected { place: place.to_owned(), name: name.clone() });
             }
         }
-        Ok(Draft { network: Eagle3::new(config), weights, vocab_map })
+        Ok(Draft { network: Eagle3::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
+    }
+
+    /// An empty cache of its layer.
+    pub fn new_kv(&self, kernels: &K) -> K::Kv {
+        let config = &self.network.config;
+        kernels.kv_new(config.num_key_value_heads, config.head_dim, self.kv_dtype)
     }
 
     /// Loads a draft folder: `config.json` and `model.safetensors` [formats §2.1].

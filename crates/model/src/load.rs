@@ -7,7 +7,7 @@ use std::sync::Arc;
 use draftsmith_formats::gguf::{GgmlType, GgufFile};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_kernels::{Kernels, PackMode, WeightDtype, WeightView, quant};
+use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
 use crate::config::{Family, TargetConfig};
 use crate::infer::Linear;
@@ -200,6 +200,19 @@ impl Source {
         }
     }
 
+    fn release(&self, part: Part, layer: usize) {
+        match &self.container {
+            Container::Gguf(file) => {
+                if let Some(info) = file.find_tensor(&part.gguf(layer)) {
+                    file.release(info);
+                }
+            }
+            Container::Safetensors { dir, prefix } => {
+                dir.release(&part.hf(layer, self.config.family, prefix));
+            }
+        }
+    }
+
     pub(crate) fn linear<K: Kernels>(
         &mut self,
         kernels: &K,
@@ -216,13 +229,12 @@ impl Source {
             in_features: stored.shape[1],
             data: &stored.data,
         };
-        let mode = match precision {
-            Precision::F32 => PackMode::F32,
-            Precision::Stored => PackMode::Stored,
-        };
         let packed = kernels
-            .pack(&format!("{part:?} of layer {layer}"), &view, mode)
+            .pack(&format!("{part:?} of layer {layer}"), &view, precision.pack_mode())
             .map_err(|source| ModelError::Kernel { place, source })?;
+        drop(stored);
+        // The packed copy is what decoding reads.
+        self.release(part, layer);
         Ok(Arc::new(Linear { packed, out_features: shape[0], in_features: shape[1] }))
     }
 

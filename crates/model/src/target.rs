@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
-use draftsmith_kernels::{Buffer, Kernels, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -24,6 +24,16 @@ pub enum Precision {
     F32,
     /// Weights as stored: block types by exact integer dot products, floats as floats.
     Stored,
+}
+
+impl Precision {
+    /// What the kernels make of the weights.
+    pub(crate) fn pack_mode(self) -> PackMode {
+        match self {
+            Precision::F32 => PackMode::F32,
+            Precision::Stored => PackMode::Stored,
+        }
+    }
 }
 
 /// Weights of one decoder layer.
@@ -149,6 +159,7 @@ type PackedLayer<K> = LayerWeights<Arc<Linear<<K as Kernels>::Packed>>, Arc<<K a
 pub struct Target<K: Kernels> {
     kernels: Arc<K>,
     config: TargetConfig,
+    kv_dtype: KvDtype,
     embed: Arc<Linear<K::Packed>>,
     layers: Vec<PackedLayer<K>>,
     final_norm: Arc<K::Buf>,
@@ -216,7 +227,15 @@ impl<K: Kernels> Target<K> {
             });
         }
         let config = source.finish()?;
-        Ok(Target { kernels, config, embed, layers, final_norm, head })
+        Ok(Target {
+            kernels,
+            config,
+            kv_dtype: precision.pack_mode().kv_dtype(),
+            embed,
+            layers,
+            final_norm,
+            head,
+        })
     }
 
     /// Shapes and switches.
@@ -236,7 +255,7 @@ impl<K: Kernels> Target<K> {
 
     /// An empty cache.
     pub fn new_kv(&self) -> TargetKv<K> {
-        let layer = || self.kernels.kv_new(self.config.num_kv_heads, self.config.head_dim);
+        let layer = || self.kernels.kv_new(self.config.num_kv_heads, self.config.head_dim, self.kv_dtype);
         TargetKv { layers: (0..self.config.num_layers).map(|_| layer()).collect(), len: 0 }
     }
 

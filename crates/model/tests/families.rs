@@ -141,9 +141,10 @@ fn safetensors_families_match_transformers() {
         "gemma3_text",
     ] {
         let expected = format!("families/{family}/expected.safetensors");
-        for precision in [Precision::F32, Precision::Stored] {
-            check(&format!("families/{family}"), &expected, precision, FLOAT_TOLERANCE);
-        }
+        let model = format!("families/{family}");
+        check(&model, &expected, Precision::F32, FLOAT_TOLERANCE);
+        // The same but for keys and values in f16.
+        check(&model, &expected, Precision::Stored, Tolerance::RelativeRms(2e-3));
     }
 }
 

@@ -642,6 +642,13 @@ impl<'a> GgufFile<'a> {
         &self.bytes()[info.offset..info.offset + info.byte_len]
     }
 
+    /// Gives the memory of a tensor's bytes back to the system; reading them again fetches them from the file.
+    pub fn release(&self, info: &TensorInfo) {
+        if let Backing::Mapped(mapped) = &self.backing {
+            mapped.release(info.offset..info.offset + info.byte_len);
+        }
+    }
+
     /// The value of a key, if it is there.
     pub fn get(&self, key: &str) -> Option<&GgufValue> {
         self.keys.get(key).map(|i| &self.metadata[*i].1)

@@ -9,36 +9,131 @@
     reason = "lanes of several arrays run together; their number is a constant"
 )]
 
-use super::isa::{Isa, Lanes, Level, dispatch};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
 use super::math::{exp, sum_lanes};
 use crate::pool::SendPtr;
-use crate::{Pool, StepMask};
+use crate::{KvDtype, Pool, StepMask};
 
 const BLOCK: usize = 16;
+
+/// A number as the cache stores it.
+trait Stored: Copy + Default + Send + Sync {
+    fn round(values: &[f32], out: &mut [Self]);
+    unsafe fn load<F: Lanes>(p: *const Self) -> F;
+}
+
+impl Stored for f32 {
+    fn round(values: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(values);
+    }
+    #[inline(always)]
+    unsafe fn load<F: Lanes>(p: *const f32) -> F {
+        // SAFETY: module rule of `isa`.
+        unsafe { F::load(p) }
+    }
+}
+
+impl Stored for f16 {
+    fn round(values: &[f32], out: &mut [f16]) {
+        out.convert_from_f32_slice(values);
+        // A number beyond the range stays the largest one: an infinity would make every later row NaN.
+        for v in out.iter_mut().filter(|v| v.is_infinite()) {
+            *v = if v.is_sign_positive() { f16::MAX } else { f16::MIN };
+        }
+    }
+    #[inline(always)]
+    unsafe fn load<F: Lanes>(p: *const f16) -> F {
+        // SAFETY: module rule of `isa`; `f16` is its bits.
+        unsafe { F::load_f16(p.cast()) }
+    }
+}
 
 /// Keys and values of one layer of one sequence.
 pub struct KvLayer {
     kv_heads: usize,
     head_dim: usize,
-    /// `head_dim` rounded up to whole registers.
-    padded: usize,
     len: usize,
+    slots: Slots,
+}
+
+enum Slots {
+    F32(Heads<f32>),
+    F16(Heads<f16>),
+}
+
+/// Slots as stored; heads of `padded` values, whole registers.
+struct Heads<T> {
     /// Per head `[block][head_dim][16]`.
-    keys: Vec<Vec<f32>>,
+    keys: Vec<Vec<T>>,
     /// Per head `[slot][padded]`.
-    values: Vec<Vec<f32>>,
+    values: Vec<Vec<T>>,
+    /// A row under way.
+    row: Vec<T>,
+}
+
+fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(BLOCK)
+}
+
+impl<T: Stored> Heads<T> {
+    fn new(kv_heads: usize) -> Heads<T> {
+        Heads { keys: vec![Vec::new(); kv_heads], values: vec![Vec::new(); kv_heads], row: Vec::new() }
+    }
+
+    fn bytes(&self) -> usize {
+        let count: usize = self.keys.iter().chain(&self.values).map(Vec::capacity).sum();
+        count * size_of::<T>()
+    }
+
+    fn write(&mut self, dim: usize, base: usize, rows: usize, k: &[f32], v: &[f32]) {
+        let (padded, width) = (padded(dim), self.keys.len() * dim);
+        let blocks = (base + rows).div_ceil(BLOCK);
+        if self.keys.first().is_some_and(|keys| keys.len() < blocks * dim * BLOCK) {
+            self.keys.iter_mut().for_each(|keys| keys.resize(blocks * dim * BLOCK, T::default()));
+            self.values.iter_mut().for_each(|values| values.resize(blocks * BLOCK * padded, T::default()));
+        }
+        self.row.resize(width, T::default());
+        for row in 0..rows {
+            let slot = base + row;
+            let at = row * width..(row + 1) * width;
+            T::round(&k[at.clone()], &mut self.row);
+            let block = slot / BLOCK * dim * BLOCK + slot % BLOCK;
+            for (keys, head) in self.keys.iter_mut().zip(self.row.chunks_exact(dim)) {
+                for (d, key) in head.iter().enumerate() {
+                    keys[block + d * BLOCK] = *key;
+                }
+            }
+            T::round(&v[at], &mut self.row);
+            for (values, head) in self.values.iter_mut().zip(self.row.chunks_exact(dim)) {
+                values[slot * padded..slot * padded + dim].copy_from_slice(head);
+            }
+        }
+    }
+
+    fn copy(&mut self, dim: usize, from: usize, to: usize) {
+        let padded = padded(dim);
+        for keys in &mut self.keys {
+            for d in 0..dim {
+                let at = |s: usize| (s / BLOCK * dim + d) * BLOCK + s % BLOCK;
+                keys[at(to)] = keys[at(from)];
+            }
+        }
+        for values in &mut self.values {
+            values.copy_within(from * padded..(from + 1) * padded, to * padded);
+        }
+    }
 }
 
 impl KvLayer {
-    pub(crate) fn new(kv_heads: usize, head_dim: usize) -> KvLayer {
-        KvLayer {
-            kv_heads,
-            head_dim,
-            padded: head_dim.next_multiple_of(BLOCK),
-            len: 0,
-            keys: vec![Vec::new(); kv_heads],
-            values: vec![Vec::new(); kv_heads],
-        }
+    pub(crate) fn new(kv_heads: usize, head_dim: usize, dtype: KvDtype) -> KvLayer {
+        let slots = match dtype {
+            KvDtype::F32 => Slots::F32(Heads::new(kv_heads)),
+            KvDtype::F16 => Slots::F16(Heads::new(kv_heads)),
+        };
+        KvLayer { kv_heads, head_dim, len: 0, slots }
     }
 
     /// Slots in use.
@@ -63,47 +158,30 @@ impl KvLayer {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        let floats = |v: &Vec<Vec<f32>>| v.iter().map(|h| h.capacity()).sum::<usize>();
-        4 * (floats(&self.keys) + floats(&self.values))
+        match &self.slots {
+            Slots::F32(heads) => heads.bytes(),
+            Slots::F16(heads) => heads.bytes(),
+        }
     }
 
     pub(crate) fn write(&mut self, base: usize, rows: usize, k: &[f32], v: &[f32]) {
         assert!(base <= self.len, "slots before {base} are not all written (cache has {})", self.len);
-        let (dim, width, end) = (self.head_dim, self.kv_heads * self.head_dim, base + rows);
-        for head in 0..self.kv_heads {
-            let (keys, values) = (&mut self.keys[head], &mut self.values[head]);
-            let blocks = end.div_ceil(BLOCK);
-            if keys.len() < blocks * dim * BLOCK {
-                keys.resize(blocks * dim * BLOCK, 0.0);
-                values.resize(blocks * BLOCK * self.padded, 0.0);
-            }
-            for row in 0..rows {
-                let slot = base + row;
-                let from = row * width + head * dim;
-                let block = slot / BLOCK * dim * BLOCK + slot % BLOCK;
-                for d in 0..dim {
-                    keys[block + d * BLOCK] = k[from + d];
-                }
-                values[slot * self.padded..slot * self.padded + dim].copy_from_slice(&v[from..from + dim]);
-            }
+        match &mut self.slots {
+            Slots::F32(heads) => heads.write(self.head_dim, base, rows, k, v),
+            Slots::F16(heads) => heads.write(self.head_dim, base, rows, k, v),
         }
-        self.len = end;
+        self.len = base + rows;
     }
 
     pub(crate) fn compact(&mut self, base: usize, from: &[usize]) {
         for (i, &slot) in from.iter().enumerate() {
             let to = base + i;
             assert!(to <= slot && slot < self.len, "slots to keep must be ascending and written");
-            if to == slot {
-                continue;
-            }
-            for head in 0..self.kv_heads {
-                let keys = &mut self.keys[head];
-                for d in 0..self.head_dim {
-                    let at = |s: usize| (s / BLOCK * self.head_dim + d) * BLOCK + s % BLOCK;
-                    keys[at(to)] = keys[at(slot)];
+            if to != slot {
+                match &mut self.slots {
+                    Slots::F32(heads) => heads.copy(self.head_dim, slot, to),
+                    Slots::F16(heads) => heads.copy(self.head_dim, slot, to),
                 }
-                self.values[head].copy_within(slot * self.padded..(slot + 1) * self.padded, to * self.padded);
             }
         }
         self.len = base + from.len();
@@ -114,14 +192,13 @@ impl KvLayer {
 const ROWS: usize = 4;
 
 #[derive(Clone, Copy)]
-struct AttendArgs<'a> {
+struct AttendArgs<'a, T> {
     /// The queries of the group, `head_dim` values each.
     q: [*const f32; ROWS],
     y: [*mut f32; ROWS],
-    keys: &'a [f32],
-    values: &'a [f32],
+    keys: &'a [T],
+    values: &'a [T],
     head_dim: usize,
-    padded: usize,
     scale: f32,
     rows: usize,
     /// Slots `0..common_end` are seen by all rows at their own index.
@@ -138,7 +215,11 @@ struct AttendArgs<'a> {
 
 /// Scores of `R` rows against `B` blocks of 16 slots.
 #[inline(always)]
-unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_>, row: usize, block: usize) {
+unsafe fn score_blocks<I: Isa, T: Stored, const R: usize, const B: usize>(
+    a: &AttendArgs<'_, T>,
+    row: usize,
+    block: usize,
+) {
     // SAFETY: module rule of `isa`; rows and blocks are in range by the caller's loops.
     unsafe {
         let mut acc = [[I::F::splat(0.0); B]; R];
@@ -146,7 +227,9 @@ unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_
         for d in 0..a.head_dim {
             let mut keys = [I::F::splat(0.0); B];
             for (b, k) in keys.iter_mut().enumerate() {
-                *k = I::F::load(base.add((b * a.head_dim + d) * BLOCK));
+                let at = base.add((b * a.head_dim + d) * BLOCK);
+                prefetch_ahead(at);
+                *k = T::load(at);
             }
             for r in 0..R {
                 let q = I::F::splat(*a.q[row + r].add(d));
@@ -166,8 +249,8 @@ unsafe fn score_blocks<I: Isa, const R: usize, const B: usize>(a: &AttendArgs<'_
 
 /// Values of `R` rows mixed by their weights, `C` groups of 16 columns from `column` on.
 #[inline(always)]
-unsafe fn mix<I: Isa, const R: usize, const C: usize>(
-    a: &AttendArgs<'_>,
+unsafe fn mix<I: Isa, T: Stored, const R: usize, const C: usize>(
+    a: &AttendArgs<'_, T>,
     column: usize,
     joint: usize,
     sums: &[f32; ROWS],
@@ -175,8 +258,10 @@ unsafe fn mix<I: Isa, const R: usize, const C: usize>(
     // SAFETY: module rule; positions and columns are in range by the caller's loops.
     unsafe {
         let mut acc = [[I::F::splat(0.0); C]; R];
-        let value =
-            |slot: usize, c: usize| I::F::load(a.values.as_ptr().add(slot * a.padded + column + c * BLOCK));
+        let padded = padded(a.head_dim);
+        let value = |slot: usize, c: usize| -> I::F {
+            T::load(a.values.as_ptr().add(slot * padded + column + c * BLOCK))
+        };
         let weight = |r: usize, position: usize| I::F::splat(*a.scores.add(r * a.stride + position));
         for r in 0..R {
             for p in a.first[r].min(joint)..joint {
@@ -187,6 +272,7 @@ unsafe fn mix<I: Isa, const R: usize, const C: usize>(
             }
         }
         for p in joint..a.common_end {
+            prefetch_ahead(a.values.as_ptr().add(p * padded + column));
             let mut v = [I::F::splat(0.0); C];
             for c in 0..C {
                 v[c] = value(p, c);
@@ -221,7 +307,7 @@ unsafe fn mix<I: Isa, const R: usize, const C: usize>(
 }
 
 #[inline(always)]
-unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
+unsafe fn attend_body<I: Isa, T: Stored>(a: AttendArgs<'_, T>) {
     let blocks = a.slots.div_ceil(BLOCK);
     let start = (0..a.rows).map(|r| a.first[r]).min().unwrap_or(0) / BLOCK;
     let mut sums = [0.0f32; ROWS];
@@ -231,18 +317,18 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
         while block < blocks {
             let wide = if blocks - block >= I::SCORE_BLOCKS { I::SCORE_BLOCKS } else { 1 };
             match (a.rows, wide) {
-                (4, 4) => score_blocks::<I, 4, 4>(&a, 0, block),
-                (4, 2) => score_blocks::<I, 4, 2>(&a, 0, block),
-                (4, _) => score_blocks::<I, 4, 1>(&a, 0, block),
-                (3, 4) => score_blocks::<I, 3, 4>(&a, 0, block),
-                (3, 2) => score_blocks::<I, 3, 2>(&a, 0, block),
-                (3, _) => score_blocks::<I, 3, 1>(&a, 0, block),
-                (2, 4) => score_blocks::<I, 2, 4>(&a, 0, block),
-                (2, 2) => score_blocks::<I, 2, 2>(&a, 0, block),
-                (2, _) => score_blocks::<I, 2, 1>(&a, 0, block),
-                (_, 4) => score_blocks::<I, 1, 4>(&a, 0, block),
-                (_, 2) => score_blocks::<I, 1, 2>(&a, 0, block),
-                (_, _) => score_blocks::<I, 1, 1>(&a, 0, block),
+                (4, 4) => score_blocks::<I, T, 4, 4>(&a, 0, block),
+                (4, 2) => score_blocks::<I, T, 4, 2>(&a, 0, block),
+                (4, _) => score_blocks::<I, T, 4, 1>(&a, 0, block),
+                (3, 4) => score_blocks::<I, T, 3, 4>(&a, 0, block),
+                (3, 2) => score_blocks::<I, T, 3, 2>(&a, 0, block),
+                (3, _) => score_blocks::<I, T, 3, 1>(&a, 0, block),
+                (2, 4) => score_blocks::<I, T, 2, 4>(&a, 0, block),
+                (2, 2) => score_blocks::<I, T, 2, 2>(&a, 0, block),
+                (2, _) => score_blocks::<I, T, 2, 1>(&a, 0, block),
+                (_, 4) => score_blocks::<I, T, 1, 4>(&a, 0, block),
+                (_, 2) => score_blocks::<I, T, 1, 2>(&a, 0, block),
+                (_, _) => score_blocks::<I, T, 1, 1>(&a, 0, block),
             }
             block += wide;
         }
@@ -280,30 +366,41 @@ unsafe fn attend_body<I: Isa>(a: AttendArgs<'_>) {
             sums[r] = 1.0 / sum_lanes(&lanes);
         }
         let joint = (0..a.rows).map(|r| a.first[r]).max().unwrap_or(0).min(a.common_end);
-        let columns = a.padded / BLOCK;
+        let columns = a.head_dim.div_ceil(BLOCK);
         let mut at = 0;
         while at < columns {
             let wide = if columns - at >= I::MIX_COLUMNS { I::MIX_COLUMNS } else { 1 };
             let column = at * BLOCK;
             match (a.rows, wide) {
-                (4, 4) => mix::<I, 4, 4>(&a, column, joint, &sums),
-                (4, 2) => mix::<I, 4, 2>(&a, column, joint, &sums),
-                (4, _) => mix::<I, 4, 1>(&a, column, joint, &sums),
-                (3, 4) => mix::<I, 3, 4>(&a, column, joint, &sums),
-                (3, 2) => mix::<I, 3, 2>(&a, column, joint, &sums),
-                (3, _) => mix::<I, 3, 1>(&a, column, joint, &sums),
-                (2, 4) => mix::<I, 2, 4>(&a, column, joint, &sums),
-                (2, 2) => mix::<I, 2, 2>(&a, column, joint, &sums),
-                (2, _) => mix::<I, 2, 1>(&a, column, joint, &sums),
-                (_, 4) => mix::<I, 1, 4>(&a, column, joint, &sums),
-                (_, 2) => mix::<I, 1, 2>(&a, column, joint, &sums),
-                (_, _) => mix::<I, 1, 1>(&a, column, joint, &sums),
+                (4, 4) => mix::<I, T, 4, 4>(&a, column, joint, &sums),
+                (4, 2) => mix::<I, T, 4, 2>(&a, column, joint, &sums),
+                (4, _) => mix::<I, T, 4, 1>(&a, column, joint, &sums),
+                (3, 4) => mix::<I, T, 3, 4>(&a, column, joint, &sums),
+                (3, 2) => mix::<I, T, 3, 2>(&a, column, joint, &sums),
+                (3, _) => mix::<I, T, 3, 1>(&a, column, joint, &sums),
+                (2, 4) => mix::<I, T, 2, 4>(&a, column, joint, &sums),
+                (2, 2) => mix::<I, T, 2, 2>(&a, column, joint, &sums),
+                (2, _) => mix::<I, T, 2, 1>(&a, column, joint, &sums),
+                (_, 4) => mix::<I, T, 1, 4>(&a, column, joint, &sums),
+                (_, 2) => mix::<I, T, 1, 2>(&a, column, joint, &sums),
+                (_, _) => mix::<I, T, 1, 1>(&a, column, joint, &sums),
             }
             at += wide;
         }
     }
 }
-dispatch! { unsafe fn attend(a: AttendArgs<'_>) = attend_body }
+#[inline(always)]
+unsafe fn attend_f32_body<I: Isa>(a: AttendArgs<'_, f32>) {
+    // SAFETY: passed on.
+    unsafe { attend_body::<I, f32>(a) }
+}
+#[inline(always)]
+unsafe fn attend_f16_body<I: Isa>(a: AttendArgs<'_, f16>) {
+    // SAFETY: passed on.
+    unsafe { attend_body::<I, f16>(a) }
+}
+dispatch! { unsafe fn attend_f32(a: AttendArgs<'_, f32>) = attend_f32_body }
+dispatch! { unsafe fn attend_f16(a: AttendArgs<'_, f16>) = attend_f16_body }
 
 thread_local! {
     static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
@@ -412,24 +509,31 @@ pub(crate) fn attention(
             if scores.len() < ROWS * stride {
                 scores.resize(ROWS * stride, 0.0);
             }
-            let args = AttendArgs {
-                q: queries,
-                y: outputs,
-                keys: &kv.keys[kv_head],
-                values: &kv.values[kv_head],
-                head_dim: kv.head_dim,
-                padded: kv.padded,
-                scale: mask.scale,
-                rows: count,
-                common_end,
-                first,
-                tails,
-                slots,
-                scores: scores.as_mut_ptr(),
-                stride,
-            };
-            // SAFETY: `args` describes slots, rows and columns inside their buffers.
-            unsafe { attend(level, args) };
+            macro_rules! attend {
+                ($kernel:ident, $heads:expr) => {{
+                    let args = AttendArgs {
+                        q: queries,
+                        y: outputs,
+                        keys: &$heads.keys[kv_head],
+                        values: &$heads.values[kv_head],
+                        head_dim: kv.head_dim,
+                        scale: mask.scale,
+                        rows: count,
+                        common_end,
+                        first,
+                        tails,
+                        slots,
+                        scores: scores.as_mut_ptr(),
+                        stride,
+                    };
+                    // SAFETY: `args` describes slots, rows and columns inside their buffers.
+                    unsafe { $kernel(level, args) };
+                }};
+            }
+            match &kv.slots {
+                Slots::F32(heads) => attend!(attend_f32, heads),
+                Slots::F16(heads) => attend!(attend_f16, heads),
+            }
         });
     });
 }

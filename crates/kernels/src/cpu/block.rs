@@ -5,7 +5,7 @@
 //! computed together.
 
 use super::dot::Dot;
-use super::isa::{Isa, Lanes, Level, dispatch};
+use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
 use super::matmul::PanelArgs;
 use super::pack::{BlockFormat, LANES};
 use crate::Pool;
@@ -157,10 +157,6 @@ trait Records {
     const FORMAT: BlockFormat;
 }
 
-/// Bytes ahead of the reader that are asked for: what arrives in the time that memory takes to answer, a few times over.
-/// Measured: 1024 costs a third of the time of a one-row pass, 4096 to 16384 are alike.
-const AHEAD: usize = 8192;
-
 /// `R` rows of a tile of `height` rows against outputs `part * D::V::COUNT..` of one panel.
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
@@ -190,7 +186,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             if ahead {
                 let mut offset = 0;
                 while offset < format.record_bytes() {
-                    D::prefetch(record.wrapping_add(AHEAD + offset));
+                    prefetch_ahead(record.wrapping_add(offset));
                     offset += 64;
                 }
             }

@@ -41,9 +41,6 @@ pub(crate) trait Dot: Copy {
     /// sum of these activations.
     unsafe fn dot8(acc: Self::I, w: Self::W8, a: *const i8) -> Self::I;
 
-    /// Asks for the line at `p`, which need not exist.
-    unsafe fn prefetch(p: *const u8);
-
     /// Quantises 32 values: scale and the sums of the two halves [`crate::quant::quantize_block`].
     unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]);
 }
@@ -106,8 +103,6 @@ impl Dot for Portable {
         // SAFETY: module rule.
         unsafe { dot_fours(acc, w, a) }
     }
-    #[inline(always)]
-    unsafe fn prefetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {
         // SAFETY: module rule: 32 values each.
@@ -187,10 +182,6 @@ mod x86 {
                 let products = _mm256_maddubs_epi16(w.0, _mm256_sign_epi8(a, w.1));
                 _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)))
             }
-        }
-        #[inline(always)]
-        unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {
@@ -276,10 +267,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot8(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned())) }
-        }
-        #[inline(always)]
-        unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
         unsafe fn quantize(x: *const f32, q: *mut i8) -> (f32, [i32; 2]) {

@@ -293,6 +293,23 @@ impl Level {
     }
 }
 
+/// Bytes ahead of a reader that are asked for: what arrives in the time that memory takes to answer, a few times over.
+/// Measured on 4-bit weights: 1024 costs a third of the time of a one-row pass, 4096 to 16384 are alike.
+pub(crate) const AHEAD: usize = 8192;
+
+/// Asks for the line `AHEAD` bytes after `p`, which need not exist.
+#[inline(always)]
+pub(crate) fn prefetch_ahead<T>(p: *const T) {
+    let line = p.cast::<u8>().wrapping_add(AHEAD);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is allowed, and every x86-64 CPU has it.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
 /// Defines `$name(level, args…)`, which runs `$body::<I>(args…)` compiled for the level's instruction set.
 macro_rules! dispatch {
     ($(#[$doc:meta])* $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {

@@ -16,7 +16,9 @@ pub use attention::KvLayer;
 pub use pack::PackedWeight;
 
 use crate::pool::SendPtr;
-use crate::{Activation, KernelError, Kernels, PackMode, Pool, RopeTable, Segment, WeightView, scratch};
+use crate::{
+    Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, scratch,
+};
 use isa::Level;
 
 /// Elements from which an element-wise operation is worth a second thread.
@@ -252,8 +254,8 @@ impl Kernels for Cpu {
         }
     }
 
-    fn kv_new(&self, kv_heads: usize, head_dim: usize) -> KvLayer {
-        KvLayer::new(kv_heads, head_dim)
+    fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> KvLayer {
+        KvLayer::new(kv_heads, head_dim, dtype)
     }
 
     fn kv_compact(&self, kv: &mut KvLayer, base: usize, from: &[usize]) {

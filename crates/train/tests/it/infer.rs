@@ -41,7 +41,7 @@ fn decode(
     let end = start + pack.docs[doc].len as usize;
     let token = |t: usize| if start + t < end { pack.ids[start + t] } else { 0 };
     let mut ops = Infer::new(&kernels);
-    let mut kv = kernels.kv_new(config.num_key_value_heads, config.head_dim);
+    let mut kv = draft.new_kv(&kernels);
     let scale = 1.0 / (config.head_dim as f32).sqrt();
     let (net, w) = (&draft.network, &draft.weights);
 
