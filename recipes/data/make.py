@@ -61,6 +61,7 @@ ANSWERS = {"gsm8k_train", "self_dialogue"}
 MAX_ANSWER_CHARS = 160
 VALID_ROWS = 200
 GSM8K_ROWS = 80
+HUMANEVAL_ROWS = 80
 
 LICENSE_FILES = {
     "gsm8k (training and evaluation)": "openai__grade-school-math__LICENSE",
@@ -72,6 +73,7 @@ LICENSE_FILES = {
     "python_programming_puzzles": "microsoft__PythonProgrammingPuzzles__LICENSE",
     "wikisql": "jkkummerfeld__text2sql-data__data_wikisql-LICENSE.txt",
     "mtbench (evaluation)": "lm-sys__FastChat__LICENSE",
+    "humaneval (evaluation)": "openai__human-eval__LICENSE",
 }
 
 
@@ -180,7 +182,13 @@ def main():
     (args.out / "eval").mkdir(exist_ok=True)
     gsm8k = [row for row in read_rows(args.eval_dir / "gsm8k.jsonl")][:GSM8K_ROWS]
     mtbench = read_rows(args.eval_dir / "mtbench.jsonl")
-    for name, rows in [("gsm8k.jsonl", gsm8k), ("mtbench.jsonl", mtbench)]:
+    # The tests that would run the answers are left out: nothing here executes them.
+    humaneval = [
+        {**row, "meta": {"task_id": row["meta"]["task_id"]}}
+        for row in read_rows(args.eval_dir / "humaneval.jsonl")[:HUMANEVAL_ROWS]
+    ]
+    files = [("gsm8k.jsonl", gsm8k), ("mtbench.jsonl", mtbench), ("humaneval.jsonl", humaneval)]
+    for name, rows in files:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.out / "eval" / name).write_text(text, encoding="utf-8")
         print(f"eval/{name}: {len(rows)} rows")
