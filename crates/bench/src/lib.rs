@@ -21,6 +21,7 @@ pub mod stats;
 mod summary;
 pub mod table;
 pub mod timing;
+pub mod tune;
 mod workload;
 
 pub use doubts::Doubt;

@@ -149,6 +149,41 @@ pub enum BenchVerb {
     Kernels(BenchKernels),
     Decode(BenchDecode),
     Identity(BenchIdentity),
+    Tune(BenchTune),
+}
+
+/// Finds the fastest way to draft on this machine: chains, trees and the automatic plan in turn with plain decoding,
+/// for one sequence and for several at once.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bench tune --bundle bundles/smollm2-135m-instruct-eagle3 --workload recipes/data/eval/gsm8k.jsonl\n  \
+    draftsmith bench tune --bundle DIR --workload A.jsonl --workload B.jsonl --sequences 1,4,16 --json out.json\n\n\
+    Ends with 1 if a setting changes a text. The draft's vocabulary is fixed when it is trained (`draft.vocab_size`).")]
+pub struct BenchTune {
+    /// The bundle.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: PathBuf,
+    /// Prompts, the first turn of each row; may be given several times.
+    #[arg(long, value_name = "FILE.jsonl", required = true)]
+    pub workload: Vec<PathBuf>,
+    /// The target (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Rows per file.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 96, value_parser = clap::value_parser!(u32).range(2..))]
+    pub max_new_tokens: u32,
+    /// Loads: how many sequences are decoded at once.
+    #[arg(long, value_name = "1,8", value_delimiter = ',', default_values_t = [1, 8], value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub sequences: Vec<u32>,
+    /// Threads to compute with (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
 }
 
 /// Proves that the text does not depend on how it is decoded: plain, from repetitions, with chains and a tree of the

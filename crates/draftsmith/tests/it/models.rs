@@ -261,3 +261,43 @@ fn a_bundle_that_is_none_is_refused() {
     home.write("w.jsonl", "{\"id\": \"a\", \"turns\": [\"b\"]}\n");
     assert_snapshot!(home.snapshot(&["bench", "--bundle", "draft", "--workload", "w.jsonl"]));
 }
+
+#[test]
+fn tuning_measures_every_setting_at_every_load_and_changes_no_text() {
+    let home = Home::new();
+    draft(&home.path().join("draft"), |_| {});
+    home.write(
+        "w.jsonl",
+        "{\"id\": \"a\", \"turns\": [\"Calculate 22 + 20.\"]}\n{\"id\": \"b\", \"turns\": [\"Why?\"]}\n",
+    );
+    let tiny = repository().join("fixtures/tiny-target").display().to_string();
+    let tuned = home
+        .run(&[
+            "bench",
+            "tune",
+            "--bundle",
+            "draft",
+            "--target",
+            &tiny,
+            "--workload",
+            "w.jsonl",
+            "--max-new-tokens",
+            "8",
+            "--sequences",
+            "1,2",
+            "--json",
+        ])
+        .json();
+    let loads = tuned["loads"].as_array().unwrap();
+    assert_eq!(loads.iter().map(|l| l["sequences"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2)]);
+    for load in loads {
+        let settings = load["settings"].as_array().unwrap();
+        assert_eq!(settings.len(), 9, "plain and eight ways to draft");
+        assert!(settings.iter().all(|s| s["identical"] == true), "{load}");
+        assert!(settings.iter().any(|s| s["name"] == load["best"]), "{load}");
+        assert!(
+            settings[1..].iter().all(|s| s["speedup"]["value"].as_f64().is_some_and(|v| v > 0.0)),
+            "{load}"
+        );
+    }
+}
