@@ -11,7 +11,7 @@ use crate::{Findings, Tree};
 const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
 const OWNED: [(&str, &[&str]); 6] = [
-    ("ureq", &["draftsmith"]),
+    ("ureq", &["capture", "draftsmith"]),
     ("tokenizers", &["text"]),
     ("minijinja", &["text"]),
     ("clap", &["draftsmith", "xtask"]),

@@ -1,13 +1,16 @@
 //! What a target gives to training: hidden states ([`CaptureSource`]) and answers ([`Generator`]).
 //!
 //! The in-process target implements both with the same forward that decoding uses, so what a draft is trained on is
-//! what it meets when it serves.
+//! what it meets when it serves. A server that speaks the OpenAI protocol can write the answers too.
 
+mod engine;
+mod generator;
 mod hidden;
+mod openai;
 mod regenerate;
 
+pub use engine::EngineGenerator;
+pub use generator::{Answer, AnswerMark, Generator, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess};
-pub use regenerate::{
-    Answer, AnswerMark, Dialogue, EngineGenerator, FinishedDialogue, Generator, Progress, RegenerateError,
-    RegenerateOptions, regenerate,
-};
+pub use openai::{Asked, Fault, OpenAiGenerator, ServerError};
+pub use regenerate::{Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate};

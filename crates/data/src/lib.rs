@@ -27,7 +27,7 @@ mod workload;
 pub use counts::TokenCounts;
 pub use decontam::Decontaminator;
 pub use error::{DataError, DropReason, Location, RowError};
-pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, load};
+pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, leave_out_prompts, load};
 pub use pack::{PackError, PackedSequence, pack};
 pub use prepare::{PrepareOptions, Preparer, prepare};
 

@@ -143,23 +143,29 @@ pub fn load(
 /// Takes `count` prompts away from the end of the list, for validation; rows with the same prompt go with them, so that
 /// no validation prompt is trained. Each prompt is held back once.
 pub fn hold_back(loaded: &mut Loaded, count: usize) -> Vec<LocatedRow> {
-    let key = |row: &LocatedRow| fingerprint(&row.row, Dedupe::Prompt);
     let mut keys = HashSet::new();
     let mut held = Vec::new();
     for row in loaded.rows.iter().rev() {
         if held.len() == count {
             break;
         }
-        if keys.insert(key(row)) {
+        if keys.insert(fingerprint(&row.row, Dedupe::Prompt)) {
             held.push(row.clone());
         }
     }
     held.reverse();
+    leave_out_prompts(loaded, &held);
+    held
+}
+
+/// Takes away the rows whose prompt is that of one of `held`, which are for validation.
+pub fn leave_out_prompts(loaded: &mut Loaded, held: &[LocatedRow]) {
+    let key = |row: &LocatedRow| fingerprint(&row.row, Dedupe::Prompt);
+    let keys: HashSet<[u8; 16]> = held.iter().map(key).collect();
     let before = loaded.rows.len();
     loaded.rows.retain(|row| !keys.contains(&key(row)));
     loaded.report.held_back += (before - loaded.rows.len()) as u64;
     loaded.report.rows = loaded.rows.len() as u64;
-    held
 }
 
 /// 128 bits of a row's normalised content.

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use draftsmith_data::{
     Conversation, Dedupe, LoadOptions, LocatedRow, PrepareOptions, Preparer, ReadOptions,
-    Report as DataReport, Row, SourceReader, SourceSpec, hold_back, load,
+    Report as DataReport, Row, SourceReader, SourceSpec, hold_back, leave_out_prompts, load,
 };
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
 use draftsmith_formats::run::Stage;
@@ -56,31 +56,21 @@ impl Run<'_> {
         let validation = match &self.inputs.validation {
             Some(file) => {
                 let options = LoadOptions { shuffle: false, dedupe: Dedupe::Off, ..options };
-                load(&[SourceSpec::new(file)], &options, |_| {})?.rows
+                let held = load(&[SourceSpec::new(file)], &options, |_| {})?.rows;
+                leave_out_prompts(&mut loaded, &held);
+                held
             }
             None => hold_back(&mut loaded, data.validation_rows as usize),
         };
         if loaded.rows.is_empty() {
             return Err(Error::input(
-                "no rows are left to train on after `data.validation_rows` were held back",
-                "lower `data.validation_rows` or give more data",
+                "no rows are left to train on after those for validation were held back",
+                "lower `data.validation_rows`, give more data, or another file in `data.validation`",
             ));
         }
-        // Rows are keyed by id from here on.
-        let mut ids = BTreeSet::new();
-        let mut name = |row: &LocatedRow| {
-            let base = row.id();
-            let mut id = base.clone();
-            let mut n = 2;
-            while !ids.insert(id.clone()) {
-                id = format!("{base}~{n}");
-                n += 1;
-            }
-            id
-        };
         atomic::create_dir_all(dir)?;
-        write_rows(&dir.join(VALIDATION), validation.iter().map(|row| to_json(row, &row.id())))?;
-        write_rows(&dir.join(CONVERSATIONS), loaded.rows.iter().map(|row| to_json(row, &name(row))))?;
+        write_rows(&dir.join(VALIDATION), with_unique_ids(&validation))?;
+        write_rows(&dir.join(CONVERSATIONS), with_unique_ids(&loaded.rows))?;
         let licenses: BTreeSet<&str> =
             loaded.rows.iter().filter_map(|row| field(row, |c| &c.license)).collect();
         let origins: BTreeSet<&str> =
@@ -197,8 +187,23 @@ fn field<'r>(row: &'r LocatedRow, get: impl Fn(&'r Conversation) -> &'r Option<S
     }
 }
 
+/// Rows as lines; they are keyed by id from here on.
+fn with_unique_ids(rows: &[LocatedRow]) -> impl Iterator<Item = Value> {
+    let mut ids = BTreeSet::new();
+    rows.iter().map(move |row| {
+        let base = row.id();
+        let mut id = base.clone();
+        let mut n = 2;
+        while !ids.insert(id.clone()) {
+            id = format!("{base}~{n}");
+            n += 1;
+        }
+        to_json(row, &id)
+    })
+}
+
 /// A row as one line that [`SourceReader`] reads back to the same row.
-fn to_json(row: &LocatedRow, id: &str) -> Value {
+pub(super) fn to_json(row: &LocatedRow, id: &str) -> Value {
     match &row.row {
         Row::Conversation(c) => {
             let mut value = json!({ "id": id, "domain": row.domain(), "messages": c.messages });
@@ -227,7 +232,7 @@ fn to_json(row: &LocatedRow, id: &str) -> Value {
 }
 
 /// Writes rows as JSONL, whole or not at all.
-fn write_rows(path: &Path, rows: impl Iterator<Item = Value>) -> Result<(), Error> {
+pub(super) fn write_rows(path: &Path, rows: impl Iterator<Item = Value>) -> Result<(), Error> {
     let mut file = AtomicFile::create(path)?;
     for row in rows {
         let line = serde_json::to_string(&row).expect("a row is JSON") + "\n";

@@ -4,6 +4,7 @@
 //! done again; one that was interrupted under its key goes on; one with another key is made anew. So `run` can be
 //! killed at any moment and called again.
 
+mod answers;
 mod bench;
 mod bundle;
 mod capture;
@@ -42,6 +43,8 @@ pub struct Env<'a> {
     pub report: &'a dyn Report,
     /// The wish to stop.
     pub stop: &'a Stop,
+    /// Looks up the environment variable that a run file names.
+    pub variable: fn(&str) -> Option<String>,
 }
 
 /// A stage that is done.
@@ -81,8 +84,8 @@ pub struct Run<'a> {
 
 /// Changed whenever a stage gives other results for the same inputs.
 const STAGE_VERSIONS: [(Stage, u32); 6] = [
-    (Stage::Data, 1),
-    (Stage::Regenerate, 1),
+    (Stage::Data, 2),
+    (Stage::Regenerate, 2),
     (Stage::Capture, 1),
     (Stage::Train, 1),
     (Stage::Bundle, 1),
@@ -174,7 +177,7 @@ impl<'a> Run<'a> {
                 self.forget(stage, &made)?;
             }
             // A folder without a stage file: a removal that was interrupted.
-            None if stage != Stage::Bundle && made.exists() => atomic::remove_dir_all(&made)?,
+            None if !is_replaced_in_place(stage) && made.exists() => atomic::remove_dir_all(&made)?,
             None => {}
         }
         let clock = StageClock::begin(&self.folder, stage, key, before_s)?;
@@ -197,12 +200,11 @@ impl<'a> Run<'a> {
         Error::Interrupted { what: stage.name().to_string(), resume: Some(self.resume.clone()) }
     }
 
-    /// Removes what a stage made from other inputs. A bundle may lie where the user put it: it is replaced when the
-    /// new one is ready, never removed before.
+    /// Removes what a stage made from other inputs, unless it replaces that itself.
     fn forget(&self, stage: Stage, made: &Path) -> Result<(), Error> {
-        match stage {
-            Stage::Bundle => Ok(self.folder.forget(stage, &self.folder.root().join("state/none"))?),
-            _ => Ok(self.folder.forget(stage, made)?),
+        match is_replaced_in_place(stage) {
+            true => Ok(self.folder.forget(stage, &self.folder.root().join("state/none"))?),
+            false => Ok(self.folder.forget(stage, made)?),
         }
     }
 
@@ -299,6 +301,15 @@ pub fn stages_of(file: &RunFile) -> Vec<Stage> {
             Stage::Data | Stage::Train | Stage::Bundle => true,
         })
         .collect()
+}
+
+/// True for stages that replace what they made: a bundle may lie where the user put it, so it goes when the new one is
+/// ready; answers whose own inputs are unchanged are taken over.
+fn is_replaced_in_place(stage: Stage) -> bool {
+    match stage {
+        Stage::Bundle | Stage::Regenerate => true,
+        Stage::Data | Stage::Capture | Stage::Train | Stage::Bench => false,
+    }
 }
 
 /// What the last stages need is asked for before the first one begins.

@@ -1,29 +1,31 @@
-//! Stage `regenerate`: the target answers the conversations itself.
+//! Stage `regenerate`: the target answers the conversations itself, in this process or behind a server.
 //!
 //! ```text
-//! regenerate/answers.jsonl   finished dialogues, as they finish; a later call goes on with the missing ones
-//! regenerate/train.tokens    ids and loss mask of the answered conversations, in the order of the data
+//! regenerate/answers.jsonl      finished dialogues, as they finish; a later call goes on with the missing ones
+//! regenerate/train.tokens       ids and loss mask of the answered conversations, in the order of the data
+//! regenerate/validation.jsonl   the held-out conversations with their answers
+//! regenerate/report.json        what was answered, what is odd about it, what is trained on
 //! ```
 //! Which dialogues finish first depends on what is decoded beside them; what they say does not. So rows are put back
 //! into the order of the data, and a limit on tokens counts in that order: the result does not depend on interruptions.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use draftsmith_capture::{
-    AnswerMark, Dialogue, EngineGenerator, FinishedDialogue, RegenerateOptions, regenerate,
+    Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
+    SamplingMix, regenerate,
 };
-use draftsmith_data::{Conversation, LocatedRow, Report as DataReport, Row};
+use draftsmith_data::{LocatedRow, Report as DataReport, Row};
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::Stage;
-use draftsmith_text::{Message, RenderOptions};
-use serde::{Deserialize, Serialize};
+use draftsmith_formats::run::{Precision, ServerTable, Stage};
+use draftsmith_text::MaskOptions;
 use serde_json::{Value, json};
 
 use super::Run;
-use super::data::{CONVERSATIONS, RowLog, add_tokens, to_text};
+use super::answers::{AnswerLine, Answers, Origin, Selection, Wanted};
+use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use crate::Error;
 use crate::engine::engine;
 use crate::report::{Report, Unit};
@@ -31,228 +33,212 @@ use crate::report::{Report, Unit};
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
 
-/// One line of `answers.jsonl`.
-#[derive(Serialize, Deserialize)]
-struct AnswerLine {
-    id: String,
-    domain: String,
-    messages: Vec<Message>,
-    generated_tokens: u64,
-    greedy: bool,
-    mark: Option<AnswerMark>,
-}
+impl Run<'_> {
+    pub(super) fn regenerate(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+        let table = &self.file.regenerate;
+        let data = self.folder.stage_dir(Stage::Data);
+        let mut rows = self.rows_of(&data.join(CONVERSATIONS))?;
+        if let Some(max) = table.max_rows {
+            rows.truncate(max as usize);
+        }
+        let mut held = self.rows_of(&data.join(VALIDATION))?;
+        held.retain(|row| matches!(row.row, Row::Conversation(_)));
+        let target = self.target()?;
+        let template_sha256 = target.text.template()?.hash();
+        let origin = Origin {
+            target_sha256: &target.sha256,
+            template_sha256: &template_sha256,
+            tokenizer_sha256: target.text.tokenizer.content_hash(),
+            max_context: self.prompter()?.max_context,
+            mix: self.sampling_mix(),
+            table,
+            precision: match self.file.target.precision {
+                Precision::Stored => "stored",
+                Precision::F32 => "f32",
+            },
+        };
+        let (wanted, held) = (wanted(rows, &origin)?, wanted(held, &origin)?);
+        atomic::create_dir_all(dir)?;
+        let mut answers = Answers::open(&dir.join("answers.jsonl"), wanted.iter().chain(&held))?;
+        let before = wanted.iter().filter(|w| answers.get(w).is_some()).count();
+        if before > 0 {
+            report.note(&format!("regenerate: {before} of {} answers are there already", wanted.len()));
+        }
+        self.answer("answer held-out conversations", &held, &mut answers, None, report)?;
+        self.answer("answer conversations", &wanted, &mut answers, table.max_tokens, report)?;
+        self.check_stop(Stage::Regenerate)?;
 
-impl From<FinishedDialogue> for AnswerLine {
-    fn from(done: FinishedDialogue) -> AnswerLine {
-        AnswerLine {
-            id: done.id,
-            domain: done.domain,
-            messages: done.messages,
-            generated_tokens: done.generated_tokens as u64,
-            greedy: done.greedy,
-            mark: done.mark,
+        let count = answers.reach(&wanted, table.max_tokens).unwrap_or(wanted.len());
+        let choose = |wanted: &[Wanted]| -> (Vec<LocatedRow>, Selection) {
+            let mut selection = Selection::new(table, wanted.len());
+            let lines = wanted.iter().filter_map(|w| Some((w, answers.get(w)?)));
+            let rows = lines.filter_map(|(w, line)| selection.take(&w.row, line)).collect();
+            (rows, selection)
+        };
+        let (validation, of_validation) = choose(&held);
+        let (kept, selection) = choose(&wanted[..count]);
+        write_rows(&dir.join(VALIDATION), validation.iter().map(|row| to_json(row, &row.id())))?;
+        let so_far =
+            DataReport { rows_read: kept.len() as u64, rows: kept.len() as u64, ..DataReport::default() };
+        let (summary, prepared) =
+            self.prepare(dir, kept.into_iter().map(Ok), so_far, report, Stage::Regenerate)?;
+        let total = selection.total();
+        let page = json!({
+            "answers": total,
+            "domains": selection.domains,
+            "validation": of_validation.total(),
+            "rows": prepared,
+        });
+        let text = serde_json::to_string_pretty(&page).expect("a report holds only what JSON can say") + "\n";
+        atomic::write(dir.join("report.json"), text)?;
+        selection.table().lines().chain(prepared.table().lines()).for_each(|line| report.note(line));
+        let mut value = json!({
+            "dialogues": total.dialogues,
+            "generated_tokens": total.generated_tokens,
+            "empty_answers": total.empty,
+            "cut_answers": total.cut,
+            "looping_answers": total.looping,
+            "left_out_answers": total.left_out,
+            "validation_rows": validation.len(),
+        });
+        add_tokens(&mut value, &summary);
+        Ok(value)
+    }
+
+    fn sampling_mix(&self) -> SamplingMix {
+        let table = &self.file.regenerate;
+        SamplingMix {
+            temperature: table.temperature as f32,
+            top_p: table.top_p as f32,
+            seed: table.seed.unwrap_or(self.file.run.seed),
+            greedy_share: table.greedy_share,
+        }
+    }
+
+    fn prompter(&self) -> Result<Prompter<'_>, Error> {
+        let target = self.target()?;
+        let context = target.target.config().max_position;
+        Ok(Prompter {
+            tokenizer: &target.text.tokenizer,
+            template: target.text.template()?,
+            max_new_tokens: self.file.regenerate.max_new_tokens as usize,
+            max_context: self.file.target.max_context.map_or(context, |m| context.min(m as usize)),
+        })
+    }
+
+    /// Has the missing conversations answered, until all are or those from the first on have `max_tokens`.
+    fn answer(
+        &self,
+        task: &str,
+        wanted: &[Wanted],
+        answers: &mut Answers,
+        max_tokens: Option<u64>,
+        report: &dyn Report,
+    ) -> Result<(), Error> {
+        let missing: Vec<&Wanted> = wanted.iter().filter(|w| answers.get(w).is_none()).collect();
+        if missing.is_empty() || answers.reach(wanted, max_tokens).is_some() {
+            return Ok(());
+        }
+        let done: Vec<&AnswerLine> = wanted.iter().filter_map(|w| answers.get(w)).collect();
+        let (rows_before, tokens_before) =
+            (done.len() as u64, done.iter().map(|line| line.generated_tokens).sum::<u64>());
+        // Progress counts what ends the task: tokens if they are limited, else rows.
+        match max_tokens {
+            Some(max) => report.begin(task, Some(max), Unit::Tokens),
+            None => report.begin(task, Some(wanted.len() as u64), Unit::Rows),
+        }
+        report.at(max_tokens.map_or(rows_before, |max| tokens_before.min(max)));
+        let began = std::time::Instant::now();
+        let stop = self.env.stop;
+        let keys: HashMap<&str, &String> = missing.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
+        let mut failed = None;
+        let mut source = missing.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested());
+        let mut on_done = |done: FinishedDialogue, progress: Progress| {
+            let key = keys[done.id.as_str()];
+            if let Err(error) = answers.push(AnswerLine::new(key.clone(), done)) {
+                failed = Some(error);
+                return ControlFlow::Break(());
+            }
+            report.at(match max_tokens {
+                Some(max) => (tokens_before + progress.tokens).min(max),
+                None => rows_before + progress.dialogues,
+            });
+            let rate = progress.tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+            report.detail(&format!("{} tokens, {rate:.0} tokens/s", progress.tokens));
+            // Looked at row by row only once there are enough tokens in all.
+            let enough = max_tokens.is_some_and(|max| tokens_before + progress.tokens >= max)
+                && answers.reach(wanted, max_tokens).is_some();
+            if stop.requested() || enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let mut run = |generator: &mut dyn Generator| {
+            regenerate(&mut source, generator, self.sampling_mix(), &mut on_done)
+        };
+        let prompter = self.prompter()?;
+        let batch_size = self.file.regenerate.batch_size as usize;
+        let ended = match &self.file.regenerate.server {
+            None => {
+                let engine = engine(self.target()?, None).with_prefix_cache(PREFIX_CACHE_BYTES);
+                run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+            }
+            Some(server) => {
+                let note = |line: &str| report.note(line);
+                let mut generator = OpenAiGenerator {
+                    server,
+                    key: self.server_key(server)?,
+                    prompter,
+                    batch_size,
+                    stop: stop.flag(),
+                    note: &note,
+                    asked: Asked::default(),
+                };
+                let ended = run(&mut generator);
+                report.note(&format!("`{}`: {}", server.url, generator.asked));
+                ended
+            }
+        };
+        report.end();
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(ended.map(|_| ())?),
+        }
+    }
+
+    /// The key from the variable that the run file names.
+    fn server_key(&self, server: &ServerTable) -> Result<Option<String>, Error> {
+        if self.env.places.offline && !server.is_local() {
+            return Err(Error::input(
+                format!("`regenerate.server.url` is `{}`, but the network is switched off", server.url),
+                "leave `--offline` (or HF_HUB_OFFLINE) out, or use a server on this machine",
+            ));
+        }
+        let Some(name) = &server.key_env else { return Ok(None) };
+        match (self.env.variable)(name).filter(|key| !key.trim().is_empty()) {
+            Some(key) => Ok(Some(key.trim().to_string())),
+            None => Err(Error::input(
+                format!("`regenerate.server.key_env` names the variable `{name}`, which is not set"),
+                format!("set it: `export {name}=…`"),
+            )),
         }
     }
 }
 
-impl Run<'_> {
-    pub(super) fn regenerate(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
-        let table = &self.file.regenerate;
-        let mut rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(CONVERSATIONS))?;
-        if let Some(max) = table.max_rows {
-            rows.truncate(max as usize);
-        }
-        let mut order = Vec::new();
-        let mut dialogues = Vec::new();
-        for row in &rows {
+/// Conversations with the keys of their answers.
+fn wanted(rows: Vec<LocatedRow>, origin: &Origin<'_>) -> Result<Vec<Wanted>, Error> {
+    rows.into_iter()
+        .map(|row| {
             let Row::Conversation(conversation) = &row.row else {
                 return Err(Error::input(
                     format!("{}: the row is tokens already, so it cannot be answered anew", row.location),
                     "set `regenerate.enabled = false` for pre-tokenised rows",
                 ));
             };
-            order.push(row.id());
-            dialogues.push(Dialogue {
+            let dialogue = Dialogue {
                 id: row.id(),
                 domain: row.domain().to_string(),
                 turns: conversation.messages.clone(),
-            });
-        }
-        atomic::create_dir_all(dir)?;
-        let (mut log, lines) = RowLog::open(&dir.join("answers.jsonl"))?;
-        let mut answers: HashMap<String, AnswerLine> = HashMap::new();
-        for line in lines {
-            if let Ok(line) = serde_json::from_value::<AnswerLine>(line) {
-                answers.insert(line.id.clone(), line);
-            }
-        }
-        let max_tokens = table.max_tokens.unwrap_or(u64::MAX);
-        let missing: Vec<Dialogue> = dialogues.into_iter().filter(|d| !answers.contains_key(&d.id)).collect();
-        if !missing.is_empty() && taken(&order, &answers, max_tokens).is_none() {
-            self.answer(&order, missing, &mut answers, &mut log, max_tokens, report)?;
-        }
-        drop(log);
-        self.check_stop(Stage::Regenerate)?;
-        let count = taken(&order, &answers, max_tokens).unwrap_or(order.len());
-        let mut marks = [0u64; 3];
-        let mut tokens = 0;
-        let mut kept = Vec::new();
-        for (id, row) in order.iter().zip(rows).take(count) {
-            let Some(line) = answers.remove(id) else { continue };
-            tokens += line.generated_tokens;
-            if let Some(mark) = line.mark {
-                marks[mark as usize] += 1;
-            }
-            if let Some(row) = usable(row, line) {
-                kept.push(Ok(row));
-            }
-        }
-        let so_far =
-            DataReport { rows_read: kept.len() as u64, rows: kept.len() as u64, ..DataReport::default() };
-        let (summary, prepared) = self.prepare(dir, kept.into_iter(), so_far, report, Stage::Regenerate)?;
-        atomic::write(dir.join("report.json"), to_text(&prepared))?;
-        prepared.table().lines().for_each(|line| report.note(line));
-        let mut value = json!({
-            "dialogues": count,
-            "generated_tokens": tokens,
-            "empty_answers": marks[AnswerMark::Empty as usize],
-            "cut_answers": marks[AnswerMark::Cut as usize],
-            "looping_answers": marks[AnswerMark::Loop as usize],
-        });
-        add_tokens(&mut value, &summary);
-        Ok(value)
-    }
-
-    fn answer(
-        &self,
-        order: &[String],
-        missing: Vec<Dialogue>,
-        answers: &mut HashMap<String, AnswerLine>,
-        log: &mut RowLog,
-        max_tokens: u64,
-        report: &dyn Report,
-    ) -> Result<(), Error> {
-        let table = &self.file.regenerate;
-        let target = self.target()?;
-        let engine = engine(target, None).with_prefix_cache(PREFIX_CACHE_BYTES);
-        let context = target.target.config().max_position;
-        let options = RegenerateOptions {
-            max_new_tokens: table.max_new_tokens as usize,
-            temperature: table.temperature as f32,
-            top_p: table.top_p as f32,
-            seed: table.seed.unwrap_or(self.file.run.seed),
-            greedy_share: table.greedy_share,
-            batch_size: table.batch_size as usize,
-            max_context: self.file.target.max_context.map_or(context, |m| context.min(m as usize)),
-        };
-        let mut generator = EngineGenerator {
-            engine: &engine,
-            tokenizer: &target.text.tokenizer,
-            template: target.text.template()?,
-            render: RenderOptions::default(),
-            stop_ids: target.stop_ids(),
-            max_new_tokens: options.max_new_tokens,
-            max_context: options.max_context,
-            batch_size: options.batch_size,
-        };
-        // Progress counts what ends the stage: tokens if they are limited, else rows.
-        let limited = max_tokens != u64::MAX;
-        let done_before: u64 = answers.values().map(|a| a.generated_tokens).sum();
-        match limited {
-            true => report.begin("answer conversations", Some(max_tokens), Unit::Tokens),
-            false => report.begin("answer conversations", Some(order.len() as u64), Unit::Rows),
-        }
-        report.at(if limited { done_before.min(max_tokens) } else { answers.len() as u64 });
-        let began = std::time::Instant::now();
-        let mut failed = None;
-        let stop = self.env.stop;
-        // Dialogues whose first prompt cannot be asked never come back: they count as answered with nothing.
-        let template = target.text.template()?;
-        let fits = |dialogue: &Dialogue| -> bool {
-            let end = dialogue.turns.iter().position(|m| m.role == "user");
-            let ask = RenderOptions::default().with_generation_prompt(true);
-            let text = end.map(|end| template.render(&dialogue.turns[..=end], &ask));
-            match text {
-                None => false,
-                // A template that fails is told by the generator, with the dialogue's name.
-                Some(Err(_)) => true,
-                Some(Ok(text)) => target
-                    .text
-                    .tokenizer
-                    .encode(&text, false)
-                    .is_ok_and(|ids| ids.len() + 1 < options.max_context),
-            }
-        };
-        let unasked: RefCell<Vec<AnswerLine>> = RefCell::new(Vec::new());
-        let mut source = missing.into_iter().take_while(|_| !stop.requested()).filter(|dialogue| {
-            let fits = fits(dialogue);
-            if !fits {
-                unasked.borrow_mut().push(AnswerLine {
-                    id: dialogue.id.clone(),
-                    domain: dialogue.domain.clone(),
-                    messages: Vec::new(),
-                    generated_tokens: 0,
-                    greedy: false,
-                    mark: None,
-                });
-            }
-            fits
-        });
-        regenerate(&mut source, &mut generator, &options, &mut |done, progress| {
-            for line in unasked.borrow_mut().drain(..) {
-                answers.insert(line.id.clone(), line);
-            }
-            let line = AnswerLine::from(done);
-            if let Err(error) = serde_json::to_value(&line)
-                .map_err(|e| Error::input(e.to_string(), ""))
-                .and_then(|v| log.push(&v))
-            {
-                failed = Some(error);
-                return ControlFlow::Break(());
-            }
-            answers.insert(line.id.clone(), line);
-            report.at(match limited {
-                true => (done_before + progress.tokens).min(max_tokens),
-                false => answers.len() as u64,
-            });
-            let rate = progress.tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-            report.detail(&format!("{} tokens, {rate:.0} tokens/s", progress.tokens));
-            if stop.requested() || taken(order, answers, max_tokens).is_some() {
-                return ControlFlow::Break(());
-            }
-            ControlFlow::Continue(())
-        })?;
-        report.end();
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
-    }
-}
-
-/// How many rows, from the first, reach the limit of tokens; `None` while they do not, or while one of them is missing.
-fn taken(order: &[String], answers: &HashMap<String, AnswerLine>, max_tokens: u64) -> Option<usize> {
-    if max_tokens == u64::MAX {
-        return None;
-    }
-    let mut sum = 0;
-    for (i, id) in order.iter().enumerate() {
-        sum += answers.get(id)?.generated_tokens;
-        if sum >= max_tokens {
-            return Some(i + 1);
-        }
-    }
-    None
-}
-
-/// The answered row, without a last answer that is empty or a loop; `None` if nothing is left of it.
-fn usable(row: LocatedRow, line: AnswerLine) -> Option<LocatedRow> {
-    let LocatedRow { row: Row::Conversation(before), location, repeat } = row else { return None };
-    let mut messages = line.messages;
-    if matches!(line.mark, Some(AnswerMark::Empty | AnswerMark::Loop)) {
-        messages.truncate(messages.len().saturating_sub(2));
-    }
-    let last_answer_cut = line.mark == Some(AnswerMark::Cut);
-    let row = Conversation { messages, last_answer_cut, ..before };
-    row.has_answer().then_some(LocatedRow { row: Row::Conversation(row), location, repeat })
+                render: conversation.mask_options(&MaskOptions::default()).render,
+            };
+            Ok(Wanted { key: origin.key(&dialogue), dialogue, row })
+        })
+        .collect()
 }

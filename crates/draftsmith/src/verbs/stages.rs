@@ -9,7 +9,7 @@ use draftsmith::formats::run::{RunFile, Stage};
 use draftsmith::run::{Env, Run, StageDone};
 use serde_json::{Value, json};
 
-use super::Session;
+use super::{Session, variable};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer::{self, duration};
 
@@ -19,7 +19,7 @@ fn open<'a>(verb: &str, args: &cli::RunArgs, session: &'a Session) -> Result<Run
     for text in &args.overrides {
         let _ = write!(resume, " {text}");
     }
-    let env = Env { places: &session.places, report: &session.printer, stop: &session.stop };
+    let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
     Ok(Run::open(file, resume, env)?)
 }
 

@@ -2,9 +2,12 @@
 
 mod cli;
 mod decode;
+mod fake_openai;
+mod generators;
 mod hub;
 mod models;
 mod pip;
+mod regenerate;
 mod rows;
 mod run_file;
 mod stages;

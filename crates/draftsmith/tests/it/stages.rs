@@ -49,7 +49,7 @@ fn spawn(home: &Home, dir: &Path, more: &[&str]) -> Child {
 }
 
 #[track_caller]
-fn finish(child: Child) -> String {
+pub(crate) fn finish(child: Child) -> String {
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(0), "{stderr}");
@@ -61,12 +61,12 @@ fn stage(dir: &Path, name: &str) -> Option<Value> {
     serde_json::from_str(&text).ok()
 }
 
-fn bytes(path: PathBuf) -> Vec<u8> {
+pub(crate) fn bytes(path: PathBuf) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// Kills the run as soon as `now` says so; false if it ended first.
-fn kill_when(mut child: Child, now: impl Fn() -> bool) -> bool {
+pub(crate) fn kill_when(mut child: Child, now: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(120) {
         if child.try_wait().unwrap().is_some() {

@@ -1,6 +1,6 @@
 //! Rules between the keys of a run file that types alone do not express.
 
-use super::{Method, RunFile};
+use super::{Method, RunFile, ServerTable};
 use crate::hash::is_sha256_hex;
 
 /// A broken rule: dotted key, what is wrong, and advice where there is any.
@@ -29,6 +29,40 @@ fn positive(key: &str, value: u64) -> Result<(), Broken> {
 
 fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
     if value <= limit { Ok(()) } else { broken(key, format!("is {value}, expected at most {limit}")) }
+}
+
+fn check_server(server: &ServerTable) -> Result<(), Broken> {
+    let url = &server.url;
+    let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme)).unwrap_or_default();
+    if host.is_empty()
+        || host.starts_with('/')
+        || url.contains(|c: char| c.is_whitespace() || "?#".contains(c))
+    {
+        let problem = format!("is `{url}`, expected an address like `http://127.0.0.1:8000/v1`");
+        return broken("regenerate.server.url", problem);
+    }
+    if host.contains('@') {
+        // The run file is kept beside the results and goes into the bundle.
+        return broken_with(
+            "regenerate.server.url",
+            "holds a user name or password",
+            "put the key into an environment variable and its name into `regenerate.server.key_env`",
+        );
+    }
+    let timeout = server.timeout_s;
+    number(
+        "regenerate.server.timeout_s",
+        timeout,
+        timeout > 0.0 && timeout <= 86_400.0,
+        "seconds above 0, at most a day",
+    )?;
+    at_most("regenerate.server.retries", u64::from(server.retries), 100)?;
+    match server.extra.keys().find(|key| ServerTable::OWN_FIELDS.contains(&key.as_str())) {
+        Some(own) => {
+            broken(&format!("regenerate.server.extra.{own}"), "is set by other keys of the run file")
+        }
+        None => Ok(()),
+    }
 }
 
 /// Longest chain or deepest tree that makes sense to draft.
@@ -98,7 +132,22 @@ impl RunFile {
         let (t, p, share) = (regenerate.temperature, regenerate.top_p, regenerate.greedy_share);
         number("regenerate.temperature", t, t >= 0.0, "a number of at least 0")?;
         number("regenerate.top_p", p, p > 0.0 && p <= 1.0, "a number above 0 and at most 1")?;
-        number("regenerate.greedy_share", share, (0.0..=1.0).contains(&share), "a number from 0 to 1")
+        for (key, share) in [
+            ("regenerate.greedy_share", share),
+            ("regenerate.max_loop_share", regenerate.max_loop_share),
+            ("regenerate.max_cut_share", regenerate.max_cut_share),
+        ] {
+            number(key, share, (0.0..=1.0).contains(&share), "a number from 0 to 1")?;
+        }
+        if regenerate.enabled && data.validation.is_none() && data.validation_rows == 0 {
+            let problem = "is 0, but some conversations are always held out and answered too";
+            return broken_with(
+                "data.validation_rows",
+                problem,
+                "hold back some rows, or name a file in `data.validation`",
+            );
+        }
+        regenerate.server.as_ref().map_or(Ok(()), check_server)
     }
 
     fn check_capture_and_draft(&self) -> Result<(), Broken> {

@@ -206,6 +206,93 @@ pub struct RegenerateTable {
     pub max_rows: Option<u64>,
     /// Stop after this many generated tokens.
     pub max_tokens: Option<u64>,
+    /// Largest share of conversations that may keep a last answer ending in a loop; the others are trained on without
+    /// it. Empty answers are never trained on.
+    pub max_loop_share: f64,
+    /// Largest share of conversations that may keep a last answer cut by the token limit; the others are trained on
+    /// without it.
+    pub max_cut_share: f64,
+    /// Let a server write the answers instead of this process.
+    pub server: Option<ServerTable>,
+}
+
+/// An OpenAI-compatible server that serves the target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServerTable {
+    /// Address up to and including the version, for example `http://127.0.0.1:8000/v1`.
+    pub url: String,
+    /// Name of the model in requests. Default: the only one that the server lists.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Who renders a conversation. `text`: we do, so that the model reads the very text that training sees; `ids`: we do,
+    /// and tokenise it too (vLLM, SGLang and llama.cpp take token ids); `chat`: the server's own template does.
+    #[serde(default)]
+    pub api: ServerApi,
+    /// Name of the environment variable that holds the API key.
+    #[serde(default)]
+    pub key_env: Option<String>,
+    /// Seconds of silence after which a request is repeated.
+    #[serde(default = "ServerTable::default_timeout_s")]
+    pub timeout_s: f64,
+    /// How often a request is repeated before the run stops: after silence, 429, 5xx, cut and broken answers.
+    #[serde(default = "ServerTable::default_retries")]
+    pub retries: u32,
+    /// Stop if the server counts other prompt tokens than we do: it then reads another text than training.
+    #[serde(default = "ServerTable::default_compare_prompts")]
+    pub compare_prompts: bool,
+    /// More fields of every request, for example `{ repetition_penalty = 1.0 }`.
+    #[serde(default)]
+    pub extra: BTreeMap<String, serde_json::Value>,
+}
+
+impl ServerTable {
+    /// Fields of a request that have keys of their own.
+    pub const OWN_FIELDS: [&str; 10] = [
+        "model",
+        "messages",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+    ];
+
+    /// True if it is on this machine.
+    pub fn is_local(&self) -> bool {
+        let host = self.url.split("://").nth(1).unwrap_or_default();
+        let host = host.split('/').next().unwrap_or_default();
+        let name = host.strip_prefix('[').map_or_else(|| host.split(':').next(), |v6| v6.split(']').next());
+        name.is_some_and(|name| {
+            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        })
+    }
+
+    fn default_timeout_s() -> f64 {
+        120.0
+    }
+    fn default_retries() -> u32 {
+        8
+    }
+    fn default_compare_prompts() -> bool {
+        true
+    }
+}
+
+/// Which part of the OpenAI interface is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerApi {
+    /// `/completions` with the rendered text.
+    #[default]
+    Text,
+    /// `/completions` with its token ids.
+    Ids,
+    /// `/chat/completions` with messages.
+    Chat,
 }
 
 impl Default for RegenerateTable {
@@ -220,6 +307,9 @@ impl Default for RegenerateTable {
             batch_size: 16,
             max_rows: None,
             max_tokens: None,
+            max_loop_share: 0.0,
+            max_cut_share: 1.0,
+            server: None,
         }
     }
 }
@@ -577,6 +667,10 @@ impl RunFile {
     fn stage_keys(&self, stage: Stage) -> toml::Table {
         let mut all = self.to_table();
         let mut kept = toml::Table::new();
+        // Where a server stands and how patiently it is asked does not change what it says.
+        if let Some(server) = all.get_mut("regenerate").and_then(|t| t.get_mut("server")?.as_table_mut()) {
+            server.retain(|key, _| ["model", "api", "extra"].contains(&key));
+        }
         let mut keep = |table: &str, without: &[&str]| {
             if let Some(toml::Value::Table(mut t)) = all.remove(table) {
                 t.retain(|key, _| !without.contains(&key));

@@ -1,0 +1,198 @@
+//! What a server can do wrong: faults that pass, and errors that do not.
+
+use std::time::Duration;
+
+/// One failed attempt that is worth another.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Fault {
+    /// No connection.
+    #[error("no connection: {reason}")]
+    NoConnection {
+        /// What the connection said.
+        reason: String,
+    },
+    /// Nothing came for too long.
+    #[error("silence for too long")]
+    Silence,
+    /// A status that asks to come again.
+    #[error("status {status}{}", said(message))]
+    Status {
+        /// HTTP status.
+        status: u16,
+        /// What the body said.
+        message: String,
+        /// How long the server wants to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The connection ended in the middle.
+    #[error("the answer was cut off")]
+    Cut,
+    /// Not what was asked for, such as the error page of a proxy.
+    #[error("an answer of type `{found}` instead of `{wanted}`")]
+    ContentType {
+        /// The header.
+        found: String,
+        /// The right one.
+        wanted: &'static str,
+    },
+    /// The answer is not in the protocol.
+    #[error("an answer that cannot be read: {reason}")]
+    Garbled {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// More than an answer can be.
+    #[error("an answer of more than {limit} bytes")]
+    TooLarge {
+        /// What would have been read.
+        limit: u64,
+    },
+    /// Nothing was said.
+    #[error("an answer without a choice")]
+    NoChoice,
+    /// The server reported an error inside its answer.
+    #[error("an error inside the answer{}", said(message))]
+    Inside {
+        /// Its words.
+        message: String,
+    },
+}
+
+fn said(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(": {message}") }
+}
+
+impl Fault {
+    /// One or two words, for counts.
+    pub(super) fn kind(&self) -> String {
+        match self {
+            Fault::NoConnection { .. } => "no connection".to_string(),
+            Fault::Silence => "silent".to_string(),
+            Fault::Status { status, .. } => format!("status {status}"),
+            Fault::Cut => "cut off".to_string(),
+            Fault::ContentType { .. } => "wrong type".to_string(),
+            Fault::Garbled { .. } => "garbled".to_string(),
+            Fault::TooLarge { .. } => "too large".to_string(),
+            Fault::NoChoice => "without a choice".to_string(),
+            Fault::Inside { .. } => "error inside".to_string(),
+        }
+    }
+}
+
+/// What a server cannot be asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// It failed too often.
+    #[error("`{url}` gave no answer for `{row}` (attempts: {attempts}); the last time: {last}")]
+    GaveUp {
+        /// Address of the server.
+        url: String,
+        /// The conversation, or what else was asked for.
+        row: String,
+        /// Attempts in all.
+        attempts: u32,
+        /// Why the last one failed.
+        last: Fault,
+    },
+    /// It refuses the request, and would again.
+    #[error("`{url}` refused `{row}` with status {status}{}", said(message))]
+    Refused {
+        /// Address of the server.
+        url: String,
+        /// The conversation, or what else was asked for.
+        row: String,
+        /// HTTP status.
+        status: u16,
+        /// What the body said.
+        message: String,
+    },
+    /// It wants a (different) key.
+    #[error("no access to `{url}`: status {status}{}", said(message))]
+    NoAccess {
+        /// Address of the server.
+        url: String,
+        /// HTTP status.
+        status: u16,
+        /// What the body said.
+        message: String,
+        /// Whether a key was sent.
+        had_key: bool,
+    },
+    /// No model was named, and the server does not list exactly one.
+    #[error("`{url}` serves {}, and the run file names no model", models_in_words(models))]
+    WhichModel {
+        /// Address of the server.
+        url: String,
+        /// Models that it lists.
+        models: Vec<String>,
+    },
+    /// It reads another text than training will.
+    #[error("`{url}` reads {theirs} tokens in the prompt of `{row}`, but training will see {ours}")]
+    OtherPrompt {
+        /// Address of the server.
+        url: String,
+        /// The conversation.
+        row: String,
+        /// Tokens of our rendering.
+        ours: usize,
+        /// Tokens that the server counted.
+        theirs: u64,
+    },
+    /// It takes parts of the answer out of the text.
+    #[error("`{url}` gave {what} beside the text of `{row}`, so what the model wrote is not known")]
+    NotPlain {
+        /// Address of the server.
+        url: String,
+        /// The conversation.
+        row: String,
+        /// What came.
+        what: &'static str,
+    },
+}
+
+fn models_in_words(models: &[String]) -> String {
+    if models.is_empty() { "no model".to_string() } else { format!("`{}`", models.join("`, `")) }
+}
+
+impl ServerError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            ServerError::GaveUp { last: Fault::NoConnection { .. }, .. } => {
+                "is the server running? The same command goes on where this stopped"
+            }
+            ServerError::GaveUp { last: Fault::Silence, .. } => {
+                "raise `regenerate.server.timeout_s` or lower `regenerate.batch_size`; the same command goes on where \
+                 this stopped"
+            }
+            ServerError::GaveUp { .. } => {
+                "see the server's own log; the same command goes on where this stopped, `regenerate.server.retries` \
+                 makes it more patient"
+            }
+            ServerError::Refused { status: 404 | 405, .. } => {
+                "the address must end before `/completions` (usually in `/v1`), and `regenerate.server.model` must be a \
+                 name that the server knows"
+            }
+            ServerError::Refused { status: 300..=399, .. } => "give the address that the redirect names",
+            ServerError::Refused { .. } => {
+                "a context limit of the server goes into `target.max_context`, fields that it does not know out of \
+                 `regenerate.server.extra`"
+            }
+            ServerError::NoAccess { had_key: false, .. } => {
+                "put the key into an environment variable and its name into `regenerate.server.key_env`"
+            }
+            ServerError::NoAccess { had_key: true, .. } => {
+                "check the key in the variable that `regenerate.server.key_env` names"
+            }
+            ServerError::WhichModel { .. } => "name one with `regenerate.server.model`",
+            ServerError::OtherPrompt { .. } => {
+                "give the server the same model and chat template; where it adds a token of its own, send \
+                 `regenerate.server.api=ids`; `regenerate.server.compare_prompts=false` lets it pass"
+            }
+            ServerError::NotPlain { .. } => {
+                "use `regenerate.server.api=text`, or start the server without reasoning and tool parsers"
+            }
+        };
+        Some(hint.to_string())
+    }
+}

@@ -1,0 +1,276 @@
+//! The OpenAI protocol as far as it is used: bodies of requests, events of answers.
+//!
+//! Everything that comes from the server is foreign: unknown fields are ignored, missing ones are faults, and nothing
+//! is read beyond a limit that follows from the longest answer.
+
+use std::io::{BufRead, BufReader, Read};
+
+use draftsmith_formats::run::ServerApi;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::error::Fault;
+use crate::{Prompt, Request};
+
+/// Bytes of an answer besides its tokens.
+const ANSWER_BYTES: u64 = 1 << 20;
+/// Bytes that the event of one token may have.
+const EVENT_BYTES: u64 = 8 << 10;
+/// Stop texts that the protocol allows.
+const MAX_STOPS: usize = 4;
+
+/// Fields of a request for an answer, without those of the run file.
+pub(super) fn body(
+    api: ServerApi,
+    request: &Request,
+    prompt: &Prompt,
+    stops: &[String],
+) -> Map<String, Value> {
+    let mut fields = Map::new();
+    let mut set = |name: &str, value: Value| fields.insert(name.to_string(), value);
+    match api {
+        ServerApi::Text => {
+            set("prompt", prompt.text.as_str().into());
+        }
+        ServerApi::Ids => {
+            set("prompt", prompt.ids.as_slice().into());
+        }
+        ServerApi::Chat => {
+            set("messages", json!(request.messages));
+            if let Some(tools) = &request.render.tools {
+                set("tools", tools.clone());
+            }
+            if !request.render.kwargs.is_empty() {
+                set("chat_template_kwargs", Value::Object(request.render.kwargs.clone()));
+            }
+        }
+    }
+    set("max_tokens", prompt.max_new_tokens.into());
+    let sampling = &request.sampling;
+    set("temperature", number(sampling.temperature));
+    if !sampling.is_greedy() {
+        set("top_p", number(sampling.top_p));
+        // Servers keep seeds in 32 or 64 bits, some of them signed.
+        set("seed", (sampling.seed & 0x7fff_ffff).into());
+    }
+    if !stops.is_empty() {
+        set("stop", stops.iter().take(MAX_STOPS).map(String::as_str).collect());
+    }
+    fields
+}
+
+/// 0.8 as 0.8, not as the nearest 64-bit number to the nearest 32-bit number.
+fn number(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, |v| json!(v))
+}
+
+/// What a server may send for an answer of so many tokens.
+pub(super) fn byte_limit(max_new_tokens: usize) -> u64 {
+    ANSWER_BYTES + EVENT_BYTES * max_new_tokens as u64
+}
+
+/// An answer as far as it came.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Reply {
+    pub(super) text: String,
+    pub(super) finish: Option<String>,
+    pub(super) prompt_tokens: Option<u64>,
+    /// Something beside the text that the text does not tell.
+    pub(super) beside: Option<&'static str>,
+}
+
+#[derive(Deserialize)]
+struct Event {
+    choices: Option<Vec<Choice>>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    #[serde(default)]
+    index: u64,
+    text: Option<String>,
+    #[serde(alias = "message")]
+    delta: Option<Delta>,
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+    #[serde(alias = "reasoning")]
+    reasoning_content: Option<String>,
+    tool_calls: Option<Value>,
+}
+
+impl Reply {
+    /// Takes one event of a stream, or the whole answer where none was asked for.
+    pub(super) fn take(&mut self, data: &[u8]) -> Result<(), Fault> {
+        let garbled = |reason: String| Fault::Garbled { reason };
+        let event: Event = serde_json::from_slice(data).map_err(|e| garbled(e.to_string()))?;
+        if let Some(error) = event.error.filter(|e| !e.is_null()) {
+            return Err(Fault::Inside { message: error_text(&error) });
+        }
+        if event.choices.is_none() && event.usage.is_none() {
+            return Err(garbled("neither `choices` nor `usage`".to_string()));
+        }
+        self.prompt_tokens = event.usage.and_then(|u| u.prompt_tokens).or(self.prompt_tokens);
+        for choice in event.choices.into_iter().flatten().filter(|c| c.index == 0) {
+            self.text.push_str(choice.text.as_deref().unwrap_or_default());
+            if let Some(delta) = choice.delta {
+                self.text.push_str(delta.content.as_deref().unwrap_or_default());
+                if delta.reasoning_content.is_some_and(|text| !text.is_empty()) {
+                    self.beside = Some("reasoning");
+                }
+                if delta.tool_calls.is_some_and(|calls| calls.as_array().is_some_and(|c| !c.is_empty())) {
+                    self.beside = Some("tool calls");
+                }
+            }
+            self.finish = choice.finish_reason.or(self.finish.take());
+        }
+        Ok(())
+    }
+
+    /// Reads a whole event stream; `go_on` is asked before each line, and `None` comes if it says no.
+    pub(super) fn stream(
+        reader: impl Read,
+        limit: u64,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Option<Reply>, Fault> {
+        let mut reader = BufReader::new(reader.take(limit + 1));
+        let (mut reply, mut line, mut read) = (Reply::default(), Vec::new(), 0);
+        loop {
+            if !go_on() {
+                return Ok(None);
+            }
+            line.clear();
+            read += reader.read_until(b'\n', &mut line).map_err(|e| read_fault(&e))? as u64;
+            if read > limit {
+                return Err(Fault::TooLarge { limit });
+            }
+            let whole = line.ends_with(b"\n");
+            // Comments and event names carry nothing; the text follows a colon and maybe a space.
+            if let Some(data) = line.trim_ascii_end().strip_prefix(b"data:") {
+                match data.trim_ascii_start() {
+                    b"[DONE]" => break,
+                    data if whole => reply.take(data)?,
+                    _ => return Err(Fault::Cut),
+                }
+            }
+            if !whole {
+                break;
+            }
+        }
+        Ok(Some(reply))
+    }
+
+    /// True if the token limit ended it, false if the model did.
+    pub(super) fn is_cut(&self) -> Result<bool, Fault> {
+        match self.finish.as_deref() {
+            Some("stop") => Ok(false),
+            Some("length") => Ok(true),
+            Some(other) => Err(Fault::Garbled { reason: format!("finish reason `{other}`") }),
+            // Without any text this is what servers send when they have nothing to say; with text it is a cut.
+            None if self.text.is_empty() => Err(Fault::NoChoice),
+            None => Err(Fault::Cut),
+        }
+    }
+}
+
+/// A read that failed: too late, or in the middle.
+fn read_fault(error: &std::io::Error) -> Fault {
+    let timed_out = error.kind() == std::io::ErrorKind::TimedOut
+        || error
+            .get_ref()
+            .and_then(|e| e.downcast_ref::<ureq::Error>())
+            .is_some_and(|e| matches!(e, ureq::Error::Timeout(_)));
+    if timed_out { Fault::Silence } else { Fault::Cut }
+}
+
+/// What an error body says, in one short line.
+pub(super) fn error_text(body: &Value) -> String {
+    let text = ["message", "detail", "error"].iter().find_map(|key| match &body[*key] {
+        Value::Null => None,
+        Value::String(text) => Some(text.clone()),
+        inner => Some(error_text(inner)),
+    });
+    shorten(&text.unwrap_or_else(|| match body {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }))
+}
+
+/// The first line that says something, at most 300 characters of it.
+pub(super) fn shorten(text: &str) -> String {
+    text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default().chars().take(300).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(stream: &str) -> Result<Reply, Fault> {
+        Reply::stream(stream.as_bytes(), 10_000, &|| true).map(|reply| reply.expect("nobody says stop"))
+    }
+
+    #[test]
+    fn events_of_both_kinds_add_up_to_one_answer() {
+        let completions = ": ping\n\nevent: x\ndata: {\"choices\":[{\"text\":\"ab\",\"index\":0}]}\r\n\r\n\
+            data:{\"choices\":[{\"text\":\" c\",\"finish_reason\":\"stop\"},{\"index\":1,\"text\":\"no\"}]}\n\n\
+            data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7}}\n\ndata: [DONE]\n\ndata: after the end";
+        let reply = read(completions).unwrap();
+        assert_eq!((reply.text.as_str(), reply.prompt_tokens, reply.is_cut()), ("ab c", Some(7), Ok(false)));
+        let chat = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":null}}],\"usage\":null}\n\n\
+            data: {\"choices\":[{\"delta\":{\"content\":\"é\"}}]}\n\n\
+            data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\n\n";
+        let reply = read(chat).unwrap();
+        assert_eq!((reply.text.as_str(), reply.is_cut()), ("é", Ok(true)));
+    }
+
+    #[test]
+    fn a_stream_that_is_not_whole_or_not_ours_is_a_fault() {
+        let piece = "data: {\"choices\":[{\"text\":\"ab\"}]}\n\n";
+        assert_eq!(read(piece).unwrap().is_cut(), Err(Fault::Cut));
+        assert_eq!(read(&format!("{piece}data: {{\"choi")), Err(Fault::Cut));
+        assert_eq!(read("data: [DONE]\n").unwrap().is_cut(), Err(Fault::NoChoice));
+        assert_eq!(read("data: {\"choices\":[]}\n\n").unwrap().is_cut(), Err(Fault::NoChoice));
+        assert!(matches!(read("data: {\"choices\":\n"), Err(Fault::Garbled { .. })));
+        assert!(matches!(read("data: {\"choices\":{}}\n"), Err(Fault::Garbled { .. })));
+        assert!(matches!(read("data: 3\n"), Err(Fault::Garbled { .. })));
+        assert!(matches!(read("data: {}\n"), Err(Fault::Garbled { .. })));
+        let inside = read("data: {\"error\":{\"message\":\"out of memory\\nat x\"}}\n");
+        assert_eq!(inside, Err(Fault::Inside { message: "out of memory".to_string() }));
+        assert_eq!(read(&"x".repeat(20_000)), Err(Fault::TooLarge { limit: 10_000 }));
+        let odd = read("data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":\"abort\"}]}\n").unwrap();
+        assert!(matches!(odd.is_cut(), Err(Fault::Garbled { .. })));
+    }
+
+    #[test]
+    fn what_the_text_does_not_tell_is_noticed() {
+        let thinking = "data: {\"choices\":[{\"delta\":{\"reasoning_content\":\"hm\"}}]}\n";
+        assert_eq!(read(thinking).unwrap().beside, Some("reasoning"));
+        let tools = "data: {\"choices\":[{\"delta\":{\"tool_calls\":[{\"id\":\"1\"}]}}]}\n";
+        assert_eq!(read(tools).unwrap().beside, Some("tool calls"));
+        let none = "data: {\"choices\":[{\"delta\":{\"tool_calls\":[],\"reasoning\":\"\"}}]}\n";
+        assert_eq!(read(none).unwrap().beside, None);
+    }
+
+    #[test]
+    fn error_bodies_are_told_in_one_line() {
+        for (body, text) in [
+            (json!({"error": {"message": "no such model\nhelp"}}), "no such model"),
+            (json!({"detail": "missing"}), "missing"),
+            (json!("plain"), "plain"),
+            (json!({"error": "flat"}), "flat"),
+            (json!({"x": 1}), "{\"x\":1}"),
+        ] {
+            assert_eq!(error_text(&body), text);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The two kinds of [`Generator`] side by side: the target in this process, and the same target behind a server.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use draftsmith::capture::{
+    Answer, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Prompter,
+    Request, SamplingMix, regenerate,
+};
+use draftsmith::core::Sampling;
+use draftsmith::decode::{DraftPlan, Engine, FinishReason, GenerateOptions};
+use draftsmith::engine::{LoadedTarget, TargetOptions, engine};
+use draftsmith::formats::run::ServerTable;
+use draftsmith::kernels::Cpu;
+use draftsmith::model::Precision;
+use draftsmith::pull::Places;
+use draftsmith::report::{Silent, Stop};
+use draftsmith::text::{Message, RenderOptions};
+
+use crate::fake_openai::{Fake, Fault, Protocol, Said};
+use crate::support::repository;
+
+const MAX_NEW_TOKENS: usize = 24;
+const MAX_CONTEXT: usize = 120;
+
+fn tiny_target() -> LoadedTarget {
+    let source = [repository().join("fixtures/tiny-target").display().to_string()];
+    let options = TargetOptions {
+        sources: &source,
+        sha256: None,
+        precision: Precision::Stored,
+        threads: 1,
+        template: None,
+    };
+    LoadedTarget::load(&options, &Places::from_vars(|_| None), &Silent, &Stop::default()).unwrap()
+}
+
+fn prompter(target: &LoadedTarget) -> Prompter<'_> {
+    Prompter {
+        tokenizer: &target.text.tokenizer,
+        template: target.text.template().unwrap(),
+        max_new_tokens: MAX_NEW_TOKENS,
+        max_context: MAX_CONTEXT,
+    }
+}
+
+/// Runs `check` with both kinds; the server fails now and then.
+fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
+    let target = tiny_target();
+    let (mine, batch_size) = (engine(&target, None), 4);
+    check("in process", &mut EngineGenerator { engine: &mine, prompter: prompter(&target), batch_size });
+
+    let behind = Arc::new(target);
+    let served: Arc<Mutex<(Engine<Cpu>, Arc<LoadedTarget>)>> =
+        Arc::new(Mutex::new((engine(&behind, None), Arc::clone(&behind))));
+    let speak = move |prompt: &str| {
+        let served = served.lock().unwrap();
+        let (engine, target) = &*served;
+        let tokenizer = &target.text.tokenizer;
+        let ids = tokenizer.encode(prompt, false).unwrap();
+        let options = GenerateOptions {
+            max_new_tokens: MAX_NEW_TOKENS.min(MAX_CONTEXT - ids.len()),
+            sampling: Sampling::GREEDY,
+            stop_ids: target.stop_ids(),
+            draft: DraftPlan::None,
+        };
+        let done = engine.generate(&ids, &options, &mut |_| ControlFlow::Continue(())).unwrap();
+        let cut = done.finish_reason == FinishReason::Length;
+        let body = &done.token_ids[..done.token_ids.len() - usize::from(!cut)];
+        Said { text: tokenizer.decode(body, true), cut }
+    };
+    let protocol = Protocol { max_tokens: MAX_NEW_TOKENS as u64, ..Protocol::default() };
+    let fake = Fake::start(protocol, speak, |nth| (nth % 5 == 2).then_some(Fault::Cut));
+    let server: ServerTable =
+        serde_json::from_value(serde_json::json!({ "url": fake.url() })).expect("an address is enough");
+    let stop = AtomicBool::new(false);
+    let mut remote = OpenAiGenerator {
+        server: &server,
+        key: None,
+        prompter: prompter(&behind),
+        batch_size,
+        stop: &stop,
+        note: &|_| {},
+        asked: Asked::default(),
+    };
+    check("behind a server", &mut remote);
+    fake.take_prompts();
+}
+
+fn dialogues(count: usize) -> Vec<Dialogue> {
+    let text =
+        std::fs::read_to_string(repository().join("fixtures/tiny-target/prompts-valid.jsonl")).unwrap();
+    let rows = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    rows.take(count)
+        .enumerate()
+        .map(|(i, row)| {
+            let mut turns: Vec<Message> = serde_json::from_value(row["messages"].clone()).unwrap();
+            // Every third has a second question; one of them fills the context.
+            if i % 3 == 0 {
+                turns.push(Message::new("user", "Calculate 2 + 3."));
+            }
+            if i == 6 {
+                turns.push(Message::new("user", "and again ".repeat(60)));
+            }
+            if i == 7 {
+                turns = vec![Message::new("user", "too long ".repeat(80))];
+            }
+            Dialogue {
+                id: format!("row-{i}"),
+                domain: "test".into(),
+                turns,
+                render: RenderOptions::default(),
+            }
+        })
+        .collect()
+}
+
+const GREEDY: SamplingMix = SamplingMix { temperature: 0.0, top_p: 1.0, seed: 1, greedy_share: 1.0 };
+
+#[test]
+fn both_kinds_give_the_same_rows() {
+    let rows: Mutex<BTreeMap<String, BTreeMap<String, FinishedDialogue>>> = Mutex::default();
+    with_both(|kind, generator| {
+        let mut done = BTreeMap::new();
+        let progress = regenerate(&mut dialogues(20).into_iter(), generator, GREEDY, &mut |row, _| {
+            assert!(done.insert(row.id.clone(), row).is_none());
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!((progress.dialogues, progress.unanswered), (20, 1), "{kind}");
+        assert!(done["row-7"].messages.is_empty());
+        let answers = |row: &FinishedDialogue| row.messages.iter().filter(|m| m.role == "assistant").count();
+        assert!(done.values().any(|row| answers(row) == 2), "{kind}: a second turn was answered");
+        rows.lock().unwrap().insert(kind.to_string(), done);
+    });
+    let rows = rows.into_inner().unwrap();
+    assert_eq!(rows["in process"], rows["behind a server"]);
+}
+
+fn request(key: usize, text: &str) -> Request {
+    Request {
+        key,
+        id: format!("request {key}"),
+        messages: vec![Message::new("user", text)],
+        render: RenderOptions::default(),
+        sampling: Sampling::GREEDY,
+    }
+}
+
+#[test]
+fn a_break_is_the_last_thing_that_is_heard() {
+    with_both(|kind, generator| {
+        let (mut handed, mut heard) = (0, 0);
+        generator
+            .answer(
+                &mut || {
+                    handed += 1;
+                    (handed <= 12).then(|| request(handed, &format!("Calculate {handed} + 4.")))
+                },
+                &mut |_, answer: Option<Answer>| {
+                    assert!(answer.is_some());
+                    heard += 1;
+                    if heard == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                },
+            )
+            .unwrap();
+        assert_eq!(heard, 3, "{kind}");
+        assert!(handed <= 3 + 4, "{kind} asked for {handed}");
+    });
+}
+
+#[test]
+fn a_prompt_without_room_is_reported_and_the_others_are_answered() {
+    with_both(|kind, generator| {
+        let texts = ["Calculate 1 + 1.".to_string(), "long ".repeat(200), "Calculate 2 + 2.".to_string()];
+        let mut todo = texts.iter().enumerate();
+        let mut heard = BTreeMap::new();
+        generator
+            .answer(&mut || todo.next().map(|(key, text)| request(key, text)), &mut |key, answer| {
+                assert!(heard.insert(key, answer.is_some()).is_none());
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        assert_eq!(heard.into_iter().collect::<Vec<_>>(), [(0, true), (1, false), (2, true)], "{kind}");
+    });
+}
