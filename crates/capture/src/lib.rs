@@ -12,5 +12,5 @@ mod regenerate;
 pub use engine::EngineGenerator;
 pub use generator::{Answer, AnswerMark, Generator, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess};
-pub use openai::{Asked, Fault, OpenAiGenerator, ServerError};
+pub use openai::{Asked, Fault, OpenAiGenerator, ServerError, metrics_page};
 pub use regenerate::{Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate};

@@ -14,6 +14,8 @@ pub mod peer;
 pub mod pull;
 pub mod report;
 pub mod run;
+pub mod serve_gap;
+pub mod server;
 pub mod target;
 
 pub use error::Error;

@@ -7,7 +7,7 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::Parser;
-use draftsmith::cli::{BundleVerb, Cli, DataVerb, Verb};
+use draftsmith::cli::{BundleVerb, Cli, DataVerb, DoctorVerb, Verb};
 use draftsmith::formats::run::Stage;
 
 use crate::failure::Failure;
@@ -28,7 +28,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
     match cli.verb {
-        Verb::Doctor(args) => verbs::doctor::run(&args, session),
+        Verb::Doctor(args) => match &args.verb {
+            Some(DoctorVerb::ServeGap(args)) => verbs::serve_gap::run(args, session),
+            None => verbs::doctor::run(&args, session),
+        },
         Verb::Pull(args) => verbs::pull::run(&args, session),
         Verb::Data(args) => match args.verb {
             DataVerb::Prepare(args) => {

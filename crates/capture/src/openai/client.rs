@@ -13,7 +13,7 @@ use draftsmith_formats::run::{ServerApi, ServerTable};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use ureq::http::Response;
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, RequestBuilder};
 
 use super::error::{Fault, ServerError};
 use super::wire::{self, Reply};
@@ -82,6 +82,41 @@ impl std::fmt::Display for Asked {
     }
 }
 
+fn agent(table: &ServerTable, connections: usize) -> Agent {
+    let timeout = Some(Duration::from_secs_f64(table.timeout_s));
+    let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
+    Agent::config_builder()
+        .tls_config(tls)
+        .http_status_as_error(false)
+        // A redirected POST would arrive as a GET.
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_connect(timeout)
+        .timeout_recv_response(timeout)
+        .timeout_per_read(timeout)
+        .max_idle_connections(connections)
+        .max_idle_connections_per_host(connections)
+        .user_agent(concat!("draftsmith/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .new_agent()
+}
+
+fn with_key<B>(request: RequestBuilder<B>, key: Option<&str>) -> RequestBuilder<B> {
+    match key {
+        Some(key) => request.header("Authorization", format!("Bearer {key}")),
+        None => request,
+    }
+}
+
+/// The metrics page of a server, which stands beside `/v1`; `None` if it has none.
+pub fn metrics_page(table: &ServerTable, key: Option<&str>) -> Option<String> {
+    let url = table.url.trim_end_matches('/');
+    let root = url.strip_suffix("/v1").unwrap_or(url);
+    let request = with_key(agent(table, 1).get(format!("{root}/metrics")), key);
+    let answer = request.call().ok().filter(|answer| answer.status() == 200)?;
+    String::from_utf8(read_body(answer).ok()?).ok()
+}
+
 /// One server.
 pub(super) struct Client<'a> {
     pub(super) table: &'a ServerTable,
@@ -104,22 +139,7 @@ impl<'a> Client<'a> {
         note: &'a (dyn Fn(&str) + Sync),
         flow: &Flow<'_>,
     ) -> Result<Option<Client<'a>>, ServerError> {
-        let timeout = Some(Duration::from_secs_f64(table.timeout_s));
-        let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
-        let agent = Agent::config_builder()
-            .tls_config(tls)
-            .http_status_as_error(false)
-            // A redirected POST would arrive as a GET.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(timeout)
-            .timeout_recv_response(timeout)
-            .timeout_per_read(timeout)
-            .max_idle_connections(connections)
-            .max_idle_connections_per_host(connections)
-            .user_agent(concat!("draftsmith/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent();
+        let agent = agent(table, connections);
         let url = table.url.trim_end_matches('/');
         let asked = Mutex::default();
         let mut client = Client { table, url, key, agent, model: String::new(), stops, note, asked };
@@ -225,10 +245,8 @@ impl<'a> Client<'a> {
         struct Models {
             data: Vec<Model>,
         }
-        let mut request = self.agent.get(format!("{}/models", self.url)).header("Accept", "application/json");
-        if let Some(key) = &self.key {
-            request = request.header("Authorization", format!("Bearer {key}"));
-        }
+        let request = self.agent.get(format!("{}/models", self.url)).header("Accept", "application/json");
+        let request = with_key(request, self.key.as_deref());
         let answer = self.check(request.call(), "models", "application/json")?;
         let models: Models = serde_json::from_slice(&read_body(answer)?)
             .map_err(|e| Fault::Garbled { reason: e.to_string() })?;
@@ -249,14 +267,12 @@ impl<'a> Client<'a> {
             ServerApi::Text | ServerApi::Ids => "completions",
             ServerApi::Chat => "chat/completions",
         };
-        let mut request = self
+        let request = self
             .agent
             .post(format!("{}/{path}", self.url))
             .header("Content-Type", "application/json")
             .header("Accept", wanted);
-        if let Some(key) = &self.key {
-            request = request.header("Authorization", format!("Bearer {key}"));
-        }
+        let request = with_key(request, self.key.as_deref());
         let bytes = serde_json::to_vec(body).expect("a request holds only what JSON can say");
         self.check(request.send(&bytes), row, wanted)
     }

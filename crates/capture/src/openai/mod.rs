@@ -19,7 +19,7 @@ use draftsmith_formats::run::ServerTable;
 use self::client::{Client, Flow};
 use crate::{Answer, Generator, Prompt, Prompter, RegenerateError, Request};
 
-pub use client::Asked;
+pub use client::{Asked, metrics_page};
 pub use error::{Fault, ServerError};
 
 /// A server as a [`Generator`].

@@ -273,4 +273,24 @@ mod tests {
             assert_eq!(error_text(&body), text);
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_an_answer_or_a_fault(bytes: Vec<u8>, limit in 0u64..300) {
+            if let Ok(Some(reply)) = Reply::stream(bytes.as_slice(), limit, &|| true) {
+                proptest::prop_assert!(reply.text.len() as u64 <= limit);
+                let _ = reply.is_cut();
+            }
+        }
+
+        #[test]
+        fn damaged_events_are_an_answer_or_a_fault(at in 0usize..60, byte: u8) {
+            let mut bytes = b"data: {\"choices\":[{\"text\":\"ab\",\"finish_reason\":\"stop\"}]}\n\n".to_vec();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            if let Ok(Some(reply)) = Reply::stream(bytes.as_slice(), 1000, &|| true) {
+                let _ = reply.is_cut();
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@
 mod decode;
 mod stages;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
@@ -63,10 +63,73 @@ pub enum Verb {
 /// Says what works on this machine, what is missing and how to get it.
 #[derive(Debug, Args)]
 #[command(
+    args_conflicts_with_subcommands = true,
     after_help = "Examples:\n  draftsmith doctor\n  draftsmith doctor --json\n\nEnds with 1 if the main job \
                         does not work here."
 )]
 pub struct Doctor {
+    /// Other patients.
+    #[command(subcommand)]
+    pub verb: Option<DoctorVerb>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Verbs of `doctor`.
+#[derive(Debug, Subcommand)]
+#[expect(missing_docs, reason = "each verb is documented at its arguments")]
+pub enum DoctorVerb {
+    ServeGap(ServeGap),
+}
+
+/// Replays prompts against a live OpenAI-compatible engine and against ours, and names where they part.
+///
+/// Greedy, one request at a time. Compared are the prompts (as far as the engine counts their tokens), the texts, and how
+/// many drafts were accepted at each position, as far as the engine's metrics tell.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith doctor serve-gap http://127.0.0.1:8000/v1 --bundle runs/smoke/bundle --workload fixtures/tiny-target/eval.jsonl\n  \
+    draftsmith doctor serve-gap http://127.0.0.1:8000/v1 --target REF --workload FILE --extra '{\"repeat_penalty\": 1.0}'\n\n\
+    Counters are those of the whole engine: nobody else should use it meanwhile. Ends with 1 if there is a gap.")]
+#[command(group = clap::ArgGroup::new("ours").required(true).multiple(true).args(["bundle", "target"]))]
+pub struct ServeGap {
+    /// Address of the engine up to and including the version.
+    #[arg(value_name = "URL")]
+    pub url: String,
+    /// The draft that the engine serves: a bundle folder. Without it only texts are compared.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// The target (default: what the bundle was made for).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Prompts: the first turn of each row.
+    #[arg(long, value_name = "FILE")]
+    pub workload: PathBuf,
+    /// Rows.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+    /// Tokens per answer.
+    #[arg(long, value_name = "M", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Draft tokens per proposal, as in the engine.
+    #[arg(long, value_name = "D", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub depth: u32,
+    /// How prompts are sent: `text`, `ids` or `chat` (docs/SERVERS.md).
+    #[arg(long, value_name = "API", default_value = "text", value_parser = ["text", "ids", "chat"])]
+    pub api: String,
+    /// Name of the model in requests (default: the only one that the engine lists).
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Environment variable that holds the API key.
+    #[arg(long, value_name = "NAME")]
+    pub key_env: Option<String>,
+    /// More fields of every request, as a JSON object.
+    #[arg(long, value_name = "JSON")]
+    pub extra: Option<String>,
+    /// Threads to compute with (default: all; results do not depend on it).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

@@ -19,7 +19,7 @@ use draftsmith_capture::{
 };
 use draftsmith_data::{LocatedRow, Report as DataReport, Row};
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::{Precision, ServerTable, Stage};
+use draftsmith_formats::run::{Precision, Stage};
 use draftsmith_text::MaskOptions;
 use serde_json::{Value, json};
 
@@ -29,6 +29,7 @@ use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use crate::Error;
 use crate::engine::engine;
 use crate::report::{Report, Unit};
+use crate::server::server_key;
 
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
@@ -184,7 +185,7 @@ impl Run<'_> {
                 let note = |line: &str| report.note(line);
                 let mut generator = OpenAiGenerator {
                     server,
-                    key: self.server_key(server)?,
+                    key: server_key(server, self.env.places, self.env.variable)?,
                     prompter,
                     batch_size,
                     stop: stop.flag(),
@@ -200,24 +201,6 @@ impl Run<'_> {
         match failed {
             Some(error) => Err(error),
             None => Ok(ended.map(|_| ())?),
-        }
-    }
-
-    /// The key from the variable that the run file names.
-    fn server_key(&self, server: &ServerTable) -> Result<Option<String>, Error> {
-        if self.env.places.offline && !server.is_local() {
-            return Err(Error::input(
-                format!("`regenerate.server.url` is `{}`, but the network is switched off", server.url),
-                "leave `--offline` (or HF_HUB_OFFLINE) out, or use a server on this machine",
-            ));
-        }
-        let Some(name) = &server.key_env else { return Ok(None) };
-        match (self.env.variable)(name).filter(|key| !key.trim().is_empty()) {
-            Some(key) => Ok(Some(key.trim().to_string())),
-            None => Err(Error::input(
-                format!("`regenerate.server.key_env` names the variable `{name}`, which is not set"),
-                format!("set it: `export {name}=…`"),
-            )),
         }
     }
 }

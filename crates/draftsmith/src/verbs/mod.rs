@@ -10,6 +10,7 @@ pub(crate) mod doctor;
 pub(crate) mod generate;
 pub(crate) mod pull;
 pub(crate) mod quickstart;
+pub(crate) mod serve_gap;
 pub(crate) mod stages;
 pub(crate) mod status;
 

@@ -61,6 +61,8 @@ pub(crate) struct Protocol {
     pub(crate) usage_in_streams: bool,
     /// Models listed.
     pub(crate) models: Vec<&'static str>,
+    /// Shows counters of drafts as vLLM does: 10 proposals per answer, 6 accepted at position 0, 2 at position 1.
+    pub(crate) metrics: bool,
 }
 
 impl Default for Protocol {
@@ -74,6 +76,7 @@ impl Default for Protocol {
             more_prompt_tokens: 0,
             usage_in_streams: true,
             models: vec!["tiny"],
+            metrics: false,
         }
     }
 }
@@ -220,6 +223,12 @@ impl State {
 
     fn answer(&self, out: &mut Out<'_>, request: &Request) -> std::io::Result<()> {
         let path = request.line.split(' ').nth(1).unwrap_or_default();
+        if path == "/metrics" {
+            return match self.protocol.metrics {
+                true => out.whole("200 OK", "text/plain; version=0.0.4", "", &self.metrics()),
+                false => out.whole("404 Not Found", "text/plain", "", "none"),
+            };
+        }
         let asked = match self.check(path, request) {
             Ok(asked) => asked,
             Err(problem) => {
@@ -297,6 +306,21 @@ impl State {
         }
         out.chunk("data: [DONE]\n\n")?;
         out.chunk("")
+    }
+
+    fn metrics(&self) -> String {
+        let n = self.prompts.lock().unwrap().len();
+        let name = "vllm:spec_decode_num";
+        format!(
+            "# TYPE {name}_drafts_total counter\n{name}_drafts_total{{engine=\"0\"}} {}.0\n\
+             {name}_accepted_tokens_total{{engine=\"0\"}} {}.0\n\
+             {name}_accepted_tokens_per_pos_total{{engine=\"0\",position=\"0\"}} {}.0\n\
+             {name}_accepted_tokens_per_pos_total{{engine=\"0\",position=\"1\"}} {}.0\n",
+            10 * n,
+            8 * n,
+            6 * n,
+            2 * n
+        )
     }
 
     /// Every fault but a status ends the connection.

@@ -25,7 +25,7 @@ use crate::support::repository;
 const MAX_NEW_TOKENS: usize = 24;
 const MAX_CONTEXT: usize = 120;
 
-fn tiny_target() -> LoadedTarget {
+pub(crate) fn tiny_target() -> LoadedTarget {
     let source = [repository().join("fixtures/tiny-target").display().to_string()];
     let options = TargetOptions {
         sources: &source,
@@ -46,22 +46,21 @@ fn prompter(target: &LoadedTarget) -> Prompter<'_> {
     }
 }
 
-/// Runs `check` with both kinds; the server fails now and then.
-fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
-    let target = tiny_target();
-    let (mine, batch_size) = (engine(&target, None), 4);
-    check("in process", &mut EngineGenerator { engine: &mine, prompter: prompter(&target), batch_size });
-
-    let behind = Arc::new(target);
-    let served: Arc<Mutex<(Engine<Cpu>, Arc<LoadedTarget>)>> =
-        Arc::new(Mutex::new((engine(&behind, None), Arc::clone(&behind))));
-    let speak = move |prompt: &str| {
+/// What the target says greedily, for a server to say it.
+pub(crate) fn speaking(
+    target: &Arc<LoadedTarget>,
+    max_new_tokens: usize,
+    max_context: usize,
+) -> impl Fn(&str) -> Said + Send + Sync + 'static {
+    let served: Mutex<(Engine<Cpu>, Arc<LoadedTarget>)> =
+        Mutex::new((engine(target, None), Arc::clone(target)));
+    move |prompt: &str| {
         let served = served.lock().unwrap();
         let (engine, target) = &*served;
         let tokenizer = &target.text.tokenizer;
         let ids = tokenizer.encode(prompt, false).unwrap();
         let options = GenerateOptions {
-            max_new_tokens: MAX_NEW_TOKENS.min(MAX_CONTEXT - ids.len()),
+            max_new_tokens: max_new_tokens.min(max_context - ids.len()),
             sampling: Sampling::GREEDY,
             stop_ids: target.stop_ids(),
             draft: DraftPlan::None,
@@ -70,7 +69,17 @@ fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
         let cut = done.finish_reason == FinishReason::Length;
         let body = &done.token_ids[..done.token_ids.len() - usize::from(!cut)];
         Said { text: tokenizer.decode(body, true), cut }
-    };
+    }
+}
+
+/// Runs `check` with both kinds; the server fails now and then.
+fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
+    let target = tiny_target();
+    let (mine, batch_size) = (engine(&target, None), 4);
+    check("in process", &mut EngineGenerator { engine: &mine, prompter: prompter(&target), batch_size });
+
+    let behind = Arc::new(target);
+    let speak = speaking(&behind, MAX_NEW_TOKENS, MAX_CONTEXT);
     let protocol = Protocol { max_tokens: MAX_NEW_TOKENS as u64, ..Protocol::default() };
     let fake = Fake::start(protocol, speak, |nth| (nth % 5 == 2).then_some(Fault::Cut));
     let server: ServerTable =

@@ -10,5 +10,6 @@ mod pip;
 mod regenerate;
 mod rows;
 mod run_file;
+mod serve_gap;
 mod stages;
 mod support;

@@ -31,37 +31,36 @@ fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
     if value <= limit { Ok(()) } else { broken(key, format!("is {value}, expected at most {limit}")) }
 }
 
-fn check_server(server: &ServerTable) -> Result<(), Broken> {
-    let url = &server.url;
-    let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme)).unwrap_or_default();
-    if host.is_empty()
-        || host.starts_with('/')
-        || url.contains(|c: char| c.is_whitespace() || "?#".contains(c))
-    {
-        let problem = format!("is `{url}`, expected an address like `http://127.0.0.1:8000/v1`");
-        return broken("regenerate.server.url", problem);
+impl ServerTable {
+    /// The first key that cannot be, and why; for tables that come from elsewhere than a run file.
+    pub fn problem(&self) -> Option<(String, String)> {
+        self.check().err().map(|broken| (broken.key, broken.problem))
     }
-    if host.contains('@') {
-        // The run file is kept beside the results and goes into the bundle.
-        return broken_with(
-            "regenerate.server.url",
-            "holds a user name or password",
-            "put the key into an environment variable and its name into `regenerate.server.key_env`",
-        );
-    }
-    let timeout = server.timeout_s;
-    number(
-        "regenerate.server.timeout_s",
-        timeout,
-        timeout > 0.0 && timeout <= 86_400.0,
-        "seconds above 0, at most a day",
-    )?;
-    at_most("regenerate.server.retries", u64::from(server.retries), 100)?;
-    match server.extra.keys().find(|key| ServerTable::OWN_FIELDS.contains(&key.as_str())) {
-        Some(own) => {
-            broken(&format!("regenerate.server.extra.{own}"), "is set by other keys of the run file")
+
+    /// Keys are relative to the table.
+    fn check(&self) -> Result<(), Broken> {
+        let url = &self.url;
+        let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+        let odd = |c: char| c.is_whitespace() || "?#".contains(c);
+        if host.is_none_or(|host| host.is_empty() || host.starts_with('/')) || url.contains(odd) {
+            return broken("url", format!("is `{url}`, expected an address like `http://127.0.0.1:8000/v1`"));
         }
-        None => Ok(()),
+        if url.contains('@') {
+            // The run file is kept beside the results and goes into the bundle.
+            return broken_with(
+                "url",
+                "holds a user name or password",
+                "put the key into an environment variable and its name into `regenerate.server.key_env`",
+            );
+        }
+        let timeout = self.timeout_s;
+        let wanted = "seconds above 0, at most a day";
+        number("timeout_s", timeout, timeout > 0.0 && timeout <= 86_400.0, wanted)?;
+        at_most("retries", u64::from(self.retries), 100)?;
+        match self.extra.keys().find(|key| Self::OWN_FIELDS.contains(&key.as_str())) {
+            Some(own) => broken(&format!("extra.{own}"), "is set by a key of its own"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -147,7 +146,11 @@ impl RunFile {
                 "hold back some rows, or name a file in `data.validation`",
             );
         }
-        regenerate.server.as_ref().map_or(Ok(()), check_server)
+        regenerate.server.as_ref().map_or(Ok(()), |server| {
+            server
+                .check()
+                .map_err(|broken| Broken { key: format!("regenerate.server.{}", broken.key), ..broken })
+        })
     }
 
     fn check_capture_and_draft(&self) -> Result<(), Broken> {

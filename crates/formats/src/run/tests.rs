@@ -28,7 +28,7 @@ fn the_smallest_file_gets_all_defaults() {
 
 #[test]
 fn the_resolved_copy_loads_to_the_same_run() {
-    let text = "[run]\nname = \"x\"\n[target]\nsource = [\"hf:a/b\", \"m.gguf\"]\n[data]\nsystem = \"be\\nbrief\"\n\
+    let text = "[run]\nname = \"x\"\n[regenerate.server]\nurl = \"http://h/v1\"\nextra = { a = 1, b = { c = [2.5] } }\n[target]\nsource = [\"hf:a/b\", \"m.gguf\"]\n[data]\nsystem = \"be\\nbrief\"\n\
         sources = [{ path = \"a\", weight = 0.5 }, { path = \"b\", max_rows = 3 }]\n[capture]\nlayers = [1, 2, 3]\n\
         [validate.domains]\nmath = 0.5\ncode = 1\n[bench]\nworkloads = [\"w.jsonl\"]\n\
         tree = { depth = 4, top_k = 3, nodes = 20 }\n[train]\nlr = 3e-4\nmax_steps = 5\n";
@@ -58,6 +58,27 @@ fn the_hash_sees_values_and_not_layout() {
     }
     assert!(base.differences(&logging, Some(Stage::Bench)).is_empty());
     assert_eq!(base.differences(&logging, None).len(), 5);
+}
+
+#[test]
+fn where_a_server_stands_is_no_part_of_what_it_says() {
+    let with = |server: &str| parse(SMALL, &[&format!("regenerate.server={{ {server} }}")]).unwrap();
+    let base = with("url = \"http://a/v1\"");
+    let hash = |run: &RunFile| run.stage_hash(Stage::Regenerate);
+    let elsewhere =
+        with("url = \"http://b/v1\", key_env = \"K\", retries = 3, timeout_s = 9, compare_prompts = false");
+    assert_eq!(hash(&base), hash(&elsewhere));
+    assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", api = \"chat\"")));
+    assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", model = \"m\"")));
+    assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", extra = { top_k = 0 }")));
+    assert_ne!(hash(&base), hash(&parse(SMALL, &[]).unwrap()));
+    let local = |url: &str| with(&format!("url = \"{url}\"")).regenerate.server.unwrap().is_local();
+    for url in ["http://127.0.0.1:80/v1", "http://localhost/v1", "https://[::1]:8000/v1"] {
+        assert!(local(url), "{url}");
+    }
+    for url in ["http://10.0.0.1/v1", "http://localhost.example.org/v1", "http://[2001:db8::1]/v1"] {
+        assert!(!local(url), "{url}");
+    }
 }
 
 #[test]
@@ -265,6 +286,21 @@ fn values_are_checked_against_each_other() {
         ("train.max_steps=0", "is 0, expected at least 1"),
         ("regenerate.top_p=0", "is 0, expected a number above 0 and at most 1"),
         ("regenerate.temperature=inf", "is inf, expected a number of at least 0"),
+        ("regenerate.max_loop_share=1.5", "is 1.5, expected a number from 0 to 1"),
+        ("regenerate.max_cut_share=-1", "is -1, expected a number from 0 to 1"),
+        (
+            "regenerate.server.url=localhost:8000",
+            "is `localhost:8000`, expected an address like `http://127.0.0.1:8000/v1`",
+        ),
+        (
+            "regenerate.server.url=http:///v1",
+            "is `http:///v1`, expected an address like `http://127.0.0.1:8000/v1`",
+        ),
+        ("regenerate.server.url=http://me:secret@host/v1", "holds a user name or password"),
+        ("regenerate.server={ url = \"http://h/v1\", timeout_s = 0 }", ""),
+        ("regenerate.server={ url = \"http://h/v1\", retries = 1000 }", ""),
+        ("regenerate.server={ url = \"http://h/v1\", extra = { stream = false } }", ""),
+        ("data.validation_rows=0", ""),
         ("capture.layers=[3, 2, 1]", "is [3, 2, 1], expected 3 layers in ascending order"),
         ("capture.layers=[1, 2]", "is [1, 2], expected 3 layers in ascending order"),
         ("data.sources=[]", "is an empty list"),
