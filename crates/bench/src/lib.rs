@@ -22,6 +22,7 @@ mod summary;
 pub mod table;
 pub mod timing;
 pub mod tune;
+pub mod train;
 mod workload;
 
 pub use doubts::Doubt;

@@ -194,6 +194,13 @@ pub fn machine(kernels: &Cpu) -> Machine {
     }
 }
 
+/// Most memory that this process has held so far; `None` where the system does not say.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Timed passes of a target over made-up tokens: the cost of a pass depends on their number alone.
 pub struct TargetPasses {
     target: Arc<Target<Cpu>>,

@@ -1,5 +1,5 @@
-//! Other engines as a side of `bench decode`: a script of ours inside their own interpreter, one JSON object per line
-//! each way.
+//! Other engines and frameworks as sides of `bench decode` and `bench train`: a script of ours inside their own
+//! interpreter, one JSON object per line each way.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use draftsmith_bench::BoxError;
 use draftsmith_bench::decode::{Side, Timed};
+use draftsmith_bench::train::{StepShape, StepTime, Trainer};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -15,45 +16,32 @@ use serde_json::json;
 use crate::Error;
 
 const LLAMA_CPP_PYTHON: &str = include_str!("../../../bench/peers/llama_cpp_python.py");
+const TORCH: &str = include_str!("../../../bench/peers/torch_step.py");
 
-/// A running engine.
-pub struct Peer {
-    name: String,
+/// A running script.
+struct Process {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
 
-#[derive(Deserialize)]
-struct Loaded {
-    version: String,
-}
-
-#[derive(Deserialize)]
-struct Answer {
-    token_ids: Vec<u32>,
-    prefill_ns: u64,
-    decode_ns: u64,
-}
-
-impl Peer {
-    /// Starts llama-cpp-python in the interpreter that has it and loads a GGUF file.
-    ///
-    /// # Errors
-    /// No such interpreter, no such package in it, or a model that it refuses.
-    pub fn llama_cpp_python(
+impl Process {
+    /// Starts `script` in an interpreter that has `package` and sends it a first request.
+    fn start(
         python: &Path,
-        model: &Path,
-        threads: usize,
-        context: usize,
-    ) -> Result<Peer, Error> {
-        let hint = "install it with `bench/peers/install-llama-cpp-python.sh` and name its interpreter with \
-                    `--peer-python`";
+        (package, script, installer): (&str, &str, &str),
+        request: &serde_json::Value,
+    ) -> Result<(Process, Loaded), Error> {
         let unusable = |what: String| {
-            Error::input(format!("llama-cpp-python does not run in `{}`: {what}", python.display()), hint)
+            Error::input(
+                format!("{package} does not run in `{}`: {what}", python.display()),
+                format!(
+                    "install it with `bench/peers/{installer}` and name its interpreter with `--peer-python`"
+                ),
+            )
         };
         let mut child = Command::new(python)
-            .args(["-c", LLAMA_CPP_PYTHON])
+            .args(["-c", script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
@@ -62,11 +50,9 @@ impl Peer {
         let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(unusable("its input and output are not there".to_string()));
         };
-        let mut peer = Peer { name: String::new(), child, input, output: BufReader::new(output) };
-        let request = json!({ "model": model, "threads": threads, "context": context });
-        let loaded: Loaded = peer.ask(&request).map_err(|e| unusable(e.to_string()))?;
-        peer.name = format!("llama-cpp-python {}", loaded.version);
-        Ok(peer)
+        let mut process = Process { child, input, output: BufReader::new(output) };
+        let loaded = process.ask(request).map_err(|e| unusable(e.to_string()))?;
+        Ok((process, loaded))
     }
 
     fn ask<T: DeserializeOwned>(&mut self, request: &serde_json::Value) -> Result<T, BoxError> {
@@ -82,13 +68,58 @@ impl Peer {
     }
 }
 
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Deserialize)]
+struct Loaded {
+    version: String,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    token_ids: Vec<u32>,
+    prefill_ns: u64,
+    decode_ns: u64,
+}
+
+/// A running engine.
+pub struct Peer {
+    name: String,
+    process: Process,
+}
+
+impl Peer {
+    /// Starts llama-cpp-python in the interpreter that has it and loads a GGUF file.
+    ///
+    /// # Errors
+    /// No such interpreter, no such package in it, or a model that it refuses.
+    pub fn llama_cpp_python(
+        python: &Path,
+        model: &Path,
+        threads: usize,
+        context: usize,
+    ) -> Result<Peer, Error> {
+        let request = json!({ "model": model, "threads": threads, "context": context });
+        let package = ("llama-cpp-python", LLAMA_CPP_PYTHON, "install-llama-cpp-python.sh");
+        let (process, loaded) = Process::start(python, package, &request)?;
+        Ok(Peer { name: format!("llama-cpp-python {}", loaded.version), process })
+    }
+}
+
 impl Side for Peer {
     fn name(&self) -> String {
         self.name.clone()
     }
 
     fn decode(&mut self, prompt_ids: &[u32], new_tokens: usize) -> Result<Timed, BoxError> {
-        let answer: Answer = self.ask(&json!({ "prompt_ids": prompt_ids, "new_tokens": new_tokens }))?;
+        let answer: Answer =
+            self.process.ask(&json!({ "prompt_ids": prompt_ids, "new_tokens": new_tokens }))?;
         Ok(Timed {
             token_ids: answer.token_ids,
             prefill: Duration::from_nanos(answer.prefill_ns),
@@ -97,10 +128,46 @@ impl Side for Peer {
     }
 }
 
-impl Drop for Peer {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+#[derive(Deserialize)]
+struct Stepped {
+    step_ns: u64,
+    loss: f64,
+    peak_bytes: u64,
+}
+
+/// A draft that PyTorch trains.
+pub struct TorchPeer {
+    name: String,
+    process: Process,
+}
+
+impl TorchPeer {
+    /// Builds the draft in the interpreter that has PyTorch; `compile` asks for `torch.compile`.
+    ///
+    /// # Errors
+    /// No such interpreter, or no PyTorch in it.
+    pub fn start(
+        python: &Path,
+        shape: StepShape,
+        threads: usize,
+        compile: bool,
+        lr: f64,
+    ) -> Result<TorchPeer, Error> {
+        let request = json!({ "shape": shape, "threads": threads, "compile": compile, "lr": lr });
+        let (process, loaded) = Process::start(python, ("PyTorch", TORCH, "install-torch.sh"), &request)?;
+        let how = if compile { "compiled" } else { "eager" };
+        Ok(TorchPeer { name: format!("torch {} {how}", loaded.version), process })
+    }
+}
+
+impl Trainer for TorchPeer {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn step(&mut self) -> Result<StepTime, BoxError> {
+        let done: Stepped = self.process.ask(&json!({ "step": true }))?;
+        let time = Duration::from_nanos(done.step_ns);
+        Ok(StepTime { time, loss: done.loss, peak_bytes: Some(done.peak_bytes) })
     }
 }

@@ -150,6 +150,7 @@ pub enum BenchVerb {
     Decode(BenchDecode),
     Identity(BenchIdentity),
     Tune(BenchTune),
+    Train(BenchTrain),
 }
 
 /// Finds the fastest way to draft on this machine: chains, trees and the automatic plan in turn with plain decoding,
@@ -215,6 +216,50 @@ pub struct BenchIdentity {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub choosing: Choosing,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// Frameworks to compare training with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum TrainPeerKind {
+    /// PyTorch, operation by operation.
+    Torch,
+    /// PyTorch through `torch.compile`; the first step compiles, which takes minutes.
+    TorchCompiled,
+}
+
+/// Measures one training step at the shapes of a SmolLM2-135M draft against other frameworks, sides in turn.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bench train\n  \
+    draftsmith bench train --peer torch --peer torch-compiled --peer-python runs/peers/torch/bin/python --json out.json\n\n\
+    `bench/peers/install-torch.sh` installs the peer. A step is forward, backward, clipping and AdamW over one row of\n\
+    made-up features with every slot trained, in 32-bit floats. Every side computes the teacher's probabilities over\n\
+    the draft vocabulary in each step; the rest of the target's head is in no side's time.")]
+pub struct BenchTrain {
+    /// Slots of the row.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..=65536))]
+    pub slots: u32,
+    /// Ids of the draft's head.
+    #[arg(long, value_name = "N", default_value_t = 16384, value_parser = clap::value_parser!(u32).range(16..=262144))]
+    pub draft_vocab: u32,
+    /// Steps of the unroll.
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=15))]
+    pub ttt_length: u32,
+    /// Measured steps of each side, after one that is not.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Compare with this framework; may be given several times.
+    #[arg(long, value_enum)]
+    pub peer: Vec<TrainPeerKind>,
+    /// The peers' Python interpreter (default: `python3`).
+    #[arg(long, value_name = "PATH", requires = "peer")]
+    pub peer_python: Option<PathBuf>,
+    /// Threads of every side (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
     /// Write one JSON object to a file, or print it if none is named.
     #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,

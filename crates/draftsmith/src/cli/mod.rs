@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use decode::{
-    Bench, BenchDecode, BenchIdentity, BenchKernels, BenchTune, BenchVerb, Choosing, Drafting, Generate,
-    PeerKind, Quickstart,
+    Bench, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb, Choosing, Drafting,
+    Generate, PeerKind, Quickstart, TrainPeerKind,
 };
 pub use stages::{
     Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb,

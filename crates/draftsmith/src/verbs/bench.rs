@@ -32,6 +32,7 @@ pub(crate) fn run(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
         Some(cli::BenchVerb::Decode(args)) => super::bench_decode::run(args, session),
         Some(cli::BenchVerb::Identity(args)) => super::bench_identity::run(args, session),
         Some(cli::BenchVerb::Tune(args)) => super::bench_tune::run(args, session),
+        Some(cli::BenchVerb::Train(args)) => super::bench_train::run(args, session),
         None => workloads(args, session),
     }
 }

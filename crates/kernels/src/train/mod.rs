@@ -202,7 +202,7 @@ impl TrainKernels for crate::Cpu {
         buf[..data.len()].copy_from_slice(data);
     }
     fn clear(&self, buf: &mut Vec<f32>, len: usize) {
-        buf[..len].fill(0.0);
+        rowwise::clear(self.threads(), &mut buf[..len]);
     }
 
     fn linear(&self, x: &Vec<f32>, w: &Vec<f32>, shape: LinearShape, y: &mut Vec<f32>) {

@@ -154,22 +154,22 @@ pub fn rotate(
         for (i, row) in r.clone().enumerate() {
             let (cos, sin) = table.angles(positions[row]);
             let turn = if inverse { -1.0 } else { 1.0 };
-            for head in 0..heads {
-                let x = &x[row * width + head * hd..][..hd];
-                let y = &mut y[i * width + head * hd..][..hd];
-                for j in 0..half {
-                    let (a, b) = (x[j], x[j + half]);
-                    let sin = turn * sin[j];
-                    let (ra, rb) = (a * cos[j] - b * sin, b * cos[j] + a * sin);
-                    if accumulate {
-                        y[j] += ra;
-                        y[j + half] += rb;
-                    } else {
-                        y[j] = ra;
-                        y[j + half] = rb;
+            simd(
+                #[inline(always)]
+                || {
+                    for head in 0..heads {
+                        let (xa, xb) = x[row * width + head * hd..][..hd].split_at(half);
+                        let (ya, yb) = y[i * width + head * hd..][..hd].split_at_mut(half);
+                        for j in 0..half {
+                            let (a, b) = (xa[j], xb[j]);
+                            let sin = turn * sin[j];
+                            let (ra, rb) = (a * cos[j] - b * sin, b * cos[j] + a * sin);
+                            ya[j] = if accumulate { ya[j] + ra } else { ra };
+                            yb[j] = if accumulate { yb[j] + rb } else { rb };
+                        }
                     }
-                }
-            }
+                },
+            );
         }
     });
 }
@@ -254,6 +254,15 @@ pub fn sum(threads: usize, a: &[f32], b: &[f32], len: usize, y: &mut [f32]) {
                 }
             },
         );
+    });
+}
+
+/// Zeros.
+pub fn clear(threads: usize, y: &mut [f32]) {
+    let (len, y) = (y.len(), Shared::new(y));
+    par_ranges(threads, len, FLAT, |r| {
+        // SAFETY: ranges of tasks are disjoint.
+        unsafe { y.range(r) }.fill(0.0);
     });
 }
 

@@ -7,8 +7,11 @@
 use super::linear::{LinearShape, matmul, matmul_dw_acc, matmul_dx};
 use super::par::{LANES, Shared, exp, exp_shifted, fold_lanes, max, par_ranges, simd, with_scratch};
 
-/// Rows whose logits exist at once. Larger chunks read the head and write its gradient less often.
+/// Rows whose logits exist at once, at least.
 const CHUNK: usize = 512;
+/// Logits that exist at once in [`linear_soft_ce`] if that is more than [`CHUNK`] rows: 64 MiB. Every chunk reads the
+/// head twice and its gradient once, so few large ones are faster.
+const LOGITS: usize = 1 << 24;
 /// Vocabulary rows of the target head taken at once by [`stream_head`].
 const VOCAB_BLOCK: usize = 2048;
 
@@ -87,54 +90,54 @@ struct RowGrad {
 #[inline(always)]
 fn soft_row(z: &mut [f32], p: &[f32], mass: f32, label: u32, grad: RowGrad) -> RowStats {
     let top = max(z);
-    let argmax = z.iter().position(|x| *x == top).unwrap_or(0);
-    // Σ p and Σ p (z - top) before z is overwritten
-    let (mut sum_p, mut sum_pz) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let (cz, rz) = z.as_chunks::<LANES>();
+    let argmax = position(z, top);
+    // Σ p, Σ p (z - top) and Σ e^(z - top), which replaces z
+    let (mut sum_p, mut sum_pz, mut sum) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     let (cp, rp) = p.as_chunks::<LANES>();
-    for (z, p) in cz.iter().zip(cp) {
-        for i in 0..LANES {
-            sum_p[i] += p[i];
-            sum_pz[i] += p[i] * (z[i] - top);
-        }
-    }
-    for (i, (z, p)) in rz.iter().zip(rp).enumerate() {
-        sum_p[i] += p;
-        sum_pz[i] += p * (z - top);
-    }
-    let (sum_p, sum_pz) = (fold_lanes(sum_p), fold_lanes(sum_pz));
-    let sum = exp_shifted(z, top);
-    let inverse = 1.0 / sum;
-    // α and, for its gradient, the q mass where q is the smaller one
-    let (mut alpha, mut below) = ([0.0f32; LANES], [0.0f32; LANES]);
     let (cz, rz) = z.as_chunks_mut::<LANES>();
     for (z, p) in cz.iter_mut().zip(cp) {
         for i in 0..LANES {
-            let q = z[i] * inverse;
-            let m = p[i] * mass;
-            z[i] = q;
+            let shifted = z[i] - top;
+            sum_p[i] += p[i];
+            sum_pz[i] += p[i] * shifted;
+            z[i] = exp(shifted);
+            sum[i] += z[i];
+        }
+    }
+    for (i, (z, p)) in rz.iter_mut().zip(rp).enumerate() {
+        let shifted = *z - top;
+        sum_p[i] += p;
+        sum_pz[i] += p * shifted;
+        *z = exp(shifted);
+        sum[i] += *z;
+    }
+    let (sum_p, sum_pz, sum) = (fold_lanes(sum_p), fold_lanes(sum_pz), fold_lanes(sum));
+    let inverse = 1.0 / sum;
+    // α and, for its gradient, the q mass where q is the smaller one. Without a gradient of α the row is done here.
+    let (kl, scaled_p) = (grad.kl * sum_p, grad.kl);
+    let only_kl = grad.alpha == Some(0.0);
+    let (mut alpha, mut below) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for (z, p) in cz.iter_mut().zip(cp) {
+        for i in 0..LANES {
+            let (q, m) = (z[i] * inverse, p[i] * mass);
+            z[i] = if only_kl { q * kl - scaled_p * p[i] } else { q };
             alpha[i] += if q < m { q } else { m };
             below[i] += if q < m { q } else { 0.0 };
         }
     }
     for (i, (z, p)) in rz.iter_mut().zip(rp).enumerate() {
         let (q, m) = (*z * inverse, p * mass);
-        *z = q;
+        *z = if only_kl { q * kl - scaled_p * p } else { q };
         alpha[i] += if q < m { q } else { m };
         below[i] += if q < m { q } else { 0.0 };
     }
     let (alpha, below) = (fold_lanes(alpha), fold_lanes(below));
-    let slope = match grad.alpha {
-        Some(slope) => slope,
-        None if alpha > 0.0 => grad.log_alpha / alpha,
-        None => 0.0,
-    };
-    let (kl, scaled_p) = (grad.kl * sum_p, grad.kl);
-    if slope == 0.0 {
-        for (z, p) in z.iter_mut().zip(p) {
-            *z = *z * kl - scaled_p * p;
-        }
-    } else {
+    if !only_kl {
+        let slope = match grad.alpha {
+            Some(slope) => slope,
+            None if alpha > 0.0 => grad.log_alpha / alpha,
+            None => 0.0,
+        };
         for (z, p) in z.iter_mut().zip(p) {
             let q = *z;
             let inside = if q < p * mass { 1.0 } else { 0.0 };
@@ -142,6 +145,15 @@ fn soft_row(z: &mut [f32], p: &[f32], mass: f32, label: u32, grad: RowGrad) -> R
         }
     }
     RowStats { kl: sum_p * sum.ln() - sum_pz, alpha, correct: argmax == label as usize }
+}
+
+/// First place of a value that is there; whole vectors are compared at once.
+#[inline(always)]
+fn position(z: &[f32], value: f32) -> usize {
+    let (chunks, _) = z.as_chunks::<LANES>();
+    let found = chunks.iter().position(|c| c.iter().fold(false, |found, x| found | (*x == value)));
+    let from = found.unwrap_or(chunks.len()) * LANES;
+    from + z[from..].iter().position(|x| *x == value).unwrap_or(0)
 }
 
 /// Head product, loss, and gradients of hidden and head in one call.
@@ -167,34 +179,37 @@ pub fn linear_soft_ce(
             log_alpha: 0.0,
         },
     };
+    let chunk = (LOGITS / shape.out.max(1)).max(CHUNK).min(shape.rows);
     let kl_weight = match loss {
         SoftLoss::Kl => 1.0,
         SoftLoss::LkAlpha => 0.0,
         SoftLoss::LkLambda { kl_scale, kl_decay } => {
             // The weight depends on the mean over all rows, so their acceptance is computed first.
-            let sums = run(threads, (hidden, head), shape, targets, grad(0.0), None);
+            let sums = run(threads, (hidden, head), shape, targets, grad(0.0), chunk, None);
             let mean = sums.alpha / (sums.rows.max(1)) as f64;
             f64::from(kl_scale) * (-f64::from(kl_decay) * mean).exp()
         }
     };
-    let sums = run(threads, (hidden, head), shape, targets, grad(kl_weight as f32), grads);
+    let sums = run(threads, (hidden, head), shape, targets, grad(kl_weight as f32), chunk, grads);
     SoftSums { kl_weight, ..sums }
 }
 
+/// `chunk` rows at a time.
 fn run(
     threads: usize,
     (hidden, head): (&[f32], &[f32]),
     shape: LinearShape,
     targets: SoftTargets<'_>,
     grad: RowGrad,
+    chunk: usize,
     mut grads: Option<(&mut [f32], &mut [f32])>,
 ) -> SoftSums {
     let LinearShape { rows, out: vocab, inp: width } = shape;
     let mut sums = SoftSums { rows: rows as u64, ..SoftSums::default() };
-    let mut stats = vec![RowStats::default(); CHUNK.min(rows)];
-    with_scratch(CHUNK.min(rows) * vocab, |logits| {
-        for first in (0..rows).step_by(CHUNK) {
-            let n = CHUNK.min(rows - first);
+    let mut stats = vec![RowStats::default(); chunk];
+    with_scratch(chunk * vocab, |logits| {
+        for first in (0..rows).step_by(chunk.max(1)) {
+            let n = chunk.min(rows - first);
             let s = LinearShape { rows: n, ..shape };
             let x = &hidden[first * width..(first + n) * width];
             matmul(threads, x, head, s, logits);
@@ -268,7 +283,7 @@ pub fn stream_head(threads: usize, (x, head): (&[f32], &[f32]), shape: LinearSha
                         );
                         if top > state.top {
                             state.sum *= f64::from(state.top - top).exp();
-                            state.argmax = (v + z.iter().position(|x| *x == top).unwrap_or(0)) as u32;
+                            state.argmax = (v + position(z, top)) as u32;
                             state.top = top;
                         }
                         let top = state.top;
@@ -451,8 +466,33 @@ mod tests {
             check(&Case { rows: 1, vocab: 3, width: 2, full: 5 }, loss);
             check(&Case { rows: 13, vocab: 37, width: 8, full: 101 }, loss);
         }
-        // More than one chunk of rows and of vocabulary.
+        // More than one chunk of rows and of vocabulary for the teacher.
         check(&Case { rows: CHUNK + 9, vocab: 21, width: 4, full: VOCAB_BLOCK + 50 }, SoftLoss::Kl);
+    }
+
+    #[test]
+    fn chunks_of_rows_add_up_to_the_whole() {
+        let case = Case { rows: 13, vocab: 37, width: 8, full: 101 };
+        let t = teacher(&case);
+        let (hidden, head) = (noise(1, case.rows * case.width), noise(2, case.vocab * case.width));
+        let shape = LinearShape { rows: case.rows, out: case.vocab, inp: case.width };
+        let targets = SoftTargets { p: &t.p, mass: &t.mass, labels: &t.labels, rows: &t.rows };
+        let grad = RowGrad { kl: 0.7, alpha: Some(0.0), log_alpha: 0.0 };
+        let chunked = |chunk| {
+            let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.5; head.len()]);
+            let grads = Some((&mut dhidden[..], &mut dhead[..]));
+            let sums = run(2, (&hidden, &head), shape, targets, grad, chunk, grads);
+            (sums, dhidden, dhead)
+        };
+        let whole = chunked(case.rows);
+        for chunk in [1, 5] {
+            let parts = chunked(chunk);
+            close(parts.0.kl as f32, whole.0.kl, 1e-6);
+            assert_eq!(parts.0.correct, whole.0.correct);
+            for (part, whole) in parts.1.iter().chain(&parts.2).zip(whole.1.iter().chain(&whole.2)) {
+                close(*part, f64::from(*whole), 1e-5);
+            }
+        }
     }
 
     #[test]

@@ -1,0 +1,115 @@
+//! `draftsmith bench train`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use draftsmith::bench::BoxError;
+use draftsmith::bench::train::{StepShape, StepTime, Trainer, run_train, train_text};
+use draftsmith::core::VocabMap;
+use draftsmith::engine::default_threads;
+use draftsmith::formats::cache::CaptureRow;
+use draftsmith::kernels::Cpu;
+use draftsmith::measure::{machine, peak_memory_bytes};
+use draftsmith::model::eagle3::Eagle3Config;
+use draftsmith::peer::TorchPeer;
+use draftsmith::report::{Report, Unit};
+use draftsmith::train::eagle3::{TargetSide, random_weights};
+use draftsmith::train::{
+    AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng, TrainError,
+};
+use draftsmith::{Error, cli};
+use serde_json::json;
+
+use super::Session;
+use super::bench::write_json;
+use crate::failure::Failure;
+use crate::printer;
+
+/// Learning rate of every side; AdamW needs one, nothing is learnt here.
+const LR: f64 = 1e-4;
+
+/// Our trainer as a side: one row of made-up features, every slot trained.
+struct Ours {
+    method: Eagle3Train<Cpu>,
+    optimizer: AdamW<Cpu>,
+    pack: Pack,
+}
+
+impl Ours {
+    fn new(shape: StepShape, kernels: Cpu) -> Result<Ours, TrainError> {
+        let StepShape { slots, hidden, draft_vocab: vocab, .. } = shape;
+        let config = Eagle3Config::from_value(&json!({
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": shape.intermediate,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "rms_norm_eps": shape.eps,
+            "rope_theta": shape.rope_theta,
+        }))?;
+        let mut rng = Rng::new(1, &[]);
+        let embed = rng.normal(vocab * hidden, 0.1);
+        let row = CaptureRow {
+            ids: (0..slots).map(|_| rng.below(vocab as u64) as u32).collect(),
+            loss_mask: vec![true; slots],
+            features: rng.normal(slots * 3 * hidden, 1.0),
+            last: rng.normal(slots * hidden, 1.0),
+        };
+        let mut pack = Pack::default();
+        pack.push(0, &row, slots, 3 * hidden, hidden)?;
+        let weights = random_weights(&config, 1);
+        let options = Eagle3Options { ttt_length: shape.ttt_length, ..Eagle3Options::default() };
+        let side = TargetSide { embed: &embed, head: None };
+        let method = Eagle3Train::new(kernels, config, options, VocabMap::identity(vocab), &side, &weights)?;
+        let optimizer = AdamW::new(AdamWOptions::default(), method.tape());
+        Ok(Ours { method, optimizer, pack })
+    }
+}
+
+impl Trainer for Ours {
+    fn name(&self) -> String {
+        concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned()
+    }
+
+    fn step(&mut self) -> Result<StepTime, BoxError> {
+        let began = Instant::now();
+        let stats = self.method.micro_batch(&self.pack, Mode::Train)?;
+        self.optimizer.step(self.method.tape_mut(), LR, stats.weight)?;
+        let time = began.elapsed();
+        Ok(StepTime { time, loss: stats.loss / stats.weight, peak_bytes: peak_memory_bytes() })
+    }
+}
+
+pub(crate) fn run(args: &cli::BenchTrain, session: &Session) -> Result<u8, Failure> {
+    let shape =
+        StepShape::smollm2_135m(args.slots as usize, args.draft_vocab as usize, args.ttt_length as usize);
+    let threads = args.threads.map_or_else(default_threads, |t| t as usize);
+    let python = args.peer_python.clone().unwrap_or_else(|| PathBuf::from("python3"));
+    let kernels = Cpu::new(threads);
+    let machine = machine(&kernels);
+    let mut peers = Vec::new();
+    for peer in &args.peer {
+        let compile = *peer == cli::TrainPeerKind::TorchCompiled;
+        peers.push(TorchPeer::start(&python, shape, threads, compile, LR)?);
+    }
+    let mut ours = Ours::new(shape, kernels).map_err(Error::from)?;
+    let mut sides: Vec<&mut dyn Trainer> = vec![&mut ours];
+    sides.extend(peers.iter_mut().map(|p| p as &mut dyn Trainer));
+    session.printer.begin("bench train", Some(u64::from(args.steps)), Unit::Steps);
+    let report = run_train(&mut sides, args.steps as usize, (shape, machine, threads as u32), &mut |done| {
+        session.printer.at(done as u64);
+    });
+    session.printer.end();
+    if session.stop.requested() {
+        return Err(Failure::interrupted("interrupted: nothing was written", None));
+    }
+    let report = report.map_err(Error::from)?;
+    if let Some(path) = &args.json {
+        write_json(path, &report)?;
+    }
+    if !args.json.as_deref().is_some_and(cli::is_stdout) {
+        printer::out(&train_text(&report))?;
+    }
+    Ok(0)
+}
