@@ -1,14 +1,16 @@
 //! The words of a bundle: the model card (`README.md`) and the results (`RESULTS.md`).
 //!
-//! Every number comes from the manifest or a measured record. Flags of other engines are those of their own
-//! documentation; the card says that they were not run here.
+//! Every number comes from the manifest or a measured record; commands of other engines come from
+//! [`engines`](crate::engines), and the card says that they were not run for it.
 
 use std::fmt::Write as _;
 
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 
+use crate::engines::{Launch, engine_name, launch};
+use crate::foreign::Layout;
 use crate::make::{Measured, MeasuredResult, record_files};
-use crate::manifest::{Manifest, TargetInfo};
+use crate::manifest::{Manifest, Recommended};
 
 /// `1234567` as `1,234,567`.
 fn grouped(value: u64) -> String {
@@ -44,11 +46,6 @@ fn cell(text: &str) -> String {
 /// A scalar for YAML: quoted, so that nothing in it is syntax.
 fn yaml(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " "))
-}
-
-/// What the target is called by other engines.
-fn engine_name(target: &TargetInfo) -> &str {
-    target.hub_name.as_deref().unwrap_or("TARGET")
 }
 
 /// The table of results; empty text if nothing was measured.
@@ -138,10 +135,71 @@ pub(crate) fn results(manifest: &Manifest, results: &[MeasuredResult]) -> String
     out
 }
 
-/// `README.md`.
+/// `README.md` of a bundle.
 pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[MeasuredResult]) -> String {
+    let mut out = opening(manifest);
+    if !results.is_empty() {
+        let _ = write!(
+            out,
+            "## Measured\n\n{}\n{}\n{}\nMore in [RESULTS.md](RESULTS.md); raw records in `results/`.\n\n",
+            table(results),
+            conditions(results),
+            doubts(results)
+        );
+    }
+    let _ = write!(out, "## Use\n\n{}\n\n", recommended(&manifest.recommended));
+    // A path of the machine where it was made helps nobody else.
+    let elsewhere = |r: &&String| r.starts_with("hf:") || r.starts_with("pip:");
+    let reference = manifest.target.references.iter().find(elsewhere);
+    let _ = write!(
+        out,
+        "```sh\n# draftsmith (`DIR` is this folder)\ndraftsmith generate --target {} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n```\n\nOther engines:\n\n",
+        reference.map_or(engine_name(&manifest.target), String::as_str)
+    );
+    let mut lines = launch(manifest, Layout::Sglang, "DIR");
+    for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
+        let served = layout != Layout::Gguf || !(config.fc_norm || config.feedback == Feedback::PostNorm);
+        lines.extend(launch(manifest, layout, folder).into_iter().filter(|_| served).map(|mut line| {
+            let name = layout.name();
+            let target = if layout == Layout::Gguf { " --target TARGET.gguf" } else { "" };
+            line.command = format!(
+                "draftsmith bundle export DIR --format {name} --out {folder}{target}\n{}",
+                line.command
+            );
+            line
+        }));
+    }
+    let _ = write!(out, "{}{}", commands(&lines), NOT_RUN);
+    if config.fc_norm || config.feedback == Feedback::PostNorm {
+        out.push_str(" llama.cpp has no network for this variant of EAGLE-3 (norms before the fusion, or fed-back normed states).");
+    }
+    let _ = write!(out, "\n\n{}{}", facts(manifest), training(manifest));
+    let _ = write!(
+        out,
+        "{}\n## Check\n\n`draftsmith bundle check DIR` compares every file, tensor and a numeric probe with [bundle.json](bundle.json).\n",
+        licence(manifest)
+    );
+    out
+}
+
+/// `README.md` of an export.
+pub(crate) fn export_readme(manifest: &Manifest, layout: Layout) -> String {
+    format!(
+        "{}## Use\n\n{}\n\n{}{NOT_RUN}\n\n{}{}{}",
+        opening(manifest),
+        recommended(&manifest.recommended),
+        commands(&launch(manifest, layout, "DIR")),
+        facts(manifest),
+        training(manifest),
+        licence(manifest)
+    )
+}
+
+const NOT_RUN: &str = "These commands follow the engines' documentation and were not run for this card; measured numbers here are from draftsmith.";
+
+/// Front matter, title and what it is for.
+fn opening(manifest: &Manifest) -> String {
     let target = &manifest.target;
-    let training = &manifest.training;
     let mut out = String::from("---\n");
     if let Some(hub) = &target.hub_name {
         let _ = writeln!(out, "base_model: {}", yaml(hub));
@@ -153,52 +211,29 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         "---\n\n# {}\n\nAn EAGLE-3 draft for **{}**. It proposes tokens, the target verifies them: the target decodes faster and its output does not change. The draft is of no use without its target.\n\n",
         manifest.name, target.name
     );
-    if !results.is_empty() {
-        let _ = write!(
-            out,
-            "## Measured\n\n{}\n{}\n{}\nMore in [RESULTS.md](RESULTS.md); raw records in `results/`.\n\n",
-            table(results),
-            conditions(results),
-            doubts(results)
-        );
-    }
-    let r = &manifest.recommended;
+    out
+}
+
+fn recommended(r: &Recommended) -> String {
     let shape = if r.top_k <= 1 {
         format!("a chain of depth {}", r.depth)
     } else {
         format!("a tree of depth {}, top-k {}, {} draft tokens", r.depth, r.top_k, r.num_draft_tokens)
     };
-    let _ = write!(
-        out,
-        "## Use\n\nRecommended: {shape}{}.\n\n",
-        if r.because.is_empty() { String::new() } else { format!(" ({})", r.because) }
-    );
-    // A path of the machine where it was made helps nobody else.
-    let elsewhere = |r: &&String| r.starts_with("hf:") || r.starts_with("pip:");
-    let reference = target.references.iter().find(elsewhere).map_or(engine_name(target), String::as_str);
-    let _ = write!(
-        out,
-        "```sh\n# draftsmith (`DIR` is this folder)\ndraftsmith generate --target {reference} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n"
-    );
-    let name = engine_name(target);
-    let _ = write!(
-        out,
-        "\n# SGLang\npython3 -m sglang.launch_server --model-path {name} --speculative-algorithm EAGLE3 \\\n  --speculative-draft-model-path DIR --speculative-num-steps {} --speculative-eagle-topk {} --speculative-num-draft-tokens {}\n\n# vLLM\nvllm serve {name} --speculative-config '{{\"method\": \"eagle3\", \"model\": \"DIR\", \"num_speculative_tokens\": {}, \"draft_tensor_parallel_size\": 1}}'\n```\n\n",
-        r.depth,
-        r.top_k.max(1),
-        // SGLang counts the target's own token as the root of the proposal.
-        if r.top_k <= 1 { r.depth + 1 } else { r.num_draft_tokens },
-        r.depth,
-    );
-    out.push_str("The SGLang and vLLM lines follow those engines' documentation and were not run for this card; measured numbers here are from draftsmith.");
-    if config.fc_norm || config.feedback == Feedback::PostNorm {
-        out.push_str(" llama.cpp's converter does not take this variant of EAGLE-3 (norms before the fusion, or fed-back normed states).\n\n");
-    } else {
-        out.push_str(" For llama.cpp, its `convert_hf_to_gguf.py` takes this folder together with the target's (`--target-model-dir`); the result is used with `-md draft.gguf --spec-type draft-eagle3`. That road was not run either.\n\n");
-    }
+    let because = if r.because.is_empty() { String::new() } else { format!(" ({})", r.because) };
+    format!("Recommended: {shape}{because}.")
+}
+
+/// A block of shell lines, one paragraph per engine.
+fn commands(lines: &[Launch]) -> String {
+    let paragraphs: Vec<String> = lines.iter().map(|l| format!("# {}\n{}\n", l.engine, l.command)).collect();
+    format!("```sh\n{}```\n\n", paragraphs.join("\n"))
+}
+
+fn facts(manifest: &Manifest) -> String {
+    let target = &manifest.target;
     let ids: Vec<String> = manifest.draft.target_layer_ids.iter().map(u32::to_string).collect();
-    let _ = write!(
-        out,
+    format!(
         "## What it is\n\n| | |\n|:---|:---|\n| target | {}{} |\n| target weights | {}, sha256 `{}` |\n| tokenizer, chat template | sha256 `{}`, `{}` |\n| captured layers (0-based, output of layer) | {} |\n| draft | {} parameters in {}, width {}, {} of {} token ids; the embedding is the target's |\n\n",
         target.name,
         target.hub_name.as_ref().map_or_else(String::new, |h| format!(" (`{h}`)")),
@@ -212,10 +247,19 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         manifest.draft.hidden_size,
         grouped(manifest.draft.draft_vocab_size),
         grouped(target.vocab_size),
-    );
-    let _ = write!(
-        out,
-        "## How it was trained\n\nWith draftsmith {} (training-time test of {} steps): {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is [run.toml](run.toml).\n\n",
+    )
+}
+
+fn training(manifest: &Manifest) -> String {
+    if let Some(from) = &manifest.imported {
+        return format!(
+            "## Where it comes from\n\nImported with draftsmith {} from `{}` ({} layout, weights sha256 `{}`), rounded to bfloat16. How it was trained is not known here.\n\n",
+            manifest.draftsmith_version, from.reference, from.layout, from.weights_sha256
+        );
+    }
+    let training = &manifest.training;
+    let mut out = format!(
+        "## How it was trained\n\nWith draftsmith {} (training-time test of {} steps): {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
         manifest.draftsmith_version,
         training.ttt_length,
         grouped(training.steps),
@@ -241,10 +285,12 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         }
         out.push('\n');
     }
-    let _ = write!(
-        out,
-        "## Licence\n\nThese weights: {} (see LICENSE). The target: {}. Attributions are in NOTICE.\n\n## Check\n\n`draftsmith bundle check DIR` compares every file, tensor and a numeric probe with [bundle.json](bundle.json).\n",
-        manifest.license, target.license
-    );
     out
+}
+
+fn licence(manifest: &Manifest) -> String {
+    format!(
+        "## Licence\n\nThese weights: {} (see LICENSE). The target: {}. Attributions are in NOTICE.\n",
+        manifest.license, manifest.target.license
+    )
 }

@@ -55,7 +55,7 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    fn new(name: String, checks: Vec<CheckLine>) -> CheckReport {
+    pub(crate) fn new(name: String, checks: Vec<CheckLine>) -> CheckReport {
         CheckReport { name, holds: checks.iter().all(|c| c.status != Status::Failed), checks }
     }
 
@@ -118,12 +118,12 @@ pub fn check(dir: impl AsRef<Path>, options: CheckOptions<'_>) -> Result<CheckRe
     Ok(CheckReport::new(manifest.name, checks))
 }
 
-fn line(name: &'static str, detail: String, problems: Vec<Problem>) -> CheckLine {
+pub(crate) fn line(name: &'static str, detail: String, problems: Vec<Problem>) -> CheckLine {
     let status = if problems.is_empty() { Status::Held } else { Status::Failed };
     CheckLine { name, status, detail, problems }
 }
 
-fn skipped(name: &'static str, why: &str) -> CheckLine {
+pub(crate) fn skipped(name: &'static str, why: &str) -> CheckLine {
     CheckLine { name, status: Status::Skipped, detail: why.into(), problems: Vec::new() }
 }
 

@@ -1,9 +1,10 @@
 //! What can go wrong while a bundle is made or opened. What a check finds is no error but a
 //! [`Problem`](crate::Problem).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::AtomicError;
+use draftsmith_formats::gguf::GgufError;
 use draftsmith_formats::mapped::OpenError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_model::eagle3::Eagle3ConfigError;
@@ -48,16 +49,27 @@ pub enum BundleError {
         /// What is wrong.
         source: Eagle3ConfigError,
     },
-    /// The checkpoint's weights do not make a draft.
-    #[error("checkpoint `{}` cannot be bundled: {problem}{}", path.display(), more_text(*more))]
-    Checkpoint {
-        /// The folder.
+    /// A draft that is not what its configuration says, or that has no place where it should go.
+    #[error("draft `{}` cannot be {action}: {problem}{}", path.display(), more_text(*more))]
+    Draft {
+        /// File or folder.
         path: PathBuf,
+        /// `bundled`, `exported`, `imported`.
+        action: &'static str,
         /// The first problem.
         problem: Box<Problem>,
         /// How many others there are.
         more: usize,
     },
+    /// A path without a draft in any layout that is known.
+    #[error("`{}` is no draft: neither a folder with `config.json` and safetensors, nor one GGUF file", path.display())]
+    NoDraft {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A GGUF file is to be written, and nothing to take its tokenizer from.
+    #[error("a GGUF draft carries the target's tokenizer, and no target in GGUF form was given")]
+    NoTokenizer,
     /// A field that a bundle must not be without.
     #[error("a bundle needs `{field}`, but it is empty")]
     MissingField {
@@ -70,6 +82,9 @@ pub enum BundleError {
         /// The folder.
         path: PathBuf,
     },
+    /// A GGUF file could not be read.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Weights could not be read.
     #[error(transparent)]
     Weights(#[from] SafetensorsError),
@@ -100,6 +115,15 @@ fn more_text(more: usize) -> String {
 }
 
 impl BundleError {
+    /// The first of some problems, with the count of the others.
+    ///
+    /// # Panics
+    /// Without a problem.
+    pub(crate) fn draft(path: &Path, action: &'static str, mut problems: Vec<Problem>) -> BundleError {
+        let problem = Box::new(problems.remove(0));
+        BundleError::Draft { path: path.to_owned(), action, problem, more: problems.len() }
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -111,7 +135,14 @@ impl BundleError {
                 Some("use the draftsmith version that wrote it, or a later one".into())
             }
             BundleError::Config { source, .. } => source.hint(),
-            BundleError::Checkpoint { problem, .. } => problem.hint(),
+            BundleError::Draft { problem, .. } => problem.hint(),
+            BundleError::NoDraft { .. } => Some(
+                "drafts are read in the layouts of SpecForge, vLLM, speculators and llama.cpp; pickled weights \
+                 (`.bin`, `.pt`) must be converted to safetensors first"
+                    .into(),
+            ),
+            BundleError::NoTokenizer => Some("name the target's GGUF file with `--target`".into()),
+            BundleError::Gguf(e) => e.hint(),
             BundleError::MissingField { field } => {
                 Some(format!("set `{field}` in the `[bundle]` table of the run file"))
             }

@@ -3,11 +3,14 @@
 //! A bundle is one folder that a serving engine loads as a draft (`config.json` and `model.safetensors` in the
 //! SpecForge layout) with proof of what it is: `bundle.json` (provenance and the hash of every file), a numeric
 //! probe, a model card, measured results and their raw records. [`make`] writes it in one atomic step, [`check`]
-//! verifies it.
+//! verifies it. [`export`] writes its draft in the layout of another engine and [`verify_export`] reads that back by
+//! its own way; [`import`] makes a bundle of a draft that somebody else trained.
 
 mod card;
 mod check;
+mod engines;
 mod error;
+mod foreign;
 mod layout;
 mod make;
 mod manifest;
@@ -16,12 +19,16 @@ mod probe;
 mod problem;
 
 pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, check, target_problems};
+pub use engines::{Launch, launch};
 pub use error::{BoxError, BundleError};
+pub use foreign::{
+    ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, verify_export,
+};
 pub use layout::{TensorSpec, expected_tensors};
 pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, make};
 pub use manifest::{
-    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, MANIFEST_FILE, Manifest,
-    PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE,
+    Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use draftsmith_core::default_target_layers;
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
@@ -13,8 +12,8 @@ use crate::card;
 use crate::check::BUNDLE_BYTES_MAX;
 use crate::layout::{WeightTypes, expected_tensors, read_config, vocab_map, weight_problems};
 use crate::manifest::{
-    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, MANIFEST_FILE, Manifest, PROBE_FILE,
-    Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE, Manifest,
+    PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 use crate::probe::{AnswerFn, ProbeInput, fits, to_file};
 use crate::{BundleError, Problem};
@@ -89,6 +88,8 @@ pub struct MakeInput {
     pub target: TargetInfo,
     /// How it was trained.
     pub training: TrainingInfo,
+    /// Where it comes from, if somebody else trained it.
+    pub imported: Option<ImportedFrom>,
     /// SPDX expression of the weights' licence.
     pub license: String,
     /// Its text, `LICENSE` in the bundle.
@@ -128,7 +129,7 @@ pub struct Made {
 /// Nothing is left on disk if it fails.
 ///
 /// # Errors
-/// [`BundleError::Checkpoint`] names the first tensor or key that does not fit; [`BundleError::MissingField`] if
+/// [`BundleError::Draft`] names the first tensor or key that does not fit; [`BundleError::MissingField`] if
 /// name or licence is empty; [`BundleError::Exists`].
 pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, BundleError> {
     for (field, value) in [
@@ -144,16 +145,11 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     if input.existing == Existing::Refuse && input.out.exists() {
         return Err(BundleError::Exists { path: input.out.clone() });
     }
-    let refused = |problem: Problem, more: usize| BundleError::Checkpoint {
-        path: input.checkpoint.clone(),
-        problem: Box::new(problem),
-        more,
-    };
-    let (_, mut config) = read_config(&input.checkpoint.join(CONFIG_FILE)).map_err(|p| refused(p, 0))?;
+    let refused = |problems| BundleError::draft(&input.checkpoint, "bundled", problems);
+    let (_, mut config) =
+        read_config(&input.checkpoint.join(CONFIG_FILE)).map_err(|problem| refused(vec![problem]))?;
     // Engines have different defaults: the layers are always written.
-    config
-        .target_layer_ids
-        .get_or_insert_with(|| default_target_layers(input.target.num_layers as u32).map(|l| l.0));
+    config.target_layer_ids = Some(config.layers(input.target.num_layers as u32));
     let weights = SafetensorsDir::open(&input.checkpoint)?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
     if let Some(Err(problem)) = vocab_map(&config, &weights) {
@@ -172,8 +168,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
         }
     }
     if !problems.is_empty() {
-        let first = problems.remove(0);
-        return Err(refused(first, problems.len()));
+        return Err(refused(problems));
     }
 
     let (tensors, parameters) = bundled_tensors(&config, &weights)?;
@@ -213,6 +208,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
             dtype: "bfloat16".into(),
         },
         training: TrainingInfo { run_sha256: sha256_hex(&input.run_toml), ..input.training.clone() },
+        imported: input.imported.clone(),
         recommended: input.recommended.clone(),
         files: Vec::new(),
     };

@@ -44,6 +44,9 @@ pub struct Manifest {
     pub draft: DraftInfo,
     /// How it was trained.
     pub training: TrainingInfo,
+    /// Where it comes from, if somebody else trained it: `training` is unknown then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub imported: Option<ImportedFrom>,
     /// What to run it with.
     pub recommended: Recommended,
     /// Every other file, sorted by path.
@@ -138,6 +141,18 @@ pub struct TrainingInfo {
     pub wall_s: Option<f64>,
     /// Hash of the resolved run file.
     pub run_sha256: String,
+}
+
+/// Origin of a draft that was not trained here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportedFrom {
+    /// What the user called it.
+    pub reference: String,
+    /// The layout it was in.
+    pub layout: String,
+    /// Hash of its weights there.
+    pub weights_sha256: String,
 }
 
 /// The setting that measured best.

@@ -38,7 +38,7 @@ pub fn run_draft<K: Kernels>(
     if input.embeddings.is_empty() {
         return Err("the question has no embeddings: the target must be asked".into());
     }
-    Ok(run(kernels, draft, input, Embedding::Stored)?.logits)
+    Ok(run(kernels, draft, input, Embedding::Stored)?.probe.logits)
 }
 
 /// Logits that the draft gives for a probe with the target's own embedding, and the question with the tokens that
@@ -61,7 +61,23 @@ pub fn answer_beside<K: Kernels>(
             return Err(format!("the draft has {what} {draft}, the target {target}").into());
         }
     }
-    run(target.kernels().as_ref(), draft, input, Embedding::Target(target))
+    Ok(run(target.kernels().as_ref(), draft, input, Embedding::Target(target))?.probe)
+}
+
+/// Output `[H]` of the layer at the last slot, before the final norm, for a probe with stored embeddings.
+pub(crate) fn hidden_state<K: Kernels>(
+    kernels: &K,
+    draft: &Draft<K>,
+    input: &ProbeInput,
+) -> Result<Vec<f32>, BoxError> {
+    Ok(run(kernels, draft, input, Embedding::Stored)?.hidden)
+}
+
+/// What one run of the network gives.
+struct Answer {
+    probe: Probe,
+    /// `[H]` layer output of the last slot.
+    hidden: Vec<f32>,
 }
 
 fn run<K: Kernels>(
@@ -69,7 +85,7 @@ fn run<K: Kernels>(
     draft: &Draft<K>,
     input: &ProbeInput,
     embedding: Embedding<'_, K>,
-) -> Result<Probe, BoxError> {
+) -> Result<Answer, BoxError> {
     let config = &draft.network.config;
     fits(input, config)?;
     let (network, weights) = (&draft.network, &draft.weights);
@@ -108,7 +124,10 @@ fn run<K: Kernels>(
         let logits = ops.values(&logits_row);
         if depth == input.depth {
             let (features, depth) = (input.features.clone(), input.depth);
-            return Ok(Probe { input: ProbeInput { token_ids: fed, features, depth, embeddings }, logits });
+            let last_output = ops.gather(&output, &last); // [1, H]
+            let hidden = ops.values(&last_output);
+            let input = ProbeInput { token_ids: fed, features, depth, embeddings };
+            return Ok(Answer { probe: Probe { input, logits }, hidden });
         }
         tokens = vec![input.token_ids.get(slots + depth as usize).copied().unwrap_or_else(|| {
             let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });

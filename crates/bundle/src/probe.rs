@@ -198,7 +198,7 @@ pub(crate) fn embedding_problems(
 }
 
 /// Largest difference as a share of the largest stored magnitude, and the id where it is.
-fn difference(stored: &[f32], found: &[f32]) -> (f32, usize) {
+pub(crate) fn difference(stored: &[f32], found: &[f32]) -> (f32, usize) {
     let scale = stored.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
     stored.iter().zip(found).enumerate().fold((0.0, 0), |worst, (i, (a, b))| {
         // A NaN is the largest difference of all.

@@ -73,6 +73,74 @@ pub enum Problem {
         /// Its shape.
         shape: Vec<usize>,
     },
+    /// Two tensors of a file are the same tensor of the draft.
+    #[error("tensors `{before}` and `{name}` are the same part of the draft")]
+    TensorTwice {
+        /// The later one.
+        name: String,
+        /// The earlier one.
+        before: String,
+    },
+    /// A tensor of an export holds other numbers than the bundle's.
+    #[error("tensor `{name}` differs from the bundle: number {index} is {found}, wanted {wanted}")]
+    TensorDiffers {
+        /// As the export calls it.
+        name: String,
+        /// Flat index of the first difference.
+        index: usize,
+        /// Number in the bundle.
+        wanted: f64,
+        /// Number in the export.
+        found: f64,
+    },
+    /// RoPE divisors that no configuration key can say.
+    #[error("tensor `{name}` holds divisors that are no known RoPE scaling")]
+    RopeDivisors {
+        /// Which.
+        name: String,
+    },
+    /// A draft brings an embedding that is not its target's.
+    #[error("tensor `{name}` is not the target's embedding: it differs by {:.0} % of its size", share * 100.0)]
+    OwnEmbedding {
+        /// Which.
+        name: String,
+        /// Root mean square of the differences over that of the target's rows.
+        share: f64,
+    },
+    /// An engine cannot serve the draft, or may stumble over it.
+    #[error("{engine} {}: {what}", if *fatal { "cannot serve this draft" } else { "may refuse this draft" })]
+    Engine {
+        /// Which.
+        engine: &'static str,
+        /// Why.
+        what: String,
+        /// False if it may work.
+        fatal: bool,
+    },
+    /// A fact of an export is not the bundle's.
+    #[error("`{key}` is {found} in the export, the bundle wants {wanted}")]
+    ExportDiffers {
+        /// Key of the export.
+        key: String,
+        /// What follows from the bundle.
+        wanted: String,
+        /// What stands there.
+        found: String,
+    },
+    /// The layer gives another hidden state than the bundle's network.
+    #[error("probe {probe} at depth {depth}: hidden state {index} is {found}, wanted {wanted}")]
+    HiddenDiffers {
+        /// 0-based probe.
+        probe: usize,
+        /// Draft steps after the first.
+        depth: u32,
+        /// Where the difference is largest.
+        index: usize,
+        /// The bundle's.
+        wanted: f32,
+        /// The export's.
+        found: f32,
+    },
     /// A tensor has another shape.
     #[error("tensor `{name}` has shape {found:?}, wanted {wanted:?}")]
     TensorShape {
@@ -220,6 +288,14 @@ pub enum Problem {
 }
 
 impl Problem {
+    /// False for remarks about something that may work all the same.
+    pub fn is_fatal(&self) -> bool {
+        !matches!(
+            self,
+            Problem::Engine { fatal: false, .. } | Problem::ShortContext { .. } | Problem::Large { .. }
+        )
+    }
+
     /// Stable name for scripts.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -232,6 +308,13 @@ impl Problem {
             Problem::Weights { .. } => "weights",
             Problem::TensorMissing { .. } => "tensor_missing",
             Problem::TensorExtra { .. } => "tensor_extra",
+            Problem::TensorTwice { .. } => "tensor_twice",
+            Problem::TensorDiffers { .. } => "tensor_differs",
+            Problem::RopeDivisors { .. } => "rope_divisors",
+            Problem::OwnEmbedding { .. } => "own_embedding",
+            Problem::Engine { .. } => "engine",
+            Problem::ExportDiffers { .. } => "export_differs",
+            Problem::HiddenDiffers { .. } => "hidden_differs",
             Problem::TensorShape { .. } => "tensor_shape",
             Problem::TensorDtype { .. } => "tensor_dtype",
             Problem::TensorNotFinite { .. } => "tensor_not_finite",
@@ -282,6 +365,15 @@ impl Problem {
             Problem::ProbeDiffers { .. } => {
                 "the network that runs the draft is not the one that trained it; accept length would suffer".into()
             }
+            Problem::OwnEmbedding { .. } => {
+                "drafts with an embedding of their own are not built here; is this the target it was trained for?".into()
+            }
+            Problem::RopeDivisors { .. } => "import the draft from its safetensors folder, whose `config.json` names the scaling".into(),
+            Problem::Engine { fatal: true, .. } => "choose another layout, or train a draft without this switch".into(),
+            Problem::TensorDiffers { .. } | Problem::ExportDiffers { .. } | Problem::HiddenDiffers { .. } => {
+                "export the bundle again".into()
+            }
+            Problem::TensorTwice { .. } => "remove one of the two".into(),
             Problem::Large { .. } => "ship it by a model hub instead".into(),
             _ => return None,
         })

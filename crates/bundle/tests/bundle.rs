@@ -146,6 +146,7 @@ fn input(root: &Path) -> MakeInput {
             wall_s: Some(5400.0),
             run_sha256: String::new(),
         },
+        imported: None,
         license: "Apache-2.0".into(),
         license_text: "Apache License\n".into(),
         notice: "Data: ...\n".into(),

@@ -95,6 +95,7 @@ fn input(root: &Path, target: &Target<Cpu>) -> MakeInput {
         name: "tiny-eagle3".into(),
         target: facts(target),
         training: TrainingInfo::default(),
+        imported: None,
         license: "CC0-1.0".into(),
         license_text: "CC0\n".into(),
         notice: String::new(),

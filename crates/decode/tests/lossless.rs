@@ -69,6 +69,8 @@ fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bo
         rope_scaling: draftsmith_kernels::RopeScaling::None,
         max_position_embeddings: 512,
         fc_norm,
+        norm_before_fc: false,
+        norm_before_residual: false,
         feedback,
         initializer_range: 0.02,
         target_layer_ids: None,

@@ -72,6 +72,8 @@ errors! {
     Data(draftsmith_data::DataError),
     /// Workloads and measurements.
     Bench(draftsmith_bench::BenchError),
+    /// GGUF files.
+    Gguf(draftsmith_formats::gguf::GgufError),
     /// Bundles.
     Bundle(draftsmith_bundle::BundleError),
     /// The token file.

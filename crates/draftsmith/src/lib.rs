@@ -9,6 +9,7 @@ pub mod costs;
 pub mod doctor;
 pub mod engine;
 mod error;
+pub mod imports;
 pub mod measure;
 pub mod peer;
 pub mod pull;

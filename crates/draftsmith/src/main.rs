@@ -48,7 +48,10 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
             BundleVerb::Make(args) => {
                 verbs::stages::advance("bundle make", &args.run, Some(Stage::Bundle), session)
             }
-            BundleVerb::Check(args) => verbs::bundle::run(&args, session),
+            BundleVerb::Check(args) => verbs::bundle::check(&args, session),
+            BundleVerb::Export(args) => verbs::bundle::export(&args, session),
+            BundleVerb::VerifyExport(args) => verbs::bundle::verify_export(&args),
+            BundleVerb::Import(args) => verbs::bundle::import(&args, session),
         },
         Verb::Run(args) => verbs::stages::advance("run", &args.run, None, session),
         Verb::Status(args) => verbs::status::run(&args, session),

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::{GgufError, GgufFile};
+use draftsmith_formats::gguf::{GgufError, GgufFile, GgufValue};
 use draftsmith_formats::hash;
 use draftsmith_text::{ChatTemplate, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
 
@@ -125,6 +125,18 @@ fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError
     let tokenizer =
         plain.build().map_err(|source| TargetTextError::Text { path: path.to_path_buf(), source })?;
     Ok((tokenizer, file.find_str("tokenizer.chat_template")?.map(str::to_string)))
+}
+
+/// `tokenizer.*` of a GGUF file as it stands there; nothing for a model folder.
+///
+/// # Errors
+/// [`GgufError`] if the file is broken.
+pub fn gguf_tokenizer(path: &Path) -> Result<Vec<(String, GgufValue)>, GgufError> {
+    if path.is_dir() {
+        return Ok(Vec::new());
+    }
+    let file = GgufFile::open(path)?;
+    Ok(file.metadata().iter().filter(|(key, _)| key.starts_with("tokenizer.")).cloned().collect())
 }
 
 fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {

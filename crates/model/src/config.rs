@@ -31,6 +31,16 @@ impl Family {
             Family::Gemma3 => "gemma3",
         }
     }
+
+    /// The class name in a Hugging Face `config.json`.
+    pub fn architecture(self) -> &'static str {
+        match self {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Gemma3 => "Gemma3ForCausalLM",
+        }
+    }
 }
 
 /// Shapes and switches of a target.

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use draftsmith_core::{LayerId, default_target_layers};
 use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 use serde_json::{Map, Value, json};
 
@@ -53,6 +54,10 @@ pub struct Eagle3Config {
     pub max_position_embeddings: usize,
     /// One norm per captured layer before `fc` (EAGLE-3.1).
     pub fc_norm: bool,
+    /// One norm over the three layers side by side before `fc` (as gpt-oss drafts have it); excludes `fc_norm`.
+    pub norm_before_fc: bool,
+    /// The layer's residual is the normalised hidden input (as `speculators` trains it).
+    pub norm_before_residual: bool,
     /// What is fed back to the next depth.
     pub feedback: Feedback,
     /// Standard deviation of random initial weights.
@@ -184,6 +189,8 @@ impl Eagle3Config {
             rope_scaling,
             max_position_embeddings: target.max_position,
             fc_norm: false,
+            norm_before_fc: false,
+            norm_before_residual: false,
             feedback: Feedback::PreNorm,
             initializer_range: 0.02,
             target_layer_ids: None,
@@ -206,7 +213,7 @@ impl Eagle3Config {
             message: "the outermost value is not an object".into(),
         })?;
         let keys = Keys(object);
-        for key in ["norm_before_residual", "norm_before_fc", "attention_bias", "tie_word_embeddings"] {
+        for key in ["attention_bias", "tie_word_embeddings"] {
             if keys.flag(key)? {
                 return Err(Eagle3ConfigError::Unsupported { key: key.into(), found: "true".into() });
             }
@@ -253,6 +260,8 @@ impl Eagle3Config {
             rope_scaling: rope.map_or(Ok(RopeScaling::None), |r| rope_scaling_from(&r))?,
             max_position_embeddings: keys.size_or("max_position_embeddings", 2048)?,
             fc_norm: keys.flag("fc_norm")?,
+            norm_before_fc: keys.flag("norm_before_fc")?,
+            norm_before_residual: keys.flag("norm_before_residual")?,
             feedback: if keys.flag("norm_output")? { Feedback::PostNorm } else { Feedback::PreNorm },
             initializer_range: keys.float_or("initializer_range", 0.02)?,
             target_layer_ids: layer_ids_from(&keys)?,
@@ -275,6 +284,9 @@ impl Eagle3Config {
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return bad(format!("RoPE needs an even head dimension, found {}", self.head_dim));
+        }
+        if self.fc_norm && self.norm_before_fc {
+            return bad("`fc_norm` and `norm_before_fc` exclude each other".into());
         }
         if self.draft_vocab_size > self.vocab_size {
             return bad(format!(
@@ -349,11 +361,15 @@ impl Eagle3Config {
         if self.target_hidden_size != self.hidden_size {
             object.insert("target_hidden_size".into(), json!(self.target_hidden_size));
         }
-        if self.fc_norm {
-            object.insert("fc_norm".into(), json!(true));
-        }
-        if self.feedback == Feedback::PostNorm {
-            object.insert("norm_output".into(), json!(true));
+        for (key, set) in [
+            ("fc_norm", self.fc_norm),
+            ("norm_before_fc", self.norm_before_fc),
+            ("norm_before_residual", self.norm_before_residual),
+            ("norm_output", self.feedback == Feedback::PostNorm),
+        ] {
+            if set {
+                object.insert(key.into(), json!(true));
+            }
         }
         if let Some(ids) = self.target_layer_ids {
             // Nested key: 0-based output layers. Top-level key: the "+1" numbering of vLLM [eagle3 §1.1].
@@ -364,6 +380,11 @@ impl Eagle3Config {
             object.insert("eagle_aux_hidden_state_layer_ids".into(), json!(ids.map(|id| id + 1)));
         }
         Ok(value)
+    }
+
+    /// The layers to capture of a target with this many: as configured, or by the default formula.
+    pub fn layers(&self, num_layers: u32) -> [u32; 3] {
+        self.target_layer_ids.unwrap_or_else(|| default_target_layers(num_layers).map(|LayerId(id)| id))
     }
 
     /// Width of the concatenated target features.
@@ -466,6 +487,8 @@ pub struct Eagle3Weights<W, N> {
     pub fc: W,
     /// `fc_norm.{0,1,2}.weight` `[Ht]`
     pub fc_norm: Option<[N; 3]>,
+    /// `input_norm.weight` `[3 Ht]`: the norm of `norm_before_fc`.
+    pub fusion_norm: Option<N>,
     /// `midlayer.input_layernorm.weight` `[H]`: norm of the token embedding.
     pub input_norm: N,
     /// `midlayer.hidden_norm.weight` `[H]`: norm of the hidden input.
@@ -523,9 +546,14 @@ impl<W, N> Eagle3Weights<W, N> {
             ]),
             false => None,
         };
+        let fusion_norm = match config.norm_before_fc {
+            true => Some(source.norm("input_norm.weight", 3 * ht)?),
+            false => None,
+        };
         Ok(Eagle3Weights {
             fc,
             fc_norm,
+            fusion_norm,
             input_norm: source.norm("midlayer.input_layernorm.weight", h)?,
             hidden_norm: source.norm("midlayer.hidden_norm.weight", h)?,
             q_proj: source.linear("midlayer.self_attn.q_proj.weight", qw, 2 * h)?,
@@ -560,9 +588,13 @@ impl Eagle3 {
 
     /// Depth 0 only: target features `[R, 3 Ht]` (low, mid, high side by side) → hidden input `[R, H]`.
     pub fn project<O: Ops>(&self, ops: &mut O, w: &Eagle3Weights<O::W, O::N>, features: &O::T) -> O::T {
-        match &w.fc_norm {
-            None => ops.linear(features, &w.fc, None),
-            Some(norms) => {
+        match (&w.fc_norm, &w.fusion_norm) {
+            (None, None) => ops.linear(features, &w.fc, None),
+            (None, Some(norm)) => {
+                let normed = ops.rms_norm(features, norm, self.config.rms_norm_eps); // [R, 3 Ht]
+                ops.linear(&normed, &w.fc, None)
+            }
+            (Some(norms), _) => {
                 let ht = self.config.target_hidden_size;
                 let chunks: Vec<O::T> = norms
                     .iter()
@@ -601,8 +633,9 @@ impl Eagle3 {
         let k = ops.rope(k, &self.rope, positions);
         let mixed = attend.attend(ops, q, k, v); // [R, nh hd]
         let o = ops.linear(&mixed, &w.o_proj, None); // [R, H]
-        // The residual is the raw hidden input, not the normalised one [eagle3 §2.2].
-        let h1 = ops.add(hidden.clone(), &o);
+        // As published the residual is the raw hidden input [eagle3 §2.2, §7].
+        let residual = if self.config.norm_before_residual { n } else { hidden.clone() };
+        let h1 = ops.add(residual, &o);
         let n = ops.rms_norm(&h1, &w.post_norm, eps);
         let [gate, up] = ops.linears(&n, [(&w.gate_proj, None), (&w.up_proj, None)]); // [R, I] each
         let act = ops.gated(Activation::Silu, gate, &up);
@@ -646,6 +679,7 @@ mod tests {
         let mut variants = vec![config.clone()];
         let mut other = config;
         other.fc_norm = true;
+        other.norm_before_residual = true;
         other.feedback = Feedback::PostNorm;
         other.target_hidden_size = 5120;
         other.target_layer_ids = Some([1, 9, 17]);

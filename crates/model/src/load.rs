@@ -148,16 +148,8 @@ impl Source {
                 let info = file
                     .find_tensor(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
-                let dtype = match info.ggml_type {
-                    GgmlType::F32 => WeightDtype::F32,
-                    GgmlType::F16 => WeightDtype::F16,
-                    GgmlType::BF16 => WeightDtype::Bf16,
-                    GgmlType::Q4_0 => WeightDtype::Q4_0,
-                    GgmlType::Q4_1 => WeightDtype::Q4_1,
-                    GgmlType::Q8_0 => WeightDtype::Q8_0,
-                    GgmlType::Q4K => WeightDtype::Q4K,
-                    GgmlType::Q6K => WeightDtype::Q6K,
-                    other => return Err(ModelError::TensorType { place, name, found: other.to_string() }),
+                let Some(dtype) = weight_dtype(info.ggml_type) else {
+                    return Err(ModelError::TensorType { place, name, found: info.ggml_type.to_string() });
                 };
                 let mut found: Vec<usize> = info.dims.iter().rev().copied().collect();
                 if found.len() == 1 {
@@ -170,7 +162,7 @@ impl Source {
                 let mut data = std::borrow::Cow::Borrowed(file.data(info));
                 // llama.cpp stores the q and k rows of Llama models in interleaved RoPE order.
                 if family == Family::Llama && matches!(part, Part::Q | Part::K) {
-                    data = unpermute(&data, shape[0], self.config.head_dim).into();
+                    data = rope_halves_from_pairs(&data, shape[0], self.config.head_dim).into();
                 }
                 Ok(Stored { dtype, shape, data })
             }
@@ -288,16 +280,41 @@ impl Source {
     }
 }
 
-/// Rows of each head from interleaved pairs back to halves: row `2 i + j` of a head becomes row `j * half + i`.
-fn unpermute(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
-    let row_bytes = data.len() / rows.max(1);
+/// The kernels' name of a GGUF element type; `None` for types that no kernel reads.
+pub fn weight_dtype(ggml_type: GgmlType) -> Option<WeightDtype> {
+    match ggml_type {
+        GgmlType::F32 => Some(WeightDtype::F32),
+        GgmlType::F16 => Some(WeightDtype::F16),
+        GgmlType::BF16 => Some(WeightDtype::Bf16),
+        GgmlType::Q4_0 => Some(WeightDtype::Q4_0),
+        GgmlType::Q4_1 => Some(WeightDtype::Q4_1),
+        GgmlType::Q8_0 => Some(WeightDtype::Q8_0),
+        GgmlType::Q4K => Some(WeightDtype::Q4K),
+        GgmlType::Q6K => Some(WeightDtype::Q6K),
+        _ => None,
+    }
+}
+
+/// Rows of each head from llama.cpp's interleaved RoPE pairs to the halves of everybody else: row `2 i + j` of a head
+/// becomes row `j * half + i`. `data` holds `rows` rows of any element type.
+pub fn rope_halves_from_pairs(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
     let half = head_dim / 2;
-    let mut out = vec![0u8; data.len()];
+    reordered(data, rows, head_dim, |r| r % half * 2 + r / half)
+}
+
+/// The way back of [`rope_halves_from_pairs`].
+pub fn rope_pairs_from_halves(data: &[u8], rows: usize, head_dim: usize) -> Vec<u8> {
+    let half = head_dim / 2;
+    reordered(data, rows, head_dim, |r| r % 2 * half + r / 2)
+}
+
+/// Rows of each head in another order: row `r` is taken from row `from(r)` of the same head.
+fn reordered(data: &[u8], rows: usize, head_dim: usize, from: impl Fn(usize) -> usize) -> Vec<u8> {
+    let row_bytes = data.len() / rows.max(1);
+    let mut out = Vec::with_capacity(data.len());
     for row in 0..rows {
-        let (head, r) = (row / head_dim, row % head_dim);
-        let from = head * head_dim + r % half * 2 + r / half;
-        out[row * row_bytes..(row + 1) * row_bytes]
-            .copy_from_slice(&data[from * row_bytes..(from + 1) * row_bytes]);
+        let source = row / head_dim * head_dim + from(row % head_dim);
+        out.extend_from_slice(&data[source * row_bytes..(source + 1) * row_bytes]);
     }
     out
 }

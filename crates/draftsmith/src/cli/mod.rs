@@ -15,8 +15,8 @@ pub use decode::{
     Generate, PeerKind, Quickstart, TrainPeerKind,
 };
 pub use stages::{
-    Bundle, BundleCheck, BundleMake, BundleVerb, Capture, Data, DataPrepare, DataPreview, DataVerb,
-    Regenerate, Run, RunArgs, Status, Train,
+    Bundle, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport, Capture,
+    Data, DataPrepare, DataPreview, DataVerb, ExportFormat, Regenerate, Run, RunArgs, Status, Train,
 };
 
 /// Trains, packages and measures draft models for speculative decoding.

@@ -122,6 +122,9 @@ pub struct Bundle {
 pub enum BundleVerb {
     Make(BundleMake),
     Check(BundleCheck),
+    Export(BundleExport),
+    VerifyExport(BundleVerifyExport),
+    Import(BundleImport),
 }
 
 /// Puts the best checkpoint of a run into one folder: weights, vocabulary map, provenance, model card.
@@ -145,6 +148,102 @@ pub struct BundleCheck {
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
     /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Layouts that a draft is written in.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum ExportFormat {
+    /// SpecForge's folder, for SGLang and TensorRT-LLM.
+    Sglang,
+    /// vLLM's folder.
+    Vllm,
+    /// The `speculators` library's folder, which vLLM starts from alone.
+    Speculators,
+    /// One llama.cpp file with the target's tokenizer.
+    Gguf,
+}
+
+/// Writes a bundle's draft in the layout of another engine, and prints how that engine is started.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bundle export runs/smoke/bundle --format vllm --out draft-vllm\n  \
+    draftsmith bundle export DIR --format gguf --target model.gguf --out draft-gguf\n\n\
+    What the engine cannot serve is refused before anything is written. `bundle verify-export` compares the result.")]
+pub struct BundleExport {
+    /// The bundle.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The layout.
+    #[arg(long, value_name = "LAYOUT")]
+    pub format: ExportFormat,
+    /// Folder to be made.
+    #[arg(long, value_name = "DIR2")]
+    pub out: PathBuf,
+    /// The target (`gguf` needs it as a GGUF file: the draft carries its tokenizer).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Replace the folder if it is there.
+    #[arg(long)]
+    pub replace: bool,
+    /// Print one JSON object: path, files, warnings, launch.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Compares an export with its bundle: every number, and a probe answered by a reader and a network of its own. Ends
+/// with 1 if something differs.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  draftsmith bundle verify-export draft-vllm --bundle runs/smoke/bundle\n  \
+                        draftsmith bundle verify-export draft-gguf --bundle DIR --json"
+)]
+pub struct BundleVerifyExport {
+    /// The exported folder.
+    #[arg(value_name = "DIR2")]
+    pub dir: PathBuf,
+    /// The bundle that it was made from.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Makes a bundle of a draft that somebody else trained, so that it can be measured and used here.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bundle import hf:ORG/DRAFT --target hf:ORG/MODEL --out bundles/draft\n  \
+    draftsmith bundle import draft.gguf --target model.gguf --out bundles/draft --license Apache-2.0\n\n\
+    Reads the EAGLE-3 layouts of SpecForge and SGLang, vLLM, speculators, and llama.cpp's GGUF. Every tensor is\n\
+    accounted for; what is missing or left over is an error.")]
+pub struct BundleImport {
+    /// The draft: a folder, a `.gguf` file, or `hf:ORG/NAME`.
+    #[arg(value_name = "REF")]
+    pub draft: String,
+    /// The target it was trained for.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// Folder of the bundle.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Name on the model card (default: the last part of the reference).
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Licence of the draft's weights, as an SPDX expression.
+    #[arg(long, value_name = "SPDX", default_value = "LicenseRef-unknown")]
+    pub license: String,
+    /// Repository of the target on the Hugging Face hub, for model card and engines.
+    #[arg(long, value_name = "ORG/NAME")]
+    pub base_model: Option<String>,
+    /// Captured layers, 0-based output of layer, where the draft's configuration leaves them open or is wrong.
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    pub layers: Option<Vec<u32>>,
+    /// Replace the bundle if it is there.
+    #[arg(long)]
+    pub replace: bool,
+    /// Print one JSON object: path, layout, bytes, warnings.
     #[arg(long)]
     pub json: bool,
 }

@@ -93,6 +93,7 @@ impl Run<'_> {
                 wall_s: self.folder.read(Stage::Train)?.map(|file| file.seconds),
                 run_sha256: sha256_hex(run_toml.as_bytes()),
             },
+            imported: None,
             license_text: license_text(&license),
             notice: self.notice(&strings(&data["origins"]), &strings(&data["licenses"])),
             license,
@@ -130,7 +131,7 @@ impl Run<'_> {
 }
 
 /// The licence that a model file names.
-fn target_license(path: &Path) -> String {
+pub(crate) fn target_license(path: &Path) -> String {
     if path.is_dir() {
         return UNKNOWN_LICENSE.to_string();
     }
@@ -152,12 +153,12 @@ fn spdx(name: &str) -> String {
 }
 
 /// `ORG/NAME` of the first hub reference.
-fn hub_name(sources: &[String]) -> Option<String> {
+pub(crate) fn hub_name(sources: &[String]) -> Option<String> {
     let rest = sources.iter().find_map(|s| s.strip_prefix("hf:"))?;
     rest.split([':', '@']).next().map(str::to_string)
 }
 
-fn license_text(license: &str) -> String {
+pub(crate) fn license_text(license: &str) -> String {
     match license {
         "Apache-2.0" => include_str!("../../../../LICENSE-APACHE").to_string(),
         "MIT" => include_str!("../../../../LICENSE-MIT").to_string(),

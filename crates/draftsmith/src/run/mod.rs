@@ -6,7 +6,7 @@
 
 mod answers;
 mod bench;
-mod bundle;
+pub(crate) mod bundle;
 mod capture;
 mod data;
 mod regenerate;

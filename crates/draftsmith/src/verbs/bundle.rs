@@ -1,41 +1,157 @@
-//! `draftsmith bundle check`.
+//! `draftsmith bundle check`, `export`, `verify-export` and `import`.
 
 use draftsmith::Error;
-use draftsmith::bundle::{CheckReport, check_alone, check_with_target};
-use draftsmith::cli;
-use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads};
+use draftsmith::bundle::{
+    CheckReport, Existing, ExportInput, Layout, Manifest, Problem, TargetFacts, check_alone,
+    check_with_target,
+};
+use draftsmith::cli::{self, ExportFormat};
+use draftsmith::engine::{LoadedTarget, default_threads, locate};
+use draftsmith::imports::{ImportOptions, import_draft};
 use draftsmith::kernels::Cpu;
-use draftsmith::model::Precision;
+use draftsmith::target::gguf_tokenizer;
+use serde_json::json;
 
 use super::Session;
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
-pub(crate) fn run(args: &cli::BundleCheck, session: &Session) -> Result<u8, Failure> {
-    let report: CheckReport = match &args.target {
+pub(crate) fn check(args: &cli::BundleCheck, session: &Session) -> Result<u8, Failure> {
+    let report = match &args.target {
         None => check_alone(&args.dir, &Cpu::new(default_threads())).map_err(Error::from)?,
         Some(reference) => {
             // A folder that is no bundle is told before a model is fetched.
-            draftsmith::bundle::Manifest::read(&args.dir).map_err(Error::from)?;
-            let target = LoadedTarget::load(
-                &TargetOptions {
-                    sources: std::slice::from_ref(reference),
-                    sha256: None,
-                    precision: Precision::Stored,
-                    threads: default_threads(),
-                    template: None,
-                },
-                &session.places,
-                &session.printer,
-                &session.stop,
-            )?;
+            Manifest::read(&args.dir).map_err(Error::from)?;
+            let target = load(reference, session)?;
             check_with_target(&args.dir, &target.info(), &target.target).map_err(Error::from)?
         }
     };
-    if args.json {
-        printer::json(&report)?;
-    } else {
-        printer::out(&report.text())?;
+    tell(&report, args.json)
+}
+
+fn load(reference: &String, session: &Session) -> Result<LoadedTarget, Error> {
+    session.load_target(std::slice::from_ref(reference), None, false, None)
+}
+
+/// Prints a report; the exit code says whether it holds.
+fn tell(report: &CheckReport, as_json: bool) -> Result<u8, Failure> {
+    match as_json {
+        true => printer::json(report)?,
+        false => printer::out(&report.text())?,
     }
     Ok(if report.holds { 0 } else { NOT_HELD })
+}
+
+fn existing(replace: bool) -> Existing {
+    if replace { Existing::Replace } else { Existing::Refuse }
+}
+
+pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, Failure> {
+    Manifest::read(&args.dir).map_err(Error::from)?;
+    let target = args.target.as_ref().map(|reference| load(reference, session)).transpose()?;
+    let tokenizer = target.as_ref().map(|t| gguf_tokenizer(&t.path)).transpose().map_err(Error::from)?;
+    let exported = draftsmith::bundle::export(&ExportInput {
+        bundle: &args.dir,
+        layout: match args.format {
+            ExportFormat::Sglang => Layout::Sglang,
+            ExportFormat::Vllm => Layout::Vllm,
+            ExportFormat::Speculators => Layout::Speculators,
+            ExportFormat::Gguf => Layout::Gguf,
+        },
+        out: &args.out,
+        existing: existing(args.replace),
+        target: target
+            .as_ref()
+            .zip(tokenizer.as_deref())
+            .map(|(target, tokenizer)| TargetFacts { config: target.target.config(), tokenizer }),
+    })
+    .map_err(Error::from)?;
+    if args.json {
+        let files: Vec<_> =
+            exported.files.iter().map(|(path, bytes)| json!({ "path": path, "bytes": bytes })).collect();
+        printer::json(&json!({
+            "path": exported.path,
+            "files": files,
+            "warnings": exported.warnings,
+            "launch": exported.launch,
+        }))?;
+        return Ok(0);
+    }
+    let mut text = format!("{}\n", exported.path.display());
+    for (path, bytes) in &exported.files {
+        text.push_str(&format!("  {path}  {bytes} bytes\n"));
+    }
+    text.push_str(&warnings(&exported.warnings));
+    for line in &exported.launch {
+        text.push_str(&format!("\n# {}\n{}\n", line.engine, line.command));
+    }
+    printer::out(&text)?;
+    Ok(0)
+}
+
+fn warnings(problems: &[Problem]) -> String {
+    let mut text = String::new();
+    for problem in problems {
+        text.push_str(&format!("warning: {problem}\n"));
+        if let Some(hint) = problem.hint() {
+            text.push_str(&format!("  hint: {hint}\n"));
+        }
+    }
+    text
+}
+
+pub(crate) fn verify_export(args: &cli::BundleVerifyExport) -> Result<u8, Failure> {
+    let kernels = Cpu::new(default_threads());
+    let report = draftsmith::bundle::verify_export(&args.dir, &args.bundle, &kernels).map_err(Error::from)?;
+    tell(&report, args.json)
+}
+
+pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, Failure> {
+    let places = &session.places;
+    let pulled = locate(std::slice::from_ref(&args.draft), None, places, &session.printer, &session.stop)?;
+    // What cannot be read is told before the target is fetched.
+    let mut draft = draftsmith::bundle::import(&pulled.path).map_err(Error::from)?;
+    if let Some(layers) = &args.layers {
+        let layers: [u32; 3] = layers.as_slice().try_into().map_err(|_| {
+            Failure::input(
+                format!("`--layers` has {} numbers, expected 3", layers.len()),
+                Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into()),
+            )
+        })?;
+        draft.config.target_layer_ids = Some(layers);
+    }
+    let target = load(&args.target, session)?;
+    let made = import_draft(
+        &draft,
+        &target,
+        &ImportOptions {
+            reference: &args.draft,
+            out: &args.out,
+            existing: existing(args.replace),
+            name: args.name.as_deref(),
+            license: &args.license,
+            base_model: args.base_model.as_deref(),
+        },
+    )?;
+    if args.json {
+        printer::json(&json!({
+            "path": made.path,
+            "layout": draft.layout.name(),
+            "bytes": made.bytes,
+            "warnings": made.warnings,
+        }))?;
+        return Ok(0);
+    }
+    let map = &draft.vocab_map;
+    printer::out(&format!(
+        "{}\n  {} layout, {} tensors, {} of {} token ids, layers {:?}\n{}",
+        made.path.display(),
+        draft.layout.name(),
+        draft.tensors.len(),
+        map.draft_vocab(),
+        map.target_vocab(),
+        made.manifest.draft.target_layer_ids,
+        warnings(&made.warnings)
+    ))?;
+    Ok(0)
 }

@@ -243,6 +243,7 @@ fn a_bundle_made_with_another_template_is_refused() {
         target: TargetInfo { template_sha256: "0".repeat(64), ..target },
         draft: Default::default(),
         training: Default::default(),
+        imported: None,
         recommended: draftsmith::bundle::Recommended::chain(5, ""),
         files: Vec::new(),
     };

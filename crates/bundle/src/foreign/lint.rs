@@ -1,0 +1,79 @@
+//! What is known to break an engine, told before the file is there [eagle3 §1.1, §7; formats §3; ecosystem §1].
+
+use draftsmith_model::eagle3::{Eagle3Config, Feedback};
+
+use super::{Layout, TargetFacts};
+use crate::Problem;
+use crate::manifest::Manifest;
+
+const SGLANG: &str = "SGLang";
+const VLLM: &str = "vLLM";
+const LLAMA_CPP: &str = "llama.cpp";
+
+/// Problems that the engines of a layout have with a draft, fatal and other.
+pub(crate) fn lint(
+    layout: Layout,
+    config: &Eagle3Config,
+    manifest: &Manifest,
+    target: Option<&TargetFacts<'_>>,
+) -> Vec<Problem> {
+    let engine = match layout {
+        Layout::Sglang => SGLANG,
+        Layout::Vllm | Layout::Speculators => VLLM,
+        Layout::Gguf => LLAMA_CPP,
+    };
+    let mut problems = Vec::new();
+    let mut rule = |breaks: bool, fatal: bool, what: &str| {
+        if breaks {
+            problems.push(Problem::Engine { engine, what: what.to_owned(), fatal });
+        }
+    };
+    let post_norm = config.feedback == Feedback::PostNorm;
+    match layout {
+        Layout::Sglang => {
+            rule(config.norm_before_residual, true, "`norm_before_residual` is unknown to it");
+            rule(config.norm_before_fc, true, "`norm_before_fc` is unknown to it");
+            let last = manifest.target.num_layers.saturating_sub(1);
+            let captures_last =
+                config.target_layer_ids.is_some_and(|ids| ids.iter().any(|id| u64::from(*id) >= last));
+            rule(captures_last, true, "it captures before a layer runs, so never what the last layer writes");
+        }
+        Layout::Vllm | Layout::Speculators => {
+            if let Some(target) = target {
+                rule(
+                    config.head_dim != target.config.head_dim,
+                    false,
+                    "heads of another width than the target's need pages of another size in its cache",
+                );
+            }
+        }
+        Layout::Gguf => {
+            rule(config.fc_norm, true, "`fc_norm` has no place in its `eagle3` architecture");
+            rule(
+                post_norm,
+                true,
+                "it feeds the state before the last norm back, `norm_output` wants it after",
+            );
+        }
+    }
+    if layout != Layout::Gguf {
+        rule(config.fc_norm || post_norm, false, "`fc_norm` and `norm_output` need a version from 2026 on");
+    }
+    rule(
+        layout == Layout::Speculators && manifest.target.hub_name.is_none(),
+        false,
+        "the configuration names no target, so it must be given at the start",
+    );
+    // None of the engines scales a draft's embedding; Gemma's draft was trained with scaled rows.
+    rule(
+        target.is_some_and(|t| t.config.embed_scale != 1.0),
+        true,
+        "the target scales its embedding, and the draft's copy is read unscaled",
+    );
+    if let Some(context) = manifest.target.context_len
+        && (config.max_position_embeddings as u64) < context
+    {
+        problems.push(Problem::ShortContext { found: config.max_position_embeddings, context });
+    }
+    problems
+}
