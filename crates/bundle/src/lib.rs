@@ -22,13 +22,14 @@ pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, 
 pub use engines::{Launch, launch};
 pub use error::{BoxError, BundleError};
 pub use foreign::{
-    ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, verify_export,
+    ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, import_gguf,
+    import_safetensors, verify_export,
 };
 pub use layout::{TensorSpec, expected_tensors};
-pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, make};
+pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, input_of, make, remake};
 pub use manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE,
-    Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    Manifest, PROBE_FILE, Recommended, Shape, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};

@@ -13,9 +13,9 @@ use crate::check::BUNDLE_BYTES_MAX;
 use crate::layout::{WeightTypes, expected_tensors, read_config, vocab_map, weight_problems};
 use crate::manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE, Manifest,
-    PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    PROBE_FILE, Recommended, Shape, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
-use crate::probe::{AnswerFn, ProbeInput, fits, to_file};
+use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
 use crate::{BundleError, Problem};
 
 /// A value with the ends of its 95 % interval.
@@ -34,6 +34,8 @@ pub struct MeasuredResult {
     pub workload: String,
     /// How it was drafted, `chain, depth 5`.
     pub drafting: String,
+    /// The same in numbers; `None` if it was not fixed.
+    pub shape: Option<Shape>,
     /// How tokens were chosen, `greedy`.
     pub sampling: String,
     /// Rows measured.
@@ -254,6 +256,51 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
         false => Vec::new(),
     };
     Ok(Made { path: input.out.clone(), manifest, bytes, warnings })
+}
+
+/// What an existing bundle was made of, for [`remake`]; results are left to the caller.
+///
+/// # Errors
+/// A folder that is no bundle, or a file of it that cannot be read.
+pub fn input_of(dir: &Path) -> Result<MakeInput, BundleError> {
+    let manifest = Manifest::read(dir)?;
+    let text = |name: &str| -> Result<String, BundleError> {
+        Ok(String::from_utf8_lossy(&atomic::read(dir.join(name))?).into_owned())
+    };
+    let report = "results/report.html";
+    Ok(MakeInput {
+        out: dir.to_owned(),
+        existing: Existing::Replace,
+        checkpoint: dir.to_owned(),
+        name: manifest.name,
+        target: manifest.target,
+        training: manifest.training,
+        imported: manifest.imported,
+        license: manifest.license,
+        license_text: text("LICENSE")?,
+        notice: text("NOTICE")?,
+        results: Vec::new(),
+        recommended: manifest.recommended,
+        run_toml: text("run.toml")?,
+        report_html: if dir.join(report).is_file() { Some(text(report)?) } else { None },
+        probe_inputs: Vec::new(),
+        created_unix_s: manifest.created_unix_s,
+    })
+}
+
+/// Makes a bundle again from itself, with the same weights and stored probes: other results, another card.
+///
+/// # Errors
+/// As [`make`].
+pub fn remake(input: &MakeInput) -> Result<Made, BundleError> {
+    let (_, config) = read_config(&input.checkpoint.join(CONFIG_FILE))
+        .map_err(|problem| BundleError::draft(&input.checkpoint, "bundled", vec![problem]))?;
+    let stored = from_file(&input.checkpoint.join(PROBE_FILE), &config)?;
+    let probe_inputs = stored.iter().map(|probe| probe.input.clone()).collect();
+    let mut answers = stored.into_iter();
+    make(&MakeInput { probe_inputs, ..input.clone() }, &mut |_| {
+        answers.next().ok_or_else(|| "there are more questions than stored answers".into())
+    })
 }
 
 /// The tensors of the bundle in its types, and the count of trained numbers.

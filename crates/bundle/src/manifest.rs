@@ -1,11 +1,13 @@
 //! `bundle.json`: what a bundle is, where it came from, and the hash of every other file in it.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use draftsmith_formats::atomic;
 use serde::{Deserialize, Serialize};
 
 use crate::BundleError;
+use crate::make::MeasuredResult;
 
 /// First field of the manifest.
 pub const BUNDLE_FORMAT: &str = "draftsmith-bundle";
@@ -155,6 +157,17 @@ pub struct ImportedFrom {
     pub weights_sha256: String,
 }
 
+/// A proposal of fixed shape; ordered from short to long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Shape {
+    /// Draft steps per proposal.
+    pub depth: u32,
+    /// Draft tokens per proposal.
+    pub num_draft_tokens: u32,
+    /// Candidates per node; 1 is a chain.
+    pub top_k: u32,
+}
+
 /// The setting that measured best.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -170,6 +183,45 @@ pub struct Recommended {
 }
 
 impl Recommended {
+    /// The setting with the largest measured speedup (geometric mean over workloads; of equals the shorter one);
+    /// `None` if no setting of fixed shape was measured on every workload.
+    pub fn measured(results: &[MeasuredResult]) -> Option<Recommended> {
+        let workloads: BTreeSet<&str> = results.iter().map(|r| r.workload.as_str()).collect();
+        // Geometric mean over all workloads of one way to draft.
+        let mean = |shape: Option<Shape>, value: fn(&MeasuredResult) -> Option<f64>| -> Option<f64> {
+            let logs: Option<Vec<f64>> = workloads
+                .iter()
+                .map(|name| {
+                    let of = |r: &&MeasuredResult| r.workload == *name && r.shape == shape;
+                    results.iter().find(of).and_then(value).map(f64::ln)
+                })
+                .collect();
+            let logs = logs.filter(|logs| !logs.is_empty())?;
+            Some((logs.iter().sum::<f64>() / logs.len() as f64).exp())
+        };
+        let speedup = |r: &MeasuredResult| r.speedup.map(|m| m.value);
+        let shapes: BTreeSet<Shape> = results.iter().filter_map(|r| r.shape).collect();
+        let scored = shapes.iter().filter_map(|shape| Some((mean(Some(*shape), speedup)?, *shape)));
+        let (best, shape) = scored.reduce(|best, other| if other.0 > best.0 { other } else { best })?;
+        let accept_len = mean(Some(shape), |r| r.accept_len.map(|m| m.value));
+        let mut because = format!(
+            "best of {} measured on {}: {best:.2}x over target-only decoding",
+            match shapes.len() {
+                1 => "one fixed setting".to_owned(),
+                n => format!("{n} fixed settings"),
+            },
+            workloads.iter().copied().collect::<Vec<_>>().join(", "),
+        );
+        if let Some(accept_len) = accept_len {
+            because.push_str(&format!(", accept length {accept_len:.2}"));
+        }
+        if let Some(automatic) = mean(None, speedup) {
+            because.push_str(&format!("; automatic drafting {automatic:.2}x"));
+        }
+        let Shape { depth, top_k, num_draft_tokens } = shape;
+        Some(Recommended { depth, top_k, num_draft_tokens, because })
+    }
+
     /// A chain.
     pub fn chain(depth: u32, because: impl Into<String>) -> Recommended {
         Recommended { depth, top_k: 1, num_draft_tokens: depth, because: because.into() }

@@ -93,6 +93,16 @@ pub enum Problem {
         /// Number in the export.
         found: f64,
     },
+    /// Two keys of a foreign configuration name different layers.
+    #[error(
+        "`eagle_config` captures what layers {written_by:?} write, `eagle_aux_hidden_state_layer_ids` what layers {read_by:?} read"
+    )]
+    LayersDisagree {
+        /// Counted from 0.
+        written_by: Vec<i64>,
+        /// Of the layer behind.
+        read_by: Vec<i64>,
+    },
     /// RoPE divisors that no configuration key can say.
     #[error("tensor `{name}` holds divisors that are no known RoPE scaling")]
     RopeDivisors {
@@ -310,6 +320,7 @@ impl Problem {
             Problem::TensorExtra { .. } => "tensor_extra",
             Problem::TensorTwice { .. } => "tensor_twice",
             Problem::TensorDiffers { .. } => "tensor_differs",
+            Problem::LayersDisagree { .. } => "layers_disagree",
             Problem::RopeDivisors { .. } => "rope_divisors",
             Problem::OwnEmbedding { .. } => "own_embedding",
             Problem::Engine { .. } => "engine",
@@ -368,6 +379,7 @@ impl Problem {
             Problem::OwnEmbedding { .. } => {
                 "drafts with an embedding of their own are not built here; is this the target it was trained for?".into()
             }
+            Problem::LayersDisagree { .. } => "say which is meant: `--layers A,B,C`, counted from 0".into(),
             Problem::RopeDivisors { .. } => "import the draft from its safetensors folder, whose `config.json` names the scaling".into(),
             Problem::Engine { fatal: true, .. } => "choose another layout, or train a draft without this switch".into(),
             Problem::TensorDiffers { .. } | Problem::ExportDiffers { .. } | Problem::HiddenDiffers { .. } => {

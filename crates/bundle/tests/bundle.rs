@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_bundle::{
     BUNDLE_BYTES_MAX, BundleError, CheckOptions, CheckReport, DataInfo, Existing, MakeInput, Manifest,
-    Measured, MeasuredResult, Probe, ProbeInput, Problem, Recommended, Status, TargetInfo, TrainingInfo,
-    check, expected_tensors, make,
+    Measured, MeasuredResult, Probe, ProbeInput, Problem, Recommended, Shape, Status, TargetInfo,
+    TrainingInfo, check, expected_tensors, make,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
@@ -101,6 +101,7 @@ fn input(root: &Path) -> MakeInput {
     let result = MeasuredResult {
         workload: "gsm8k".into(),
         drafting: "chain, depth 5".into(),
+        shape: Some(Shape { depth: 5, num_draft_tokens: 5, top_k: 1 }),
         sampling: "greedy".into(),
         rows: 80,
         samples: 80,
@@ -118,6 +119,7 @@ fn input(root: &Path) -> MakeInput {
     };
     let again = MeasuredResult {
         drafting: "chain, depth 3".into(),
+        shape: Some(Shape { depth: 3, num_draft_tokens: 3, top_k: 1 }),
         doubts: vec!["only 5 rows were measured, 20 are wanted".into()],
         ..result.clone()
     };

@@ -72,6 +72,8 @@ errors! {
     Data(draftsmith_data::DataError),
     /// Workloads and measurements.
     Bench(draftsmith_bench::BenchError),
+    /// Safetensors files.
+    Safetensors(draftsmith_formats::safetensors_dir::SafetensorsError),
     /// GGUF files.
     Gguf(draftsmith_formats::gguf::GgufError),
     /// Bundles.

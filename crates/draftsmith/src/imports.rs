@@ -1,12 +1,19 @@
-//! A draft that somebody else trained becomes a bundle beside its target.
+//! A draft that somebody else trained becomes a bundle beside its target, and a bundle gets a card with its results.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use draftsmith_bundle::{Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo};
+use draftsmith_bench::Record;
+use draftsmith_bundle::{
+    Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE, input_of,
+    remake,
+};
+use draftsmith_formats::atomic;
+use draftsmith_formats::hash::sha256_file;
 
 use crate::Error;
 use crate::engine::LoadedTarget;
+use crate::run::bench::measured;
 use crate::run::bundle::{hub_name, license_text, target_license};
 
 /// Depth that an unmeasured draft is recommended with: the default of `bench`.
@@ -46,10 +53,7 @@ pub fn import_draft(
         name: options.name.unwrap_or(last).to_string(),
         target: TargetInfo {
             license: target_license(&target.path),
-            hub_name: options
-                .base_model
-                .map(str::to_string)
-                .or_else(|| hub_name(std::slice::from_ref(&target.reference))),
+            hub_name: hub_name(options.base_model, std::slice::from_ref(&target.reference))?,
             ..target.info()
         },
         training: TrainingInfo::default(),
@@ -65,4 +69,53 @@ pub fn import_draft(
         created_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
     };
     Ok(draft.make(input, reference, &target.target)?)
+}
+
+/// Writes a bundle's model card and results anew: from these records (its own if there are none), with the setting that
+/// measured best.
+///
+/// # Errors
+/// A folder that is no bundle, a record that is none or was measured with another draft.
+pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -> Result<Made, Error> {
+    let mut input = input_of(dir)?;
+    let own;
+    let records = match records {
+        [] => {
+            own = records_of(dir)?;
+            own.as_slice()
+        }
+        given => given,
+    };
+    let weights = sha256_file(dir.join(WEIGHTS_FILE))?;
+    for path in records {
+        let text = String::from_utf8_lossy(&atomic::read(path)?).into_owned();
+        let record = Record::from_json(&path.display().to_string(), &text)?;
+        if record.draft.sha256.as_ref().is_some_and(|found| *found != weights) {
+            return Err(Error::input(
+                format!("record `{}` was measured with another draft", path.display()),
+                format!("measure this one: `draftsmith bench --bundle {} --report DIR`", dir.display()),
+            ));
+        }
+        input.results.push(measured(&record)?);
+    }
+    if let Some(recommended) = Recommended::measured(&input.results) {
+        input.recommended = recommended;
+    }
+    if base_model.is_some() {
+        input.target.hub_name = hub_name(base_model, &[])?;
+    }
+    Ok(remake(&input)?)
+}
+
+/// The raw records of a bundle, by name.
+fn records_of(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let folder = dir.join("results");
+    let Ok(entries) = std::fs::read_dir(&folder) else { return Ok(Vec::new()) };
+    let mut found: Vec<PathBuf> = entries
+        .map(|entry| entry.map(|e| e.path()).map_err(|e| Error::unreadable(&folder, e)))
+        .collect::<Result<_, _>>()?;
+    found.retain(|path| path.extension().is_some_and(|e| e == "json"));
+    // `gsm8k-2.json` was the second of `gsm8k.json`, which the dot would put behind it.
+    found.sort_by_key(|path| path.file_stem().map(|s| s.to_owned()));
+    Ok(found)
 }

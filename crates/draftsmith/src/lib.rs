@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod engine;
 mod error;
 pub mod imports;
+pub mod inspect;
 pub mod measure;
 pub mod peer;
 pub mod pull;

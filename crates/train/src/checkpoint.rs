@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
+use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use serde::{Deserialize, Serialize};
 
@@ -44,10 +45,14 @@ pub struct TrainState {
     pub seed: u64,
     /// Best validated draft.
     pub best: Option<Best>,
+    /// Hash of `tensors.safetensors`; checkpoints of earlier programs have none.
+    #[serde(default)]
+    pub tensors_sha256: Option<String>,
 }
 
 const VERSION: u32 = 1;
 const PREFIX: &str = "step-";
+const TENSORS_FILE: &str = "tensors.safetensors";
 
 impl TrainState {
     /// The state before the first step.
@@ -62,6 +67,7 @@ impl TrainState {
             slots: 0,
             seed,
             best: None,
+            tensors_sha256: None,
         }
     }
 }
@@ -101,8 +107,10 @@ pub(crate) fn save<M: Method>(
     let path = root.join(format!("{PREFIX}{:08}", state.step));
     atomic::create_dir_all(root)?;
     let dir = AtomicDir::create(&path)?;
-    dir.write("tensors.safetensors", to_bytes(&tensors, &BTreeMap::new()))?;
-    let text = serde_json::to_string_pretty(state).expect("plain numbers and strings");
+    let bytes = to_bytes(&tensors, &BTreeMap::new());
+    dir.write(TENSORS_FILE, &bytes)?;
+    let written = TrainState { tensors_sha256: Some(sha256_hex(&bytes)), ..state.clone() };
+    let text = serde_json::to_string_pretty(&written).expect("plain numbers and strings");
     dir.write("state.json", text + "\n")?;
     dir.commit_replacing()?;
     let all = list(root);
@@ -136,7 +144,14 @@ pub(crate) fn resume<M: Method>(
         let describe = |s: &TrainState| format!("{} {} seed {}", s.method, s.run_hash, s.seed);
         return Err(TrainError::OtherRun { path, found: describe(&state), wanted: describe(wanted) });
     }
-    let tensors = SafetensorsDir::open(path.join("tensors.safetensors"))?;
+    let file = path.join(TENSORS_FILE);
+    if let Some(wanted) = &state.tensors_sha256 {
+        let found = sha256_file(&file)?;
+        if found != *wanted {
+            return Err(damaged(format!("`{TENSORS_FILE}` has hash {found}, `state.json` says {wanted}")));
+        }
+    }
+    let tensors = SafetensorsDir::open(&file)?;
     let read = |name: String, wanted: usize| -> Result<Vec<f32>, TrainError> {
         let values = tensors.get(&name)?.to_f32()?;
         match values.len() == wanted {

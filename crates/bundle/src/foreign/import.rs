@@ -36,6 +36,9 @@ const EMBEDDING: &str = "embed_tokens.weight";
 const EMBEDDING_SHARE_MAX: f64 = 0.2;
 /// Rows compared at once.
 const EMBEDDING_ROWS: usize = 1024;
+/// Largest target vocabulary that is believed: `t2d`, which would prove it, may be missing. Four times that of any
+/// published model.
+const VOCAB_MAX: usize = 1 << 20;
 
 /// A draft read from another layout.
 #[derive(Clone, Debug)]
@@ -50,6 +53,8 @@ pub struct Imported {
     pub vocab_map: VocabMap,
     /// `[V, H]` the embedding that came along.
     pub embedding: Option<Vec<f32>>,
+    /// Two keys that name different layers; [`Imported::set_layers`] decides.
+    contradiction: Option<Problem>,
     /// Where it was read.
     path: PathBuf,
     /// The file with the weights.
@@ -80,10 +85,11 @@ enum Values {
 /// [`BundleError::NoDraft`] if there is none; [`BundleError::Draft`] names what is wrong with it.
 pub fn import(path: &Path) -> Result<Imported, BundleError> {
     if let Some(file) = gguf_file(path)? {
-        return from_gguf(path, &file);
+        return import_gguf(&file, &GgufFile::open(&file)?);
     }
-    if path.is_dir() && path.join(CONFIG_FILE).is_file() {
-        return from_folder(path);
+    let config = path.join(CONFIG_FILE);
+    if path.is_dir() && config.is_file() {
+        return import_safetensors(path, &atomic::read(config)?, &SafetensorsDir::open(path)?);
     }
     Err(BundleError::NoDraft { path: path.to_owned() })
 }
@@ -101,15 +107,20 @@ fn gguf_file(path: &Path) -> Result<Option<PathBuf>, BundleError> {
     Ok(files.next().filter(|_| files.next().is_none()))
 }
 
-fn from_folder(path: &Path) -> Result<Imported, BundleError> {
+/// Reads a draft from the text of its `config.json` and its weights; `path` is for errors.
+///
+/// # Errors
+/// [`BundleError::Draft`] names what is wrong with it.
+pub fn import_safetensors(
+    path: &Path,
+    config: &[u8],
+    open: &SafetensorsDir,
+) -> Result<Imported, BundleError> {
     let refused = |problems| BundleError::draft(path, "imported", problems);
-    let config_path = path.join(CONFIG_FILE);
     let bad = |e: &dyn std::fmt::Display| {
-        refused(vec![Problem::Config { message: format!("`{}`: {e}", config_path.display()) }])
+        refused(vec![Problem::Config { message: format!("`{CONFIG_FILE}`: {e}") }])
     };
-    let written: Map<String, Value> =
-        serde_json::from_slice(&atomic::read(&config_path)?).map_err(|e| bad(&e))?;
-    let open = SafetensorsDir::open(path)?;
+    let written: Map<String, Value> = serde_json::from_slice(config).map_err(|e| bad(&e))?;
 
     let mut problems = Vec::new();
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
@@ -142,6 +153,7 @@ fn from_folder(path: &Path) -> Result<Imported, BundleError> {
     };
     let flat =
         if speculators { flattened(written).map_err(|problem| refused(vec![problem]))? } else { written };
+    let contradiction = layer_contradiction(&flat);
     let config = Eagle3Config::from_value(&Value::Object(flat)).map_err(|e| bad(&e))?;
     for name in NOT_THE_DRAFTS {
         found.remove(name);
@@ -151,7 +163,7 @@ fn from_folder(path: &Path) -> Result<Imported, BundleError> {
     let parts = taken.parts(&config, |ids| {
         ids.iter().enumerate().map(|(d, offset)| offset.saturating_add(d as i64)).collect()
     });
-    taken.finish(path, config, parts, weights)
+    Ok(Imported { contradiction, ..taken.finish(path, config, parts, weights)? })
 }
 
 /// The internal name of a safetensors name without `model.`.
@@ -194,16 +206,19 @@ fn flattened(written: Map<String, Value>) -> Result<Map<String, Value>, Problem>
     Ok(flat)
 }
 
-fn from_gguf(path: &Path, file_path: &Path) -> Result<Imported, BundleError> {
+/// Reads a draft from an opened GGUF file; `path` is for errors.
+///
+/// # Errors
+/// Missing or mistyped keys; [`BundleError::Draft`] names what else is wrong.
+pub fn import_gguf(path: &Path, file: &GgufFile<'_>) -> Result<Imported, BundleError> {
     let refused = |problem| BundleError::draft(path, "imported", vec![problem]);
-    let file = GgufFile::open(file_path)?;
     let architecture = file.get_str("general.architecture")?;
     if architecture != gguf::ARCHITECTURE {
         let message =
             format!("`general.architecture` is `{architecture}`, a draft has `{}`", gguf::ARCHITECTURE);
         return Err(refused(Problem::Config { message }));
     }
-    let mut config = gguf::config(&file)?.map_err(refused)?;
+    let mut config = gguf::config(file)?.map_err(refused)?;
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
     for info in file.tensors() {
         let shape: Vec<usize> = info.dims.iter().rev().copied().collect();
@@ -234,7 +249,11 @@ fn from_gguf(path: &Path, file_path: &Path) -> Result<Imported, BundleError> {
             Found { name: info.name.clone(), shape, dtype: info.ggml_type.to_string(), values },
         );
     }
-    if let Some(divisors) = found.remove(gguf::ROPE_FREQS) {
+    let divisors = found.remove(gguf::ROPE_FREQS);
+    let mut taken = Taken { layout: Layout::Gguf, found, problems: Vec::new() };
+    let parts = taken.parts(&config, |ids| ids);
+    // After the shapes are known to hold: tables are as long as a head is wide.
+    if let Some(divisors) = divisors.filter(|_| taken.problems.is_empty()) {
         let scaling = match &divisors.values {
             Values::Floats(values) if config.rope_scaling == RopeScaling::None => {
                 gguf::scaling_of(values, &config)
@@ -244,9 +263,7 @@ fn from_gguf(path: &Path, file_path: &Path) -> Result<Imported, BundleError> {
         config.rope_scaling =
             scaling.ok_or_else(|| refused(Problem::RopeDivisors { name: gguf::ROPE_FREQS.to_owned() }))?;
     }
-    let mut taken = Taken { layout: Layout::Gguf, found, problems: Vec::new() };
-    let parts = taken.parts(&config, |ids| ids);
-    taken.finish(path, config, parts, file_path.to_owned())
+    taken.finish(path, config, parts, path.to_owned())
 }
 
 fn integers<const N: usize>(data: &[u8], from: impl Fn([u8; N]) -> i64) -> Vec<i64> {
@@ -317,6 +334,10 @@ impl Taken {
         let embedding = self.take(EMBEDDING, EMBEDDING, &shape, FLOATS, floats, true);
         for (_, left) in std::mem::take(&mut self.found) {
             self.problems.push(Problem::TensorExtra { name: left.name, shape: left.shape });
+        }
+        if config.vocab_size > VOCAB_MAX {
+            let message = format!("a vocabulary of {} ids is more than {VOCAB_MAX}", config.vocab_size);
+            self.problems.push(Problem::Config { message });
         }
         let vocab_map = match ids {
             _ if !self.problems.is_empty() => None,
@@ -397,6 +418,7 @@ impl Taken {
                 tensors: parts.tensors,
                 vocab_map,
                 embedding: parts.embedding,
+                contradiction: None,
                 path: path.to_owned(),
                 weights,
             }),
@@ -412,7 +434,23 @@ fn floats(values: Values) -> Option<Vec<f32>> {
     }
 }
 
+/// The layers by SpecForge's key and by vLLM's, if both are there and do not mean the same.
+fn layer_contradiction(config: &Map<String, Value>) -> Option<Problem> {
+    let list = |value: &Value| -> Option<Vec<i64>> { value.as_array()?.iter().map(Value::as_i64).collect() };
+    let key = "eagle_aux_hidden_state_layer_ids";
+    let written_by = list(config.get("eagle_config")?.get(key)?)?;
+    let read_by = list(config.get(key)?)?;
+    let same = written_by.iter().map(|id| id + 1).eq(read_by.iter().copied());
+    (!same).then_some(Problem::LayersDisagree { written_by, read_by })
+}
+
 impl Imported {
+    /// Sets the captured layers (0-based, output of layer), whatever the draft's configuration says.
+    pub fn set_layers(&mut self, layers: [u32; 3]) {
+        self.config.target_layer_ids = Some(layers);
+        self.contradiction = None;
+    }
+
     /// Makes a bundle of it beside its target. `reference` is what the user called the draft; checkpoint and origin
     /// of `input` are filled in.
     ///
@@ -424,7 +462,7 @@ impl Imported {
         reference: &str,
         target: &Target<K>,
     ) -> Result<Made, BundleError> {
-        if let Some(problem) = self.embedding_problem(target) {
+        if let Some(problem) = self.contradiction.clone().or_else(|| self.embedding_problem(target)) {
             return Err(BundleError::draft(&self.path, "imported", vec![problem]));
         }
         let config = Eagle3Config {

@@ -15,8 +15,8 @@ pub use decode::{
     Generate, PeerKind, Quickstart, TrainPeerKind,
 };
 pub use stages::{
-    Bundle, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport, Capture,
-    Data, DataPrepare, DataPreview, DataVerb, ExportFormat, Regenerate, Run, RunArgs, Status, Train,
+    Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,
+    Capture, Data, DataPrepare, DataPreview, DataVerb, ExportFormat, Regenerate, Run, RunArgs, Status, Train,
 };
 
 /// Trains, packages and measures draft models for speculative decoding.
@@ -56,6 +56,7 @@ pub enum Verb {
     Capture(Capture),
     Train(Train),
     Bundle(Bundle),
+    Inspect(Inspect),
     Generate(Generate),
     Bench(Bench),
 }
@@ -152,6 +153,26 @@ pub struct Pull {
     #[arg(long, value_name = "HEX")]
     pub sha256: Option<String>,
     /// Print one JSON object: path, reference, sha256, bytes, cached.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Shows what lies at a path as a tree: any model, draft, bundle, cache, checkpoint, token file or run.
+///
+/// Tensors with type, shape, size and hash; files with size and hash; what they say about themselves.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  draftsmith inspect model.gguf\n  draftsmith inspect runs/smoke/bundle --json\n  \
+                        draftsmith inspect runs/smoke --no-hashes"
+)]
+pub struct Inspect {
+    /// File or folder.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+    /// Do not read every byte for its hash.
+    #[arg(long)]
+    pub no_hashes: bool,
+    /// Print one JSON object: name, kind, bytes, dtype, shape, sha256, facts, children.
     #[arg(long)]
     pub json: bool,
 }

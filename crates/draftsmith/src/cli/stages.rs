@@ -125,6 +125,7 @@ pub enum BundleVerb {
     Export(BundleExport),
     VerifyExport(BundleVerifyExport),
     Import(BundleImport),
+    Card(BundleCard),
 }
 
 /// Puts the best checkpoint of a run into one folder: weights, vocabulary map, provenance, model card.
@@ -207,6 +208,27 @@ pub struct BundleVerifyExport {
     #[arg(long, value_name = "DIR")]
     pub bundle: PathBuf,
     /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Writes a bundle's model card, results and recommended setting anew from records of `bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bundle card bundles/draft --base-model ORG/MODEL\n  \
+    draftsmith bench --bundle bundles/draft --workload w.jsonl --report measured\n  \
+    draftsmith bundle card bundles/draft --record measured/w.json")]
+pub struct BundleCard {
+    /// The bundle.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Records that become its results; may be given several times (default: those it has).
+    #[arg(long, value_name = "FILE")]
+    pub record: Vec<PathBuf>,
+    /// Repository of the target on the Hugging Face hub, for model card and engines.
+    #[arg(long, value_name = "ORG/NAME")]
+    pub base_model: Option<String>,
+    /// Print one JSON object: path, recommended.
     #[arg(long)]
     pub json: bool,
 }

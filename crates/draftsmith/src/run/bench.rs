@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use draftsmith_bench::record::Drafting;
 use draftsmith_bench::{
     BASELINE, Contract, MeasureOptions, Record, ReportOptions, RunOptions, TrainingCurve, TrainingPoint,
     Workload, report_html_with, run_workload, summarize,
 };
-use draftsmith_bundle::{Measured, MeasuredResult};
+use draftsmith_bundle::{Measured, MeasuredResult, Shape};
 use draftsmith_core::Sampling;
 use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
@@ -117,7 +118,7 @@ impl Run<'_> {
 }
 
 /// A record as the bundle's tables show it.
-fn measured(record: &Record) -> Result<MeasuredResult, Error> {
+pub(crate) fn measured(record: &Record) -> Result<MeasuredResult, Error> {
     let summary = summarize(record);
     let estimate = |e: &Option<draftsmith_bench::Estimate>| {
         e.map(|e| Measured { value: e.value, ci95: e.interval.map(|i| [i.low, i.high]) })
@@ -126,6 +127,13 @@ fn measured(record: &Record) -> Result<MeasuredResult, Error> {
     Ok(MeasuredResult {
         workload: record.workload.name.clone(),
         drafting: settings.drafting.label(),
+        shape: match settings.drafting {
+            Drafting::Auto => None,
+            Drafting::Chain { depth } => Some(Shape { depth, num_draft_tokens: depth, top_k: 1 }),
+            Drafting::Tree { depth, top_k, num_draft_tokens } => {
+                Some(Shape { depth, num_draft_tokens, top_k })
+            }
+        },
         sampling: match settings.temperature <= 0.0 {
             true => "greedy".to_string(),
             false => format!("temperature {}, top-p {}", settings.temperature, settings.top_p),

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
+use crate::pull::Reference;
 
 /// Stands for a licence that nobody told us.
 const UNKNOWN_LICENSE: &str = "LicenseRef-unknown";
@@ -68,7 +69,7 @@ impl Run<'_> {
             target: TargetInfo {
                 references: self.file.target.source.0.clone(),
                 license: target_license(&target.path),
-                hub_name: hub_name(&self.file.target.source.0),
+                hub_name: hub_name(self.file.bundle.base_model.as_deref(), &self.file.target.source.0)?,
                 ..target.info()
             },
             training: TrainingInfo {
@@ -97,8 +98,9 @@ impl Run<'_> {
             license_text: license_text(&license),
             notice: self.notice(&strings(&data["origins"]), &strings(&data["licenses"])),
             license,
+            recommended: Recommended::measured(&results)
+                .unwrap_or_else(|| Recommended::chain(depth, because)),
             results,
-            recommended: Recommended::chain(depth, because),
             run_toml,
             report_html,
             probe_inputs: Vec::new(),
@@ -152,10 +154,22 @@ fn spdx(name: &str) -> String {
     .to_string()
 }
 
-/// `ORG/NAME` of the first hub reference.
-pub(crate) fn hub_name(sources: &[String]) -> Option<String> {
-    let rest = sources.iter().find_map(|s| s.strip_prefix("hf:"))?;
-    rest.split([':', '@']).next().map(str::to_string)
+/// The repository of the base model: as named, or that of the first hub reference.
+pub(crate) fn hub_name(named: Option<&str>, sources: &[String]) -> Result<Option<String>, Error> {
+    if let Some(name) = named {
+        return match format!("hf:{name}").parse() {
+            Ok(Reference::Hf { repo, file: None, .. }) if repo == name => Ok(Some(repo)),
+            _ => Err(Error::input(
+                format!("base model `{name}` is no repository on the hub"),
+                "write it as `ORG/NAME`, without `hf:`, revision or file",
+            )),
+        };
+    }
+    let mut references = sources.iter().filter_map(|s| s.parse().ok());
+    Ok(references.find_map(|reference| match reference {
+        Reference::Hf { repo, .. } => Some(repo),
+        Reference::Pip { .. } | Reference::Path(_) => None,
+    }))
 }
 
 pub(crate) fn license_text(license: &str) -> String {

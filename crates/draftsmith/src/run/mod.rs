@@ -5,7 +5,7 @@
 //! killed at any moment and called again.
 
 mod answers;
-mod bench;
+pub(crate) mod bench;
 pub(crate) mod bundle;
 mod capture;
 mod data;
@@ -320,6 +320,7 @@ fn check_bundle_keys(file: &RunFile) -> Result<(), Error> {
             "name the licence of the draft's weights as an SPDX expression, for example `Apache-2.0`",
         ));
     }
+    bundle::hub_name(file.bundle.base_model.as_deref(), &[])?;
     for workload in &file.bench.workloads {
         if !workload.is_file() {
             return Err(Error::input(

@@ -1,4 +1,4 @@
-//! `draftsmith bundle check`, `export`, `verify-export` and `import`.
+//! `draftsmith bundle check`, `export`, `verify-export`, `import` and `card`.
 
 use draftsmith::Error;
 use draftsmith::bundle::{
@@ -7,7 +7,7 @@ use draftsmith::bundle::{
 };
 use draftsmith::cli::{self, ExportFormat};
 use draftsmith::engine::{LoadedTarget, default_threads, locate};
-use draftsmith::imports::{ImportOptions, import_draft};
+use draftsmith::imports::{ImportOptions, import_draft, rewrite_card};
 use draftsmith::kernels::Cpu;
 use draftsmith::target::gguf_tokenizer;
 use serde_json::json;
@@ -118,7 +118,7 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
                 Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into()),
             )
         })?;
-        draft.config.target_layer_ids = Some(layers);
+        draft.set_layers(layers);
     }
     let target = load(&args.target, session)?;
     let made = import_draft(
@@ -152,6 +152,24 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
         map.target_vocab(),
         made.manifest.draft.target_layer_ids,
         warnings(&made.warnings)
+    ))?;
+    Ok(0)
+}
+
+pub(crate) fn card(args: &cli::BundleCard) -> Result<u8, Failure> {
+    let made = rewrite_card(&args.dir, &args.record, args.base_model.as_deref())?;
+    let recommended = &made.manifest.recommended;
+    if args.json {
+        printer::json(&json!({ "path": made.path, "recommended": recommended }))?;
+        return Ok(0);
+    }
+    printer::out(&format!(
+        "{}\n  recommended: depth {}, top-k {}, {} draft tokens ({})\n",
+        made.path.display(),
+        recommended.depth,
+        recommended.top_k,
+        recommended.num_draft_tokens,
+        recommended.because
     ))?;
     Ok(0)
 }

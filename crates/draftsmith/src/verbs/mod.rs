@@ -9,6 +9,7 @@ pub(crate) mod bundle;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod generate;
+pub(crate) mod inspect;
 pub(crate) mod pull;
 pub(crate) mod quickstart;
 pub(crate) mod serve_gap;

@@ -1,5 +1,6 @@
 //! The binary as its users see it: stdout, stderr and exit code.
 
+mod bundles;
 mod cli;
 mod decode;
 mod fake_openai;

@@ -184,7 +184,11 @@ pub struct CacheManifest {
 }
 
 impl CacheManifest {
-    fn read(dir: &Path) -> Result<Option<CacheManifest>, CacheError> {
+    /// Reads and checks the manifest of a cache folder, finished or not; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`CacheError::Manifest`], [`CacheError::Version`].
+    pub fn read(dir: &Path) -> Result<Option<CacheManifest>, CacheError> {
         let path = dir.join(MANIFEST_NAME);
         if !path.exists() {
             return Ok(None);

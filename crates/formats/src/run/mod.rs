@@ -539,6 +539,9 @@ pub struct BundleTable {
     pub name: Option<String>,
     /// Licence of the draft's weights on the model card, as an SPDX expression.
     pub license: Option<String>,
+    /// Repository of the model that the target was converted from, `ORG/NAME` on the Hugging Face hub, for the model
+    /// card and other engines. Default: the repository of the first `hf:` source.
+    pub base_model: Option<String>,
 }
 
 /// Measurement of the finished bundle.

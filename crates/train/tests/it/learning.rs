@@ -235,6 +235,20 @@ fn a_checkpoint_of_another_run_is_refused() {
     let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
     let error = train(&mut method, &mut Memory(random.rows.clone()), &other, hooks).unwrap_err();
     assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
+    // Two numbers exchanged: a readable file of the right size, with other weights.
+    let tensors = dir.path().join("checkpoints/step-00000003/tensors.safetensors");
+    let mut bytes = std::fs::read(&tensors).unwrap();
+    let end = bytes.len();
+    let other = (1..).find(|i| bytes[end - 4 * i - 4..end - 4 * i] != bytes[end - 4..]).unwrap();
+    for i in 0..4 {
+        bytes.swap(end - 4 + i, end - 4 * other - 4 + i);
+    }
+    std::fs::write(&tensors, bytes).unwrap();
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let error =
+        train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
+    assert!(error.to_string().contains("`tensors.safetensors` has hash"), "{error}");
+    assert!(error.hint().is_some());
     std::fs::write(dir.path().join("checkpoints/step-00000003/state.json"), "{").unwrap();
     let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
     let error =
