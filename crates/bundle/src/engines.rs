@@ -40,7 +40,7 @@ pub fn launch(manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
                 "SGLang",
                 format!(
                     "python3 -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 \\\n  \
-                     --speculative-draft-model-path {dir} --speculative-num-steps {} \\\n  \
+                     --speculative-draft-model-path {dir} --speculative-num-steps {} \
                      --speculative-eagle-topk {} --speculative-num-draft-tokens {}",
                     r.depth,
                     r.top_k.max(1),

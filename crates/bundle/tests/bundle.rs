@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_bundle::{
     BUNDLE_BYTES_MAX, BundleError, CheckOptions, CheckReport, DataInfo, Existing, MakeInput, Manifest,
     Measured, MeasuredResult, Probe, ProbeInput, Problem, Recommended, Shape, Status, TargetInfo,
-    TrainingInfo, check, expected_tensors, make,
+    TrainingInfo, check, expected_tensors, input_of, make, remake,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
@@ -698,7 +698,9 @@ fn the_card_says_what_was_measured_and_how_to_run_it() {
         "--speculative-algorithm EAGLE3",
         "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6",
         "\"method\": \"eagle3\"",
-        "`convert_hf_to_gguf.py`",
+        "max_draft_len: 5",
+        "draftsmith bundle export DIR --format vllm --out DIR-vllm",
+        "-md DIR-gguf/draft.gguf --spec-type draft-eagle3 --spec-draft-n-max 5",
         "1,500 optimiser steps, 1,200,000 trained tokens seen, peak learning rate 1e-4, seed 7, 90 minutes",
         "| prompts-mini | 3,000 | 900,000 | 600,000 | MIT, CC0-1.0 |",
         "width 64, 24 of 40 token ids",
@@ -766,4 +768,54 @@ fn a_spoilt_manifest_or_probe_is_told_and_never_a_panic() {
         std::fs::write(dir.join("probe.safetensors"), &bytes).unwrap();
         assert!(!checked(&dir).holds, "byte {i}");
     }
+}
+
+#[test]
+fn the_setting_that_measured_best_over_all_workloads_is_recommended() {
+    let base = input(Path::new("/")).results.remove(0);
+    let result = |workload: &str, depth: u32, speedup: f64| MeasuredResult {
+        workload: workload.into(),
+        shape: (depth > 0).then_some(Shape { depth, num_draft_tokens: depth, top_k: 1 }),
+        speedup: Some(Measured { value: speedup, ci95: None }),
+        ..base.clone()
+    };
+    let mut results = vec![
+        result("a", 5, 0.8),
+        result("b", 5, 0.9),
+        // Better on one, worse over both.
+        result("a", 7, 1.2),
+        result("b", 7, 0.5),
+        // Not measured on the second workload.
+        result("a", 2, 2.0),
+        result("a", 0, 1.1),
+        result("b", 0, 1.1),
+    ];
+    let best = Recommended::measured(&results).unwrap();
+    assert_eq!((best.depth, best.top_k, best.num_draft_tokens), (5, 1, 5));
+    assert_eq!(
+        best.because,
+        "best of 3 fixed settings measured on a, b: 0.85x over target-only decoding, accept length 2.31; \
+         automatic drafting 1.10x"
+    );
+    // Of equals the shorter one: verifying less is never slower elsewhere.
+    results.extend([result("a", 3, 0.8), result("b", 3, 0.9)]);
+    assert_eq!(Recommended::measured(&results).unwrap().depth, 3);
+    results.retain(|r| r.shape.is_none());
+    assert_eq!(Recommended::measured(&results), None);
+    assert_eq!(Recommended::measured(&[]), None);
+}
+
+#[test]
+fn a_bundle_made_again_from_itself_keeps_weights_and_probe() {
+    let (_root, dir) = made();
+    let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    let (weights, probe) = (read("model.safetensors"), read("probe.safetensors"));
+    let mut again = input_of(&dir).unwrap();
+    again.target.hub_name = Some("other/Base".into());
+    let made = remake(&again).unwrap();
+    assert_eq!(made.manifest.target.hub_name.as_deref(), Some("other/Base"));
+    assert!(weights == read("model.safetensors") && probe == read("probe.safetensors"));
+    let card = String::from_utf8(read("README.md")).unwrap();
+    assert!(card.contains("base_model: \"other/Base\"") && card.contains("vllm serve other/Base"), "{card}");
+    assert!(checked(&dir).holds);
 }
