@@ -68,7 +68,7 @@ pub enum BundleError {
         path: PathBuf,
     },
     /// A GGUF file is to be written, and nothing to take its tokenizer from.
-    #[error("a GGUF draft carries the target's tokenizer, and no target in GGUF form was given")]
+    #[error("a GGUF draft carries the target's tokenizer, and no target was given")]
     NoTokenizer,
     /// A field that a bundle must not be without.
     #[error("a bundle needs `{field}`, but it is empty")]
@@ -141,7 +141,7 @@ impl BundleError {
                  (`.bin`, `.pt`) must be converted to safetensors first"
                     .into(),
             ),
-            BundleError::NoTokenizer => Some("name the target's GGUF file with `--target`".into()),
+            BundleError::NoTokenizer => Some("name the target with `--target`".into()),
             BundleError::Gguf(e) => e.hint(),
             BundleError::MissingField { field } => {
                 Some(format!("set `{field}` in the `[bundle]` table of the run file"))

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::{GgufError, GgufFile, GgufValue};
+use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
 use draftsmith_formats::hash;
 use draftsmith_text::{ChatTemplate, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
 
@@ -127,16 +127,44 @@ fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError
     Ok((tokenizer, file.find_str("tokenizer.chat_template")?.map(str::to_string)))
 }
 
-/// `tokenizer.*` of a GGUF file as it stands there; nothing for a model folder.
+/// `tokenizer.*` for a GGUF file of a target: as it stands in the target's own, or made from `tokenizer.json`.
 ///
 /// # Errors
-/// [`GgufError`] if the file is broken.
-pub fn gguf_tokenizer(path: &Path) -> Result<Vec<(String, GgufValue)>, GgufError> {
-    if path.is_dir() {
-        return Ok(Vec::new());
+/// A broken file; a tokenizer without a GGUF form.
+pub fn gguf_tokenizer(path: &Path) -> Result<Vec<(String, GgufValue)>, TargetTextError> {
+    if !path.is_dir() {
+        let file = GgufFile::open(path)?;
+        return Ok(file
+            .metadata()
+            .iter()
+            .filter(|(key, _)| key.starts_with("tokenizer."))
+            .cloned()
+            .collect());
     }
-    let file = GgufFile::open(path)?;
-    Ok(file.metadata().iter().filter(|(key, _)| key.starts_with("tokenizer.")).cloned().collect())
+    let (tokenizer, template) = from_folder(path)?;
+    let json = atomic::read(path.join("tokenizer.json"))?;
+    let plain = GgufTokenizer::of(&json, &tokenizer)
+        .map_err(|source| TargetTextError::Text { path: path.to_path_buf(), source })?;
+    let mut keys = vec![
+        ("model", GgufValue::Str(plain.model)),
+        ("tokens", GgufValue::Array(GgufArray::Str(plain.tokens))),
+        ("token_type", GgufValue::Array(GgufArray::I32(plain.token_types))),
+        ("merges", GgufValue::Array(GgufArray::Str(plain.merges))),
+    ];
+    keys.extend(plain.pre.map(|pre| ("pre", GgufValue::Str(pre))));
+    keys.extend(plain.add_bos.map(|add| ("add_bos_token", GgufValue::Bool(add))));
+    for (key, id) in [
+        ("bos_token_id", plain.bos_id),
+        ("eos_token_id", plain.eos_ids.first().copied()),
+        ("unknown_token_id", plain.unk_id),
+        ("padding_token_id", plain.pad_id),
+    ] {
+        keys.extend(id.map(|id| (key, GgufValue::U32(id))));
+    }
+    let mut named: Vec<_> =
+        keys.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect();
+    named.extend(template.map(|text| ("tokenizer.chat_template".to_string(), GgufValue::Str(text))));
+    Ok(named)
 }
 
 fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {

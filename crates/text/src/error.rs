@@ -30,6 +30,12 @@ pub enum TextError {
         /// The names known.
         known: String,
     },
+    /// A `tokenizer.json` that GGUF metadata cannot say.
+    #[error("`tokenizer.json` has no GGUF form: {why}")]
+    NoGgufForm {
+        /// Why.
+        why: String,
+    },
     /// GGUF tokenizer metadata contradicts itself.
     #[error("GGUF tokenizer: {detail}")]
     BadGguf {
@@ -102,6 +108,7 @@ impl TextError {
             TextError::UnsupportedModel { .. } | TextError::UnsupportedPre { .. } => {
                 "use the model's safetensors folder; its `tokenizer.json` is read as it is".into()
             }
+            TextError::NoGgufForm { .. } => "name the target's GGUF file, whose tokenizer is copied".into(),
             TextError::BadGguf { .. } => "the file is damaged or made by an old converter; convert the model again".into(),
             TextError::ConfigJson { file, .. } => format!("check the JSON of `{file}`"),
             TextError::TemplateSyntax { .. } => "check the template; it is read as the Hugging Face library reads it".into(),

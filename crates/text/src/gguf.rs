@@ -50,10 +50,14 @@ const END_NAMES: [&str; 9] = [
     "</s>",
 ];
 
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(crate) const NORMAL: i32 = 1;
+pub(crate) const CONTROL: i32 = 3;
+pub(crate) const USER_DEFINED: i32 = 4;
+pub(crate) const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
+
+/// Names of splits that are built here, the first of each.
+pub(crate) const PRE_NAMES: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"];
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -87,7 +91,7 @@ fn split_of(pre: Option<&str>) -> Result<Split, TextError> {
         other => {
             return Err(TextError::UnsupportedPre {
                 pre: other.to_owned(),
-                known: "`gpt-2`, `smollm`, `default`, `llama-bpe`, `qwen2`".to_owned(),
+                known: PRE_NAMES.map(|name| format!("`{name}`")).join(", "),
             });
         }
     })

@@ -17,6 +17,7 @@ mod python_json;
 mod stream;
 mod strftime;
 mod template;
+mod to_gguf;
 mod tokenizer;
 
 pub use config::TokenizerConfig;

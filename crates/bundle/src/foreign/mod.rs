@@ -64,6 +64,6 @@ impl Layout {
 pub struct TargetFacts<'a> {
     /// Shapes and switches.
     pub config: &'a TargetConfig,
-    /// `tokenizer.*` of a GGUF file; empty if the target is no GGUF file.
+    /// `tokenizer.*` of a GGUF file; only [`Layout::Gguf`] needs it.
     pub tokenizer: &'a [(String, GgufValue)],
 }

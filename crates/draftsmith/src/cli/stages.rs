@@ -182,7 +182,7 @@ pub struct BundleExport {
     /// Folder to be made.
     #[arg(long, value_name = "DIR2")]
     pub out: PathBuf,
-    /// The target (`gguf` needs it as a GGUF file: the draft carries its tokenizer).
+    /// The target; `gguf` needs it, for the draft carries its tokenizer.
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
     /// Replace the folder if it is there.

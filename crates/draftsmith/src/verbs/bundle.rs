@@ -49,7 +49,10 @@ fn existing(replace: bool) -> Existing {
 pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, Failure> {
     Manifest::read(&args.dir).map_err(Error::from)?;
     let target = args.target.as_ref().map(|reference| load(reference, session)).transpose()?;
-    let tokenizer = target.as_ref().map(|t| gguf_tokenizer(&t.path)).transpose().map_err(Error::from)?;
+    let tokenizer = match (&target, args.format) {
+        (Some(target), ExportFormat::Gguf) => gguf_tokenizer(&target.path).map_err(Error::from)?,
+        _ => Vec::new(),
+    };
     let exported = draftsmith::bundle::export(&ExportInput {
         bundle: &args.dir,
         layout: match args.format {
@@ -62,8 +65,7 @@ pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, 
         existing: existing(args.replace),
         target: target
             .as_ref()
-            .zip(tokenizer.as_deref())
-            .map(|(target, tokenizer)| TargetFacts { config: target.target.config(), tokenizer }),
+            .map(|target| TargetFacts { config: target.target.config(), tokenizer: &tokenizer }),
     })
     .map_err(Error::from)?;
     if args.json {

@@ -5,6 +5,7 @@ use draftsmith::core::VocabMap;
 use draftsmith::formats::safetensors_dir::{SafetensorsDir, TensorData};
 use draftsmith::model::TargetConfig;
 use draftsmith::model::eagle3::Eagle3Config;
+use draftsmith::target::TargetText;
 use draftsmith::train::DraftWeights;
 use draftsmith::train::eagle3::random_weights;
 use insta::assert_snapshot;
@@ -57,13 +58,22 @@ fn an_imported_draft_is_a_bundle_that_checks_exports_and_decodes() {
     let target = target();
     let checked = home.run(&["bundle", "check", "bundle", "--target", &target, "--json"]).json();
     assert_eq!(checked["holds"], true);
-    for format in ["sglang", "vllm", "speculators"] {
-        let exported =
-            home.run(&["bundle", "export", "bundle", "--format", format, "--out", format, "--json"]).json();
+    for format in ["sglang", "vllm", "speculators", "gguf"] {
+        let args = [
+            "bundle", "export", "bundle", "--format", format, "--out", format, "--target", &target, "--json",
+        ];
+        let exported = home.run(&args).json();
         assert!(exported["launch"][0]["command"].as_str().unwrap().contains(format), "{exported}");
         let same = home.run(&["bundle", "verify-export", format, "--bundle", "bundle", "--json"]).json();
         assert_eq!(same["holds"], true, "{same}");
     }
+    // The tokenizer that the GGUF draft carries is the target's.
+    let carried = TargetText::open(&home.path().join("gguf/draft.gguf"), None).unwrap();
+    let own = TargetText::open(target.as_ref(), None).unwrap();
+    for text in ["Calculate 22 + 20.", "it's  1234\n\nÜ 日本 <|im_end|>"] {
+        assert_eq!(carried.tokenizer.encode(text, true).unwrap(), own.tokenizer.encode(text, true).unwrap());
+    }
+    assert!(carried.template.is_some() == own.template.is_some());
     let args = ["generate", "--target", &target, "--bundle", "bundle", "--prompt", "Calculate 2 + 3."];
     let proved =
         home.run(&[args.as_slice(), &["--depth", "3", "--prove", "--max-new-tokens", "12"]].concat());
@@ -102,11 +112,9 @@ fn drafts_that_cannot_be_imported_are_named() {
 #[test]
 fn exports_that_cannot_be_made_are_named() {
     let home = with_bundle();
-    let target = target();
     let export = |more: &[&str]| home.snapshot(&[&["bundle", "export"], more].concat());
     assert_snapshot!(export(&["theirs", "--format", "vllm", "--out", "out"]));
     assert_snapshot!(export(&["bundle", "--format", "gguf", "--out", "out"]));
-    assert_snapshot!(export(&["bundle", "--format", "gguf", "--out", "out", "--target", &target]));
     assert_snapshot!(export(&["bundle", "--format", "vllm", "--out", "theirs"]));
     assert_snapshot!(export(&["bundle", "--format", "onnx", "--out", "out"]));
 }

@@ -47,6 +47,36 @@ fn metadata_and_tokenizer_json_of_one_vocabulary_agree() {
 }
 
 #[test]
+fn a_tokenizer_json_becomes_the_metadata_that_a_converter_writes() {
+    let folder = format!("{}/../../fixtures/tiny-target", env!("CARGO_MANIFEST_DIR"));
+    let file =
+        |name: &str| std::fs::read(format!("{folder}/{name}")).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let json = file("tokenizer.json");
+    let config = TokenizerConfig::parse(&file("tokenizer_config.json"), None).expect("it parses");
+    let tokenizer = config.tokenizer(&json).expect("it builds");
+    let made = GgufTokenizer::of(&json, &tokenizer).expect("it has a form");
+    let path = format!("{}/../../fixtures/gguf/tokenizer.gguf", env!("CARGO_MANIFEST_DIR"));
+    let (wanted, _) = gguf_tokenizer(&std::fs::read(path).expect("the fixture is there"));
+    assert_eq!(made.pre.as_deref(), Some("smollm"));
+    assert_eq!((&made.model, &made.tokens, &made.merges), (&wanted.model, &wanted.tokens, &wanted.merges));
+    assert_eq!(made.token_types, wanted.token_types);
+    assert_eq!(made.build().expect("it builds").content_hash(), tokenizer.content_hash());
+
+    // Another way of splitting is another name, and an unknown one an error.
+    let with = |from: &str, to: &str| {
+        let text = String::from_utf8(json.clone()).expect("text").replace(from, to);
+        let other = Tokenizer::from_json(text.as_bytes(), SpecialIds::default()).expect("it builds");
+        GgufTokenizer::of(text.as_bytes(), &other)
+    };
+    let compact = "\"individual_digits\": true";
+    let from =
+        if String::from_utf8_lossy(&json).contains(compact) { compact } else { "\"individual_digits\":true" };
+    let split = with(from, &from.replace("true", "false")).map(|t| t.pre);
+    assert!(matches!(&split, Err(TextError::NoGgufForm { .. })), "{split:?}");
+    assert!(split.unwrap_err().hint().is_some());
+}
+
+#[test]
 fn every_byte_and_every_control_token_is_in_each_draft_vocabulary() {
     let tokenizer = byte_level(&["<|im_end|>"]);
     assert_eq!(tokenizer.byte_ids().len(), 256);
