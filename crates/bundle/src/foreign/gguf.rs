@@ -142,8 +142,10 @@ pub(crate) fn config(file: &GgufFile<'_>) -> Result<Result<Eagle3Config, Problem
         Some(n) => n as usize,
         None => file.get_str_array("tokenizer.ggml.tokens")?.len(),
     };
-    let draft_vocab_size =
-        file.find_tensor("d2t").and_then(|t| t.dims.first().copied()).unwrap_or(vocab_size);
+    // The head has a row, the map an entry for each id; without either the draft speaks the whole vocabulary.
+    let rows = file.find_tensor("output.weight").and_then(|t| t.dims.get(1));
+    let entries = file.find_tensor("d2t").and_then(|t| t.dims.first());
+    let draft_vocab_size = rows.or(entries).copied().unwrap_or(vocab_size);
     let rope_theta = file.find_f32(&key("rope.freq_base"))?.unwrap_or(10_000.0);
     let rope_scaling = match file.find_str(&key("rope.scaling.type"))? {
         None | Some("none") => RopeScaling::None,

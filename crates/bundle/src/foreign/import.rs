@@ -222,10 +222,12 @@ pub fn import_gguf(path: &Path, file: &GgufFile<'_>) -> Result<Imported, BundleE
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
     for info in file.tensors() {
         let shape: Vec<usize> = info.dims.iter().rev().copied().collect();
-        let internal = match gguf::internal_name(&info.name) {
-            Some(name) => name.to_owned(),
-            None if info.name == "token_embd.weight" => EMBEDDING.to_owned(),
-            None => info.name.clone(),
+        let internal = match (gguf::internal_name(&info.name), info.name.as_str()) {
+            (Some(name), _) => name.to_owned(),
+            (None, "token_embd.weight") => EMBEDDING.to_owned(),
+            (None, gguf::ROPE_FREQS) => gguf::ROPE_FREQS.to_owned(),
+            // Never an internal name by chance: what GGUF does not know belongs to no part.
+            (None, other) => format!("gguf:{other}"),
         };
         let data = file.data(info);
         let values = match info.ggml_type {
