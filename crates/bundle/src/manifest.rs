@@ -205,10 +205,10 @@ impl Recommended {
         let (best, shape) = scored.reduce(|best, other| if other.0 > best.0 { other } else { best })?;
         let accept_len = mean(Some(shape), |r| r.accept_len.map(|m| m.value));
         let mut because = format!(
-            "best of {} measured on {}: {best:.2}x over target-only decoding",
+            "{} measured on {}: {best:.2}x over target-only decoding",
             match shapes.len() {
-                1 => "one fixed setting".to_owned(),
-                n => format!("{n} fixed settings"),
+                1 => "the only fixed setting".to_owned(),
+                n => format!("best of {n} fixed settings"),
             },
             workloads.iter().copied().collect::<Vec<_>>().join(", "),
         );
