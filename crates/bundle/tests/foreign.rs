@@ -140,7 +140,8 @@ fn each_layout_numbers_layers_by_the_one_key_that_its_engines_read() {
     for layout in [Layout::Vllm, Layout::Speculators] {
         let config = config(layout);
         assert_eq!((nested(&config), top(&config)), (Value::Null, json!([1, 2, 3])), "{}", layout.name());
-        assert!(!config.to_string().contains("null,"), "no `null` where a number is expected: {config}");
+        let nulls = config.as_object().unwrap().values().any(Value::is_null);
+        assert!(!nulls, "`null` where a number is expected: {config}");
     }
     let speculators = config(Layout::Speculators);
     assert_eq!(speculators["transformer_layer_config"]["vocab_size"], 1024);
@@ -259,7 +260,7 @@ fn check_named(dir: &Path, layout: Layout, bundle: &Path, target: &Target<Cpu>, 
     assert!(names.iter().any(|name| error.contains(&format!("`{name}`"))), "{place}: {error}");
     let report = verified(dir, bundle, target);
     let told = |name: &&str| report.failures().any(|p| p.to_string().contains(&format!("`{name}`")));
-    assert!(names.iter().all(|name| told(&name)), "{place}:\n{}", report.text());
+    assert!(names.iter().all(told), "{place}:\n{}", report.text());
 }
 
 #[test]
@@ -442,10 +443,8 @@ fn a_draft_whose_ids_stand_in_another_order_is_the_same_draft() {
         let mut all = parts(&dir, layout);
         let head = all.iter().position(|p| p.name == "lm_head.weight" || p.name == "output.weight").unwrap();
         let row = all[head].bytes.len() / VD;
-        let reversed = |bytes: &[u8], size: usize| -> Vec<u8> {
-            bytes.chunks_exact(size).rev().flatten().copied().collect()
-        };
-        all[head].bytes = reversed(&all[head].bytes, row);
+        let rows = all[head].bytes.chunks_exact(row).rev();
+        all[head].bytes = rows.flatten().copied().collect();
         let d2t = all.iter().position(|p| p.name == "d2t").unwrap();
         let ids = (0..VD as i64).rev().map(|i| 100 + 2 * i).enumerate();
         let stored = |(draft, id): (usize, i64)| if layout == Layout::Gguf { id } else { id - draft as i64 };
@@ -609,6 +608,7 @@ fn a_draft_that_went_out_and_came_back_proposes_the_same() {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "a comparison that did not happen must be seen")]
 fn the_gguf_package_reads_the_same_numbers_where_it_is_installed() {
     let python = std::env::var("DRAFTSMITH_PYTHON").unwrap_or_else(|_| "python3".into());
     let run = |args: &[&std::ffi::OsStr]| std::process::Command::new(&python).args(args).output();

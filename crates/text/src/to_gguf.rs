@@ -73,7 +73,12 @@ impl GgufTokenizer {
             add_bos: Some(special.add_bos),
             add_space_prefix: None,
         };
-        for pre in PRE_NAMES {
+        // Where the vocabulary cannot tell two of them apart, the one with the same steps: only `smollm` splits digits.
+        let mut names = PRE_NAMES;
+        if json["pre_tokenizer"].to_string().contains("\"Digits\"") {
+            names.swap(0, 1);
+        }
+        for pre in names {
             let candidate = GgufTokenizer { pre: Some(pre.to_owned()), ..plain.clone() };
             if same_ids(&candidate.build()?, tokenizer)? {
                 return Ok(candidate);

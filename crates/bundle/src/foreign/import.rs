@@ -492,7 +492,13 @@ impl Imported {
             layout: self.layout.name().to_owned(),
             weights_sha256: sha256_file(&self.weights)?,
         });
-        make_with_target(&input, target)
+        // What is wrong is wrong with the draft that was given, not with its copy.
+        make_with_target(&input, target).map_err(|error| match error {
+            BundleError::Draft { problem, more, .. } => {
+                BundleError::Draft { path: self.path.clone(), action: "imported", problem, more }
+            }
+            other => other,
+        })
     }
 
     /// What is wrong with the embedding that came along, if it is not the target's.

@@ -24,7 +24,8 @@ fn foreign_draft(home: &Home, change: impl FnOnce(&mut Eagle3Config)) {
     change(&mut config);
     let mut tensors = random_weights(&config, 1);
     // Trained weights do not have the spread of initial ones.
-    tensors.iter_mut().flat_map(|t| &mut t.values).for_each(|x| *x *= 2.0);
+    let matrices = tensors.iter_mut().filter(|t| t.shape.len() > 1);
+    matrices.flat_map(|t| &mut t.values).for_each(|x| *x *= 2.0);
     let ids: Vec<u32> = (0..64).map(|i| 7 * i).collect();
     let weights = DraftWeights {
         method: "eagle3",
