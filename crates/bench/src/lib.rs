@@ -21,8 +21,8 @@ pub mod stats;
 mod summary;
 pub mod table;
 pub mod timing;
-pub mod tune;
 pub mod train;
+pub mod tune;
 mod workload;
 
 pub use doubts::Doubt;

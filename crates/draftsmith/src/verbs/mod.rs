@@ -3,8 +3,8 @@
 pub(crate) mod bench;
 pub(crate) mod bench_decode;
 pub(crate) mod bench_identity;
-pub(crate) mod bench_tune;
 pub(crate) mod bench_train;
+pub(crate) mod bench_tune;
 pub(crate) mod bundle;
 pub(crate) mod data;
 pub(crate) mod doctor;
