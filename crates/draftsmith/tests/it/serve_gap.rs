@@ -53,7 +53,7 @@ fn an_engine_that_says_the_same_has_no_gap() {
 
 #[test]
 fn an_engine_that_chooses_another_token_is_named_with_row_and_token() {
-    let change = |prompt: &str, said: Said| match prompt.contains("5") {
+    let change = |prompt: &str, said: Said| match prompt.contains("boxes") {
         true => Said { text: format!("{} zebra", said.text.chars().take(6).collect::<String>()), cut: false },
         false => said,
     };
@@ -69,10 +69,11 @@ fn an_engine_that_chooses_another_token_is_named_with_row_and_token() {
 
 #[test]
 fn an_engine_that_stops_early_is_named_by_its_end() {
-    let change = |_: &str, said: Said| Said { text: said.text.chars().take(4).collect(), cut: false };
+    let change = |_: &str, said: Said| Said { text: said.text.split(' ').next().unwrap().into(), cut: false };
     let (code, found) = check(protocol(), change, &[]);
-    assert_eq!((code, &found["same"]), (1, &0.into()), "{found}");
-    assert_eq!(found["differences"][0]["theirs"], "<|im_end|>", "{found}");
+    assert_eq!(code, 1, "{found}");
+    let ends = found["differences"].as_array().unwrap().iter().filter(|d| d["theirs"] == "<|im_end|>");
+    assert!(ends.count() > 0, "{found}");
 }
 
 #[test]
