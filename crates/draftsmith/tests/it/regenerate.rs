@@ -171,7 +171,7 @@ fn a_server_that_reads_another_prompt_or_takes_no_request_is_named_with_a_way_ou
     let retries = ["regenerate.server.retries=1", "regenerate.batch_size=1"];
     insta::assert_snapshot!(check(protocol(), &retries, Some(Fault::Status(503))));
     let redirect = Some(Fault::Status(308));
-    insta::assert_snapshot!(check(protocol(), &[], redirect));
+    insta::assert_snapshot!(check(protocol(), &retries, redirect));
     let nobody = end(
         &home,
         &home.path().join("run"),
