@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::record::{ArtifactInfo, Machine};
 use crate::stats::{Estimate, median, product, ratio};
+use crate::table::with_interval;
 use crate::{BenchError, BoxError};
 
 /// One answer of one side.
@@ -194,13 +195,6 @@ pub fn run_decode(
 
 /// Aligned text.
 pub fn decode_text(report: &DecodeReport) -> String {
-    let estimate = |e: &Option<Estimate>, digits: usize| match e {
-        None => "–".to_owned(),
-        Some(e) => match e.interval {
-            Some(i) => format!("{:.digits$} [{:.digits$}, {:.digits$}]", e.value, i.low, i.high),
-            None => format!("{:.digits$}", e.value),
-        },
-    };
     let width = report.sides.iter().map(|s| s.name.chars().count()).max().unwrap_or(0).max(4);
     let mut out = format!(
         "{:width$}  {:>24}  {:>20}  {:>14}  {:>12}\n",
@@ -212,8 +206,8 @@ pub fn decode_text(report: &DecodeReport) -> String {
         out.push_str(&format!(
             "{:width$}  {:>24}  {:>20}  {:>14}  {:>12}\n",
             side.name,
-            estimate(&side.decode_tokens_per_s, 1),
-            estimate(&side.first_over_this, 2),
+            with_interval(&side.decode_tokens_per_s, 1),
+            with_interval(&side.first_over_this, 2),
             number(side.prefill_tokens_per_s, 0),
             number(side.prefill_first_over_this, 2),
         ));

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::record::Machine;
 use crate::stats::{Estimate, median, ratio};
+use crate::table::with_interval;
 use crate::{BenchError, BoxError};
 
 /// Sizes of the draft and of its data, and the unroll.
@@ -163,13 +164,7 @@ pub fn train_text(report: &TrainReport) -> String {
     for side in &report.sides {
         let number =
             |v: Option<f64>, digits: usize| v.map_or_else(|| "–".into(), |v| format!("{v:.digits$}"));
-        let over = side.this_over_first.map_or_else(
-            || "–".to_owned(),
-            |e| match e.interval {
-                Some(i) => format!("{:.2} [{:.2}, {:.2}]", e.value, i.low, i.high),
-                None => format!("{:.2}", e.value),
-            },
-        );
+        let over = with_interval(&side.this_over_first, 2);
         out.push_str(&format!(
             "{:width$}  {:>10}  {:>8}  {over:>18}  {:>10}  {:>9.3}\n",
             side.name,

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::record::{ArtifactInfo, Drafting, Machine};
 use crate::stats::{Estimate, product, ratio};
+use crate::table::with_interval;
 use crate::{BenchError, BoxError};
 
 /// Groups per load at least, so that an interval can be given.
@@ -159,13 +160,6 @@ fn groups(prompts: usize, sequences: usize) -> Vec<Vec<usize>> {
 
 /// Aligned text.
 pub fn tune_text(report: &TuneReport) -> String {
-    let estimate = |e: &Option<Estimate>, digits: usize| match e {
-        None => "–".to_owned(),
-        Some(Estimate { value, interval: Some(i), .. }) => {
-            format!("{value:.digits$} [{:.digits$}, {:.digits$}]", i.low, i.high)
-        }
-        Some(e) => format!("{:.digits$}", e.value),
-    };
     let mut out = String::new();
     for load in &report.loads {
         let one = if load.sequences == 1 { "sequence" } else { "sequences" };
@@ -180,8 +174,8 @@ pub fn tune_text(report: &TuneReport) -> String {
             out.push_str(&format!(
                 "{:16}  {:>22}  {:>18}  {:>13}{}{}\n",
                 s.name,
-                estimate(&s.tokens_per_s, 0),
-                estimate(&s.speedup, 2),
+                with_interval(&s.tokens_per_s, 0),
+                with_interval(&s.speedup, 2),
                 s.accept_len.map_or_else(|| "–".to_owned(), |a| format!("{a:.2}")),
                 if s.name == load.best { "  ← fastest" } else { "" },
                 if s.identical { "" } else { "  TEXT DIFFERS" },

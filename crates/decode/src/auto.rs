@@ -227,13 +227,17 @@ impl Pacer {
         sampling: &Sampling,
     ) -> Grown {
         let mut grown = Grown { others, ..Grown::default() };
-        if self.paused > 0 {
-            drafter = None;
-        }
         let position = text.len() as u64 - 1;
         let plain = self.plain_token(costs, others);
         let price = if others == 0 { self.pace_ms.min(plain) } else { plain };
         let cheapest = costs.cheapest_row(others + 1);
+        if others > 0 && price <= cheapest + costs.draft_step_ms {
+            // At this load not even a sure token would pay: rest until the next look.
+            self.paused = self.paused.max(2);
+        }
+        if self.paused > 0 {
+            drafter = None;
+        }
         let mut candidates: Vec<Candidate> = Vec::new();
         if room > 0 {
             let children = match drafter.as_deref_mut() {
@@ -497,5 +501,20 @@ mod tests {
         let grown = pacer.grow::<Cpu>(&costs, None, Some(m), &text, 8, 0, &Sampling::GREEDY);
         assert_eq!(grown.tree.tokens[0].0, 10);
         assert_eq!(grown.tree.parents, TokenTree::chain_parents(grown.tree.len()));
+    }
+
+    #[test]
+    fn a_draft_rests_where_a_sure_token_would_not_pay_beside_the_others() {
+        let text = [1, 2, 3];
+        let grow = |others: usize| {
+            let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 0.3);
+            let mut pacer = awake(&costs);
+            let mut sure = Sure(0.99);
+            let grown = pacer.grow(&costs, Some(&mut sure), None, &text, 4, others, &Sampling::GREEDY);
+            (grown.tree.len(), pacer.is_paused())
+        };
+        assert_eq!(grow(7), (0, true));
+        let (nodes, paused) = grow(0);
+        assert!(nodes > 0 && !paused);
     }
 }
