@@ -35,8 +35,10 @@ pub struct GroupOutput {
 
 /// An engine to be tuned.
 pub trait TuneRunner {
-    /// Decodes prompts together; `None` is plain decoding.
-    fn decode(&mut self, drafting: Option<&Drafting>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError>;
+    /// How a setting drafts.
+    fn settings(&self) -> Vec<Drafting>;
+    /// Decodes prompts together with a setting, by number; `None` is plain decoding.
+    fn decode(&mut self, setting: Option<usize>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError>;
 }
 
 /// What one setting reached at one load.
@@ -99,29 +101,30 @@ impl TuneReport {
 /// What the runner says when it cannot decode.
 pub fn tune_load(
     runner: &mut dyn TuneRunner,
-    settings: &[Drafting],
     prompts: &[Vec<u32>],
     sequences: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<LoadResult, BenchError> {
-    let plans: Vec<Option<&Drafting>> = std::iter::once(None).chain(settings.iter().map(Some)).collect();
+    let settings = runner.settings();
+    let sides = settings.len() + 1; // plain decoding first
     let groups = groups(prompts.len(), sequences);
-    let mut outputs: Vec<Vec<GroupOutput>> = vec![Vec::new(); plans.len()]; // [S, G]
+    let mut outputs: Vec<Vec<GroupOutput>> = vec![Vec::new(); sides]; // [S, G]
     for (number, group) in groups.iter().enumerate() {
         let group: Vec<&[u32]> = group.iter().map(|i| prompts[*i].as_slice()).collect();
-        for turn in 0..plans.len() {
-            let at = (number + turn) % plans.len();
-            let done = runner.decode(plans[at], &group).map_err(|source| BenchError::Kernels { source })?;
+        for turn in 0..sides {
+            let at = (number + turn) % sides;
+            let done =
+                runner.decode(at.checked_sub(1), &group).map_err(|source| BenchError::Kernels { source })?;
             outputs[at].push(done);
-            progress(number * plans.len() + turn + 1);
+            progress(number * sides + turn + 1);
         }
     }
     let plain = &outputs[0];
     let seconds = |g: &GroupOutput| g.time.as_secs_f64();
-    let results: Vec<SettingResult> = plans
-        .iter()
+    let results: Vec<SettingResult> = std::iter::once(None)
+        .chain(settings.iter().map(Some))
         .zip(&outputs)
-        .map(|(plan, own)| {
+        .map(|(drafting, own)| {
             let rates: Vec<(f64, f64)> = own.iter().map(|g| (g.tokens as f64, seconds(g))).collect();
             let terms: Vec<[f64; 4]> = own
                 .iter()
@@ -131,11 +134,11 @@ pub fn tune_load(
             let steps: u64 = own.iter().map(|g| g.verify_steps).sum();
             let committed: u64 = own.iter().map(|g| g.committed_tokens).sum();
             SettingResult {
-                name: plan.map_or_else(|| "plain".to_owned(), Drafting::short_label),
-                drafting: plan.copied(),
+                name: drafting.map_or_else(|| "plain".to_owned(), Drafting::short_label),
+                drafting: drafting.copied(),
                 tokens_per_s: ratio(&rates),
-                speedup: plan.and_then(|_| product(&terms, [1.0, -1.0, -1.0, 1.0])),
-                accept_len: plan.filter(|_| steps > 0).map(|_| committed as f64 / steps as f64),
+                speedup: drafting.and_then(|_| product(&terms, [1.0, -1.0, -1.0, 1.0])),
+                accept_len: drafting.filter(|_| steps > 0).map(|_| committed as f64 / steps as f64),
                 identical: own.iter().zip(plain).all(|(g, p)| g.token_ids == p.token_ids),
             }
         })
@@ -194,14 +197,15 @@ mod tests {
     use super::*;
 
     /// Chains double the speed, trees halve it; a chain of 7 says something else.
-    struct Made;
+    struct Made<'a>(&'a [Drafting]);
 
-    impl TuneRunner for Made {
-        fn decode(
-            &mut self,
-            drafting: Option<&Drafting>,
-            prompts: &[&[u32]],
-        ) -> Result<GroupOutput, BoxError> {
+    impl TuneRunner for Made<'_> {
+        fn settings(&self) -> Vec<Drafting> {
+            self.0.to_vec()
+        }
+
+        fn decode(&mut self, setting: Option<usize>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError> {
+            let drafting = setting.map(|s| self.0[s]);
             let ms = match drafting {
                 None => 40,
                 Some(Drafting::Chain { .. }) => 20,
@@ -221,8 +225,8 @@ mod tests {
     fn load(settings: &[Drafting], sequences: usize) -> LoadResult {
         let prompts: Vec<Vec<u32>> = (0..6).map(|i| vec![i, i + 1]).collect();
         let mut asked = 0;
-        let load =
-            tune_load(&mut Made, settings, &prompts, sequences, &mut |done| asked = asked.max(done)).unwrap();
+        let mut made = Made(settings);
+        let load = tune_load(&mut made, &prompts, sequences, &mut |done| asked = asked.max(done)).unwrap();
         assert_eq!(asked, tune_steps(settings.len(), prompts.len(), sequences));
         load
     }

@@ -1,7 +1,7 @@
 //! `draftsmith bench` and `draftsmith bench kernels`.
 
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use draftsmith::bench::kernels::{KernelOptions, kernels_text, run_kernels};
 use draftsmith::bench::{
@@ -46,19 +46,19 @@ pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(
     Ok(atomic::write(path, text + "\n").map_err(Error::from)?)
 }
 
+/// The first `limit` rows of each file.
+pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Vec<Workload>, Failure> {
+    let read = |file| Workload::read(file, limit.map(|l| l as usize));
+    Ok(files.iter().map(read).collect::<Result<_, _>>().map_err(Error::from)?)
+}
+
 fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     // Clap made sure that it is there.
     let bundle = args.bundle.as_deref().unwrap_or(Path::new(""));
     let sampling = sampling(&args.choosing)?;
     let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
-    let limit = args.limit.map(|l| l as usize);
     // Wrong files are told before a model is fetched.
-    let workloads = args
-        .workload
-        .iter()
-        .map(|file| Workload::read(file, limit))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(Error::from)?;
+    let workloads = read_workloads(&args.workload, args.limit)?;
     let (target, draft) = target_and_draft(bundle, args.target.as_ref(), args.threads, session)?;
     let mut engine = engine(&target, Some(&draft));
     if plan == DraftPlan::Auto {

@@ -13,7 +13,7 @@ use draftsmith::report::{Report, Unit};
 use serde::Serialize;
 
 use super::Session;
-use super::bench::write_json;
+use super::bench::{read_workloads, write_json};
 use super::generate::sampling;
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
@@ -107,10 +107,9 @@ impl Job<'_> {
     }
 }
 
-fn prompts(args: &cli::BenchIdentity, target: &LoadedTarget) -> Result<Vec<(String, Vec<u32>)>, Failure> {
+fn prompts(workloads: &[Workload], target: &LoadedTarget) -> Result<Vec<(String, Vec<u32>)>, Failure> {
     let mut prompts = Vec::new();
-    for file in &args.workload {
-        let workload = Workload::read(file, args.limit.map(|l| l as usize)).map_err(Error::from)?;
+    for workload in workloads {
         for row in &workload.rows {
             prompts.push((format!("{}/{}", workload.name, row.id), first_prompt(&target.text, row)?));
         }
@@ -120,6 +119,7 @@ fn prompts(args: &cli::BenchIdentity, target: &LoadedTarget) -> Result<Vec<(Stri
 
 pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Failure> {
     let sampling: Sampling = sampling(&args.choosing)?;
+    let workloads = read_workloads(&args.workload, args.limit)?;
     let mut wanted: Vec<PromptHash> = Vec::new();
     let mut first: Vec<Vec<u32>> = Vec::new();
     let mut differences: Vec<Difference> = Vec::new();
@@ -133,7 +133,7 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
-        let prompts = prompts(args, &target)?;
+        let prompts = prompts(&workloads, &target)?;
         target_sha256.clone_from(&target.sha256);
         draft_sha256 = draft.as_ref().and_then(|d| d.artifact.sha256.clone());
         for way in &WAYS {

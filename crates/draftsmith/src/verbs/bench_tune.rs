@@ -5,31 +5,31 @@ use std::time::Instant;
 use draftsmith::Error;
 use draftsmith::bench::record::Drafting;
 use draftsmith::bench::tune::{GroupOutput, TuneReport, TuneRunner, tune_load, tune_steps, tune_text};
-use draftsmith::bench::{BenchError, BoxError, Workload};
+use draftsmith::bench::{BenchError, BoxError};
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::engine;
 use draftsmith::kernels::Cpu;
-use draftsmith::measure::{first_prompt, machine};
+use draftsmith::measure::{drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
 use super::Session;
-use super::bench::{target_and_draft, write_json};
+use super::bench::{read_workloads, target_and_draft, write_json};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
 /// What is compared with plain decoding.
-const SETTINGS: [Drafting; 8] = [
-    Drafting::Auto,
-    Drafting::Chain { depth: 1 },
-    Drafting::Chain { depth: 2 },
-    Drafting::Chain { depth: 3 },
-    Drafting::Chain { depth: 5 },
-    Drafting::Chain { depth: 7 },
-    Drafting::Tree { depth: 3, top_k: 3, num_draft_tokens: 8 },
-    Drafting::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 },
+const SETTINGS: [DraftPlan; 8] = [
+    DraftPlan::Auto,
+    DraftPlan::Chain { depth: 1 },
+    DraftPlan::Chain { depth: 2 },
+    DraftPlan::Chain { depth: 3 },
+    DraftPlan::Chain { depth: 5 },
+    DraftPlan::Chain { depth: 7 },
+    DraftPlan::Tree { depth: 3, top_k: 3, num_draft_tokens: 8 },
+    DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 },
 ];
 
 struct Runner<'a> {
@@ -39,26 +39,17 @@ struct Runner<'a> {
     stop: &'a Stop,
 }
 
-fn plan(drafting: Option<&Drafting>) -> DraftPlan {
-    match drafting {
-        None => DraftPlan::None,
-        Some(Drafting::Auto) => DraftPlan::Auto,
-        Some(Drafting::Chain { depth }) => DraftPlan::Chain { depth: *depth as usize },
-        Some(Drafting::Tree { depth, top_k, num_draft_tokens }) => DraftPlan::Tree {
-            depth: *depth as usize,
-            top_k: *top_k as usize,
-            num_draft_tokens: *num_draft_tokens as usize,
-        },
-    }
-}
-
 impl TuneRunner for Runner<'_> {
-    fn decode(&mut self, drafting: Option<&Drafting>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError> {
+    fn settings(&self) -> Vec<Drafting> {
+        SETTINGS.iter().map(drafting).collect()
+    }
+
+    fn decode(&mut self, setting: Option<usize>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError> {
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens,
             sampling: Sampling::GREEDY,
             stop_ids: self.stop_ids.clone(),
-            draft: plan(drafting),
+            draft: setting.map_or(DraftPlan::None, |s| SETTINGS[s]),
         };
         let (done, tokens, time): (Vec<Generation>, _, _) = if let [prompt] = prompts {
             let done = self.engine.generate(prompt, &options, &mut |_| self.stop.flow())?;
@@ -95,13 +86,7 @@ impl TuneRunner for Runner<'_> {
 }
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
-    let limit = Some(args.limit as usize);
-    let workloads = args
-        .workload
-        .iter()
-        .map(|file| Workload::read(file, limit))
-        .collect::<Result<Vec<_>, BenchError>>()
-        .map_err(Error::from)?;
+    let workloads = read_workloads(&args.workload, Some(args.limit))?;
     let (target, draft) = target_and_draft(&args.bundle, args.target.as_ref(), args.threads, session)?;
     let engine =
         with_costs(engine(&target, Some(&draft)), &session.places, &target, Some(&draft), &session.printer);
@@ -117,7 +102,7 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
     };
     // The first passes over the weights are slower.
     if let Some(first) = prompts.first() {
-        let warm = runner.decode(Some(&Drafting::Chain { depth: 3 }), &[first]);
+        let warm = runner.decode(Some(0), &[first]);
         warm.map_err(|source| Error::from(BenchError::Kernels { source }))?;
     }
     let steps = |n: &u32| tune_steps(SETTINGS.len(), prompts.len(), *n as usize);
@@ -126,7 +111,7 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
     let mut loads = Vec::new();
     let mut before = 0;
     for n in &args.sequences {
-        let load = tune_load(&mut runner, &SETTINGS, &prompts, *n as usize, &mut |done| {
+        let load = tune_load(&mut runner, &prompts, *n as usize, &mut |done| {
             session.printer.at((before + done) as u64);
         });
         if session.stop.requested() {

@@ -11,31 +11,16 @@ use draftsmith::capture::{
 };
 use draftsmith::core::Sampling;
 use draftsmith::decode::{DraftPlan, Engine, FinishReason, GenerateOptions};
-use draftsmith::engine::{LoadedTarget, TargetOptions, engine};
+use draftsmith::engine::{LoadedTarget, engine};
 use draftsmith::formats::run::ServerTable;
 use draftsmith::kernels::Cpu;
-use draftsmith::model::Precision;
-use draftsmith::pull::Places;
-use draftsmith::report::{Silent, Stop};
 use draftsmith::text::{Message, RenderOptions};
 
 use crate::fake_openai::{Fake, Fault, Protocol, Said};
-use crate::support::repository;
+use crate::support::{repository, tiny_target};
 
 const MAX_NEW_TOKENS: usize = 24;
 const MAX_CONTEXT: usize = 120;
-
-pub(crate) fn tiny_target() -> LoadedTarget {
-    let source = [repository().join("fixtures/tiny-target").display().to_string()];
-    let options = TargetOptions {
-        sources: &source,
-        sha256: None,
-        precision: Precision::Stored,
-        threads: 1,
-        template: None,
-    };
-    LoadedTarget::load(&options, &Places::from_vars(|_| None), &Silent, &Stop::default()).unwrap()
-}
 
 fn prompter(target: &LoadedTarget) -> Prompter<'_> {
     Prompter {

@@ -4,16 +4,12 @@ use std::path::{Path, PathBuf};
 
 use draftsmith::bundle::{Manifest, TargetInfo};
 use draftsmith::core::VocabMap;
-use draftsmith::engine::{LoadedTarget, TargetOptions};
-use draftsmith::model::Precision;
 use draftsmith::model::eagle3::Eagle3Config;
-use draftsmith::pull::Places;
-use draftsmith::report::{Silent, Stop};
 use draftsmith::train::DraftWeights;
 use draftsmith::train::eagle3::random_weights;
 use insta::assert_snapshot;
 
-use crate::support::{Home, repository};
+use crate::support::{Home, repository, tiny_target};
 
 fn fixture(name: &str) -> PathBuf {
     repository().join("fixtures").join(name)
@@ -179,18 +175,6 @@ fn a_folder_without_a_tokenizer_is_refused() {
         home.write(&format!("m/{name}"), std::fs::read(fixture("tiny-target").join(name)).unwrap());
     }
     assert_snapshot!(home.snapshot(&["generate", "--target", "m", "--prompt", "a"]));
-}
-
-fn tiny_target() -> LoadedTarget {
-    let source = [fixture("tiny-target").display().to_string()];
-    let options = TargetOptions {
-        sources: &source,
-        sha256: None,
-        precision: Precision::Stored,
-        threads: 1,
-        template: None,
-    };
-    LoadedTarget::load(&options, &Places::from_vars(|_| None), &Silent, &Stop::default()).unwrap()
 }
 
 /// An untrained draft folder for the tiny target with some numbers changed.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -21,14 +21,7 @@ fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
 }
 
 fn spawn(home: &Home, dir: &Path, more: &[&str]) -> Child {
-    let args = arguments(dir, more);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    home.command(&args)
-        .current_dir(repository())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+    home.spawn(&arguments(dir, more))
 }
 
 fn end(home: &Home, dir: &Path, more: &[&str]) -> Ended {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::fake_openai::{Fake, Protocol, Said};
-use crate::generators::{speaking, tiny_target};
-use crate::support::{Home, repository};
+use crate::generators::speaking;
+use crate::support::{Home, repository, tiny_target};
 
 const MAX_NEW_TOKENS: usize = 24;
 

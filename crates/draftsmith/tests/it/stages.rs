@@ -1,7 +1,7 @@
 //! Whole runs on the tiny target: all stages, a disk that is full, and a process that is killed again and again.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -38,14 +38,7 @@ fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
 }
 
 fn spawn(home: &Home, dir: &Path, more: &[&str]) -> Child {
-    let args = arguments(dir, more);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    home.command(&args)
-        .current_dir(repository())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+    home.spawn(&arguments(dir, more))
 }
 
 #[track_caller]

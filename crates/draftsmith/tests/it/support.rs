@@ -1,7 +1,12 @@
 //! Runs the binary in a folder of its own, with nothing of this machine's environment but PATH.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+
+use draftsmith::engine::{LoadedTarget, TargetOptions};
+use draftsmith::model::Precision;
+use draftsmith::pull::Places;
+use draftsmith::report::{Silent, Stop};
 
 /// The repository.
 pub(crate) fn repository() -> PathBuf {
@@ -9,6 +14,19 @@ pub(crate) fn repository() -> PathBuf {
         .join("../..")
         .canonicalize()
         .expect("the crate lies in the repository")
+}
+
+/// The target that ships in the fixtures.
+pub(crate) fn tiny_target() -> LoadedTarget {
+    let source = [repository().join("fixtures/tiny-target").display().to_string()];
+    let options = TargetOptions {
+        sources: &source,
+        sha256: None,
+        precision: Precision::Stored,
+        threads: 1,
+        template: None,
+    };
+    LoadedTarget::load(&options, &Places::from_vars(|_| None), &Silent, &Stop::default()).unwrap()
 }
 
 /// A folder that is home, cache and working directory at once, and the commands run in it.
@@ -57,6 +75,17 @@ impl Home {
             .envs(self.vars.iter().map(|(n, v)| (n, v)))
             .stdin(Stdio::null());
         command
+    }
+
+    /// Starts a command in the repository, its output kept for whoever waits for it.
+    pub(crate) fn spawn(&self, args: &[String]) -> Child {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        self.command(&args)
+            .current_dir(repository())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Ended {
