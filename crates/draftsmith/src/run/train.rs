@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_bench::stats;
-use draftsmith_core::{Sampling, VocabMap};
+use draftsmith_core::VocabMap;
 use draftsmith_data::{Row as DataRow, TokenCounts};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
 use draftsmith_formats::run::{Method, Stage};
@@ -257,9 +257,9 @@ fn measure_draft(
     let engine = Engine::new(Arc::clone(&target.target), Some(drafter));
     let options = GenerateOptions {
         max_new_tokens,
-        sampling: Sampling::GREEDY,
         stop_ids: target.stop_ids(),
         draft: DraftPlan::Chain { depth },
+        ..GenerateOptions::default()
     };
     let mut rows = Vec::new();
     let (mut verify_steps, mut committed_tokens) = (0, 0);
