@@ -161,7 +161,8 @@ impl<'a, K: Kernels> RemoteCapture<'a, K> {
         let (layers, config) = (self.layers.len(), self.target.config().clone());
         let at_once = self.options.server.concurrency as usize;
         let (sender, receiver) = mpsc::channel();
-        let mut failed: Option<CaptureError> = None;
+        // The first row that failed: which one comes first must not depend on who answers first.
+        let mut failed: Option<(u64, CaptureError)> = None;
         std::thread::scope(|scope| {
             let (mut asked, mut handed_on, mut under_way) = (0u64, 0u64, 0usize);
             // Rows that came before one that is asked for longer.
@@ -170,11 +171,11 @@ impl<'a, K: Kernels> RemoteCapture<'a, K> {
                 // Rows that wait count too: a slow one must not let the others pile up.
                 while failed.is_none() && !flow.is_cancelled() && under_way + early.len() < at_once {
                     let Some(row) = next() else { break };
+                    let (place, sender) = (asked, sender.clone());
                     if let Err(error) = row.check(config.vocab_size) {
-                        failed = Some(error);
+                        failed = Some((place, error));
                         break;
                     }
-                    let (place, sender) = (asked, sender.clone());
                     asked += 1;
                     under_way += 1;
                     scope.spawn(move || {
@@ -197,18 +198,20 @@ impl<'a, K: Kernels> RemoteCapture<'a, K> {
                         early.insert(place, (row, states));
                     }
                     Ok(None) => {}
-                    Err(error) => {
-                        failed.get_or_insert(error.into());
+                    Err(error) if failed.as_ref().is_none_or(|(first, _)| place < *first) => {
+                        failed = Some((place, error.into()));
                     }
+                    Err(_) => {}
                 }
                 while !flow.is_cancelled()
                     && let Some((row, states)) = early.remove(&handed_on)
                 {
+                    let place = handed_on;
                     handed_on += 1;
                     let goes_on = match self.finish(row, states) {
                         Ok(row) => on_row(row).is_continue(),
                         Err(error) => {
-                            failed = Some(error);
+                            failed = Some((place, error));
                             false
                         }
                     };
@@ -218,7 +221,7 @@ impl<'a, K: Kernels> RemoteCapture<'a, K> {
                 }
             }
         });
-        failed.map_or(Ok(()), Err)
+        failed.map_or(Ok(()), |(_, error)| Err(error))
     }
 }
 

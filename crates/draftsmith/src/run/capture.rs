@@ -59,6 +59,7 @@ impl Run<'_> {
         self.advance(last)?;
         let tokens = TokenFile::open(self.tokens_path())?;
         let mut source = self.capture_source(self.env.report)?;
+        source.note_launch(self.env.report);
         self.bill(&tokens, &self.folder.stage_dir(Stage::Capture), &mut source)
     }
 
@@ -136,6 +137,7 @@ impl Run<'_> {
         let spec = self.cache_spec(&tokens)?;
         let mut writer = CacheWriter::open(dir, &spec)?;
         let mut source = self.capture_source(report)?;
+        source.note_launch(report);
         if writer.rows_done() == 0 {
             let bill = self.bill(&tokens, dir, &mut source)?;
             report.note(&format!(
@@ -223,6 +225,13 @@ enum Source<'a> {
 }
 
 impl Source<'_> {
+    /// Says what a server must show.
+    fn note_launch(&self, report: &dyn Report) {
+        if let Source::Remote { capture, server } = self {
+            report.note(&format!("`{}` must run with {}", server.url, capture.launch()));
+        }
+    }
+
     /// Says how often a server was asked, and what went wrong with it.
     fn note_requests(&self, report: &dyn Report) {
         if let Source::Remote { capture, server } = self {
