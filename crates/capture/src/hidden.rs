@@ -2,6 +2,7 @@
 //!
 //! Shape legend: `S` tokens of a row, `K` captured layers, `Ht` target width.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, TokenTree};
@@ -9,41 +10,79 @@ use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{Infer, StepItem, Target};
 
+use crate::{Asker, ServerError};
+
 /// Tokens per step; bounds memory and does not change any bit.
 const CHUNK: usize = 512;
 
+/// A row whose states are wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenRow {
+    /// Its place in the token file, for messages.
+    pub number: u64,
+    /// `[S]` token ids.
+    pub ids: Vec<u32>,
+    /// `[S]` true where the token is trained.
+    pub loss_mask: Vec<bool>,
+}
+
+impl TokenRow {
+    /// Checks what every source needs: tokens, as many mask entries, ids inside the vocabulary.
+    pub(crate) fn check(&self, vocab: usize) -> Result<(), CaptureError> {
+        let (number, ids) = (self.number, &self.ids);
+        if ids.is_empty() {
+            return Err(CaptureError::Empty { number });
+        }
+        if ids.len() != self.loss_mask.len() {
+            return Err(CaptureError::Lengths { number, ids: ids.len(), mask: self.loss_mask.len() });
+        }
+        match ids.iter().position(|id| *id as usize >= vocab) {
+            Some(position) => {
+                Err(CaptureError::TokenOutOfRange { number, id: ids[position], position, vocab })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Gives the hidden states that training needs.
 pub trait CaptureSource {
-    /// What can go wrong.
-    type Error: std::error::Error + Send + Sync + 'static;
-
-    /// Hidden states of one row of tokens.
-    ///
-    /// # Shapes
-    /// - `ids`, `loss_mask`: `[S]`
+    /// Captures rows until `next` is empty, `on_row` breaks or the user wants to stop. Rows are handed on in the order
+    /// of `next`, each once; a source may ask for later ones before it hands on the first.
     ///
     /// # Errors
-    /// As the source has them; tokens outside the vocabulary or an empty row are errors everywhere.
-    fn capture(&mut self, ids: &[u32], loss_mask: &[bool]) -> Result<CaptureRow, Self::Error>;
+    /// [`CaptureError`], after all rows before the one that failed were handed on.
+    fn capture_rows(
+        &mut self,
+        next: &mut dyn FnMut() -> Option<TokenRow>,
+        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
+    ) -> Result<(), CaptureError>;
 }
 
 /// A row that cannot be captured.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// Nothing to capture.
-    #[error("the row has no tokens")]
-    Empty,
+    #[error("row {number} has no tokens")]
+    Empty {
+        /// The row.
+        number: u64,
+    },
     /// Ids and mask differ in length.
-    #[error("the row has {ids} tokens but {mask} mask entries")]
+    #[error("row {number} has {ids} tokens but {mask} mask entries")]
     Lengths {
+        /// The row.
+        number: u64,
         /// Tokens.
         ids: usize,
         /// Mask entries.
         mask: usize,
     },
     /// A token that the target does not have.
-    #[error("token {id} at position {position} is outside the target's vocabulary of {vocab}")]
+    #[error("row {number}: token {id} at position {position} is outside the target's vocabulary of {vocab}")]
     TokenOutOfRange {
+        /// The row.
+        number: u64,
         /// The token.
         id: u32,
         /// Its place.
@@ -51,6 +90,21 @@ pub enum CaptureError {
         /// Vocabulary size.
         vocab: usize,
     },
+    /// The server cannot do it.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+}
+
+impl CaptureError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            CaptureError::Server(error) => error.hint(Asker::Capture),
+            CaptureError::Empty { .. }
+            | CaptureError::Lengths { .. }
+            | CaptureError::TokenOutOfRange { .. } => None,
+        }
+    }
 }
 
 /// The target in this process.
@@ -65,26 +119,14 @@ impl<K: Kernels> InProcess<K> {
         InProcess { target, layers }
     }
 
-    /// Captured layers.
-    pub fn layers(&self) -> &[LayerId] {
-        &self.layers
-    }
-}
-
-impl<K: Kernels> CaptureSource for InProcess<K> {
-    type Error = CaptureError;
-
-    fn capture(&mut self, ids: &[u32], loss_mask: &[bool]) -> Result<CaptureRow, CaptureError> {
-        if ids.is_empty() {
-            return Err(CaptureError::Empty);
-        }
-        if ids.len() != loss_mask.len() {
-            return Err(CaptureError::Lengths { ids: ids.len(), mask: loss_mask.len() });
-        }
-        let (vocab, width) = (self.target.config().vocab_size, self.target.config().hidden_size);
-        if let Some(position) = ids.iter().position(|id| *id as usize >= vocab) {
-            return Err(CaptureError::TokenOutOfRange { id: ids[position], position, vocab });
-        }
+    /// Hidden states of one row of tokens.
+    ///
+    /// # Errors
+    /// A row without tokens, with another number of mask entries, or with tokens that the target does not have.
+    pub fn capture(&self, row: TokenRow) -> Result<CaptureRow, CaptureError> {
+        let width = self.target.config().hidden_size;
+        row.check(self.target.config().vocab_size)?;
+        let ids = &row.ids;
         let kernels = self.target.kernels();
         let ops = Infer::new(kernels.as_ref());
         let mut kv = self.target.new_kv();
@@ -103,6 +145,21 @@ impl<K: Kernels> CaptureSource for InProcess<K> {
             kernels.download(&buf, 0, &mut features[from..]);
             last.extend(ops.values(&output.last));
         }
-        Ok(CaptureRow { ids: ids.to_vec(), loss_mask: loss_mask.to_vec(), features, last })
+        Ok(CaptureRow { ids: row.ids, loss_mask: row.loss_mask, features, last })
+    }
+}
+
+impl<K: Kernels> CaptureSource for InProcess<K> {
+    fn capture_rows(
+        &mut self,
+        next: &mut dyn FnMut() -> Option<TokenRow>,
+        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
+    ) -> Result<(), CaptureError> {
+        while let Some(row) = next() {
+            if on_row(self.capture(row)?).is_break() {
+                break;
+            }
+        }
+        Ok(())
     }
 }

@@ -15,7 +15,7 @@ use draftsmith_core::Sampling;
 use draftsmith_decode::DecodeError;
 use draftsmith_text::{Message, RenderOptions, TextError};
 
-use crate::{Answer, AnswerMark, Generator, Request, ServerError};
+use crate::{Answer, AnswerMark, Asker, Generator, Request, ServerError};
 
 /// A conversation whose user turns want answers.
 #[derive(Clone, Debug, PartialEq)]
@@ -115,7 +115,7 @@ impl RegenerateError {
         match self {
             RegenerateError::Decode(e) => e.hint(),
             RegenerateError::Text { source, .. } => source.hint(),
-            RegenerateError::Server(e) => e.hint(),
+            RegenerateError::Server(e) => e.hint(Asker::Regenerate),
         }
     }
 }

@@ -13,6 +13,14 @@ pub struct DraftTokenId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct LayerId(pub u32);
 
+impl LayerId {
+    /// The same point as vLLM, `speculators` and llama.cpp count it: the *input* of layer `l + 1`; the number of layers
+    /// means the output of the last one, before the final norm [eagle3 §1.1].
+    pub fn as_next_input(self) -> u32 {
+        self.0 + 1
+    }
+}
+
 impl std::fmt::Display for TargetTokenId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.0)

@@ -82,18 +82,14 @@ errors! {
     Tokens(draftsmith_formats::tokens::TokensError),
     /// The target cache.
     Cache(draftsmith_formats::cache::CacheError),
+    /// Hidden states of the target.
+    Capture(draftsmith_capture::CaptureError),
     /// Answers by the target.
     Regenerate(draftsmith_capture::RegenerateError),
     /// Training.
     Train(draftsmith_train::TrainError),
     /// Rendering and tokenising.
     Text(draftsmith_text::TextError),
-}
-
-impl From<draftsmith_capture::CaptureError> for Error {
-    fn from(error: draftsmith_capture::CaptureError) -> Error {
-        Error::Input { message: error.to_string(), hint: None }
-    }
 }
 
 impl Error {

@@ -312,6 +312,17 @@ impl<K: Kernels> Target<K> {
         StepOutput { hidden, last }
     }
 
+    /// The final norm of outputs of the last layer, `[R, Ht]` to `[R, Ht]`: what the head reads.
+    ///
+    /// # Panics
+    /// If the length is no multiple of the width.
+    pub fn normed(&self, hidden: &[f32]) -> Vec<f32> {
+        let mut ops = Infer::new(self.kernels.as_ref());
+        let hidden = ops.input(hidden, self.config.hidden_size);
+        let last = ops.rms_norm(&hidden, &self.final_norm, self.config.rms_norm_eps);
+        ops.values(&last)
+    }
+
     /// The most probable token of chosen rows of a step, the lowest id among equals.
     pub fn argmax(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<u32> {
         let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use draftsmith_core::LayerId;
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::gguf::{GgmlType, GgufWriter};
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
@@ -183,7 +184,7 @@ fn speculators_config(
         "speculators_version": SPECULATORS_VERSION,
         "torch_dtype": "bfloat16",
         "target_hidden_size": config.target_hidden_size,
-        "eagle_aux_hidden_state_layer_ids": layers.map(|id| id + 1),
+        "eagle_aux_hidden_state_layer_ids": layers.map(|id| LayerId(id).as_next_input()),
         "embed_requires_grad": false,
         "transformer_layer_config": layer,
         "speculators_config": {

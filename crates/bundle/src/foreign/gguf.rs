@@ -3,6 +3,7 @@
 //! Differences from the internal form: rows of q and k in interleaved RoPE order, norms as F32, `d2t` as absolute
 //! target ids, no `t2d`, layer numbers from 1, Llama 3's RoPE scaling as one divisor per frequency.
 
+use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
 use draftsmith_kernels::{RopeScaling, RopeTable};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
@@ -86,7 +87,7 @@ pub(crate) fn metadata(
         own("rope.scaling.factor", GgufValue::F32(factor));
     }
     own("vocab_size", size(config.vocab_size));
-    let numbers = layers.map(|id| id as i32 + 1);
+    let numbers = layers.map(|id| LayerId(id).as_next_input() as i32);
     own("target_layers", GgufValue::Array(GgufArray::I32(numbers.to_vec())));
     own("target_hidden_size", size(config.target_hidden_size));
     own("norm_before_residual", GgufValue::Bool(config.norm_before_residual));

@@ -7,7 +7,6 @@
 //! answers that are still coming are reported before the error is.
 
 mod client;
-mod error;
 mod wire;
 
 use std::ops::ControlFlow;
@@ -16,11 +15,11 @@ use std::sync::mpsc;
 
 use draftsmith_formats::run::ServerTable;
 
-use self::client::{Client, Flow};
+use self::client::Client;
+use crate::http::{Asked, Flow};
 use crate::{Answer, Generator, Prompt, Prompter, RegenerateError, Request};
 
-pub use client::{Asked, metrics_page};
-pub use error::{Fault, ServerError};
+pub use client::metrics_page;
 
 /// A server as a [`Generator`].
 pub struct OpenAiGenerator<'a> {

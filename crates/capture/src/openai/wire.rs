@@ -9,7 +9,7 @@ use draftsmith_formats::run::ServerApi;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::error::Fault;
+use crate::http::{Fault, error_text};
 use crate::{Prompt, Request};
 
 /// Bytes of an answer besides its tokens.
@@ -193,24 +193,6 @@ fn read_fault(error: &std::io::Error) -> Fault {
     if timed_out { Fault::Silence } else { Fault::Cut }
 }
 
-/// What an error body says, in one short line.
-pub(super) fn error_text(body: &Value) -> String {
-    let text = ["message", "detail", "error"].iter().find_map(|key| match &body[*key] {
-        Value::Null => None,
-        Value::String(text) => Some(text.clone()),
-        inner => Some(error_text(inner)),
-    });
-    shorten(&text.unwrap_or_else(|| match body {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }))
-}
-
-/// The first line that says something, at most 300 characters of it.
-pub(super) fn shorten(text: &str) -> String {
-    text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default().chars().take(300).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,19 +241,6 @@ mod tests {
         assert_eq!(read(tools).unwrap().beside, Some("tool calls"));
         let none = "data: {\"choices\":[{\"delta\":{\"tool_calls\":[],\"reasoning\":\"\"}}]}\n";
         assert_eq!(read(none).unwrap().beside, None);
-    }
-
-    #[test]
-    fn error_bodies_are_told_in_one_line() {
-        for (body, text) in [
-            (json!({"error": {"message": "no such model\nhelp"}}), "no such model"),
-            (json!({"detail": "missing"}), "missing"),
-            (json!("plain"), "plain"),
-            (json!({"error": "flat"}), "flat"),
-            (json!({"x": 1}), "{\"x\":1}"),
-        ] {
-            assert_eq!(error_text(&body), text);
-        }
     }
 
     proptest::proptest! {

@@ -3,13 +3,18 @@
 //! ```text
 //! capture/manifest.json, shard-*   the target cache
 //! ```
+//! The states come from the target in this process, or from a server of it; rows arrive in order either way.
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use draftsmith_capture::{CaptureError, CaptureSource, InProcess};
+use draftsmith_capture::{
+    CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
+};
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
-use draftsmith_formats::run::{Precision, Stage};
+use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Precision, Stage};
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::Cpu;
 use draftsmith_train::RowStore;
@@ -20,6 +25,7 @@ use super::Run;
 use crate::Error;
 use crate::doctor::{free_bytes, human};
 use crate::report::{Report, Unit};
+use crate::server::server_key;
 
 /// What a capture costs.
 #[derive(Debug, Clone, Serialize)]
@@ -52,17 +58,25 @@ impl Run<'_> {
         let last = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
         self.advance(last)?;
         let tokens = TokenFile::open(self.tokens_path())?;
-        self.bill(&tokens, &self.folder.stage_dir(Stage::Capture))
+        let mut source = self.capture_source(self.env.report)?;
+        source.note_launch(self.env.report);
+        self.bill(&tokens, &self.folder.stage_dir(Stage::Capture), &mut source)
     }
 
-    fn bill(&self, tokens: &TokenFile, dir: &Path) -> Result<Bill, Error> {
-        let mut source = self.capture_source()?;
+    fn bill(
+        &self,
+        tokens: &TokenFile,
+        dir: &Path,
+        source: &mut impl CaptureSource,
+    ) -> Result<Bill, Error> {
         let began = Instant::now();
         let mut tried = 0;
-        for row in tokens.rows().take(TRIAL_ROWS) {
-            tried += row.ids.len();
-            source.capture(&row.ids, &row.loss_mask)?;
-        }
+        let mut numbers = 0..tokens.len().min(TRIAL_ROWS);
+        source.capture_rows(&mut || numbers.next().map(|n| token_row(tokens, n)), &mut |row| {
+            tried += row.len();
+            ControlFlow::Continue(())
+        })?;
+        self.check_stop(Stage::Capture)?;
         let tokens_per_s = tried as f64 / began.elapsed().as_secs_f64().max(1e-9);
         let summary = tokens.summary();
         let there = dir.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("."));
@@ -74,7 +88,7 @@ impl Run<'_> {
             bytes: estimate_bytes(
                 summary.tokens,
                 hidden,
-                source.layers().len() as u64,
+                self.layers()?.len() as u64,
                 self.file.capture.dtype,
             ),
             free_bytes: free_bytes(there),
@@ -83,8 +97,18 @@ impl Run<'_> {
         })
     }
 
-    fn capture_source(&self) -> Result<InProcess<Cpu>, Error> {
-        Ok(InProcess::new(self.target()?.target.clone(), self.layers()?))
+    fn capture_source<'n>(&'n self, report: &'n dyn Report) -> Result<Source<'n>, Error> {
+        let (target, layers) = (self.target()?.target.clone(), self.layers()?);
+        let Some(server) = &self.file.capture.server else {
+            return Ok(Source::InProcess(InProcess::new(target, layers)));
+        };
+        let mut key = None;
+        for url in server.urls() {
+            key = server_key(url, server.key_env.as_deref(), self.env.places, self.env.variable)?;
+        }
+        let note = Arc::new(|line: &str| report.note(line));
+        let options = RemoteOptions { server, key, stop: self.env.stop.flag(), note };
+        Ok(Source::Remote { capture: RemoteCapture::new(options, target, layers), server })
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
@@ -112,9 +136,10 @@ impl Run<'_> {
         let tokens = TokenFile::open(self.tokens_path())?;
         let spec = self.cache_spec(&tokens)?;
         let mut writer = CacheWriter::open(dir, &spec)?;
-        let mut source = self.capture_source()?;
+        let mut source = self.capture_source(report)?;
+        source.note_launch(report);
         if writer.rows_done() == 0 {
-            let bill = self.bill(&tokens, dir)?;
+            let bill = self.bill(&tokens, dir, &mut source)?;
             report.note(&format!(
                 "capture: {} rows, {} tokens, about {}, {:.0} minutes",
                 bill.rows,
@@ -136,21 +161,34 @@ impl Run<'_> {
         }
         report.begin("capture", Some(spec.rows), Unit::Rows);
         let began = Instant::now();
-        let mut captured = 0u64;
-        let first = writer.rows_done();
-        for number in first..spec.rows {
-            report.at(number);
-            self.check_stop(Stage::Capture)?;
-            let row = tokens.row(number as usize);
-            let states =
-                source.capture(&row.ids, &row.loss_mask).map_err(|source| row_error(number, &source))?;
-            writer.push(&states)?;
-            captured += row.ids.len() as u64;
+        let (first, mut captured, mut failed) = (writer.rows_done(), 0u64, None);
+        let (mut done, stop) = (first, self.env.stop);
+        report.at(first);
+        let mut numbers = first as usize..spec.rows as usize;
+        let mut next = || {
+            let number = if stop.requested() { None } else { numbers.next() };
+            number.map(|n| token_row(&tokens, n))
+        };
+        let ended = source.capture_rows(&mut next, &mut |row| {
+            if let Err(error) = writer.push(&row) {
+                failed = Some(error);
+                return ControlFlow::Break(());
+            }
+            done += 1;
+            captured += row.len() as u64;
+            report.at(done);
             report.detail(&format!(
                 "{:.0} tokens/s",
                 captured as f64 / began.elapsed().as_secs_f64().max(1e-9)
             ));
+            ControlFlow::Continue(())
+        });
+        source.note_requests(report);
+        if let Some(error) = failed {
+            return Err(error.into());
         }
+        ended?;
+        self.check_stop(Stage::Capture)?;
         report.at(spec.rows);
         report.end();
         let bytes = writer.bytes_written();
@@ -163,29 +201,66 @@ impl Run<'_> {
         let tokens = TokenFile::open(self.tokens_path())?;
         let spec = self.cache_spec(&tokens)?;
         match self.file.capture.mode {
-            draftsmith_formats::run::CaptureMode::Cache => {
+            CaptureMode::Cache => {
                 let reader = CacheReader::open_for(self.folder.stage_dir(Stage::Capture), &spec)?;
                 Ok(Box::new(reader))
             }
-            draftsmith_formats::run::CaptureMode::Online => {
-                Ok(Box::new(OnlineStore { tokens, source: self.capture_source()?, spec }))
+            CaptureMode::Online => {
+                let source = self.capture_source(self.env.report)?;
+                Ok(Box::new(OnlineStore { tokens, source, spec }))
             }
         }
     }
 }
 
-fn row_error(number: u64, source: &CaptureError) -> Error {
-    Error::Input { message: format!("row {number}: {source}"), hint: None }
+fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
+    let row = tokens.row(number);
+    TokenRow { number: number as u64, ids: row.ids.to_vec(), loss_mask: row.loss_mask.to_vec() }
+}
+
+/// Who computes the states.
+enum Source<'a> {
+    InProcess(InProcess<Cpu>),
+    Remote { capture: RemoteCapture<'a, Cpu>, server: &'a CaptureServerTable },
+}
+
+impl Source<'_> {
+    /// Says what a server must show.
+    fn note_launch(&self, report: &dyn Report) {
+        if let Source::Remote { capture, server } = self {
+            report.note(&format!("`{}` must run with {}", server.url, capture.launch()));
+        }
+    }
+
+    /// Says how often a server was asked, and what went wrong with it.
+    fn note_requests(&self, report: &dyn Report) {
+        if let Source::Remote { capture, server } = self {
+            report.note(&format!("`{}`: {}", server.url, capture.asked()));
+        }
+    }
+}
+
+impl CaptureSource for Source<'_> {
+    fn capture_rows(
+        &mut self,
+        next: &mut dyn FnMut() -> Option<TokenRow>,
+        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
+    ) -> Result<(), CaptureError> {
+        match self {
+            Source::InProcess(target) => target.capture_rows(next, on_row),
+            Source::Remote { capture, .. } => capture.capture_rows(next, on_row),
+        }
+    }
 }
 
 /// Rows captured when asked for, rounded as a cache would have rounded them: online and offline training agree.
-struct OnlineStore {
+struct OnlineStore<'a> {
     tokens: TokenFile,
-    source: InProcess<Cpu>,
+    source: Source<'a>,
     spec: CacheSpec,
 }
 
-impl RowStore for OnlineStore {
+impl RowStore for OnlineStore<'_> {
     fn num_rows(&self) -> usize {
         self.tokens.len()
     }
@@ -196,11 +271,15 @@ impl RowStore for OnlineStore {
 
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
         let mut out = Vec::with_capacity(rows.len());
-        for i in rows {
-            let row = self.tokens.row(*i);
-            let states = self.source.capture(&row.ids, &row.loss_mask)?;
-            out.push(states.stored_as(&self.spec)?);
+        let mut wanted = rows.iter();
+        let mut next = || wanted.next().map(|n| token_row(&self.tokens, *n));
+        self.source.capture_rows(&mut next, &mut |row| {
+            out.push(row.stored_as(&self.spec));
+            ControlFlow::Continue(())
+        })?;
+        if out.len() < rows.len() {
+            return Err("interrupted".into());
         }
-        Ok(out)
+        Ok(out.into_iter().collect::<Result<_, _>>()?)
     }
 }

@@ -185,7 +185,12 @@ impl Run<'_> {
                 let note = |line: &str| report.note(line);
                 let mut generator = OpenAiGenerator {
                     server,
-                    key: server_key(server, self.env.places, self.env.variable)?,
+                    key: server_key(
+                        &server.url,
+                        server.key_env.as_deref(),
+                        self.env.places,
+                        self.env.variable,
+                    )?,
                     prompter,
                     batch_size,
                     stop: stop.flag(),

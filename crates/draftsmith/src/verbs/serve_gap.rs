@@ -18,7 +18,7 @@ use crate::printer;
 
 pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure> {
     let server = server(args)?;
-    let key = server_key(&server, &session.places, variable)?;
+    let key = server_key(&server.url, server.key_env.as_deref(), &session.places, variable)?;
     let workload = Workload::read(&args.workload, Some(args.limit as usize)).map_err(Error::from)?;
     let prompts: Vec<(String, Vec<Message>)> = workload
         .rows

@@ -2,8 +2,7 @@
 //! answers as it is told, and fails in all the ways that servers and the proxies before them do.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use draftsmith::target::TargetText;
 use draftsmith::text::{Message, RenderOptions};
 use serde_json::{Value, json};
 
+use crate::fake_http::{Out, Request, same, serve};
 use crate::support::repository;
 
 /// How an answer goes wrong.
@@ -121,8 +121,6 @@ impl Fake {
         speak: impl Fn(&str) -> Said + Send + Sync + 'static,
         fail: impl Fn(u64) -> Option<Fault> + Send + Sync + 'static,
     ) -> Fake {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}/v1", listener.local_addr().unwrap());
         let state = Arc::new(State {
             protocol,
             text: tiny_text(),
@@ -133,12 +131,7 @@ impl Fake {
             wrong: Mutex::default(),
         });
         let shared = Arc::clone(&state);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let state = Arc::clone(&shared);
-                std::thread::spawn(move || state.serve(stream));
-            }
-        });
+        let address = serve(move |out, request| shared.answer(out, request)) + "/v1";
         Fake { address, state }
     }
 
@@ -160,40 +153,7 @@ impl Fake {
     }
 }
 
-struct Request {
-    line: String,
-    headers: BTreeMap<String, String>,
-    body: Vec<u8>,
-}
-
-fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
-    let mut line = String::new();
-    reader.read_line(&mut line).ok().filter(|n| *n > 0)?;
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut header = String::new();
-        reader.read_line(&mut header).ok()?;
-        let Some((name, value)) = header.trim().split_once(':') else { break };
-        headers.insert(name.to_ascii_lowercase(), value.trim().to_string());
-    }
-    let length = headers.get("content-length").map_or(0, |n| n.parse().unwrap());
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some(Request { line: line.trim().to_string(), headers, body })
-}
-
-/// Writes one answer; an error means that the client went away, which ends the connection.
-struct Out<'a>(&'a TcpStream);
-
 impl Out<'_> {
-    fn whole(&mut self, status: &str, kind: &str, more: &str, body: &str) -> std::io::Result<()> {
-        let length = body.len();
-        write!(
-            self.0,
-            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{more}\r\n{body}"
-        )
-    }
-
     fn begin_stream(&mut self) -> std::io::Result<()> {
         write!(
             self.0,
@@ -212,17 +172,8 @@ impl Out<'_> {
 }
 
 impl State {
-    fn serve(&self, stream: TcpStream) {
-        let mut reader = BufReader::new(stream.try_clone().unwrap());
-        while let Some(request) = read_request(&mut reader) {
-            if self.answer(&mut Out(&stream), &request).is_err() {
-                return;
-            }
-        }
-    }
-
     fn answer(&self, out: &mut Out<'_>, request: &Request) -> std::io::Result<()> {
-        let path = request.line.split(' ').nth(1).unwrap_or_default();
+        let path = request.path();
         if path == "/metrics" {
             return match self.protocol.metrics {
                 true => out.whole("200 OK", "text/plain; version=0.0.4", "", &self.metrics()),
@@ -377,10 +328,7 @@ impl State {
 
     /// The prompt as the model would see it and whether a stream is wanted; `None` for the list of models.
     fn check(&self, path: &str, request: &Request) -> Result<Option<(String, bool)>, String> {
-        let header = |name: &str| request.headers.get(name).map(String::as_str).unwrap_or_default();
-        let same = |what: &str, found: &str, wanted: &str| {
-            if found == wanted { Ok(()) } else { Err(format!("{what} is `{found}`, not `{wanted}`")) }
-        };
+        let header = |name: &str| request.header(name);
         if !header("user-agent").starts_with("draftsmith/") {
             return Err(format!("user agent `{}`", header("user-agent")));
         }
@@ -389,12 +337,12 @@ impl State {
         }
         if path == "/v1/models" {
             same("accept", header("accept"), "application/json")?;
-            same("method", request.line.split(' ').next().unwrap_or_default(), "GET")?;
+            same("method", request.method(), "GET")?;
             return Ok(None);
         }
         let chat = self.protocol.api == "chat";
         same("path", path, if chat { "/v1/chat/completions" } else { "/v1/completions" })?;
-        same("method", request.line.split(' ').next().unwrap_or_default(), "POST")?;
+        same("method", request.method(), "POST")?;
         same("content type", header("content-type"), "application/json")?;
         let body: Value = serde_json::from_slice(&request.body).map_err(|e| e.to_string())?;
         let mut fields = body.as_object().ok_or("no object")?.clone();

@@ -1,8 +1,11 @@
 //! The binary as its users see it: stdout, stderr and exit code.
 
 mod bundles;
+mod capture_servers;
 mod cli;
 mod decode;
+mod fake_capture;
+mod fake_http;
 mod fake_openai;
 mod generators;
 mod hub;

@@ -1,6 +1,6 @@
 //! Rules between the keys of a run file that types alone do not express.
 
-use super::{Method, RunFile, ServerTable};
+use super::{CaptureServerKind, CaptureServerTable, Method, RunFile, ServerTable};
 use crate::hash::is_sha256_hex;
 
 /// A broken rule: dotted key, what is wrong, and advice where there is any.
@@ -8,6 +8,12 @@ pub(super) struct Broken {
     pub(super) key: String,
     pub(super) problem: String,
     pub(super) advice: Option<String>,
+}
+
+impl Broken {
+    fn inside(self, table: &str) -> Broken {
+        Broken { key: format!("{table}.{}", self.key), ..self }
+    }
 }
 
 fn broken(key: &str, problem: impl Into<String>) -> Result<(), Broken> {
@@ -31,6 +37,64 @@ fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
     if value <= limit { Ok(()) } else { broken(key, format!("is {value}, expected at most {limit}")) }
 }
 
+/// An address that may stand in a file that others read.
+fn check_address(key: &str, url: &str, example: &str) -> Result<(), Broken> {
+    let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+    let odd = |c: char| c.is_whitespace() || "?#".contains(c);
+    if host.is_none_or(|host| host.is_empty() || host.starts_with('/')) || url.contains(odd) {
+        return broken(key, format!("is `{url}`, expected an address like `{example}`"));
+    }
+    if url.contains('@') {
+        // The run file is kept beside the results and goes into the bundle.
+        return broken_with(
+            key,
+            "holds a user name or password",
+            "put the key into an environment variable and its name into `key_env` of this table",
+        );
+    }
+    Ok(())
+}
+
+fn check_patience(timeout_s: f64, retries: u32) -> Result<(), Broken> {
+    let wanted = "seconds above 0, at most a day";
+    number("timeout_s", timeout_s, timeout_s > 0.0 && timeout_s <= 86_400.0, wanted)?;
+    at_most("retries", u64::from(retries), 100)
+}
+
+impl CaptureServerTable {
+    /// Keys are relative to the table.
+    fn check(&self) -> Result<(), Broken> {
+        let unused = |key: &str, is_set: bool, kind: &str| match is_set {
+            true => broken(key, format!("is set, but means nothing for `{kind}`")),
+            false => Ok(()),
+        };
+        match self.kind {
+            CaptureServerKind::Vllm => {
+                check_address("url", &self.url, "http://127.0.0.1:8000/v1")?;
+                unused("final_url", self.final_url.is_some(), "vllm")?;
+                if self.shared_dir.is_none() {
+                    let advice = "name the folder that the server writes to (`shared_storage_path`), as seen from here";
+                    return broken_with("shared_dir", "is missing, but vLLM hands states out as files", advice);
+                }
+            }
+            CaptureServerKind::Sglang => {
+                check_address("url", &self.url, "http://127.0.0.1:30000")?;
+                let Some(final_url) = &self.final_url else {
+                    let advice = "start a second server of the same model without speculation, and name it here";
+                    let problem = "is missing, but one SGLang server shows captured layers or final states, not both";
+                    return broken_with("final_url", problem, advice);
+                };
+                check_address("final_url", final_url, "http://127.0.0.1:30001")?;
+                unused("shared_dir", self.shared_dir.is_some(), "sglang")?;
+                unused("model", self.model.is_some(), "sglang")?;
+            }
+        }
+        positive("concurrency", u64::from(self.concurrency))?;
+        at_most("concurrency", u64::from(self.concurrency), 1024)?;
+        check_patience(self.timeout_s, self.retries)
+    }
+}
+
 impl ServerTable {
     /// The first key that cannot be, and why; for tables that come from elsewhere than a run file.
     pub fn problem(&self) -> Option<(String, String)> {
@@ -39,24 +103,8 @@ impl ServerTable {
 
     /// Keys are relative to the table.
     fn check(&self) -> Result<(), Broken> {
-        let url = &self.url;
-        let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
-        let odd = |c: char| c.is_whitespace() || "?#".contains(c);
-        if host.is_none_or(|host| host.is_empty() || host.starts_with('/')) || url.contains(odd) {
-            return broken("url", format!("is `{url}`, expected an address like `http://127.0.0.1:8000/v1`"));
-        }
-        if url.contains('@') {
-            // The run file is kept beside the results and goes into the bundle.
-            return broken_with(
-                "url",
-                "holds a user name or password",
-                "put the key into an environment variable and its name into `regenerate.server.key_env`",
-            );
-        }
-        let timeout = self.timeout_s;
-        let wanted = "seconds above 0, at most a day";
-        number("timeout_s", timeout, timeout > 0.0 && timeout <= 86_400.0, wanted)?;
-        at_most("retries", u64::from(self.retries), 100)?;
+        check_address("url", &self.url, "http://127.0.0.1:8000/v1")?;
+        check_patience(self.timeout_s, self.retries)?;
         match self.extra.keys().find(|key| Self::OWN_FIELDS.contains(&key.as_str())) {
             Some(own) => broken(&format!("extra.{own}"), "is set by a key of its own"),
             None => Ok(()),
@@ -146,15 +194,15 @@ impl RunFile {
                 "hold back some rows, or name a file in `data.validation`",
             );
         }
-        regenerate.server.as_ref().map_or(Ok(()), |server| {
-            server
-                .check()
-                .map_err(|broken| Broken { key: format!("regenerate.server.{}", broken.key), ..broken })
-        })
+        let server = regenerate.server.as_ref();
+        server.map_or(Ok(()), |server| server.check().map_err(|broken| broken.inside("regenerate.server")))
     }
 
     fn check_capture_and_draft(&self) -> Result<(), Broken> {
         positive("capture.shard_rows", u64::from(self.capture.shard_rows))?;
+        if let Some(server) = &self.capture.server {
+            server.check().map_err(|broken| broken.inside("capture.server"))?;
+        }
         let draft = &self.draft;
         if let Some(layers) = &self.capture.layers {
             let wanted = match draft.method {

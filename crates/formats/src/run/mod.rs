@@ -261,16 +261,6 @@ impl ServerTable {
         "stream_options",
     ];
 
-    /// True if it is on this machine.
-    pub fn is_local(&self) -> bool {
-        let host = self.url.split("://").nth(1).unwrap_or_default();
-        let host = host.split('/').next().unwrap_or_default();
-        let name = host.strip_prefix('[').map_or_else(|| host.split(':').next(), |v6| v6.split(']').next());
-        name.is_some_and(|name| {
-            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
-        })
-    }
-
     fn default_timeout_s() -> f64 {
         120.0
     }
@@ -280,6 +270,16 @@ impl ServerTable {
     fn default_compare_prompts() -> bool {
         true
     }
+}
+
+/// True if an address is on this machine.
+pub fn is_local_address(url: &str) -> bool {
+    let host = url.split("://").nth(1).unwrap_or_default();
+    let host = host.split('/').next().unwrap_or_default();
+    let name = host.strip_prefix('[').map_or_else(|| host.split(':').next(), |v6| v6.split(']').next());
+    name.is_some_and(|name| {
+        name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    })
 }
 
 /// Which part of the OpenAI interface is used.
@@ -326,12 +326,79 @@ pub struct CaptureTable {
     pub dtype: CaptureDtype,
     /// Rows per file of the cache; after a kill at most this many are computed again.
     pub shard_rows: u32,
+    /// Let a server compute the states instead of this process.
+    pub server: Option<CaptureServerTable>,
 }
 
 impl Default for CaptureTable {
     fn default() -> Self {
-        CaptureTable { mode: CaptureMode::Cache, layers: None, dtype: CaptureDtype::Int8, shard_rows: 128 }
+        CaptureTable {
+            mode: CaptureMode::Cache,
+            layers: None,
+            dtype: CaptureDtype::Int8,
+            shard_rows: 128,
+            server: None,
+        }
     }
+}
+
+/// A server that hands out hidden states of the target; docs/SERVERS.md says how to start one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureServerTable {
+    /// What it is.
+    pub kind: CaptureServerKind,
+    /// Address: of vLLM up to and including the version, `http://127.0.0.1:8000/v1`; of the SGLang server that shows
+    /// the captured layers, `http://127.0.0.1:30000`.
+    pub url: String,
+    /// Address of a second SGLang server, without speculation, that shows the final states.
+    #[serde(default)]
+    pub final_url: Option<String>,
+    /// The folder, as seen from here, that vLLM writes states to. They are read and removed there.
+    #[serde(default)]
+    pub shared_dir: Option<PathBuf>,
+    /// Name of the model in requests to vLLM. Default: the only one that the server lists.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Name of the environment variable that holds the API key.
+    #[serde(default)]
+    pub key_env: Option<String>,
+    /// Rows asked for at once.
+    #[serde(default = "CaptureServerTable::default_concurrency")]
+    pub concurrency: u32,
+    /// Seconds of silence after which a request is repeated.
+    #[serde(default = "ServerTable::default_timeout_s")]
+    pub timeout_s: f64,
+    /// How often a request is repeated before the run stops: after silence, 429, 5xx, cut and broken answers.
+    #[serde(default = "ServerTable::default_retries")]
+    pub retries: u32,
+    /// Compare the first row with the target in this process: answers do not say which layers they hold.
+    #[serde(default = "CaptureServerTable::default_compare_states")]
+    pub compare_states: bool,
+}
+
+impl CaptureServerTable {
+    /// All addresses.
+    pub fn urls(&self) -> impl Iterator<Item = &str> {
+        [Some(self.url.as_str()), self.final_url.as_deref()].into_iter().flatten()
+    }
+
+    fn default_concurrency() -> u32 {
+        8
+    }
+    fn default_compare_states() -> bool {
+        true
+    }
+}
+
+/// Servers that hand out hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureServerKind {
+    /// vLLM with the method `extract_hidden_states`: states come in files.
+    Vllm,
+    /// SGLang with `return_hidden_states`: states come as JSON numbers.
+    Sglang,
 }
 
 /// Where captured states go.
@@ -681,8 +748,10 @@ impl RunFile {
         let mut all = self.to_table();
         let mut kept = toml::Table::new();
         // Where a server stands and how patiently it is asked does not change what it says.
-        if let Some(server) = all.get_mut("regenerate").and_then(|t| t.get_mut("server")?.as_table_mut()) {
-            server.retain(|key, _| ["model", "api", "extra"].contains(&key));
+        for (table, says) in [("regenerate", &["model", "api", "extra"][..]), ("capture", &["kind", "model"])] {
+            if let Some(server) = all.get_mut(table).and_then(|t| t.get_mut("server")?.as_table_mut()) {
+                server.retain(|key, _| says.contains(&key));
+            }
         }
         let mut keep = |table: &str, without: &[&str]| {
             if let Some(toml::Value::Table(mut t)) = all.remove(table) {

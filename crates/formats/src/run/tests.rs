@@ -72,7 +72,7 @@ fn where_a_server_stands_is_no_part_of_what_it_says() {
     assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", model = \"m\"")));
     assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", extra = { top_k = 0 }")));
     assert_ne!(hash(&base), hash(&parse(SMALL, &[]).unwrap()));
-    let local = |url: &str| with(&format!("url = \"{url}\"")).regenerate.server.unwrap().is_local();
+    let local = is_local_address;
     for url in ["http://127.0.0.1:80/v1", "http://localhost/v1", "https://[::1]:8000/v1"] {
         assert!(local(url), "{url}");
     }

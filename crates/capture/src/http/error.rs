@@ -1,5 +1,6 @@
 //! What a server can do wrong: faults that pass, and errors that do not.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// One failed attempt that is worth another.
@@ -64,7 +65,7 @@ fn said(message: &str) -> String {
 
 impl Fault {
     /// One or two words, for counts.
-    pub(super) fn kind(&self) -> String {
+    pub(crate) fn kind(&self) -> String {
         match self {
             Fault::NoConnection { .. } => "no connection".to_string(),
             Fault::Silence => "silent".to_string(),
@@ -138,6 +139,56 @@ pub enum ServerError {
         /// Tokens that the server counted.
         theirs: u64,
     },
+    /// It answered something else than what was asked.
+    #[error("`{url}` answered `{row}` with another `{field}` than asked: {found} instead of {wanted}")]
+    Unexpected {
+        /// Address of the server.
+        url: String,
+        /// What was asked for.
+        row: String,
+        /// The field of the answer.
+        field: String,
+        /// What it says.
+        found: String,
+        /// What it should say.
+        wanted: String,
+    },
+    /// Its states are those of another layer.
+    #[error("`{url}` gave states of `{row}` that are nearest to the output of layer {found}, where layer {asked} was asked for")]
+    OtherLayer {
+        /// Address of the server.
+        url: String,
+        /// The row that was compared.
+        row: String,
+        /// The layer asked for.
+        asked: u32,
+        /// The layer whose output in this process is nearest.
+        found: u32,
+        /// What to start the server with.
+        launch: String,
+    },
+    /// Its states are not those of the target.
+    #[error("`{url}` gave {what} of `{row}` that differ from the target here by {percent:.0} %")]
+    OtherStates {
+        /// Address of the server.
+        url: String,
+        /// The row that was compared.
+        row: String,
+        /// Which states.
+        what: String,
+        /// Mean relative difference.
+        percent: f64,
+    },
+    /// What it wrote cannot be removed.
+    #[error("`{}`, which `{url}` wrote, cannot be removed: {reason}", path.display())]
+    NotRemoved {
+        /// Address of the server.
+        url: String,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
     /// It takes parts of the answer out of the text.
     #[error("`{url}` gave {what} beside the text of `{row}`, so what the model wrote is not known")]
     NotPlain {
@@ -154,37 +205,82 @@ fn models_in_words(models: &[String]) -> String {
     if models.is_empty() { "no model".to_string() } else { format!("`{}`", models.join("`, `")) }
 }
 
+/// Who asks a server, for the names of keys in hints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// `[regenerate.server]`.
+    Regenerate,
+    /// `[capture.server]`.
+    Capture,
+}
+
+impl Asker {
+    fn table(self) -> &'static str {
+        match self {
+            Asker::Regenerate => "regenerate.server",
+            Asker::Capture => "capture.server",
+        }
+    }
+
+    /// The key that says how much is asked at once.
+    fn at_once(self) -> &'static str {
+        match self {
+            Asker::Regenerate => "regenerate.batch_size",
+            Asker::Capture => "capture.server.concurrency",
+        }
+    }
+}
+
 impl ServerError {
     /// What the user can do about it.
-    pub fn hint(&self) -> Option<String> {
+    pub fn hint(&self, asker: Asker) -> Option<String> {
+        let (table, at_once) = (asker.table(), asker.at_once());
         let hint = match self {
             ServerError::GaveUp { last: Fault::NoConnection { .. }, .. } => {
                 "is the server running? The same command goes on where this stopped"
             }
             ServerError::GaveUp { last: Fault::Silence, .. } => {
-                "raise `regenerate.server.timeout_s` or lower `regenerate.batch_size`; the same command goes on where \
-                 this stopped"
+                return Some(format!(
+                    "raise `{table}.timeout_s` or lower `{at_once}`; the same command goes on where this stopped"
+                ));
             }
             ServerError::GaveUp { .. } => {
-                "see the server's own log; the same command goes on where this stopped, `regenerate.server.retries` \
-                 makes it more patient"
+                return Some(format!(
+                    "see the server's own log; the same command goes on where this stopped, `{table}.retries` makes it \
+                     more patient"
+                ));
             }
-            ServerError::Refused { status: 404 | 405, .. } => {
+            ServerError::Refused { status: 404 | 405, .. } if asker == Asker::Regenerate => {
                 "the address must end before `/completions` (usually in `/v1`), and `regenerate.server.model` must be a \
                  name that the server knows"
             }
             ServerError::Refused { status: 300..=399, .. } => "give the address that the redirect names",
+            ServerError::Refused { .. } if asker == Asker::Capture => {
+                "docs/SERVERS.md says which server takes these requests, at which address, and how it is started"
+            }
             ServerError::Refused { .. } => {
                 "a context limit of the server goes into `target.max_context`, fields that it does not know out of \
                  `regenerate.server.extra`"
             }
             ServerError::NoAccess { had_key: false, .. } => {
-                "put the key into an environment variable and its name into `regenerate.server.key_env`"
+                return Some(format!("put the key into an environment variable and its name into `{table}.key_env`"));
             }
             ServerError::NoAccess { had_key: true, .. } => {
-                "check the key in the variable that `regenerate.server.key_env` names"
+                return Some(format!("check the key in the variable that `{table}.key_env` names"));
             }
-            ServerError::WhichModel { .. } => "name one with `regenerate.server.model`",
+            ServerError::WhichModel { .. } => return Some(format!("name one with `{table}.model`")),
+            ServerError::Unexpected { .. } => {
+                "the server must serve the target of the run file and be started as docs/SERVERS.md says"
+            }
+            ServerError::OtherLayer { launch, .. } => {
+                return Some(format!("start the server with {launch}, or name its layers in `capture.layers`"));
+            }
+            ServerError::NotRemoved { .. } => {
+                "give this user write permission in `capture.server.shared_dir`: files of states are removed once read"
+            }
+            ServerError::OtherStates { .. } => {
+                "the server must serve the target of the run file; `capture.server.compare_states=false` lets it pass"
+            }
             ServerError::OtherPrompt { .. } => {
                 "give the server the same model and chat template; where it adds a token of its own, send \
                  `regenerate.server.api=ids`; `regenerate.server.compare_prompts=false` lets it pass"
