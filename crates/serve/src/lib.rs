@@ -1,0 +1,3 @@
+//! OpenAI-compatible HTTP over the decode engine.
+
+pub mod grammar;
