@@ -12,6 +12,7 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod pull;
 pub(crate) mod quickstart;
+pub(crate) mod serve;
 pub(crate) mod serve_gap;
 pub(crate) mod stages;
 pub(crate) mod status;
