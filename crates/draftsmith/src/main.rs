@@ -2,6 +2,7 @@
 
 mod failure;
 mod printer;
+mod signals;
 mod verbs;
 
 use std::process::ExitCode;

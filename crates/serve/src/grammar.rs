@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use draftsmith_decode::Grammar;
 use serde_json::Value;
 
 use crate::api::ApiError;
-use crate::batch::Grammar;
 
 /// The grammar of a JSON schema; `{"type": "object"}` for any object.
 ///

@@ -9,7 +9,6 @@
 
 mod api;
 mod auth;
-mod batch;
 mod board;
 mod grammar;
 mod http;
@@ -264,8 +263,9 @@ impl Server {
         if self.app.service.set(service).is_err() {
             return Ok(());
         }
-        let worker = Worker::new(in_use, room, shared);
-        let thread = std::thread::Builder::new().name("decode".into()).spawn(move || worker.run());
+        // A batch stays on the thread that made it.
+        let work = move || Worker::new(in_use, room, shared).run();
+        let thread = std::thread::Builder::new().name("decode".into()).spawn(work);
         self.worker = Some(thread.map_err(|source| ServeError::Threads { source })?);
         Ok(())
     }

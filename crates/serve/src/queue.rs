@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::batch::GenerateOptions;
 use crate::speech::{Delta, Speech};
 use crate::swap::Replacement;
+use draftsmith_decode::GenerateOptions;
 
 /// Who asked: the name of an API key, or the address of the peer. Lines are fair between these.
 pub(crate) type Client = Arc<str>;

@@ -3,9 +3,8 @@
 //! Text is given out as soon as it is certain that no stop text begins in it. Tokens (for log-probabilities and traces)
 //! follow their text: none is shown before its text is, and of a stop text nothing is shown.
 
+use draftsmith_decode::TokenEvent;
 use draftsmith_text::{StreamDecoder, Tokenizer};
-
-use crate::batch::TokenEvent;
 
 /// A token as a client sees it.
 #[derive(Clone, Debug)]

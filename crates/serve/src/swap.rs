@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_core::AcceptStats;
-use draftsmith_decode::Engine;
+use draftsmith_decode::{DecodeError, Engine};
 use draftsmith_kernels::Cpu;
 use tokio::sync::oneshot;
 
@@ -57,8 +57,8 @@ pub trait Drafts: Send + Sync {
 /// A checked draft on its way to the worker.
 pub(crate) struct Replacement {
     pub(crate) loaded: Loaded,
-    /// Told when it is in use.
-    pub(crate) done: oneshot::Sender<()>,
+    /// Told when it is in use, or why not.
+    pub(crate) done: oneshot::Sender<Result<(), DecodeError>>,
 }
 
 /// An engine and what is known of it.

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use draftsmith_core::AcceptStats;
-use draftsmith_decode::{DraftPlan, FinishReason, TokenOrigin};
+use draftsmith_decode::{
+    Batch, DecodeError, DraftPlan, Engine, FinishReason, Generation, TokenEvent, TokenOrigin,
+};
 use draftsmith_kernels::Cpu;
 use draftsmith_text::Tokenizer;
 use serde_json::json;
 
 use crate::Log;
-use crate::batch::{Batch, Generation, TokenEvent};
 use crate::board::Board;
 use crate::metrics::{Metrics, observe_tokens};
 use crate::queue::{End, Event, Job, Order, Outcome, Queue};
@@ -85,7 +86,7 @@ pub(crate) struct Room {
 pub(crate) struct Worker {
     shared: Shared,
     room: Room,
-    batch: Batch<Cpu>,
+    batch: Batch<Arc<Engine<Cpu>>, Cpu>,
     in_use: InUse,
     running: HashMap<u64, Running>,
     reserved: usize,
@@ -288,29 +289,31 @@ impl Worker {
         sum
     }
 
-    fn switch_to(&mut self, in_use: InUse) {
-        self.batch.replace_engine(Arc::clone(&in_use.engine));
+    /// Goes on with another engine and returns the one before.
+    fn switch_to(&mut self, in_use: InUse) -> Result<InUse, DecodeError> {
+        self.batch.replace_engine(Arc::clone(&in_use.engine))?;
         self.shared.board.set_draft(in_use.info.clone());
-        self.in_use = in_use;
         self.era += 1;
-        self.recent.clear();
+        Ok(std::mem::replace(&mut self.in_use, in_use))
     }
 
     fn replace(&mut self, replacement: Replacement) {
         let Loaded { info, engine } = replacement.loaded;
         // Measured here, where nothing else computes.
         engine.costs();
-        let (fallback, before) = match self.watch.take() {
-            // Never proven: what is gone back to is still the one before.
-            Some(watch) => (watch.fallback, watch.before),
-            None => (self.in_use.clone(), self.recent_stats()),
-        };
         let name = info.name.clone();
-        self.switch_to(InUse { engine: Arc::new(engine), info: Some(info) });
-        self.watch = Some(Watch { fallback, before, since: AcceptStats::default() });
-        self.note("switched", &name, "watched for a fall of the accept length");
+        let switched = self.switch_to(InUse { engine: Arc::new(engine), info: Some(info) }).map(|old| {
+            let (fallback, before) = match self.watch.take() {
+                // Never proven: what is gone back to is still the one before.
+                Some(watch) => (watch.fallback, watch.before),
+                None => (old, self.recent_stats()),
+            };
+            self.recent.clear();
+            self.watch = Some(Watch { fallback, before, since: AcceptStats::default() });
+            self.note("switched", &name, "watched for a fall of the accept length");
+        });
         // The one who asked may have left.
-        let _ = replacement.done.send(());
+        let _ = replacement.done.send(switched);
     }
 
     fn judge(&mut self, watch: Watch) {
@@ -323,7 +326,8 @@ impl Worker {
         match watch.verdict() {
             Verdict::Keep => self.note("kept", &name, &reason),
             Verdict::GoBack => {
-                self.switch_to(watch.fallback);
+                self.switch_to(watch.fallback).expect("both decode the target that is being served");
+                self.recent = VecDeque::from([watch.before]);
                 self.note("rolled_back", &name, &reason);
             }
         }

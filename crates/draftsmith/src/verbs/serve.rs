@@ -4,6 +4,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
@@ -160,6 +161,9 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         printer::json(&ready)?;
     }
     while !session.stop.requested() {
+        if session.reload.swap(false, Ordering::SeqCst) {
+            server.reload();
+        }
         std::thread::sleep(POLL);
     }
     log("ending: answers under way are finished");

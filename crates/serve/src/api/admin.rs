@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
-use draftsmith_core::Sampling;
 use draftsmith_decode::{DraftPlan, GenerateOptions};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
@@ -108,7 +107,10 @@ async fn change(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
     let info = loaded.info.clone();
     let (done, switched) = oneshot::channel();
     app.service()?.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
-    switched.await.map_err(|_| ApiError::draining())?;
+    switched
+        .await
+        .map_err(|_| ApiError::draining())?
+        .map_err(|error| ApiError::invalid("bundle", error.to_string()))?;
     Ok(json!({
         "outcome": "switched",
         "draft": {"name": info.name, "bundle": info.bundle, "sha256": info.sha256},
@@ -124,12 +126,7 @@ fn load(service: &Service, bundle: &Path) -> Result<Loaded, ApiError> {
     })?;
     let prompt = service.tokenizer.encode(PROBE, true).map_err(|e| ApiError::internal(e.to_string()))?;
     let decode = |engine: &draftsmith_decode::Engine<_>, draft| {
-        let options = GenerateOptions {
-            max_new_tokens: PROBE_TOKENS,
-            sampling: Sampling::GREEDY,
-            stop_ids: Vec::new(),
-            draft,
-        };
+        let options = GenerateOptions { max_new_tokens: PROBE_TOKENS, draft, ..GenerateOptions::default() };
         engine
             .generate(&prompt, &options, &mut |_| ControlFlow::Continue(()))
             .map(|generation| generation.token_ids)

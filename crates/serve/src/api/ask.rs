@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use draftsmith_decode::DraftPlan;
+use draftsmith_core::{Sampling, Shaping};
+use draftsmith_decode::{DraftPlan, GenerateOptions};
 use draftsmith_text::{Message, RenderOptions, TextError};
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::Fields;
 use crate::Service;
-use crate::batch::{GenerateOptions, Sampling, Shaping};
 use crate::grammar::grammar;
 use crate::speech::SpeechOptions;
 
