@@ -20,6 +20,8 @@ use llguidance::toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTr
 use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
 use serde_json::{Map, Value, json};
 
+use crate::api::ApiError;
+
 /// Longest schema, as JSON text.
 const MAX_SCHEMA_BYTES: usize = 64 << 10;
 
@@ -48,7 +50,7 @@ const WHITESPACE: &str = r" |\r?\n[ \t]{0,64}";
 
 /// Why a schema is not taken. `path` names the place in the schema, for example `properties.age`; empty at its top.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-pub enum GrammarError {
+pub(crate) enum GrammarError {
     /// More text than is compiled.
     #[error("the schema has {found} bytes, {limit} are taken")]
     TooLarge {
@@ -96,19 +98,29 @@ pub enum GrammarError {
 
 impl GrammarError {
     /// What the user can do.
-    pub fn hint(&self) -> Option<String> {
+    pub(crate) fn hint(&self) -> Option<String> {
         Some(match self {
             GrammarError::TooLarge { .. } | GrammarError::TooDeep { .. } => {
                 "move repeated parts to `$defs`, or ask for less in one answer".into()
             }
             GrammarError::LongPattern { .. } => "use a shorter pattern, or `enum`".into(),
-            GrammarError::Refused { .. } => "leave the keyword out and check the answer yourself".into(),
+            GrammarError::Refused { .. } => "mend it, or leave it out and check the answer yourself".into(),
             GrammarError::NoEnd | GrammarError::Tokenizer { .. } => return None,
         })
     }
 
+    /// The answer to a request with such a schema.
+    pub(crate) fn into_api_error(self) -> ApiError {
+        let mut param = "response_format.json_schema.schema".to_owned();
+        if !self.path().is_empty() {
+            param = format!("{param}.{}", self.path());
+        }
+        let hint = self.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+        ApiError::invalid(param, format!("the answer cannot be held to the schema: {self}{hint}"))
+    }
+
     /// The place in the schema; empty at its top or where the schema is not to blame.
-    pub fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         match self {
             GrammarError::TooDeep { path, .. }
             | GrammarError::LongPattern { path, .. }
@@ -124,7 +136,7 @@ fn at(path: &str) -> String {
 }
 
 /// Makes grammars for one tokenizer and keeps those that were made.
-pub struct Grammars {
+pub(crate) struct Grammars {
     factory: ParserFactory,
     /// Most recently used last; the key is the schema's text, whose order is the order of the answer's properties.
     kept: Mutex<VecDeque<(String, Arc<Compiled>)>>,
@@ -141,7 +153,7 @@ impl Grammars {
     ///
     /// # Errors
     /// [`GrammarError::NoEnd`], [`GrammarError::Tokenizer`].
-    pub fn new(tokenizer: &Tokenizer) -> Result<Grammars, GrammarError> {
+    pub(crate) fn new(tokenizer: &Tokenizer) -> Result<Grammars, GrammarError> {
         let ends = tokenizer.eos_ids();
         let first = *ends.first().ok_or(GrammarError::NoEnd)?;
         let pieces: Vec<Vec<u8>> =
@@ -163,21 +175,13 @@ impl Grammars {
         Ok(Grammars { factory, kept: Mutex::default() })
     }
 
-    /// The grammar of any JSON object.
-    ///
-    /// # Errors
-    /// None in practice; as [`Grammars::json_schema`].
-    pub fn json_object(&self) -> Result<JsonGrammar, GrammarError> {
-        self.json_schema(&json!({"type": "object"}))
-    }
-
     /// The grammar of a JSON schema. Properties are written in the schema's order.
     ///
     /// # Errors
     /// [`GrammarError::TooLarge`], [`GrammarError::TooDeep`], [`GrammarError::LongPattern`]; [`GrammarError::Refused`]
     /// for a schema that is none, that no value satisfies, that uses a keyword which cannot be held to (`not`, `if`,
     /// `uniqueItems`, …), or that takes too much work.
-    pub fn json_schema(&self, schema: &Value) -> Result<JsonGrammar, GrammarError> {
+    pub(crate) fn json_schema(&self, schema: &Value) -> Result<JsonGrammar, GrammarError> {
         let text = schema.to_string();
         if text.len() > MAX_SCHEMA_BYTES {
             return Err(GrammarError::TooLarge { found: text.len(), limit: MAX_SCHEMA_BYTES });
@@ -402,7 +406,7 @@ struct Compiled {
 }
 
 /// The grammar of one request.
-pub struct JsonGrammar {
+pub(crate) struct JsonGrammar {
     compiled: Arc<Compiled>,
     cut: Arc<AtomicBool>,
 }
@@ -414,7 +418,7 @@ impl JsonGrammar {
 
     /// True once an answer of this request was ended before its JSON was complete, because a step of the grammar would
     /// have taken too much work.
-    pub fn was_cut(&self) -> bool {
+    pub(crate) fn was_cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)
     }
 }
