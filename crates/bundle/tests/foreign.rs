@@ -410,8 +410,11 @@ fn a_folder_with_specforges_key_set_imports_and_decodes_losslessly() {
     let (root, bundle, target) = made(&json!({}));
     let folder = root.path().join("specforge");
     specforge_folder(&folder);
-    let draft = import(&folder).unwrap();
+    let mut draft = import(&folder).unwrap();
     assert_eq!((draft.layout, draft.tensors.len()), (Layout::Sglang, 13));
+    assert_eq!(draft.rounded(), [""; 0]);
+    draft.tensors.get_mut("norm.weight").unwrap().1[0] = 1.001;
+    assert_eq!(draft.rounded(), ["norm.weight"]);
     let dir = imported_bundle(&draft, &bundle, &target).unwrap();
     let manifest = draftsmith_bundle::Manifest::read(&dir).unwrap();
     assert_eq!(manifest.imported.as_ref().unwrap().layout, "sglang");

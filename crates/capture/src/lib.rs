@@ -18,4 +18,6 @@ pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
 pub use http::{Asked, Asker, Fault, Note, ServerError};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate};
-pub use remote::{RemoteCapture, RemoteOptions, StatesProblem, StatesShape, read_json_states, read_state_file};
+pub use remote::{
+    RemoteCapture, RemoteOptions, StatesProblem, StatesShape, read_json_states, read_state_file,
+};

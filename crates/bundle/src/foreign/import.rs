@@ -453,6 +453,17 @@ impl Imported {
         self.contradiction = None;
     }
 
+    /// Tensors with values that a bundle's bf16 cannot hold, by name: they are rounded when it is made.
+    pub fn rounded(&self) -> Vec<&str> {
+        // bf16 is the upper half of an f32.
+        let changes = |values: &[f32]| values.iter().any(|v| v.to_bits() & 0xffff != 0);
+        self.tensors
+            .iter()
+            .filter(|(_, (_, values))| changes(values))
+            .map(|(name, _)| name.as_str())
+            .collect()
+    }
+
     /// Makes a bundle of it beside its target. `reference` is what the user called the draft; checkpoint and origin
     /// of `input` are filled in.
     ///

@@ -154,7 +154,9 @@ pub enum ServerError {
         wanted: String,
     },
     /// Its states are those of another layer.
-    #[error("`{url}` gave states of `{row}` that are nearest to the output of layer {found}, where layer {asked} was asked for")]
+    #[error(
+        "`{url}` gave states of `{row}` that are nearest to the output of layer {found}, where layer {asked} was asked for"
+    )]
     OtherLayer {
         /// Address of the server.
         url: String,
@@ -263,7 +265,9 @@ impl ServerError {
                  `regenerate.server.extra`"
             }
             ServerError::NoAccess { had_key: false, .. } => {
-                return Some(format!("put the key into an environment variable and its name into `{table}.key_env`"));
+                return Some(format!(
+                    "put the key into an environment variable and its name into `{table}.key_env`"
+                ));
             }
             ServerError::NoAccess { had_key: true, .. } => {
                 return Some(format!("check the key in the variable that `{table}.key_env` names"));
@@ -273,7 +277,9 @@ impl ServerError {
                 "the server must serve the target of the run file and be started as docs/SERVERS.md says"
             }
             ServerError::OtherLayer { launch, .. } => {
-                return Some(format!("start the server with {launch}, or name its layers in `capture.layers`"));
+                return Some(format!(
+                    "start the server with {launch}, or name its layers in `capture.layers`"
+                ));
             }
             ServerError::NotRemoved { .. } => {
                 "give this user write permission in `capture.server.shared_dir`: files of states are removed once read"

@@ -7,8 +7,8 @@ mod error;
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -196,8 +196,7 @@ impl<'a> Http<'a> {
             data: Vec<Model>,
         }
         self.persist("models", flow, || {
-            let request =
-                self.agent.get(format!("{}/models", self.url)).header("Accept", "application/json");
+            let request = self.agent.get(format!("{}/models", self.url)).header("Accept", "application/json");
             let request = with_key(request, self.key.as_deref());
             let answer = self.check(request.call(), "models", "application/json")?;
             let models: Models = parse(&read_body(answer, SIDE_BODY_BYTES)?)?;

@@ -8,7 +8,9 @@ use ureq::Body;
 use ureq::http::Response;
 
 use super::wire::{self, Reply};
-use crate::http::{Asked, Failure, Flow, Http, HttpOptions, SIDE_BODY_BYTES, ServerError, read_body, side_page};
+use crate::http::{
+    Asked, Failure, Flow, Http, HttpOptions, SIDE_BODY_BYTES, ServerError, read_body, side_page,
+};
 use crate::{Prompt, Request};
 
 /// The metrics page of a server, which stands beside `/v1`; `None` if it has none.

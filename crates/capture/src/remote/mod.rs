@@ -117,7 +117,11 @@ pub struct RemoteCapture<'a, K: Kernels> {
 
 impl<'a, K: Kernels> RemoteCapture<'a, K> {
     /// Captures the outputs of `layers` of the target that the server serves. Nothing is sent yet.
-    pub fn new(options: RemoteOptions<'a>, target: Arc<Target<K>>, layers: Vec<LayerId>) -> RemoteCapture<'a, K> {
+    pub fn new(
+        options: RemoteOptions<'a>,
+        target: Arc<Target<K>>,
+        layers: Vec<LayerId>,
+    ) -> RemoteCapture<'a, K> {
         let compared = !options.server.compare_states;
         RemoteCapture { options, target, layers, engine: None, compared }
     }

@@ -122,3 +122,29 @@ pub fn read_json_states(bytes: &[u8], shape: StatesShape<'_>) -> Result<Vec<f32>
     finite(field, &values, shape.width)?;
     Ok(values)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: StatesShape<'static> = StatesShape { ids: &[5, 6], states: 2, width: 2 };
+    const ANSWER: &str =
+        r#"{"meta_info":{"prompt_tokens":2,"hidden_states":[[[1,2,3,4]],[[5.5,6,-7,8e1]]]},"text":"x"}"#;
+
+    #[test]
+    fn parts_of_a_prompt_add_up() {
+        let values = read_json_states(ANSWER.as_bytes(), SHAPE).unwrap();
+        assert_eq!(values, [1.0, 2.0, 3.0, 4.0, 5.5, 6.0, -7.0, 80.0]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_damaged_answer_is_whole_in_shape_or_refused(at in 0..ANSWER.len(), byte: u8) {
+            let mut bytes = ANSWER.as_bytes().to_vec();
+            bytes[at] = byte;
+            if let Ok(values) = read_json_states(&bytes, SHAPE) {
+                proptest::prop_assert!(values.len() == 8 && values.iter().all(|v| v.is_finite()));
+            }
+        }
+    }
+}

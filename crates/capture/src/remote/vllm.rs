@@ -103,7 +103,12 @@ impl<'a> Vllm<'a> {
     }
 
     /// The bytes of a file once it is written, which is then removed; `None` if it was called off.
-    fn fetch(&self, path: &Path, shape: StatesShape<'_>, flow: &Flow<'_>) -> Result<Option<Vec<u8>>, Failure> {
+    fn fetch(
+        &self,
+        path: &Path,
+        shape: StatesShape<'_>,
+        flow: &Flow<'_>,
+    ) -> Result<Option<Vec<u8>>, Failure> {
         let garbled = |what: &str, e: &dyn std::fmt::Display| {
             Failure::from(Fault::Garbled { reason: format!("{what} `{}`: {e}", path.display()) })
         };
@@ -132,7 +137,11 @@ impl<'a> Vllm<'a> {
             match std::fs::remove_file(path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     let (url, path) = (self.http.url().to_string(), path.to_path_buf());
-                    return Err(Failure::Lasting(ServerError::NotRemoved { url, path, reason: e.to_string() }));
+                    return Err(Failure::Lasting(ServerError::NotRemoved {
+                        url,
+                        path,
+                        reason: e.to_string(),
+                    }));
                 }
                 _ => {}
             }
@@ -172,7 +181,11 @@ fn file_of(completion: &Completion, ids: &[u32]) -> Result<String, StatesProblem
 ///
 /// # Errors
 /// [`StatesProblem`]: not a whole safetensors file, other tensors, types, shapes or token ids than asked for.
-pub fn read_state_file(path: &Path, bytes: Vec<u8>, shape: StatesShape<'_>) -> Result<Vec<f32>, StatesProblem> {
+pub fn read_state_file(
+    path: &Path,
+    bytes: Vec<u8>,
+    shape: StatesShape<'_>,
+) -> Result<Vec<f32>, StatesProblem> {
     let garbled = |e: &dyn std::fmt::Display| StatesProblem::Garbled { reason: e.to_string() };
     let file = SafetensorsDir::from_bytes(path, bytes).map_err(|e| garbled(&e))?;
     let names: Vec<&str> = file.names().collect();
@@ -193,7 +206,8 @@ pub fn read_state_file(path: &Path, bytes: Vec<u8>, shape: StatesShape<'_>) -> R
     types("hidden_states", states.dtype, &[Dtype::F32, Dtype::BF16, Dtype::F16])?;
     let wanted = [shape.ids.len(), shape.states, shape.width];
     if states.shape != wanted {
-        let (found, wanted) = (format!("shape {:?}", states.shape), format!("{wanted:?} (tokens, layers, width)"));
+        let (found, wanted) =
+            (format!("shape {:?}", states.shape), format!("{wanted:?} (tokens, layers, width)"));
         return Err(StatesProblem::field("hidden_states", found, wanted));
     }
     let values = states.to_f32().map_err(|e| garbled(&e))?;
@@ -212,4 +226,59 @@ fn split(values: &[f32], layers: usize, width: usize) -> RemoteStates {
         last.extend_from_slice(end);
     }
     RemoteStates { features, last }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use draftsmith_formats::safetensors_dir::{TensorData, to_bytes};
+
+    use super::*;
+
+    const SHAPE: StatesShape<'static> = StatesShape { ids: &[5, 6, 7], states: 2, width: 4 };
+
+    fn file() -> Vec<u8> {
+        let values: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        let tensors = [
+            TensorData::bf16("hidden_states", &[3, 2, 4], &values),
+            TensorData::i64("token_ids", &[3], &[5, 6, 7]),
+        ];
+        to_bytes(&tensors, &BTreeMap::new())
+    }
+
+    #[test]
+    fn a_file_is_split_into_captured_layers_and_the_last() {
+        let states = split(&read_state_file(Path::new("f"), file(), SHAPE).unwrap(), 1, 4);
+        assert_eq!(states.features, [0., 1., 2., 3., 8., 9., 10., 11., 16., 17., 18., 19.]);
+        assert_eq!(states.last, [4., 5., 6., 7., 12., 13., 14., 15., 20., 21., 22., 23.]);
+    }
+
+    #[test]
+    fn a_name_never_leads_out_of_the_folder() {
+        let name = |path: &str| {
+            let transfer = Some(Transfer { hidden_states_path: Some(path.to_string()) });
+            let choices = vec![Choice { prompt_token_ids: Some(vec![5, 6, 7]) }];
+            file_of(&Completion { choices, kv_transfer_params: transfer }, SHAPE.ids)
+        };
+        for path in ["a.safetensors", "/x/y/a.safetensors", "../../a.safetensors", "C:\\x\\a.safetensors"] {
+            assert_eq!(name(path), Ok("a.safetensors".to_string()));
+        }
+        for path in ["", "/", "..", "/x/..", "/etc/passwd", "x/.safetensors", "a.safetensors/"] {
+            assert!(name(path).is_err(), "{path}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_damaged_file_is_whole_in_shape_or_refused(at: proptest::sample::Index, byte: u8, end: proptest::sample::Index) {
+            let mut bytes = file();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            bytes.truncate(bytes.len() - end.index(2) * end.index(bytes.len()));
+            if let Ok(values) = read_state_file(Path::new("f"), bytes, SHAPE) {
+                proptest::prop_assert!(values.len() == 24 && values.iter().all(|v| v.is_finite()));
+            }
+        }
+    }
 }

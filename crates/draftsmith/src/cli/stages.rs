@@ -83,9 +83,14 @@ pub struct Regenerate {
 }
 
 /// Stores the hidden states of the target that training reads.
+///
+/// The target computes them in this process, or behind a server of vLLM or SGLang that `[capture.server]` names
+/// (docs/SERVERS.md says how to start one).
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  draftsmith capture recipes/smoke.toml --plan\n  \
-                        draftsmith capture recipes/smoke.toml capture.dtype=bf16")]
+                        draftsmith capture recipes/smoke.toml capture.dtype=bf16\n  \
+                        draftsmith capture RUN.toml 'capture.server={ kind = \"vllm\", url = \
+                        \"http://127.0.0.1:8000/v1\", shared_dir = \"/dev/shm/states\" }'")]
 pub struct Capture {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]

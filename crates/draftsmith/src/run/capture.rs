@@ -10,9 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use draftsmith_capture::{
-    CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
-};
+use draftsmith_capture::{CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Precision, Stage};
 use draftsmith_formats::tokens::TokenFile;
@@ -63,12 +61,7 @@ impl Run<'_> {
         self.bill(&tokens, &self.folder.stage_dir(Stage::Capture), &mut source)
     }
 
-    fn bill(
-        &self,
-        tokens: &TokenFile,
-        dir: &Path,
-        source: &mut impl CaptureSource,
-    ) -> Result<Bill, Error> {
+    fn bill(&self, tokens: &TokenFile, dir: &Path, source: &mut impl CaptureSource) -> Result<Bill, Error> {
         let began = Instant::now();
         let mut tried = 0;
         let mut numbers = 0..tokens.len().min(TRIAL_ROWS);
@@ -108,7 +101,8 @@ impl Run<'_> {
         }
         let note = Arc::new(|line: &str| report.note(line));
         let options = RemoteOptions { server, key, stop: self.env.stop.flag(), note };
-        Ok(Source::Remote { capture: RemoteCapture::new(options, target, layers), server })
+        let capture = Box::new(RemoteCapture::new(options, target, layers));
+        Ok(Source::Remote { capture, server })
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
@@ -221,7 +215,7 @@ fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
 /// Who computes the states.
 enum Source<'a> {
     InProcess(InProcess<Cpu>),
-    Remote { capture: RemoteCapture<'a, Cpu>, server: &'a CaptureServerTable },
+    Remote { capture: Box<RemoteCapture<'a, Cpu>>, server: &'a CaptureServerTable },
 }
 
 impl Source<'_> {

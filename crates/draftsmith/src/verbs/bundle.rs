@@ -9,6 +9,7 @@ use draftsmith::cli::{self, ExportFormat};
 use draftsmith::engine::{LoadedTarget, default_threads, locate};
 use draftsmith::imports::{ImportOptions, import_draft, rewrite_card};
 use draftsmith::kernels::Cpu;
+use draftsmith::report::Report;
 use draftsmith::target::gguf_tokenizer;
 use serde_json::json;
 
@@ -135,10 +136,20 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
             base_model: args.base_model.as_deref(),
         },
     )?;
+    let mut rounded = draft.rounded();
+    rounded.sort_unstable();
+    if let Some(first) = rounded.first() {
+        session.printer.note(&format!(
+            "{} of {} tensors are rounded to bf16, among them `{first}`",
+            rounded.len(),
+            draft.tensors.len()
+        ));
+    }
     if args.json {
         printer::json(&json!({
             "path": made.path,
             "layout": draft.layout.name(),
+            "rounded_to_bf16": rounded,
             "bytes": made.bytes,
             "warnings": made.warnings,
         }))?;

@@ -1,8 +1,10 @@
 //! Bundles in and out of other engines' layouts, and looked at: what the user sees.
 
+use std::collections::BTreeMap;
+
 use draftsmith::bundle::Manifest;
 use draftsmith::core::VocabMap;
-use draftsmith::formats::safetensors_dir::{SafetensorsDir, TensorData};
+use draftsmith::formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
 use draftsmith::model::TargetConfig;
 use draftsmith::model::eagle3::Eagle3Config;
 use draftsmith::target::TargetText;
@@ -47,6 +49,39 @@ fn with_bundle() -> Home {
     let made = home.run(&import(&target(), &["--base-model", "org/tiny", "--license", "CC0-1.0"]));
     assert_eq!(made.code, Some(0), "{}", made.stderr);
     home
+}
+
+#[test]
+fn an_import_says_which_tensors_lose_bits() {
+    let home = Home::new();
+    let rounded = |draft: &str| {
+        let args =
+            ["bundle", "import", draft, "--target", &target(), "--out", "bundle", "--replace", "--json"];
+        let made =
+            home.run(&[args.as_slice(), &["--base-model", "org/tiny", "--license", "CC0-1.0"]].concat());
+        let names = made.json()["rounded_to_bf16"].as_array().unwrap().len();
+        (names, made.stderr.contains("are rounded to bf16, among them `fc.weight`"))
+    };
+    foreign_draft(&home, |_| {});
+    assert_eq!(rounded("theirs"), (0, false), "bf16 stays as it is");
+    let path = home.path().join("theirs/model.safetensors");
+    let file = SafetensorsDir::open(&path).unwrap();
+    let wider = |name: &str| {
+        let tensor = file.get(name).unwrap();
+        match (tensor.dtype, name) {
+            (Dtype::I64, _) => TensorData::i64(name, tensor.shape, &tensor.to_i64().unwrap()),
+            (Dtype::BOOL, _) => TensorData::bool(name, tensor.shape, &tensor.to_bool().unwrap()),
+            (_, "norm.weight") => TensorData::f32(name, tensor.shape, &tensor.to_f32().unwrap()),
+            _ => {
+                let values: Vec<f32> = tensor.to_f32().unwrap().iter().map(|v| v * 1.001).collect();
+                TensorData::f32(name, tensor.shape, &values)
+            }
+        }
+    };
+    let tensors: Vec<TensorData> = file.names().map(wider).collect();
+    let matrices = tensors.len() - 3; // without the norm that is still exact, `d2t` and `t2d`
+    std::fs::write(&path, to_bytes(&tensors, &BTreeMap::new())).unwrap();
+    assert_eq!(rounded("theirs"), (matrices, true));
 }
 
 #[test]

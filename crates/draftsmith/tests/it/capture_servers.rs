@@ -12,7 +12,7 @@ use draftsmith::capture::{CaptureSource, InProcess, RemoteCapture, RemoteOptions
 use draftsmith::core::LayerId;
 use draftsmith::formats::cache::CaptureRow;
 use draftsmith::formats::run::CaptureServerTable;
-use draftsmith::formats::safetensors_dir::{Dtype, TensorData, SafetensorsDir, to_bytes};
+use draftsmith::formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
 use serde_json::json;
 
 use crate::fake_capture::{FakeCapture, Fault, Started};
@@ -77,7 +77,8 @@ fn states_from_vllm_are_those_of_this_process_rounded_to_the_type_sent() {
     let width = target.config().hidden_size;
     for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
         let home = Home::new();
-        let fake = FakeCapture::start(vllm(home.path(), dtype), None, |nth| (nth % 5 == 2).then_some(Fault::Cut));
+        let fake =
+            FakeCapture::start(vllm(home.path(), dtype), None, |nth| (nth % 5 == 2).then_some(Fault::Cut));
         let table = json!({ "kind": "vllm", "url": fake.url(), "shared_dir": home.path(), "concurrency": 5 });
         let theirs = through(table);
         assert_eq!(fake.take_rows().len(), 24 + fake.faults()["Cut"] as usize);
@@ -108,8 +109,7 @@ fn states_from_two_sglang_servers_are_those_of_this_process() {
     let layers = FakeCapture::start(Started::SglangLayers(LAYERS.to_vec()), None, |nth| {
         (nth % 6 == 1).then_some(Fault::Cut)
     });
-    let end =
-        FakeCapture::start(Started::SglangFinal, None, |nth| (nth % 7 == 3).then_some(Fault::Hangup));
+    let end = FakeCapture::start(Started::SglangFinal, None, |nth| (nth % 7 == 3).then_some(Fault::Hangup));
     let table = json!({ "kind": "sglang", "url": layers.url(), "final_url": end.url(), "concurrency": 4 });
     assert_eq!(ours, through(table));
     layers.take_rows();
@@ -198,9 +198,8 @@ fn a_capture_that_loses_its_server_or_is_killed_goes_on_without_losing_or_doubli
     finish(home.spawn(&arguments(&here, "", &[])));
     let files = home.path().join("files");
     std::fs::create_dir(&files).unwrap();
-    let dying = FakeCapture::start(vllm(&files, Dtype::F32), None, |nth| {
-        (nth >= 20).then_some(Fault::Status(500))
-    });
+    let dying =
+        FakeCapture::start(vllm(&files, Dtype::F32), None, |nth| (nth >= 20).then_some(Fault::Status(500)));
     let ended = home.spawn(&arguments(&there, &of_vllm(&dying, &files, "retries = 1, concurrency = 3"), &[]));
     let ended = Ended::from(ended.wait_with_output().unwrap());
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
@@ -347,7 +346,9 @@ fn keys_of_the_table_that_cannot_be_are_named() {
     };
     insta::assert_snapshot!(check("kind = \"vllm\", url = \"http://127.0.0.1:9/v1\""));
     insta::assert_snapshot!(check("kind = \"sglang\", url = \"http://127.0.0.1:9\""));
-    insta::assert_snapshot!(check("kind = \"sglang\", url = \"http://127.0.0.1:9\", final_url = \"http://127.0.0.1:9\", shared_dir = \"x\""));
+    insta::assert_snapshot!(check(
+        "kind = \"sglang\", url = \"http://127.0.0.1:9\", final_url = \"http://127.0.0.1:9\", shared_dir = \"x\""
+    ));
     let vllm = "kind = \"vllm\", url = \"http://127.0.0.1:9/v1\", model = \"m\", shared_dir = \"x\"";
     insta::assert_snapshot!(check(&format!("{vllm}, concurrency = 0")));
     insta::assert_snapshot!(check(&format!("{vllm}, retries = 0")));

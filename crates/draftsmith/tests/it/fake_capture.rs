@@ -62,7 +62,11 @@ pub(crate) enum Fault {
 #[derive(Clone)]
 pub(crate) enum Started {
     /// The folder that it writes to and `eagle_aux_hidden_state_layer_ids`, counted from the input of layer 0.
-    Vllm { dir: PathBuf, layer_ids: Vec<u32>, dtype: Dtype },
+    Vllm {
+        dir: PathBuf,
+        layer_ids: Vec<u32>,
+        dtype: Dtype,
+    },
     /// Layers that the draft's configuration names, counted by outputs.
     SglangLayers(Vec<u32>),
     SglangFinal,
@@ -280,7 +284,9 @@ fn file(states: &CaptureRow, layer_ids: &[u32], dtype: Dtype, fault: Option<Faul
     }
     let name = "hidden_states";
     let tensor = match (fault, dtype) {
-        (Some(Fault::Whole), _) => TensorData::i64(name, &shape, &values.iter().map(|v| *v as i64).collect::<Vec<_>>()),
+        (Some(Fault::Whole), _) => {
+            TensorData::i64(name, &shape, &values.iter().map(|v| *v as i64).collect::<Vec<_>>())
+        }
         (_, Dtype::BF16) => TensorData::bf16(name, &shape, &values),
         (_, Dtype::F16) => TensorData::f16(name, &shape, &values),
         (_, Dtype::F32) => TensorData::f32(name, &shape, &values),

@@ -74,14 +74,20 @@ impl CaptureServerTable {
                 unused("final_url", self.final_url.is_some(), "vllm")?;
                 if self.shared_dir.is_none() {
                     let advice = "name the folder that the server writes to (`shared_storage_path`), as seen from here";
-                    return broken_with("shared_dir", "is missing, but vLLM hands states out as files", advice);
+                    return broken_with(
+                        "shared_dir",
+                        "is missing, but vLLM hands states out as files",
+                        advice,
+                    );
                 }
             }
             CaptureServerKind::Sglang => {
                 check_address("url", &self.url, "http://127.0.0.1:30000")?;
                 let Some(final_url) = &self.final_url else {
-                    let advice = "start a second server of the same model without speculation, and name it here";
-                    let problem = "is missing, but one SGLang server shows captured layers or final states, not both";
+                    let advice =
+                        "start a second server of the same model without speculation, and name it here";
+                    let problem =
+                        "is missing, but one SGLang server shows captured layers or final states, not both";
                     return broken_with("final_url", problem, advice);
                 };
                 check_address("final_url", final_url, "http://127.0.0.1:30001")?;

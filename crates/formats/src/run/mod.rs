@@ -748,7 +748,8 @@ impl RunFile {
         let mut all = self.to_table();
         let mut kept = toml::Table::new();
         // Where a server stands and how patiently it is asked does not change what it says.
-        for (table, says) in [("regenerate", &["model", "api", "extra"][..]), ("capture", &["kind", "model"])] {
+        for (table, says) in [("regenerate", &["model", "api", "extra"][..]), ("capture", &["kind", "model"])]
+        {
             if let Some(server) = all.get_mut(table).and_then(|t| t.get_mut("server")?.as_table_mut()) {
                 server.retain(|key, _| says.contains(&key));
             }

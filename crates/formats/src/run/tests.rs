@@ -72,6 +72,16 @@ fn where_a_server_stands_is_no_part_of_what_it_says() {
     assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", model = \"m\"")));
     assert_ne!(hash(&base), hash(&with("url = \"http://a/v1\", extra = { top_k = 0 }")));
     assert_ne!(hash(&base), hash(&parse(SMALL, &[]).unwrap()));
+    let states = |server: &str| parse(SMALL, &[&format!("capture.server={{ {server} }}")]).unwrap();
+    let hash = |run: &RunFile| run.stage_hash(Stage::Capture);
+    let base = states("kind = \"vllm\", url = \"http://a/v1\", shared_dir = \"d\"");
+    let elsewhere =
+        "kind = \"vllm\", url = \"http://b/v1\", shared_dir = \"e\", concurrency = 2, retries = 1";
+    assert_eq!(hash(&base), hash(&states(elsewhere)));
+    assert_ne!(hash(&base), hash(&states(&format!("{elsewhere}, model = \"m\""))));
+    assert_ne!(hash(&base), hash(&parse(SMALL, &[]).unwrap()));
+    let sglang = "kind = \"sglang\", url = \"http://a\", final_url = \"http://b\"";
+    assert_ne!(hash(&base), hash(&states(sglang)));
     let local = is_local_address;
     for url in ["http://127.0.0.1:80/v1", "http://localhost/v1", "https://[::1]:8000/v1"] {
         assert!(local(url), "{url}");
