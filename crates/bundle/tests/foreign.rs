@@ -431,7 +431,7 @@ fn engine_with(target: &Arc<Target<Cpu>>, draft: &Path) -> Engine<Cpu> {
 }
 
 fn decode(engine: &Engine<Cpu>, draft: DraftPlan, sampling: Sampling) -> Generation {
-    let options = GenerateOptions { max_new_tokens: 24, sampling, stop_ids: vec![], draft };
+    let options = GenerateOptions { max_new_tokens: 24, sampling, draft, ..GenerateOptions::default() };
     engine.generate(&[1, 300, 17, 42, 901, 5], &options, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 

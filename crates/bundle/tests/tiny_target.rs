@@ -22,7 +22,7 @@ fn the_probe_sees_what_the_drafter_proposes() {
     for variant in [json!({}), json!({"fc_norm": true, "norm_output": true})] {
         let (_root, dir, target) = made(&variant);
         let draft = Arc::new(Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap());
-        let drafter = EagleDrafter::new(&target, Arc::clone(&draft)).unwrap();
+        let drafter = Arc::new(EagleDrafter::new(&target, Arc::clone(&draft)).unwrap());
         let layers: Vec<LayerId> = drafter.target_layers().to_vec();
         for prompt in [vec![1, 300, 17, 42, 42, 901], vec![5], (0..40).map(|i| i * 23 % 1024).collect()] {
             let (context, next) = (&prompt[..], [&prompt[1..], &[77]].concat());
@@ -33,7 +33,7 @@ fn the_probe_sees_what_the_drafter_proposes() {
             let rows: Vec<u32> = (0..context.len() as u32).collect();
             let features = Features { output: &output, rows: &rows };
 
-            let mut session = drafter.begin();
+            let mut session = Arc::clone(&drafter).begin();
             session.extend(&features, &next);
             let tree =
                 session.propose(&DraftPlan::Chain { depth: 5 }, 5, &Sampling::GREEDY, context.len() as u64);

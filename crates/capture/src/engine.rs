@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::ops::ControlFlow;
 
-use draftsmith_decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions};
+use draftsmith_decode::{BatchOptions, Engine, FinishReason, GenerateOptions};
 use draftsmith_kernels::Kernels;
 
 use crate::{Answer, Generator, Prompter, RegenerateError, Request};
@@ -52,7 +52,7 @@ impl<K: Kernels> Generator for EngineGenerator<'_, K> {
                                 max_new_tokens: prompt.max_new_tokens,
                                 sampling: request.sampling,
                                 stop_ids: self.prompter.tokenizer.eos_ids().to_vec(),
-                                draft: DraftPlan::None,
+                                ..GenerateOptions::default()
                             };
                             return Some((request.key, prompt.ids, options));
                         }

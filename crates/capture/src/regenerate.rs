@@ -71,10 +71,10 @@ impl SamplingMix {
         }
         Sampling {
             temperature: self.temperature,
-            top_k: 0,
             top_p: self.top_p,
             // The key of a row keeps its draws apart from those of other rows.
             seed: self.seed ^ (share_of(id, !self.seed) * u64::MAX as f64) as u64,
+            ..Sampling::GREEDY
         }
     }
 }

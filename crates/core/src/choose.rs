@@ -1,7 +1,7 @@
 //! How one token is chosen from a row of logits, with or without speculation.
 //!
 //! Sampling is keyed by position: the token at position `p` is the arg-max of `logits / T + noise(seed, p)` over
-//! the tokens that survive top-k and top-p (the Gumbel-max form of sampling). The noise depends on seed, position
+//! the tokens that survive min-p, top-k and top-p (the Gumbel-max form of sampling). The noise depends on seed, position
 //! and token only, so a seeded request returns the same text whatever was drafted.
 //!
 //! Classic rejection sampling [leviathan2023] is given by [`accept_probability`] and [`residual`].
@@ -17,6 +17,8 @@ pub struct Sampling {
     pub top_k: u32,
     /// Keep the smallest set of most probable tokens whose mass reaches this; 1 keeps all.
     pub top_p: f32,
+    /// Keep tokens with at least this share of the best token's probability; 0 keeps all.
+    pub min_p: f32,
     /// Key of the noise.
     pub seed: u64,
 }
@@ -33,11 +35,16 @@ impl Default for Sampling {
 
 impl Sampling {
     /// The arg-max, ties to the lower id.
-    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 };
+    pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 };
 
     /// True if no noise is drawn.
     pub fn is_greedy(&self) -> bool {
         self.temperature <= 0.0
+    }
+
+    /// True if every token may be drawn.
+    fn keeps_all(&self) -> bool {
+        self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
     }
 }
 
@@ -69,7 +76,7 @@ pub fn gumbel_noise(seed: u64, position: u64, token: u32) -> f32 {
     (-(-uniform.ln()).ln()) as f32
 }
 
-/// The tokens that survive temperature, top-k and top-p, with their probabilities, most probable first (ties to
+/// The tokens that survive temperature, min-p, top-k and top-p, in this order, with their probabilities, most probable first (ties to
 /// the lower id).
 ///
 /// # Shapes
@@ -82,7 +89,8 @@ pub fn token_distribution(logits: &[f32], sampling: &Sampling) -> Vec<(TargetTok
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // Tokens this far below the best one have less than `NEGLIGIBLE` of its probability each. Dropping them first
     // keeps the sort and the exponentials to the few hundred tokens that can be drawn at all.
-    let cutoff = max + sampling.temperature * NEGLIGIBLE.ln();
+    let least = NEGLIGIBLE.max(sampling.min_p);
+    let cutoff = max + sampling.temperature * least.ln();
     let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|i| logits[*i as usize] >= cutoff).collect();
     let k = if sampling.top_k == 0 { ids.len() } else { (sampling.top_k as usize).min(ids.len()) };
     if k < ids.len() {
@@ -116,7 +124,7 @@ pub fn choose_token(logits: &[f32], sampling: &Sampling, position: u64) -> Targe
         return TargetTokenId(argmax(logits.iter().copied()) as u32);
     }
     let inv_t = 1.0 / sampling.temperature;
-    if sampling.top_k == 0 && sampling.top_p >= 1.0 {
+    if sampling.keeps_all() {
         let noisy = logits
             .iter()
             .enumerate()
@@ -185,7 +193,7 @@ mod tests {
     #[test]
     fn gumbel_draws_follow_the_softmax() {
         let logits = [2.0f32, 1.0, 0.0, -1.0];
-        let sampling = Sampling { temperature: 0.8, top_k: 0, top_p: 1.0, seed: 7 };
+        let sampling = Sampling { temperature: 0.8, seed: 7, ..Sampling::GREEDY };
         let draws = 40_000u64;
         let mut counts = [0u64; 4];
         for position in 0..draws {
@@ -203,7 +211,7 @@ mod tests {
     fn top_p_keeps_the_smallest_set_that_reaches_the_mass() {
         let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
         let at = |top_p| {
-            token_distribution(&logits, &Sampling { temperature: 1.0, top_k: 0, top_p, seed: 0 })
+            token_distribution(&logits, &Sampling { temperature: 1.0, top_p, ..Sampling::GREEDY })
                 .iter()
                 .map(|(t, _)| t.0)
                 .collect::<Vec<_>>()
@@ -215,8 +223,23 @@ mod tests {
     }
 
     #[test]
+    fn min_p_keeps_what_has_that_share_of_the_best() {
+        let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
+        let kept = |min_p, temperature| {
+            let sampling = Sampling { temperature, min_p, ..Sampling::GREEDY };
+            token_distribution(&logits, &sampling).len()
+        };
+        assert_eq!(kept(0.0, 1.0), 4);
+        assert_eq!(kept(0.25, 1.0), 3);
+        assert_eq!(kept(0.5, 1.0), 2);
+        // 0.05 / 0.5 becomes its square root at twice the temperature.
+        assert_eq!(kept(0.25, 2.0), 4);
+        assert_eq!(kept(1.0, 1.0), 1);
+    }
+
+    #[test]
     fn top_k_one_is_greedy_at_any_temperature() {
-        let sampling = Sampling { temperature: 5.0, top_k: 1, top_p: 1.0, seed: 3 };
+        let sampling = Sampling { temperature: 5.0, top_k: 1, seed: 3, ..Sampling::GREEDY };
         for position in 0..100 {
             assert_eq!(choose_token(&[0.0, 0.1, 0.05], &sampling, position), TargetTokenId(1));
         }
@@ -225,7 +248,7 @@ mod tests {
     #[test]
     fn the_draw_depends_on_seed_and_position_alone() {
         let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 0.37).sin()).collect();
-        let sampling = Sampling { temperature: 1.0, top_k: 20, top_p: 0.95, seed: 11 };
+        let sampling = Sampling { temperature: 1.0, top_k: 20, top_p: 0.95, seed: 11, ..Sampling::GREEDY };
         let run: Vec<_> = (0..64).map(|p| choose_token(&logits, &sampling, p)).collect();
         let again: Vec<_> = (0..64).rev().map(|p| choose_token(&logits, &sampling, p)).collect();
         assert!(run.iter().eq(again.iter().rev()));

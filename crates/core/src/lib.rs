@@ -7,6 +7,7 @@
 mod accept;
 mod choose;
 mod ids;
+mod shaping;
 mod tree;
 mod verify;
 mod vocab;
@@ -14,6 +15,7 @@ mod vocab;
 pub use accept::AcceptStats;
 pub use choose::{Sampling, accept_probability, choose_token, gumbel_noise, residual, token_distribution};
 pub use ids::{DraftTokenId, LayerId, TargetTokenId, default_target_layers};
+pub use shaping::{Shaping, TokenLogprobs};
 pub use tree::{TokenTree, TreeError};
 pub use verify::{TreeVerdict, Verdict, verify_greedy, verify_tree};
 pub use vocab::{VocabMap, VocabMapError};

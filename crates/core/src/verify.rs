@@ -48,26 +48,19 @@ pub fn verify_greedy(draft: &[TargetTokenId], target_choice: &[TargetTokenId]) -
 
 /// Walk the tree along the target's own choices.
 ///
-/// `root_choice` is what the target chooses after the committed text; `node_choice[i]` what it chooses after
-/// node `i`. Siblings with equal tokens are allowed; the first is followed.
-///
-/// # Panics
-/// If `node_choice` and `tree` differ in length.
-pub fn verify_tree(
-    tree: &TokenTree,
-    root_choice: TargetTokenId,
-    node_choice: &[TargetTokenId],
-) -> TreeVerdict {
-    assert!(node_choice.len() == tree.len(), "target must score every node of the tree");
+/// `choice` says what the target chooses after the committed text (`None`) or after a node. It is asked once per
+/// committed token, in the order of the text, and only for nodes that were accepted; so a choice may depend on
+/// everything before it. Siblings with equal tokens are allowed; the first is followed.
+pub fn verify_tree(tree: &TokenTree, mut choice: impl FnMut(Option<u32>) -> TargetTokenId) -> TreeVerdict {
     let mut accepted_path = Vec::new();
     let mut at: Option<u32> = None;
-    let mut want = root_choice;
+    let mut want = choice(None);
     while let Some(next) =
         (0..tree.len() as u32).find(|&n| tree.parents[n as usize] == at && tree.tokens[n as usize] == want)
     {
         accepted_path.push(next);
-        want = node_choice[next as usize];
         at = Some(next);
+        want = choice(at);
     }
     TreeVerdict { accepted_path, target_token: want }
 }
@@ -85,7 +78,8 @@ mod tests {
             let draft = [bit(0), bit(1), bit(2)];
             let choice = [bit(3), bit(4), bit(5), bit(6)];
             let list = verify_greedy(&draft, &choice);
-            let tree = verify_tree(&TokenTree::chain(draft), choice[0], &choice[1..]);
+            let tree =
+                verify_tree(&TokenTree::chain(draft), |node| choice[node.map_or(0, |n| n as usize + 1)]);
             assert_eq!(tree.accepted_path.len(), list.accepted_drafts);
             assert_eq!(tree.target_token, list.target_token);
         }
@@ -98,13 +92,18 @@ mod tests {
         let b = tree.push(T(2), None);
         let _ = tree.push(T(3), Some(a));
         let d = tree.push(T(4), Some(b));
-        let verdict = verify_tree(&tree, T(2), &[T(0), T(4), T(0), T(9)]);
+        let mut asked = Vec::new();
+        let verdict = verify_tree(&tree, |node| {
+            asked.push(node);
+            node.map_or(T(2), |n| [T(0), T(4), T(0), T(9)][n as usize])
+        });
         assert_eq!(verdict, TreeVerdict { accepted_path: vec![b, d], target_token: T(9) });
+        assert_eq!(asked, [None, Some(b), Some(d)], "the target is asked along the path only");
     }
 
     #[test]
     fn an_empty_proposal_commits_the_targets_own_token() {
         assert_eq!(verify_greedy(&[], &[T(3)]), Verdict { accepted_drafts: 0, target_token: T(3) });
-        assert_eq!(verify_tree(&TokenTree::default(), T(3), &[]).target_token, T(3));
+        assert_eq!(verify_tree(&TokenTree::default(), |_| T(3)).target_token, T(3));
     }
 }

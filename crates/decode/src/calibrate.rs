@@ -1,6 +1,7 @@
 //! What passes of a target and steps of its draft cost on this machine, measured with made-up tokens: the cost of a
 //! pass depends on their number alone.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
@@ -55,7 +56,7 @@ fn median(times: &mut [f32]) -> f32 {
 }
 
 /// Measures them; the first two sizes in any case, the rest as time allows.
-pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&dyn Drafter<K>>) -> Costs {
+pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&Arc<dyn Drafter<K>>>) -> Costs {
     let context = CONTEXT.min(target.config().max_position / 4).max(1);
     let layers = drafter.map_or(&[][..], |d| d.target_layers());
     let mut kv = target.new_kv();
@@ -90,7 +91,7 @@ pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&dyn Draft
     }
     let (mut extend, mut step) = (Vec::new(), Vec::new());
     if let Some(drafter) = drafter {
-        let mut session = drafter.begin();
+        let mut session = Arc::clone(drafter).begin();
         let all: Vec<u32> = (0..context as u32).collect();
         session.extend(&Features { output: &output, rows: &all }, &tokens(target, 1, context));
         for _ in 0..3 * TIMED {

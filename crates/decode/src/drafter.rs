@@ -1,5 +1,7 @@
 //! Anything that proposes tokens.
 
+use std::sync::Arc;
+
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{Rows, StepOutput};
@@ -74,7 +76,7 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     /// Target layers whose output the sessions want to see.
     fn target_layers(&self) -> &[LayerId];
     /// Starts a sequence.
-    fn begin(&self) -> Box<dyn DrafterSession<K> + '_>;
+    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<K>>;
 }
 
 /// The drafter's view of one sequence.

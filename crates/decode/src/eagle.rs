@@ -68,7 +68,7 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
         &self.layers
     }
 
-    fn begin(&self) -> Box<dyn DrafterSession<K> + '_> {
+    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<K>> {
         let kv = self.draft.new_kv(self.kernels.as_ref());
         Box::new(EagleSession {
             drafter: self,
@@ -94,8 +94,8 @@ struct Head<K: Kernels> {
     logits: Vec<f32>,
 }
 
-struct EagleSession<'d, K: Kernels> {
-    drafter: &'d EagleDrafter<K>,
+struct EagleSession<K: Kernels> {
+    drafter: Arc<EagleDrafter<K>>,
     kv: K::Kv,
     /// Committed slots.
     len: usize,
@@ -116,7 +116,7 @@ struct Candidate {
     score: f32,
 }
 
-impl<K: Kernels> EagleSession<'_, K> {
+impl<K: Kernels> EagleSession<K> {
     /// Runs the layer on rows whose parents are given among the uncommitted ones; returns outputs and head inputs.
     fn step(
         &mut self,
@@ -125,7 +125,7 @@ impl<K: Kernels> EagleSession<'_, K> {
         parents: &[Option<u32>],
         positions: &[u32],
     ) -> (Shared<K>, Shared<K>) {
-        let drafter = self.drafter;
+        let drafter = self.drafter.as_ref();
         let (network, weights) = (&drafter.draft.network, &drafter.draft.weights);
         let mut ops = Infer::new(drafter.kernels.as_ref());
         let embedded =
@@ -145,7 +145,7 @@ impl<K: Kernels> EagleSession<'_, K> {
         head_input: &Arc<Rows<K::Buf>>,
         rows: &[u32],
     ) -> Vec<Head<K>> {
-        let drafter = self.drafter;
+        let drafter = self.drafter.as_ref();
         let (network, weights) = (&drafter.draft.network, &drafter.draft.weights);
         let mut ops = Infer::new(drafter.kernels.as_ref());
         let input = ops.gather(head_input, rows);
@@ -210,7 +210,7 @@ impl<K: Kernels> EagleSession<'_, K> {
             return;
         }
         self.rollback();
-        let drafter = self.drafter;
+        let drafter = Arc::clone(&self.drafter);
         let mut ops = Infer::new(drafter.kernels.as_ref());
         let pending = std::mem::take(&mut self.pending);
         let joined = self.stack(&pending);
@@ -224,7 +224,7 @@ impl<K: Kernels> EagleSession<'_, K> {
     }
 }
 
-impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
+impl<K: Kernels> DrafterSession<K> for EagleSession<K> {
     fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
         self.defer(features, next_tokens);
         self.flush();
@@ -343,7 +343,7 @@ impl<K: Kernels> DrafterSession<K> for EagleSession<'_, K> {
     }
 }
 
-impl<K: Kernels> EagleSession<'_, K> {
+impl<K: Kernels> EagleSession<K> {
     /// Rows of equal width one below the other.
     fn stack(&self, inputs: &[Arc<Rows<K::Buf>>]) -> Arc<Rows<K::Buf>> {
         if let [one] = inputs {

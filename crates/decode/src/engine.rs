@@ -4,32 +4,58 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use draftsmith_core::{AcceptStats, LayerId, Sampling, TargetTokenId, TokenTree, choose_token, verify_tree};
+use draftsmith_core::{
+    AcceptStats, LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, choose_token,
+    verify_tree,
+};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
 use crate::auto::{Costs, Grown, Pacer, Rates};
+use crate::batch::Batch;
 use crate::calibrate;
 use crate::drafter::{DraftPlan, Drafter, Features};
+use crate::grammar::Grammar;
 use crate::lookup::Lookup;
 use crate::prefix::Prefixes;
 use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
-/// Prompt tokens taken into one step; bounds the memory of a prefill. Does not change any bit of the result.
+/// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
+/// are decoding wait for it. Does not change any bit of the result.
 const PREFILL_CHUNK: usize = 256;
 
-/// One request's settings.
+/// One request's settings. By default greedy, without a draft, and nothing to generate.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// Tokens to generate at most.
     pub max_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Changes of the logits before that.
+    pub shaping: Shaping,
     /// Ids that end the answer; they are part of the output.
     pub stop_ids: Vec<u32>,
     /// How much to draft.
     pub draft: DraftPlan,
+    /// Log-probabilities with every token: of that token, and of this many of the best ones.
+    pub logprobs: Option<usize>,
+    /// What the answer must be.
+    pub grammar: Option<Arc<dyn Grammar>>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions {
+            max_new_tokens: 0,
+            sampling: Sampling::GREEDY,
+            shaping: Shaping::default(),
+            stop_ids: Vec::new(),
+            draft: DraftPlan::None,
+            logprobs: None,
+            grammar: None,
+        }
+    }
 }
 
 /// Settings of a batch.
@@ -104,7 +130,7 @@ impl<K: Kernels> Engine<K> {
 
     /// What passes cost here; measured at the first call, in about a second.
     pub fn costs(&self) -> &Costs {
-        self.costs.get_or_init(|| calibrate::measure(&self.target, self.drafter.as_deref()))
+        self.costs.get_or_init(|| calibrate::measure(&self.target, self.drafter.as_ref()))
     }
 
     /// Generates one answer. `on_token` sees each committed token and may end the generation.
@@ -137,38 +163,32 @@ impl<K: Kernels> Engine<K> {
         next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
         on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
     ) -> Result<(), DecodeError> {
-        let mut running: Vec<Session<'_, K>> = Vec::new();
-        let mut ids: Vec<usize> = Vec::new();
+        let mut running = Batch::new(self);
         let mut drained = false;
         loop {
             while !drained && running.len() < batch.batch_size.max(1) {
                 match next() {
                     None => drained = true,
-                    Some((id, prompt, options)) => {
-                        running.push(self.begin(&prompt, &options)?);
-                        ids.push(id);
-                    }
+                    Some((id, prompt, options)) => running.admit(id as u64, &prompt, &options)?,
                 }
             }
             if running.is_empty() {
                 return Ok(());
             }
-            self.step(&mut running, &mut |_, _| ControlFlow::Continue(()));
-            let mut i = 0;
-            while i < running.len() {
-                if running[i].finish.is_some() {
-                    let (session, id) = (running.swap_remove(i), ids.swap_remove(i));
-                    if on_done(id, self.end(session)).is_break() {
-                        return Ok(());
-                    }
-                } else {
-                    i += 1;
+            for (id, generation) in running.step(&mut |_, _| ControlFlow::Continue(())) {
+                if on_done(id as usize, generation).is_break() {
+                    return Ok(());
                 }
             }
         }
     }
 
-    fn begin(&self, prompt_ids: &[u32], options: &GenerateOptions) -> Result<Session<'_, K>, DecodeError> {
+    /// Starts a sequence.
+    pub(crate) fn begin(
+        &self,
+        prompt_ids: &[u32],
+        options: &GenerateOptions,
+    ) -> Result<Session<K>, DecodeError> {
         let vocab = self.target.config().vocab_size;
         if prompt_ids.is_empty() {
             return Err(DecodeError::EmptyPrompt);
@@ -182,7 +202,7 @@ impl<K: Kernels> Engine<K> {
         let drafter = match (options.draft, &self.drafter) {
             (DraftPlan::None, _) | (DraftPlan::Auto, None) => None,
             (_, None) => return Err(DecodeError::NoDraft),
-            (_, Some(drafter)) => Some(drafter.begin()),
+            (_, Some(drafter)) => Some(Arc::clone(drafter).begin()),
         };
         let auto = (options.draft == DraftPlan::Auto).then(|| {
             let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -204,6 +224,7 @@ impl<K: Kernels> Engine<K> {
             tokens: prompt_ids.to_vec(),
             prompt_len: prompt_ids.len(),
             options: options.clone(),
+            grammar: options.grammar.as_ref().map(|g| g.begin()),
             stats: AcceptStats::default(),
             finish: (options.max_new_tokens == 0).then_some(FinishReason::Length),
             prefill: Duration::ZERO,
@@ -213,7 +234,7 @@ impl<K: Kernels> Engine<K> {
     }
 
     /// Ends a sequence and keeps what the next ones can use: its cache, and what it learnt about its proposals.
-    fn end(&self, session: Session<'_, K>) -> Generation {
+    pub(crate) fn end(&self, session: Session<K>) -> Generation {
         if let Some(auto) = &session.auto {
             *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
         }
@@ -225,21 +246,21 @@ impl<K: Kernels> Engine<K> {
         generation
     }
 
-    /// Runs the head on the rows `wanted` of a step; full logits only for those that are sampled.
+    /// Runs the head on the rows `wanted` of a step; full logits only for those whose arg-max is not enough.
     fn choices(
         &self,
         output: &StepOutput<K::Buf>,
         wanted: &[u32],
-        is_greedy: impl Fn(usize) -> bool,
+        argmax_only: impl Fn(usize) -> bool,
     ) -> Choices {
-        let (mut greedy, mut sampled, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut greedy, mut whole, mut rows) = (Vec::new(), Vec::new(), Vec::new());
         for (i, row) in wanted.iter().enumerate() {
-            if is_greedy(i) {
+            if argmax_only(i) {
                 rows.push(Choice::Greedy(0));
                 greedy.push(*row);
             } else {
-                rows.push(Choice::Sampled(sampled.len()));
-                sampled.push(*row);
+                rows.push(Choice::Logits(whole.len()));
+                whole.push(*row);
             }
         }
         if !greedy.is_empty() {
@@ -250,25 +271,29 @@ impl<K: Kernels> Engine<K> {
                 }
             }
         }
-        let logits = if sampled.is_empty() { Vec::new() } else { self.target.logits(output, &sampled) };
+        let logits = if whole.is_empty() { Vec::new() } else { self.target.logits(output, &whole) };
         Choices { rows, logits, vocab: self.target.config().vocab_size }
     }
 
     /// One target pass over all unfinished sessions.
-    fn step(
+    pub(crate) fn step(
         &self,
-        sessions: &mut [Session<'_, K>],
+        sessions: &mut [Session<K>],
         on_token: &mut dyn FnMut(usize, &TokenEvent) -> ControlFlow<()>,
     ) {
         // Propose.
         let others = sessions.iter().filter(|s| s.finish.is_none()).count().saturating_sub(1);
+        let mut prefill_left = PREFILL_CHUNK;
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
         for (index, session) in sessions.iter_mut().enumerate().filter(|(_, s)| s.finish.is_none()) {
             let left = session.prompt_left();
             if left > 0 {
                 let from = session.kv.len();
-                let chunk = session.tokens[from..from + left.min(PREFILL_CHUNK)].to_vec();
-                work.push((index, chunk, TokenTree::default()));
+                let chunk = session.tokens[from..from + left.min(prefill_left)].to_vec();
+                prefill_left -= chunk.len();
+                if !chunk.is_empty() {
+                    work.push((index, chunk, TokenTree::default()));
+                }
                 continue;
             }
             // The target adds one token itself, so a proposal may be one shorter than the room.
@@ -346,56 +371,50 @@ impl<K: Kernels> Engine<K> {
         }
         let choices = self.choices(&output, &wanted, |row| {
             let owner = spans.partition_point(|(_, at, _)| *at <= row) - 1;
-            sessions[work[owner].0].options.sampling.is_greedy()
+            sessions[work[owner].0].wants_argmax_only()
         });
         // Commit or roll back.
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
-            let sampling = session.options.sampling;
             let prefilled = *base < session.prompt_len;
             let emit: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()> = &mut |e| on_token(*index, e);
             if prefilled {
                 let mut next: Vec<u32> =
                     session.tokens[*base + 1..(*base + rows.len() + 1).min(session.prompt_len)].to_vec();
                 if *count == 1 {
-                    let choice = choices.get(*at, &sampling, session.prompt_len as u64);
+                    let chosen = choices.get(*at, session, &[]);
                     session.prefill = session.started.elapsed();
                     session.first_token = Some(Instant::now());
                     if let Some(auto) = &mut session.auto {
                         auto.clock = Instant::now();
                     }
-                    commit(session, &[(choice.0, TokenOrigin::Plain)], self.max_context, emit);
-                    next.push(choice.0);
+                    next.push(chosen.id);
+                    commit(session, vec![(chosen, TokenOrigin::Plain)], self.max_context, emit);
                 }
                 let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
                 session.feed_drafter(&Features { output: &output, rows: &rows }, &next);
                 continue;
             }
-            // The choice after a node of depth d stands d + 2 positions behind the root row's own position.
-            let root_position = *base as u64;
-            let root_choice = choices.get(*at, &sampling, root_position + 1);
-            let depths = tree.depths();
-            let below: Vec<TargetTokenId> = depths
-                .iter()
-                .enumerate()
-                .map(|(i, depth)| choices.get(at + i + 1, &sampling, root_position + u64::from(*depth) + 2))
-                .collect();
-            let verdict = verify_tree(tree, root_choice, &below);
+            // What the target chooses along the path, its own last token included.
+            let mut path: Vec<Chosen> = Vec::new();
+            let verdict = verify_tree(tree, |node| {
+                let chosen = choices.get(at + node.map_or(0, |n| n as usize + 1), session, &path);
+                let id = chosen.id;
+                path.push(chosen);
+                TargetTokenId(id)
+            });
             let accepted = verdict.accepted_path.len();
-            let mut tokens: Vec<(u32, TokenOrigin)> = verdict
-                .accepted_path
-                .iter()
-                .map(|n| (tree.tokens[*n as usize].0, TokenOrigin::Draft))
-                .collect();
             let leaf = tree.is_empty()
                 || accepted > 0 && !tree.parents.contains(&verdict.accepted_path.last().copied());
-            let origin = match (tree.is_empty(), leaf) {
+            let last_origin = match (tree.is_empty(), leaf) {
                 (true, _) => TokenOrigin::Plain,
                 (false, true) => TokenOrigin::Bonus,
                 (false, false) => TokenOrigin::Recovered,
             };
-            tokens.push((verdict.target_token.0, origin));
-            let committed = commit(session, &tokens, self.max_context, emit);
+            let next: Vec<u32> = path.iter().map(|c| c.id).collect();
+            let origins = std::iter::repeat_n(TokenOrigin::Draft, accepted).chain([last_origin]);
+            let tokens: Vec<(Chosen, TokenOrigin)> = path.into_iter().zip(origins).collect();
+            let committed = commit(session, tokens, self.max_context, emit);
             session.stats.record(tree.depth(), tree.len(), accepted.min(committed), committed);
             if let Some(auto) = &mut session.auto {
                 let now = Instant::now();
@@ -408,7 +427,6 @@ impl<K: Kernels> Engine<K> {
                 std::iter::once(0).chain(verdict.accepted_path.iter().map(|n| n + 1)).collect();
             session.kv.commit(self.target.kernels(), *base, &keep);
             let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
-            let next: Vec<u32> = tokens.iter().map(|(t, _)| *t).collect();
             session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next);
         }
     }
@@ -417,7 +435,7 @@ impl<K: Kernels> Engine<K> {
 /// What the target says in the rows of a step that were asked for.
 struct Choices {
     rows: Vec<Choice>,
-    /// `[sampled rows, V]`
+    /// `[rows with logits, V]`
     logits: Vec<f32>,
     vocab: usize,
 }
@@ -426,33 +444,59 @@ enum Choice {
     /// The arg-max.
     Greedy(u32),
     /// Row of the logits.
-    Sampled(usize),
+    Logits(usize),
+}
+
+/// A token of the target's own choice.
+struct Chosen {
+    id: u32,
+    logprobs: Option<TokenLogprobs>,
 }
 
 impl Choices {
-    /// The target's token after row `row`, at `position`.
-    fn get(&self, row: usize, sampling: &Sampling, position: u64) -> TargetTokenId {
-        match self.rows[row] {
-            Choice::Greedy(id) => TargetTokenId(id),
-            Choice::Sampled(at) => {
-                choose_token(&self.logits[at * self.vocab..(at + 1) * self.vocab], sampling, position)
+    /// The target's token in row `row`, which follows the session's text and then `path`. To be asked in the order of
+    /// the text: a grammar is taken forward with it.
+    fn get<K: Kernels>(&self, row: usize, session: &mut Session<K>, path: &[Chosen]) -> Chosen {
+        let raw = match self.rows[row] {
+            Choice::Greedy(id) => return Chosen { id, logprobs: None },
+            Choice::Logits(at) => &self.logits[at * self.vocab..(at + 1) * self.vocab],
+        };
+        let options = &session.options;
+        let position = (session.tokens.len() + path.len()) as u64;
+        let id = if options.shaping.is_none() && session.grammar.is_none() {
+            choose_token(raw, &options.sampling, position)
+        } else {
+            let mut logits = raw.to_vec();
+            let (prompt, answer) = session.tokens.split_at(session.prompt_len);
+            let answer: Vec<u32> = answer.iter().copied().chain(path.iter().map(|c| c.id)).collect();
+            options.shaping.apply(&mut logits, prompt, &answer);
+            if let Some(grammar) = &mut session.grammar {
+                grammar.mask(&mut logits);
             }
+            let chosen = choose_token(&logits, &options.sampling, position);
+            if let Some(grammar) = &mut session.grammar {
+                grammar.advance(chosen.0);
+            }
+            chosen
         }
+        .0;
+        Chosen { id, logprobs: options.logprobs.map(|top| TokenLogprobs::of(raw, id, top)) }
     }
 }
 
 /// Appends tokens until one ends the answer; returns how many were committed.
 fn commit<K: Kernels>(
-    session: &mut Session<'_, K>,
-    tokens: &[(u32, TokenOrigin)],
+    session: &mut Session<K>,
+    tokens: Vec<(Chosen, TokenOrigin)>,
     max_context: usize,
     on_token: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()>,
 ) -> usize {
-    for (i, (id, origin)) in tokens.iter().enumerate() {
-        let event = TokenEvent { id: *id, position: session.tokens.len(), origin: *origin };
-        session.tokens.push(*id);
+    let all = tokens.len();
+    for (i, (Chosen { id, logprobs }, origin)) in tokens.into_iter().enumerate() {
+        let event = TokenEvent { id, position: session.tokens.len(), origin, logprobs };
+        session.tokens.push(id);
         let go_on = on_token(&event).is_continue();
-        session.finish = if session.options.stop_ids.contains(id) {
+        session.finish = if session.options.stop_ids.contains(&id) {
             Some(FinishReason::Stop)
         } else if session.room(max_context) == 0 {
             Some(FinishReason::Length)
@@ -465,5 +509,5 @@ fn commit<K: Kernels>(
             return i + 1;
         }
     }
-    tokens.len()
+    all
 }

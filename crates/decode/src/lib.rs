@@ -5,18 +5,22 @@
 //! * after a rejected step the caches equal a fresh prefill of the committed text.
 
 mod auto;
+mod batch;
 mod calibrate;
 mod drafter;
 mod eagle;
 mod engine;
+mod grammar;
 mod lookup;
 mod prefix;
 mod session;
 
 pub use auto::Costs;
+pub use batch::Batch;
 pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
 pub use eagle::EagleDrafter;
 pub use engine::{BatchOptions, Engine, GenerateOptions};
+pub use grammar::{Grammar, GrammarState};
 pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
 
 /// What decoding can refuse.
@@ -46,6 +50,9 @@ pub enum DecodeError {
     /// A plan that needs a draft, without one.
     #[error("speculation was asked for, but no draft is loaded")]
     NoDraft,
+    /// An engine that cannot take over what another has begun.
+    #[error("the new engine decodes another target")]
+    AnotherTarget,
     /// A draft made for another target.
     #[error("the draft does not fit the target: its {what} is {draft}, the target's {target}")]
     DraftMismatch {
@@ -66,6 +73,7 @@ impl DecodeError {
             DecodeError::PromptTooLong { .. } => Some("shorten the prompt".into()),
             DecodeError::TokenOutOfRange { .. } => Some("the ids come from another tokenizer".into()),
             DecodeError::NoDraft => Some("give a bundle with `--bundle DIR`".into()),
+            DecodeError::AnotherTarget => None,
             DecodeError::DraftMismatch { .. } => Some("use the target that the draft was trained for".into()),
         }
     }

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use draftsmith_core::AcceptStats;
+use draftsmith_core::{AcceptStats, TokenLogprobs};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
 use crate::auto::{Grown, Pacer};
-use crate::drafter::{DrafterSession, Features};
+use crate::drafter::{DraftPlan, DrafterSession, Features};
 use crate::engine::GenerateOptions;
+use crate::grammar::GrammarState;
 use crate::lookup::Lookup;
 
 /// Why a generation ended.
@@ -47,7 +48,7 @@ pub enum TokenOrigin {
 }
 
 /// A committed token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TokenEvent {
     /// Target id.
     pub id: u32,
@@ -55,6 +56,8 @@ pub struct TokenEvent {
     pub position: usize,
     /// How it came about.
     pub origin: TokenOrigin,
+    /// What the target's row said about it, if the request asked for that.
+    pub logprobs: Option<TokenLogprobs>,
 }
 
 /// A finished request.
@@ -83,15 +86,17 @@ pub(crate) struct Auto {
 }
 
 /// State of one request inside the engine.
-pub(crate) struct Session<'e, K: Kernels> {
+pub(crate) struct Session<K: Kernels> {
     pub kv: TargetKv<K>,
-    pub drafter: Option<Box<dyn DrafterSession<K> + 'e>>,
+    pub drafter: Option<Box<dyn DrafterSession<K>>>,
     /// Set for an automatic plan.
     pub auto: Option<Auto>,
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
     pub options: GenerateOptions,
+    /// Where the answer stands in the request's grammar.
+    pub grammar: Option<Box<dyn GrammarState>>,
     pub stats: AcceptStats,
     pub finish: Option<FinishReason>,
     pub prefill: Duration,
@@ -100,7 +105,21 @@ pub(crate) struct Session<'e, K: Kernels> {
     pub first_token: Option<std::time::Instant>,
 }
 
-impl<K: Kernels> Session<'_, K> {
+impl<K: Kernels> Session<K> {
+    /// Goes on without a draft.
+    pub(crate) fn drop_drafter(&mut self) {
+        self.options.draft = DraftPlan::None;
+        self.drafter = None;
+        self.auto = None;
+    }
+
+    /// True if a row's arg-max is all that this request wants to know.
+    pub(crate) fn wants_argmax_only(&self) -> bool {
+        let options = &self.options;
+        let untouched = options.shaping.is_none() && self.grammar.is_none();
+        options.sampling.is_greedy() && untouched && options.logprobs.is_none()
+    }
+
     /// Hands committed positions to the drafter, if there is one and the answer goes on.
     pub(crate) fn feed_drafter(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
         let paused = self.auto.as_ref().is_some_and(|a| a.pacer.is_paused());

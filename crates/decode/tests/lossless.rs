@@ -1,15 +1,15 @@
 //! Output with speculation equals output without, whatever the draft says: greedy and seeded, chains and trees,
-//! alone and in a batch. The target is the small trained one of the repo; drafts have random weights, are always
+//! alone and in a batch, with penalties and under a grammar. The target is the small trained one of the repo; drafts have random weights, are always
 //! wrong, or are always right.
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenTree, VocabMap};
+use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
-    BatchOptions, Costs, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine, Features, FinishReason,
-    GenerateOptions, Generation,
+    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine,
+    Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, TokenEvent,
 };
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
@@ -44,7 +44,7 @@ fn rows() -> Vec<Row> {
 }
 
 fn options(draft: DraftPlan, sampling: Sampling, max_new_tokens: usize) -> GenerateOptions {
-    GenerateOptions { max_new_tokens, sampling, stop_ids: vec![2], draft }
+    GenerateOptions { max_new_tokens, sampling, stop_ids: vec![2], draft, ..GenerateOptions::default() }
 }
 
 fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Generation {
@@ -121,7 +121,7 @@ fn fair() -> Costs {
     Costs { verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)], draft_step_ms: 0.3, extend_ms: 0.4 }
 }
 
-const SEEDED: Sampling = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 17 };
+const SEEDED: Sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: 17, ..Sampling::GREEDY };
 
 #[test]
 fn greedy_text_matches_the_recorded_one() {
@@ -145,7 +145,7 @@ fn any_eagle_draft_gives_the_same_text() {
         let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
         let engine = Engine::new(Arc::clone(&target), Some(drafter));
         for sampling in
-            [Sampling::GREEDY, SEEDED, Sampling { temperature: 1.5, top_k: 40, top_p: 1.0, seed: 5 }]
+            [Sampling::GREEDY, SEEDED, Sampling { temperature: 1.5, top_k: 40, seed: 5, ..Sampling::GREEDY }]
         {
             for row in rows() {
                 let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, sampling, 40));
@@ -216,21 +216,21 @@ fn costs_are_measured_once_and_plausible() {
 /// Proposes what a function of the committed tokens says.
 struct Scripted<F>(F);
 
-struct ScriptedSession<'a, F> {
-    script: &'a F,
+struct ScriptedSession<F> {
+    drafter: Arc<Scripted<F>>,
     len: usize,
 }
 
-impl<F: Fn(usize) -> TokenTree + Send + Sync> Drafter<Cpu> for Scripted<F> {
+impl<F: Fn(usize) -> TokenTree + Send + Sync + 'static> Drafter<Cpu> for Scripted<F> {
     fn target_layers(&self) -> &[LayerId] {
         &[]
     }
-    fn begin(&self) -> Box<dyn DrafterSession<Cpu> + '_> {
-        Box::new(ScriptedSession { script: &self.0, len: 0 })
+    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<Cpu>> {
+        Box::new(ScriptedSession { drafter: self, len: 0 })
     }
 }
 
-impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<'_, F> {
+impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<F> {
     fn extend(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
         assert_eq!(features.rows.len(), next_tokens.len());
         self.len += next_tokens.len();
@@ -239,7 +239,7 @@ impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<'_, F> {
         self.extend(features, next_tokens);
     }
     fn children(&mut self, _: Option<u32>, k: usize, _: &Sampling, position: u64) -> Vec<(u32, f32)> {
-        let tree = (self.script)(position as usize + 1);
+        let tree = (self.drafter.0)(position as usize + 1);
         let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
         roots.take(k).map(|(token, _)| (token.0, 0.9)).collect()
     }
@@ -248,7 +248,7 @@ impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<'_, F> {
     }
     fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
         assert_eq!(self.len as u64, position, "every committed position was handed over once");
-        let mut tree = (self.script)(position as usize + 1);
+        let mut tree = (self.drafter.0)(position as usize + 1);
         let keep = tree.depths().iter().take_while(|d| (**d as usize) < room).count();
         tree.tokens.truncate(keep);
         tree.parents.truncate(keep);
@@ -409,4 +409,151 @@ fn bad_requests_are_refused() {
     );
     assert_eq!(refuse(&[5], PLANS[0]), "speculation was asked for, but no draft is loaded");
     assert!(refuse(&vec![5; 100_000], DraftPlan::None).contains("but the context ends at"));
+}
+
+/// Only ids of the class that the last token calls for; any at the beginning.
+#[derive(Debug)]
+struct Classes;
+
+struct ClassState(u32);
+
+impl Grammar for Classes {
+    fn begin(&self) -> Box<dyn GrammarState> {
+        Box::new(ClassState(0))
+    }
+}
+
+impl GrammarState for ClassState {
+    fn mask(&mut self, logits: &mut [f32]) {
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if id as u32 % 3 != self.0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    fn advance(&mut self, id: u32) {
+        assert_eq!(id % 3, self.0, "only what the mask left is committed");
+        self.0 = (self.0 + 1 + id % 2) % 3;
+    }
+}
+
+/// Tokens, and what was said about them.
+fn events(
+    engine: &Engine<Cpu>,
+    prompt: &[u32],
+    options: &GenerateOptions,
+) -> Vec<(u32, Option<TokenLogprobs>)> {
+    let mut seen = Vec::new();
+    let mut note = |event: &TokenEvent| {
+        seen.push((event.id, event.logprobs.clone()));
+        ControlFlow::Continue(())
+    };
+    let done = engine.generate(prompt, options, &mut note).unwrap();
+    assert_eq!(done.token_ids, seen.iter().map(|s| s.0).collect::<Vec<_>>());
+    seen
+}
+
+#[test]
+fn penalties_grammars_and_log_probabilities_do_not_see_the_draft() {
+    let target = target();
+    let plain = Engine::new(Arc::clone(&target), None);
+    let draft = random_draft(&target, 6, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let eagle = Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap());
+    let penalties = Shaping {
+        repetition_penalty: 1.3,
+        presence_penalty: 0.4,
+        frequency_penalty: 0.6,
+        logit_bias: vec![(9, 2.0)],
+    };
+    let shapes: [(Shaping, Option<Arc<dyn Grammar>>); 3] = [
+        (penalties.clone(), None),
+        (Shaping::default(), Some(Arc::new(Classes))),
+        (penalties, Some(Arc::new(Classes))),
+    ];
+    let (mut accepted, mut changed, mut cases) = (0, 0, 0);
+    for sampling in [Sampling::GREEDY, SEEDED] {
+        for row in rows() {
+            let free = run(&plain, &row.prompt, &options(DraftPlan::None, sampling, 30));
+            for (shaping, grammar) in &shapes {
+                let asked = |draft| GenerateOptions {
+                    shaping: shaping.clone(),
+                    grammar: grammar.clone(),
+                    logprobs: Some(3),
+                    ..options(draft, sampling, 30)
+                };
+                let wanted = events(&plain, &row.prompt, &asked(DraftPlan::None));
+                let ids: Vec<u32> = wanted.iter().map(|w| w.0).collect();
+                cases += 1;
+                changed += u32::from(ids != free.token_ids);
+                let says = wanted.iter().map(|w| w.1.as_ref().unwrap());
+                assert!(says.clone().all(|s| s.chosen <= s.top[0].1 && s.top.len() == 3));
+                for plan in [PLANS[0], PLANS[4], PLANS[7], DraftPlan::Auto] {
+                    assert_eq!(events(&eagle, &row.prompt, &asked(plan)), wanted, "{plan:?} {sampling:?}");
+                }
+                // A draft that knows the answer, grammar or not.
+                let whole = [&row.prompt[..], &ids[..]].concat();
+                let script = move |from: usize| {
+                    let to = (from + 4).min(whole.len());
+                    TokenTree::chain(whole[from.min(to)..to].iter().map(|t| TargetTokenId(*t)))
+                };
+                let knows = Engine::new(Arc::clone(&target), Some(Arc::new(Scripted(script))));
+                let found = run(&knows, &row.prompt, &asked(PLANS[3]));
+                assert_eq!(found.token_ids, ids);
+                accepted += found.stats.accepted_drafts;
+            }
+        }
+    }
+    assert!(accepted > 100, "{accepted}");
+    assert!(changed * 2 > cases, "{changed} of {cases} texts differ from the free ones");
+}
+
+#[test]
+fn a_batch_takes_requests_in_and_out_between_steps() {
+    let target = target();
+    let draft = random_draft(&target, 3, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let engine = || Arc::new(Engine::new(Arc::clone(&target), Some(Arc::clone(&drafter))));
+    let plain = Engine::new(Arc::clone(&target), None);
+    let rows = rows();
+    // Longer than what one step reads: the others go on while this prompt is read in pieces.
+    let long: Vec<u32> = rows.iter().flat_map(|r| r.prompt.clone()).cycle().take(700).collect();
+    let prompts: Vec<&[u32]> =
+        std::iter::once(&long[..]).chain(rows.iter().map(|r| &r.prompt[..])).take(4).collect();
+    let asked = options(PLANS[2], Sampling::GREEDY, 20);
+    let wanted: Vec<Vec<u32>> = prompts
+        .iter()
+        .map(|p| run(&plain, p, &options(DraftPlan::None, Sampling::GREEDY, 20)).token_ids)
+        .collect();
+
+    let mut batch = Batch::new(engine());
+    let mut done: Vec<Option<Generation>> = vec![None; prompts.len()];
+    let (mut steps, mut next) = (0, 0);
+    while done.iter().any(Option::is_none) {
+        if steps % 2 == 0 && next < prompts.len() {
+            batch.admit(next as u64, prompts[next], &asked).unwrap();
+            next += 1;
+        }
+        if steps == 5 {
+            // A new draft in the middle: those under way go on without one.
+            batch.replace_engine(engine()).unwrap();
+            assert!(batch.cancel(99).is_none());
+        }
+        for (id, generation) in batch.step(&mut |_, _| ControlFlow::Continue(())) {
+            done[id as usize] = Some(generation);
+        }
+        steps += 1;
+    }
+    assert!(batch.is_empty());
+    for (found, wanted) in done.iter().flatten().zip(&wanted) {
+        assert_eq!(&found.token_ids, wanted);
+    }
+
+    batch.admit(7, prompts[1], &asked).unwrap();
+    batch.step(&mut |_, _| ControlFlow::Continue(()));
+    let cut = batch.cancel(7).unwrap();
+    assert_eq!((cut.finish_reason, batch.len()), (FinishReason::Cancelled, 0));
+    assert!(wanted[1].starts_with(&cut.token_ids) && cut.token_ids.len() < 20);
+    let other = Arc::new(Engine::new(crate::target(), None));
+    assert_eq!(batch.replace_engine(other).unwrap_err(), DecodeError::AnotherTarget);
 }

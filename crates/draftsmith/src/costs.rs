@@ -56,6 +56,19 @@ fn read(path: &PathBuf) -> Option<Costs> {
     })
 }
 
+/// The engine with its costs if they are in the cache; else they are measured when they are first needed.
+pub fn with_kept_costs(
+    engine: Engine<Cpu>,
+    places: &Places,
+    target: &LoadedTarget,
+    draft: &LoadedDraft,
+) -> Engine<Cpu> {
+    match read(&path(places, target, Some(draft))) {
+        Some(costs) => engine.with_costs(costs),
+        None => engine,
+    }
+}
+
 /// The engine with its costs: those of the cache, or measured now and kept.
 pub fn with_costs(
     engine: Engine<Cpu>,

@@ -86,6 +86,8 @@ errors! {
     Regenerate(draftsmith_capture::RegenerateError),
     /// Training.
     Train(draftsmith_train::TrainError),
+    /// Listening.
+    Serve(draftsmith_serve::ServeError),
     /// Rendering and tokenising.
     Text(draftsmith_text::TextError),
 }

@@ -31,5 +31,6 @@ pub use draftsmith_decode as decode;
 pub use draftsmith_formats as formats;
 pub use draftsmith_kernels as kernels;
 pub use draftsmith_model as model;
+pub use draftsmith_serve as serve;
 pub use draftsmith_text as text;
 pub use draftsmith_train as train;

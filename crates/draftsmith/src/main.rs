@@ -2,6 +2,7 @@
 
 mod failure;
 mod printer;
+mod signals;
 mod verbs;
 
 use std::process::ExitCode;
@@ -59,6 +60,7 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
         Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args, session),
         Verb::Bench(args) => verbs::bench::run(&args, session),
+        Verb::Serve(args) => verbs::serve::run(&args, session),
         Verb::Quickstart(args) => verbs::quickstart::run(&args, session),
     }
 }

@@ -35,6 +35,7 @@ impl EngineRunner<'_> {
             sampling: options.sampling,
             stop_ids: self.stop_ids.clone(),
             draft,
+            ..GenerateOptions::default()
         };
         let done = self.engine.generate(prompt, &options, &mut |_| self.stop.flow())?;
         if done.finish_reason == FinishReason::Cancelled {

@@ -208,9 +208,9 @@ pub fn replay(replay: &Replay<'_>, report: &dyn Report, stop: &Stop) -> Result<G
         let prompt = crate::measure::prompt_ids(text, messages)?;
         let options = GenerateOptions {
             max_new_tokens: replay.max_new_tokens.min(context - prompt.len()),
-            sampling: Sampling::GREEDY,
             stop_ids: replay.target.stop_ids(),
             draft: plan,
+            ..GenerateOptions::default()
         };
         let ours = engine.generate(&prompt, &options, &mut |_| ControlFlow::Continue(()))?;
         stats.add(&ours.stats);

@@ -4,6 +4,7 @@
 //! `generation_config.json` and, in newer ones, `chat_template.jinja`, which wins over the copy in the config.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
@@ -66,7 +67,7 @@ impl TargetTextError {
 #[derive(Debug)]
 pub struct TargetText {
     /// Text to ids and back.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Messages to text; `None` for a base model without one.
     pub template: Option<ChatTemplate>,
     path: PathBuf,
@@ -89,7 +90,7 @@ impl TargetText {
             }
             None => source.as_deref().map(parse).transpose().map_err(text_error)?,
         };
-        Ok(TargetText { tokenizer, template, path: path.to_path_buf() })
+        Ok(TargetText { tokenizer: Arc::new(tokenizer), template, path: path.to_path_buf() })
     }
 
     /// The template, or an error that says what to do.

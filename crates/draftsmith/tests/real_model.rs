@@ -54,7 +54,7 @@ fn real_model_speculation_gives_the_same_text() {
     let mut plans: Vec<DraftPlan> = (1..=7).map(|depth| DraftPlan::Chain { depth }).collect();
     plans.push(DraftPlan::Tree { depth: 5, top_k: 3, num_draft_tokens: 12 });
     plans.push(DraftPlan::Auto);
-    let seeded = Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 7 };
+    let seeded = Sampling { temperature: 0.8, top_p: 0.95, seed: 7, ..Sampling::GREEDY };
     for sampling in [Sampling::GREEDY, seeded] {
         let mut stats: Vec<AcceptStats> = vec![AcceptStats::default(); plans.len()];
         for (id, prompt) in &prompts {
@@ -64,6 +64,7 @@ fn real_model_speculation_gives_the_same_text() {
                     sampling,
                     stop_ids: text.tokenizer.eos_ids().to_vec(),
                     draft,
+                    ..GenerateOptions::default()
                 };
                 engine.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap()
             };

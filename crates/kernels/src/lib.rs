@@ -118,7 +118,7 @@ pub trait Buffer: Send + Sync + Default {
 }
 
 /// Operations for decoding and capture. See the contract at the top of the crate.
-pub trait Kernels: Send + Sync {
+pub trait Kernels: Send + Sync + 'static {
     /// A device array of f32.
     type Buf: Buffer;
     /// A weight in the backend's own layout.

@@ -21,6 +21,9 @@ pub struct Best {
     pub step: u64,
     /// What was measured.
     pub result: ValidationResult,
+    /// Steps of the drafts that it is the mean of; empty for a draft as it was trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mean_of: Vec<u64>,
 }
 
 /// What a checkpoint says beside the tensors.
@@ -45,6 +48,9 @@ pub struct TrainState {
     pub seed: u64,
     /// Best validated draft.
     pub best: Option<Best>,
+    /// Validated drafts kept for averaging, best first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<Best>,
     /// Hash of `tensors.safetensors`; checkpoints of earlier programs have none.
     #[serde(default)]
     pub tensors_sha256: Option<String>,
@@ -67,9 +73,15 @@ impl TrainState {
             slots: 0,
             seed,
             best: None,
+            candidates: Vec::new(),
             tensors_sha256: None,
         }
     }
+}
+
+/// Name of the folder after `step` steps.
+pub(crate) fn folder_name(step: u64) -> String {
+    format!("{PREFIX}{step:08}")
 }
 
 /// Checkpoint folders, newest last.
@@ -104,7 +116,7 @@ pub(crate) fn save<M: Method>(
         tensors.push(TensorData::f32(&format!("m.{name}"), &[m.len()], &m));
         tensors.push(TensorData::f32(&format!("v.{name}"), &[v.len()], &v));
     }
-    let path = root.join(format!("{PREFIX}{:08}", state.step));
+    let path = root.join(folder_name(state.step));
     atomic::create_dir_all(root)?;
     let dir = AtomicDir::create(&path)?;
     let bytes = to_bytes(&tensors, &BTreeMap::new());

@@ -8,6 +8,7 @@
 //! weights and the moments at step `n` are functions of run file and seed alone, so a resumed run equals an
 //! uninterrupted one bit for bit.
 
+mod average;
 mod checkpoint;
 mod data;
 mod draft;

@@ -7,6 +7,7 @@ use draftsmith_formats::run::{RunFile, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState};
 use crate::{
     AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
@@ -16,7 +17,7 @@ use crate::{
 /// Settings of the loop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainOptions {
-    /// Run folder of the stage: `checkpoints/`, `best/`, `last/`, `log.jsonl`, `tensorboard/` go here.
+    /// Run folder of the stage: `checkpoints/`, `candidates/`, `best/`, `last/`, `log.jsonl`, `tensorboard/` go here.
     pub dir: PathBuf,
     /// Hash of everything in the run file that changes the result.
     pub run_hash: String,
@@ -44,6 +45,8 @@ pub struct TrainOptions {
     pub keep_checkpoints: usize,
     /// Steps between validations; the last step is always validated. `None`: only the last.
     pub validate_every: Option<u64>,
+    /// Best validated drafts whose means are measured after the last step; below 2 none.
+    pub average_best: usize,
     /// Seed of the data order.
     pub seed: u64,
 }
@@ -76,6 +79,7 @@ impl TrainOptions {
             checkpoint_every: t.checkpoint_every,
             keep_checkpoints: t.keep_checkpoints as usize,
             validate_every: (run.validate.every > 0).then_some(run.validate.every),
+            average_best: run.validate.average_best as usize,
             seed: t.seed.unwrap_or(run.run.seed),
         }
     }
@@ -154,6 +158,8 @@ pub enum Event {
     Validated {
         /// Steps done.
         step: u64,
+        /// Drafts that the measured one is the mean of; 0 for the draft as it was trained.
+        mean_of: usize,
         /// What was measured.
         result: ValidationResult,
         /// Whether it is the best so far.
@@ -248,6 +254,7 @@ pub fn train<M: Method>(
         return Err(TrainError::NoData);
     }
     let checkpoints = options.dir.join("checkpoints");
+    let candidates = Candidates::new(&options.dir, options.average_best);
     let mut optimizer = AdamW::new(options.adamw, method.tape());
     let start = TrainState::start(method.name(), &options.run_hash, options.seed);
     let mut state = checkpoint::resume(&checkpoints, method, &mut optimizer, &start)?.unwrap_or(start);
@@ -301,11 +308,22 @@ pub fn train<M: Method>(
         flow = (hooks.on_event)(&Event::Step(report));
         let due = options.validate_every.is_some_and(|n| state.step.is_multiple_of(n.max(1))) || left == 0;
         if due && hooks.validate.is_some() && flow == Flow::Continue {
-            flow = validate(method, &mut state, options, &mut hooks, &mut log, &mut board)?;
+            let mut validation = Validation {
+                options,
+                candidates: &candidates,
+                hooks: &mut hooks,
+                log: &mut log,
+                board: &mut board,
+            };
+            flow = validation.trained(method, &mut state)?;
+            if left == 0 && flow == Flow::Continue {
+                flow = validation.means(method, &mut state)?;
+            }
         }
         if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
             let path = checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
             saved_at = state.step;
+            candidates.prune(&state.candidates)?;
             if (hooks.on_event)(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
                 flow = Flow::Stop;
             }
@@ -323,35 +341,69 @@ pub fn train<M: Method>(
     Ok(Outcome { state, finished: true, draft: Some(draft) })
 }
 
-fn validate<M: Method>(
-    method: &M,
-    state: &mut TrainState,
-    options: &TrainOptions,
-    hooks: &mut Hooks<'_>,
-    log: &mut JsonLog,
-    board: &mut TensorBoard,
-) -> Result<Flow, TrainError> {
-    let Some(measure) = &mut hooks.validate else { return Ok(Flow::Continue) };
-    // What is measured is what is saved: weights rounded to bfloat16.
-    let draft = method.draft()?.rounded();
-    let result = measure(&draft, state.step).map_err(|source| TrainError::Validation { source })?;
-    let is_best = state.best.as_ref().is_none_or(|b| result.accept_len > b.result.accept_len);
-    if is_best {
-        draft.save(&options.dir.join("best"))?;
-        state.best = Some(Best { step: state.step, result: result.clone() });
+/// Measures drafts and keeps the best.
+struct Validation<'a, 'h> {
+    options: &'a TrainOptions,
+    candidates: &'a Candidates,
+    hooks: &'a mut Hooks<'h>,
+    log: &'a mut JsonLog,
+    board: &'a mut TensorBoard,
+}
+
+impl Validation<'_, '_> {
+    /// The draft as it is now.
+    fn trained<M: Method>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+        // What is measured is what is saved: weights rounded to bfloat16.
+        let draft = method.draft()?.rounded();
+        let (found, flow) = self.measure(&draft, state, Vec::new())?;
+        self.board.scalars(state.step, &[("validation/accept_len", found.result.accept_len)])?;
+        self.candidates.offer(&mut state.candidates, &found, &draft)?;
+        Ok(flow)
     }
-    log.write(&json!({
-        "event": "validation",
-        "step": state.step,
-        "accept_len": result.accept_len,
-        "low": result.low,
-        "high": result.high,
-        "verify_steps": result.verify_steps,
-        "committed_tokens": result.committed_tokens,
-        "best": is_best,
-    }))?;
-    board.scalars(state.step, &[("validation/accept_len", result.accept_len)])?;
-    Ok((hooks.on_event)(&Event::Validated { step: state.step, result, is_best }))
+
+    /// The means of the best drafts so far.
+    fn means<M: Method>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+        for count in 2..=state.candidates.len() {
+            let of = &state.candidates[..count];
+            let steps = of.iter().map(|b| b.step).collect();
+            let draft = self.candidates.mean(of, method.draft()?)?;
+            if self.measure(&draft, state, steps)?.1 == Flow::Stop {
+                return Ok(Flow::Stop);
+            }
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// Measures a draft; it becomes the best if it is.
+    fn measure(
+        &mut self,
+        draft: &DraftWeights,
+        state: &mut TrainState,
+        mean_of: Vec<u64>,
+    ) -> Result<(Best, Flow), TrainError> {
+        let step = state.step;
+        let measure = self.hooks.validate.as_mut().expect("asked for only with a measure");
+        let result = measure(draft, step).map_err(|source| TrainError::Validation { source })?;
+        let is_best = state.best.as_ref().is_none_or(|b| result.accept_len > b.result.accept_len);
+        let found = Best { step, result: result.clone(), mean_of };
+        if is_best {
+            draft.save(&self.options.dir.join("best"))?;
+            state.best = Some(found.clone());
+        }
+        self.log.write(&json!({
+            "event": "validation",
+            "step": step,
+            "mean_of": found.mean_of,
+            "accept_len": result.accept_len,
+            "low": result.low,
+            "high": result.high,
+            "verify_steps": result.verify_steps,
+            "committed_tokens": result.committed_tokens,
+            "best": is_best,
+        }))?;
+        let event = Event::Validated { step, mean_of: found.mean_of.len(), result, is_best };
+        Ok((found, (self.hooks.on_event)(&event)))
+    }
 }
 
 fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Result<(), TrainError> {

@@ -4,6 +4,7 @@
 //! result one JSON value.
 
 mod decode;
+mod serve;
 mod stages;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ pub use decode::{
     Bench, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb, Choosing, Drafting,
     Generate, PeerKind, Quickstart, TrainPeerKind,
 };
+pub use serve::{KvBudget, Serve};
 pub use stages::{
     Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,
     Capture, Data, DataPrepare, DataPreview, DataVerb, ExportFormat, Regenerate, Run, RunArgs, Status, Train,
@@ -59,6 +61,7 @@ pub enum Verb {
     Inspect(Inspect),
     Generate(Generate),
     Bench(Bench),
+    Serve(Serve),
 }
 
 /// Says what works on this machine, what is missing and how to get it.

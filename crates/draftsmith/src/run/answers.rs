@@ -80,7 +80,8 @@ impl Origin<'_> {
             Some(server) => serde_json::json!([server.api, server.model, server.extra]).to_string(),
             None => self.precision.to_string(),
         };
-        let Sampling { temperature, top_k, top_p, seed } = self.mix.of(&dialogue.id);
+        // A run file has no `min_p`.
+        let Sampling { temperature, top_k, top_p, min_p: _, seed } = self.mix.of(&dialogue.id);
         let turns: Vec<&Message> = dialogue.turns.iter().filter(|m| m.role != "assistant").collect();
         let inputs = serde_json::json!([
             dialogue.id,

@@ -89,7 +89,12 @@ impl Run<'_> {
                 seed: self.file.train.seed.unwrap_or(self.file.run.seed),
                 chosen_by: match self.file.validate.every {
                     0 => "the last step".to_string(),
-                    _ => "measured accept length on held-out prompts".to_string(),
+                    _ => match trained["draft_mean_of"].as_array().map_or(0, Vec::len) {
+                        0 => "measured accept length on held-out prompts".to_string(),
+                        count => format!(
+                            "measured accept length on held-out prompts (it is the mean of the best {count} drafts)"
+                        ),
+                    },
                 },
                 wall_s: self.folder.read(Stage::Train)?.map(|file| file.seconds),
                 run_sha256: sha256_hex(run_toml.as_bytes()),

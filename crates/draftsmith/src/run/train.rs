@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_bench::stats;
-use draftsmith_core::{Sampling, VocabMap};
+use draftsmith_core::VocabMap;
 use draftsmith_data::{Row as DataRow, TokenCounts};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
 use draftsmith_formats::run::{Method, Stage};
@@ -78,9 +78,13 @@ impl Run<'_> {
                     report.detail(&step_line(step, best.as_ref()));
                 }
                 Event::Checkpoint { .. } => {}
-                Event::Validated { step, result, is_best } => {
+                Event::Validated { step, mean_of, result, is_best } => {
+                    let what = match mean_of {
+                        0 => format!("step {step}"),
+                        count => format!("mean of the best {count}"),
+                    };
                     report.note(&format!(
-                        "step {step}: accept length {:.3} [{:.3}, {:.3}] on held-out prompts{}",
+                        "{what}: accept length {:.3} [{:.3}, {:.3}] on held-out prompts{}",
                         result.accept_len,
                         result.low,
                         result.high,
@@ -112,6 +116,7 @@ impl Run<'_> {
             "slots": state.slots,
             "draft": folder,
             "draft_step": state.best.as_ref().map_or(state.step, |b| b.step),
+            "draft_mean_of": state.best.as_ref().map(|b| &b.mean_of),
             "accept_len": state.best.as_ref().map(|b| b.result.accept_len),
             "accept_len_ci95": state.best.as_ref().map(|b| [b.result.low, b.result.high]),
             "vocab_coverage": coverage,
@@ -257,9 +262,9 @@ fn measure_draft(
     let engine = Engine::new(Arc::clone(&target.target), Some(drafter));
     let options = GenerateOptions {
         max_new_tokens,
-        sampling: Sampling::GREEDY,
         stop_ids: target.stop_ids(),
         draft: DraftPlan::Chain { depth },
+        ..GenerateOptions::default()
     };
     let mut rows = Vec::new();
     let (mut verify_steps, mut committed_tokens) = (0, 0);

@@ -63,12 +63,7 @@ struct Output<'a> {
 fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> Result<Duration, Error> {
     let mut queue = prompts.iter().cloned().enumerate();
     let began = Instant::now();
-    let options = GenerateOptions {
-        max_new_tokens: new_tokens,
-        sampling: Sampling::GREEDY,
-        stop_ids: Vec::new(),
-        draft: DraftPlan::None,
-    };
+    let options = GenerateOptions { max_new_tokens: new_tokens, ..GenerateOptions::default() };
     engine.generate_batch(
         BatchOptions { batch_size: prompts.len() },
         &mut || queue.next().map(|(i, prompt)| (i, prompt, options.clone())),

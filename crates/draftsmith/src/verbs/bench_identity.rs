@@ -143,6 +143,7 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
                 sampling,
                 stop_ids: target.stop_ids(),
                 draft: way.plan,
+                ..GenerateOptions::default()
             };
             let job = Job { engine, options, prompts: &prompts, session };
             for batched in [false, true] {

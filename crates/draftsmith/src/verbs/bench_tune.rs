@@ -7,7 +7,6 @@ use draftsmith::bench::record::Drafting;
 use draftsmith::bench::tune::{GroupOutput, TuneReport, TuneRunner, tune_load, tune_steps, tune_text};
 use draftsmith::bench::{BenchError, BoxError};
 use draftsmith::cli;
-use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::engine;
@@ -47,9 +46,9 @@ impl TuneRunner for Runner<'_> {
     fn decode(&mut self, setting: Option<usize>, prompts: &[&[u32]]) -> Result<GroupOutput, BoxError> {
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens,
-            sampling: Sampling::GREEDY,
             stop_ids: self.stop_ids.clone(),
             draft: setting.map_or(DraftPlan::None, |s| SETTINGS[s]),
+            ..GenerateOptions::default()
         };
         let (done, tokens, time): (Vec<Generation>, _, _) = if let [prompt] = prompts {
             let done = self.engine.generate(prompt, &options, &mut |_| self.stop.flow())?;

@@ -42,7 +42,13 @@ pub(crate) fn sampling(args: &cli::Choosing) -> Result<Sampling, Failure> {
     if !(args.top_p > 0.0 && args.top_p <= 1.0) {
         return Err(wrong("--top-p", args.top_p, "a number above 0 and at most 1"));
     }
-    Ok(Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed })
+    Ok(Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+        ..Sampling::GREEDY
+    })
 }
 
 /// The plan that was asked for; `None` if nothing was said about it.
@@ -123,6 +129,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
             sampling,
             stop_ids: target.stop_ids(),
             draft,
+            ..GenerateOptions::default()
         };
         let mut decoder = target.text.tokenizer.stream_decoder(true, &args.stop);
         let mut text = String::new();

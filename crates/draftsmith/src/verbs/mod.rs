@@ -12,47 +12,41 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod pull;
 pub(crate) mod quickstart;
+pub(crate) mod serve;
 pub(crate) mod serve_gap;
 pub(crate) mod stages;
 pub(crate) mod status;
 
-use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use draftsmith::Error;
-use draftsmith::cli::Cli;
+use draftsmith::cli::{Cli, Verb};
 use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads};
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
 use draftsmith::report::Stop;
 
-use crate::failure::INTERRUPTED;
 use crate::printer::Printer;
+use crate::signals;
 
 /// What every verb needs.
 pub(crate) struct Session {
     pub(crate) places: Places,
     pub(crate) printer: Printer,
     pub(crate) stop: Stop,
+    /// Set by SIGHUP while `serve` runs.
+    pub(crate) reload: Arc<AtomicBool>,
 }
 
 impl Session {
     pub(crate) fn new(cli: &Cli) -> Session {
         let mut places = Places::from_vars(variable);
         places.offline |= cli.offline;
-        let stop = Stop::default();
-        let on_signal = stop.clone();
-        // Without a handler Ctrl-C just ends us, and everything on disk is still whole: not worth an error.
-        let _ = ctrlc::set_handler(move || {
-            if on_signal.requested() {
-                std::process::exit(i32::from(INTERRUPTED));
-            }
-            on_signal.request();
-            let _ = writeln!(
-                std::io::stderr(),
-                "\nstopping at the next safe point; press Ctrl-C again to stop at once"
-            );
-        });
-        Session { places, printer: Printer::new(cli.quiet), stop }
+        let (stop, reload) = (Stop::default(), Arc::new(AtomicBool::new(false)));
+        let reloads = matches!(cli.verb, Verb::Serve(_)).then(|| Arc::clone(&reload));
+        signals::watch(stop.clone(), reloads);
+        Session { places, printer: Printer::new(cli.quiet), stop, reload }
     }
 
     /// Locates and loads a target, with its weights as stored or as 32-bit floats.

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use draftsmith::bundle::{MANIFEST_FILE, Manifest};
-use draftsmith::core::{AcceptStats, Sampling};
+use draftsmith::core::AcceptStats;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
 use draftsmith::engine::{engine, load_draft};
@@ -74,9 +74,9 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         |prompt: &[u32], draft: DraftPlan, limit: usize, show: Show| -> Result<Generation, Failure> {
             let options = GenerateOptions {
                 max_new_tokens: limit,
-                sampling: Sampling::GREEDY,
                 stop_ids: target.stop_ids(),
                 draft,
+                ..GenerateOptions::default()
             };
             let mut decoder = target.text.tokenizer.stream_decoder(true, &[]);
             let mut written = Ok(());

@@ -77,11 +77,13 @@ fn line(done: &StageDone) -> String {
         ),
         Stage::Capture => format!("{} tokens, {}", count("tokens"), human(count("bytes"))),
         Stage::Train => match s["accept_len"].as_f64() {
-            Some(accept_len) => format!(
-                "{} steps, best accept length {accept_len:.2} at step {}",
-                count("steps"),
-                count("draft_step")
-            ),
+            Some(accept_len) => {
+                let draft = match s["draft_mean_of"].as_array().map_or(0, Vec::len) {
+                    0 => format!("at step {}", count("draft_step")),
+                    drafts => format!("of the mean of the best {drafts} drafts"),
+                };
+                format!("{} steps, best accept length {accept_len:.2} {draft}", count("steps"))
+            }
             None => format!("{} steps", count("steps")),
         },
         Stage::Bundle => format!("{}, {}", text(&s["path"]), human(count("bytes"))),

@@ -10,7 +10,7 @@ use draftsmith::capture::{
     Request, SamplingMix, regenerate,
 };
 use draftsmith::core::Sampling;
-use draftsmith::decode::{DraftPlan, Engine, FinishReason, GenerateOptions};
+use draftsmith::decode::{Engine, FinishReason, GenerateOptions};
 use draftsmith::engine::{LoadedTarget, engine};
 use draftsmith::formats::run::ServerTable;
 use draftsmith::kernels::Cpu;
@@ -46,9 +46,8 @@ pub(crate) fn speaking(
         let ids = tokenizer.encode(prompt, false).unwrap();
         let options = GenerateOptions {
             max_new_tokens: max_new_tokens.min(max_context - ids.len()),
-            sampling: Sampling::GREEDY,
             stop_ids: target.stop_ids(),
-            draft: DraftPlan::None,
+            ..GenerateOptions::default()
         };
         let done = engine.generate(&ids, &options, &mut |_| ControlFlow::Continue(())).unwrap();
         let cut = done.finish_reason == FinishReason::Length;

@@ -519,13 +519,23 @@ pub struct ValidateTable {
     pub max_new_tokens: u32,
     /// Draft tokens per proposal (a chain).
     pub depth: u32,
+    /// After the last step, measure the mean of the best 2 validated drafts, of the best 3, up to this many; the
+    /// best of all is the result. 0 or 1: no means.
+    pub average_best: u32,
     /// Share of prompts per domain, by domain name. Default: as the validation rows have them.
     pub domains: BTreeMap<String, f64>,
 }
 
 impl Default for ValidateTable {
     fn default() -> Self {
-        ValidateTable { every: 200, prompts: 32, max_new_tokens: 96, depth: 5, domains: BTreeMap::new() }
+        ValidateTable {
+            every: 200,
+            prompts: 32,
+            max_new_tokens: 96,
+            depth: 5,
+            average_best: 3,
+            domains: BTreeMap::new(),
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use draftsmith_model::eagle3::Feedback;
 use draftsmith_model::read_draft;
 use draftsmith_train::eagle3::{TargetStart, warm_weights};
 use draftsmith_train::{
-    AdamWOptions, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode, Outcome, Pack,
-    RowStore, TrainError, TrainOptions, ValidationResult, train,
+    AdamWOptions, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode,
+    Outcome, Pack, RowStore, TrainError, TrainOptions, ValidationResult, train,
 };
 
 use crate::infer::Random;
@@ -124,6 +124,7 @@ fn options(dir: &Path) -> TrainOptions {
         checkpoint_every: 3,
         keep_checkpoints: 2,
         validate_every: Some(5),
+        average_best: 3,
         seed: 11,
     }
 }
@@ -139,7 +140,7 @@ fn run(random: &Random, options: &TrainOptions, stop: Option<u64>) -> (Outcome, 
         if stop == Some(steps) { Flow::Stop } else { Flow::Continue }
     };
     // A stand-in for decoding: best in the middle of the run.
-    let mut measure = |_: &draftsmith_train::DraftWeights, step: u64| {
+    let mut measure = |_: &DraftWeights, step: u64| {
         let accept_len = 3.0 - (step as f64 - 10.0).abs() / 10.0;
         Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
     };
@@ -223,6 +224,46 @@ fn training_learns_and_keeps_the_best_measured_draft() {
     assert_eq!(tensors.len(), 13);
     let file = SafetensorsDir::open(dir.path().join("best")).unwrap();
     assert!(file.find("embed_tokens.weight").is_none());
+}
+
+#[test]
+fn the_mean_of_the_best_drafts_wins_if_it_is_measured_better() {
+    let random = data();
+    // What the mean of two, and of three, is found to be worth; a draft alone at most 3.
+    for (means, winner) in [([3.5, 2.0], vec![10, 5]), ([3.5, 4.0], vec![10, 5, 15]), ([1.0, 1.0], vec![])] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut method = random.method(2, Eagle3Options { ttt_length: 2, ..Eagle3Options::default() });
+        let mut seen: Vec<(u64, f64, DraftWeights)> = Vec::new();
+        let mut measure = |draft: &DraftWeights, step: u64| {
+            let again = seen.iter().filter(|s| s.0 == step).count();
+            let accept_len =
+                if again == 0 { 3.0 - (step as f64 - 9.0).abs() / 10.0 } else { means[again - 1] };
+            seen.push((step, accept_len, draft.clone()));
+            Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
+        };
+        let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: Some(&mut measure) };
+        let options = TrainOptions { max_steps: Some(20), ..options(dir.path()) };
+        let outcome = train(&mut method, &mut Memory(random.rows.clone()), &options, hooks).unwrap();
+        let best = outcome.state.best.unwrap();
+        assert_eq!(best.mean_of, winner);
+        assert_eq!(best.step, if winner.is_empty() { 10 } else { 20 });
+        assert_eq!(outcome.state.candidates.iter().map(|b| b.step).collect::<Vec<_>>(), [10, 5, 15]);
+        let kept = std::fs::read_dir(dir.path().join("candidates")).unwrap().count();
+        assert_eq!(kept, 3);
+        let of = if winner.is_empty() { vec![10] } else { winner };
+        let drafts: Vec<&DraftWeights> =
+            of.iter().map(|step| &seen.iter().find(|s| s.0 == *step).unwrap().2).collect();
+        let (_, saved, _) = read_draft(&dir.path().join("best")).unwrap();
+        for tensor in &drafts[0].tensors {
+            let values = &saved[&tensor.name].1;
+            for (i, value) in values.iter().enumerate() {
+                let mean = drafts.iter().map(|d| d.find(&tensor.name).unwrap().values[i]).sum::<f32>();
+                let mean = mean / drafts.len() as f32;
+                // Half a unit of bfloat16.
+                assert!((value - mean).abs() <= mean.abs() / 200.0 + 1e-9, "{}: {value} {mean}", tensor.name);
+            }
+        }
+    }
 }
 
 #[test]

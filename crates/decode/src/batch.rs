@@ -1,0 +1,100 @@
+//! Continuous batching, step by step: sequences come and go between steps.
+
+use std::ops::{ControlFlow, Deref};
+use std::sync::Arc;
+
+use draftsmith_kernels::Kernels;
+
+use crate::DecodeError;
+use crate::engine::{Engine, GenerateOptions};
+use crate::session::{FinishReason, Generation, Session, TokenEvent};
+
+/// Sequences decoded side by side on one engine (`&Engine` or `Arc<Engine>`).
+///
+/// What a request gets does not depend on what else is in the batch, nor on when it came.
+pub struct Batch<E, K: Kernels> {
+    engine: E,
+    /// Oldest first; `ids[i]` is the caller's name of `running[i]`.
+    running: Vec<Session<K>>,
+    ids: Vec<u64>,
+}
+
+impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
+    /// An empty batch.
+    pub fn new(engine: E) -> Batch<E, K> {
+        Batch { engine, running: Vec::new(), ids: Vec::new() }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// Sequences under way.
+    pub fn len(&self) -> usize {
+        self.running.len()
+    }
+
+    /// True if nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty()
+    }
+
+    /// Takes a request in; its prompt is read in the next steps. `id` is the caller's name for it.
+    ///
+    /// # Errors
+    /// As [`Engine::generate`].
+    pub fn admit(
+        &mut self,
+        id: u64,
+        prompt_ids: &[u32],
+        options: &GenerateOptions,
+    ) -> Result<(), DecodeError> {
+        self.running.push(self.engine.begin(prompt_ids, options)?);
+        self.ids.push(id);
+        Ok(())
+    }
+
+    /// Runs one target pass for all sequences. `on_token` sees each committed token with the id of its request and may
+    /// end that request. Returns the requests that ended, oldest first.
+    pub fn step(
+        &mut self,
+        on_token: &mut dyn FnMut(u64, &TokenEvent) -> ControlFlow<()>,
+    ) -> Vec<(u64, Generation)> {
+        let ids = &self.ids;
+        self.engine.step(&mut self.running, &mut |index, event| on_token(ids[index], event));
+        let mut done = Vec::new();
+        let mut i = 0;
+        while i < self.running.len() {
+            if self.running[i].finish.is_some() {
+                done.push((self.ids.remove(i), self.engine.end(self.running.remove(i))));
+            } else {
+                i += 1;
+            }
+        }
+        done
+    }
+
+    /// Ends a request early; `None` if it is not under way.
+    pub fn cancel(&mut self, id: u64) -> Option<Generation> {
+        let at = self.ids.iter().position(|i| *i == id)?;
+        self.ids.remove(at);
+        let mut session = self.running.remove(at);
+        session.finish = Some(FinishReason::Cancelled);
+        Some(self.engine.end(session))
+    }
+
+    /// Goes on with another engine on the same target, with another draft or none. Sequences under way finish without a
+    /// draft: their text is the same.
+    ///
+    /// # Errors
+    /// [`DecodeError::AnotherTarget`]; the batch goes on as it was.
+    pub fn replace_engine(&mut self, engine: E) -> Result<(), DecodeError> {
+        if !Arc::ptr_eq(self.engine.target(), engine.target()) {
+            return Err(DecodeError::AnotherTarget);
+        }
+        self.running.iter_mut().for_each(Session::drop_drafter);
+        self.engine = engine;
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! Arguments of `serve`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+
+/// Answers OpenAI's HTTP API, with the draft of a bundle.
+///
+/// Neither the draft nor the load changes the text of an answer. Requests beyond the budget of the cache wait, in one
+/// line per API key; SIGTERM ends the server after the answers under way, SIGHUP reads the draft anew.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith serve --bundle runs/smoke/bundle\n  \
+    draftsmith serve --bundle DIR --target REF --host 0.0.0.0 --port 8000 --api-keys-file keys.txt\n  \
+    draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n\n\
+    Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /tokenize,\n\
+    /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft (docs/SERVE.md).\n\
+    Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
+#[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target"]))]
+pub struct Serve {
+    /// The draft: a bundle folder.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// The target (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Address to listen at; the default is reached from this machine only.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port; 0 takes a free one.
+    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// Name of the model in requests (default: the target's).
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
+    /// File with one API key per line, `KEY` or `NAME KEY`; `#` begins a comment.
+    #[arg(long, value_name = "FILE")]
+    pub api_keys_file: Option<PathBuf>,
+    /// File with the key of /admin; without one only this machine may use it.
+    #[arg(long, value_name = "FILE")]
+    pub admin_key_file: Option<PathBuf>,
+    /// Room for keys and values over all sequences, in tokens or bytes (`65536`, `512MiB`, `4GiB`).
+    #[arg(long, value_name = "SIZE", default_value = "2GiB")]
+    pub kv_budget: KvBudget,
+    /// Sequences decoded side by side.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_running: u32,
+    /// Sequences that wait; more are refused with status 429.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub queue: u32,
+    /// Open connections; more wait to be accepted.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_connections: u32,
+    /// Bytes of a request's body.
+    #[arg(long, value_name = "BYTES", default_value_t = 4 << 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_body: u32,
+    /// Tokens of an answer when a request of chat does not say.
+    #[arg(long, value_name = "M", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Seconds from the arrival of a request to the end of its answer.
+    #[arg(long, value_name = "S", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    pub request_timeout: u32,
+    /// Seconds that answers under way get after SIGTERM.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub drain_timeout: u32,
+    /// Verify steps over which a new draft is watched before it is kept or taken back.
+    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..))]
+    pub watch_steps: u32,
+    /// Folder of bench records to show beside the bundle's.
+    #[arg(long, value_name = "DIR")]
+    pub records: Option<PathBuf>,
+    /// Threads to compute with (default: all; results do not depend on it).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Print one JSON object once the model answers: url, model, draft.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Room for keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvBudget {
+    /// So many tokens.
+    Tokens(u64),
+    /// So many bytes.
+    Bytes(u64),
+}
+
+impl KvBudget {
+    /// Tokens that fit, each taking `token_bytes`.
+    pub fn tokens(self, token_bytes: usize) -> usize {
+        let tokens = match self {
+            KvBudget::Tokens(tokens) => tokens,
+            KvBudget::Bytes(bytes) => bytes / (token_bytes as u64).max(1),
+        };
+        usize::try_from(tokens).unwrap_or(usize::MAX)
+    }
+}
+
+impl FromStr for KvBudget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<KvBudget, String> {
+        let wrong = || "expected a number of tokens, or of bytes with KiB, MiB or GiB".to_string();
+        let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(at);
+        let number: u64 = number.parse().ok().filter(|n| *n > 0).ok_or_else(wrong)?;
+        let factor: u64 = match unit.trim() {
+            "" => return Ok(KvBudget::Tokens(number)),
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            _ => return Err(wrong()),
+        };
+        number.checked_mul(factor).map(KvBudget::Bytes).ok_or_else(wrong)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_tokens_or_bytes() {
+        let parse = |text: &str| text.parse::<KvBudget>().ok();
+        assert_eq!(parse("65536"), Some(KvBudget::Tokens(65536)));
+        assert_eq!(parse("4GiB"), Some(KvBudget::Bytes(4 << 30)));
+        for wrong in ["", "0", "4GB", "-1", "1.5GiB", "99999999999GiB"] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+        assert_eq!(KvBudget::Bytes(1 << 20).tokens(1 << 10), 1 << 10);
+    }
+}

@@ -1,0 +1,173 @@
+//! `draftsmith serve`.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
+use draftsmith::cli;
+use draftsmith::costs::{with_costs, with_kept_costs};
+use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
+use draftsmith::kernels::PackMode;
+use draftsmith::pull::Places;
+use draftsmith::report::Report;
+use draftsmith::serve::{ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Refused, Server};
+use draftsmith::{Error, formats};
+use serde_json::json;
+
+use super::bench::target_and_draft;
+use super::{Session, variable};
+use crate::failure::Failure;
+use crate::printer;
+
+/// How often the wish to end is looked for.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Reads drafts for the target that is being served.
+struct Bundles {
+    target: LoadedTarget,
+    places: Places,
+}
+
+impl Drafts for Bundles {
+    fn load(&self, bundle: &Path) -> Result<Loaded, Refused> {
+        let refused = |error: Error| Refused { message: error.to_string(), hint: error.hint() };
+        let draft = load_draft(bundle, &self.target, PackMode::Q8).map_err(refused)?;
+        if bundle.join(MANIFEST_FILE).is_file() {
+            let report = check_with_target(bundle, &self.target.info(), &self.target.target)
+                .map_err(|error| refused(error.into()))?;
+            if let Some(problem) = report.failures().next() {
+                let message = format!("bundle `{}`: {problem}", bundle.display());
+                return Err(Refused { message, hint: problem.hint() });
+            }
+        }
+        let engine = with_kept_costs(engine(&self.target, Some(&draft)), &self.places, &self.target, &draft);
+        Ok(Loaded { info: info(bundle, &draft), engine })
+    }
+}
+
+fn info(bundle: &Path, draft: &LoadedDraft) -> DraftInfo {
+    DraftInfo {
+        name: draft.artifact.name.clone(),
+        bundle: bundle.to_path_buf(),
+        sha256: draft.artifact.sha256.clone(),
+    }
+}
+
+/// Keys of a file's lines, or of a variable's parts: `KEY` or `NAME KEY`.
+fn keys<'a>(lines: impl Iterator<Item = &'a str>) -> Vec<ApiKey> {
+    let lines = lines.map(|line| line.split('#').next().unwrap_or_default().trim());
+    lines
+        .filter(|line| !line.is_empty())
+        .enumerate()
+        .map(|(i, line)| match line.split_once(char::is_whitespace) {
+            Some((name, key)) => ApiKey::new(name, key.trim()),
+            None => ApiKey::new(&format!("key {}", i + 1), line),
+        })
+        .collect()
+}
+
+fn keys_of(file: &Path) -> Result<Vec<ApiKey>, Failure> {
+    let bytes = formats::atomic::read(file).map_err(Error::from)?;
+    let keys = keys(String::from_utf8_lossy(&bytes).lines());
+    // A server that was to be guarded must not stand open because a file is empty.
+    match keys.is_empty() {
+        true => Err(Failure::input(
+            format!("`{}` has no key", file.display()),
+            Some("write one key per line, or leave the option out".to_string()),
+        )),
+        false => Ok(keys),
+    }
+}
+
+fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
+    let mut api_keys = args.api_keys_file.as_deref().map(keys_of).transpose()?.unwrap_or_default();
+    api_keys.extend(keys(variable("DRAFTSMITH_API_KEYS").unwrap_or_default().split(',')));
+    let admin_key = match &args.admin_key_file {
+        Some(file) => keys_of(file)?.into_iter().next(),
+        None => variable("DRAFTSMITH_ADMIN_KEY").and_then(|key| keys(key.lines()).into_iter().next()),
+    };
+    if let Some(folder) = args.records.as_ref().filter(|folder| !folder.is_dir()) {
+        return Err(Failure::input(
+            format!("`--records {}` is not a folder", folder.display()),
+            Some("name a folder with the JSON files that `bench --report` writes".to_string()),
+        ));
+    }
+    Ok(Options {
+        address: SocketAddr::new(args.host, args.port),
+        api_keys,
+        admin_key,
+        limits: Limits {
+            sequences: args.max_running as usize,
+            queue: args.queue as usize,
+            connections: args.max_connections as usize,
+            body_bytes: args.max_body as usize,
+            request_time: Duration::from_secs(args.request_timeout.into()),
+            drain_time: Duration::from_secs(args.drain_timeout.into()),
+            default_max_tokens: args.max_new_tokens as usize,
+            watch_steps: args.watch_steps.into(),
+        },
+        records: args.records.clone(),
+        log,
+    })
+}
+
+fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
+    let (target, draft) = match (&args.bundle, &args.target) {
+        (Some(bundle), reference) => {
+            let (target, draft) = target_and_draft(bundle, reference.as_ref(), args.threads, session)?;
+            (target, Some(draft))
+        }
+        (None, reference) => (session.load_target(reference.as_slice(), None, false, args.threads)?, None),
+    };
+    let engine = engine(&target, draft.as_ref());
+    let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
+    let config = target.target.config();
+    // Keys and values, as 16-bit floats.
+    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
+    Ok(Model {
+        name: args.model_name.clone().unwrap_or_else(|| target.name()),
+        sha256: target.sha256.clone(),
+        engine,
+        draft: args.bundle.as_ref().zip(draft.as_ref()).map(|(bundle, draft)| info(bundle, draft)),
+        tokenizer: Arc::clone(&target.text.tokenizer),
+        template: target.text.template.clone(),
+        cache_slots: args.kv_budget.tokens(token_bytes),
+        drafts: Arc::new(Bundles { target, places: session.places.clone() }),
+    })
+}
+
+pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
+    let log: Log = Arc::new(|line: &str| {
+        // Nobody reads stderr: nothing else can be told.
+        let _ = writeln!(std::io::stderr().lock(), "{line}");
+    });
+    let mut server = Server::start(options(args, Arc::clone(&log))?).map_err(Error::from)?;
+    let url = format!("http://{}", server.address());
+    session.printer.note(&format!("listening at {url}, loading the model"));
+    let model = load(args, session)?;
+    let ready = json!({
+        "url": url,
+        "model": model.name,
+        "draft": model.draft.as_ref().map(|draft| draft.name.clone()),
+        "cache_tokens": model.cache_slots,
+    });
+    server.open(model).map_err(Error::from)?;
+    session.printer.note(&format!("ready: {ready}"));
+    if args.json {
+        printer::json(&ready)?;
+    }
+    while !session.stop.requested() {
+        if session.reload.swap(false, Ordering::SeqCst) {
+            server.reload();
+        }
+        std::thread::sleep(POLL);
+    }
+    log("ending: answers under way are finished");
+    server.drain();
+    log("ended");
+    Ok(0)
+}

@@ -1,0 +1,140 @@
+//! `POST /admin/draft`: another draft, while serving.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, header};
+use draftsmith_decode::{DraftPlan, GenerateOptions};
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{Peer, aside, read_json};
+use crate::auth::client_of;
+use crate::queue::Order;
+use crate::swap::{Loaded, Replacement};
+use crate::{App, Service};
+
+/// Tokens that a new draft must decode as the target alone does.
+const PROBE_TOKENS: usize = 24;
+/// Draft tokens per proposal meanwhile.
+const PROBE_DEPTH: usize = 4;
+/// What is continued: any text does.
+const PROBE: &str = "The quick brown fox jumps over the lazy dog. Then";
+
+/// Names under which a browser on this machine reaches us; a foreign page that had its name point here has another.
+const OWN_NAMES: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
+
+/// May this request change what is served?
+fn admit(app: &App, peer: Option<Peer>, headers: &HeaderMap) -> Result<(), ApiError> {
+    if let Some(key) = &app.options.admin_key {
+        return match client_of(std::slice::from_ref(key), headers) {
+            Some(_) => Ok(()),
+            None => Err(ApiError::wrong_key()),
+        };
+    }
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let host = text(header::HOST);
+    let host = host
+        .rsplit_once(':')
+        .map_or(host, |(name, port)| if port.bytes().all(|b| b.is_ascii_digit()) { name } else { host });
+    let forwarded = headers.contains_key("x-forwarded-for") || headers.contains_key(header::FORWARDED);
+    let local = peer.is_some_and(|peer| peer.0.is_loopback());
+    if !local || forwarded || !OWN_NAMES.contains(&host) {
+        return Err(ApiError::forbidden("without an admin key only this machine may change the draft"));
+    }
+    Ok(())
+}
+
+pub(super) async fn draft(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+    admit(&app, request.extensions().get::<Peer>().copied(), request.headers())?;
+    // A page of another site can send anything but this without being asked.
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    if !kind.is_some_and(|kind| kind.starts_with("application/json")) {
+        return Err(ApiError::malformed("the type of the body is not `application/json`"));
+    }
+    let body = read_json(&app, request.into_body()).await?;
+    let fields = Fields::of(&body)?;
+    let bundle = match fields.string("bundle")? {
+        Some(folder) => PathBuf::from(folder),
+        None => return Err(ApiError::invalid("bundle", "`bundle` is missing")),
+    };
+    swap(&app, bundle).await.map(Json)
+}
+
+/// Loads the draft in use anew.
+pub(crate) async fn reload(app: Arc<App>) {
+    let bundle = app.service().ok().and_then(|service| service.board.draft()).map(|draft| draft.bundle);
+    let log = Arc::clone(&app.options.log);
+    match bundle {
+        None => log("nothing to reload: no draft is loaded"),
+        Some(bundle) => {
+            // What comes of it is logged there.
+            let _ = swap(&app, bundle).await;
+        }
+    }
+}
+
+/// Changes the draft, or says why not.
+async fn swap(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
+    if app.swapping.swap(true, Ordering::SeqCst) {
+        return Err(ApiError::busy("another change of the draft is under way"));
+    }
+    let shared = Arc::clone(app);
+    // On a task of its own: the change goes on if the one who asked leaves, and the mark is taken away in any case.
+    let task = tokio::spawn(async move {
+        let changed = change(&shared, bundle.clone()).await;
+        shared.swapping.store(false, Ordering::SeqCst);
+        if let (Err(error), Ok(service)) = (&changed, shared.service()) {
+            let reason = error.message();
+            service.metrics.count_swap("refused");
+            let note = json!({"outcome": "refused", "draft": bundle, "reason": reason});
+            service.board.set_swap(note);
+            (shared.options.log)(&format!("draft `{}`: refused ({reason})", bundle.display()));
+        }
+        changed
+    });
+    task.await.unwrap_or_else(|_| Err(ApiError::internal("the change broke off")))
+}
+
+async fn change(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
+    let loaded = aside(app, move |service| load(service, &bundle)).await?;
+    let info = loaded.info.clone();
+    let (done, switched) = oneshot::channel();
+    app.service()?.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
+    switched
+        .await
+        .map_err(|_| ApiError::draining())?
+        .map_err(|error| ApiError::invalid("bundle", error.to_string()))?;
+    Ok(json!({
+        "outcome": "switched",
+        "draft": {"name": info.name, "bundle": info.bundle, "sha256": info.sha256},
+        "watch_steps": app.options.limits.watch_steps,
+    }))
+}
+
+/// Reads a bundle and lets it decode a little.
+fn load(service: &Service, bundle: &Path) -> Result<Loaded, ApiError> {
+    let loaded = service.drafts.load(bundle).map_err(|refused| {
+        let hint = refused.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+        ApiError::invalid("bundle", format!("{}{hint}", refused.message))
+    })?;
+    let prompt = service.tokenizer.encode(PROBE, true).map_err(|e| ApiError::internal(e.to_string()))?;
+    let decode = |engine: &draftsmith_decode::Engine<_>, draft| {
+        let options = GenerateOptions { max_new_tokens: PROBE_TOKENS, draft, ..GenerateOptions::default() };
+        engine
+            .generate(&prompt, &options, &mut |_| ControlFlow::Continue(()))
+            .map(|generation| generation.token_ids)
+            .map_err(|e| ApiError::invalid("bundle", e.to_string()))
+    };
+    let plain = decode(&service.target, DraftPlan::None)?;
+    if decode(&loaded.engine, DraftPlan::Chain { depth: PROBE_DEPTH })? != plain {
+        return Err(ApiError::invalid("bundle", "with this draft the target's answer is another one"));
+    }
+    Ok(loaded)
+}

@@ -1,0 +1,161 @@
+//! What a client reads when a request is not answered: OpenAI's JSON error shape.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+/// An error of one request.
+#[derive(Clone, Debug)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    /// OpenAI's `type`.
+    kind: &'static str,
+    code: Option<&'static str>,
+    /// The field that is wrong.
+    param: Option<String>,
+    message: String,
+    retry_after_s: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError { status, kind, code: None, param: None, message: message.into(), retry_after_s: None }
+    }
+
+    fn with_code(mut self, code: &'static str) -> ApiError {
+        self.code = Some(code);
+        self
+    }
+
+    /// A field with a wrong value.
+    pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError {
+        let mut error = ApiError::malformed(message);
+        error.param = Some(param.into());
+        error
+    }
+
+    /// A field that would change the answer in a way that is not built.
+    pub(crate) fn unsupported(param: &str, what: &str) -> ApiError {
+        ApiError::invalid(param, format!("`{param}` is not supported: {what}"))
+            .with_code("unsupported_parameter")
+    }
+
+    /// A request that is wrong as a whole.
+    pub(crate) fn malformed(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A prompt and answer beyond what there is room for.
+    pub(crate) fn too_long(param: &str, message: String) -> ApiError {
+        ApiError::invalid(param, message).with_code("context_length_exceeded")
+    }
+
+    pub(crate) fn wrong_key() -> ApiError {
+        ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_request_error",
+            "the API key is missing or not known",
+        )
+        .with_code("invalid_api_key")
+    }
+
+    pub(crate) fn forbidden(message: &str) -> ApiError {
+        ApiError::new(StatusCode::FORBIDDEN, "invalid_request_error", message).with_code("forbidden")
+    }
+
+    pub(crate) fn no_route(path: &str) -> ApiError {
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("there is nothing at `{path}`"))
+            .with_code("not_found")
+    }
+
+    pub(crate) fn wrong_method(method: &str, path: &str) -> ApiError {
+        let message = format!("`{path}` does not answer {method}");
+        ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+            .with_code("method_not_allowed")
+    }
+
+    pub(crate) fn no_model(asked: &str, served: &str) -> ApiError {
+        let message = format!("the model `{asked}` is not served here; `{served}` is");
+        let mut error = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+            .with_code("model_not_found");
+        error.param = Some("model".into());
+        error
+    }
+
+    pub(crate) fn no_record(name: &str) -> ApiError {
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("there is no record `{name}`"))
+            .with_code("not_found")
+    }
+
+    pub(crate) fn too_large(limit: usize) -> ApiError {
+        let message = format!("the body has more than {limit} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+            .with_code("request_too_large")
+    }
+
+    pub(crate) fn slow_body() -> ApiError {
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", "the body did not arrive in time")
+            .with_code("request_timeout")
+    }
+
+    pub(crate) fn busy(message: &str) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, "invalid_request_error", message).with_code("conflict")
+    }
+
+    pub(crate) fn queue_full(waiting: usize, retry_after_s: u64) -> ApiError {
+        let message = format!("{waiting} requests are waiting already");
+        let mut error =
+            ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message).with_code("queue_full");
+        error.retry_after_s = Some(retry_after_s);
+        error
+    }
+
+    pub(crate) fn loading() -> ApiError {
+        let mut error =
+            ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "the model is being loaded")
+                .with_code("loading");
+        error.retry_after_s = Some(1);
+        error
+    }
+
+    pub(crate) fn draining() -> ApiError {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "the server is going down")
+            .with_code("draining")
+    }
+
+    pub(crate) fn timeout(seconds: f64) -> ApiError {
+        let message = format!("the answer was not complete after {seconds} s");
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message).with_code("timeout")
+    }
+
+    pub(crate) fn internal(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message).with_code("internal_error")
+    }
+
+    /// What is wrong.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// `{"error": …}`, also the last event of a stream that breaks off.
+    pub(crate) fn body(&self) -> Value {
+        json!({"error": {
+            "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
+        }})
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        if let Some(seconds) = self.retry_after_s {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,195 @@
+//! What can be read without decoding anything: the model, health, metrics, tokens, the bundle, records.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, Request, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use draftsmith_formats::atomic;
+use draftsmith_text::{ChatTemplate, MaskOptions, Turns, mask_conversation};
+use serde_json::{Value, json};
+
+use super::ask::{chat_ids, check_model, messages, render_options, text_error};
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{aside, read_json};
+use crate::{App, Service, metrics as page};
+
+type Answer = Result<Json<Value>, ApiError>;
+
+impl Service {
+    /// The chat template, or what to use instead.
+    pub(super) fn template(&self) -> Result<&ChatTemplate, ApiError> {
+        self.template.as_ref().ok_or_else(|| {
+            let message = format!("`{}` has no chat template; use /v1/completions", self.name);
+            ApiError::invalid("messages", message)
+        })
+    }
+
+    fn card(&self) -> Value {
+        json!({
+            "id": self.name, "object": "model", "created": self.created_unix_s, "owned_by": "draftsmith",
+            "max_model_len": self.context,
+        })
+    }
+}
+
+pub(super) async fn models(State(app): State<Arc<App>>) -> Answer {
+    Ok(Json(json!({"object": "list", "data": [app.service()?.card()]})))
+}
+
+pub(super) async fn model(State(app): State<Arc<App>>, UrlPath(name): UrlPath<String>) -> Answer {
+    let service = app.service()?;
+    match name == service.name {
+        true => Ok(Json(service.card())),
+        false => Err(ApiError::no_model(&name, &service.name)),
+    }
+}
+
+/// 200 once the model and its draft are loaded.
+pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
+    app.service()?;
+    if app.draining.load(std::sync::atomic::Ordering::SeqCst) {
+        return Err(ApiError::draining());
+    }
+    Ok(Json(json!({"status": "ok"})))
+}
+
+pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    let text = app.service()?.metrics.page();
+    Ok(([(header::CONTENT_TYPE, page::CONTENT_TYPE)], text).into_response())
+}
+
+/// `{"prompt"}` or `{"messages"}` to ids.
+pub(super) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Answer {
+    let body = read_json(&app, request.into_body()).await?;
+    let read = move |service: &Service| {
+        let fields = Fields::of(&body)?;
+        check_model(&fields, service)?;
+        let ids = match fields.string("prompt")? {
+            Some(text) => {
+                let special = fields.bool("add_special_tokens")?.unwrap_or(true);
+                service.tokenizer.encode(text, special).map_err(text_error)?
+            }
+            None => {
+                let prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
+                chat_ids(&fields, service, prompt)?
+            }
+        };
+        let mut answer = json!({"count": ids.len(), "max_model_len": service.context, "tokens": ids});
+        if fields.bool("return_token_strs")?.unwrap_or(false) {
+            let text = |id: &u32| String::from_utf8_lossy(service.tokenizer.token_to_piece(*id)).into_owned();
+            answer["token_strs"] = ids.iter().map(text).collect();
+        }
+        Ok(answer)
+    };
+    Ok(Json(aside(&app, read).await?))
+}
+
+/// The tokens of a conversation and which of them training would learn; asks for an answer if the last turn is not one.
+pub(super) async fn render(State(app): State<Arc<App>>, request: Request) -> Answer {
+    let body = read_json(&app, request.into_body()).await?;
+    let read = move |service: &Service| {
+        let fields = Fields::of(&body)?;
+        check_model(&fields, service)?;
+        let messages = messages(&fields)?;
+        let template = service.template()?;
+        if messages.last().is_some_and(|message| message.role != "assistant") {
+            let ids = chat_ids(&fields, service, fields.bool("add_generation_prompt")?.unwrap_or(true))?;
+            return Ok(json!({"token_ids": ids, "loss_mask": vec![0; ids.len()]}));
+        }
+        let turns = match fields.string("turns")? {
+            None | Some("all") => Turns::All,
+            Some("last") => Turns::Last,
+            Some(other) => {
+                return Err(ApiError::invalid(
+                    "turns",
+                    format!("`turns` is `{other}`, expected `all` or `last`"),
+                ));
+            }
+        };
+        let options = MaskOptions { render: render_options(&fields)?, turns, last_answer_cut: false };
+        let rows =
+            mask_conversation(&service.tokenizer, template, &messages, &options).map_err(text_error)?;
+        let row = |row: &draftsmith_text::MaskedRow| {
+            let mask: Vec<u8> = row.loss_mask.iter().map(|trained| u8::from(*trained)).collect();
+            json!({"token_ids": row.ids, "loss_mask": mask})
+        };
+        // A template that rewrites earlier turns gives each answer a row of its own; the last one is the conversation.
+        let mut answer = rows.last().map(row).unwrap_or_else(|| json!({"token_ids": [], "loss_mask": []}));
+        if rows.len() > 1 {
+            answer["rows"] = rows.iter().map(row).collect();
+        }
+        Ok(answer)
+    };
+    Ok(Json(aside(&app, read).await?))
+}
+
+pub(super) async fn state(State(app): State<Arc<App>>) -> Answer {
+    let service = app.service()?;
+    let running = service.metrics.running.get();
+    Ok(Json(service.board.page(&service.name, running, service.queue.waiting())))
+}
+
+/// A file of the bundle as text; `None` where it has none.
+fn text(path: &Path) -> Option<String> {
+    let bytes = atomic::read(path).ok()?;
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+pub(super) async fn bundle(State(app): State<Arc<App>>) -> Answer {
+    let read = |service: &Service| {
+        let folder = service.board.draft().map(|draft| draft.bundle);
+        let file = |name: &str| folder.as_ref().and_then(|folder| text(&folder.join(name)));
+        let manifest = file("bundle.json").and_then(|text| serde_json::from_str::<Value>(&text).ok());
+        Ok(json!({"bundle": manifest, "results_md": file("RESULTS.md"), "card_md": file("README.md")}))
+    };
+    Ok(Json(aside(&app, read).await?))
+}
+
+/// The records by name. Names come from the folders alone, so no request reaches another file.
+fn find_records(app: &App, service: &Service) -> BTreeMap<String, PathBuf> {
+    let bundle = service.board.draft().map(|draft| draft.bundle.join("results"));
+    let folders = bundle.into_iter().chain(app.options.records.clone());
+    let mut records = BTreeMap::new();
+    for folder in folders {
+        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if path.extension().is_some_and(|e| e == "json")
+                && let Some(stem) = path.file_stem().and_then(|stem| stem.to_str())
+            {
+                records.insert(stem.to_owned(), path.clone());
+            }
+        }
+    }
+    records
+}
+
+fn read_record(path: &Path) -> Option<Value> {
+    serde_json::from_slice(&atomic::read(path).ok()?).ok()
+}
+
+pub(super) async fn records(State(app): State<Arc<App>>) -> Answer {
+    let shared = Arc::clone(&app);
+    let read = move |service: &Service| {
+        let found = find_records(&shared, service);
+        let list = found.iter().filter_map(|(name, path)| {
+            let record = read_record(path)?;
+            Some(json!({"name": name, "kind": record["format"], "created": record["created_unix_s"]}))
+        });
+        Ok(list.collect())
+    };
+    Ok(Json(aside(&app, read).await?))
+}
+
+pub(super) async fn record(State(app): State<Arc<App>>, UrlPath(name): UrlPath<String>) -> Answer {
+    let shared = Arc::clone(&app);
+    let read = move |service: &Service| {
+        let path = find_records(&shared, service).remove(&name);
+        path.and_then(|path| read_record(&path)).ok_or_else(|| ApiError::no_record(&name))
+    };
+    Ok(Json(aside(&app, read).await?))
+}

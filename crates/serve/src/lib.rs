@@ -1,0 +1,299 @@
+//! OpenAI-compatible HTTP over the decode engine, with speculation that can be watched.
+//!
+//! One thread owns the batch ([`worker`](self)); requests reach it through a queue that is fair between clients, and what
+//! it commits goes back through a channel per request that never blocks it. A reader that leaves ends its sequence.
+//!
+//! Invariant: neither the draft, nor the load, nor a change of the draft changes the text of an answer.
+//!
+//! Nothing here prints or reads the environment; lines for people go to [`Log`].
+
+mod api;
+mod auth;
+mod board;
+mod grammar;
+mod http;
+mod metrics;
+mod queue;
+mod speech;
+mod swap;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use draftsmith_decode::Engine;
+use draftsmith_kernels::Cpu;
+use draftsmith_text::{ChatTemplate, Tokenizer};
+
+use crate::api::ApiError;
+use crate::board::Board;
+use crate::metrics::Metrics;
+use crate::queue::{Order, Queue};
+use crate::swap::InUse;
+use crate::worker::{Room, Shared, Worker};
+
+pub use auth::ApiKey;
+pub use swap::{DraftInfo, Drafts, Loaded, Refused};
+
+/// Takes one line for the log.
+pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Why the server does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address cannot be listened at.
+    #[error("`{address}` cannot be listened at: {source}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The system gives no threads.
+    #[error("the server's threads cannot be started: {source}")]
+    Threads {
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl ServeError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            ServeError::Bind { .. } => {
+                Some("choose another `--port`, or an address of this machine as `--host`".into())
+            }
+            ServeError::Threads { .. } => None,
+        }
+    }
+}
+
+/// Bounds of what the server takes on.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Sequences decoded side by side.
+    pub sequences: usize,
+    /// Sequences that wait.
+    pub queue: usize,
+    /// Open connections; further ones wait to be accepted.
+    pub connections: usize,
+    /// Bytes of a request's body.
+    pub body_bytes: usize,
+    /// From the arrival of a request to the end of its answer.
+    pub request_time: Duration,
+    /// From the wish to end to the end.
+    pub drain_time: Duration,
+    /// Tokens of an answer when the request does not say.
+    pub default_max_tokens: usize,
+    /// Verify steps after which a new draft is judged.
+    pub watch_steps: u64,
+}
+
+/// What the server is told before a model is there.
+pub struct Options {
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// Keys, one of which each request must bring; none: everybody may ask.
+    pub api_keys: Vec<ApiKey>,
+    /// Key of `/admin`; without it only this machine may.
+    pub admin_key: Option<ApiKey>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Folder of bench records to show beside the bundle's.
+    pub records: Option<PathBuf>,
+    /// Takes lines for people.
+    pub log: Log,
+}
+
+/// A model to serve.
+pub struct Model {
+    /// The name that requests use.
+    pub name: String,
+    /// Hash of the target's weights.
+    pub sha256: String,
+    /// Target and draft, with costs.
+    pub engine: Engine<Cpu>,
+    /// The draft that the engine has.
+    pub draft: Option<DraftInfo>,
+    /// Text to ids and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Messages to text; `None` for a base model.
+    pub template: Option<ChatTemplate>,
+    /// Cache slots (tokens) over all sequences.
+    pub cache_slots: usize,
+    /// Where other drafts come from.
+    pub drafts: Arc<dyn Drafts>,
+}
+
+/// The model in service, as handlers see it.
+struct Service {
+    name: String,
+    /// Changes with the target and this program, not with the draft: it names what the text depends on.
+    fingerprint: String,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<ChatTemplate>,
+    context: usize,
+    vocab: usize,
+    cache_slots: usize,
+    created_unix_s: u64,
+    queue: Arc<Queue>,
+    metrics: Arc<Metrics>,
+    board: Arc<Board>,
+    drafts: Arc<dyn Drafts>,
+    /// Without a draft of its own, for probes of new ones.
+    target: Arc<Engine<Cpu>>,
+}
+
+/// State of the server.
+struct App {
+    options: Options,
+    service: OnceLock<Service>,
+    draining: AtomicBool,
+    /// A change of the draft is under way.
+    swapping: AtomicBool,
+    next_id: AtomicU64,
+    /// Makes ids differ from those of another start.
+    start: u64,
+}
+
+impl App {
+    fn service(&self) -> Result<&Service, ApiError> {
+        self.service.get().ok_or_else(ApiError::loading)
+    }
+}
+
+fn unix_s() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// A number that nobody can foresee, from the keys of the standard library's hash tables.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::hash::RandomState::new().build_hasher().finish()
+}
+
+/// A server that listens. Until [`Server::open`] it answers that the model is being loaded.
+pub struct Server {
+    app: Arc<App>,
+    runtime: tokio::runtime::Runtime,
+    address: SocketAddr,
+    http: http::Http,
+    worker: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Server {
+    /// Listens.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn start(options: Options) -> Result<Server, ServeError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(4)
+            .thread_name("http")
+            .enable_all()
+            .build()
+            .map_err(|source| ServeError::Threads { source })?;
+        let bind = |source| ServeError::Bind { address: options.address, source };
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(options.address)).map_err(bind)?;
+        let address = listener.local_addr().map_err(bind)?;
+        let app = Arc::new(App {
+            options,
+            service: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            swapping: AtomicBool::new(false),
+            next_id: AtomicU64::new(0),
+            start: random(),
+        });
+        let http = http::Http::start(&runtime, listener, Arc::clone(&app));
+        Ok(Server { app, runtime, address, http, worker: None })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Begins to answer with this model. The first call counts.
+    ///
+    /// # Errors
+    /// [`ServeError::Threads`].
+    pub fn open(&mut self, model: Model) -> Result<(), ServeError> {
+        let limits = self.app.options.limits;
+        let metrics = Arc::new(Metrics::new(&model.name));
+        let queue = Arc::new(Queue::new(limits.queue));
+        let board = Arc::new(Board::new(model.draft.clone()));
+        let tokenizer = model.tokenizer;
+        let config = model.engine.target().config();
+        let (context, vocab) = (config.max_position, config.vocab_size);
+        let shared = Shared {
+            tokenizer: Arc::clone(&tokenizer),
+            queue: Arc::clone(&queue),
+            metrics: Arc::clone(&metrics),
+            board: Arc::clone(&board),
+            log: Arc::clone(&self.app.options.log),
+        };
+        let room =
+            Room { slots: model.cache_slots, sequences: limits.sequences, watch_steps: limits.watch_steps };
+        let target = Arc::new(Engine::new(Arc::clone(model.engine.target()), None));
+        let in_use = InUse { engine: Arc::new(model.engine), info: model.draft };
+        let service = Service {
+            fingerprint: format!(
+                "draftsmith-{}-{}",
+                env!("CARGO_PKG_VERSION"),
+                model.sha256.get(..8).unwrap_or(&model.sha256)
+            ),
+            name: model.name,
+            tokenizer,
+            template: model.template,
+            context,
+            vocab,
+            cache_slots: model.cache_slots,
+            created_unix_s: unix_s(),
+            queue,
+            metrics,
+            board,
+            drafts: model.drafts,
+            target,
+        };
+        if self.app.service.set(service).is_err() {
+            return Ok(());
+        }
+        // A batch stays on the thread that made it.
+        let work = move || Worker::new(in_use, room, shared).run();
+        let thread = std::thread::Builder::new().name("decode".into()).spawn(work);
+        self.worker = Some(thread.map_err(|source| ServeError::Threads { source })?);
+        Ok(())
+    }
+
+    /// Loads the draft in use anew from its folder, checks it and switches to it, in the background.
+    pub fn reload(&self) {
+        let app = Arc::clone(&self.app);
+        self.runtime.spawn(async move { api::reload(app).await });
+    }
+
+    /// Takes no more requests, ends those under way within the drain limit and stops.
+    pub fn drain(self) {
+        let Server { app, runtime, http, worker, .. } = self;
+        app.draining.store(true, Ordering::SeqCst);
+        let limits = app.options.limits;
+        let queue = app.service.get().map(|service| Arc::clone(&service.queue));
+        runtime.block_on(http.drain(limits.drain_time, || {
+            if let Some(queue) = &queue {
+                queue.order(Order::CutAll);
+            }
+        }));
+        if let Some(queue) = &queue {
+            queue.order(Order::Stop);
+        }
+        if let Some(worker) = worker {
+            // A panic of the worker was told where it happened.
+            let _ = worker.join();
+        }
+        runtime.shutdown_background();
+    }
+}

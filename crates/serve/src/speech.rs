@@ -1,0 +1,126 @@
+//! Tokens of one sequence to the text and the tokens that a client sees.
+//!
+//! Text is given out as soon as it is certain that no stop text begins in it. Tokens (for log-probabilities and traces)
+//! follow their text: none is shown before its text is, and of a stop text nothing is shown.
+
+use draftsmith_decode::TokenEvent;
+use draftsmith_text::{StreamDecoder, Tokenizer};
+
+/// A token as a client sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Shown {
+    pub(crate) event: TokenEvent,
+    /// Its bytes, as far as they are part of the text.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What became certain.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Delta {
+    pub(crate) text: String,
+    /// Empty unless tokens were asked for.
+    pub(crate) tokens: Vec<Shown>,
+}
+
+impl Delta {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.tokens.is_empty()
+    }
+}
+
+/// How text and tokens are shown.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SpeechOptions {
+    /// Texts that end the answer.
+    pub(crate) stops: Vec<String>,
+    /// Control tokens are left out of the text.
+    pub(crate) skip_special: bool,
+    /// Tokens are wanted beside the text.
+    pub(crate) tokens: bool,
+}
+
+/// State of one sequence.
+pub(crate) struct Speech {
+    decoder: StreamDecoder,
+    options: SpeechOptions,
+    /// Not given out yet.
+    ready: Delta,
+    /// Tokens whose text is not certain.
+    held: Vec<Shown>,
+    /// Bytes of certain text that no token accounts for yet.
+    uncounted: usize,
+}
+
+impl Speech {
+    pub(crate) fn new(tokenizer: &Tokenizer, options: SpeechOptions) -> Speech {
+        Speech {
+            decoder: tokenizer.stream_decoder(options.skip_special, &options.stops),
+            options,
+            ready: Delta::default(),
+            held: Vec::new(),
+            uncounted: 0,
+        }
+    }
+
+    /// Takes in a committed token; true if it completed a stop text.
+    pub(crate) fn push(&mut self, tokenizer: &Tokenizer, event: &TokenEvent) -> bool {
+        if self.stopped() {
+            return true;
+        }
+        let chunk = self.decoder.push(event.id);
+        if self.options.tokens {
+            let silent = self.options.skip_special && tokenizer.is_special(event.id);
+            let bytes = if silent { Vec::new() } else { tokenizer.token_to_piece(event.id).to_vec() };
+            self.held.push(Shown { event: event.clone(), bytes });
+        }
+        self.add(&chunk.text);
+        chunk.stopped
+    }
+
+    /// True once a stop text was completed.
+    pub(crate) fn stopped(&self) -> bool {
+        self.decoder.stopped()
+    }
+
+    /// What became certain since the last call.
+    pub(crate) fn take(&mut self) -> Delta {
+        std::mem::take(&mut self.ready)
+    }
+
+    /// The rest of it.
+    pub(crate) fn finish(mut self) -> Delta {
+        let stopped = self.stopped();
+        let chunk = self.decoder.clone().finish();
+        self.add(&chunk.text);
+        if stopped {
+            // The token in which the stop text begins is shown up to there.
+            if let Some(first) = self.held.first_mut()
+                && self.uncounted > 0
+            {
+                first.bytes.truncate(self.uncounted);
+                self.ready.tokens.push(first.clone());
+            }
+        } else {
+            self.ready.tokens.append(&mut self.held);
+        }
+        self.ready
+    }
+
+    fn add(&mut self, text: &str) {
+        self.ready.text.push_str(text);
+        if self.options.stops.is_empty() {
+            self.ready.tokens.append(&mut self.held);
+            return;
+        }
+        self.uncounted += text.len();
+        let mut certain = 0;
+        for token in &self.held {
+            if token.bytes.len() > self.uncounted {
+                break;
+            }
+            self.uncounted -= token.bytes.len();
+            certain += 1;
+        }
+        self.ready.tokens.extend(self.held.drain(..certain));
+    }
+}

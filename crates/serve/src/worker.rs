@@ -1,0 +1,341 @@
+//! The thread that owns the batch. Everything that touches the engine while serving happens here, between or in steps.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use draftsmith_core::AcceptStats;
+use draftsmith_decode::{
+    Batch, DecodeError, DraftPlan, Engine, FinishReason, Generation, TokenEvent, TokenOrigin,
+};
+use draftsmith_kernels::Cpu;
+use draftsmith_text::Tokenizer;
+use serde_json::json;
+
+use crate::Log;
+use crate::board::Board;
+use crate::metrics::{Metrics, observe_tokens};
+use crate::queue::{End, Event, Job, Order, Outcome, Queue};
+use crate::swap::{InUse, Loaded, Replacement, Verdict, Watch};
+
+/// With nothing to do the worker still looks around this often: requests in the queue may be abandoned.
+const IDLE: Duration = Duration::from_millis(200);
+
+/// A sequence in the batch.
+struct Running {
+    job: Job,
+    /// The draft it was admitted under.
+    era: u64,
+    /// When its last token came; before the first, when it arrived.
+    last: Instant,
+    tokens: usize,
+    /// Of this step.
+    fresh: Fresh,
+}
+
+#[derive(Default)]
+struct Fresh {
+    tokens: u64,
+    steps: u64,
+    committed: u64,
+}
+
+impl Running {
+    fn drafts(&self) -> bool {
+        self.job.options.draft != DraftPlan::None
+    }
+
+    fn push(&mut self, tokenizer: &Tokenizer, event: &TokenEvent) -> ControlFlow<()> {
+        self.fresh.tokens += 1;
+        // The first token comes from the prefill, which verifies nothing.
+        if self.tokens > 0 && self.drafts() {
+            self.fresh.committed += 1;
+            // A step ends with the target's own token.
+            self.fresh.steps += u64::from(event.origin != TokenOrigin::Draft);
+        }
+        self.tokens += 1;
+        match self.job.speech.push(tokenizer, event) || self.job.is_abandoned() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+}
+
+/// What the worker shares with the rest of the server.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) queue: Arc<Queue>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) log: Log,
+}
+
+/// How much runs side by side.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Cache slots over all sequences.
+    pub(crate) slots: usize,
+    pub(crate) sequences: usize,
+    /// Verify steps after which a new draft is judged.
+    pub(crate) watch_steps: u64,
+}
+
+/// See the module.
+pub(crate) struct Worker {
+    shared: Shared,
+    room: Room,
+    batch: Batch<Arc<Engine<Cpu>>, Cpu>,
+    in_use: InUse,
+    running: HashMap<u64, Running>,
+    reserved: usize,
+    /// Counts the drafts that were in use.
+    era: u64,
+    /// Finished sequences of the draft in use, the latest `watch_steps` verify steps of them.
+    recent: VecDeque<AcceptStats>,
+    watch: Option<Watch>,
+}
+
+impl Worker {
+    pub(crate) fn new(in_use: InUse, room: Room, shared: Shared) -> Worker {
+        let batch = Batch::new(Arc::clone(&in_use.engine));
+        Worker {
+            shared,
+            room,
+            batch,
+            in_use,
+            running: HashMap::new(),
+            reserved: 0,
+            era: 0,
+            recent: VecDeque::new(),
+            watch: None,
+        }
+    }
+
+    /// Works until it is told to stop.
+    pub(crate) fn run(mut self) {
+        loop {
+            while let Some(order) = self.shared.queue.next_order() {
+                match order {
+                    Order::Replace(replacement) => self.replace(*replacement),
+                    Order::CutAll => self.cut_all(),
+                    Order::Stop => return self.cut_all(),
+                }
+            }
+            self.sweep();
+            self.admit();
+            if self.running.is_empty() {
+                self.shared.queue.wait(IDLE);
+            } else {
+                self.step();
+            }
+        }
+    }
+
+    /// Ends what is abandoned or overdue.
+    fn sweep(&mut self) {
+        let now = Instant::now();
+        let gone = |job: &Job| job.is_abandoned() || job.deadline <= now;
+        for job in self.shared.queue.remove(gone) {
+            self.shared.metrics.count_finished("abort");
+            job.refuse(Outcome::Timeout);
+        }
+        let gone: Vec<u64> = self.running.iter().filter(|(_, r)| gone(&r.job)).map(|(id, _)| *id).collect();
+        for id in gone {
+            self.cut(id, Outcome::Timeout);
+        }
+    }
+
+    fn cut_all(&mut self) {
+        for job in self.shared.queue.remove(|_| true) {
+            job.refuse(Outcome::Drained);
+        }
+        let ids: Vec<u64> = self.running.keys().copied().collect();
+        for id in ids {
+            self.cut(id, Outcome::Drained);
+        }
+    }
+
+    fn cut(&mut self, id: u64, outcome: Outcome) {
+        if let Some(generation) = self.batch.cancel(id) {
+            self.finish(id, generation, Some(outcome));
+        }
+    }
+
+    fn admit(&mut self) {
+        while self.running.len() < self.room.sequences {
+            let Some(job) = self.shared.queue.take(self.room.slots - self.reserved) else { break };
+            if let Err(error) = self.batch.admit(job.id, &job.prompt, &job.options) {
+                self.shared.metrics.count_finished("error");
+                job.refuse(Outcome::Refused(error.to_string()));
+                continue;
+            }
+            let metrics = &self.shared.metrics;
+            metrics.queue_time.observe(job.submitted.elapsed().as_secs_f64());
+            metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
+            metrics.request_prompt_tokens.observe(job.prompt.len() as f64);
+            self.reserved += job.slots();
+            let (id, last) = (job.id, job.submitted);
+            let running = Running { job, era: self.era, last, tokens: 0, fresh: Fresh::default() };
+            self.running.insert(id, running);
+        }
+        self.show_load();
+    }
+
+    fn show_load(&self) {
+        let metrics = &self.shared.metrics;
+        metrics.running.set(self.running.len() as i64);
+        metrics.waiting.set(self.shared.queue.waiting() as i64);
+        metrics.cache_share.set(self.reserved as f64 / self.room.slots.max(1) as f64);
+    }
+
+    fn step(&mut self) {
+        let Worker { batch, running, shared, .. } = self;
+        let finished = batch.step(&mut |id, event| match running.get_mut(&id) {
+            Some(running) => running.push(&shared.tokenizer, event),
+            None => ControlFlow::Break(()),
+        });
+        let now = Instant::now();
+        let mut sum = Fresh::default();
+        for running in self.running.values_mut() {
+            let fresh = std::mem::take(&mut running.fresh);
+            if fresh.tokens == 0 {
+                continue;
+            }
+            let gap = now - running.last;
+            running.last = now;
+            if running.tokens == fresh.tokens as usize {
+                self.shared.metrics.ttft.observe(gap.as_secs_f64());
+            } else {
+                observe_tokens(&self.shared.metrics.inter_token, gap, fresh.tokens as usize);
+            }
+            sum.tokens += fresh.tokens;
+            sum.steps += fresh.steps;
+            sum.committed += fresh.committed;
+            let delta = running.job.speech.take();
+            if !delta.is_empty() {
+                // A reader that left is found by the next sweep.
+                let _ = running.job.events.send((running.job.choice, Event::Delta(delta)));
+            }
+        }
+        self.shared.metrics.generated_tokens.inc_by(sum.tokens);
+        self.shared.board.count(sum.tokens, sum.steps, sum.committed);
+        for (id, generation) in finished {
+            self.finish(id, generation, None);
+        }
+    }
+
+    /// Tells a request how its sequence ended. `cut`: by us, before its end.
+    fn finish(&mut self, id: u64, generation: Generation, cut: Option<Outcome>) {
+        let Some(running) = self.running.remove(&id) else { return };
+        let (era, drafts) = (running.era, running.drafts());
+        self.reserved -= running.job.slots();
+        let job = running.job;
+        let metrics = &self.shared.metrics;
+        let outcome = match (cut, generation.finish_reason) {
+            (Some(cut), _) => cut,
+            (None, FinishReason::Length) => Outcome::Length,
+            // What breaks off is a stop text, or a reader that left and reads no reason.
+            (None, FinishReason::Stop | FinishReason::Cancelled) => Outcome::Stop,
+        };
+        metrics.count_finished(match (&outcome, job.is_abandoned()) {
+            (Outcome::Stop, false) => "stop",
+            (Outcome::Length, false) => "length",
+            _ => "abort",
+        });
+        metrics.count_steps(&generation.stats);
+        metrics.request_time.observe(job.submitted.elapsed().as_secs_f64());
+        metrics.request_generated_tokens.observe(running.tokens as f64);
+        let stats = generation.stats.clone();
+        let end = End {
+            outcome,
+            rest: job.speech.finish(),
+            tokens: running.tokens,
+            stats: generation.stats,
+            prefill: generation.prefill,
+            decode: generation.decode,
+        };
+        let _ = job.events.send((job.choice, Event::End(end)));
+        self.show_load();
+        if era == self.era && drafts {
+            self.learn(stats);
+        }
+    }
+
+    /// Adds what the draft in use did, and judges it if it is on probation.
+    fn learn(&mut self, stats: AcceptStats) {
+        self.shared.board.add(&stats);
+        if let Some(watch) = &mut self.watch {
+            watch.since.add(&stats);
+        }
+        self.recent.push_back(stats);
+        let mut steps: u64 = self.recent.iter().map(|s| s.verify_steps).sum();
+        while let Some(first) = self.recent.front().map(|s| s.verify_steps)
+            && steps - first >= self.room.watch_steps
+        {
+            steps -= first;
+            self.recent.pop_front();
+        }
+        let watch_steps = self.room.watch_steps;
+        if let Some(watch) = self.watch.take_if(|watch| watch.since.verify_steps >= watch_steps) {
+            self.judge(watch);
+        }
+    }
+
+    fn recent_stats(&self) -> AcceptStats {
+        let mut sum = AcceptStats::default();
+        self.recent.iter().for_each(|stats| sum.add(stats));
+        sum
+    }
+
+    /// Goes on with another engine and returns the one before.
+    fn switch_to(&mut self, in_use: InUse) -> Result<InUse, DecodeError> {
+        self.batch.replace_engine(Arc::clone(&in_use.engine))?;
+        self.shared.board.set_draft(in_use.info.clone());
+        self.era += 1;
+        Ok(std::mem::replace(&mut self.in_use, in_use))
+    }
+
+    fn replace(&mut self, replacement: Replacement) {
+        let Loaded { info, engine } = replacement.loaded;
+        // Measured here, where nothing else computes.
+        engine.costs();
+        let name = info.name.clone();
+        let switched = self.switch_to(InUse { engine: Arc::new(engine), info: Some(info) }).map(|old| {
+            let (fallback, before) = match self.watch.take() {
+                // Never proven: what is gone back to is still the one before.
+                Some(watch) => (watch.fallback, watch.before),
+                None => (old, self.recent_stats()),
+            };
+            self.recent.clear();
+            self.watch = Some(Watch { fallback, before, since: AcceptStats::default() });
+            self.note("switched", &name, "watched for a fall of the accept length");
+        });
+        // The one who asked may have left.
+        let _ = replacement.done.send(switched);
+    }
+
+    fn judge(&mut self, watch: Watch) {
+        let name = self.in_use.info.as_ref().map_or_else(String::new, |draft| draft.name.clone());
+        let length = |stats: &AcceptStats| match stats.accept_len() {
+            Some(length) => format!("{length:.2}"),
+            None => "unknown".to_string(),
+        };
+        let reason = format!("accept length {} after {} before", length(&watch.since), length(&watch.before));
+        match watch.verdict() {
+            Verdict::Keep => self.note("kept", &name, &reason),
+            Verdict::GoBack => {
+                self.switch_to(watch.fallback).expect("both decode the target that is being served");
+                self.recent = VecDeque::from([watch.before]);
+                self.note("rolled_back", &name, &reason);
+            }
+        }
+    }
+
+    fn note(&self, outcome: &str, draft: &str, reason: &str) {
+        self.shared.metrics.count_swap(outcome);
+        self.shared.board.set_swap(json!({"outcome": outcome, "draft": draft, "reason": reason}));
+        (self.shared.log)(&format!("draft `{draft}`: {} ({reason})", outcome.replace('_', " ")));
+    }
+}
