@@ -10,11 +10,12 @@ export function setKey(value) {
   document.dispatchEvent(new CustomEvent("key-changed"));
 }
 
-/** A failed request: `title` and `message` for people, `status` (0: no answer), `hint` if the server gave one. */
+/** A failed request: `title`, `message` and `hint` for people, `status` (0: no answer) and the server's `code`. */
 export class ApiError extends Error {
-  constructor(status, title, message, hint) {
+  constructor(status, title, message, { hint = null, code = null } = {}) {
     super(message);
     this.status = status;
+    this.code = code;
     this.title = title;
     this.hint = hint;
   }
@@ -33,11 +34,16 @@ const TITLES = {
   503: "The server is not taking requests",
 };
 
+const CODES = {
+  loading: "The model is being loaded",
+  draining: "The server is going down",
+  timeout: "The answer took too long",
+};
+
 function failure(status, body) {
-  const error = body?.error ?? body ?? {};
+  const error = body?.error ?? {};
   const fallback = status >= 500 ? "The server failed" : "The request failed";
-  const message = typeof error === "string" ? error : error.message;
-  return new ApiError(status, TITLES[status] ?? fallback, message ?? `status ${status}`, error.hint ?? null);
+  return new ApiError(status, CODES[error.code] ?? TITLES[status] ?? fallback, error.message ?? `status ${status}`, error);
 }
 
 async function request(path, options = {}) {
@@ -48,17 +54,11 @@ async function request(path, options = {}) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, TITLES[0], "It may have stopped, or the network is down.", "See whether draftsmith serve is still running, then try again.");
+    throw new ApiError(0, TITLES[0], "It may have stopped, or the network is down.", { hint: "See whether draftsmith serve is still running, then try again." });
   }
   if (!response.ok) {
-    const text = await response.text();
-    let body = null;
-    try {
-      body = JSON.parse(text);
-    } catch {
-      body = text.trim() ? { message: text.trim().slice(0, 300) } : null;
-    }
-    throw failure(response.status, body);
+    // A proxy in between may answer with something else than JSON.
+    throw failure(response.status, await response.json().catch(() => null));
   }
   return response;
 }
@@ -86,7 +86,7 @@ export async function chat(body, onChunk, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return end;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw failure(Number(chunk.error.code) || 500, chunk);
+    if (chunk.error) throw failure(500, chunk);
     if (chunk.usage) end.usage = chunk.usage;
     if (chunk.metrics?.speculative_decoding) end.metrics = chunk.metrics.speculative_decoding;
     if (chunk.draftsmith?.decode_ms !== undefined) end.timing = chunk.draftsmith;
@@ -96,7 +96,7 @@ export async function chat(body, onChunk, signal) {
       onChunk({ text: choice?.delta?.content ?? "", tokens, finish: choice?.finish_reason ?? null });
     }
   }
-  throw new ApiError(0, "The answer broke off", "The connection ended before the answer did.", "Send it again.");
+  throw new ApiError(0, "The answer broke off", "The connection ended before the answer did.", { hint: "Send it again." });
 }
 
 /** The `data` of each server-sent event. */

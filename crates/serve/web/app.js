@@ -78,7 +78,7 @@ state.subscribe(() => {
   const now = state.latest();
   const failed = state.problem;
   pill.dataset.state = failed ? "off" : now?.has_draft ? "on" : "plain";
-  if (failed) pillText.textContent = failed.status === 401 ? "key needed" : "no answer";
+  if (failed) pillText.textContent = failed.code === "loading" ? "loading" : failed.status === 401 ? "key needed" : "no answer";
   else pillText.textContent = now.has_draft ? now.model : `${now.model}, no draft`;
   pill.title = failed ? failed.message : now.has_draft ? `${now.model}, with the draft ${now.draft?.name ?? ""}` : `${now.model} without a draft`;
 });

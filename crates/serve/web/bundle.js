@@ -21,37 +21,38 @@ export function show(main) {
       body.replaceChildren(...(await content(gone.signal)));
     } catch (error) {
       if (error.name === "AbortError") return;
-      body.replaceChildren(error.status === 404
-        ? empty("No bundle", "The server decodes with the target alone. Start it with a draft, or switch one in while it runs.",
-          h("pre", {}, h("code", {}, "draftsmith serve --bundle bundles/smollm2-135m-instruct-eagle3")))
-        : problem(error, fill));
+      body.replaceChildren(problem(error, fill));
     }
   };
   fill();
   return () => gone.abort();
 }
 
-/** The records of this very draft with their summaries. */
+/** The records that the bundle itself holds, with their summaries. */
 async function measured(bundle, signal) {
-  const weights = bundle.files?.find((file) => file.path === "model.safetensors")?.sha256;
-  const list = (await get("/api/records", signal)).filter((record) => record.kind === "decode");
+  const own = new Set((bundle.files ?? []).map((file) => file.path.match(/^results\/(.*)\.json$/)?.[1]));
+  const list = (await get("/api/records", signal)).filter(({ name, kind }) => kind === "decode" && own.has(name));
   const all = await Promise.all(list.map(async ({ name }) => {
     const path = `/api/records/${encodeURIComponent(name)}`;
-    const record = await get(path, signal);
-    return record.draft?.sha256 === weights ? { name, record, summary: await get(`${path}/summary`, signal) } : null;
+    const [record, summary] = await Promise.all([get(path, signal), get(`${path}/summary`, signal)]);
+    return { name, record, summary };
   }));
-  return all.filter(Boolean).sort((a, b) => label(a).localeCompare(label(b)));
+  return all.sort((a, b) => label(a).localeCompare(label(b)));
 }
 
 const label = ({ record }) => `${record.workload.name}, ${drafting(record.settings.drafting)}`;
 
 async function content(signal) {
   const { bundle, results_md: results, card_md: card } = await get("/api/bundle", signal);
+  if (!bundle) {
+    return [empty("No bundle", "The server decodes with the target alone. Start it with a draft, or switch one in while it runs.",
+      h("pre", {}, h("code", {}, "draftsmith serve --bundle bundles/smollm2-135m-instruct-eagle3")))];
+  }
   const records = await measured(bundle, signal);
   const { target, draft, training, recommended } = bundle;
   return [
     h("h1", {}, bundle.name),
-    h("p", { class: "lead" }, `A draft by the method ${bundle.method.toUpperCase().replace("EAGLE3", "EAGLE-3")} for ${target.name}. ${bundle.license ? `${bundle.license}, ` : ""}made ${day(bundle.created_unix_s)}.`),
+    h("p", { class: "lead" }, `A draft by the method ${bundle.method === "eagle3" ? "EAGLE-3" : bundle.method} for ${target.name}. ${bundle.license ? `${bundle.license}, ` : ""}made ${day(bundle.created_unix_s)}.`),
     ...(records.length ? plots(records) : [empty("Not measured", "The bundle has no records of its own.", h("pre", {}, h("code", {}, "draftsmith bench --bundle DIR --workload FILE")))]),
     recommended ? h("p", { class: "notice calm" }, h("strong", {}, `Recommended: a chain of ${recommended.depth}. `), recommended.because ?? "") : null,
     h("section", {}, h("h2", {}, "Provenance"), facts([
@@ -99,7 +100,7 @@ function plots(records) {
     intervals("Speedup", `decode time per token over ${best.summary.speedup_baseline}, with 95 % intervals`, rows("speedup", "speedup_ci95"), { unit: "×", from: 0.5, line: { at: 1, label: "no draft" } }),
     lines("Accept rate per position", `Guesses accepted ÷ proposals that reached the position${cut ? `; the first ${SHOWN_POSITIONS} positions` : ""}.`,
       records.map((one) => ({ name: label(one), points: one.summary.accept_rate_at.slice(0, SHOWN_POSITIONS).map((y, i) => [i + 1, y]) })),
-      { xLabel: "position", yFormat: (v) => percent(v, 0) }),
+      { xLabel: "position", yFormat: (v) => percent(v, 1), unit: " %", scale: 100 }),
     h("p", { class: "quiet" }, `Measured on ${machines.join("; ")}. Records: `, records.flatMap(({ name }, i) => [i ? ", " : "", h("a", { href: `#/records/${encodeURIComponent(name)}` }, name)]), "."),
   ];
 }

@@ -51,7 +51,7 @@ function summaryParts(summary, how = null) {
       { label: how ? `with the draft, ${how}` : "with the draft", value: summary.spec_tokens_per_s, kind: 0 },
     ], { digits: 0 }),
     series[0].points.length
-      ? lines("Accept rate per position", "How often the guess at each position of a proposal was accepted.", series, { xLabel: "position", yFormat: (v) => percent(v, 0), yMax: Math.max(0.2, ...series.flatMap((one) => one.points.map(([, y]) => y))) })
+      ? lines("Accept rate per position", "How often the guess at each position of a proposal was accepted.", series, { xLabel: "position", yFormat: (v) => percent(v, 1), unit: " %", scale: 100, yMax: Math.max(0.2, ...series.flatMap((one) => one.points.map(([, y]) => y))) })
       : null,
   ];
 }
@@ -106,8 +106,8 @@ function kernels(record) {
       tile("One token", ms(one), `${num(record.decode_tokens_per_s)} tokens/s decoding`),
       eight && one ? tile("Eight at once", ms(eight), `${num(eight / one, 2)}× the time of one`) : null,
       tile("Prompt", `${num(record.prefill_tokens_per_s)} tokens/s`, `${num(record.threads)} threads`)),
-    lines("Time of one pass, t(m)", "m tokens checked in one pass of the target.", [{ name: "t(m)", points }], { xLabel: "m, tokens in the pass", yFormat: (v) => `${num(v, v < 10 ? 1 : 0)} ms`, even: true }),
-    lines("Time per token, t(m) / m", "What makes drafting pay: checking many tokens costs little more than one.", [{ name: "t(m) / m", points: points.map(([m, t]) => [m, t / m]) }], { xLabel: "m, tokens in the pass", yFormat: (v) => `${num(v, 2)} ms`, even: true }),
+    lines("Time of one pass, t(m)", "m tokens checked in one pass of the target.", [{ name: "t(m)", points }], { xLabel: "m, tokens in the pass", yFormat: (v) => `${num(v, 2)} ms`, unit: " ms", even: true }),
+    lines("Time per token, t(m) / m", "What makes drafting pay: checking many tokens costs little more than one.", [{ name: "t(m) / m", points: points.map(([m, t]) => [m, t / m]) }], { xLabel: "m, tokens in the pass", yFormat: (v) => `${num(v, 2)} ms`, unit: " ms", even: true }),
     record.limits ? facts([["Memory read", `${num(record.limits.read_gb_per_s, 1)} GB/s measured limit`], ["Integer products", `${num(record.limits.dot_gmac_per_s)} G/s measured limit`], ["Weights", `${num(record.limits.weight_bytes / 1e6, 1)} MB`]]) : null,
   ];
 }

@@ -40,7 +40,7 @@ export function show(main) {
     h("label", { class: "field" }, h("span", {}, "System message"), systemInput));
   options.open = matchMedia("(min-width: 900px)").matches;
   const side = h("aside", { class: "side", ariaLabel: "Measures and settings" }, meters,
-    h("section", { class: "card" }, h("h2", {}, "How each token was made"), legend()), options);
+    h("section", { class: "card" }, h("h2", {}, "How tokens were made"), legend()), options);
   main.append(h("h1", { class: "sr" }, title), h("div", { class: "chat" }, log, composer), side);
 
   let abort = null;

@@ -90,10 +90,10 @@ export function intervals(title, note, rows, { unit = "", digits = 2, line = nul
 /**
  * Lines over a shared x axis.
  *
- * `series`: `{ name, points: [[x, y], …] }`; `yFormat` writes a y value; `even`: place the x values at equal distances,
+ * `series`: `{ name, points: [[x, y], …] }`; `yFormat` writes a y value, an axis has `scale` times the values and `unit`; `even`: place the x values at equal distances,
  * in the order met. A table of the same values is folded below.
  */
-export function lines(title, note, series, { xLabel, yLabel, yFormat = (v) => num(v, 2), even = false, yMax = null, height = 260 } = {}) {
+export function lines(title, note, series, { xLabel, yLabel, yFormat = (v) => num(v, 2), unit = "", scale = 1, even = false, yMax = null, height = 260 } = {}) {
   const xs = [...new Set(series.flatMap((one) => one.points.map(([x]) => x)))].sort((a, b) => a - b);
   const draw = (width) => {
     const [left, right, top, bottom] = [56, width - 14, 12, height - 40];
@@ -106,7 +106,7 @@ export function lines(title, note, series, { xLabel, yLabel, yFormat = (v) => nu
     const svg = s("svg", { width, height, role: "img", "aria-label": `${title}. ${series.map((one) => `${one.name}: ${one.points.map(([x, y]) => `${x}: ${yFormat(y)}`).join(", ")}`).join("; ")}` });
     for (const v of yMarks) {
       svg.append(s("line", { class: "grid", x1: left, x2: right, y1: py(v), y2: py(v) }),
-        s("text", { class: "tick", x: left - 8, y: py(v) + 4, "text-anchor": "end" }, yFormat(v)));
+        s("text", { class: "tick", x: left - 8, y: py(v) + 4, "text-anchor": "end" }, `${num(v * scale, decimals(yMarks.map((y) => y * scale)))}${unit}`));
     }
     let lastLabel = -Infinity;
     for (const v of xs) {
@@ -144,7 +144,8 @@ export function sparkline(title, points, spanMs, format) {
     const known = points.filter(([, v]) => v !== null);
     const top = Math.max(1e-9, ...known.map(([, v]) => v)) * 1.1;
     const end = points.at(-1)?.[0] ?? 0;
-    const x = (t) => width - ((end - t) / spanMs) * width;
+    // Room at the right for the mark of the last value.
+    const x = (t) => width - 5 - ((end - t) / spanMs) * (width - 5);
     const y = (v) => height - 4 - (v / top) * (height - 12);
     const peak = known.length ? Math.max(...known.map(([, v]) => v)) : null;
     const svg = s("svg", { width, height, role: "img", "aria-label": `${title}: now ${format(points.at(-1)?.[1])}, largest in three minutes ${format(peak)}` },
@@ -166,7 +167,7 @@ export function sparkline(title, points, spanMs, format) {
     });
     svg.append(s("path", { class: "area", d: area }), s("path", { class: "line k0", d: path }));
     const last = points.at(-1);
-    if (last && last[1] !== null) svg.append(s("circle", { class: "mark k0", cx: x(last[0]) - 4, cy: y(last[1]), r: 3 }));
+    if (last && last[1] !== null) svg.append(s("circle", { class: "mark k0", cx: x(last[0]), cy: y(last[1]), r: 3 }));
     return svg;
   };
   const slot = h("div", { class: "plot spark" });

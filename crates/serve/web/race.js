@@ -23,25 +23,25 @@ export function show(main) {
   let runs = [];
   let raced = null;
   let plainFirst = true;
-  const input = h("textarea", { id: "prompt", rows: 3, ariaLabel: "Prompt", placeholder: "A prompt for both" });
+  const input = h("textarea", { id: "prompt", rows: 2, ariaLabel: "Prompt", placeholder: "A prompt for both" });
   const together = h("input", { type: "checkbox" });
   const start = h("button", { type: "submit", class: "primary" }, "Start");
   const stop = h("button", { type: "button", class: "stop", hidden: true }, "Stop");
-  const options = h("details", { class: "card options" }, h("summary", {}, "Settings"), form({ withNone: false }));
+  const options = h("details", { class: "options" }, h("summary", {}, "Settings"), form({ withNone: false }));
   const setup = h("form", { class: "card stack" }, input,
     h("div", { class: "starters" }, STARTERS.map((text) => h("button", { type: "button", class: "starter", onclick: () => {
       input.value = text;
       input.focus();
     } }, text))),
     h("div", { class: "row" }, h("label", { class: "check" }, together, "both at once"),
-      h("span", { class: "quiet grow", id: "race-how" }), stop, start));
+      h("span", { class: "quiet grow", id: "race-how" }), stop, start), options);
   const how = setup.querySelector("#race-how");
   const lanes = { plain: lane("Without the draft"), spec: lane("With the draft") };
   const verdict = h("section", { class: "verdict", ariaLabel: "Result", hidden: true });
   const trouble = h("div");
   main.append(h("h1", {}, title), h("p", { class: "lead" }, "The same prompt with and without the draft. The text must be the same; only the time may differ."),
-    setup, options, trouble, verdict, h("div", { class: "lanes" }, lanes.plain.node, lanes.spec.node),
-    h("section", { class: "legend-line" }, legend()));
+    setup, trouble, verdict, h("div", { class: "lanes" }, lanes.plain.node, lanes.spec.node),
+    legend());
 
   function lane(name) {
     const clock = h("output", { class: "clock" }, "–");
@@ -157,6 +157,7 @@ export function show(main) {
       table(["run", "order", "plain tokens/s", "draft tokens/s", "speedup", "accept length", "plain, in all", "draft, in all"], rows, ["r", "", "r", "r", "r", "r", "r", "r"]),
       h("p", { class: "quiet" }, `Decode time per token, without the draft ÷ with it${runs.length > 1 ? `, over ${runs.length} runs` : ""}${plain.byServer ? "; times by the server" : "; times by this browser"}; ${draftWords(draft)}. A race is a glance: `, h("code", {}, "draftsmith bench"), " measures with intervals."));
     verdict.hidden = false;
+    verdict.scrollIntoView({ block: "nearest" });
     announce(`${num(speedup, 2)} times. ${equalWords}`);
   }
 

@@ -36,7 +36,7 @@ async function list(signal) {
       h("span", { class: "record-name" }, record.name), h("span", { class: "chip" }, kindWords(record.kind)),
       h("span", { class: "quiet record-day" }, record.created ? day(record.created) : ""))),
   }));
-  const left = h("p", { class: "quiet", role: "status" });
+  const left = h("p", { class: "quiet left", role: "status" });
   const filter = h("input", { type: "search", placeholder: "Filter", ariaLabel: "Filter records", oninput: () => {
     const words = filter.value.toLowerCase().split(/\s+/);
     let shown = 0;

@@ -2,18 +2,53 @@
 
 import { folded, h, num, table } from "/assets/dom.js";
 
-/** Origins in the order of the legend: name, sentence, one letter for the list. */
+/** Origins in the order of the legend: name and meaning. */
 export const ORIGINS = {
-  draft: ["drafted", "Drafted and accepted: the draft guessed it, the target agreed", "D"],
-  recovered: ["corrected", "Corrected: the draft guessed wrong, the target put its own token", "C"],
-  bonus: ["bonus", "Bonus: every guess was right, the target added one more", "B"],
-  plain: ["plain", "Plain: decoded by the target alone", "P"],
+  draft: ["drafted", "guessed by the draft, accepted by the target"],
+  recovered: ["corrected", "the guess was wrong, the target put its own"],
+  bonus: ["bonus", "all guesses were right, the target added one"],
+  plain: ["plain", "decoded by the target alone"],
 };
 
 /** The legend, with a sample of each mark. */
 export function legend() {
   return h("ul", { class: "legend", ariaLabel: "How tokens are marked" }, Object.entries(ORIGINS).map(([origin, [name, sentence]]) =>
-    h("li", { dataset: { tip: sentence } }, h("span", { class: `tok ${origin}` }, name), h("span", { class: "sr" }, `: ${sentence}`))));
+    h("li", {}, h("span", { class: `tok ${origin}`, dataset: { tip: sentence } }, name), h("span", { class: "meaning" }, sentence))));
+}
+
+/** A token as nodes: the blanks before it stay unmarked, so that words stand apart. */
+function marked(token, text) {
+  if (!text) return [];
+  const known = ORIGINS[token.origin];
+  const word = text.trimStart();
+  const blanks = word ? text.slice(0, text.length - word.length) : "";
+  const dataset = known ? { origin: token.origin, tip: `${known[0]}: ${known[1]} · id ${token.id}` } : {};
+  return [blanks, h("span", { class: `tok ${known ? token.origin : ""}`, dataset }, word || text)].filter((part) => part !== "");
+}
+
+/**
+ * The part of the text that each token stands for. Tokens may share a character (its bytes); it then goes to the first of
+ * them. Null if tokens and text do not fit.
+ */
+function pieces(tokens, text) {
+  const out = [];
+  for (let i = 0, at = 0; ; ) {
+    if (i === tokens.length) return at === text.length ? out : null;
+    const whole = (token) => !token.text.includes("\uFFFD");
+    if (whole(tokens[i]) && text.startsWith(tokens[i].text, at)) {
+      at += tokens[i].text.length;
+      out.push(tokens[i++].text);
+      continue;
+    }
+    if (whole(tokens[i])) return null;
+    let next = i + 1;
+    while (next < tokens.length && !(tokens[next].text && whole(tokens[next]))) next++;
+    const end = next < tokens.length ? text.indexOf(tokens[next].text, at) : text.length;
+    if (end < 0) return null;
+    out.push(text.slice(at, end), ...Array(next - i - 1).fill(""));
+    at = end;
+    i = next;
+  }
 }
 
 /** An answer that grows token by token. */
@@ -47,11 +82,7 @@ export class Answer {
 
   paint() {
     this.frame = null;
-    for (const token of this.pending) {
-      if (!token.text) continue;
-      const known = ORIGINS[token.origin];
-      this.node.append(h("span", { class: `tok ${known ? token.origin : ""}`, dataset: known ? { origin: token.origin, id: token.id, tip: `${known[0]} · id ${token.id}` } : {} }, token.text));
-    }
+    for (const token of this.pending) this.node.append(...marked(token, token.text));
     this.pending = [];
     if (!this.tokens.length) this.node.textContent = this.text;
   }
@@ -60,9 +91,11 @@ export class Answer {
   finish() {
     if (this.frame !== null) cancelAnimationFrame(this.frame);
     this.paint();
-    if (!this.tokens.length || this.tokens.map((token) => token.text).join("") === this.text) return true;
-    this.node.textContent = this.text;
-    return false;
+    if (!this.tokens.length || this.node.textContent === this.text) return true;
+    const parts = pieces(this.tokens, this.text);
+    if (parts) this.node.replaceChildren(...this.tokens.flatMap((token, i) => marked(token, parts[i])));
+    else this.node.textContent = this.text;
+    return parts !== null;
   }
 
   /** Committed tokens per verify step so far; null before the first. A step ends with a corrected or a bonus token. */
