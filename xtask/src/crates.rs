@@ -10,7 +10,8 @@ use crate::{Findings, Tree};
 
 const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
-const OWNED: [(&str, &[&str]); 6] = [
+const OWNED: [(&str, &[&str]); 7] = [
+    ("axum", &["serve"]),
     ("ureq", &["capture", "draftsmith"]),
     ("tokenizers", &["text"]),
     ("minijinja", &["text"]),

@@ -206,3 +206,68 @@ impl Queue {
         let _ = self.wake.wait_timeout_while(self.state(), time, idle);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use draftsmith_text::{SpecialIds, Tokenizer};
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    use super::*;
+    use crate::speech::SpeechOptions;
+
+    /// A sequence of `slots` cache slots, and the end that its reader holds.
+    fn job(id: u64, client: &str, slots: usize) -> (Job, UnboundedReceiver<(usize, Event)>) {
+        let json = include_bytes!("../../../fixtures/tiny-target/tokenizer.json");
+        let tokenizer = Tokenizer::from_json(json, SpecialIds::default()).unwrap();
+        let (events, answers) = unbounded_channel();
+        let now = Instant::now();
+        let job = Job {
+            id,
+            choice: 0,
+            client: client.into(),
+            prompt: Arc::from([1]),
+            options: GenerateOptions { max_new_tokens: slots - 1, ..GenerateOptions::default() },
+            speech: Speech::new(&tokenizer, SpeechOptions::default()),
+            events,
+            submitted: now,
+            deadline: now + Duration::from_secs(60),
+        };
+        (job, answers)
+    }
+
+    #[test]
+    fn lines_of_clients_take_turns_and_a_large_request_is_waited_for() {
+        let queue = Queue::new(8);
+        let mut readers = Vec::new();
+        for (id, client, slots) in [(1, "a", 10), (2, "a", 10), (3, "a", 10), (4, "b", 50), (5, "c", 10)] {
+            let (job, reader) = job(id, client, slots);
+            readers.push(reader);
+            queue.submit(vec![job]).unwrap();
+        }
+        let take = |slots| queue.take(slots).map(|job| job.id);
+        assert_eq!(take(100), Some(1));
+        assert_eq!(take(40), None, "the large one is next; nobody passes it");
+        assert_eq!((take(50), take(50), take(50), take(50)), (Some(4), Some(5), Some(2), Some(3)));
+        assert_eq!((take(50), queue.waiting()), (None, 0));
+    }
+
+    #[test]
+    fn a_request_gets_in_with_all_its_sequences_or_none() {
+        let queue = Queue::new(3);
+        let jobs = |ids: [u64; 2]| ids.map(|id| job(id, "a", 2).0).into();
+        queue.submit(jobs([1, 2])).unwrap();
+        assert_eq!(queue.submit(jobs([3, 4])), Err(Full { waiting: 2 }));
+        assert_eq!(queue.waiting(), 2);
+    }
+
+    #[test]
+    fn those_whose_reader_left_are_found_in_the_line() {
+        let queue = Queue::new(8);
+        let (stays, _reader) = job(1, "a", 2);
+        let (leaves, gone) = job(2, "a", 2);
+        queue.submit(vec![stays, leaves]).unwrap();
+        drop(gone);
+        let removed: Vec<u64> = queue.remove(Job::is_abandoned).iter().map(|job| job.id).collect();
+        assert_eq!((removed, queue.waiting()), (vec![2], 1));
+    }
+}

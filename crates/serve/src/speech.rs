@@ -124,3 +124,58 @@ impl Speech {
         self.ready.tokens.extend(self.held.drain(..certain));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use draftsmith_decode::TokenOrigin;
+    use draftsmith_text::SpecialIds;
+
+    use super::*;
+
+    /// Speaks a text token by token; returns the text, the tokens' texts, and whether a stop text ended it.
+    fn speak(text: &str, stops: &[&str]) -> (String, Vec<String>, bool) {
+        let json = include_bytes!("../../../fixtures/tiny-target/tokenizer.json");
+        let tokenizer = Tokenizer::from_json(json, SpecialIds::default()).unwrap();
+        let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
+        let mut speech = Speech::new(&tokenizer, SpeechOptions { stops, skip_special: true, tokens: true });
+        let (mut said, mut tokens) = (String::new(), Vec::new());
+        let mut hear = |delta: Delta, last: bool| {
+            said.push_str(&delta.text);
+            tokens.extend(delta.tokens.iter().map(|t| String::from_utf8_lossy(&t.bytes).into_owned()));
+            let shown: String = tokens.concat();
+            assert!(said.starts_with(&shown), "{shown:?} is shown before its text {said:?}");
+            assert!(!last || said == shown, "{said:?} is not {shown:?}");
+        };
+        let mut stopped = false;
+        for (position, id) in tokenizer.encode(text, false).unwrap().into_iter().enumerate() {
+            let event = TokenEvent { id, position, origin: TokenOrigin::Plain, logprobs: None };
+            stopped = speech.push(&tokenizer, &event);
+            hear(speech.take(), false);
+            if stopped {
+                break;
+            }
+        }
+        hear(speech.finish(), true);
+        (said, tokens, stopped)
+    }
+
+    #[test]
+    fn of_a_stop_text_no_byte_is_shown_wherever_tokens_end() {
+        let text = "There are 2 boxes with 8 buttons in each box. So 2 times 8 is 16.";
+        let (said, tokens, stopped) = speak(text, &[]);
+        assert_eq!((said.as_str(), tokens.concat().as_str(), stopped), (text, text, false));
+        for start in 0..text.len() {
+            for length in 1..9.min(text.len() - start + 1) {
+                let stop = &text[start..start + length];
+                let (said, _, stopped) = speak(text, &[stop]);
+                assert!(stopped, "{stop:?}");
+                assert_eq!(Some(said.as_str()), text.split_once(stop).map(|(before, _)| before), "{stop:?}");
+            }
+        }
+        assert_eq!(
+            speak(text, &["buttons!", "16.\n"]).0,
+            text,
+            "what never completes is given out at the end"
+        );
+    }
+}

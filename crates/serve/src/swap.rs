@@ -97,16 +97,54 @@ fn accept_len(stats: &AcceptStats) -> Option<(f64, f64)> {
     Some((mean, ((second - first * first).max(0.0) / steps).sqrt()))
 }
 
-impl Watch {
-    /// Compares the two.
-    pub(crate) fn verdict(&self) -> Verdict {
-        match (accept_len(&self.before), accept_len(&self.since)) {
-            (Some((old, old_error)), Some((new, new_error))) => {
-                let noise = SIGMAS * old_error.hypot(new_error);
-                if new + noise < TOLERATED * old { Verdict::GoBack } else { Verdict::Keep }
-            }
-            // Nothing to compare with.
-            _ => Verdict::Keep,
+/// Compares a draft with the one before it.
+pub(crate) fn judge(before: &AcceptStats, since: &AcceptStats) -> Verdict {
+    match (accept_len(before), accept_len(since)) {
+        (Some((old, old_error)), Some((new, new_error))) => {
+            let noise = SIGMAS * old_error.hypot(new_error);
+            if new + noise < TOLERATED * old { Verdict::GoBack } else { Verdict::Keep }
         }
+        // Nothing to compare with.
+        _ => Verdict::Keep,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `steps` verify steps with a proposal of four tokens, of which these many are kept in turn.
+    fn steps(steps: usize, kept: &[usize]) -> AcceptStats {
+        let mut stats = AcceptStats::default();
+        kept.iter().cycle().take(steps).for_each(|kept| stats.record(4, 4, *kept, kept + 1));
+        stats
+    }
+
+    #[track_caller]
+    fn check(before: AcceptStats, since: AcceptStats, expected: Verdict) {
+        assert_eq!(judge(&before, &since), expected);
+    }
+
+    #[test]
+    fn mean_and_error_of_the_accept_length_are_those_of_the_steps() {
+        let (mean, error) = accept_len(&steps(400, &[0, 1, 2, 4])).unwrap();
+        // Of 0, 1, 2, 4: mean 1.75, variance 21 / 4 - 1.75².
+        assert!((mean - 2.75).abs() < 1e-12, "{mean}");
+        assert!((error - ((5.25 - 1.75 * 1.75) / 400.0_f64).sqrt()).abs() < 1e-12, "{error}");
+        assert_eq!(accept_len(&AcceptStats::default()), None);
+    }
+
+    #[test]
+    fn only_a_fall_beyond_chance_and_tolerance_goes_back() {
+        let good = || steps(500, &[0, 1, 2, 4]);
+        check(good(), steps(500, &[0]), Verdict::GoBack);
+        check(good(), good(), Verdict::Keep);
+        check(good(), steps(500, &[4]), Verdict::Keep);
+        // 4 % lower is put up with, however certain.
+        check(steps(1_000_000, &[1; 50]), steps(1_000_000, &[&[1; 46][..], &[0; 4]].concat()), Verdict::Keep);
+        // Ten steps tell little.
+        check(good(), steps(10, &[0, 1, 2]), Verdict::Keep);
+        // Nothing to compare with.
+        check(AcceptStats::default(), steps(500, &[0]), Verdict::Keep);
     }
 }

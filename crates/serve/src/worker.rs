@@ -17,7 +17,7 @@ use crate::Log;
 use crate::board::Board;
 use crate::metrics::{Metrics, observe_tokens};
 use crate::queue::{End, Event, Job, Order, Outcome, Queue};
-use crate::swap::{InUse, Loaded, Replacement, Verdict, Watch};
+use crate::swap::{InUse, Loaded, Replacement, Verdict, Watch, judge};
 
 /// With nothing to do the worker still looks around this often: requests in the queue may be abandoned.
 const IDLE: Duration = Duration::from_millis(200);
@@ -279,7 +279,7 @@ impl Worker {
         }
         let watch_steps = self.room.watch_steps;
         if let Some(watch) = self.watch.take_if(|watch| watch.since.verify_steps >= watch_steps) {
-            self.judge(watch);
+            self.conclude(watch);
         }
     }
 
@@ -316,14 +316,15 @@ impl Worker {
         let _ = replacement.done.send(switched);
     }
 
-    fn judge(&mut self, watch: Watch) {
+    /// Ends a probation.
+    fn conclude(&mut self, watch: Watch) {
         let name = self.in_use.info.as_ref().map_or_else(String::new, |draft| draft.name.clone());
         let length = |stats: &AcceptStats| match stats.accept_len() {
             Some(length) => format!("{length:.2}"),
             None => "unknown".to_string(),
         };
         let reason = format!("accept length {} after {} before", length(&watch.since), length(&watch.before));
-        match watch.verdict() {
+        match judge(&watch.before, &watch.since) {
             Verdict::Keep => self.note("kept", &name, &reason),
             Verdict::GoBack => {
                 self.switch_to(watch.fallback).expect("both decode the target that is being served");

@@ -41,7 +41,7 @@ fn import<'a>(target: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// A home with a bundle of an imported draft in it.
-fn with_bundle() -> Home {
+pub(crate) fn with_bundle() -> Home {
     let home = Home::new();
     foreign_draft(&home, |_| {});
     let made = home.run(&import(&target(), &["--base-model", "org/tiny", "--license", "CC0-1.0"]));

@@ -11,6 +11,7 @@ mod pip;
 mod regenerate;
 mod rows;
 mod run_file;
+mod serve;
 mod serve_gap;
 mod stages;
 mod support;

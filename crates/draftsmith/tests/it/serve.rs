@@ -1,0 +1,614 @@
+//! `serve` over real HTTP, with the tiny target.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::bundles::with_bundle;
+use crate::support::{Home, repository};
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running server and the folder that it calls home.
+struct Served {
+    home: Home,
+    child: Child,
+    url: String,
+    model: String,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // A server that ended by itself needs no end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(PATIENCE))
+        .build()
+        .new_agent()
+}
+
+/// The data of a stream's events, `[DONE]` as `null`.
+fn events(text: &str) -> Vec<Value> {
+    let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
+    data.map(|data| if data == "[DONE]" { Value::Null } else { serde_json::from_str(data).unwrap() })
+        .collect()
+}
+
+impl Served {
+    fn start(home: Home, more: &[&str]) -> Served {
+        let target = repository().join("fixtures/tiny-target").display().to_string();
+        let log = std::fs::File::create(home.path().join("log")).unwrap();
+        let mut child = home
+            .command(&["serve", "--target", &target, "--port", "0", "--threads", "1", "--json"])
+            .args(more)
+            .stdout(std::process::Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let log = std::fs::read_to_string(home.path().join("log")).unwrap();
+        let ready: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}{log}"));
+        let text = |key: &str| ready[key].as_str().unwrap().to_owned();
+        Served { url: text("url"), model: text("model"), home, child }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.home.path().join("log")).unwrap()
+    }
+
+    fn signal(&self, name: &str) {
+        let ended = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
+        assert!(ended.success());
+    }
+
+    fn get(&self, path: &str) -> (u16, Value) {
+        let mut response = agent().get(format!("{}{path}", self.url)).call().unwrap();
+        let text = response.body_mut().read_to_string().unwrap();
+        (response.status().as_u16(), serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
+    }
+
+    fn send(&self, path: &str, key: Option<&str>, body: &str) -> (u16, String, Option<String>) {
+        let mut request = agent().post(format!("{}{path}", self.url)).content_type("application/json");
+        if let Some(key) = key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let mut response = request.send(body).unwrap();
+        let wait = response.headers().get("retry-after").map(|v| v.to_str().unwrap().to_owned());
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap(), wait)
+    }
+
+    fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let (status, text, _) = self.send(path, None, &body.to_string());
+        (status, serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
+    }
+
+    #[track_caller]
+    fn chat(&self, body: &Value) -> Value {
+        let (status, answer) = self.post("/v1/chat/completions", body);
+        assert_eq!(status, 200, "{answer}");
+        answer
+    }
+
+    fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        body["stream_options"] = json!({"include_usage": true});
+        let (status, text, _) = self.send(path, None, &body.to_string());
+        assert_eq!(status, 200, "{text}");
+        events(&text)
+    }
+
+    #[track_caller]
+    fn refused(&self, path: &str, body: &str, status: u16, param: Option<&str>, message: &str) {
+        let (found, text, _) = self.send(path, None, body);
+        let answer: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        let error = &answer["error"];
+        assert_eq!((found, error["param"].as_str()), (status, param), "{answer}");
+        assert!(error["message"].as_str().unwrap().contains(message), "{answer}");
+    }
+
+    /// Waits until `/api/state` is as wanted.
+    #[track_caller]
+    fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let began = Instant::now();
+        loop {
+            let (_, state) = self.get("/api/state");
+            if wanted(&state) {
+                return state;
+            }
+            assert!(began.elapsed() < PATIENCE, "{state}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// A counter of the metrics page, summed over its labels that contain `label`.
+    fn counter(&self, name: &str, label: &str) -> f64 {
+        let mut response = agent().get(format!("{}/metrics", self.url)).call().unwrap();
+        let page = response.body_mut().read_to_string().unwrap();
+        let lines = page.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])) && line.contains(label)
+        });
+        lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
+    }
+
+    /// A request written by hand, so that its connection can be dropped.
+    fn open(&self, body: &Value) -> BufReader<TcpStream> {
+        let host = self.url.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(host).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let body = body.to_string();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).unwrap();
+        BufReader::new(stream)
+    }
+
+    fn exit_code(mut self) -> (Option<i32>, String) {
+        let began = Instant::now();
+        let code = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status.code(),
+                None if began.elapsed() > PATIENCE => break None,
+                None => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        (code, self.log())
+    }
+}
+
+fn ask(text: &str) -> Value {
+    json!({"messages": [{"role": "user", "content": text}], "temperature": 0})
+}
+
+/// `base` with more fields.
+fn with(base: &Value, more: Value) -> Value {
+    let mut body = base.clone();
+    more.as_object().unwrap().iter().for_each(|(key, value)| body[key] = value.clone());
+    body
+}
+
+/// A request that keeps the server busy for a while: long answers, one token after the other.
+fn long(n: usize) -> Value {
+    let base = ask("Tell me a short story about a cow.");
+    let more = json!({"n": n, "max_tokens": 900, "ignore_eos": true, "draftsmith": {"draft": "none"}});
+    with(&base, more)
+}
+
+fn text(answer: &Value) -> String {
+    let choice = &answer["choices"][0];
+    choice["message"]["content"].as_str().or(choice["text"].as_str()).unwrap().to_owned()
+}
+
+#[test]
+fn serve_answers_as_generate_does_in_the_words_of_openai() {
+    let served = Served::start(Home::new(), &[]);
+    assert_eq!(served.get("/health"), (200, json!({"status": "ok"})));
+    let (_, models) = served.get("/v1/models");
+    assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!(served.model)));
+    assert_eq!(served.get(&format!("/v1/models/{}", served.model)).1["object"], "model");
+
+    let question = "Calculate 22 + 20.";
+    let target = repository().join("fixtures/tiny-target").display().to_string();
+    let wanted = served.home.run(&["generate", "--target", &target, "--prompt", question, "--json"]).json();
+    let answer = served.chat(&with(&ask(question), json!({"model": served.model})));
+    assert_eq!(text(&answer), wanted["text"].as_str().unwrap());
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["choices"][0]["finish_reason"], wanted["finish_reason"]);
+    let prompt = wanted["prompt_ids"].as_array().unwrap().len();
+    let tokens = wanted["token_ids"].as_array().unwrap().len();
+    let usage =
+        json!({"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens});
+    assert_eq!(answer["usage"], usage);
+    assert!(answer["system_fingerprint"].as_str().unwrap().starts_with("draftsmith-"));
+
+    let (_, tokenized) = served.post("/tokenize", &ask(question));
+    assert_eq!((&tokenized["tokens"], &tokenized["count"]), (&wanted["prompt_ids"], &json!(prompt)));
+    let body = json!({"prompt": wanted["prompt_ids"], "temperature": 0, "max_tokens": 64});
+    let (status, completed) = served.post("/v1/completions", &body);
+    assert_eq!((status, text(&completed)), (200, text(&answer)), "{completed}");
+    assert_eq!(completed["object"], "text_completion");
+
+    // What training would learn of this conversation: the answer and its end, nothing else.
+    let mut messages = ask(question)["messages"].clone();
+    messages.as_array_mut().unwrap().push(answer["choices"][0]["message"].clone());
+    let (_, rendered) = served.post("/v1/chat/completions/render", &json!({"messages": messages}));
+    let ids = rendered["token_ids"].as_array().unwrap();
+    let mask = rendered["loss_mask"].as_array().unwrap();
+    let trained: Vec<&Value> =
+        ids.iter().zip(mask).filter(|(_, trained)| **trained == 1).map(|(id, _)| id).collect();
+    assert_eq!(trained, wanted["token_ids"].as_array().unwrap().iter().collect::<Vec<_>>());
+    assert_eq!(&ids[..prompt], wanted["prompt_ids"].as_array().unwrap().as_slice());
+
+    assert!(served.counter("vllm:generation_tokens_total", "") >= 2.0 * tokens as f64);
+    assert_eq!(served.counter("draftsmith:http_requests_total", "/v1/completions\",status=\"200\""), 1.0);
+    let state = served.wait_for(|state| state["running"] == 0);
+    assert_eq!((&state["has_draft"], &state["draft"]), (&json!(false), &Value::Null));
+}
+
+#[test]
+fn a_stream_says_the_same_as_a_whole_answer() {
+    let served = Served::start(Home::new(), &[]);
+    let seeded = json!({"temperature": 0.9, "seed": 5, "max_tokens": 40});
+    let base = with(&ask("Tell me a short story about a cow."), seeded);
+    for more in [
+        json!({}),
+        json!({"n": 3, "seed": -7}),
+        json!({"logprobs": true, "top_logprobs": 2, "min_p": 0.05, "top_k": 40, "top_p": 0.9}),
+        json!({"stop": ["the", "zzz"], "logprobs": true, "repetition_penalty": 1.1}),
+        json!({"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"300": 5, "7": -100}}),
+        json!({"draftsmith": {"draft": "none"}}),
+    ] {
+        let body = with(&base, more);
+        let whole = served.chat(&body);
+        let parts = served.stream("/v1/chat/completions", &body);
+        assert_eq!(parts.last(), Some(&Value::Null), "no [DONE]");
+        let usage = &parts[parts.len() - 2];
+        assert_eq!((&usage["usage"], &usage["choices"]), (&whole["usage"], &json!([])));
+        for (index, choice) in whole["choices"].as_array().unwrap().iter().enumerate() {
+            let of_choice = || {
+                let chunks = parts.iter().filter_map(|part| part["choices"].get(0));
+                chunks.filter(|chunk| chunk["index"] == index)
+            };
+            let said: String = of_choice().filter_map(|c| c["delta"]["content"].as_str()).collect();
+            assert_eq!(said, choice["message"]["content"].as_str().unwrap(), "{body}");
+            assert_eq!(of_choice().last().unwrap()["finish_reason"], choice["finish_reason"]);
+            assert_eq!(of_choice().next().unwrap()["delta"]["role"], "assistant");
+            let logprobs: Vec<&Value> =
+                of_choice().filter_map(|c| c["logprobs"]["content"].as_array()).flatten().collect();
+            let whole: Vec<&Value> = choice["logprobs"]["content"].as_array().into_iter().flatten().collect();
+            assert_eq!(logprobs, whole);
+            assert_eq!(whole.is_empty(), body.get("logprobs").is_none());
+            let spelt: String = whole.iter().map(|entry| entry["token"].as_str().unwrap()).collect();
+            assert!(whole.is_empty() || spelt == said, "{spelt:?} is not {said:?}");
+        }
+    }
+    // A choice has the seed of the request and its own number.
+    let two = served.chat(&with(&base, json!({"n": 2})));
+    let second = served.chat(&with(&base, json!({"seed": 6})));
+    assert_eq!(two["choices"][1]["message"], second["choices"][0]["message"]);
+    assert_ne!(two["choices"][0]["message"], second["choices"][0]["message"]);
+    // The older form: echo, several prompts, log-probabilities with offsets.
+    let body = json!({"prompt": ["Why", "One two"], "echo": true, "max_tokens": 8, "seed": 1});
+    let (_, whole) = served.post("/v1/completions", &body);
+    let parts = served.stream("/v1/completions", &body);
+    for index in 0..2 {
+        let chunks = parts.iter().filter_map(|part| part["choices"].get(0));
+        let said: String =
+            chunks.filter(|c| c["index"] == index).filter_map(|c| c["text"].as_str()).collect();
+        assert_eq!(said, whole["choices"][index]["text"].as_str().unwrap());
+        assert!(said.starts_with(body["prompt"][index].as_str().unwrap()), "{said}");
+    }
+    let body = json!({"prompt": "Why", "max_tokens": 5, "logprobs": 1, "temperature": 0});
+    let (_, answer) = served.post("/v1/completions", &body);
+    let logprobs = &answer["choices"][0]["logprobs"];
+    assert_eq!(logprobs["text_offset"][0], 0, "{answer}");
+    let best = logprobs["top_logprobs"][0].as_object().unwrap().values().next().unwrap();
+    assert_eq!(&logprobs["token_logprobs"][0], best, "the greedy token is the best one");
+}
+
+#[test]
+fn a_seed_gives_one_text_with_every_draft_alone_and_among_others() {
+    let served = Served::start(with_bundle(), &["--bundle", "bundle"]);
+    let base = with(&ask("Calculate 22 + 20 and tell a story."), json!({"max_tokens": 48}));
+    let plans = [
+        json!("none"),
+        json!("auto"),
+        json!({"chain": 4}),
+        json!({"tree": {"depth": 3, "top_k": 2, "nodes": 8}}),
+    ];
+    let settings = [json!({"temperature": 0}), json!({"temperature": 0.8, "seed": 3, "top_p": 0.95})];
+    let answers = |body: &Value| -> Vec<String> {
+        let answer = |plan: &Value| text(&served.chat(&with(body, json!({"draftsmith": {"draft": plan}}))));
+        plans.iter().map(answer).collect()
+    };
+    for setting in settings {
+        let body = with(&base, setting);
+        let alone = answers(&body);
+        assert!(alone.iter().all(|text| *text == alone[0]), "{alone:?}");
+        std::thread::scope(|scope| {
+            for seed in 0..32 {
+                let (served, base, plans) = (&served, &base, &plans);
+                scope.spawn(move || {
+                    let plan = &plans[seed % plans.len()];
+                    let more = json!({"temperature": 1, "seed": seed, "draftsmith": {"draft": plan}});
+                    for _ in 0..4 {
+                        served.chat(&with(base, more.clone()));
+                    }
+                });
+            }
+            served.wait_for(|state| state["running"].as_u64() >= Some(8));
+            assert_eq!(answers(&body), alone);
+        });
+    }
+    assert!(served.counter("vllm:spec_decode_num_drafts_total", "") > 0.0);
+    let drafted = served.counter("vllm:spec_decode_num_draft_tokens_total", "");
+    assert!(drafted >= served.counter("vllm:spec_decode_num_accepted_tokens_total", ""));
+    let (_, bundle) = served.get("/api/bundle");
+    assert_eq!(bundle["bundle"]["name"], "theirs", "{bundle}");
+    assert!(bundle["card_md"].as_str().is_some_and(|card| card.contains("theirs")));
+}
+
+#[test]
+fn of_a_stop_text_nothing_is_shown_not_even_in_traces() {
+    let served = Served::start(Home::new(), &[]);
+    let base = with(&ask("Tell me a short story about a cow."), json!({"max_tokens": 60}));
+    let whole = text(&served.chat(&base));
+    let cut = whole.char_indices().map(|(at, _)| at).collect::<Vec<_>>();
+    for start in (3..cut.len() - 6).step_by(7) {
+        let stop = &whole[cut[start]..cut[start + 5]];
+        let (before, _) = whole.split_once(stop).unwrap();
+        let body = with(&base, json!({"stop": stop, "draftsmith": {"trace": true}}));
+        let answer = served.chat(&body);
+        assert_eq!(
+            (text(&answer).as_str(), &answer["choices"][0]["finish_reason"]),
+            (before, &json!("stop"))
+        );
+        let shown = |traces: Vec<&Value>| -> String {
+            let tokens = traces.into_iter().filter_map(|trace| trace["tokens"].as_array()).flatten();
+            tokens.map(|token| token["text"].as_str().unwrap()).collect()
+        };
+        assert_eq!(shown(vec![&answer["choices"][0]["draftsmith"]]), before);
+        let parts = served.stream("/v1/chat/completions", &body);
+        let content = |part: &Value| part["choices"][0]["delta"]["content"].as_str().map(str::to_owned);
+        assert_eq!(parts.iter().filter_map(content).collect::<String>(), before);
+        assert_eq!(shown(parts.iter().map(|part| &part["draftsmith"]).collect()), before);
+        assert!(answer["metrics"]["speculative_decoding"]["num_spec_steps"].is_u64(), "{answer}");
+        assert!(answer["draftsmith"]["prefill_ms"].as_f64() > Some(0.0), "{answer}");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_request_is_named() {
+    let home = Home::new();
+    let keys = home.write("keys", "alice secret-a # hers\nsecret-b\n").display().to_string();
+    let served = Served::start(Home::new(), &["--max-body", "4096"]);
+    let chat = "/v1/chat/completions";
+    let refuse = |body: Value, status, param, message: &str| {
+        served.refused(chat, &with(&ask("Why?"), body).to_string(), status, Some(param), message);
+    };
+    served.refused(chat, "{", 400, None, "the body is no JSON");
+    served.refused(chat, "[]", 400, None, "the body is a list, not an object");
+    served.refused(chat, "{}", 400, Some("messages"), "no message");
+    served.refused(chat, r#"{"messages":[{"role":"user"},3]}"#, 400, Some("messages[1]"), "a number");
+    refuse(json!({"temperature": 3}), 400, "temperature", "from 0 to 2");
+    refuse(json!({"n": 0}), 400, "n", "from 1 to 16");
+    refuse(json!({"stop": [""]}), 400, "stop", "empty");
+    refuse(json!({"max_tokens": 100_000}), 400, "max_tokens", "context");
+    refuse(json!({"logit_bias": {"99999": 1}}), 400, "logit_bias", "99999");
+    refuse(json!({"top_logprobs": 2}), 400, "top_logprobs", "needs `logprobs`");
+    refuse(json!({"model": "gpt"}), 404, "model", "not served here");
+    refuse(json!({"tools": [{"type": "function"}]}), 400, "tools", "not supported");
+    refuse(json!({"tool_choice": "required"}), 400, "tool_choice", "not supported");
+    refuse(json!({"draftsmith": {"draft": {"chain": 3}}}), 400, "draftsmith.draft", "no draft is loaded");
+    refuse(json!({"response_format": {"type": "xml"}}), 400, "response_format.type", "`xml`");
+    // What clients send out of habit changes nothing.
+    let habits = json!({"tools": [], "user": "u", "store": false, "tool_choice": "auto", "stop": null,
+        "parallel_tool_calls": true, "metadata": {"a": "b"}, "response_format": {"type": "text"}});
+    served.chat(&with(&ask("Why?"), habits));
+    served.refused(chat, &ask(&"a".repeat(5000)).to_string(), 413, None, "more than 4096 bytes");
+    let long: Vec<u32> = vec![5; 1024];
+    let body = json!({"prompt": long}).to_string();
+    served.refused("/v1/completions", &body, 400, Some("prompt"), "context of the model ends at 1024");
+    served.refused("/v1/completions", r#"{"prompt": ""}"#, 400, Some("prompt"), "no tokens");
+    served.refused("/v1/nothing", "{}", 404, None, "nothing at `/v1/nothing`");
+    served.refused("/v1/models", "{}", 405, None, "does not answer POST");
+    assert_eq!(served.get("/api/records/none").0, 404);
+
+    let served = Served::start(home, &["--api-keys-file", &keys]);
+    let status = |key| served.send(chat, key, &ask("Why?").to_string()).0;
+    assert_eq!(
+        [None, Some("secret"), Some("alice"), Some("secret-a"), Some("secret-b")].map(status),
+        [401, 401, 401, 200, 200]
+    );
+    assert_eq!((served.get("/health").0, served.get("/api/state").0), (200, 401));
+}
+
+#[test]
+fn a_full_queue_and_a_small_cache_hold_requests_back() {
+    let limits = ["--max-running", "1", "--queue", "4", "--kv-budget", "980"];
+    let served = Served::start(Home::new(), &limits);
+    let refused = with(&long(1), json!({"max_tokens": 980}));
+    let (status, answer) = served.post("/v1/chat/completions", &refused);
+    assert_eq!((status, &answer["error"]["code"]), (400, &json!("context_length_exceeded")), "{answer}");
+    let reader = served.open(&with(&long(4), json!({"stream": true})));
+    served.wait_for(|state| state["running"] == 1 && state["queued"] == 3);
+    let (status, text, wait) = served.send("/v1/chat/completions", None, &long(2).to_string());
+    assert_eq!(status, 429, "{text}");
+    assert!(wait.unwrap().parse::<u64>().unwrap() >= 1);
+    assert_eq!(served.send("/v1/chat/completions", None, &ask("Why?").to_string()).0, 200, "one fits");
+    drop(reader);
+    served.wait_for(|state| state["running"] == 0 && state["queued"] == 0);
+}
+
+#[test]
+fn a_reader_that_leaves_frees_its_place_and_a_slow_one_holds_nobody_up() {
+    let served = Served::start(Home::new(), &["--max-running", "4"]);
+    // Both ways to wait for an answer.
+    for stream in [true, false] {
+        let reader = served.open(&with(&long(16), json!({"stream": stream})));
+        served.wait_for(|state| state["running"] == 4);
+        drop(reader);
+        served.wait_for(|state| state["running"] == 0 && state["queued"] == 0);
+    }
+    let aborted = served.counter("vllm:request_success_total", "finished_reason=\"abort\"");
+    assert!(aborted >= 8.0, "{aborted}");
+    assert_eq!(served.counter("vllm:kv_cache_usage_perc", ""), 0.0);
+    // Nobody reads this one; the others are answered meanwhile, and it is whole when it is read at last.
+    let mut slow = served.open(&with(&long(3), json!({"stream": true})));
+    served.wait_for(|state| state["running"] == 3);
+    assert_eq!(served.send("/v1/chat/completions", None, &ask("Why?").to_string()).0, 200);
+    served.wait_for(|state| state["running"] == 0);
+    let mut line = String::new();
+    while !line.contains("[DONE]") {
+        line.clear();
+        assert!(slow.read_line(&mut line).unwrap() > 0, "the stream broke off");
+    }
+}
+
+#[test]
+fn an_answer_that_takes_too_long_is_cut_with_an_error() {
+    let served = Served::start(Home::new(), &["--max-running", "1", "--request-timeout", "1"]);
+    let (status, answer) = served.post("/v1/chat/completions", &long(16));
+    assert_eq!((status, &answer["error"]["code"]), (503, &json!("timeout")), "{answer}");
+    let parts = served.stream("/v1/chat/completions", &long(16));
+    assert_eq!(parts.last().unwrap()["error"]["code"], "timeout");
+    served.wait_for(|state| state["running"] == 0 && state["queued"] == 0);
+}
+
+/// Streams from eight readers at once, SIGTERM in the middle: the last event of each, and how the server ended.
+fn drained(limit: &str, n: usize) -> (Vec<Value>, Option<i32>, Duration) {
+    let served = Served::start(Home::new(), &["--max-running", "8", "--drain-timeout", limit]);
+    let readers: Vec<_> = (0..8).map(|_| served.open(&with(&long(n), json!({"stream": true})))).collect();
+    served.wait_for(|state| state["running"] == 8);
+    served.signal("-TERM");
+    let began = Instant::now();
+    let last = readers.into_iter().map(|mut reader| {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        events(&text).pop().expect("something was said")
+    });
+    let last = last.collect();
+    let (code, log) = served.exit_code();
+    assert!(log.contains("ended"), "{log}");
+    (last, code, began.elapsed())
+}
+
+#[test]
+fn after_sigterm_answers_are_finished_and_the_server_ends_well() {
+    let (last, code, _) = drained("50", 2);
+    assert_eq!((last, code), (vec![Value::Null; 8], Some(0)));
+}
+
+#[test]
+fn answers_beyond_the_drain_limit_end_with_a_clean_error() {
+    let (last, code, time) = drained("1", 16);
+    assert!(last.iter().all(|event| event["error"]["code"] == "draining"), "{last:?}");
+    assert_eq!(code, Some(0));
+    assert!(time < Duration::from_secs(2), "{time:?}");
+}
+
+fn change(served: &Served, bundle: &Path) -> (u16, Value) {
+    served.post("/admin/draft", &json!({"bundle": bundle}))
+}
+
+#[test]
+fn a_draft_is_changed_while_serving_and_a_broken_one_is_refused() {
+    let served = Served::start(with_bundle(), &["--bundle", "bundle", "--watch-steps", "40"]);
+    let folder = |name: &str| served.home.path().join(name);
+    let base = with(&ask("Tell me a story."), json!({"max_tokens": 30, "ignore_eos": true}));
+    let body = with(&base, json!({"draftsmith": {"draft": {"chain": 4}}}));
+    let wanted = text(&served.chat(&body));
+    let steps = || served.counter("vllm:spec_decode_num_drafts_total", "");
+    while steps() < 100.0 {
+        served.chat(&body);
+    }
+    // Hashes are compared, folders that are no bundles are named, and what is served stays as it is.
+    std::process::Command::new("cp").arg("-r").args([folder("bundle"), folder("broken")]).status().unwrap();
+    let weights = folder("broken/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    for (name, message) in [("broken", "model.safetensors"), ("nowhere", "is not a folder")] {
+        let (status, answer) = change(&served, &folder(name));
+        assert_eq!(status, 400, "{answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");
+    }
+    let state = served.wait_for(|state| state["last_swap"]["outcome"] == "refused");
+    assert_eq!(state["draft"]["bundle"], "bundle", "{state}");
+    // As good a draft as before is kept.
+    let (status, answer) = change(&served, &folder("bundle"));
+    assert_eq!((status, &answer["outcome"]), (200, &json!("switched")), "{answer}");
+    while served.get("/api/state").1["last_swap"]["outcome"] == "switched" {
+        assert_eq!(text(&served.chat(&body)), wanted);
+    }
+    let state = served.wait_for(|state| state["last_swap"]["outcome"] == "kept");
+    assert_eq!(state["draft"]["bundle"], json!(folder("bundle")), "{state}");
+    // SIGHUP reads the same folder again.
+    served.signal("-HUP");
+    served.wait_for(|state| state["last_swap"]["outcome"] == "switched");
+    for outcome in ["refused", "switched", "kept"] {
+        let count = served.counter("draftsmith:draft_swaps_total", &format!("outcome=\"{outcome}\""));
+        assert_eq!(count, if outcome == "kept" { 1.0 } else { 2.0 }, "{outcome}");
+    }
+    assert!(served.log().contains("draft `theirs`: kept"), "{}", served.log());
+}
+
+#[test]
+fn a_draft_that_guesses_worse_is_taken_back() {
+    // Without a draft repetitions of the text are guessed, and a list that repeats itself is guessed well.
+    let served = Served::start(with_bundle(), &["--watch-steps", "60"]);
+    let ids: Vec<u32> = (0..200).map(|i| 300 + i % 5).collect();
+    let bias: Value =
+        (300..305).map(|id| (id.to_string(), json!(60))).collect::<serde_json::Map<_, _>>().into();
+    let base =
+        json!({"prompt": ids, "temperature": 0, "max_tokens": 120, "ignore_eos": true, "logit_bias": bias});
+    let wanted = served.post("/v1/completions", &base).1;
+    let state = served.wait_for(|state| state["accept_length"].as_f64().is_some());
+    assert!(state["accept_length"].as_f64() > Some(1.5), "{state}");
+    for _ in 0..9 {
+        served.post("/v1/completions", &base);
+    }
+    let (status, answer) = change(&served, &served.home.path().join("bundle"));
+    assert_eq!(status, 200, "{answer}");
+    // A draft with random weights, and nothing but it.
+    let body = with(&base, json!({"draftsmith": {"draft": {"chain": 2}}}));
+    while served.get("/api/state").1["last_swap"]["outcome"] == "switched" {
+        let (status, answer) = served.post("/v1/completions", &body);
+        if status == 200 {
+            assert_eq!(text(&answer), text(&wanted));
+        }
+    }
+    let state = served.wait_for(|state| state["last_swap"]["outcome"] == "rolled_back");
+    assert_eq!(state["has_draft"], false, "{state}");
+    assert!(served.log().contains("rolled back"), "{}", served.log());
+    assert_eq!(text(&served.post("/v1/completions", &base).1), text(&wanted));
+}
+
+#[test]
+fn only_those_with_the_admin_key_change_the_draft() {
+    let home = Home::new();
+    let key = home.write("admin", "top-secret\n").display().to_string();
+    let served = Served::start(home, &["--admin-key-file", &key]);
+    let status = |key| served.send("/admin/draft", key, r#"{"bundle": "nowhere"}"#).0;
+    assert_eq!([None, Some("wrong"), Some("top-secret")].map(status), [401, 401, 400]);
+    // Without a key this machine may, but no page of another site that a browser shows here.
+    let served = Served::start(Home::new(), &[]);
+    let send = |name: &str, value: &str| {
+        let request = agent().post(format!("{}/admin/draft", served.url)).header(name, value);
+        request.send(r#"{"bundle": "nowhere"}"#).unwrap().status().as_u16()
+    };
+    assert_eq!(send("content-type", "application/json"), 400);
+    assert_eq!((send("content-type", "text/plain"), send("host", "evil.example")), (400, 403));
+    assert_eq!(send("x-forwarded-for", "10.0.0.1"), 403);
+}
+
+#[test]
+fn wrong_settings_are_named_before_anything_is_loaded() {
+    let home = Home::new();
+    home.write("empty", "# no key\n");
+    let target = repository().join("fixtures/tiny-target").display().to_string();
+    let serve =
+        |more: &[&str]| home.snapshot(&[&["serve", "--target", &target, "--port", "0"], more].concat());
+    insta::assert_snapshot!(serve(&["--api-keys-file", "empty"]));
+    insta::assert_snapshot!(serve(&["--records", "nowhere"]));
+    insta::assert_snapshot!(serve(&["--kv-budget", "4GB"]));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let ended = home.run(&["serve", "--target", &target, "--port", &port]);
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains("cannot be listened at"), "{}", ended.stderr);
+}
