@@ -95,6 +95,7 @@ async function playground() {
   expect(Number(await page.$eval(".meter-value", (node) => node.textContent)) >= 1, "the accept length is shown");
   await shot("play-answer");
   await page.getByText("Tokens one by one").click();
+  await page.waitForSelector(".turn.model:last-child tbody tr");
   expect((await page.$$(".turn.model:last-child tbody tr")).length >= made.length, "every token stands in the list for screen readers");
   await page.getByText("Tokens one by one").click();
 
@@ -173,6 +174,7 @@ async function measured() {
   await page.locator(".record").first().click();
   await page.waitForSelector(".crumbs");
   await page.getByText(/^Raw JSON/).click();
+  await page.waitForSelector("pre.raw");
   expect(typeof JSON.parse(await page.$eval("pre.raw", (node) => node.textContent)) === "object", "a record shows its JSON");
   for (const name of names) {
     await open(`records/${encodeURIComponent(name)}`);

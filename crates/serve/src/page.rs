@@ -33,7 +33,7 @@ macro_rules! asset {
     };
 }
 
-const ASSETS: [Asset; 19] = [
+static ASSETS: [Asset; 19] = [
     Asset { path: "/", kind: HTML, body: include_bytes!("../web/index.html") },
     asset!("api.js", JS),
     asset!("app.css", CSS),
@@ -83,7 +83,11 @@ fn answer(asset: &'static Asset, tag: &HeaderValue, headers: &HeaderMap) -> Resp
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
     ];
-    if known { (StatusCode::NOT_MODIFIED, fixed).into_response() } else { (fixed, asset.body).into_response() }
+    if known {
+        (StatusCode::NOT_MODIFIED, fixed).into_response()
+    } else {
+        (fixed, asset.body).into_response()
+    }
 }
 
 #[cfg(test)]
@@ -100,7 +104,7 @@ mod tests {
         if let Some(tag) = tag {
             request = request.header(header::IF_NONE_MATCH, tag);
         }
-        let router = TowerToHyperService::new(routes::<()>().with_state(()));
+        let router = TowerToHyperService::new(routes::<()>());
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let response = runtime.block_on(router.call(request.body(Body::empty()).unwrap())).unwrap();
         let (head, body) = response.into_parts();
@@ -151,8 +155,15 @@ mod tests {
 
     #[test]
     fn no_file_turns_text_into_markup_or_code() {
-        let ways =
-            ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "eval(", "new Function"];
+        let ways = [
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "DOMParser",
+            "eval(",
+            "new Function",
+        ];
         for asset in &ASSETS {
             for way in ways {
                 assert!(!text(asset).contains(way), "{} uses {way}", asset.path);

@@ -32,7 +32,7 @@ export function show(main) {
   const rate = h("output", { class: "meter-value" }, "–");
   const count = h("output", { class: "meter-value" }, "–");
   const meters = h("section", { class: "meters", ariaLabel: "This answer" },
-    h("div", { dataset: { tip: "Tokens committed per verify step: one means the draft did not help" } }, h("span", {}, "accept length"), accept),
+    h("div", { dataset: { tip: "Tokens committed per step with guesses, the target's own included: near one, the draft did not help" } }, h("span", {}, "accept length"), accept),
     h("div", { dataset: { tip: "Decode time only, without reading the prompt" } }, h("span", {}, "tokens/s"), rate),
     h("div", {}, h("span", {}, "tokens"), count));
   const systemInput = h("textarea", { rows: 2, value: system, placeholder: "none", oninput: (event) => (system = event.target.value) });

@@ -34,7 +34,7 @@ export function show(main) {
       input.focus();
     } }, text))),
     h("div", { class: "row" }, h("label", { class: "check" }, together, "both at once"),
-      h("span", { class: "quiet grow", id: "race-how" }), stop, start), options);
+      h("span", { class: "quiet how", id: "race-how" }), stop, start), options);
   const how = setup.querySelector("#race-how");
   const lanes = { plain: lane("Without the draft"), spec: lane("With the draft") };
   const verdict = h("section", { class: "verdict", ariaLabel: "Result", hidden: true });

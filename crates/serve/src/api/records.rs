@@ -7,9 +7,9 @@ use axum::extract::{Path, State};
 use draftsmith_bench::{Contract, Record};
 use serde_json::Value;
 
+use super::aside;
 use super::error::ApiError;
 use super::info::{find_records, read_record};
-use super::aside;
 use crate::{App, Service};
 
 /// One word for what a record measured; `None` for a shape that is not ours.
@@ -18,15 +18,15 @@ pub(super) fn kind(record: &Value) -> Option<&'static str> {
     let a_side_has = |key: &str| {
         record["sides"].as_array().is_some_and(|sides| sides.iter().any(|side| side.get(key).is_some()))
     };
-    match () {
-        () if record["format"] == "draftsmith-bench-record" => Some("decode"),
-        () if a_side_has("decode_tokens_per_s") => Some("peers"),
-        () if a_side_has("slots_per_s") => Some("training"),
-        () if has("t_ms") => Some("kernels"),
-        () if has("loads") => Some("tuning"),
-        () if has("ways") => Some("identity"),
-        () => None,
-    }
+    let shapes = [
+        (record["format"] == "draftsmith-bench-record", "decode"),
+        (a_side_has("decode_tokens_per_s"), "peers"),
+        (a_side_has("slots_per_s"), "training"),
+        (has("t_ms"), "kernels"),
+        (has("loads"), "tuning"),
+        (has("ways"), "identity"),
+    ];
+    shapes.into_iter().find(|(fits, _)| *fits).map(|(_, kind)| kind)
 }
 
 /// What `bench --json` says of a record.
