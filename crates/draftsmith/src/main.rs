@@ -60,6 +60,8 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
         Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args, session),
         Verb::Bench(args) => verbs::bench::run(&args, session),
+        Verb::Completions(args) => verbs::shell::completions(&args),
+        Verb::Man(args) => verbs::shell::man(&args),
         Verb::Serve(args) => verbs::serve::run(&args, session),
         Verb::Quickstart(args) => verbs::quickstart::run(&args, session),
     }

@@ -13,6 +13,7 @@ mod board;
 mod grammar;
 mod http;
 mod metrics;
+mod page;
 mod queue;
 mod speech;
 mod swap;

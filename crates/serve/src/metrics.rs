@@ -154,3 +154,50 @@ pub(crate) fn observe_tokens(histogram: &Histogram, gap: Duration, count: usize)
     let each = gap.as_secs_f64() / count.max(1) as f64;
     (0..count).for_each(|_| histogram.observe(each));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Names as Prometheus stores them, from the `# TYPE` lines of the page.
+    fn names() -> BTreeSet<String> {
+        let metrics = Metrics::new("m");
+        // A family without members is not on the page.
+        metrics.count_steps(&AcceptStats {
+            accepted_at: vec![1],
+            proposals_at: vec![1],
+            ..AcceptStats::default()
+        });
+        metrics.count_finished("stop");
+        metrics.count_request("/health", 200);
+        metrics.count_swap("kept");
+        let page = metrics.page();
+        let types = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        types
+            .flat_map(|(name, kind)| match kind {
+                "counter" => vec![format!("{name}_total")],
+                "histogram" => ["bucket", "sum", "count"].map(|part| format!("{name}_{part}")).to_vec(),
+                _ => vec![name.to_owned()],
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_dashboard_asks_for_metrics_that_there_are() {
+        let dashboard = include_str!("../../../contrib/grafana-dashboard.json");
+        let names = names();
+        let mut asked = BTreeSet::new();
+        for prefix in ["vllm:", "draftsmith:"] {
+            for (at, _) in dashboard.match_indices(prefix) {
+                let rest = &dashboard[at + prefix.len()..];
+                let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap();
+                asked.insert(format!("{prefix}{}", &rest[..end]));
+            }
+        }
+        assert!(asked.len() >= 14, "{asked:?}");
+        let missing: Vec<_> = asked.difference(&names).collect();
+        assert!(missing.is_empty(), "{missing:?} are not among {names:?}");
+    }
+}

@@ -14,6 +14,7 @@ pub(crate) mod pull;
 pub(crate) mod quickstart;
 pub(crate) mod serve;
 pub(crate) mod serve_gap;
+pub(crate) mod shell;
 pub(crate) mod stages;
 pub(crate) mod status;
 

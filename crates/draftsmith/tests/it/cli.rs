@@ -64,3 +64,42 @@ fn a_reader_that_goes_away_is_no_error() {
     drop(child.stdout.take());
     assert_ne!(child.wait().unwrap().code(), Some(101));
 }
+
+#[test]
+fn every_shell_gets_a_script_with_every_verb() {
+    for shell in ["bash", "zsh", "fish", "powershell"] {
+        let script = Home::new().run(&["completions", shell]);
+        assert_eq!((script.code, script.stderr.as_str()), (Some(0), ""), "{shell}");
+        for word in ["quickstart", "serve", "--max-new-tokens"].map(|word| word.trim_start_matches('-')) {
+            assert!(script.stdout.contains(word), "{shell}: no `{word}`");
+        }
+    }
+    let none = Home::new().run(&["completions", "tcsh"]);
+    assert_eq!(none.code, Some(2));
+    assert!(none.stderr.contains("tcsh") && none.stderr.contains("hint: "), "{}", none.stderr);
+}
+
+#[test]
+fn bash_takes_the_script_and_completes_a_verb() {
+    let home = Home::new();
+    let script = home.write("draftsmith.bash", home.run(&["completions", "bash"]).stdout);
+    let ask = format!(
+        "source '{}'; COMP_WORDS=(draftsmith quick); COMP_CWORD=1; _draftsmith draftsmith quick draftsmith; echo \"${{COMPREPLY[@]}}\"",
+        script.display()
+    );
+    let Ok(answer) = std::process::Command::new("bash").args(["-c", &ask]).output() else { return };
+    assert_eq!(String::from_utf8(answer.stdout).unwrap().trim(), "quickstart");
+}
+
+#[test]
+fn every_verb_has_a_manual_page() {
+    let home = Home::new();
+    let own = home.run(&["man"]);
+    assert_eq!(own.code, Some(0));
+    assert!(own.stdout.contains(".TH draftsmith 1") && own.stdout.contains("Exit codes"));
+    assert_eq!(home.run(&["man", "share/man1"]).code, Some(0));
+    let page = |name: &str| std::fs::read_to_string(home.path().join("share/man1").join(name)).unwrap();
+    assert_eq!(page("draftsmith.1"), own.stdout);
+    assert!(page("draftsmith-serve.1").contains("kv\\-budget"));
+    assert!(page("draftsmith-bench-kernels.1").contains("threads"));
+}

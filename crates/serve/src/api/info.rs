@@ -151,7 +151,7 @@ pub(super) async fn bundle(State(app): State<Arc<App>>) -> Answer {
 }
 
 /// The records by name. Names come from the folders alone, so no request reaches another file.
-fn find_records(app: &App, service: &Service) -> BTreeMap<String, PathBuf> {
+pub(super) fn find_records(app: &App, service: &Service) -> BTreeMap<String, PathBuf> {
     let bundle = service.board.draft().map(|draft| draft.bundle.join("results"));
     let folders = bundle.into_iter().chain(app.options.records.clone());
     let mut records = BTreeMap::new();
@@ -168,7 +168,7 @@ fn find_records(app: &App, service: &Service) -> BTreeMap<String, PathBuf> {
     records
 }
 
-fn read_record(path: &Path) -> Option<Value> {
+pub(super) fn read_record(path: &Path) -> Option<Value> {
     serde_json::from_slice(&atomic::read(path).ok()?).ok()
 }
 
@@ -178,7 +178,7 @@ pub(super) async fn records(State(app): State<Arc<App>>) -> Answer {
         let found = find_records(&shared, service);
         let list = found.iter().filter_map(|(name, path)| {
             let record = read_record(path)?;
-            Some(json!({"name": name, "kind": record["format"], "created": record["created_unix_s"]}))
+            Some(json!({"name": name, "kind": super::records::kind(&record), "created": record["created_unix_s"]}))
         });
         Ok(list.collect())
     };

@@ -6,6 +6,7 @@ mod ask;
 mod error;
 mod fields;
 mod info;
+mod records;
 mod stream;
 
 use std::net::IpAddr;
@@ -26,7 +27,7 @@ use tokio::sync::mpsc::unbounded_channel;
 use crate::auth::client_of;
 use crate::queue::{Client, Job};
 use crate::speech::Speech;
-use crate::{App, Service, random};
+use crate::{App, Service, page, random};
 use ask::{Asked, Form};
 
 pub(crate) use admin::reload;
@@ -54,12 +55,14 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/api/bundle", get(info::bundle))
         .route("/api/records", get(info::records))
         .route("/api/records/{name}", get(info::record))
+        .route("/api/records/{name}/summary", get(records::summary))
         .layer(from_fn_with_state(Arc::clone(&app), know_client));
     Router::new()
         .route("/admin/draft", post(admin::draft))
         .route("/health", get(info::health))
         .route("/metrics", get(info::metrics))
         .merge(guarded)
+        .merge(page::routes())
         .fallback(async |request: Request| ApiError::no_route(request.uri().path()))
         .method_not_allowed_fallback(async |request: Request| {
             ApiError::wrong_method(request.method().as_str(), request.uri().path())

@@ -1,0 +1,51 @@
+// What the server is doing: `/api/state`, asked for as long as the page is seen, and kept for three minutes.
+
+import { get } from "/assets/api.js";
+
+const KEPT_MS = 180_000;
+const listeners = new Set();
+let everyMs = 3000;
+let timer = null;
+
+/** `{ at, state }`, oldest first; `state` is null where the server did not answer. */
+export const history = [];
+/** The error of the last try, or null. */
+export let problem = null;
+
+/** The last state that the server told, or null. */
+export const latest = () => history.findLast((entry) => entry.state)?.state ?? null;
+
+/** Calls `listener` after every try; gives a function that ends that. */
+export function subscribe(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+/** How often to ask. */
+export function setPace(ms) {
+  everyMs = ms;
+  refresh();
+}
+
+/** Asks now. */
+export async function refresh() {
+  clearTimeout(timer);
+  timer = null;
+  const at = Date.now();
+  try {
+    const state = await get("/api/state");
+    problem = null;
+    history.push({ at, state });
+  } catch (error) {
+    problem = error;
+    history.push({ at, state: null });
+  }
+  while (history.length && history[0].at < at - KEPT_MS) history.shift();
+  for (const listener of listeners) listener();
+  if (timer === null && !document.hidden) timer = setTimeout(refresh, everyMs);
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) refresh();
+});
+document.addEventListener("key-changed", refresh);
