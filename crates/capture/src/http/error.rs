@@ -147,11 +147,11 @@ pub enum ServerError {
         /// What was asked for.
         row: String,
         /// The field of the answer.
-        field: String,
+        field: Box<str>,
         /// What it says.
-        found: String,
+        found: Box<str>,
         /// What it should say.
-        wanted: String,
+        wanted: Box<str>,
     },
     /// Its states are those of another layer.
     #[error(

@@ -55,9 +55,9 @@ impl StatesProblem {
             StatesProblem::Field { field, found, wanted } => Failure::Lasting(ServerError::Unexpected {
                 url: url.to_string(),
                 row: row.to_string(),
-                field,
-                found,
-                wanted,
+                field: field.into(),
+                found: found.into(),
+                wanted: wanted.into(),
             }),
         }
     }
