@@ -1,6 +1,6 @@
 //! OpenAI-compatible HTTP over the decode engine, with speculation that can be watched.
 //!
-//! One thread owns the batch ([`worker`](self)); requests reach it through a queue that is fair between clients, and what
+//! One thread owns the batch; requests reach it through a queue that is fair between clients, and what
 //! it commits goes back through a channel per request that never blocks it. A reader that leaves ends its sequence.
 //!
 //! Invariant: neither the draft, nor the load, nor a change of the draft changes the text of an answer.

@@ -56,7 +56,7 @@ pub struct Serve {
     /// Bytes of a request's body.
     #[arg(long, value_name = "BYTES", default_value_t = 4 << 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_body: u32,
-    /// Tokens of an answer when a request of chat does not say.
+    /// Tokens of an answer when the request does not say.
     #[arg(long, value_name = "M", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
     /// Seconds from the arrival of a request to the end of its answer.

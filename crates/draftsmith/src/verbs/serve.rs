@@ -35,7 +35,6 @@ struct Bundles {
 impl Drafts for Bundles {
     fn load(&self, bundle: &Path) -> Result<Loaded, Refused> {
         let refused = |error: Error| Refused { message: error.to_string(), hint: error.hint() };
-        let draft = load_draft(bundle, &self.target, PackMode::Q8).map_err(refused)?;
         if bundle.join(MANIFEST_FILE).is_file() {
             let report = check_with_target(bundle, &self.target.info(), &self.target.target)
                 .map_err(|error| refused(error.into()))?;
@@ -44,6 +43,7 @@ impl Drafts for Bundles {
                 return Err(Refused { message, hint: problem.hint() });
             }
         }
+        let draft = load_draft(bundle, &self.target, PackMode::Q8).map_err(refused)?;
         let engine = with_kept_costs(engine(&self.target, Some(&draft)), &self.places, &self.target, &draft);
         Ok(Loaded { info: info(bundle, &draft), engine })
     }

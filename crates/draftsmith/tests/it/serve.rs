@@ -240,6 +240,21 @@ fn serve_answers_as_generate_does_in_the_words_of_openai() {
 }
 
 #[test]
+fn our_own_server_has_no_gap() {
+    let served = Served::start(Home::new(), &[]);
+    let fixture = |name: &str| repository().join("fixtures/tiny-target").join(name).display().to_string();
+    let (url, target, workload) = (format!("{}/v1", served.url), fixture(""), fixture("eval.jsonl"));
+    for api in ["text", "ids", "chat"] {
+        let args = ["doctor", "serve-gap", &url, "--target", &target, "--workload", &workload, "--api", api];
+        let gap = served
+            .home
+            .run(&[&args[..], &["--limit", "4", "--max-new-tokens", "16", "--json"]].concat())
+            .json();
+        assert_eq!(gap["same"], 4, "{gap}");
+    }
+}
+
+#[test]
 fn a_stream_says_the_same_as_a_whole_answer() {
     let served = Served::start(Home::new(), &[]);
     let seeded = json!({"temperature": 0.9, "seed": 5, "max_tokens": 40});
@@ -265,7 +280,7 @@ fn a_stream_says_the_same_as_a_whole_answer() {
             };
             let said: String = of_choice().filter_map(|c| c["delta"]["content"].as_str()).collect();
             assert_eq!(said, choice["message"]["content"].as_str().unwrap(), "{body}");
-            assert_eq!(of_choice().last().unwrap()["finish_reason"], choice["finish_reason"]);
+            assert_eq!(of_choice().next_back().unwrap()["finish_reason"], choice["finish_reason"]);
             assert_eq!(of_choice().next().unwrap()["delta"]["role"], "assistant");
             let logprobs: Vec<&Value> =
                 of_choice().filter_map(|c| c["logprobs"]["content"].as_array()).flatten().collect();

@@ -48,7 +48,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(info::models))
-        .route("/v1/models/{name}", get(info::model))
+        .route("/v1/models/{*name}", get(info::model))
         .route("/v1/chat/completions/render", post(info::render))
         .route("/tokenize", post(info::tokenize))
         .route("/api/state", get(info::state))
