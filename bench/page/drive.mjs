@@ -1,7 +1,7 @@
 // Drives the page of `draftsmith serve` in a headless Chromium: types, sends, watches the tokens get their colours, stops,
 // switches the draft off, races, opens the bundle and a record; wide and narrow, light and dark.
 //
-//   npm ci && node drive.mjs http://127.0.0.1:8000 [--shots DIR] [--key KEY] [--chromium PATH]
+//   npm install && node drive.mjs http://127.0.0.1:8080 [--shots DIR] [--key KEY] [--chromium PATH]
 //
 // The server needs a bundle. Ends with 1 at the first expectation that does not hold.
 
@@ -17,7 +17,7 @@ const { values: options, positionals } = parseArgs({
 });
 const base = positionals[0];
 if (!base) {
-  console.error("error: no address of a server\nhint: node drive.mjs http://127.0.0.1:8000");
+  console.error("error: no address of a server\nhint: node drive.mjs http://127.0.0.1:8080");
   process.exit(2);
 }
 if (options.shots) mkdirSync(options.shots, { recursive: true });
