@@ -1,7 +1,7 @@
 // Drives the page of `draftsmith serve` in a headless Chromium: types, sends, watches the tokens get their colours, stops,
 // switches the draft off, races, opens the bundle and a record; wide and narrow, light and dark.
 //
-//   npm ci && node drive.mjs http://127.0.0.1:8000 [--shots DIR] [--key KEY] [--chromium PATH]
+//   npm install && node drive.mjs http://127.0.0.1:8080 [--shots DIR] [--key KEY] [--chromium PATH]
 //
 // The server needs a bundle. Ends with 1 at the first expectation that does not hold.
 
@@ -17,7 +17,7 @@ const { values: options, positionals } = parseArgs({
 });
 const base = positionals[0];
 if (!base) {
-  console.error("error: no address of a server\nhint: node drive.mjs http://127.0.0.1:8000");
+  console.error("error: no address of a server\nhint: node drive.mjs http://127.0.0.1:8080");
   process.exit(2);
 }
 if (options.shots) mkdirSync(options.shots, { recursive: true });
@@ -133,15 +133,17 @@ async function errors() {
   await answered();
   expect((await page.$$(".problem")).length === 0, "trying again works");
   await page.getByRole("button", { name: "New chat" }).click();
-  // Markup in an answer stays text.
-  const nasty = "<img src=x onerror=alert(1)><b>bold</b>";
+  // Markup in an answer stays text; tokens that share a character do not break it.
+  const nasty = "<img src=x onerror=alert(1)><b>bold</b> \u{1F30D}!";
+  const tokens = [nasty.slice(0, -3), "\uFFFD", "\uFFFD", "!"].map((text, id) => ({ id, text, origin: id === 1 ? "recovered" : "draft" }));
   await page.route("**/v1/chat/completions", (route) => route.fulfill({ contentType: "text/event-stream", body:
-    `data: ${JSON.stringify({ choices: [{ index: 0, delta: { content: nasty }, finish_reason: "stop" }], draftsmith: { tokens: [{ id: 1, text: nasty, origin: "plain" }] } })}\n\ndata: [DONE]\n\n` }));
+    `data: ${JSON.stringify({ choices: [{ index: 0, delta: { content: nasty }, finish_reason: "stop" }], draftsmith: { tokens } })}\n\ndata: [DONE]\n\n` }));
   await page.getByLabel("Message", { exact: true }).fill("Markup?");
   await page.keyboard.press("Enter");
   await answered();
   expect((await page.$eval(".turn.model .answer", (node) => node.textContent)) === nasty, "markup in an answer stays text");
   expect((await page.$$(".answer img, .answer b")).length === 0, "and makes no elements");
+  expect((await page.$eval(".tok.recovered", (node) => node.textContent)) === "\u{1F30D}", "a character of two tokens is shown whole, with the mark of the first");
   await page.unroute("**/v1/chat/completions");
   await page.getByRole("button", { name: "New chat" }).click();
 }

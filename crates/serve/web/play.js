@@ -118,7 +118,8 @@ export function show(main) {
     reply.node.ariaBusy = "false";
     // A question without an answer is not sent again with the next one.
     if (failed && !answer.text) user.failed = reply.failed = true;
-    foot.replaceChildren(...footer(answer, { end, finish, stopped, failed, matched, words, last }));
+    answer.node.hidden = failed !== null && !answer.text;
+    foot.replaceChildren(...(answer.node.hidden ? [] : footer(answer, { end, finish, stopped, matched, words, last })));
     if (failed) foot.append(problem(failed, answer.text ? null : () => {
       turns.splice(turns.indexOf(user), 2);
       abort = null;

@@ -156,6 +156,7 @@ export function show(main) {
           h("p", { class: equal ? "same" : "differs", id: "equal" }, h("span", { ariaHidden: "true" }, equal ? "✓ " : "✗ "), equalWords))),
       table(["run", "order", "plain tokens/s", "draft tokens/s", "speedup", "accept length", "plain, in all", "draft, in all"], rows, ["r", "", "r", "r", "r", "r", "r", "r"]),
       h("p", { class: "quiet" }, `Decode time per token, without the draft ÷ with it${runs.length > 1 ? `, over ${runs.length} runs` : ""}${plain.byServer ? "; times by the server" : "; times by this browser"}; ${draftWords(draft)}. A race is a glance: `, h("code", {}, "draftsmith bench"), " measures with intervals."));
+    verdict.classList.toggle("slower", speedup < 1 || !equal);
     verdict.hidden = false;
     verdict.scrollIntoView({ block: "nearest" });
     announce(`${num(speedup, 2)} times. ${equalWords}`);

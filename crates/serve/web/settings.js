@@ -73,7 +73,7 @@ export function form({ withNone = true } = {}) {
   return h("div", { class: "settings" },
     h("label", { class: "field" }, h("span", {}, "Drafting"), select),
     chain,
-    number("temperature", "Temperature", 0, 2, 0.1, "0 = always the likeliest token"),
+    number("temperature", "Temperature", 0, 2, 0.1, "0: the likeliest token"),
     number("seed", "Seed", 0, 2 ** 32 - 1, 1, "same seed, same text"),
     number("max_tokens", "Longest answer", 1, 4096, 1, "tokens"));
 }

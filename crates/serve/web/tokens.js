@@ -26,29 +26,32 @@ function marked(token, text) {
   return [blanks, h("span", { class: `tok ${known ? token.origin : ""}`, dataset }, word || text)].filter((part) => part !== "");
 }
 
+/** False for a token that has only a part of a character's bytes. */
+const whole = (token) => !token.text.includes("\uFFFD");
+
 /**
- * The part of the text that each token stands for. Tokens may share a character (its bytes); it then goes to the first of
- * them. Null if tokens and text do not fit.
+ * The part of the text that each token stands for, and where the last one ends: `{ parts, end }`. Tokens may share a
+ * character; it then goes to the first of them. Null if the text does not begin with the tokens.
  */
 function pieces(tokens, text) {
-  const out = [];
-  for (let i = 0, at = 0; ; ) {
-    if (i === tokens.length) return at === text.length ? out : null;
-    const whole = (token) => !token.text.includes("\uFFFD");
-    if (whole(tokens[i]) && text.startsWith(tokens[i].text, at)) {
-      at += tokens[i].text.length;
-      out.push(tokens[i++].text);
+  const parts = [];
+  let end = 0;
+  for (let i = 0; i < tokens.length; ) {
+    if (whole(tokens[i])) {
+      if (!text.startsWith(tokens[i].text, end)) return null;
+      end += tokens[i].text.length;
+      parts.push(tokens[i++].text);
       continue;
     }
-    if (whole(tokens[i])) return null;
     let next = i + 1;
     while (next < tokens.length && !(tokens[next].text && whole(tokens[next]))) next++;
-    const end = next < tokens.length ? text.indexOf(tokens[next].text, at) : text.length;
-    if (end < 0) return null;
-    out.push(text.slice(at, end), ...Array(next - i - 1).fill(""));
-    at = end;
+    const until = next < tokens.length ? text.indexOf(tokens[next].text, end + 1) : text.length;
+    if (until < 0) return null;
+    parts.push(text.slice(end, until), ...Array(next - i - 1).fill(""));
+    end = until;
     i = next;
   }
+  return { parts, end };
 }
 
 /** An answer that grows token by token. */
@@ -58,7 +61,9 @@ export class Answer {
     this.tokens = [];
     this.counts = { draft: 0, recovered: 0, bonus: 0, plain: 0 };
     this.node = h("div", { class: "answer" });
+    // Tokens that are not shown yet, and how much of the text is.
     this.pending = [];
+    this.painted = 0;
     this.frame = null;
     this.firstAt = null;
     this.lastAt = null;
@@ -80,22 +85,27 @@ export class Answer {
     this.frame ??= requestAnimationFrame(() => this.paint());
   }
 
-  paint() {
+  /** Shows the tokens whose text is known; at the end of the answer it is known of all. */
+  paint(atEnd = false) {
     this.frame = null;
-    for (const token of this.pending) this.node.append(...marked(token, token.text));
-    this.pending = [];
     if (!this.tokens.length) this.node.textContent = this.text;
+    let ready = this.pending.length;
+    while (!atEnd && ready && !whole(this.pending[ready - 1])) ready--;
+    const tokens = this.pending.slice(0, ready);
+    const fit = pieces(tokens, this.text.slice(this.painted));
+    if (!fit) return;
+    this.node.append(...tokens.flatMap((token, i) => marked(token, fit.parts[i])));
+    this.painted += fit.end;
+    this.pending.splice(0, ready);
   }
 
   /** Draws what is left. False if tokens and text differ: then the text is shown without colours. */
   finish() {
     if (this.frame !== null) cancelAnimationFrame(this.frame);
-    this.paint();
-    if (!this.tokens.length || this.node.textContent === this.text) return true;
-    const parts = pieces(this.tokens, this.text);
-    if (parts) this.node.replaceChildren(...this.tokens.flatMap((token, i) => marked(token, parts[i])));
-    else this.node.textContent = this.text;
-    return parts !== null;
+    this.paint(true);
+    const matched = this.node.textContent === this.text;
+    if (!matched) this.node.textContent = this.text;
+    return matched;
   }
 
   /** Committed tokens per verify step so far; null before the first. A step ends with a corrected or a bonus token. */
