@@ -7,6 +7,7 @@ mod fake_openai;
 mod generators;
 mod hub;
 mod models;
+mod openai_client;
 mod pip;
 mod regenerate;
 mod rows;
