@@ -10,6 +10,7 @@ mod fake_openai;
 mod generators;
 mod hub;
 mod models;
+mod openai_client;
 mod pip;
 mod regenerate;
 mod rows;

@@ -15,10 +15,10 @@ use crate::support::{Home, repository};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running server and the folder that it calls home.
-struct Served {
+pub(crate) struct Served {
     home: Home,
     child: Child,
-    url: String,
+    pub(crate) url: String,
     model: String,
 }
 
@@ -46,7 +46,7 @@ fn events(text: &str) -> Vec<Value> {
 }
 
 impl Served {
-    fn start(home: Home, more: &[&str]) -> Served {
+    pub(crate) fn start(home: Home, more: &[&str]) -> Served {
         let target = repository().join("fixtures/tiny-target").display().to_string();
         let log = std::fs::File::create(home.path().join("log")).unwrap();
         let mut child = home
