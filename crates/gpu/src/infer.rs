@@ -98,7 +98,7 @@ fn hidden_keys(gpu: &Gpu, mask: &StepMask<'_>) -> Tensor<2, Bool> {
 }
 
 impl Gpu {
-    /// `act(gate) * up`
+    /// `act(gate)`
     pub(crate) fn gate_value(&self, activation: Activation, gate: Tensor<1>) -> Tensor<1> {
         let sigmoid = self.gate_sigmoid(activation, gate.clone());
         gate * sigmoid

@@ -98,11 +98,8 @@ fn narrow(x: &Tensor<4>, range: &std::ops::Range<usize>) -> Tensor<4> {
     x.clone().narrow(2, range.start, range.len())
 }
 
-/// Per row of a loss: KL, `α`, and whether the most likely token is the target's, on the host.
-type RowStats = Vec<f32>;
-
 impl Gpu {
-    /// Logits → their gradient and [`RowStats`] `[N, 3]`; see the CPU implementation for the formulas.
+    /// Logits `[N, V]` → their gradient, and per row KL, `α`, and 1 if the most likely token is the target's: `[N, 3]`.
     fn soft_rows(
         &self,
         z: Tensor<2>,
@@ -168,7 +165,7 @@ impl Gpu {
         if let Some((to, _)) = grads {
             self.keep(to, Tensor::cat(dhidden, 0));
         }
-        let stats: RowStats = self.host(Tensor::cat(stats, 0));
+        let stats = self.host(Tensor::cat(stats, 0));
         let mut sums = SoftSums::default();
         for row in stats.chunks_exact(3) {
             sums.add_row(row[0], row[1], row[2] != 0.0);

@@ -7,7 +7,7 @@ use draftsmith_kernels::testing;
 const BF16: f64 = 2e-2;
 
 fn flex(storage: Storage) -> Gpu {
-    Gpu::open(Accelerator::Flex, GpuOptions { storage }).unwrap()
+    Gpu::new(Accelerator::flex(), GpuOptions { storage })
 }
 
 #[test]

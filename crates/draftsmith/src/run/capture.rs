@@ -9,15 +9,15 @@ use std::time::Instant;
 
 use draftsmith_capture::{CaptureError, CaptureSource, InProcess};
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
-use draftsmith_formats::run::{Precision, Stage};
+use draftsmith_formats::run::Stage;
 use draftsmith_formats::tokens::TokenFile;
-use draftsmith_kernels::Cpu;
 use draftsmith_train::RowStore;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
+use crate::device::Compute;
 use crate::doctor::{free_bytes, human};
 use crate::report::{Report, Unit};
 
@@ -74,7 +74,7 @@ impl Run<'_> {
             bytes: estimate_bytes(
                 summary.tokens,
                 hidden,
-                source.layers().len() as u64,
+                self.layers()?.len() as u64,
                 self.file.capture.dtype,
             ),
             free_bytes: free_bytes(there),
@@ -83,8 +83,12 @@ impl Run<'_> {
         })
     }
 
-    fn capture_source(&self) -> Result<InProcess<Cpu>, Error> {
-        Ok(InProcess::new(self.target()?.target.clone(), self.layers()?))
+    fn capture_source(&self) -> Result<Box<dyn CaptureSource<Error = CaptureError>>, Error> {
+        Ok(match &self.compute {
+            Compute::Cpu => Box::new(InProcess::new(self.target()?.target.clone(), self.layers()?)),
+            #[cfg(feature = "gpu-flex")]
+            Compute::Gpu(gpu) => Box::new(InProcess::new(self.target_on(gpu)?, self.layers()?)),
+        })
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
@@ -92,11 +96,7 @@ impl Run<'_> {
         Ok(CacheSpec {
             target: target.reference.clone(),
             target_sha256: target.sha256.clone(),
-            precision: match self.file.target.precision {
-                Precision::Stored => "stored",
-                Precision::F32 => "f32",
-            }
-            .to_string(),
+            precision: self.arithmetic().to_string(),
             tokenizer_sha256: target.text.tokenizer.content_hash().to_string(),
             template_sha256: target.text.template()?.hash(),
             tokens_sha256: tokens.summary().sha256.clone(),
@@ -181,7 +181,7 @@ fn row_error(number: u64, source: &CaptureError) -> Error {
 /// Rows captured when asked for, rounded as a cache would have rounded them: online and offline training agree.
 struct OnlineStore {
     tokens: TokenFile,
-    source: InProcess<Cpu>,
+    source: Box<dyn CaptureSource<Error = CaptureError>>,
     spec: CacheSpec,
 }
 

@@ -3,6 +3,7 @@
 mod bundles;
 mod cli;
 mod decode;
+mod device;
 mod fake_openai;
 mod generators;
 mod hub;
