@@ -22,6 +22,8 @@ pub struct Doctor {
     pub memory: Memory,
     /// Graphics processors.
     pub gpus: Vec<Gpu>,
+    /// Values of `run.device` that this build can compute on.
+    pub devices: Vec<String>,
     /// Folders we write to or read from.
     pub folders: Vec<Folder>,
     /// The user's Python, needed for `pip:` references only.
@@ -127,6 +129,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         },
         memory: memory(),
         gpus: gpus(),
+        devices: crate::device::devices(),
         folders: vec![
             look_at("runs and results (the current folder)", folder),
             look_at("files unpacked from packages", &places.cache),
@@ -226,11 +229,12 @@ fn findings(doctor: &Doctor, places: &Places) -> Vec<Finding> {
             "only what is in the caches can be used; unset it to pull models",
         );
     }
-    if !doctor.gpus.is_empty() {
+    if !doctor.gpus.is_empty() && !doctor.devices.iter().any(|device| device.starts_with("gpu (")) {
         add(
             Severity::Note,
             format!("a GPU is here ({}), and this build computes on the processor", doctor.gpus[0].name),
-            "nothing to do: every stage works without it",
+            "nothing to do: every stage works without it; `cargo build --release --features gpu` makes a build that \
+             trains on it",
         );
     }
     list

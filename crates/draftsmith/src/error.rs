@@ -94,6 +94,13 @@ errors! {
     Text(draftsmith_text::TextError),
 }
 
+#[cfg(feature = "gpu-flex")]
+impl From<draftsmith_gpu::DeviceError> for Error {
+    fn from(error: draftsmith_gpu::DeviceError) -> Error {
+        Error::Input { message: error.to_string(), hint: error.hint() }
+    }
+}
+
 impl Error {
     /// A rule between inputs that no single library sees.
     pub fn input(message: impl Into<String>, hint: impl Into<String>) -> Error {

@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod costs;
+pub mod device;
 pub mod doctor;
 pub mod engine;
 mod error;

@@ -16,6 +16,7 @@ pub mod quant;
 pub mod reference;
 mod rope;
 mod scratch;
+pub mod testing;
 pub mod train;
 mod weight;
 

@@ -265,7 +265,8 @@ impl<K: TrainKernels> Tape<K> {
         }
     }
 
-    fn release(&mut self, buf: K::Buf) {
+    fn release(&mut self, mut buf: K::Buf) {
+        self.kernels.retire(&mut buf);
         self.pool.put(&self.kernels, buf);
     }
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use draftsmith_capture::{CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
-use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Precision, Stage};
+use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::Cpu;
 use draftsmith_train::RowStore;
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
+use crate::device::Compute;
 use crate::doctor::{free_bytes, human};
 use crate::report::{Report, Unit};
 use crate::server::server_key;
@@ -93,7 +94,11 @@ impl Run<'_> {
     fn capture_source<'n>(&'n self, report: &'n dyn Report) -> Result<Source<'n>, Error> {
         let (target, layers) = (self.target()?.target.clone(), self.layers()?);
         let Some(server) = &self.file.capture.server else {
-            return Ok(Source::InProcess(InProcess::new(target, layers)));
+            return Ok(Source::InProcess(match &self.compute {
+                Compute::Cpu => Box::new(InProcess::new(target, layers)),
+                #[cfg(feature = "gpu-flex")]
+                Compute::Gpu(gpu) => Box::new(InProcess::new(self.target_on(gpu)?, layers)),
+            }));
         };
         let mut key = None;
         for url in server.urls() {
@@ -110,11 +115,7 @@ impl Run<'_> {
         Ok(CacheSpec {
             target: target.reference.clone(),
             target_sha256: target.sha256.clone(),
-            precision: match self.file.target.precision {
-                Precision::Stored => "stored",
-                Precision::F32 => "f32",
-            }
-            .to_string(),
+            precision: self.arithmetic().to_string(),
             tokenizer_sha256: target.text.tokenizer.content_hash().to_string(),
             template_sha256: target.text.template()?.hash(),
             tokens_sha256: tokens.summary().sha256.clone(),
@@ -214,7 +215,7 @@ fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
 
 /// Who computes the states.
 enum Source<'a> {
-    InProcess(InProcess<Cpu>),
+    InProcess(Box<dyn CaptureSource>),
     Remote { capture: Box<RemoteCapture<'a, Cpu>>, server: &'a CaptureServerTable },
 }
 

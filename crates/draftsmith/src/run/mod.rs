@@ -15,20 +15,29 @@ mod train;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+#[cfg(feature = "gpu-flex")]
+use std::sync::Arc;
 use std::sync::Mutex;
 
 use draftsmith_core::{LayerId, default_target_layers};
 use draftsmith_data::SourceSpec;
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::{Hasher, sha256_file};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_formats::run::GpuDtype;
 use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, Stage};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_gpu::Gpu;
 use draftsmith_model::Precision;
+#[cfg(feature = "gpu-flex")]
+use draftsmith_model::Target;
 use serde::Serialize;
 
 pub use capture::Bill;
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
 use crate::Error;
+use crate::device::Compute;
 use crate::engine::{LoadedTarget, TargetOptions, default_threads, locate};
 use crate::pull::{Places, PullError, Reference};
 use crate::report::{Report, Stop, Unit};
@@ -78,6 +87,7 @@ pub struct Run<'a> {
     /// The command that goes on after an interruption.
     resume: String,
     inputs: Inputs,
+    compute: Compute,
     target: OnceCell<LoadedTarget>,
     _lock: RunLock,
 }
@@ -99,11 +109,12 @@ impl<'a> Run<'a> {
     /// A busy folder, inputs that are not there, rules between keys and target.
     pub fn open(file: RunFile, resume: String, env: Env<'a>) -> Result<Run<'a>, Error> {
         check_bundle_keys(&file)?;
+        let compute = Compute::open(&file.run)?;
         let folder = RunFolder::new(file.dir());
         let inputs = Inputs::find(&file, env)?;
         let lock = folder.lock()?;
         atomic::write(folder.run_file(), file.to_toml())?;
-        Ok(Run { file, folder, env, resume, inputs, target: OnceCell::new(), _lock: lock })
+        Ok(Run { file, folder, env, resume, inputs, compute, target: OnceCell::new(), _lock: lock })
     }
 
     /// The folder.
@@ -235,10 +246,7 @@ impl<'a> Run<'a> {
             &TargetOptions {
                 sources: &path,
                 sha256: None,
-                precision: match self.file.target.precision {
-                    RunPrecision::Stored => Precision::Stored,
-                    RunPrecision::F32 => Precision::F32,
-                },
+                precision: self.precision(),
                 threads: self.threads(),
                 template: self.file.data.template.as_deref(),
             },
@@ -258,6 +266,32 @@ impl<'a> Run<'a> {
             ));
         }
         Ok(self.target.get_or_init(|| target))
+    }
+
+    fn precision(&self) -> Precision {
+        match self.file.target.precision {
+            RunPrecision::Stored => Precision::Stored,
+            RunPrecision::F32 => Precision::F32,
+        }
+    }
+
+    /// In which arithmetic the target computes answers and hidden states.
+    fn arithmetic(&self) -> &'static str {
+        match (&self.compute, self.file.target.precision) {
+            (Compute::Cpu, RunPrecision::Stored) => "stored",
+            (Compute::Cpu, RunPrecision::F32) => "f32",
+            #[cfg(feature = "gpu-flex")]
+            (Compute::Gpu(_), _) => match self.file.run.gpu_dtype.unwrap_or_default() {
+                GpuDtype::F32 => "gpu-f32",
+                GpuDtype::Bf16 => "gpu-bf16",
+            },
+        }
+    }
+
+    /// The target once more, on another device.
+    #[cfg(feature = "gpu-flex")]
+    fn target_on(&self, gpu: &Gpu) -> Result<Arc<Target<Gpu>>, Error> {
+        Ok(Arc::new(Target::load(Arc::new(gpu.clone()), &self.inputs.target_path, self.precision())?))
     }
 
     fn threads(&self) -> usize {

@@ -18,8 +18,10 @@ use draftsmith_capture::{
     SamplingMix, regenerate,
 };
 use draftsmith_data::{LocatedRow, Report as DataReport, Row};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::{Precision, Stage};
+use draftsmith_formats::run::Stage;
 use draftsmith_text::MaskOptions;
 use serde_json::{Value, json};
 
@@ -27,6 +29,7 @@ use super::Run;
 use super::answers::{AnswerLine, Answers, Origin, Selection, Wanted};
 use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use crate::Error;
+use crate::device::Compute;
 use crate::engine::engine;
 use crate::report::{Report, Unit};
 use crate::server::server_key;
@@ -53,10 +56,7 @@ impl Run<'_> {
             max_context: self.prompter()?.max_context,
             mix: self.sampling_mix(),
             table,
-            precision: match self.file.target.precision {
-                Precision::Stored => "stored",
-                Precision::F32 => "f32",
-            },
+            precision: self.arithmetic(),
         };
         let (wanted, held) = (wanted(rows, &origin)?, wanted(held, &origin)?);
         atomic::create_dir_all(dir)?;
@@ -177,10 +177,17 @@ impl Run<'_> {
         let prompter = self.prompter()?;
         let batch_size = self.file.regenerate.batch_size as usize;
         let ended = match &self.file.regenerate.server {
-            None => {
-                let engine = engine(self.target()?, None).with_prefix_cache(PREFIX_CACHE_BYTES);
-                run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
-            }
+            None => match &self.compute {
+                Compute::Cpu => {
+                    let engine = engine(self.target()?, None).with_prefix_cache(PREFIX_CACHE_BYTES);
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                }
+                #[cfg(feature = "gpu-flex")]
+                Compute::Gpu(gpu) => {
+                    let engine = Engine::new(self.target_on(gpu)?, None);
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                }
+            },
             Some(server) => {
                 let note = |line: &str| report.note(line);
                 let mut generator = OpenAiGenerator {

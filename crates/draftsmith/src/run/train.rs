@@ -16,7 +16,7 @@ use draftsmith_data::{Row as DataRow, TokenCounts};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
 use draftsmith_formats::run::{Method, Stage};
 use draftsmith_formats::tokens::TokenFile;
-use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_kernels::{Cpu, PackMode, TrainKernels};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_model::{Draft, DraftTensors, TargetTensors};
 use draftsmith_text::Message;
@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use super::Run;
 use super::data::VALIDATION;
 use crate::Error;
+use crate::device::Compute;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids;
 use crate::report::{Report, Stop, Unit};
@@ -44,11 +45,24 @@ struct ValidationPrompt {
 impl Run<'_> {
     pub(super) fn train(&self, dir: &Path, key: &str, report: &dyn Report) -> Result<Value, Error> {
         match self.file.draft.method {
-            Method::Eagle3 => self.train_eagle3(dir, key, report),
+            Method::Eagle3 => match &self.compute {
+                Compute::Cpu => {
+                    let kernels = self.target()?.target.kernels().as_ref().clone();
+                    self.train_eagle3(kernels, dir, key, report)
+                }
+                #[cfg(feature = "gpu-flex")]
+                Compute::Gpu(gpu) => self.train_eagle3(gpu.clone(), dir, key, report),
+            },
         }
     }
 
-    fn train_eagle3(&self, dir: &Path, key: &str, report: &dyn Report) -> Result<Value, Error> {
+    fn train_eagle3<K: TrainKernels>(
+        &self,
+        kernels: K,
+        dir: &Path,
+        key: &str,
+        report: &dyn Report,
+    ) -> Result<Value, Error> {
         let target = self.target()?;
         let tokens = TokenFile::open(self.tokens_path())?;
         let (vocab_map, coverage) = self.vocab_map(&tokens)?;
@@ -62,7 +76,7 @@ impl Run<'_> {
         }
         drop(tokens);
         let prompts = self.validation_prompts()?;
-        let mut method = self.eagle3(vocab_map)?;
+        let mut method = self.eagle3(kernels, vocab_map)?;
         let mut store = self.row_store()?;
         let options = TrainOptions::from_run(&self.file, dir.to_path_buf(), key.to_string());
         let stop = self.env.stop;
@@ -143,7 +157,7 @@ impl Run<'_> {
         Ok((map, coverage))
     }
 
-    fn eagle3(&self, vocab_map: VocabMap) -> Result<Eagle3Train<Cpu>, Error> {
+    fn eagle3<K: TrainKernels>(&self, kernels: K, vocab_map: VocabMap) -> Result<Eagle3Train<K>, Error> {
         let target = self.target()?;
         let t = target.target.config();
         let mut config = draft_config(&self.file.draft, t, vocab_map.draft_vocab())?;
@@ -172,7 +186,7 @@ impl Run<'_> {
         }
         let table = &self.file.train;
         Ok(Eagle3Train::for_target(
-            target.target.kernels().as_ref().clone(),
+            kernels,
             config,
             Eagle3Options::from_table(table),
             vocab_map,

@@ -42,6 +42,7 @@ fn page(doctor: &Doctor) -> String {
     row("memory", format!("{} of {} free{limit}", size(doctor.memory.available), size(doctor.memory.total)));
     let gpus: Vec<&str> = doctor.gpus.iter().map(|g| g.name.as_str()).collect();
     row("gpu", if gpus.is_empty() { "none found".to_string() } else { gpus.join("; ") });
+    row("devices", doctor.devices.join(", "));
     for folder in &doctor.folders {
         let state = match (folder.exists, folder.writable) {
             (true, true) => "",

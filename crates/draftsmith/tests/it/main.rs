@@ -4,6 +4,7 @@ mod bundles;
 mod capture_servers;
 mod cli;
 mod decode;
+mod device;
 mod fake_capture;
 mod fake_http;
 mod fake_openai;

@@ -72,12 +72,50 @@ pub struct RunTable {
     pub seed: u64,
     /// Threads to compute with. Default: all that the machine has. Results do not depend on it.
     pub threads: Option<u32>,
+    /// Where answers, hidden states and training are computed; validation and `bench` stay on the CPU. Default: `cpu`.
+    /// Values of devices agree within rounding, not bit for bit.
+    pub device: Option<Device>,
+    /// How a GPU stores weights of the target and activations. Default: `f32`. Trained weights are `f32` either way.
+    pub gpu_dtype: Option<GpuDtype>,
 }
 
 impl Default for RunTable {
     fn default() -> Self {
-        RunTable { name: "run".to_string(), dir: None, seed: 42, threads: None }
+        RunTable {
+            name: "run".to_string(),
+            dir: None,
+            seed: 42,
+            threads: None,
+            device: None,
+            gpu_dtype: None,
+        }
     }
+}
+
+/// Where the heavy stages compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Device {
+    /// The CPU.
+    #[default]
+    #[serde(rename = "cpu")]
+    Cpu,
+    /// The first GPU; only in builds with the feature `gpu`.
+    #[serde(rename = "gpu")]
+    Gpu,
+    /// The GPU's code on the CPU, slow: for tests of it.
+    #[serde(rename = "gpu:flex")]
+    GpuFlex,
+}
+
+/// How a GPU stores values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GpuDtype {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// 16-bit brain floats: half the memory.
+    Bf16,
 }
 
 /// The model to be made faster.
@@ -760,7 +798,11 @@ impl RunFile {
                 kept.insert(table.to_string(), toml::Value::Table(t));
             }
         };
-        keep("run", &["name", "dir", "threads"]);
+        // Data needs no device, and the CPU is the one that needs no name.
+        match stage == Stage::Data || self.run.device.unwrap_or_default() == Device::Cpu {
+            true => keep("run", &["name", "dir", "threads", "device", "gpu_dtype"]),
+            false => keep("run", &["name", "dir", "threads"]),
+        }
         keep("target", &[]);
         // Strict or not, the rows that come out are the same.
         keep("data", &["strict"]);

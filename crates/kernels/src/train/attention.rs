@@ -27,7 +27,8 @@ pub struct DocSpan {
 }
 
 impl DocSpan {
-    fn end(self) -> usize {
+    /// The slot behind the last.
+    pub fn end(self) -> usize {
         self.start as usize + self.len as usize
     }
 }
@@ -74,10 +75,13 @@ pub struct TttGrads<'a> {
     pub diagonals: Vec<(&'a mut [f32], &'a mut [f32])>,
 }
 
-/// Query rows of one document: `rows` of the query matrix inside `doc`.
-struct DocRows {
-    doc: DocSpan,
-    rows: std::ops::Range<usize>,
+/// Query rows of one document.
+#[derive(Clone, Debug)]
+pub struct DocRows {
+    /// The document.
+    pub doc: DocSpan,
+    /// Its rows of the query matrix.
+    pub rows: std::ops::Range<usize>,
 }
 
 impl TttShape<'_> {
@@ -88,8 +92,11 @@ impl TttShape<'_> {
         self.kv_heads * self.head_dim
     }
 
-    /// Splits the query rows by document and checks the layout.
-    fn by_document(&self, block0_slots: usize) -> Vec<DocRows> {
+    /// Splits the query rows by document, those without rows left out, and checks the layout.
+    ///
+    /// # Panics
+    /// If the layout is not as the fields say, or block 0 has fewer slots than the documents need.
+    pub fn by_document(&self, block0_slots: usize) -> Vec<DocRows> {
         assert!(self.slots.windows(2).all(|w| w[0] < w[1]), "slots ascend");
         let mut row = 0;
         let mut out = Vec::with_capacity(self.docs.len());
@@ -423,188 +430,48 @@ fn block_grad(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::testing::{close, directional, noise};
+    use crate::testing::noise;
 
-    struct Case {
-        docs: Vec<DocSpan>,
-        slots: Vec<u32>,
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        diagonals: usize,
-    }
-
-    impl Case {
-        fn total(&self) -> usize {
-            self.docs.last().unwrap().end()
-        }
-        fn shape(&self) -> TttShape<'_> {
-            let scale = 1.0 / (self.head_dim as f32).sqrt();
-            TttShape {
-                docs: &self.docs,
-                slots: &self.slots,
-                heads: self.heads,
-                kv_heads: self.kv_heads,
-                head_dim: self.head_dim,
-                scale,
-            }
-        }
-        /// Dense attention over `D + 1` blocks with the published flat mask, in double precision.
-        fn dense(&self, q: &[f64], k: &[Vec<f64>], v: &[Vec<f64>]) -> Vec<f64> {
-            let (hd, qw, kvw) = (self.head_dim, self.heads * self.head_dim, self.kv_heads * self.head_dim);
-            let mut out = vec![0.0; self.slots.len() * qw];
-            for (r, slot) in self.slots.iter().enumerate() {
-                let doc = self.docs.iter().find(|d| (d.start..d.start + d.len).contains(slot)).unwrap();
-                for head in 0..self.heads {
-                    let kv = head / (self.heads / self.kv_heads);
-                    let mut seen = Vec::new();
-                    for (block, keys) in k.iter().enumerate() {
-                        // Rows of block 0 are slots of the pack, rows of later blocks are query rows.
-                        let of_block = if block == 0 { self.total() } else { self.slots.len() };
-                        for i in 0..of_block {
-                            let allowed = if block == 0 {
-                                i >= doc.start as usize && i <= *slot as usize
-                            } else {
-                                i == r
-                            };
-                            if allowed {
-                                let z: f64 = (0..hd)
-                                    .map(|c| q[r * qw + head * hd + c] * keys[i * kvw + kv * hd + c])
-                                    .sum();
-                                seen.push((z / (hd as f64).sqrt(), block, i));
-                            }
-                        }
-                    }
-                    let top = seen.iter().map(|s| s.0).fold(f64::MIN, f64::max);
-                    let sum: f64 = seen.iter().map(|s| (s.0 - top).exp()).sum();
-                    for (z, block, i) in seen {
-                        let w = (z - top).exp() / sum;
-                        for c in 0..hd {
-                            out[r * qw + head * hd + c] += w * v[block][i * kvw + kv * hd + c];
-                        }
-                    }
-                }
-            }
-            out
-        }
-    }
-
-    #[track_caller]
-    fn check(case: &Case) {
-        let (qw, kvw) = (case.heads * case.head_dim, case.kv_heads * case.head_dim);
-        let (rows, total) = (case.slots.len(), case.total());
-        let q = noise(1, rows * qw).iter().map(|x| x * 2.0).collect::<Vec<_>>();
-        let of_block = |seed: u64| -> Vec<Vec<f32>> {
-            (0..=case.diagonals)
-                .map(|b| noise(seed + b as u64, if b == 0 { total } else { rows } * kvw))
-                .collect()
-        };
-        let (k, v, dout) = (of_block(20), of_block(40), noise(3, rows * qw));
-        let diagonals: Vec<(&[f32], &[f32])> = (1..=case.diagonals).map(|b| (&k[b][..], &v[b][..])).collect();
-        let x = TttInputs { q: &q, k0: &k[0], v0: &v[0], diagonals: &diagonals };
-        let (mut out, mut lse) = (vec![0.0; rows * qw], vec![0.0; rows * case.heads]);
-        ttt_attention(2, case.shape(), x, &mut out, &mut lse);
-        let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
-        let (wk, wv): (Vec<_>, Vec<_>) =
-            (k.iter().map(|k| wide(k)).collect(), v.iter().map(|v| wide(v)).collect());
-        for (found, wanted) in out.iter().zip(case.dense(&wide(&q), &wk, &wv)) {
-            close(*found, wanted, 2e-6);
-        }
-        let zero = |b: usize| vec![0.0f32; k[b].len()];
-        let mut dq = vec![0.0; rows * qw];
-        let mut dk: Vec<Vec<f32>> = (0..=case.diagonals).map(zero).collect();
-        let mut dv = dk.clone();
-        let run = |threads, dq: &mut [f32], dk: &mut [Vec<f32>], dv: &mut [Vec<f32>]| {
-            let (dk0, dk) = dk.split_first_mut().unwrap();
-            let (dv0, dv) = dv.split_first_mut().unwrap();
-            let diagonals = dk.iter_mut().zip(dv).map(|(k, v)| (&mut k[..], &mut v[..])).collect();
-            let grads = TttGrads { dq, dk0, dv0, diagonals };
-            ttt_attention_grad(threads, case.shape(), x, (&out, &lse), &dout, grads);
-        };
-        run(2, &mut dq, &mut dk, &mut dv);
-        let total_of = |q: &[f64], k: &[Vec<f64>], v: &[Vec<f64>]| -> f64 {
-            case.dense(q, k, v).iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum()
-        };
-        directional(&q, &dq, 1e-4, |q| total_of(q, &wk, &wv));
-        for (block, (k_block, v_block)) in k.iter().zip(&v).enumerate() {
-            let with = |all: &[Vec<f64>], x: &[f64]| {
-                let mut all = all.to_vec();
-                all[block] = x.to_vec();
-                all
-            };
-            directional(k_block, &dk[block], 1e-4, |x| total_of(&wide(&q), &with(&wk, x), &wv));
-            directional(v_block, &dv[block], 1e-4, |x| total_of(&wide(&q), &wk, &with(&wv, x)));
-        }
-        let mut one = (
-            vec![0.0; dq.len()],
-            (0..=case.diagonals).map(zero).collect::<Vec<_>>(),
-            (0..=case.diagonals).map(zero).collect::<Vec<_>>(),
-        );
-        run(1, &mut one.0, &mut one.1, &mut one.2);
-        assert!(one == (dq, dk, dv), "gradients do not depend on the thread count");
-    }
-
-    fn doc(start: u32, len: u32) -> DocSpan {
-        DocSpan { start, len }
-    }
+    const SHAPE: TttShape<'_> = TttShape {
+        docs: &[DocSpan { start: 0, len: 70 }, DocSpan { start: 70, len: 5 }],
+        slots: &[3, 4, 9, 50, 69, 70, 72, 73],
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 4,
+        scale: 0.5,
+    };
 
     #[test]
-    fn merged_attention_equals_the_dense_mask_and_its_gradient_the_difference_quotient() {
-        check(&Case {
-            docs: vec![doc(0, 1)],
-            slots: vec![0],
-            heads: 1,
-            kv_heads: 1,
-            head_dim: 2,
-            diagonals: 0,
-        });
-        check(&Case {
-            docs: vec![doc(0, 9)],
-            slots: (0..9).collect(),
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 6,
-            diagonals: 0,
-        });
-        check(&Case {
-            docs: vec![doc(0, 9)],
-            slots: (0..9).collect(),
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 6,
-            diagonals: 2,
-        });
-        let docs = vec![doc(0, 70), doc(70, 3), doc(80, 90)];
-        let slots = (10..69).chain(85..169).collect();
-        check(&Case { docs, slots, heads: 3, kv_heads: 1, head_dim: 8, diagonals: 3 });
+    fn gradients_do_not_depend_on_the_thread_count() {
+        let (q, dout) = (noise(1, 8 * 8), noise(2, 8 * 8));
+        let (k0, v0) = (noise(3, 75 * 4), noise(4, 75 * 4));
+        let (k1, v1) = (noise(5, 8 * 4), noise(6, 8 * 4));
+        let x = TttInputs { q: &q, k0: &k0, v0: &v0, diagonals: &[(&k1, &v1)] };
+        let run = |threads| {
+            let (mut out, mut lse) = (vec![0.0; 64], vec![0.0; 16]);
+            ttt_attention(threads, SHAPE, x, &mut out, &mut lse);
+            let mut g = [vec![0.0; 64], vec![0.0; 300], vec![0.0; 300], vec![0.0; 32], vec![0.0; 32]];
+            let [dq, dk0, dv0, dk1, dv1] = &mut g;
+            let grads = TttGrads { dq, dk0, dv0, diagonals: vec![(dk1, dv1)] };
+            ttt_attention_grad(threads, SHAPE, x, (&out, &lse), &dout, grads);
+            (out, g)
+        };
+        assert!(run(1) == run(2));
     }
 
     #[test]
     fn documents_do_not_see_each_other() {
-        let case = Case {
-            docs: vec![doc(0, 4), doc(4, 5)],
-            slots: (0..9).collect(),
-            heads: 2,
-            kv_heads: 1,
-            head_dim: 4,
-            diagonals: 0,
-        };
-        let (q, mut k, v) = (noise(1, 9 * 8), noise(2, 9 * 4), noise(3, 9 * 4));
+        let (q, mut k, v) = (noise(1, 8 * 8), noise(2, 75 * 4), noise(3, 75 * 4));
         let run = |k: &[f32]| {
-            let (mut out, mut lse) = (vec![0.0; 72], vec![0.0; 18]);
-            ttt_attention(
-                1,
-                case.shape(),
-                TttInputs { q: &q, k0: k, v0: &v, diagonals: &[] },
-                &mut out,
-                &mut lse,
-            );
+            let (mut out, mut lse) = (vec![0.0; 64], vec![0.0; 16]);
+            ttt_attention(1, SHAPE, TttInputs { q: &q, k0: k, v0: &v, diagonals: &[] }, &mut out, &mut lse);
             out
         };
         let before = run(&k);
-        k[..16].iter_mut().for_each(|k| *k += 1.0);
+        k[..70 * 4].iter_mut().for_each(|k| *k += 1.0);
+        k[..4].iter_mut().for_each(|k| *k -= 3.0);
         let after = run(&k);
-        assert_eq!(before[32..], after[32..]);
-        assert_ne!(before[..32], after[..32]);
+        assert_eq!(before[5 * 8..], after[5 * 8..]);
+        assert_ne!(before[..5 * 8], after[..5 * 8]);
     }
 }

@@ -118,40 +118,7 @@ pub fn matmul_dw_acc(threads: usize, dy: &[f32], x: &[f32], s: LinearShape, dw: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::testing::{close, noise};
-
-    #[test]
-    fn products_equal_the_double_precision_sums() {
-        for (rows, out, inp) in [(1, 1, 1), (7, 5, 3), (65, 33, 96), (130, 257, 64)] {
-            let s = LinearShape { rows, out, inp };
-            let (x, w, dy) = (noise(1, rows * inp), noise(2, out * inp), noise(3, rows * out));
-            let mut y = vec![f32::NAN; rows * out];
-            matmul(2, &x, &w, s, &mut y);
-            let mut dx = noise(4, rows * inp);
-            let before_dx = dx.clone();
-            matmul_dx(2, &dy, &w, s, true, &mut dx);
-            let mut dw = noise(5, out * inp);
-            let before_dw = dw.clone();
-            matmul_dw_acc(2, &dy, &x, s, &mut dw);
-            let f = |v: &[f32], i: usize| f64::from(v[i]);
-            for r in 0..rows {
-                for o in 0..out {
-                    let want: f64 = (0..inp).map(|i| f(&x, r * inp + i) * f(&w, o * inp + i)).sum();
-                    close(y[r * out + o], want, 1e-4);
-                }
-                for i in 0..inp {
-                    let want: f64 = (0..out).map(|o| f(&dy, r * out + o) * f(&w, o * inp + i)).sum();
-                    close(dx[r * inp + i], want + f(&before_dx, r * inp + i), 1e-4);
-                }
-            }
-            for o in 0..out {
-                for i in 0..inp {
-                    let want: f64 = (0..rows).map(|r| f(&dy, r * out + o) * f(&x, r * inp + i)).sum();
-                    close(dw[o * inp + i], want + f(&before_dw, o * inp + i), 1e-4);
-                }
-            }
-        }
-    }
+    use crate::testing::noise;
 
     #[test]
     fn products_do_not_depend_on_the_thread_count() {

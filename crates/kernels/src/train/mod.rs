@@ -2,7 +2,7 @@
 //!
 //! The functions of the submodules work on slices and are the CPU implementation; [`TrainKernels`] is the seam for
 //! other backends. Row counts are explicit and buffers may be longer, so that they can be reused between steps of
-//! different size. Results do not depend on the thread count.
+//! different size; what lies behind the rows of a result is unspecified. Results do not depend on the thread count.
 //!
 //! Shape legend: `R` rows, `I`/`O` input and output features, `S` slots of a pack.
 
@@ -12,8 +12,6 @@ pub mod optim;
 mod par;
 pub mod rowwise;
 pub mod soft_ce;
-#[cfg(test)]
-mod testing;
 
 pub use attention::{DocSpan, TttShape};
 pub use linear::LinearShape;
@@ -50,6 +48,9 @@ pub trait TrainKernels: Kernels {
     fn write(&self, buf: &mut Self::Buf, data: &[f32]);
     /// Zeros the first `len` values.
     fn clear(&self, buf: &mut Self::Buf, len: usize);
+    /// The values are not needed any more; the buffer is, for others of its size. A backend whose buffers are only
+    /// names for memory may give that back.
+    fn retire(&self, _buf: &mut Self::Buf) {}
 
     /// `y[R, O] = x[R, I] · w[O, I]ᵀ`
     fn linear(&self, x: &Self::Buf, w: &Self::Buf, shape: LinearShape, y: &mut Self::Buf);
@@ -364,5 +365,17 @@ impl TrainKernels for crate::Cpu {
     }
     fn sum_squares(&self, x: &Vec<f32>, len: usize) -> f64 {
         optim::sum_squares(self.threads(), &x[..len])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Cpu, testing};
+
+    #[test]
+    fn operations_equal_the_formulas_and_their_gradients_the_difference_quotients() {
+        for threads in [1, 2] {
+            testing::train::all(&Cpu::new(threads), 0.0);
+        }
     }
 }

@@ -70,6 +70,22 @@ pub struct SoftSums {
     pub kl_weight: f64,
 }
 
+impl SoftSums {
+    /// Counts one more row.
+    pub fn add_row(&mut self, kl: f32, alpha: f32, correct: bool) {
+        self.rows += 1;
+        self.kl += f64::from(kl);
+        self.alpha += f64::from(alpha);
+        self.neg_log_alpha -= if alpha > 0.0 { f64::from(alpha).ln() } else { 0.0 };
+        self.correct += u64::from(correct);
+    }
+
+    /// Mean `α` of the rows, 0 for none.
+    pub fn mean_alpha(&self) -> f64 {
+        self.alpha / self.rows.max(1) as f64
+    }
+}
+
 #[derive(Clone, Copy, Default)]
 struct RowStats {
     kl: f32,
@@ -77,13 +93,29 @@ struct RowStats {
     correct: bool,
 }
 
-/// What to leave in the logits of a row.
-#[derive(Clone, Copy)]
-struct RowGrad {
-    kl: f32,
-    /// Factor of `dα / dlogits` (`None`: of `dlog α`).
-    alpha: Option<f32>,
-    log_alpha: f32,
+/// The gradient of the loss of a row, as factors of the gradients it is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RowGrad {
+    /// Factor of `dKL`.
+    pub kl: f32,
+    /// Factor of `dα`; `None`: of `dlog α`, which is `log_alpha`.
+    pub alpha: Option<f32>,
+    /// Factor of `dlog α`.
+    pub log_alpha: f32,
+}
+
+/// Weight of the KL term, and the gradient of a row. `mean_alpha` is the mean over all rows; only
+/// [`SoftLoss::LkLambda`], whose weight depends on it, asks.
+pub fn weigh(loss: SoftLoss, scale: SoftScale, mean_alpha: impl FnOnce() -> f64) -> (f64, RowGrad) {
+    match loss {
+        SoftLoss::Kl => (1.0, RowGrad { kl: scale.kl, alpha: Some(0.0), log_alpha: 0.0 }),
+        SoftLoss::LkAlpha => (0.0, RowGrad { kl: 0.0, alpha: None, log_alpha: -scale.alpha }),
+        SoftLoss::LkLambda { kl_scale, kl_decay } => {
+            let weight = f64::from(kl_scale) * (-f64::from(kl_decay) * mean_alpha()).exp();
+            let w = weight as f32;
+            (weight, RowGrad { kl: w * scale.kl, alpha: Some(-(1.0 - w) * scale.alpha), log_alpha: 0.0 })
+        }
+    }
 }
 
 /// `logits[Vd]` → their gradient.
@@ -170,27 +202,11 @@ pub fn linear_soft_ce(
     grads: Option<(&mut [f32], &mut [f32])>,
 ) -> SoftSums {
     assert_eq!(targets.rows.len(), shape.rows, "one teacher row per loss row");
-    let grad = |kl_weight: f32| match loss {
-        SoftLoss::Kl => RowGrad { kl: scale.kl, alpha: Some(0.0), log_alpha: 0.0 },
-        SoftLoss::LkAlpha => RowGrad { kl: 0.0, alpha: None, log_alpha: -scale.alpha },
-        SoftLoss::LkLambda { .. } => RowGrad {
-            kl: kl_weight * scale.kl,
-            alpha: Some(-(1.0 - kl_weight) * scale.alpha),
-            log_alpha: 0.0,
-        },
-    };
     let chunk = (LOGITS / shape.out.max(1)).max(CHUNK).min(shape.rows);
-    let kl_weight = match loss {
-        SoftLoss::Kl => 1.0,
-        SoftLoss::LkAlpha => 0.0,
-        SoftLoss::LkLambda { kl_scale, kl_decay } => {
-            // The weight depends on the mean over all rows, so their acceptance is computed first.
-            let sums = run(threads, (hidden, head), shape, targets, grad(0.0), chunk, None);
-            let mean = sums.alpha / (sums.rows.max(1)) as f64;
-            f64::from(kl_scale) * (-f64::from(kl_decay) * mean).exp()
-        }
-    };
-    let sums = run(threads, (hidden, head), shape, targets, grad(kl_weight as f32), chunk, grads);
+    let acceptance =
+        || run(threads, (hidden, head), shape, targets, RowGrad::default(), chunk, None).mean_alpha();
+    let (kl_weight, grad) = weigh(loss, scale, acceptance);
+    let sums = run(threads, (hidden, head), shape, targets, grad, chunk, grads);
     SoftSums { kl_weight, ..sums }
 }
 
@@ -205,7 +221,7 @@ fn run(
     mut grads: Option<(&mut [f32], &mut [f32])>,
 ) -> SoftSums {
     let LinearShape { rows, out: vocab, inp: width } = shape;
-    let mut sums = SoftSums { rows: rows as u64, ..SoftSums::default() };
+    let mut sums = SoftSums::default();
     let mut stats = vec![RowStats::default(); chunk];
     with_scratch(chunk * vocab, |logits| {
         for first in (0..rows).step_by(chunk.max(1)) {
@@ -227,12 +243,7 @@ fn run(
                     );
                 }
             });
-            for row in &stats[..n] {
-                sums.kl += f64::from(row.kl);
-                sums.alpha += f64::from(row.alpha);
-                sums.neg_log_alpha -= if row.alpha > 0.0 { f64::from(row.alpha).ln() } else { 0.0 };
-                sums.correct += u64::from(row.correct);
-            }
+            stats[..n].iter().for_each(|row| sums.add_row(row.kl, row.alpha, row.correct));
             if let Some((dhidden, dhead)) = &mut grads {
                 matmul_dx(threads, logits, head, s, false, &mut dhidden[first * width..(first + n) * width]);
                 matmul_dw_acc(threads, logits, x, s, dhead);
@@ -334,157 +345,61 @@ pub fn soft_targets(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::testing::{close, directional, noise};
+    use crate::testing::{close, noise};
 
-    struct Case {
-        rows: usize,
-        vocab: usize,
-        width: usize,
-        full: usize,
-    }
+    const SHAPE: LinearShape = LinearShape { rows: 13, out: 37, inp: 8 };
 
-    /// Loss and sums in double precision. `row` maps `α` and KL of all rows to the total.
-    fn plain(
-        case: &Case,
-        hidden: &[f64],
-        head: &[f64],
-        t: &Teacher,
-        loss: SoftLoss,
-        scale: SoftScale,
-        w: f64,
-    ) -> (f64, SoftSums) {
-        let (mut total, mut sums) =
-            (0.0, SoftSums { rows: case.rows as u64, kl_weight: w, ..SoftSums::default() });
-        for n in 0..case.rows {
-            let z: Vec<f64> = (0..case.vocab)
-                .map(|j| (0..case.width).map(|c| hidden[n * case.width + c] * head[j * case.width + c]).sum())
-                .collect();
-            let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
-            let m = t.rows[n] as usize;
-            let (mut kl, mut alpha) = (0.0, 0.0f64);
-            for (j, z) in z.iter().enumerate() {
-                let p = f64::from(t.p[m * case.vocab + j]);
-                kl -= p * (z - lse);
-                alpha += (z - lse).exp().min(p * f64::from(t.mass[m]));
-            }
-            let best = (0..case.vocab).max_by(|a, b| z[*a].total_cmp(&z[*b])).unwrap();
-            sums.correct += u64::from(best == t.labels[m] as usize);
-            sums.kl += kl;
-            sums.alpha += alpha;
-            sums.neg_log_alpha -= alpha.ln();
-            total += match loss {
-                SoftLoss::Kl => f64::from(scale.kl) * kl,
-                SoftLoss::LkAlpha => -f64::from(scale.alpha) * alpha.ln(),
-                SoftLoss::LkLambda { .. } => {
-                    w * f64::from(scale.kl) * kl + (1.0 - w) * f64::from(scale.alpha) * (1.0 - alpha)
-                }
-            };
-        }
-        (total, sums)
-    }
-
-    struct Teacher {
+    /// What the loss takes, for [`SHAPE`].
+    struct Operands {
+        hidden: Vec<f32>,
+        head: Vec<f32>,
         p: Vec<f32>,
         mass: Vec<f32>,
-        labels: Vec<u32>,
         rows: Vec<u32>,
     }
 
-    fn teacher(case: &Case) -> Teacher {
-        let m = case.rows + 2;
-        let (x, full) = (noise(5, m * case.width), noise(6, case.full * case.width));
-        let ids: Vec<usize> = (0..case.vocab).map(|j| j * case.full / case.vocab).collect();
-        let draft: Vec<f32> =
-            ids.iter().flat_map(|i| full[i * case.width..(i + 1) * case.width].to_vec()).collect();
-        let (argmax, lse) =
-            stream_head(2, (&x, &full), LinearShape { rows: m, out: case.full, inp: case.width });
-        let mut p = vec![0.0; m * case.vocab];
-        let shape = LinearShape { rows: m, out: case.vocab, inp: case.width };
-        let mass = soft_targets(2, (&x, &draft), shape, &lse, &mut p);
-        for r in 0..m {
-            let z: Vec<f64> = (0..case.full)
-                .map(|j| {
-                    (0..case.width)
-                        .map(|c| f64::from(x[r * case.width + c]) * f64::from(full[j * case.width + c]))
-                        .sum()
-                })
-                .collect();
-            let sum: f64 = z.iter().map(|z| z.exp()).sum();
-            close(lse[r], sum.ln(), 1e-6);
-            assert_eq!(argmax[r] as usize, (0..case.full).max_by(|a, b| z[*a].total_cmp(&z[*b])).unwrap());
-            let covered: f64 = ids.iter().map(|i| z[*i].exp()).sum();
-            close(mass[r], covered / sum, 2e-6);
-            for (j, i) in ids.iter().enumerate() {
-                close(p[r * case.vocab + j], z[*i].exp() / covered, 2e-6);
-            }
-        }
-        let labels = (0..m).map(|r| (r % case.vocab) as u32).collect();
-        Teacher { p, mass, labels, rows: (0..case.rows as u32).map(|r| (r * 7 + 1) % m as u32).collect() }
+    fn operands() -> Operands {
+        let LinearShape { rows, out, inp } = SHAPE;
+        let (x, head) = (noise(5, rows * inp), noise(6, out * inp));
+        let mut p = vec![0.0; rows * out];
+        let mass = soft_targets(2, (&x, &head), SHAPE, &vec![5.0; rows], &mut p);
+        let rows = (0..rows as u32).rev().collect();
+        Operands { hidden: noise(1, SHAPE.rows * inp), head: noise(2, out * inp), p, mass, rows }
     }
 
-    #[track_caller]
-    fn check(case: &Case, loss: SoftLoss) {
-        let t = teacher(case);
-        let scale = SoftScale { kl: 0.7, alpha: 1.3 };
-        let (hidden, head) = (noise(1, case.rows * case.width), noise(2, case.vocab * case.width));
-        let shape = LinearShape { rows: case.rows, out: case.vocab, inp: case.width };
-        let targets = SoftTargets { p: &t.p, mass: &t.mass, labels: &t.labels, rows: &t.rows };
-        let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.5; head.len()]);
-        let run = |threads, dhidden: &mut [f32], dhead: &mut [f32]| {
-            linear_soft_ce(threads, (&hidden, &head), shape, targets, loss, scale, Some((dhidden, dhead)))
-        };
-        let sums = run(2, &mut dhidden, &mut dhead);
-        let wide = |v: &[f32]| v.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
-        let (wide_hidden, wide_head) = (wide(&hidden), wide(&head));
-        let (_, want) = plain(case, &wide_hidden, &wide_head, &t, loss, scale, sums.kl_weight);
-        let n = case.rows as f64;
-        close((sums.kl / n) as f32, want.kl / n, 2e-6);
-        close((sums.alpha / n) as f32, want.alpha / n, 2e-6);
-        close((sums.neg_log_alpha / n) as f32, want.neg_log_alpha / n, 2e-6);
-        assert_eq!(sums.correct, want.correct);
-        if let SoftLoss::LkLambda { kl_scale, kl_decay } = loss {
-            close(
-                sums.kl_weight as f32,
-                f64::from(kl_scale) * (-f64::from(kl_decay) * want.alpha / n).exp(),
-                1e-6,
-            );
+    impl Operands {
+        fn targets(&self) -> SoftTargets<'_> {
+            SoftTargets { p: &self.p, mass: &self.mass, labels: &[3; SHAPE.rows], rows: &self.rows }
         }
-        dhead.iter_mut().for_each(|d| *d -= 0.5);
-        let total =
-            |hidden: &[f64], head: &[f64]| plain(case, hidden, head, &t, loss, scale, sums.kl_weight).0;
-        directional(&hidden, &dhidden, 5e-4, |h| total(h, &wide_head));
-        directional(&head, &dhead, 5e-4, |h| total(&wide_hidden, h));
-        let (mut again, mut head_again) = (vec![0.0; hidden.len()], vec![0.5; head.len()]);
-        assert_eq!(run(1, &mut again, &mut head_again), sums);
-        head_again.iter_mut().for_each(|d| *d -= 0.5);
-        assert!(again == dhidden && head_again == dhead, "gradients do not depend on the thread count");
     }
 
     #[test]
-    fn fused_head_and_loss_equal_the_plain_formulas_and_difference_quotients() {
+    fn sums_and_gradients_do_not_depend_on_the_thread_count() {
+        let x = operands();
+        let scale = SoftScale { kl: 0.7, alpha: 1.3 };
         for loss in [SoftLoss::Kl, SoftLoss::LkAlpha, SoftLoss::LkLambda { kl_scale: 1.0, kl_decay: 3.0 }] {
-            check(&Case { rows: 1, vocab: 3, width: 2, full: 5 }, loss);
-            check(&Case { rows: 13, vocab: 37, width: 8, full: 101 }, loss);
+            let run = |threads| {
+                let (mut dhidden, mut dhead) = (vec![f32::NAN; x.hidden.len()], vec![0.5; x.head.len()]);
+                let grads = Some((&mut dhidden[..], &mut dhead[..]));
+                let sums =
+                    linear_soft_ce(threads, (&x.hidden, &x.head), SHAPE, x.targets(), loss, scale, grads);
+                (sums, dhidden, dhead)
+            };
+            assert!(run(1) == run(2), "{loss:?}");
         }
-        // More than one chunk of rows and of vocabulary for the teacher.
-        check(&Case { rows: CHUNK + 9, vocab: 21, width: 4, full: VOCAB_BLOCK + 50 }, SoftLoss::Kl);
     }
 
     #[test]
     fn chunks_of_rows_add_up_to_the_whole() {
-        let case = Case { rows: 13, vocab: 37, width: 8, full: 101 };
-        let t = teacher(&case);
-        let (hidden, head) = (noise(1, case.rows * case.width), noise(2, case.vocab * case.width));
-        let shape = LinearShape { rows: case.rows, out: case.vocab, inp: case.width };
-        let targets = SoftTargets { p: &t.p, mass: &t.mass, labels: &t.labels, rows: &t.rows };
+        let x = operands();
         let grad = RowGrad { kl: 0.7, alpha: Some(0.0), log_alpha: 0.0 };
         let chunked = |chunk| {
-            let (mut dhidden, mut dhead) = (vec![f32::NAN; hidden.len()], vec![0.5; head.len()]);
+            let (mut dhidden, mut dhead) = (vec![f32::NAN; x.hidden.len()], vec![0.5; x.head.len()]);
             let grads = Some((&mut dhidden[..], &mut dhead[..]));
-            let sums = run(2, (&hidden, &head), shape, targets, grad, chunk, grads);
+            let sums = run(2, (&x.hidden, &x.head), SHAPE, x.targets(), grad, chunk, grads);
             (sums, dhidden, dhead)
         };
-        let whole = chunked(case.rows);
+        let whole = chunked(SHAPE.rows);
         for chunk in [1, 5] {
             let parts = chunked(chunk);
             close(parts.0.kl as f32, whole.0.kl, 1e-6);
@@ -493,17 +408,5 @@ mod tests {
                 close(*part, f64::from(*whole), 1e-5);
             }
         }
-    }
-
-    #[test]
-    fn no_rows_have_no_loss_and_no_gradient() {
-        let targets = SoftTargets { p: &[], mass: &[], labels: &[], rows: &[] };
-        let mut dhead = [1.0, 2.0];
-        let shape = LinearShape { rows: 0, out: 2, inp: 1 };
-        let scale = SoftScale { kl: 1.0, alpha: 1.0 };
-        let loss = SoftLoss::LkLambda { kl_scale: 1.0, kl_decay: 1.0 };
-        let sums =
-            linear_soft_ce(1, (&[], &[1.0, 1.0]), shape, targets, loss, scale, Some((&mut [], &mut dhead)));
-        assert_eq!((sums.rows, sums.kl, dhead), (0, 0.0, [1.0, 2.0]));
     }
 }

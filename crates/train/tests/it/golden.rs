@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use draftsmith_core::VocabMap;
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_kernels::Cpu;
+use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
 use draftsmith_kernels::train::SoftLoss;
+use draftsmith_kernels::{Cpu, TrainKernels};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_train::eagle3::TargetSide;
 use draftsmith_train::{
@@ -86,14 +87,13 @@ impl Case {
         }
     }
 
-    fn method(&self, threads: usize) -> Eagle3Train<Cpu> {
+    fn method<K: TrainKernels>(&self, kernels: K) -> Eagle3Train<K> {
         let config = self.config();
         let (embed, head) =
             (self.floats("frozen.embed_tokens.weight"), self.floats("frozen.target_lm_head.weight"));
         let target = TargetSide { embed: &embed, head: Some(&head) };
         let weights = self.weights(&config);
-        Eagle3Train::new(Cpu::new(threads), config, self.options(), self.vocab_map(), &target, &weights)
-            .unwrap()
+        Eagle3Train::new(kernels, config, self.options(), self.vocab_map(), &target, &weights).unwrap()
     }
 
     /// The batch rows as documents of one pack, without their padding.
@@ -157,12 +157,20 @@ impl Errors {
     }
 }
 
+/// Every implementation of the operations must give the recorded numbers.
 #[track_caller]
-fn check(name: &str) -> Errors {
+fn check(name: &str) {
     let case = Case::open(name);
+    check_training(name, &case, Cpu::new(2));
+    check_training(name, &case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    infer::check_recorded(&case, &mut Errors::default());
+}
+
+#[track_caller]
+fn check_training<K: TrainKernels>(name: &str, case: &Case, kernels: K) {
     let config = case.config();
     let (h, vd) = (config.hidden_size, config.draft_vocab_size);
-    let mut method = case.method(2);
+    let mut method = case.method(kernels);
     let pack = case.pack();
     let mut errors = Errors::default();
 
@@ -250,9 +258,6 @@ fn check(name: &str) -> Errors {
         }
     }
     assert!(method.tape().grad_norm() == 0.0, "gradients are cleared by the step");
-
-    infer::check_recorded(&case, &mut errors);
-    errors
 }
 
 #[test]

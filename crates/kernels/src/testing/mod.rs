@@ -1,7 +1,16 @@
-//! What the tests of the training kernels share.
+//! Checks that every implementation of the operations must pass, against double-precision formulas and difference
+//! quotients. They panic where a result is wrong, as tests do.
+//!
+//! `rounding` is the relative error that the storage type of an implementation may add: 0 for f32. A tolerance is what
+//! f32 needs, or that.
+
+pub mod infer;
+pub mod train;
+
+use crate::Kernels;
 
 /// Reproducible values in -1..1.
-pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {
+pub fn noise(seed: u64, len: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
@@ -12,15 +21,17 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {
         .collect()
 }
 
+/// Whether a value is as near as `tolerance`, relative to one and its size.
 #[track_caller]
-pub(crate) fn close(found: f32, wanted: f64, tolerance: f64) {
+pub fn close(found: f32, wanted: f64, tolerance: f64) {
     let error = (f64::from(found) - wanted).abs();
+    // Written so that NaN fails.
     assert!(error <= tolerance * (1.0 + wanted.abs()), "found {found}, wanted {wanted}");
 }
 
 /// Compares `<grad, v>` with the central difference of `f` along three fixed directions `v`.
 #[track_caller]
-pub(crate) fn directional(at: &[f32], grad: &[f32], tolerance: f64, f: impl Fn(&[f64]) -> f64) {
+pub fn directional(at: &[f32], grad: &[f32], tolerance: f64, f: impl Fn(&[f64]) -> f64) {
     for seed in [11, 12, 13] {
         let v = noise(seed, at.len());
         let h = 1e-4;
@@ -35,4 +46,16 @@ pub(crate) fn directional(at: &[f32], grad: &[f32], tolerance: f64, f: impl Fn(&
             "gradient says {found}, difference quotient {wanted}"
         );
     }
+}
+
+/// In double precision.
+pub fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// The first `len` values of a buffer.
+pub fn host<K: Kernels>(kernels: &K, buf: &K::Buf, len: usize) -> Vec<f32> {
+    let mut out = vec![0.0; len];
+    kernels.download(buf, 0, &mut out);
+    out
 }

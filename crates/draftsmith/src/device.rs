@@ -1,0 +1,68 @@
+//! Which implementation of the operations the heavy stages run on.
+
+use draftsmith_formats::run::{Device, RunTable};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
+
+use crate::Error;
+
+/// The device of a run, open.
+#[derive(Clone)]
+pub enum Compute {
+    /// The CPU, with the kernels of the loaded target.
+    Cpu,
+    /// Another device, through burn.
+    #[cfg(feature = "gpu-flex")]
+    Gpu(Gpu),
+}
+
+impl Compute {
+    /// Opens the device that a run file names.
+    ///
+    /// # Errors
+    /// A device that this build or this machine does not have.
+    pub fn open(run: &RunTable) -> Result<Compute, Error> {
+        match run.device.unwrap_or_default() {
+            Device::Cpu if run.gpu_dtype.is_some() => Err(Error::input(
+                "`run.gpu_dtype` is set, but `run.device` is `cpu`",
+                "set `run.device=gpu`, or leave `run.gpu_dtype` out",
+            )),
+            Device::Cpu => Ok(Compute::Cpu),
+            device => Compute::other(device, run),
+        }
+    }
+
+    #[cfg(feature = "gpu-flex")]
+    fn other(device: Device, run: &RunTable) -> Result<Compute, Error> {
+        use draftsmith_formats::run::GpuDtype;
+        let accelerator = match device {
+            Device::Gpu => Accelerator::gpu()?,
+            Device::Cpu | Device::GpuFlex => Accelerator::flex(),
+        };
+        let storage = match run.gpu_dtype.unwrap_or_default() {
+            GpuDtype::F32 => Storage::F32,
+            GpuDtype::Bf16 => Storage::Bf16,
+        };
+        Ok(Compute::Gpu(Gpu::new(accelerator, GpuOptions { storage })))
+    }
+
+    #[cfg(not(feature = "gpu-flex"))]
+    fn other(_: Device, _: &RunTable) -> Result<Compute, Error> {
+        Err(Error::input(
+            "`run.device` asks for a GPU, but this build has no GPU support",
+            "build with `cargo build --release --features gpu`, or set `run.device=cpu`",
+        ))
+    }
+}
+
+/// Values of `run.device` that this build can compute on, GPUs with the name that burn gives them.
+pub fn devices() -> Vec<String> {
+    let cpu = std::iter::once("cpu".to_string());
+    #[cfg(feature = "gpu-flex")]
+    return cpu
+        .chain(Accelerator::gpus().into_iter().map(|gpu| format!("gpu ({})", gpu.name())))
+        .chain(std::iter::once("gpu:flex".to_string()))
+        .collect();
+    #[cfg(not(feature = "gpu-flex"))]
+    cpu.collect()
+}

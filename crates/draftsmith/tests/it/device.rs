@@ -1,0 +1,100 @@
+//! `run.device`: what a build without GPUs says, and the GPU's code on the CPU.
+
+use std::path::Path;
+
+use crate::support::Home;
+
+/// `draftsmith VERB` on the smoke recipe, cut down to seconds.
+fn stage(home: &Home, verb: &str, dir: &Path, more: &[&str]) -> (Option<i32>, String) {
+    let mut args: Vec<String> = vec![verb.into(), "recipes/smoke.toml".into()];
+    args.push(format!("run.dir={}", dir.display()));
+    for text in [
+        "data.sources.0.max_rows=24",
+        "target.precision=f32",
+        "train.max_steps=6",
+        "train.tokens_per_step=512",
+        "train.pack_length=256",
+        "train.log_every=1",
+        "validate.prompts=2",
+        "validate.max_new_tokens=8",
+    ] {
+        args.push(text.into());
+    }
+    args.extend(more.iter().map(|s| s.to_string()));
+    let ended = home.spawn(&args).wait_with_output().unwrap();
+    (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned())
+}
+
+#[test]
+fn a_type_for_a_gpu_is_refused_on_the_cpu() {
+    let home = Home::new();
+    let (code, stderr) = stage(&home, "train", &home.path().join("run"), &["run.gpu_dtype=bf16"]);
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("error: `run.gpu_dtype` is set, but `run.device` is `cpu`\nhint: "), "{stderr}");
+}
+
+#[cfg(not(feature = "gpu-flex"))]
+#[test]
+fn a_build_without_gpus_says_how_to_get_one_with() {
+    let home = Home::new();
+    let dir = home.path().join("run");
+    for device in ["run.device=gpu", "run.device=gpu:flex"] {
+        let (code, stderr) = stage(&home, "train", &dir, &[device]);
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains("but this build has no GPU support\nhint: build with"), "{stderr}");
+        assert!(!dir.exists(), "refused before anything is written");
+    }
+}
+
+#[cfg(feature = "gpu-flex")]
+mod flex {
+    use serde_json::Value;
+
+    use super::*;
+
+    #[track_caller]
+    fn done(home: &Home, verb: &str, dir: &Path, more: &[&str]) {
+        let (code, stderr) = stage(home, verb, dir, more);
+        assert_eq!(code, Some(0), "{stderr}");
+    }
+
+    fn losses(dir: &Path) -> Vec<f64> {
+        let log = std::fs::read_to_string(dir.join("train/log.jsonl")).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line["event"] == "step").map(|line| line["loss"].as_f64().unwrap()).collect()
+    }
+
+    #[test]
+    fn training_and_capture_on_the_gpu_code_give_the_losses_of_the_cpu() {
+        let home = Home::new();
+        let train = |name: &str, more: &[&str]| {
+            let dir = home.path().join(name);
+            done(&home, "train", &dir, &[&["regenerate.enabled=false"], more].concat());
+            losses(&dir)
+        };
+        let cpu = train("cpu", &[]);
+        assert_eq!(cpu.len(), 6);
+        let check = |found: &[f64], tolerance: f64| {
+            assert_eq!(found.len(), cpu.len());
+            for (found, wanted) in found.iter().zip(&cpu) {
+                assert!((found - wanted).abs() < tolerance * wanted, "{found:?}, not {cpu:?}");
+            }
+        };
+        check(&train("f32", &["run.device=gpu:flex"]), 2e-3);
+        // 8 significant bits, in the target's states as in the draft's.
+        check(&train("bf16", &["run.device=gpu:flex", "run.gpu_dtype=bf16"]), 3e-2);
+        check(&train("online", &["run.device=gpu:flex", "capture.mode=online"]), 2e-3);
+    }
+
+    #[test]
+    fn answers_of_the_gpu_code_are_those_of_the_cpu() {
+        let home = Home::new();
+        let greedy = ["regenerate.temperature=0", "regenerate.max_rows=8", "regenerate.max_new_tokens=24"];
+        let tokens = |name: &str, more: &[&str]| {
+            let dir = home.path().join(name);
+            done(&home, "regenerate", &dir, &[&greedy, more].concat());
+            std::fs::read(dir.join("regenerate/train.tokens")).unwrap()
+        };
+        assert!(tokens("cpu", &[]) == tokens("flex", &["run.device=gpu:flex"]));
+    }
+}

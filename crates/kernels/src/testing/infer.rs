@@ -1,0 +1,408 @@
+//! Checks of [`Kernels`].
+//!
+//! Shape legend: `R` rows, `I`/`O` input and output features, `S` slots.
+
+use super::{close, host};
+use crate::{
+    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
+    WeightView, quant, reference,
+};
+
+/// A small deterministic generator; the tests need variety, not quality.
+pub struct Random(pub u64);
+
+impl Random {
+    /// The next number.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        self.bits() as usize % n
+    }
+    /// A number in -1..1.
+    pub fn float(&mut self) -> f32 {
+        (self.bits() as f32 / (1u64 << 31) as f32 - 0.5) * 2.0
+    }
+    /// `n` numbers in -1..1.
+    pub fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+}
+
+/// Every type that a weight can be stored in.
+pub const DTYPES: [WeightDtype; 8] = [
+    WeightDtype::F32,
+    WeightDtype::F16,
+    WeightDtype::Bf16,
+    WeightDtype::Q4_0,
+    WeightDtype::Q4_1,
+    WeightDtype::Q8_0,
+    WeightDtype::Q4K,
+    WeightDtype::Q6K,
+];
+
+/// Random stored bytes of a weight whose scales are small normal numbers.
+pub fn stored(random: &mut Random, dtype: WeightDtype, out: usize, inputs: usize) -> Vec<u8> {
+    let (block, bytes) = dtype.block();
+    let half = |random: &mut Random| half::f16::from_f32(random.float() * 0.1).to_le_bytes();
+    let mut data = Vec::new();
+    for _ in 0..out * inputs / block {
+        let mut b: Vec<u8> = (0..bytes).map(|_| random.bits() as u8).collect();
+        match dtype {
+            WeightDtype::F32 => b = random.float().to_le_bytes().to_vec(),
+            WeightDtype::F16 => b = half::f16::from_f32(random.float()).to_le_bytes().to_vec(),
+            WeightDtype::Bf16 => b = half::bf16::from_f32(random.float()).to_le_bytes().to_vec(),
+            WeightDtype::Q4_0 | WeightDtype::Q8_0 => b[..2].copy_from_slice(&half(random)),
+            WeightDtype::Q4_1 | WeightDtype::Q4K => {
+                b[..2].copy_from_slice(&half(random));
+                b[2..4].copy_from_slice(&half(random));
+            }
+            WeightDtype::Q6K => b[208..].copy_from_slice(&half(random)),
+        }
+        data.extend(b);
+    }
+    data
+}
+
+/// `[R, O]` of one packed weight. Checks that the arg-max without the outputs is that of the outputs.
+#[track_caller]
+pub fn matmul<K: Kernels>(k: &K, x: &[f32], rows: usize, w: &WeightView<'_>, mode: PackMode) -> Vec<f32> {
+    let packed = k.pack("w", w, mode).expect("the weight is complete");
+    let mut y = [k.scratch(rows * w.out_features)];
+    k.matmuls(&k.upload(x), rows, &[(&packed, None)], &mut y);
+    let y = host(k, &y[0], rows * w.out_features);
+    for (row, best) in y.chunks_exact(w.out_features).zip(k.argmax(&k.upload(x), rows, &packed)) {
+        let first = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
+        // Outputs may be stored more coarsely than they are compared.
+        assert!(
+            row[best as usize] == row[first],
+            "{} at {best}, {} at {first}",
+            row[best as usize],
+            row[first]
+        );
+    }
+    y
+}
+
+/// Everything below. `quantised` is the relative error where block types keep their integer products.
+pub fn all<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
+    matmuls(k, rounding, quantised);
+    biases(k, rounding);
+    ties(k);
+    embedding(k, rounding);
+    rowwise(k, rounding);
+    columns(k);
+    attention(k, rounding);
+    compaction(k, rounding);
+    beyond_f16(k);
+}
+
+/// Products are those of the reference.
+pub fn matmuls<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
+    let mut random = Random(2);
+    for dtype in DTYPES {
+        let (inputs, out, rows) = (512, 40, 5);
+        let data = stored(&mut random, dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        let x = random.floats(rows * inputs);
+        let wanted = reference::matmul(&x, rows, &w);
+        let rms = (wanted.iter().map(|v| v * v).sum::<f64>() / wanted.len() as f64).sqrt();
+        let check = |mode: PackMode, tolerance: f64| {
+            let found = matmul(k, &x, rows, &w, mode);
+            let error = (found.iter().zip(&wanted).map(|(f, w)| (f64::from(*f) - w).powi(2)).sum::<f64>()
+                / wanted.len() as f64)
+                .sqrt();
+            assert!(error < tolerance * rms, "{dtype:?} {mode:?}: error {error:e} of {rms:e}");
+        };
+        let float = rounding.max(1e-6);
+        check(PackMode::F32, float);
+        check(PackMode::Stored, if dtype.block().0 == 1 { float } else { quantised });
+        check(PackMode::Q8, quantised);
+    }
+}
+
+/// Several weights of one input, some with a bias.
+pub fn biases<K: Kernels>(k: &K, rounding: f64) {
+    let mut random = Random(22);
+    let (rows, inputs) = (3, 32);
+    let x = random.floats(rows * inputs);
+    let (a, b, bias) = (random.floats(8 * inputs), random.floats(5 * inputs), random.floats(5));
+    let views = [WeightView::f32(&a, 8, inputs), WeightView::f32(&b, 5, inputs)];
+    let packed = views.map(|w| k.pack("w", &w, PackMode::F32).expect("the weight is complete"));
+    let on_device = k.upload(&bias);
+    let mut ys = [k.scratch(rows * 8), k.scratch(rows * 5)];
+    k.matmuls(&k.upload(&x), rows, &[(&packed[0], None), (&packed[1], Some(&on_device))], &mut ys);
+    for (found, want) in host(k, &ys[0], rows * 8).iter().zip(reference::matmul(&x, rows, &views[0])) {
+        close(*found, want, rounding.max(1e-5));
+    }
+    let wanted = reference::matmul(&x, rows, &views[1]);
+    for (i, (found, want)) in host(k, &ys[1], rows * 5).iter().zip(wanted).enumerate() {
+        close(*found, want + f64::from(bias[i % 5]), rounding.max(1e-5));
+    }
+}
+
+/// The lowest of equal outputs wins, and NaN never does.
+pub fn ties<K: Kernels>(k: &K) {
+    let w = [1.0, 3.0, f32::NAN, 3.0, 2.0];
+    let packed = k.pack("w", &WeightView::f32(&w, 5, 1), PackMode::F32).expect("the weight is complete");
+    assert_eq!(k.argmax(&k.upload(&[1.0, -1.0]), 2, &packed), [1, 0]);
+}
+
+/// Rows of a table are its de-quantised rows.
+pub fn embedding<K: Kernels>(k: &K, rounding: f64) {
+    let mut random = Random(3);
+    for dtype in DTYPES {
+        let data = stored(&mut random, dtype, 37, 256);
+        let w = WeightView { dtype, out_features: 37, in_features: 256, data: &data };
+        let table = k.pack("w", &w, PackMode::Stored).expect("the weight is complete");
+        let mut y = k.zeros(3 * 256);
+        k.embed(&table, &[0, 36, 17], 2.0, &mut y);
+        let all = quant::dequantize(&w);
+        for (row, id) in host(k, &y, 3 * 256).chunks_exact(256).zip([0usize, 36, 17]) {
+            for (found, want) in row.iter().zip(&all[id * 256..(id + 1) * 256]) {
+                close(*found, 2.0 * f64::from(*want), rounding);
+            }
+        }
+    }
+}
+
+/// Norms, RoPE, gates and sums are those of the reference.
+pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
+    let mut random = Random(6);
+    for width in [16, 24, 64, 576] {
+        let rows = 7;
+        let (x, weight) = (random.floats(rows * width), random.floats(width));
+        let table = RopeTable::new(width, 10_000.0, &RopeScaling::None);
+        let (on_device, mut y) = (k.upload(&x), k.zeros(x.len()));
+        k.rms_norm(&on_device, &k.upload(&weight), width, 1e-5, &mut y);
+        let normed = host(k, &y, x.len());
+        for (found, want) in normed.iter().zip(reference::rms_norm(&x, &weight, 1e-5)) {
+            close(*found, want, rounding.max(1e-5));
+        }
+        let positions = [0, 1, 5, 100, 1000, 4000, 8000];
+        let mut turned = k.upload(&x);
+        k.rope(&mut turned, 1, &table, &positions);
+        let turned = host(k, &turned, x.len());
+        for (row, position) in positions.into_iter().enumerate() {
+            let wanted = reference::rope(&x[row * width..(row + 1) * width], &table, position);
+            for (found, want) in turned[row * width..].iter().zip(wanted) {
+                close(*found, want, rounding.max(1e-5));
+            }
+        }
+        let mut gate = k.upload(&x);
+        k.gated(Activation::Silu, &mut gate, &y);
+        for ((g, x), u) in host(k, &gate, x.len()).iter().zip(&x).zip(&normed) {
+            let (x, u) = (f64::from(*x), f64::from(*u));
+            close(*g, x / (1.0 + (-x).exp()) * u, rounding.max(1e-5));
+        }
+        let mut sum = k.upload(&x);
+        k.add(&mut sum, &on_device);
+        for (s, x) in host(k, &sum, x.len()).iter().zip(&x) {
+            close(*s, 2.0 * f64::from(*x), rounding);
+        }
+    }
+}
+
+/// Columns and rows go where they should. Small integers: exact in every storage.
+pub fn columns<K: Kernels>(k: &K) {
+    let x = k.upload(&(0..12).map(|i| i as f32).collect::<Vec<_>>()); // [3, 4]
+    let mut y = k.zeros(6);
+    k.slice_cols(&x, 4, 1, 2, 3, &mut y);
+    assert_eq!(host(k, &y, 6), [1.0, 2.0, 5.0, 6.0, 9.0, 10.0]);
+    let mut both = k.zeros(18);
+    k.concat_cols(&[(&y, 2), (&x, 4)], 3, &mut both);
+    assert_eq!(host(k, &both, 18)[6..12], [5.0, 6.0, 4.0, 5.0, 6.0, 7.0]);
+    let mut rows = k.zeros(8);
+    k.gather_rows(&x, 4, &[2, 0], &mut rows);
+    assert_eq!(host(k, &rows, 8), [8.0, 9.0, 10.0, 11.0, 0.0, 1.0, 2.0, 3.0]);
+    let mut part = [0.0; 2];
+    k.download(&x, 5, &mut part);
+    assert_eq!(part, [5.0, 6.0]);
+}
+
+/// A step of attention over a filled cache.
+pub struct AttentionCase {
+    /// Query heads.
+    pub heads: usize,
+    /// Key heads.
+    pub kv_heads: usize,
+    /// Values per head.
+    pub dim: usize,
+    /// Committed slots.
+    pub base: usize,
+    /// See [`StepMask`].
+    pub parents: Vec<Option<u32>>,
+    /// See [`StepMask`].
+    pub window: Option<usize>,
+    /// How keys and values are stored.
+    pub kv_dtype: KvDtype,
+}
+
+impl AttentionCase {
+    /// Chains and trees of all kinds, by number.
+    pub fn numbered(random: &mut Random, i: usize) -> AttentionCase {
+        let kv_heads = 1 + random.below(3);
+        let rows = 1 + random.below(12);
+        let parents = (0..rows)
+            .map(|r| {
+                if i.is_multiple_of(2) { r.checked_sub(1) } else { random.below(r + 1).checked_sub(1) }
+                    .map(|p| p as u32)
+            })
+            .collect();
+        AttentionCase {
+            heads: kv_heads * (1 + random.below(3)),
+            kv_heads,
+            dim: [8, 16, 64, 40][random.below(4)],
+            base: random.below(150),
+            parents,
+            window: i.is_multiple_of(3).then(|| 1 + random.below(60)),
+            kv_dtype: if i % 4 < 2 { KvDtype::F32 } else { KvDtype::F16 },
+        }
+    }
+
+    /// Values of a key or value row.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.dim
+    }
+
+    /// Logit scale.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+
+    /// All uncommitted rows at once.
+    pub fn mask(&self) -> StepMask<'_> {
+        StepMask::step(self.base, &self.parents, self.window, self.scale())
+    }
+
+    /// A cache with the committed slots, from the keys and values of all.
+    pub fn filled<K: Kernels>(&self, kernels: &K, k: &[f32], v: &[f32]) -> K::Kv {
+        let mut kv = kernels.kv_new(self.kv_heads, self.dim, self.kv_dtype);
+        let committed = ..self.base * self.kv_width();
+        append(kernels, &mut kv, self.kv_heads, self.dim, 0, (&k[committed], &v[committed]));
+        kv
+    }
+
+    /// One call: the rows `q` of a mask, with their keys and values.
+    pub fn attend<K: Kernels>(
+        &self,
+        kernels: &K,
+        kv: &mut K::Kv,
+        mask: StepMask<'_>,
+        (q, k, v): (&[f32], &[f32], &[f32]),
+    ) -> Vec<f32> {
+        let mut y = kernels.zeros(q.len());
+        let (bq, bk, bv) = (kernels.upload(q), kernels.upload(k), kernels.upload(v));
+        kernels.attend(&bq, &bk, &bv, self.heads, &mut [Segment { kv, mask }], &mut y);
+        host(kernels, &y, q.len())
+    }
+}
+
+/// Writes keys and values through an attention step whose result is not looked at.
+pub fn append<K: Kernels>(
+    kernels: &K,
+    kv: &mut K::Kv,
+    kv_heads: usize,
+    dim: usize,
+    base: usize,
+    (k, v): (&[f32], &[f32]),
+) {
+    let rows = k.len() / (kv_heads * dim);
+    if rows > 0 {
+        let parents: Vec<Option<u32>> = (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect();
+        let mask = StepMask::step(base, &parents, None, 1.0);
+        let (k, v, mut y) = (kernels.upload(k), kernels.upload(v), kernels.zeros(k.len()));
+        kernels.attend(&k, &k, &v, kv_heads, &mut [Segment { kv, mask }], &mut y);
+    }
+}
+
+/// Attention is that of the reference, at once and in two calls as a draft tree grows; two sequences in one call are
+/// each the sequence alone.
+pub fn attention<K: Kernels>(kernels: &K, rounding: f64) {
+    let mut random = Random(4);
+    for i in 0..60 {
+        let case = AttentionCase::numbered(&mut random, i);
+        let (rows, width, kv_width) = (case.parents.len(), case.heads * case.dim, case.kv_width());
+        let slots = case.base + rows;
+        let (k, v) = (random.floats(slots * kv_width), random.floats(slots * kv_width));
+        let q = random.floats(rows * width);
+        let wanted = reference::attention(&q, case.heads, case.kv_heads, case.dim, &k, &v, &case.mask());
+        // Rounding to f16 moves every value by up to 2^-11 of itself.
+        let tolerance = rounding.max(if case.kv_dtype == KvDtype::F32 { 2e-5 } else { 5e-3 });
+        for first in [0, rows / 2] {
+            let mut kv = case.filled(kernels, &k, &v);
+            let mut found = Vec::new();
+            for (from, to) in [(0, first), (first, rows)].into_iter().filter(|(from, to)| from < to) {
+                let mask = StepMask {
+                    new_rows: to - from,
+                    ..StepMask::step(case.base, &case.parents[..to], case.window, case.scale())
+                };
+                let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
+                let operands = (&q[from * width..to * width], &k[at.clone()], &v[at]);
+                found.extend(case.attend(kernels, &mut kv, mask, operands));
+            }
+            for (found, wanted) in found.iter().zip(&wanted) {
+                close(*found, *wanted, tolerance);
+            }
+        }
+        let (mut one, mut two) = (case.filled(kernels, &k, &v), case.filled(kernels, &k, &v));
+        let tail = case.base * kv_width..;
+        let twice = |x: &[f32]| kernels.upload(&[x, x].concat());
+        let mut y = kernels.zeros(2 * rows * width);
+        let mut segments =
+            [Segment { kv: &mut one, mask: case.mask() }, Segment { kv: &mut two, mask: case.mask() }];
+        kernels.attend(
+            &twice(&q),
+            &twice(&k[tail.clone()]),
+            &twice(&v[tail]),
+            case.heads,
+            &mut segments,
+            &mut y,
+        );
+        for (found, wanted) in host(kernels, &y, 2 * rows * width).iter().zip(wanted.iter().cycle()) {
+            close(*found, *wanted, tolerance);
+        }
+    }
+}
+
+/// Compaction keeps the accepted path and forgets the rest.
+pub fn compaction<K: Kernels>(kernels: &K, rounding: f64) {
+    for kv_dtype in [KvDtype::F32, KvDtype::F16] {
+        let mut random = Random(5);
+        let (heads, kv_heads, dim) = (4, 2, 16);
+        let (k, v) = (random.floats(30 * 32), random.floats(30 * 32));
+        let mut kept = kernels.kv_new(kv_heads, dim, kv_dtype);
+        append(kernels, &mut kept, kv_heads, dim, 0, (&k, &v));
+        kernels.kv_compact(&mut kept, 20, &[21, 24, 29]);
+        let pick = |x: &[f32]| {
+            [&x[..20 * 32], &x[21 * 32..22 * 32], &x[24 * 32..25 * 32], &x[29 * 32..30 * 32]].concat()
+        };
+        let (q, new_k, new_v) = (random.floats(64), random.floats(32), random.floats(32));
+        let all = |x: &[f32], new: &[f32]| [pick(x), new.to_vec()].concat();
+        let mask = StepMask::step(23, &[None], None, 0.25);
+        let wanted =
+            reference::attention(&q, heads, kv_heads, dim, &all(&k, &new_k), &all(&v, &new_v), &mask);
+        let mut y = kernels.zeros(64);
+        let (bq, bk, bv) = (kernels.upload(&q), kernels.upload(&new_k), kernels.upload(&new_v));
+        kernels.attend(&bq, &bk, &bv, heads, &mut [Segment { kv: &mut kept, mask }], &mut y);
+        let tolerance = rounding.max(if kv_dtype == KvDtype::F32 { 2e-5 } else { 5e-3 });
+        for (found, wanted) in host(kernels, &y, 64).iter().zip(&wanted) {
+            close(*found, *wanted, tolerance);
+        }
+    }
+}
+
+/// A number beyond the range of f16 does not spoil the cache.
+pub fn beyond_f16<K: Kernels>(kernels: &K) {
+    let mut kv = kernels.kv_new(1, 16, KvDtype::F16);
+    let k = vec![1e6; 16];
+    append(kernels, &mut kv, 1, 16, 0, (&k, &k));
+    let mut y = kernels.zeros(16);
+    let mask = StepMask::step(1, &[None], None, 1e-6);
+    let (q, k, v) = (kernels.upload(&[-1.0; 16]), kernels.upload(&[-1e6; 16]), kernels.upload(&[0.0; 16]));
+    kernels.attend(&q, &k, &v, 1, &mut [Segment { kv: &mut kv, mask }], &mut y);
+    let y = host(kernels, &y, 16);
+    assert!(y.iter().all(|v| v.is_finite() && *v > 0.0), "{y:?}");
+}
