@@ -136,7 +136,7 @@ impl BenchError {
                 "read it with the draftsmith version that wrote it, or a later one".into()
             }
             BenchError::Record { .. } => {
-                "records are the files that `bench` writes into a `results` folder".into()
+                "records are what `bench --report DIR` writes to DIR; `--json FILE` is their summary".into()
             }
             _ => return None,
         })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use draftsmith_bench::Record;
+use draftsmith_bench::{Record, report_html};
 use draftsmith_bundle::{
     Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE, input_of,
     remake,
@@ -71,23 +71,20 @@ pub fn import_draft(
     Ok(draft.make(input, reference, &target.target)?)
 }
 
-/// Writes a bundle's model card and results anew: from these records (its own if there are none), with the setting that
+/// Writes a bundle's model card, results and report anew: from these records (its own if there are none), with the setting that
 /// measured best.
 ///
 /// # Errors
 /// A folder that is no bundle, a record that is none or was measured with another draft.
 pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -> Result<Made, Error> {
     let mut input = input_of(dir)?;
-    let own;
-    let records = match records {
-        [] => {
-            own = records_of(dir)?;
-            own.as_slice()
-        }
-        given => given,
+    let paths = match records {
+        [] => records_of(dir)?,
+        given => given.to_vec(),
     };
     let weights = sha256_file(dir.join(WEIGHTS_FILE))?;
-    for path in records {
+    let mut read = Vec::new();
+    for path in &paths {
         let text = String::from_utf8_lossy(&atomic::read(path)?).into_owned();
         let record = Record::from_json(&path.display().to_string(), &text)?;
         if record.draft.sha256.as_ref().is_some_and(|found| *found != weights) {
@@ -97,6 +94,11 @@ pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -
             ));
         }
         input.results.push(measured(&record)?);
+        read.push(record);
+    }
+    // With the records that it has, the report that shows them stays, training curve and all.
+    if !records.is_empty() {
+        input.report_html = Some(report_html(&read)?);
     }
     if let Some(recommended) = Recommended::measured(&input.results) {
         input.recommended = recommended;
