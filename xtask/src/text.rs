@@ -47,7 +47,8 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
             continue;
         };
         let lines = text.lines().count();
-        if lines > LINES_MAX {
+        // What the program writes is as long as what was measured.
+        if lines > LINES_MAX && !file.contains("/results/") {
             findings.push(format!("{file}: {lines} lines, at most {LINES_MAX} are allowed"));
         }
         for (n, line) in text.lines().enumerate() {

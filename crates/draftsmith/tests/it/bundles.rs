@@ -184,7 +184,10 @@ fn a_card_is_written_anew_with_the_measured_setting() {
     assert!(readme.contains("--speculative-num-steps 2") && readme.contains("## Measured"), "{readme}");
     assert!(before == std::fs::read(home.path().join("bundle/model.safetensors")).unwrap());
     let report = |path: &str| std::fs::read(home.path().join(path)).unwrap();
-    assert!(report("bundle/results/report.html") == report("m/report.html"), "the report shows other records");
+    assert!(
+        report("bundle/results/report.html") == report("m/report.html"),
+        "the report shows other records"
+    );
     assert_eq!(home.run(&["bundle", "check", "bundle", "--json"]).json()["holds"], true);
     // Once more from its own records: the same.
     let again = home.run(&["bundle", "card", "bundle", "--json"]).json();
