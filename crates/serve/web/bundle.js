@@ -80,6 +80,17 @@ async function content(signal) {
   ].filter(Boolean);
 }
 
+/** Per set the record that saw most positions: the deepest fixed chain, or whatever there is without one. */
+function deepestChains(records) {
+  const depth = ({ record }) => (record.settings.drafting.shape === "chain" ? record.settings.drafting.depth : 0);
+  const sets = new Map();
+  for (const one of records.filter(({ summary }) => summary.accept_rate_at.length)) {
+    const set = one.record.workload.name;
+    if (!sets.has(set) || depth(one) > depth(sets.get(set))) sets.set(set, one);
+  }
+  return [...sets.values()];
+}
+
 function plots(records) {
   const samples = records.reduce((total, { summary }) => total + summary.samples, 0);
   const same = records.reduce((total, { summary }) => total + summary.identical_samples, 0);
@@ -89,7 +100,8 @@ function plots(records) {
   const kind = ({ record }) => (record.settings.drafting.shape === "auto" ? 0 : 1);
   const rows = (value, range) => records.map((one) => ({ label: label(one), value: one.summary[value], interval: one.summary[range], kind: kind(one) }));
   const machines = [...new Set(records.map(({ record }) => `${record.machine.cpu}, ${record.settings.threads} threads`))];
-  const cut = records.some(({ summary }) => summary.accept_rate_at.length > SHOWN_POSITIONS);
+  const deepest = deepestChains(records);
+  const cut = deepest.some(({ summary }) => summary.accept_rate_at.length > SHOWN_POSITIONS);
   return [
     h("div", { class: "tiles" },
       tile("Same text", same === samples ? "yes, every one" : `${num(same)} of ${num(samples)}`, `${num(samples)} answers, token for token as without the draft`),
@@ -98,8 +110,8 @@ function plots(records) {
     doubts(records.flatMap((one) => one.summary.doubts.map((doubt) => named(doubt, one)))),
     intervals("Accept length", "tokens committed per verify step, with 95 % intervals", rows("accept_len", "accept_len_ci95"), { from: 1 }),
     intervals("Speedup", `decode time per token over ${best.summary.speedup_baseline}, with 95 % intervals`, rows("speedup", "speedup_ci95"), { unit: "×", from: 0.5, line: { at: 1, label: "no draft" } }),
-    lines("Accept rate per position", `Guesses accepted ÷ proposals that reached the position${cut ? `; the first ${SHOWN_POSITIONS} positions` : ""}.`,
-      records.map((one) => ({ name: label(one), points: one.summary.accept_rate_at.slice(0, SHOWN_POSITIONS).map((y, i) => [i + 1, y]) })),
+    lines("Accept rate per position", `Guesses accepted ÷ steps that guessed this far, for the deepest chain of each set${cut ? `; the first ${SHOWN_POSITIONS} positions` : ""}.`,
+      deepest.map((one) => ({ name: label(one), points: one.summary.accept_rate_at.slice(0, SHOWN_POSITIONS).map((y, i) => [i + 1, y]) })),
       { xLabel: "position", yFormat: (v) => percent(v, 1), unit: " %", scale: 100 }),
     h("p", { class: "quiet" }, `Measured on ${machines.join("; ")}. Records: `, records.flatMap(({ name }, i) => [i ? ", " : "", h("a", { href: `#/records/${encodeURIComponent(name)}` }, name)]), "."),
   ];

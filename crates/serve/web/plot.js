@@ -2,8 +2,8 @@
 
 import { h, num, s } from "/assets/dom.js";
 
-const SHAPES = ["circle", "square", "triangle", "diamond"];
-const DASHES = [null, "6 4", "2 3", "8 3 2 3"];
+const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "bar"];
+const DASHES = [null, "6 4", "2 3", "8 3 2 3", "12 4", "1 5"];
 
 /** A figure that draws itself anew when its width changes. `draw(width)` gives an SVG. */
 function figure(title, note, draw, after = null) {
@@ -36,6 +36,8 @@ function mark(shape, x, y, kind, tip) {
   if (shape === "square") return s("rect", { ...props, x: x - r + 0.5, y: y - r + 0.5, width: 2 * r - 1, height: 2 * r - 1 });
   if (shape === "triangle") return s("path", { ...props, d: `M${x} ${y - r}L${x + r} ${y + r - 1}H${x - r}Z` });
   if (shape === "diamond") return s("path", { ...props, d: `M${x} ${y - r - 0.5}L${x + r + 0.5} ${y}L${x} ${y + r + 0.5}L${x - r - 0.5} ${y}Z` });
+  if (shape === "cross") return s("path", { ...props, d: `M${x - 1.5} ${y - r}h3v3h3v3h-3v3h-3v-3h-3v-3h3z` });
+  if (shape === "bar") return s("rect", { ...props, x: x - r, y: y - 2, width: 2 * r, height: 4 });
   return s("circle", { ...props, cx: x, cy: y, r });
 }
 
