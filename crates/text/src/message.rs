@@ -160,6 +160,11 @@ impl Message {
         })
     }
 
+    /// The role that a name stands for (`human` is `user`); `None` for a name nobody knows.
+    pub fn role_of(name: &str) -> Option<&'static str> {
+        Speaker::of(name).name()
+    }
+
     /// The message as templates see it. Absent fields are absent, so that `is defined` works.
     pub(crate) fn to_json(&self) -> Value {
         let mut object = Map::new();
