@@ -7,9 +7,10 @@ use draftsmith_text::Message;
 use sha2::{Digest, Sha256};
 
 use crate::decontam::words;
+use crate::row::is_system;
 use crate::rng::Rng;
 use crate::{
-    Conversation, DataError, Decontaminator, DropReason, LocatedRow, ReadOptions, Report, Row, SourceReader,
+    DataError, Decontaminator, DropReason, LocatedRow, ReadOptions, Report, Row, SourceReader,
 };
 
 /// A file and how much of it is taken.
@@ -30,15 +31,16 @@ impl SourceSpec {
     }
 }
 
-/// What makes a row a duplicate of an earlier one. Case, punctuation and white space do not.
+/// What makes a row a duplicate of an earlier one here, before there are token ids: everything that the rendered text
+/// depends on is the same. Rows whose token ids are the same nevertheless are found by [`crate::Preparer`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Dedupe {
     /// Nothing.
     Off,
-    /// The same turns, answers included.
+    /// The same turns, tools and template variables, answers included.
     #[default]
     Conversation,
-    /// The same system and user turns: for prompts whose answers are written anew.
+    /// The same, answers aside: for prompts whose answers are written anew.
     Prompt,
 }
 
@@ -73,7 +75,7 @@ pub struct Loaded {
 /// Reads the files. `progress` gets the rows read so far, now and then.
 ///
 /// # Errors
-/// Those of [`SourceReader`]; in strict mode [`DataError::BadRow`]; [`DataError::NoRows`] if nothing is left.
+/// Those of [`SourceReader`], which speak of a whole file; in strict mode [`DataError::BadRow`]; [`DataError::NoRows`] if nothing is left.
 pub fn load(
     sources: &[SourceSpec],
     options: &LoadOptions,
@@ -96,23 +98,27 @@ pub fn load(
                 Ok(row) => row,
                 Err(problem) if options.strict => return Err(DataError::BadRow { location, problem }),
                 Err(problem) => {
-                    report.drop_row(problem.reason());
+                    let more = reader.notes().rows_lost;
+                    report.rows_read += more;
+                    report.drop_row(problem.reason(), &location, &problem);
+                    report.drop_more(problem.reason(), more);
                     continue;
                 }
             };
+            report.note(reader.notes());
             if let (Row::Conversation(row), Some(system)) = (&mut row, &options.system)
-                && row.messages.first().is_none_or(|m| m.role != "system")
+                && row.messages.first().is_none_or(|m| !is_system(&m.role))
             {
                 row.messages.insert(0, Message::new("system", system.as_str()));
             }
             if let (Some(eval), Row::Conversation(row)) = (&options.decontaminate, &row)
                 && row.messages.iter().any(|m| m.role != "system" && eval.overlaps(&m.content))
             {
-                report.drop_row(DropReason::Contaminated);
+                report.drop_row(DropReason::Contaminated, &location, &"it overlaps with an evaluation set");
                 continue;
             }
             if options.dedupe != Dedupe::Off && !seen.insert(fingerprint(&row, options.dedupe)) {
-                report.drop_row(DropReason::Duplicate);
+                report.drop_row(DropReason::Duplicate, &location, &"an earlier row says the same");
                 continue;
             }
             taken += 1;
@@ -141,7 +147,8 @@ pub fn load(
 }
 
 /// Takes `count` prompts away from the end of the list, for validation; rows with the same prompt go with them, so that
-/// no validation prompt is trained. Each prompt is held back once.
+/// no validation prompt is trained. Each prompt is held back once. Prompts are compared without case and punctuation:
+/// what is nearly a validation prompt shall not be trained either.
 pub fn hold_back(loaded: &mut Loaded, count: usize) -> Vec<LocatedRow> {
     let mut keys = HashSet::new();
     let mut held = Vec::new();
@@ -149,7 +156,7 @@ pub fn hold_back(loaded: &mut Loaded, count: usize) -> Vec<LocatedRow> {
         if held.len() == count {
             break;
         }
-        if keys.insert(fingerprint(&row.row, Dedupe::Prompt)) {
+        if keys.insert(prompt_words(&row.row)) {
             held.push(row.clone());
         }
     }
@@ -158,37 +165,69 @@ pub fn hold_back(loaded: &mut Loaded, count: usize) -> Vec<LocatedRow> {
     held
 }
 
-/// Takes away the rows whose prompt is that of one of `held`, which are for validation.
+/// Takes away the rows whose prompt is that of one of `held`, which are for validation. Those that differ from it in case,
+/// punctuation, tools or other fields are counted under [`DropReason::LikeValidation`].
 pub fn leave_out_prompts(loaded: &mut Loaded, held: &[LocatedRow]) {
-    let key = |row: &LocatedRow| fingerprint(&row.row, Dedupe::Prompt);
-    let keys: HashSet<[u8; 16]> = held.iter().map(key).collect();
-    let before = loaded.rows.len();
-    loaded.rows.retain(|row| !keys.contains(&key(row)));
-    loaded.report.held_back += (before - loaded.rows.len()) as u64;
+    let alike: HashSet<Fingerprint> = held.iter().map(|row| prompt_words(&row.row)).collect();
+    let same: HashSet<Fingerprint> = held.iter().map(|row| fingerprint(&row.row, Dedupe::Prompt)).collect();
+    let report = &mut loaded.report;
+    loaded.rows.retain(|row| {
+        if !alike.contains(&prompt_words(&row.row)) {
+            return true;
+        }
+        if same.contains(&fingerprint(&row.row, Dedupe::Prompt)) {
+            report.held_back += 1;
+        } else {
+            let why = "its prompt is one of validation's but for case, punctuation, tools or other fields";
+            report.drop_row(DropReason::LikeValidation, &row.location, &why);
+        }
+        false
+    });
     loaded.report.rows = loaded.rows.len() as u64;
 }
 
-/// 128 bits of a row's normalised content.
-fn fingerprint(row: &Row, dedupe: Dedupe) -> [u8; 16] {
+/// 128 bits of a hash.
+type Fingerprint = [u8; 16];
+
+/// Of everything that makes a row what it is.
+fn fingerprint(row: &Row, dedupe: Dedupe) -> Fingerprint {
     let mut hasher = Sha256::new();
     match row {
-        Row::Conversation(row) if dedupe == Dedupe::Prompt => add_words(&mut hasher, &row.prompt_text()),
-        Row::Conversation(row) => add_conversation(&mut hasher, row),
-        Row::Tokens(row) => row.ids.iter().for_each(|id| hasher.update(id.to_le_bytes())),
+        Row::Conversation(row) => {
+            hasher.update(row.inputs(dedupe != Dedupe::Prompt).to_string());
+        }
+        Row::Tokens(row) => add_tokens(&mut hasher, &row.ids, &row.loss_mask),
     }
-    let digest = hasher.finalize();
-    digest[..16].try_into().expect("a digest has 32 bytes")
+    finish(hasher)
 }
 
-fn add_conversation(hasher: &mut Sha256, row: &Conversation) {
-    for message in &row.messages {
-        hasher.update(message.role.as_bytes());
-        hasher.update([1]);
-        add_words(hasher, &message.content);
-        for more in [message.reasoning_content.clone(), message.tool_calls.as_ref().map(|c| c.to_string())] {
-            hasher.update([2]);
-            add_words(hasher, &more.unwrap_or_default());
-        }
+/// Of a prompt's words.
+fn prompt_words(row: &Row) -> Fingerprint {
+    let mut hasher = Sha256::new();
+    match row {
+        Row::Conversation(row) => add_words(&mut hasher, &row.prompt_text()),
+        Row::Tokens(row) => add_tokens(&mut hasher, &row.ids, &[]),
+    }
+    finish(hasher)
+}
+
+/// Of token ids and what of them is trained.
+pub(crate) fn token_fingerprint(ids: &[u32], loss_mask: &[bool]) -> Fingerprint {
+    let mut hasher = Sha256::new();
+    add_tokens(&mut hasher, ids, loss_mask);
+    finish(hasher)
+}
+
+fn finish(hasher: Sha256) -> Fingerprint {
+    hasher.finalize()[..16].try_into().expect("a digest has 32 bytes")
+}
+
+fn add_tokens(hasher: &mut Sha256, ids: &[u32], loss_mask: &[bool]) {
+    for id in ids {
+        hasher.update(id.to_le_bytes());
+    }
+    for trained in loss_mask {
+        hasher.update([u8::from(*trained)]);
     }
 }
 

@@ -1,10 +1,18 @@
 //! Rows to token ids and loss mask.
 
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
 use draftsmith_formats::tokens::TokenRow as PreparedRow;
 use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
 
+use crate::error::text_reason;
+use crate::load::token_fingerprint;
+use crate::row::is_trained;
 use crate::{
-    Conversation, DataError, DomainCounts, LocatedRow, Report, Row, RowError, TokenCounts, TokenRow,
+    Change, Conversation, DataError, DomainCounts, DropReason, LocatedRow, Report, Row, RowError, TokenCounts,
+    TokenRow,
 };
 
 /// How rows become tokens.
@@ -18,8 +26,8 @@ pub struct PrepareOptions {
     pub min_trained_tokens: usize,
     /// Vocabulary of the target (rows of its head).
     pub target_vocab: usize,
-    /// Rows without trained tokens, with control tokens in their text, or refused by the template are errors instead of
-    /// being dropped and counted.
+    /// Rows that train nothing, cannot be rendered or hold control tokens in their text are errors instead of being
+    /// dropped and counted.
     pub strict: bool,
 }
 
@@ -32,6 +40,8 @@ pub struct Preparer<'a> {
     report: Report,
     counts: TokenCounts,
     lengths: Vec<u64>,
+    /// Where each row stood first, by its ids; absent if duplicates may pass.
+    seen: Option<HashMap<[u8; 16], (Arc<Path>, u64)>>,
 }
 
 impl<'a> Preparer<'a> {
@@ -44,7 +54,14 @@ impl<'a> Preparer<'a> {
     ) -> Preparer<'a> {
         let counts = TokenCounts::new(options.target_vocab);
         let report = Report { rows: 0, ..report };
-        Preparer { tokenizer, template, options, report, counts, lengths: Vec::new() }
+        Preparer { tokenizer, template, options, report, counts, lengths: Vec::new(), seen: None }
+    }
+
+    /// Drops rows whose token ids (and what of them is trained) occurred before. The copies of a row that a weight above 1
+    /// asks for stay.
+    pub fn without_duplicates(mut self) -> Preparer<'a> {
+        self.seen = Some(HashMap::new());
+        self
     }
 
     /// The rows that one row gives (their ids end in `#turnN` where there are several): usually one, none if it is dropped, several if the template rewrites history.
@@ -56,7 +73,7 @@ impl<'a> Preparer<'a> {
             if this.options.strict {
                 return Err(DataError::BadRow { location: located.location.clone(), problem });
             }
-            this.report.drop_row(problem.reason());
+            this.report.drop_row(problem.reason(), &located.location, &problem);
             Ok(Vec::new())
         };
         let candidates = match &located.row {
@@ -67,7 +84,13 @@ impl<'a> Preparer<'a> {
                 Err(problem) => return drop(self, problem),
             },
             Row::Conversation(row) => match self.mask(row) {
-                Ok(rows) => {
+                Ok(answers) => {
+                    self.report.change(Change::AnswersNotTrained, u64::from(answers.not_trained > 0));
+                    self.report.change(Change::EndWithoutAnswerLeftOut, u64::from(answers.left_out > 0));
+                    let rows = answers.rows;
+                    if rows.is_empty() {
+                        return drop(self, RowError::NothingTrained);
+                    }
                     let split = rows.len() > 1;
                     let name = |masked: &MaskedRow| match masked.turns.first() {
                         Some(turn) if split => format!("{}#turn{}", located.id(), turn.message),
@@ -81,9 +104,13 @@ impl<'a> Preparer<'a> {
                         .collect()
                 }
                 Err(Problem::Row(problem)) => return drop(self, problem),
-                Err(Problem::Text(source)) => {
-                    return Err(DataError::Text { location: located.location.clone(), source });
-                }
+                Err(Problem::Text(source)) => match text_reason(&source) {
+                    Some(reason) if !self.options.strict => {
+                        self.report.drop_row(reason, &located.location, &source);
+                        return Ok(Vec::new());
+                    }
+                    _ => return Err(DataError::Text { location: located.location.clone(), source }),
+                },
             },
         };
         self.report.rows_split += candidates.len().saturating_sub(1) as u64;
@@ -103,6 +130,15 @@ impl<'a> Preparer<'a> {
             if found < wanted {
                 out.extend(drop(self, RowError::TooFewTrainedTokens { found, wanted })?);
                 continue;
+            }
+            if let Some(seen) = &mut self.seen {
+                let place = (Arc::clone(&located.location.path), located.location.number);
+                let first = seen.entry(token_fingerprint(&row.ids, &row.loss_mask)).or_insert_with(|| place.clone());
+                if *first != place {
+                    let why = format!("its token ids are those of line or row {} of `{}`", first.1, file_name(&first.0));
+                    self.report.drop_row(DropReason::Duplicate, &located.location, &why);
+                    continue;
+                }
             }
             self.count(&row);
             out.push(row);
@@ -143,19 +179,18 @@ impl<'a> Preparer<'a> {
         }
     }
 
-    fn mask(&self, row: &Conversation) -> Result<Vec<MaskedRow>, Problem> {
+    fn mask(&self, row: &Conversation) -> Result<MaskedAnswers, Problem> {
         if !row.has_answer() {
             return Err(Problem::Row(RowError::NoAnswer));
         }
         for (at, message) in row.messages.iter().enumerate() {
-            if let Some(id) = self.tokenizer.special_in(&message.content) {
+            let texts = [Some(message.content.as_str()), message.reasoning_content.as_deref()];
+            if let Some(id) = texts.iter().flatten().find_map(|text| self.tokenizer.special_in(text)) {
                 let token = String::from_utf8_lossy(self.tokenizer.token_to_piece(id)).into_owned();
                 return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
             }
         }
-        let options = row.mask_options(&self.options.mask);
-        mask_conversation(self.tokenizer, self.template, &row.messages, &options).map_err(|error| match error
-        {
+        mask_row(self.tokenizer, self.template, row, &self.options.mask).map_err(|error| match error {
             TextError::TemplateRaised { message } => Problem::Row(RowError::TemplateRefused { message }),
             other => Problem::Text(other),
         })
@@ -171,6 +206,52 @@ impl<'a> Preparer<'a> {
         self.report.set_lengths(self.lengths);
         (self.report, self.counts)
     }
+}
+
+/// A conversation as rows, and what of it is in none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MaskedAnswers {
+    /// The rows; none if no answer is trained.
+    pub rows: Vec<MaskedRow>,
+    /// Answers whose message says not to train on them.
+    pub not_trained: usize,
+    /// Messages behind the last answer.
+    pub left_out: usize,
+}
+
+/// Renders, tokenises and masks a conversation. Answers whose message says so (`weight` 0, `train` or `loss` false) are
+/// context alone; rows without another answer are left out.
+///
+/// # Errors
+/// Those of [`mask_conversation`].
+pub fn mask_row(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    row: &Conversation,
+    options: &MaskOptions,
+) -> Result<MaskedAnswers, TextError> {
+    let mut rows = mask_conversation(tokenizer, template, &row.messages, &row.mask_options(options))?;
+    for masked in &mut rows {
+        let (kept, context) = std::mem::take(&mut masked.turns)
+            .into_iter()
+            .partition::<Vec<_>, _>(|turn| is_trained(&row.messages[turn.message]));
+        masked.turns = kept;
+        for turn in context {
+            masked.loss_mask[turn.tokens].fill(false);
+        }
+    }
+    rows.retain(|masked| !masked.turns.is_empty());
+    let answers = row.messages.iter().filter(|m| m.role == "assistant");
+    let last = row.messages.iter().rposition(|m| m.role == "assistant");
+    Ok(MaskedAnswers {
+        rows,
+        not_trained: answers.filter(|m| !is_trained(m)).count(),
+        left_out: last.map_or(0, |last| row.messages.len() - last - 1),
+    })
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// What stops a conversation.

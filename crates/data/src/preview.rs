@@ -1,8 +1,8 @@
 //! A row for the eye: the rendered text with what is trained marked.
 
-use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
+use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer};
 
-use crate::Conversation;
+use crate::{Conversation, RowNotes, mask_row};
 
 /// How trained text is marked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,15 +29,36 @@ pub fn preview_conversation(
     options: &MaskOptions,
     paint: Paint,
 ) -> Result<String, TextError> {
-    let options = conversation.mask_options(options);
-    let rows = mask_conversation(tokenizer, template, &conversation.messages, &options)?;
+    let answers = mask_row(tokenizer, template, conversation, options)?;
+    let rows = answers.rows;
     if rows.is_empty() {
-        let options = options.render.with_generation_prompt(true);
+        let why = if conversation.has_answer() { "no answer is to be trained" } else { "no assistant message" };
+        let options = conversation.mask_options(options).render.with_generation_prompt(true);
         let text = template.render(&conversation.messages, &options)?;
         let tokens = tokenizer.encode(&text, false)?.len();
-        return Ok(format!("{tokens} tokens, 0 trained (no assistant message)\n{}\n", visible(&text)));
+        return Ok(format!("{tokens} tokens, 0 trained ({why})\n{}\n", visible(&text)));
     }
-    Ok(rows.iter().map(|row| preview(row, tokenizer, paint)).collect::<Vec<_>>().join("\n"))
+    let mut out = rows.iter().map(|row| preview(row, tokenizer, paint)).collect::<Vec<_>>().join("\n");
+    if answers.not_trained > 0 {
+        out.push_str(&format!("answers that are not trained, as their message says: {}\n", answers.not_trained));
+    }
+    if answers.left_out > 0 {
+        out.push_str(&format!("messages behind the last answer, left out: {}\n", answers.left_out));
+    }
+    Ok(out)
+}
+
+/// What was changed in a row and which of its keys nobody read, one line each; empty if there is nothing to say.
+pub fn preview_notes(notes: &RowNotes) -> String {
+    let mut out = String::new();
+    if !notes.changes.is_empty() {
+        let names: Vec<&str> = notes.changes.iter().map(|change| change.name()).collect();
+        out.push_str(&format!("changed: {}\n", names.join(", ")));
+    }
+    if !notes.unused_keys.is_empty() {
+        out.push_str(&format!("keys nobody used: {}\n", visible(&notes.unused_keys.join(", "))));
+    }
+    out
 }
 
 /// Shows one row.

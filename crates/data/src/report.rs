@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::DropReason;
+use crate::{Change, DropReason, Location, RowNotes};
+
+/// Names of unused keys that are counted one by one; data sets whose keys are data have more.
+const MAX_KEYS: usize = 64;
 
 /// Counts of one domain.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +57,18 @@ pub struct Report {
     pub cut_inside_turn: u64,
     /// Rows that did not come out, by reason.
     pub dropped: BTreeMap<String, u64>,
+    /// The first row that was dropped for each reason: file, place and what is wrong.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub first_dropped: BTreeMap<String, String>,
+    /// Rows that were changed, by change.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub changed: BTreeMap<String, u64>,
+    /// Rows with a key that held something and that nobody read, by key.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub unused_keys: BTreeMap<String, u64>,
+    /// Rows of the file for validation that did not come out, by reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub validation_dropped: BTreeMap<String, u64>,
     /// Rows that came out, by domain.
     pub domains: BTreeMap<String, DomainCounts>,
     /// Row lengths; absent before tokenisation.
@@ -62,8 +77,46 @@ pub struct Report {
 }
 
 impl Report {
-    pub(crate) fn drop_row(&mut self, reason: DropReason) {
+    /// Counts a row that does not come out; `why` is kept of the first one for each reason.
+    pub(crate) fn drop_row(&mut self, reason: DropReason, location: &Location, why: &dyn std::fmt::Display) {
         *self.dropped.entry(reason.name().to_owned()).or_default() += 1;
+        self.first_dropped.entry(reason.name().to_owned()).or_insert_with(|| {
+            // The name of the file alone: a report does not depend on where it was made.
+            let file = location.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let unit = if location.is_line { "line" } else { "row" };
+            format!("`{file}`, {unit} {}: {why}", location.number)
+        });
+    }
+
+    /// Counts rows that were lost together with one that was counted.
+    pub(crate) fn drop_more(&mut self, reason: DropReason, rows: u64) {
+        if rows > 0 {
+            *self.dropped.entry(reason.name().to_owned()).or_default() += rows;
+        }
+    }
+
+    /// Counts `rows` changed rows.
+    pub fn change(&mut self, change: Change, rows: u64) {
+        if rows > 0 {
+            *self.changed.entry(change.name().to_owned()).or_default() += rows;
+        }
+    }
+
+    /// Counts what was changed in a row, and its keys that nobody read.
+    pub fn note(&mut self, notes: &RowNotes) {
+        for change in &notes.changes {
+            self.change(*change, 1);
+        }
+        for key in &notes.unused_keys {
+            let known = self.unused_keys.contains_key(key) || self.unused_keys.len() < MAX_KEYS;
+            let key = if known { key.as_str() } else { "(other keys)" };
+            *self.unused_keys.entry(key.to_owned()).or_default() += 1;
+        }
+    }
+
+    /// Rows for which a change is counted.
+    pub fn changed_by(&self, change: Change) -> u64 {
+        self.changed.get(change.name()).copied().unwrap_or(0)
     }
 
     /// Rows dropped for a reason.
@@ -106,6 +159,12 @@ impl Report {
         for (reason, count) in &self.dropped {
             line(&format!("  dropped: {reason}"), *count);
         }
+        for (change, count) in &self.changed {
+            line(&format!("  changed: {change}"), *count);
+        }
+        for (reason, count) in &self.validation_dropped {
+            line(&format!("  of validation: {reason}"), *count);
+        }
         line("rows", self.rows);
         line("tokens", self.tokens);
         line("trained tokens", self.trained_tokens);
@@ -114,6 +173,14 @@ impl Report {
         if let Some(lengths) = &self.lengths {
             let values = format!("{} / {} / {}", lengths.p50, lengths.p95, lengths.max);
             out.push_str(&format!("{:<28} {values:>12}\n", "row length p50 / p95 / max"));
+        }
+        if !self.unused_keys.is_empty() {
+            let keys: Vec<String> =
+                self.unused_keys.iter().map(|(key, count)| format!("{} ({})", key.escape_debug(), grouped(*count))).collect();
+            out.push_str(&format!("keys nobody used: {}\n", keys.join(", ")));
+        }
+        for (reason, first) in &self.first_dropped {
+            out.push_str(&format!("first {reason}: {first}\n"));
         }
         if !self.domains.is_empty() {
             out.push_str(&format!(
@@ -163,7 +230,16 @@ mod tests {
     fn the_report_goes_through_json_and_prints() {
         let mut report =
             Report { rows_read: 1500, rows: 2, tokens: 30, trained_tokens: 12, ..Report::default() };
-        report.drop_row(DropReason::Empty);
+        let location = Location { path: std::path::Path::new("x/a.jsonl").into(), number: 7, is_line: true };
+        report.drop_row(DropReason::Empty, &location, &"the conversation is empty");
+        report.drop_row(DropReason::Empty, &location, &"another");
+        report.change(Change::BlankSystemLeftOut, 2);
+        let mut notes = RowNotes { unused_keys: vec!["rejected".into(), "score".into()], ..RowNotes::default() };
+        report.note(&notes);
+        notes.unused_keys = (0..100).map(|i| format!("k{i}")).collect();
+        report.note(&notes);
+        assert_eq!((report.unused_keys.len(), report.unused_keys["(other keys)"]), (MAX_KEYS + 1, 38));
+        report.unused_keys.retain(|key, _| !key.starts_with(['k', '(']));
         report.domains.insert("math".into(), DomainCounts { rows: 2, tokens: 30, trained_tokens: 12 });
         report.set_lengths(vec![10, 20]);
         assert_eq!(report.lengths, Some(Lengths { p50: 10, p95: 20, max: 20 }));
@@ -171,7 +247,14 @@ mod tests {
         assert_eq!(serde_json::from_str::<Report>(&json).expect("a report"), report);
         let table = report.table();
         assert!(table.contains("rows read                           1,500"), "{table}");
-        assert!(table.contains("  dropped: empty"), "{table}");
+        for words in [
+            "  dropped: empty                       2\n",
+            "  changed: blank_system_left_out            2\n",
+            "keys nobody used: rejected (1), score (1)\n",
+            "first empty: `a.jsonl`, line 7: the conversation is empty\n",
+        ] {
+            assert!(table.contains(words), "{words}{table}");
+        }
         assert!(
             table.contains("math                              2  100.0%           30           12"),
             "{table}"

@@ -1,12 +1,11 @@
 //! One row of a data set, in any of the shapes that data sets have.
 
 use draftsmith_text::{MaskOptions, Message};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use crate::{Location, RowError};
-
-/// Conversations with more messages are refused; the longest known data sets stay far below.
-const MAX_MESSAGES: usize = 10_000;
+use crate::json::{self, Repairs};
+use crate::notes::{Change, Fields, RowNotes, holds_something, names};
+use crate::{Location, RowError, shape};
 
 /// A conversation, with or without answers.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -46,11 +45,18 @@ impl Conversation {
         options
     }
 
-    /// The text that makes two rows the same prompt: user and system turns.
+    /// The words that make two prompts alike: user, system and tool turns.
     pub(crate) fn prompt_text(&self) -> String {
         let turns: Vec<&str> =
             self.messages.iter().filter(|m| m.role != "assistant").map(|m| m.content.as_str()).collect();
         turns.join("\n")
+    }
+
+    /// Everything that the rendered conversation (or, without its answers, the rendered prompts) depends on.
+    pub(crate) fn inputs(&self, with_answers: bool) -> Value {
+        let messages: Vec<&Message> =
+            self.messages.iter().filter(|m| with_answers || m.role != "assistant").collect();
+        json!([messages, self.tools, self.kwargs, with_answers && self.last_answer_cut])
     }
 }
 
@@ -122,158 +128,185 @@ impl LocatedRow {
     }
 }
 
-/// Reads one line of JSON: `messages`, ShareGPT `conversations`, `turns`, `prompt` (with or without an answer),
-/// `instruction`/`output`, `question`/`answer`, or pre-tokenised `input_ids` and `loss_mask`. The conversation is
-/// checked: order of roles, blank messages.
+/// Reads one line of JSON in any of the shapes that docs/DATA.md lists, or pre-tokenised `input_ids` with `loss_mask` or
+/// `labels`. The conversation is checked: order of roles, blank messages.
 ///
 /// # Errors
 /// [`RowError`]; never panics.
 pub fn parse_conversation_line(line: &[u8]) -> Result<Row, RowError> {
-    let value: Value = serde_json::from_slice(line)
-        .map_err(|e| RowError::BrokenJson { column: e.column(), detail: json_detail(&e) })?;
-    parse_row(&value)
+    parse_line(line, &mut RowNotes::default())
 }
 
-/// What the parser said, without the place, which the error names itself.
-pub(crate) fn json_detail(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    text.rsplit_once(" at line ").map_or(text.clone(), |(detail, _)| detail.to_owned())
+/// [`parse_conversation_line`], and what to know about the row.
+pub(crate) fn parse_line(line: &[u8], notes: &mut RowNotes) -> Result<Row, RowError> {
+    // Files that were put together may have a mark of UTF-8 in their middle.
+    let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line).trim_ascii_end();
+    let (value, repairs) = json::parse(line)?;
+    parse_row(&value, &repairs, notes)
 }
 
-pub(crate) fn parse_row(value: &Value) -> Result<Row, RowError> {
+pub(crate) fn parse_row(value: &Value, repairs: &Repairs, notes: &mut RowNotes) -> Result<Row, RowError> {
     let object = value.as_object().ok_or(RowError::NotAnObject)?;
-    if present(object, "input_ids") {
-        return tokens(object).map(Row::Tokens);
+    let fields = Fields::new(object);
+    let row = match fields.peek("input_ids") {
+        Some(_) => tokens(&fields).map(Row::Tokens),
+        None => conversation(&fields, notes).map(Row::Conversation),
+    }?;
+    if repairs.not_finite.iter().any(|key| fields.concerns(key)) {
+        notes.changes.insert(Change::NotFiniteAsNull);
     }
+    if repairs.surrogates.iter().any(|key| fields.concerns(key)) {
+        notes.changes.insert(Change::SurrogateReplaced);
+    }
+    notes.unused_keys.extend(fields.unused());
+    Ok(row)
+}
+
+fn conversation(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Conversation, RowError> {
     let mut row = Conversation {
-        id: id_of(object),
-        domain: text(object, "domain").or_else(|| text(object, "category")),
-        source: text(object, "source"),
-        license: text(object, "license"),
-        last_answer_cut: object.get("finish_reason").and_then(Value::as_str) == Some("length"),
+        id: id_of(fields),
+        domain: domain_of(fields),
+        source: fields.text("source").map(str::to_owned),
+        license: fields.text("license").map(str::to_owned),
+        last_answer_cut: was_cut(fields),
+        tools: tools(fields, notes)?,
         ..Conversation::default()
     };
-    if let Some(tools) = object.get("tools").filter(|t| !t.is_null()) {
-        row.tools = match tools {
-            // Data sets in columns store nested schemas as text.
-            Value::String(text) if text.trim().is_empty() => None,
-            Value::String(text) => Some(serde_json::from_str(text).map_err(|_| RowError::WrongType {
-                field: "tools",
-                wanted: "a list, or JSON in a string",
-            })?),
-            Value::Array(list) if list.is_empty() => None,
-            Value::Array(_) => Some(tools.clone()),
-            _ => return Err(RowError::WrongType { field: "tools", wanted: "a list, or JSON in a string" }),
+    if let Some(kwargs) = fields.take("chat_template_kwargs") {
+        let wrong = RowError::WrongType { field: "chat_template_kwargs", wanted: "an object" };
+        row.kwargs = match kwargs {
+            Value::String(text) if text.trim().is_empty() => Map::new(),
+            // Data sets in columns store objects as text.
+            Value::String(text) => serde_json::from_str(text).map_err(|_| wrong)?,
+            other => other.as_object().cloned().ok_or(wrong)?,
         };
     }
-    if let Some(kwargs) = object.get("chat_template_kwargs").filter(|k| !k.is_null()) {
-        let wrong = RowError::WrongType { field: "chat_template_kwargs", wanted: "an object" };
-        row.kwargs = kwargs.as_object().cloned().ok_or(wrong)?;
+    row.messages = shape::messages(fields, notes)?;
+    let is_blank_system = |m: &Message| {
+        is_system(&m.role) && m.content.trim().is_empty() && m.name.is_none() && !m.extra.values().any(holds_something)
+    };
+    let before = row.messages.len();
+    row.messages.retain(|m| !is_blank_system(m));
+    if row.messages.len() < before {
+        notes.changes.insert(Change::BlankSystemLeftOut);
     }
-    row.messages = messages(object)?;
-    let has_system = row.messages.first().is_some_and(|m| m.role == "system");
-    if let (Some(system), false) = (text(object, "system"), has_system)
-        && !system.trim().is_empty()
-    {
-        row.messages.insert(0, Message::new("system", system));
+    for key in ["system", "system_prompt", "system_message"] {
+        let system = match fields.peek(key) {
+            None => continue,
+            Some(Value::String(system)) if !system.trim().is_empty() => system,
+            Some(Value::String(_)) => {
+                fields.mark(key);
+                continue;
+            }
+            Some(_) => return Err(RowError::WrongType { field: key, wanted: "a string" }),
+        };
+        match row.messages.first().filter(|m| is_system(&m.role)) {
+            None => {
+                row.messages.insert(0, Message::new("system", system.as_str()));
+                fields.mark(key);
+            }
+            // Said twice, used once; another text stays unused and is counted.
+            Some(first) if first.content.trim() == system.trim() => fields.mark(key),
+            Some(_) => {}
+        }
     }
     check(&row.messages)?;
-    Ok(Row::Conversation(row))
+    Ok(row)
 }
 
-fn present(object: &Map<String, Value>, key: &str) -> bool {
-    object.get(key).is_some_and(|v| !v.is_null())
+/// True for the roles that speak before a user does.
+pub(crate) fn is_system(role: &str) -> bool {
+    matches!(role, "system" | "developer")
 }
 
-fn text(object: &Map<String, Value>, key: &str) -> Option<String> {
-    object.get(key).and_then(Value::as_str).map(str::to_owned)
-}
-
-fn id_of(object: &Map<String, Value>) -> Option<String> {
-    ["id", "prompt_id", "uuid", "question_id"].iter().find_map(|key| match object.get(*key) {
-        Some(Value::String(id)) if !id.is_empty() => Some(id.clone()),
-        Some(Value::Number(id)) => Some(id.to_string()),
-        _ => None,
+fn id_of(fields: &Fields<'_>) -> Option<String> {
+    let keys = ["id", "prompt_id", "uuid", "question_id", "conversation_id", "conversation_hash"];
+    keys.iter().find_map(|key| {
+        let id = match fields.peek(key) {
+            Some(Value::String(id)) if !id.is_empty() => id.clone(),
+            Some(Value::Number(id)) => id.to_string(),
+            _ => return None,
+        };
+        fields.mark(key);
+        Some(id)
     })
 }
 
-fn messages(object: &Map<String, Value>) -> Result<Vec<Message>, RowError> {
-    for field in ["messages", "conversations", "conversation"] {
-        if present(object, field) {
-            return list(&object[field], field);
-        }
-    }
-    if present(object, "turns") {
-        let wrong = RowError::WrongType { field: "turns", wanted: "a list of strings" };
-        let turns = object["turns"].as_array().ok_or_else(|| wrong.clone())?;
-        return turns
-            .iter()
-            .map(|t| t.as_str().map(|t| Message::new("user", t)).ok_or_else(|| wrong.clone()))
-            .collect();
-    }
-    // Prompt (or problem) with an answer, by the names that data sets use.
-    for (prompt, answers) in [
-        ("prompt", &["completion", "response", "answer", "chosen"][..]),
-        ("instruction", &["output", "response"]),
-        ("question", &["answer", "response"]),
-        ("problem", &["solution", "answer"]),
-    ] {
-        let mut out = match object.get(prompt) {
-            None | Some(Value::Null) => continue,
-            Some(Value::String(text)) => vec![Message::new("user", text.as_str())],
-            Some(value @ Value::Array(_)) => list(value, "prompt")?,
-            Some(_) => {
-                return Err(RowError::WrongType {
-                    field: "prompt",
-                    wanted: "a string or a list of messages",
-                });
-            }
-        };
-        if let (Some(input), Some(message)) =
-            (text(object, "input").filter(|i| !i.trim().is_empty()), out.last_mut())
-        {
-            message.content.push_str("\n\n");
-            message.content.push_str(&input);
-        }
-        let answer =
-            answers.iter().find_map(|key| object.get(*key).filter(|v| v.is_string() || v.is_array()));
-        match answer {
-            Some(Value::String(answer)) => out.push(Message::new("assistant", answer.as_str())),
-            Some(value) => out.extend(list(value, "completion")?),
-            None => {}
-        }
-        return Ok(out);
-    }
-    Err(RowError::NoConversation)
+fn domain_of(fields: &Fields<'_>) -> Option<String> {
+    fields.text("domain").or_else(|| fields.text("category")).map(str::to_owned)
 }
 
-fn list(value: &Value, field: &'static str) -> Result<Vec<Message>, RowError> {
-    let parsed;
-    let items = match value {
-        Value::String(text) => {
-            parsed = serde_json::from_str::<Value>(text).ok();
-            parsed.as_ref().and_then(Value::as_array)
-        }
-        other => other.as_array(),
+/// What ended the last answer, by the words of servers; other words stay unread.
+fn was_cut(fields: &Fields<'_>) -> bool {
+    let Some(Value::String(reason)) = fields.peek("finish_reason") else { return false };
+    let cut = match reason.to_lowercase().as_str() {
+        // Something other than the model's own end of turn.
+        "length" | "max_tokens" | "model_length" | "max_output_tokens" | "content_filter" | "abort" | "error"
+        | "cancelled" | "stop_sequence" => true,
+        "" | "stop" | "end_turn" | "eos" | "eos_token" | "tool_calls" | "tool_use" | "function_call" => false,
+        _ => return false,
     };
-    let items = items.ok_or(RowError::WrongType { field, wanted: "a list of messages" })?;
-    if items.len() > MAX_MESSAGES {
-        return Err(RowError::WrongType { field, wanted: "a list of at most 10000 messages" });
+    fields.mark("finish_reason");
+    cut
+}
+
+/// `tools`, or OpenAI's old `functions`; as a list or as JSON in a string, whole or item by item.
+fn tools(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Option<Value>, RowError> {
+    let read = |key: &'static str| -> Result<Option<Vec<Value>>, RowError> {
+        let wrong = || RowError::WrongType { field: key, wanted: "a list, or JSON of one in a string" };
+        let Some(value) = fields.take(key) else { return Ok(None) };
+        let list = match value {
+            // Data sets in columns store nested schemas as text.
+            Value::String(text) if matches!(text.trim(), "" | "null" | "None") => return Ok(None),
+            Value::String(text) => serde_json::from_str::<Vec<Value>>(text).map_err(|_| wrong())?,
+            Value::Array(list) => list.clone(),
+            _ => return Err(wrong()),
+        };
+        let whole = |tool: Value| match &tool {
+            Value::String(text) => match serde_json::from_str::<Value>(text) {
+                Ok(parsed @ Value::Object(_)) => Ok(parsed),
+                _ => Err(wrong()),
+            },
+            _ => Ok(tool),
+        };
+        let list: Vec<Value> = list.into_iter().map(whole).collect::<Result<_, _>>()?;
+        Ok((!list.is_empty()).then_some(list))
+    };
+    if let Some(tools) = read("tools")? {
+        return Ok(Some(Value::Array(tools)));
     }
-    items
-        .iter()
-        .enumerate()
-        .map(|(at, item)| Message::from_json(item).map_err(|problem| RowError::BadMessage { at, problem }))
-        .collect()
+    Ok(read("functions")?.map(|functions| {
+        notes.changes.insert(Change::FunctionsAsTools);
+        let wrap = |function: Value| json!({"type": "function", "function": function});
+        functions.into_iter().map(wrap).collect()
+    }))
+}
+
+/// Fields of an assistant message that say whether it is trained on.
+const SWITCHES: [&str; 4] = ["weight", "train", "training", "loss"];
+
+/// False if a message says not to train on it.
+pub(crate) fn is_trained(message: &Message) -> bool {
+    !SWITCHES.iter().any(|key| message.extra.get(*key).and_then(switch) == Some(false))
+}
+
+fn switch(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(on) => Some(*on),
+        Value::Number(n) if n.as_f64() == Some(0.0) => Some(false),
+        Value::Number(n) if n.as_f64() == Some(1.0) => Some(true),
+        _ => None,
+    }
 }
 
 /// Rules of a conversation: system turns only in front; then a user; an assistant follows a user or a tool; a tool
-/// follows an assistant or a tool; no turn is blank (an assistant turn may be nothing but calls). Several user turns in
-/// a row are fine: prompts that wait for their answers.
+/// follows an assistant or a tool; an assistant turn has text, calls or reasoning. Several user turns in a row are fine:
+/// prompts that wait for their answers. A user turn may be blank, as models see it in use, but not all of them.
 fn check(messages: &[Message]) -> Result<(), RowError> {
     if messages.is_empty() {
         return Err(RowError::Empty);
     }
+    let asks = messages.iter().any(|m| m.role == "user" && !m.content.trim().is_empty());
     let mut before: Option<&str> = None;
     for (at, message) in messages.iter().enumerate() {
         let role = message.role.as_str();
@@ -288,10 +321,31 @@ fn check(messages: &[Message]) -> Result<(), RowError> {
             ("tool", None) => return Err(wrong("nothing")),
             _ => return Err(RowError::UnknownRole { at, role: role.to_owned() }),
         }
-        let calls =
-            role == "assistant" && (message.tool_calls.is_some() || message.reasoning_content.is_some());
-        if message.content.trim().is_empty() && role != "tool" && !calls {
-            return Err(RowError::BlankMessage { at, role: role.to_owned() });
+        let silent = message.content.trim().is_empty();
+        let reasons = message.reasoning_content.as_ref().is_some_and(|r| !r.trim().is_empty());
+        let blank = match role {
+            "assistant" => silent && message.tool_calls.is_none() && !reasons,
+            "user" => silent && !asks,
+            _ => false,
+        };
+        if blank {
+            let says = |(key, value): &(&String, &Value)| holds_something(value) && !SWITCHES.contains(&key.as_str());
+            let unread: Vec<&String> = message.extra.iter().filter(says).map(|(key, _)| key).collect();
+            let unread = match unread.is_empty() {
+                true => String::new(),
+                false => format!("; {} of it is not read as its text", names(unread.into_iter())),
+            };
+            return Err(RowError::BlankMessage { at, role: role.to_owned(), unread });
+        }
+        if role == "assistant" {
+            for field in SWITCHES {
+                if let Some(value) = message.extra.get(field).filter(|v| !v.is_null() && switch(v).is_none()) {
+                    return Err(RowError::BadSwitch { at, field, found: short(value) });
+                }
+            }
+            if let Some(value) = message.extra.get("train_detail").filter(|v| holds_something(v)) {
+                return Err(RowError::BadSwitch { at, field: "train_detail", found: short(value) });
+            }
         }
         before = Some(role);
     }
@@ -301,18 +355,49 @@ fn check(messages: &[Message]) -> Result<(), RowError> {
     Ok(())
 }
 
-fn tokens(object: &Map<String, Value>) -> Result<TokenRow, RowError> {
-    let wrong = |field| RowError::WrongType { field, wanted: "a list of numbers" };
-    let ids = object["input_ids"].as_array().ok_or_else(|| wrong("input_ids"))?;
-    let ids: Vec<u32> = ids
+/// A value for a message, cut to what fits.
+fn short(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+fn tokens(fields: &Fields<'_>) -> Result<TokenRow, RowError> {
+    let numbers = |field| {
+        let wrong = || RowError::WrongType { field, wanted: "a list of numbers" };
+        fields.take(field).and_then(Value::as_array).ok_or_else(wrong)
+    };
+    let no_id = || RowError::WrongType { field: "input_ids", wanted: "a list of numbers" };
+    let ids: Vec<u32> = numbers("input_ids")?
         .iter()
-        .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong("input_ids")))
+        .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(no_id))
         .collect::<Result<_, _>>()?;
-    let mask = object.get("loss_mask").and_then(Value::as_array).ok_or_else(|| wrong("loss_mask"))?;
+    // Trainers' own way to say what is trained: labels are the ids, or -100.
+    let from_labels = fields.peek("loss_mask").is_none() && fields.peek("labels").is_some();
+    let name = if from_labels { "labels" } else { "loss_mask" };
+    let mask = numbers(name)?;
+    if ids.is_empty() {
+        return Err(RowError::Empty);
+    }
+    if ids.len() != mask.len() {
+        return Err(RowError::BadTokens {
+            detail: format!("`input_ids` has {} entries, `{name}` {}", ids.len(), mask.len()),
+        });
+    }
     let loss_mask: Vec<bool> = mask
         .iter()
-        .map(|m| match m {
-            Value::Bool(trained) => Ok(*trained),
+        .enumerate()
+        .map(|(at, m)| match m {
+            Value::Bool(trained) if !from_labels => Ok(*trained),
+            other if from_labels => match other.as_i64() {
+                Some(-100) => Ok(false),
+                Some(label) if label == i64::from(ids[at]) => Ok(true),
+                _ => Err(RowError::BadTokens {
+                    detail: format!("`labels[{at}]` is {}, neither -100 nor `input_ids[{at}]`", short(other)),
+                }),
+            },
             other => match other.as_u64() {
                 Some(0) => Ok(false),
                 Some(1) => Ok(true),
@@ -320,15 +405,7 @@ fn tokens(object: &Map<String, Value>) -> Result<TokenRow, RowError> {
             },
         })
         .collect::<Result<_, _>>()?;
-    if ids.is_empty() {
-        return Err(RowError::Empty);
-    }
-    if ids.len() != loss_mask.len() {
-        return Err(RowError::BadTokens {
-            detail: format!("`input_ids` has {} entries, `loss_mask` {}", ids.len(), loss_mask.len()),
-        });
-    }
-    Ok(TokenRow { id: id_of(object), domain: text(object, "domain"), ids, loss_mask })
+    Ok(TokenRow { id: id_of(fields), domain: domain_of(fields), ids, loss_mask })
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Files of conversations, read row by row.
 //!
 //! JSON Lines, JSON arrays and Parquet; plain, gzip or zstd. What a file is, its first bytes say: names lie and pipes
-//! have none. One line at a time is in memory, and a line has a limit.
+//! have none. One line at a time is in memory, and a line has a limit. What is wrong with one line, one element or one
+//! group of Parquet rows is a [`RowError`], and the next one is read; a [`DataError`] is wrong with the file.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -9,11 +10,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::reader::RowIter;
+use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::record::{Field, Row as ParquetRow};
 use serde_json::{Map, Value};
 
-use crate::row::{json_detail, parse_row};
+use crate::json::{self, Element, Elements, Repairs};
+use crate::notes::RowNotes;
+use crate::row::{parse_line, parse_row};
 use crate::{DataError, Location, Row, RowError};
 
 /// How files are read.
@@ -35,10 +38,67 @@ const MAX_ARRAY_BYTES: u64 = 1 << 30;
 
 enum Kind {
     Lines { reader: Box<dyn BufRead + Send>, buffer: Vec<u8> },
-    Array(std::vec::IntoIter<Value>),
-    Parquet(Box<RowIter<'static>>),
+    Array(Elements),
+    Parquet(Box<Groups>),
     Done,
 }
+
+/// Row groups of a Parquet file, one after the other: what is broken in one costs the rest of that one.
+struct Groups {
+    file: SerializedFileReader<File>,
+    /// The group that comes next.
+    next: usize,
+    rows: Option<ReaderIter>,
+    /// Rows of the group at hand that were not read yet.
+    left: u64,
+}
+
+impl Groups {
+    fn next_row(&mut self) -> Option<Result<ParquetRow, String>> {
+        loop {
+            match self.rows.as_mut().map(Iterator::next) {
+                Some(Some(Ok(row))) => {
+                    self.left = self.left.saturating_sub(1);
+                    return Some(Ok(row));
+                }
+                Some(Some(Err(error))) => {
+                    self.rows = None;
+                    return Some(Err(error.to_string()));
+                }
+                Some(None) | None => {}
+            }
+            self.rows = None;
+            if self.next >= self.file.num_row_groups() {
+                return None;
+            }
+            let group = self.next;
+            self.next += 1;
+            self.left = u64::try_from(self.file.metadata().row_group(group).num_rows()).unwrap_or(0);
+            let schema = self.file.metadata().file_metadata().schema_descr_ptr();
+            let opened = self.file.get_row_group(group).and_then(|g| TreeBuilder::new().as_iter(schema, &*g));
+            match opened {
+                Ok(rows) => self.rows = Some(rows),
+                Err(error) => return Some(Err(error.to_string())),
+            }
+        }
+    }
+}
+
+/// Files that hold no rows we read, by their first bytes: what each is, and what to do with it.
+const OTHER_FILES: [(&[u8], &str, &str); 12] = [
+    (b"PK\x03\x04", "a zip archive", "unpack it and name the file inside"),
+    (b"BZh", "packed with bzip2", "unpack it, or pack it with gzip or zstd"),
+    (b"\xfd7zXZ\0", "packed with xz", "unpack it, or pack it with gzip or zstd"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it and name the file inside"),
+    (b"ARROW1", "an Arrow file", "write it as Parquet or JSON Lines (`datasets`: `to_parquet`, `to_json`)"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet or JSON Lines"),
+    (b"ORC", "an ORC file", "write it as Parquet or JSON Lines"),
+    (b"SQLite format 3", "an SQLite database", "write its rows as Parquet or JSON Lines"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"),
+    (b"<", "a page or XML, not rows", "fetch the file itself; its address may need another form or a login"),
+    (b"\xff\xfe", "UTF-16 text", "write it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "write it as UTF-8"),
+];
 
 /// Rows of one file, each with its place; rows that are no conversation come as [`RowError`].
 ///
@@ -49,6 +109,7 @@ pub struct SourceReader {
     /// Line or row last read.
     number: u64,
     options: ReadOptions,
+    notes: RowNotes,
 }
 
 impl std::fmt::Debug for SourceReader {
@@ -64,7 +125,7 @@ impl SourceReader {
     /// Opens a file.
     ///
     /// # Errors
-    /// [`DataError::Io`], [`DataError::Parquet`], and for a JSON array [`DataError::BrokenJson`].
+    /// [`DataError::Io`], [`DataError::Parquet`], [`DataError::UnknownFile`], [`DataError::ArrayTooLong`].
     pub fn open(path: &Path, options: ReadOptions) -> Result<SourceReader, DataError> {
         let io = |source| DataError::Io { path: path.to_path_buf(), source };
         let mut file = File::open(path).map_err(io)?;
@@ -113,6 +174,13 @@ impl SourceReader {
         let mut first = reader.fill_buf().map_err(io)?;
         let bom = if first.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
         first = &first[bom..];
+        let unknown = |what, advice| Err(DataError::UnknownFile { path: path.to_path_buf(), what, advice });
+        if let Some((_, what, advice)) = OTHER_FILES.iter().find(|(start, _, _)| first.starts_with(start)) {
+            return unknown(what, advice);
+        }
+        if matches!(first, [0, b'{' | b'[', ..] | [b'{' | b'[', 0, ..]) {
+            return unknown("UTF-16 text", "write it as UTF-8");
+        }
         // An array opens with `[`; in JSON Lines every row is an object.
         let is_array = first.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
         reader.consume(bom);
@@ -120,20 +188,13 @@ impl SourceReader {
             let mut text = Vec::new();
             reader.take(MAX_ARRAY_BYTES + 1).read_to_end(&mut text).map_err(io)?;
             if text.len() as u64 > MAX_ARRAY_BYTES {
-                let location = Location { path, number: 1, is_line: true };
-                return Err(DataError::LineTooLong { location, limit: MAX_ARRAY_BYTES as usize });
+                return Err(DataError::ArrayTooLong { path: path.to_path_buf(), limit: MAX_ARRAY_BYTES });
             }
-            let rows: Vec<Value> = serde_json::from_slice(&text).map_err(|e| DataError::BrokenJson {
-                path: path.to_path_buf(),
-                line: e.line() as u64,
-                column: e.column(),
-                detail: json_detail(&e),
-            })?;
-            Kind::Array(rows.into_iter())
+            Kind::Array(Elements::new(text))
         } else {
             Kind::Lines { reader, buffer: Vec::new() }
         };
-        Ok(SourceReader { path, kind, number: 0, options })
+        Ok(SourceReader { path, kind, number: 0, options, notes: RowNotes::default() })
     }
 
     fn open_parquet(path: Arc<Path>, options: ReadOptions) -> Result<SourceReader, DataError> {
@@ -144,16 +205,18 @@ impl SourceReader {
         };
         let file = File::open(&path).map_err(|source| DataError::Io { path: path.to_path_buf(), source })?;
         let reader = SerializedFileReader::new(file).map_err(broken)?;
-        // The row iterator takes it for granted that row groups open.
-        for group in 0..reader.num_row_groups() {
-            reader.get_row_group(group).map_err(broken)?;
-        }
         Ok(SourceReader {
             path,
-            kind: Kind::Parquet(Box::new(RowIter::from_file_into(Box::new(reader)))),
+            kind: Kind::Parquet(Box::new(Groups { file: reader, next: 0, rows: None, left: 0 })),
             number: 0,
             options,
+            notes: RowNotes::default(),
         })
+    }
+
+    /// What to know about the row last read besides itself.
+    pub fn notes(&self) -> &RowNotes {
+        &self.notes
     }
 
     fn location(&self, is_line: bool) -> Location {
@@ -163,9 +226,10 @@ impl SourceReader {
     /// The next row: `Ok((place, Ok(row)))`, or `Ok((place, Err(problem)))` for a row that is no conversation.
     ///
     /// # Errors
-    /// [`DataError::BrokenJson`], [`DataError::LineTooLong`], [`DataError::IoAt`], [`DataError::Parquet`].
+    /// [`DataError::BrokenJson`] for an array that is not closed, [`DataError::IoAt`].
     #[expect(clippy::type_complexity, reason = "the three outcomes are what the caller needs to tell apart")]
     pub fn next_row(&mut self) -> Result<Option<(Location, Result<Row, RowError>)>, DataError> {
+        self.notes = RowNotes::default();
         let result = self.step();
         if !matches!(result, Ok(Some(_))) {
             self.kind = Kind::Done;
@@ -181,51 +245,98 @@ impl SourceReader {
             let location = self.location(is_line);
             match &mut self.kind {
                 Kind::Done => return Ok(None),
-                Kind::Array(rows) => {
-                    let Some(value) = rows.next() else { return Ok(None) };
-                    return Ok(Some((location, parse_row(&value))));
-                }
-                Kind::Parquet(rows) => {
-                    let row = match rows.next() {
-                        None => return Ok(None),
-                        Some(Err(e)) => {
-                            return Err(DataError::Parquet {
-                                path: self.path.to_path_buf(),
-                                row: self.number,
-                                detail: e.to_string(),
-                            });
-                        }
-                        Some(Ok(row)) => row,
+                Kind::Array(elements) => {
+                    let broken = |line, column, detail| DataError::BrokenJson {
+                        path: self.path.to_path_buf(),
+                        line,
+                        column,
+                        detail,
                     };
-                    return Ok(Some((location, parse_row(&row_to_json(&row)))));
+                    let (range, line) = match elements.next() {
+                        Element::End => return Ok(None),
+                        Element::Item(range, line) => (range, line),
+                        Element::Cut(range, line) => {
+                            let error = serde_json::from_slice::<Value>(elements.bytes(range)).err();
+                            let (below, column) = error.as_ref().map_or((1, 0), |e| (e.line(), e.column()));
+                            let line = line + below.saturating_sub(1) as u64;
+                            return Err(broken(line, column, "the array that the file starts with is not closed".into()));
+                        }
+                        Element::More(line) => {
+                            return Err(broken(line, 1, "more text follows the array that the file starts with".into()));
+                        }
+                    };
+                    let row = match json::parse(elements.bytes(range)) {
+                        Ok((value, repairs)) => parse_row(&value, &repairs, &mut self.notes),
+                        Err(RowError::BrokenJson { column, detail }) => {
+                            let detail = format!("{detail} (the row starts on line {line})");
+                            Err(RowError::BrokenJson { column, detail })
+                        }
+                        Err(problem) => Err(problem),
+                    };
+                    return Ok(Some((location, row)));
+                }
+                Kind::Parquet(groups) => {
+                    let row = match groups.next_row() {
+                        None => return Ok(None),
+                        Some(Ok(row)) => {
+                            let mut repairs = Repairs::default();
+                            let value = row_to_json(&row, &mut repairs);
+                            parse_row(&value, &repairs, &mut self.notes)
+                        }
+                        Some(Err(detail)) => {
+                            // This row, and those behind it in its group.
+                            let lost = std::mem::take(&mut groups.left).max(1);
+                            self.number += lost - 1;
+                            let detail = match lost {
+                                1 => detail,
+                                _ => format!("{detail} ({lost} rows up to row {} are lost)", self.number),
+                            };
+                            self.notes.rows_lost = lost - 1;
+                            Err(RowError::BrokenParquet { detail })
+                        }
+                    };
+                    return Ok(Some((location, row)));
                 }
                 Kind::Lines { reader, buffer } => {
                     buffer.clear();
                     let limit = self.options.max_line_bytes;
-                    let read = reader
-                        .by_ref()
-                        .take(limit as u64 + 1)
-                        .read_until(b'\n', buffer)
-                        .map_err(|source| DataError::IoAt { location: location.clone(), source })?;
+                    let at = |source| DataError::IoAt { location: location.clone(), source };
+                    let read = reader.by_ref().take(limit as u64 + 1).read_until(b'\n', buffer).map_err(at)?;
                     if read == 0 {
                         return Ok(None);
                     }
                     if buffer.len() > limit {
-                        return Err(DataError::LineTooLong { location, limit });
+                        if buffer.last() != Some(&b'\n') {
+                            skip_line(reader).map_err(at)?;
+                        }
+                        return Ok(Some((location, Err(RowError::LineTooLong { limit }))));
                     }
                     if buffer.iter().all(u8::is_ascii_whitespace) {
                         continue;
                     }
-                    return match crate::parse_conversation_line(buffer) {
-                        Err(RowError::BrokenJson { column, detail }) => Err(DataError::BrokenJson {
-                            path: self.path.to_path_buf(),
-                            line: self.number,
-                            column,
-                            detail,
-                        }),
-                        row => Ok(Some((location, row))),
-                    };
+                    let row = parse_line(buffer, &mut self.notes);
+                    return Ok(Some((location, row)));
                 }
+            }
+        }
+    }
+}
+
+/// Reads to the end of a line without keeping it.
+fn skip_line(reader: &mut dyn BufRead) -> io::Result<()> {
+    loop {
+        let bytes = reader.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        match bytes.iter().position(|b| *b == b'\n') {
+            Some(at) => {
+                reader.consume(at + 1);
+                return Ok(());
+            }
+            None => {
+                let length = bytes.len();
+                reader.consume(length);
             }
         }
     }
@@ -252,12 +363,23 @@ fn read_up_to(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// A Parquet row as the JSON that the same data set would have.
-fn row_to_json(row: &ParquetRow) -> Value {
-    let columns = row.get_column_iter().map(|(name, field)| (name.clone(), field_to_json(field)));
+fn row_to_json(row: &ParquetRow, repairs: &mut Repairs) -> Value {
+    let columns = row.get_column_iter().map(|(name, field)| {
+        let mut finite = true;
+        let value = field_to_json(field, &mut finite);
+        if !finite {
+            repairs.not_finite.insert(name.clone());
+        }
+        (name.clone(), value)
+    });
     Value::Object(columns.collect::<Map<_, _>>())
 }
 
-fn field_to_json(field: &Field) -> Value {
+fn field_to_json(field: &Field, finite: &mut bool) -> Value {
+    let mut float = |value: f64| {
+        *finite &= value.is_finite();
+        value.into()
+    };
     match field {
         Field::Null => Value::Null,
         Field::Bool(v) => (*v).into(),
@@ -271,21 +393,28 @@ fn field_to_json(field: &Field) -> Value {
         Field::UShort(v) => (*v).into(),
         Field::UInt(v) => (*v).into(),
         Field::ULong(v) => (*v).into(),
-        Field::Float16(v) => f64::from(v.to_f32()).into(),
-        Field::Float(v) => f64::from(*v).into(),
-        Field::Double(v) => (*v).into(),
+        Field::Float16(v) => float(f64::from(v.to_f32())),
+        Field::Float(v) => float(f64::from(*v)),
+        Field::Double(v) => float(*v),
         Field::Str(text) => text.as_str().into(),
-        // Text that the writer did not mark as such.
-        Field::Bytes(bytes) => String::from_utf8_lossy(bytes.data()).into_owned().into(),
+        // Text that the writer did not mark as such; other bytes are numbers, so that nobody takes them for text.
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => text.into(),
+            Err(_) => bytes.data().iter().copied().collect(),
+        },
         Field::Decimal(_) => field.to_string().into(),
-        Field::Group(row) => row_to_json(row),
-        Field::ListInternal(list) => list.elements().iter().map(field_to_json).collect(),
+        Field::Group(row) => {
+            let columns = row.get_column_iter().map(|(name, field)| (name.clone(), field_to_json(field, finite)));
+            Value::Object(columns.collect::<Map<_, _>>())
+        }
+        Field::ListInternal(list) => list.elements().iter().map(|field| field_to_json(field, finite)).collect(),
         Field::MapInternal(map) => {
             let key = |field: &Field| match field {
                 Field::Str(text) => text.clone(),
                 other => other.to_string(),
             };
-            Value::Object(map.entries().iter().map(|(k, v)| (key(k), field_to_json(v))).collect())
+            let entries = map.entries().iter().map(|(k, v)| (key(k), field_to_json(v, finite)));
+            Value::Object(entries.collect())
         }
     }
 }

@@ -3,6 +3,7 @@
 mod load;
 mod prepare;
 mod recipes;
+mod shapes;
 mod source;
 
 use std::path::{Path, PathBuf};

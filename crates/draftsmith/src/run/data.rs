@@ -13,7 +13,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use draftsmith_data::{
-    Conversation, Dedupe, LoadOptions, LocatedRow, PrepareOptions, Preparer, ReadOptions,
+    Change, Conversation, Dedupe, LoadOptions, LocatedRow, PrepareOptions, Preparer, ReadOptions,
     Report as DataReport, Row, SourceReader, SourceSpec, hold_back, leave_out_prompts, load,
 };
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
@@ -56,9 +56,10 @@ impl Run<'_> {
         let validation = match &self.inputs.validation {
             Some(file) => {
                 let options = LoadOptions { shuffle: false, dedupe: Dedupe::Off, ..options };
-                let held = load(&[SourceSpec::new(file)], &options, |_| {})?.rows;
-                leave_out_prompts(&mut loaded, &held);
-                held
+                let held = load(&[SourceSpec::new(file)], &options, |_| {})?;
+                loaded.report.validation_dropped = held.report.dropped;
+                leave_out_prompts(&mut loaded, &held.rows);
+                held.rows
             }
             None => hold_back(&mut loaded, data.validation_rows as usize),
         };
@@ -69,8 +70,10 @@ impl Run<'_> {
             ));
         }
         atomic::create_dir_all(dir)?;
-        write_rows(&dir.join(VALIDATION), with_unique_ids(&validation))?;
-        write_rows(&dir.join(CONVERSATIONS), with_unique_ids(&loaded.rows))?;
+        write_rows(&dir.join(VALIDATION), with_unique_ids(&validation, &mut 0))?;
+        let mut repeated_ids = 0;
+        write_rows(&dir.join(CONVERSATIONS), with_unique_ids(&loaded.rows, &mut repeated_ids))?;
+        loaded.report.change(Change::IdRepeated, repeated_ids);
         let licenses: BTreeSet<&str> =
             loaded.rows.iter().filter_map(|row| field(row, |c| &c.license)).collect();
         let origins: BTreeSet<&str> =
@@ -116,6 +119,9 @@ impl Run<'_> {
             strict: data_is_strict(stage, self.file.data.strict),
         };
         let mut preparer = Preparer::new(&target.text.tokenizer, template, options, so_far);
+        if self.file.data.dedupe {
+            preparer = preparer.without_duplicates();
+        }
         let meta = [
             ("target_sha256".to_string(), target.sha256.clone()),
             ("tokenizer_sha256".to_string(), target.text.tokenizer.content_hash().to_string()),
@@ -138,9 +144,11 @@ impl Run<'_> {
         }
         report.end();
         if writer.summary().rows == 0 {
+            let dropped = preparer.report();
+            let first = dropped.first_dropped.values().next().map(|first| format!("the first: {first}; "));
             return Err(Error::input(
-                "no row is left to train on",
-                "look at the report in the folder of the stage: it says what was dropped and why",
+                format!("no row is left to train on ({})", dropped.dropped_in_words()),
+                format!("{}mend the rows, or with `data.strict = true` see each fault by itself", first.unwrap_or_default()),
             ));
         }
         let summary = writer.finish()?;
@@ -187,8 +195,8 @@ fn field<'r>(row: &'r LocatedRow, get: impl Fn(&'r Conversation) -> &'r Option<S
     }
 }
 
-/// Rows as lines; they are keyed by id from here on.
-fn with_unique_ids(rows: &[LocatedRow]) -> impl Iterator<Item = Value> {
+/// Rows as lines; they are keyed by id from here on. `repeated` counts the ids that had to be changed for it.
+fn with_unique_ids<'r>(rows: &'r [LocatedRow], repeated: &'r mut u64) -> impl Iterator<Item = Value> + 'r {
     let mut ids = BTreeSet::new();
     rows.iter().map(move |row| {
         let base = row.id();
@@ -198,6 +206,7 @@ fn with_unique_ids(rows: &[LocatedRow]) -> impl Iterator<Item = Value> {
             id = format!("{base}~{n}");
             n += 1;
         }
+        *repeated += u64::from(n > 2);
         to_json(row, &id)
     })
 }

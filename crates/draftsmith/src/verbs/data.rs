@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 
 use draftsmith::Error;
 use draftsmith::cli;
-use draftsmith::data::{Paint, ReadOptions, Row, SourceReader, preview_conversation};
+use draftsmith::data::{Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes};
 use draftsmith::engine::locate;
 use draftsmith::target::TargetText;
-use draftsmith::text::{MaskOptions, RenderOptions, mask_conversation};
+use draftsmith::text::MaskOptions;
 
 use super::Session;
 use crate::failure::Failure;
@@ -38,38 +38,37 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
                 Some("there is nothing to render: its `loss_mask` says what is trained".to_string()),
             ));
         };
-        let options = MaskOptions {
-            render: RenderOptions {
-                tools: row.tools.clone(),
-                kwargs: row.kwargs.clone(),
-                ..RenderOptions::default()
-            },
-            ..MaskOptions::default()
-        };
+        let options = MaskOptions::default();
+        let notes = reader.notes().clone();
         let failed =
             |source| Error::from(draftsmith::data::DataError::Text { location: location.clone(), source });
         if args.json {
-            for masked in
-                mask_conversation(&text.tokenizer, template, &row.messages, &options).map_err(failed)?
-            {
+            let answers = mask_row(&text.tokenizer, template, &row, &options).map_err(failed)?;
+            let changes: Vec<&str> = notes.changes.iter().map(|change| change.name()).collect();
+            for masked in answers.rows {
                 let mask: Vec<u8> = masked.loss_mask.iter().map(|m| u8::from(*m)).collect();
                 printer::json(&serde_json::json!({
                     "row": number,
                     "text": masked.text,
                     "ids": masked.ids,
                     "loss_mask": mask,
+                    "changes": changes,
+                    "unused_keys": notes.unused_keys,
+                    "answers_not_trained": answers.not_trained,
+                    "messages_left_out": answers.left_out,
                 }))?;
             }
         } else {
             let page =
                 preview_conversation(&text.tokenizer, template, &row, &options, paint).map_err(failed)?;
-            printer::out(&format!("── {location}\n{}\n", page.trim_end()))?;
+            let notes = preview_notes(&notes);
+            printer::out(&format!("── {location}\n{}\n{notes}", page.trim_end()))?;
         }
     }
     if shown == 0 {
         return Err(Failure::input(
             format!("`{}` has {number} rows, row {} was asked for", args.file.display(), args.row),
-            None,
+            Some("give a smaller `--row`; blank lines do not count".to_string()),
         ));
     }
     Ok(0)
