@@ -50,6 +50,8 @@ pub enum DropReason {
     SpecialTokenInText,
     /// The chat template refuses the conversation.
     TemplateRefused,
+    /// What the model was asked and wrote does not follow from the rendered answer.
+    AnswerNotContinued,
     /// No assistant message: nothing to train.
     NoAnswer,
     /// Fewer trained tokens than asked for, after cutting.
@@ -75,6 +77,7 @@ impl DropReason {
             DropReason::TokenOutOfVocabulary => "token_out_of_vocabulary",
             DropReason::SpecialTokenInText => "special_token_in_text",
             DropReason::TemplateRefused => "template_refused",
+            DropReason::AnswerNotContinued => "answer_not_continued",
             DropReason::NoAnswer => "no_answer",
             DropReason::TooFewTrainedTokens => "too_few_trained_tokens",
             DropReason::Duplicate => "duplicate",
@@ -179,6 +182,19 @@ pub enum RowError {
         /// The template's words.
         message: String,
     },
+    /// The rendered answer does not continue the generation prompt, and what the model wrote does not follow from it.
+    #[error(
+        "message {turn}: the rendered answer does not continue the generation prompt (prompt ends {prompt:?}, \
+         rendered {rendered:?})"
+    )]
+    AnswerNotContinued {
+        /// Index of the assistant message.
+        turn: usize,
+        /// End of the generation prompt, from where the two differ.
+        prompt: String,
+        /// What the rendered conversation has there.
+        rendered: String,
+    },
     /// Nothing to train.
     #[error("the conversation has no assistant message, so it has zero trained tokens")]
     NoAnswer,
@@ -210,6 +226,7 @@ impl RowError {
             RowError::TokenOutOfVocabulary { .. } => DropReason::TokenOutOfVocabulary,
             RowError::SpecialTokenInText { .. } => DropReason::SpecialTokenInText,
             RowError::TemplateRefused { .. } => DropReason::TemplateRefused,
+            RowError::AnswerNotContinued { .. } => DropReason::AnswerNotContinued,
             RowError::NoAnswer => DropReason::NoAnswer,
             RowError::TooFewTrainedTokens { .. } => DropReason::TooFewTrainedTokens,
         }

@@ -7,7 +7,7 @@ use draftsmith::cli;
 use draftsmith::data::{Paint, ReadOptions, Row, SourceReader, preview_conversation};
 use draftsmith::engine::locate;
 use draftsmith::target::TargetText;
-use draftsmith::text::{MaskOptions, RenderOptions, mask_conversation};
+use draftsmith::text::{MaskOptions, mask_conversation};
 
 use super::Session;
 use crate::failure::Failure;
@@ -38,14 +38,7 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
                 Some("there is nothing to render: its `loss_mask` says what is trained".to_string()),
             ));
         };
-        let options = MaskOptions {
-            render: RenderOptions {
-                tools: row.tools.clone(),
-                kwargs: row.kwargs.clone(),
-                ..RenderOptions::default()
-            },
-            ..MaskOptions::default()
-        };
+        let options = row.mask_options(&MaskOptions::default());
         let failed =
             |source| Error::from(draftsmith::data::DataError::Text { location: location.clone(), source });
         if args.json {
@@ -62,7 +55,7 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
             }
         } else {
             let page =
-                preview_conversation(&text.tokenizer, template, &row, &options, paint).map_err(failed)?;
+                preview_conversation(&text.tokenizer, template, &row, &MaskOptions::default(), paint).map_err(failed)?;
             printer::out(&format!("── {location}\n{}\n", page.trim_end()))?;
         }
     }
