@@ -1,12 +1,14 @@
 //! The seam of regeneration: who answers prompts, and what both kinds of source share.
 //!
 //! Invariant: a prompt is rendered and counted here, by the target's own template and tokenizer, whoever answers it;
-//! an answer is judged here too. So a row does not tell whether this process or a server wrote it.
+//! an answer is judged here too. So a row does not tell whether this process or a server wrote it. An answer comes with
+//! the ids that were asked and those that were written: rows are made of them, and nothing is rendered or tokenised a
+//! second time.
 
 use std::ops::ControlFlow;
 
 use draftsmith_core::Sampling;
-use draftsmith_text::{ChatTemplate, Message, RenderOptions, TextError, Tokenizer};
+use draftsmith_text::{ChatTemplate, Message, RenderOptions, TextError, Tokenizer, is_reasoning_mark};
 use serde::{Deserialize, Serialize};
 
 use crate::RegenerateError;
@@ -23,17 +25,46 @@ pub enum AnswerMark {
     Loop,
 }
 
+/// Where the ids of an answer come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IdsFrom {
+    /// The model: they are what it wrote.
+    #[default]
+    Model,
+    /// The text of a server that gives no ids, tokenised here by itself.
+    Text {
+        /// Tokens that the server counted, if it counts.
+        counted: Option<u64>,
+    },
+}
+
 /// One generated answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// Its text, without the stop token.
+    /// Its text for the next turn, as a chat client would send it back: without the stop token and control tokens, but
+    /// with reasoning and its marks. What of that the next turns see is the template's decision.
     pub text: String,
-    /// Generated tokens, the stop token included.
-    pub tokens: usize,
+    /// `[P]` the prompt as it was asked.
+    pub prompt_ids: Vec<u32>,
+    /// `[S]` all generated tokens, the stop token included if the model wrote one.
+    pub ids: Vec<u32>,
+    /// Where they come from.
+    pub ids_from: IdsFrom,
     /// The token limit ended it, not the model.
     pub cut: bool,
     /// What is odd about it.
     pub mark: Option<AnswerMark>,
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// With an answer.
+    Answered(Answer),
+    /// The prompt leaves no room in the context.
+    NoRoom,
+    /// The prompt cannot be made: what the template or the tokenizer said.
+    Refused(String),
 }
 
 /// A prompt that wants an answer.
@@ -54,15 +85,14 @@ pub struct Request {
 /// Answers prompts: the target in this process, or a server.
 pub trait Generator {
     /// Answers until `next` is empty and everything handed out is answered, or `on_done` breaks. `next` may give
-    /// something again after an answer. `on_done` gets the key of a request and its answer, or `None` if its prompt
-    /// leaves no room in the context.
+    /// something again after an answer. `on_done` gets the key of a request and how it ended.
     ///
     /// # Errors
     /// What the source cannot do; requests already answered have been reported.
     fn answer(
         &mut self,
         next: &mut dyn FnMut() -> Option<Request>,
-        on_done: &mut dyn FnMut(usize, Option<Answer>) -> ControlFlow<()>,
+        on_done: &mut dyn FnMut(usize, Outcome) -> ControlFlow<()>,
     ) -> Result<(), RegenerateError>;
 }
 
@@ -91,25 +121,41 @@ pub struct Prompter<'a> {
 }
 
 impl Prompter<'_> {
-    /// The prompt of a request; `None` if it leaves no room for an answer.
-    pub(crate) fn prompt(&self, request: &Request) -> Result<Option<Prompt>, RegenerateError> {
-        let render = || -> Result<(String, Vec<u32>), TextError> {
-            let text =
-                self.template.render(&request.messages, &request.render.with_generation_prompt(true))?;
-            let ids = self.tokenizer.encode(&text, false)?;
-            Ok((text, ids))
-        };
-        let (text, ids) =
-            render().map_err(|source| RegenerateError::Text { id: request.id.clone(), source })?;
+    /// The prompt of a request, or how it ends without one.
+    pub(crate) fn prompt(&self, request: &Request) -> Result<Prompt, Outcome> {
+        let refused = |e: TextError| Outcome::Refused(e.to_string());
+        let text = self.text(&request.messages, &request.render).map_err(refused)?;
+        let ids = self.tokenizer.encode(&text, false).map_err(refused)?;
         if ids.len() + 1 >= self.max_context {
-            return Ok(None);
+            return Err(Outcome::NoRoom);
         }
         let max_new_tokens = self.max_new_tokens.min(self.max_context - ids.len());
-        Ok(Some(Prompt { text, ids, max_new_tokens }))
+        Ok(Prompt { text, ids, max_new_tokens })
     }
 
-    /// An answer of `body` tokens, which read as `text`; `cut` if the token limit ended it, else a stop token did.
-    pub(crate) fn judge(&self, text: String, body: &[u32], cut: bool) -> Answer {
+    /// A prompt as the template writes it: the turns and the generation prompt.
+    ///
+    /// # Errors
+    /// Those of the template; [`TextError::DoubleBos`].
+    pub fn text(&self, messages: &[Message], render: &RenderOptions) -> Result<String, TextError> {
+        let text = self.template.render(messages, &render.with_generation_prompt(true))?;
+        if let Some(bos) = self.tokenizer.bos_id()
+            && let Ok(piece) = std::str::from_utf8(self.tokenizer.token_to_piece(bos))
+            && !piece.is_empty()
+            && text.strip_prefix(piece).is_some_and(|rest| rest.starts_with(piece))
+        {
+            return Err(TextError::DoubleBos { bos });
+        }
+        Ok(text)
+    }
+
+    /// Judges an answer. `ids` are all generated tokens; `cut` if the token limit ended it, else a stop token did.
+    pub(crate) fn judge(&self, prompt_ids: Vec<u32>, ids: Vec<u32>, ids_from: IdsFrom, cut: bool) -> Answer {
+        let body = match ids.split_last() {
+            Some((last, body)) if self.tokenizer.eos_ids().contains(last) => body,
+            _ => &ids,
+        };
+        let text = self.answer_text(body);
         let mark = if text.trim().is_empty() {
             Some(AnswerMark::Empty)
         } else if ends_in_loop(body) {
@@ -119,7 +165,29 @@ impl Prompter<'_> {
         } else {
             None
         };
-        Answer { text, tokens: body.len() + usize::from(!cut), cut, mark }
+        Answer { text, prompt_ids, ids, ids_from, cut, mark }
+    }
+
+    /// The text of an answer's tokens: control tokens are left out, as servers do, but marks of reasoning are not:
+    /// templates cut at them.
+    fn answer_text(&self, body: &[u32]) -> String {
+        let shown = |id: &u32| {
+            !self.tokenizer.is_special(*id) || is_reasoning_mark(self.tokenizer.token_to_piece(*id))
+        };
+        let shown: Vec<u32> = body.iter().copied().filter(shown).collect();
+        self.tokenizer.decode(&shown, false)
+    }
+
+    /// The token that ends a turn: the stop token that the template writes behind an answer, else the first one.
+    pub(crate) fn stop_id(&self) -> Option<u32> {
+        let eos = self.tokenizer.eos_ids();
+        let turns = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let ids = self
+            .template
+            .render(&turns, &RenderOptions::default())
+            .ok()
+            .and_then(|text| Some(self.tokenizer.encode(text.get(text.rfind('b')?..)?, false).ok()?));
+        ids.and_then(|ids| ids.into_iter().find(|id| eos.contains(id))).or(eos.first().copied())
     }
 }
 

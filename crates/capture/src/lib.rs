@@ -13,11 +13,13 @@ mod regenerate;
 mod remote;
 
 pub use engine::EngineGenerator;
-pub use generator::{Answer, AnswerMark, Generator, Prompt, Prompter, Request};
+pub use generator::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
 pub use http::{Asked, Asker, Fault, Note, ServerError};
 pub use openai::{OpenAiGenerator, metrics_page};
-pub use regenerate::{Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate};
+pub use regenerate::{
+    AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate,
+};
 pub use remote::{
     RemoteCapture, RemoteOptions, StatesProblem, StatesShape, read_json_states, read_state_file,
 };

@@ -4,18 +4,19 @@
 //! serves. Rows are independent and keyed by id, so a run that is cut off goes on with the rows that are missing;
 //! a greedy answer, and a seeded one too, does not depend on what is decoded beside it.
 //!
-//! Invariant: every dialogue that is taken from the source comes out exactly once, unless the run ends before it is
-//! answered.
+//! Invariants: every dialogue that is taken from the source comes out exactly once, unless the run ends before it is
+//! answered. Its rows hold every generated token exactly once, each answer behind the very ids that it answers.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 
 use draftsmith_core::Sampling;
 use draftsmith_decode::DecodeError;
 use draftsmith_text::{Message, RenderOptions, TextError};
+use serde::{Deserialize, Serialize};
 
-use crate::{Answer, AnswerMark, Asker, Generator, Request, ServerError};
+use crate::{Answer, AnswerMark, Asker, Generator, IdsFrom, Outcome, Request, ServerError};
 
 /// A conversation whose user turns want answers.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,6 +31,75 @@ pub struct Dialogue {
     pub render: RenderOptions,
 }
 
+/// Where an answer stands in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "[usize; 3]", into = "[usize; 3]")]
+pub struct AnswerSpan {
+    /// Index of its message.
+    pub message: usize,
+    /// Its first token.
+    pub start: usize,
+    /// Behind its last token.
+    pub end: usize,
+}
+
+impl From<[usize; 3]> for AnswerSpan {
+    fn from([message, start, end]: [usize; 3]) -> AnswerSpan {
+        AnswerSpan { message, start, end }
+    }
+}
+
+impl From<AnswerSpan> for [usize; 3] {
+    fn from(span: AnswerSpan) -> [usize; 3] {
+        [span.message, span.start, span.end]
+    }
+}
+
+/// Prompts and answers as they were asked and written, one after the other.
+///
+/// Turns share a row as long as the ids of the next prompt begin with this prompt and its answer. Where they do not
+/// (the template takes reasoning out of earlier turns, or the answer's text is tokenised in another way when it is read
+/// again), the next turn begins a row of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnsweredRow {
+    /// `[S]` all tokens; the last answer ends the row.
+    pub ids: Vec<u32>,
+    /// The answers in it, in order.
+    pub answers: Vec<AnswerSpan>,
+}
+
+impl AnsweredRow {
+    /// Generated tokens.
+    pub fn generated_tokens(&self) -> usize {
+        self.answers.iter().map(|span| span.end - span.start).sum()
+    }
+
+    /// `[S]` true for generated tokens.
+    pub fn loss_mask(&self) -> Vec<bool> {
+        let mut mask = vec![false; self.ids.len()];
+        self.answers.iter().for_each(|span| mask[span.start..span.end].fill(true));
+        mask
+    }
+
+    /// True if the answers lie in the row, in order, and the last one ends it.
+    pub fn is_sound(&self) -> bool {
+        let mut at = 0;
+        let in_order = self.answers.iter().all(|span| {
+            let fits = at <= span.start && span.start <= span.end && span.end <= self.ids.len();
+            at = span.end;
+            fits
+        });
+        in_order && !self.answers.is_empty() && at == self.ids.len()
+    }
+
+    /// The row without its last answer and what asked for it; `None` if nothing is left.
+    pub fn without_last(mut self) -> Option<AnsweredRow> {
+        self.answers.pop();
+        self.ids.truncate(self.answers.last()?.end);
+        Some(self)
+    }
+}
+
 /// A dialogue with its answers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FinishedDialogue {
@@ -37,9 +107,11 @@ pub struct FinishedDialogue {
     pub id: String,
     /// For reports.
     pub domain: String,
-    /// All turns, answers included. It ends early after a marked answer or where the context is full; without any
-    /// answer it is empty.
+    /// All turns, answers included. It ends early after a marked answer, where the context is full, or where the
+    /// template refuses to go on; without any answer it is empty.
     pub messages: Vec<Message>,
+    /// The same as ids.
+    pub rows: Vec<AnsweredRow>,
     /// Generated tokens in all turns.
     pub generated_tokens: usize,
     /// True if the answers are greedy.
@@ -48,6 +120,12 @@ pub struct FinishedDialogue {
     pub cut: bool,
     /// The mark of the last answer, if it has one.
     pub mark: Option<AnswerMark>,
+    /// Why no prompt could be made for the next turn, if that ended the dialogue.
+    pub refused: Option<String>,
+    /// Answers of a server that gave their text alone: their ids were made here.
+    pub tokenised_here: u64,
+    /// Of those, answers where the server counted other tokens: how many more than we, and how often.
+    pub count_differences: BTreeMap<i64, u64>,
 }
 
 /// How answers are chosen: a share of them greedily, the others sampled.
@@ -96,7 +174,7 @@ pub enum RegenerateError {
     /// The engine refused a request.
     #[error(transparent)]
     Decode(#[from] DecodeError),
-    /// The template failed on a dialogue.
+    /// The tokenizer failed on an answer.
     #[error("dialogue `{id}`: {source}")]
     Text {
         /// The dialogue.
@@ -137,16 +215,61 @@ struct Running {
     /// Next turn of the dialogue to be taken over.
     at: usize,
     messages: Vec<Message>,
+    rows: Vec<AnsweredRow>,
     tokens: usize,
     sampling: Sampling,
     /// Of the last answer.
     cut: bool,
     mark: Option<AnswerMark>,
+    refused: Option<String>,
+    tokenised_here: u64,
+    count_differences: BTreeMap<i64, u64>,
 }
 
 impl Running {
     fn new(dialogue: Dialogue, sampling: Sampling) -> Running {
-        Running { dialogue, at: 0, messages: Vec::new(), tokens: 0, sampling, cut: false, mark: None }
+        Running {
+            dialogue,
+            at: 0,
+            messages: Vec::new(),
+            rows: Vec::new(),
+            tokens: 0,
+            sampling,
+            cut: false,
+            mark: None,
+            refused: None,
+            tokenised_here: 0,
+            count_differences: BTreeMap::new(),
+        }
+    }
+
+    /// Takes an answer over.
+    fn take(&mut self, answer: Answer) {
+        if let IdsFrom::Text { counted } = answer.ids_from {
+            self.tokenised_here += 1;
+            if let Some(counted) = counted {
+                let more = counted as i64 - answer.ids.len() as i64;
+                if more != 0 {
+                    *self.count_differences.entry(more).or_default() += 1;
+                }
+            }
+        }
+        let message = self.messages.len();
+        self.messages.push(Message::new("assistant", answer.text));
+        self.tokens += answer.ids.len();
+        (self.cut, self.mark) = (answer.cut, answer.mark);
+        let start = answer.prompt_ids.len();
+        let mut ids = answer.prompt_ids;
+        let goes_on = self.rows.last().is_some_and(|row| ids.starts_with(&row.ids));
+        ids.extend(answer.ids);
+        let span = AnswerSpan { message, start, end: ids.len() };
+        match self.rows.last_mut().filter(|_| goes_on) {
+            Some(row) => {
+                row.ids = ids;
+                row.answers.push(span);
+            }
+            None => self.rows.push(AnsweredRow { ids, answers: vec![span] }),
+        }
     }
 
     /// Takes over turns up to and including the next user turn; false at the end.
@@ -180,10 +303,14 @@ impl Running {
             id: self.dialogue.id,
             domain: self.dialogue.domain,
             messages: if self.tokens == 0 { Vec::new() } else { self.messages },
+            rows: if self.tokens == 0 { Vec::new() } else { self.rows },
             generated_tokens: self.tokens,
             greedy: self.sampling.is_greedy(),
             cut: self.cut,
             mark: self.mark,
+            refused: self.refused,
+            tokenised_here: self.tokenised_here,
+            count_differences: self.count_differences,
         }
     }
 }
@@ -224,20 +351,22 @@ impl Table<'_> {
         None
     }
 
-    fn answered(&mut self, key: usize, answer: Option<Answer>) -> ControlFlow<()> {
+    fn answered(&mut self, key: usize, outcome: Outcome) -> ControlFlow<()> {
         let Some(mut running) = self.running.get_mut(key).and_then(Option::take) else {
             return ControlFlow::Continue(());
         };
-        match answer {
-            // The context is full. Turns answered so far are still a row.
-            None => {
+        match outcome {
+            // Turns answered so far are still a row.
+            Outcome::NoRoom => {
                 running.messages.pop();
             }
-            Some(answer) => {
-                running.messages.push(Message::new("assistant", answer.text));
-                running.tokens += answer.tokens;
-                self.progress.tokens += answer.tokens as u64;
-                (running.cut, running.mark) = (answer.cut, answer.mark);
+            Outcome::Refused(why) => {
+                running.messages.pop();
+                running.refused = Some(why);
+            }
+            Outcome::Answered(answer) => {
+                self.progress.tokens += answer.ids.len() as u64;
+                running.take(answer);
                 if running.mark.is_none() && running.advance() {
                     self.running[key] = Some(running);
                     self.follow_up.push_back(key);
@@ -260,11 +389,12 @@ impl Table<'_> {
 
 /// Answers dialogues from `source` until it ends or `on_done` breaks.
 ///
-/// A dialogue stops at a marked answer (which is kept) and is reported with the turns it has. Whether a dialogue is
+/// A dialogue stops at a marked answer (which is kept), at a full context, and where no prompt can be made, and is
+/// reported with the turns it has. Whether a dialogue is
 /// answered greedily depends on its id and the seed alone.
 ///
 /// # Errors
-/// Template failures, and what the generator cannot do.
+/// What the generator cannot do.
 pub fn regenerate(
     source: &mut dyn Iterator<Item = Dialogue>,
     generator: &mut dyn Generator,
@@ -298,15 +428,28 @@ mod tests {
         fn answer(
             &mut self,
             next: &mut dyn FnMut() -> Option<Request>,
-            on_done: &mut dyn FnMut(usize, Option<Answer>) -> ControlFlow<()>,
+            on_done: &mut dyn FnMut(usize, Outcome) -> ControlFlow<()>,
         ) -> Result<(), RegenerateError> {
             while let Some(request) = next() {
                 let turns = request.messages.len();
-                let answer = (turns <= 4).then(|| {
-                    let mark = request.messages[0].content.contains("bad").then_some(AnswerMark::Loop);
-                    Answer { text: turns.to_string(), tokens: 1, cut: false, mark }
-                });
-                if on_done(request.key, answer).is_break() {
+                let mark = request.messages[0].content.contains("bad").then_some(AnswerMark::Loop);
+                // Prompts are as long as they have turns; one of the second kind reads its own answers in another way.
+                let again = u32::from(request.messages[0].content.contains("anew"));
+                let outcome = match turns {
+                    5.. => Outcome::NoRoom,
+                    3 if request.messages[2].content.contains("refused") => {
+                        Outcome::Refused("no third turn".into())
+                    }
+                    _ => Outcome::Answered(Answer {
+                        text: turns.to_string(),
+                        prompt_ids: (0..turns as u32).map(|i| if i % 2 == 1 { i + again } else { i }).collect(),
+                        ids: vec![turns as u32],
+                        ids_from: IdsFrom::Text { counted: Some(1 + turns as u64 / 3) },
+                        cut: false,
+                        mark,
+                    }),
+                };
+                if on_done(request.key, outcome).is_break() {
                     break;
                 }
             }
@@ -330,6 +473,8 @@ mod tests {
             dialogue("b", &[("user", "bad"), ("user", "never asked")]),
             dialogue("c", &[("system", "no user turn")]),
             dialogue("d", &[("user", "1"), ("user", "2"), ("user", "3, too long")]),
+            dialogue("e", &[("user", "anew"), ("user", "2")]),
+            dialogue("f", &[("user", "1"), ("user", "refused"), ("user", "3")]),
         ];
         let mut done = Vec::new();
         let progress = regenerate(&mut rows.into_iter(), &mut Counting, mix(), &mut |d, _| {
@@ -337,13 +482,33 @@ mod tests {
             ControlFlow::Continue(())
         })
         .unwrap();
-        assert_eq!(progress, Progress { dialogues: 4, tokens: 5, unanswered: 1 });
+        assert_eq!(progress, Progress { dialogues: 6, tokens: 8, unanswered: 1 });
         done.sort_by(|a, b| a.id.cmp(&b.id));
         let texts = |d: &FinishedDialogue| d.messages.iter().map(|m| m.content.clone()).collect::<Vec<_>>();
         assert_eq!(texts(&done[0]), ["s", "1", "2", "2", "4"]);
         assert_eq!((texts(&done[1]), done[1].mark), (vec!["bad".into(), "1".into()], Some(AnswerMark::Loop)));
         assert_eq!((texts(&done[2]), done[2].generated_tokens), (vec![], 0));
         assert_eq!(texts(&done[3]), ["1", "1", "2", "3"]);
+        // Rows: the answers stand behind what was asked, every generated token once.
+        for dialogue in &done {
+            let sum: usize = dialogue.rows.iter().map(AnsweredRow::generated_tokens).sum();
+            assert_eq!(sum, dialogue.generated_tokens, "{}", dialogue.id);
+            assert!(dialogue.rows.iter().all(AnsweredRow::is_sound));
+        }
+        let span = |message, start, end| AnswerSpan { message, start, end };
+        assert_eq!(
+            done[3].rows,
+            [AnsweredRow { ids: vec![0, 1, 2, 3], answers: vec![span(1, 1, 2), span(3, 3, 4)] }]
+        );
+        assert_eq!(
+            done[4].rows,
+            [
+                AnsweredRow { ids: vec![0, 1], answers: vec![span(1, 1, 2)] },
+                AnsweredRow { ids: vec![0, 2, 2, 3], answers: vec![span(3, 3, 4)] }
+            ]
+        );
+        assert_eq!((done[5].refused.as_deref(), texts(&done[5])), (Some("no third turn"), vec!["1".into(), "1".into()]));
+        assert_eq!((done[3].tokenised_here, &done[3].count_differences), (2, &BTreeMap::from([(1, 1)])));
     }
 
     #[test]

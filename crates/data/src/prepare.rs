@@ -81,7 +81,10 @@ impl<'a> Preparer<'a> {
                 Ok(()) => {
                     vec![(located.id(), row.ids.clone(), row.loss_mask.clone(), turn_ends(&row.loss_mask))]
                 }
-                Err(problem) => return drop(self, problem),
+                Err(problem) => {
+                    self.report.trained_tokens_dropped += trained(&row.loss_mask);
+                    return drop(self, problem);
+                }
             },
             Row::Conversation(row) => match self.mask(row) {
                 Ok(answers) => {
@@ -118,6 +121,7 @@ impl<'a> Preparer<'a> {
         for (id, mut ids, mut loss_mask, ends) in candidates {
             let cut = self.cut(&ids, &ends);
             if let Some((length, at_turn)) = cut {
+                self.report.trained_tokens_cut += trained(&loss_mask[length..]);
                 ids.truncate(length);
                 loss_mask.truncate(length);
                 let counter =
@@ -128,6 +132,7 @@ impl<'a> Preparer<'a> {
             let found = row.trained_tokens();
             let wanted = self.options.min_trained_tokens.max(1);
             if found < wanted {
+                self.report.trained_tokens_dropped += found as u64;
                 out.extend(drop(self, RowError::TooFewTrainedTokens { found, wanted })?);
                 continue;
             }
@@ -258,6 +263,10 @@ fn file_name(path: &Path) -> String {
 enum Problem {
     Row(RowError),
     Text(TextError),
+}
+
+fn trained(loss_mask: &[bool]) -> u64 {
+    loss_mask.iter().filter(|m| **m).count() as u64
 }
 
 /// Ends of the runs of trained tokens.

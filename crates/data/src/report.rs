@@ -55,6 +55,12 @@ pub struct Report {
     pub cut_at_turn: u64,
     /// Rows cut to the length limit inside a turn.
     pub cut_inside_turn: u64,
+    /// Trained tokens behind the length limit, in rows that were cut.
+    #[serde(default)]
+    pub trained_tokens_cut: u64,
+    /// Trained tokens of rows that were dropped after they had become tokens.
+    #[serde(default)]
+    pub trained_tokens_dropped: u64,
     /// Rows that did not come out, by reason.
     pub dropped: BTreeMap<String, u64>,
     /// The first row that was dropped for each reason: file, place and what is wrong.
@@ -170,6 +176,8 @@ impl Report {
         line("trained tokens", self.trained_tokens);
         line("rows cut after a turn", self.cut_at_turn);
         line("rows cut inside a turn", self.cut_inside_turn);
+        line("trained tokens cut off", self.trained_tokens_cut);
+        line("trained tokens dropped", self.trained_tokens_dropped);
         if let Some(lengths) = &self.lengths {
             let values = format!("{} / {} / {}", lengths.p50, lengths.p95, lengths.max);
             out.push_str(&format!("{:<28} {values:>12}\n", "row length p50 / p95 / max"));

@@ -7,7 +7,7 @@
 use std::ops::ControlFlow;
 
 use draftsmith_capture::{
-    Answer, Asked, Generator, OpenAiGenerator, Prompter, RegenerateError, Request, ServerError, metrics_page,
+    Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError, metrics_page,
 };
 use draftsmith_core::{AcceptStats, Sampling, TokenTree};
 use draftsmith_decode::{DraftPlan, GenerateOptions, Generation};
@@ -261,8 +261,12 @@ fn ask(
     });
     let mut answers = vec![None; replay.prompts.len()];
     report.begin("ask the engine", Some(answers.len() as u64), Unit::Rows);
-    generator.answer(&mut || requests.next(), &mut |key, answer| {
-        answers[key] = answer;
+    generator.answer(&mut || requests.next(), &mut |key, outcome| {
+        answers[key] = match outcome {
+            Outcome::Answered(answer) => Some(answer),
+            // The target's own prompts were rendered before, so none is refused here.
+            Outcome::NoRoom | Outcome::Refused(_) => None,
+        };
         report.at(key as u64 + 1);
         ControlFlow::Continue(())
     })?;

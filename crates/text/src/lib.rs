@@ -19,6 +19,7 @@ mod strftime;
 mod template;
 mod to_gguf;
 mod tokenizer;
+mod turn;
 
 pub use config::TokenizerConfig;
 pub use error::TextError;
@@ -28,3 +29,4 @@ pub use message::{Message, MessageError};
 pub use stream::{Chunk, StreamDecoder};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Encoding, SpecialIds, Tokenizer};
+pub use turn::is_reasoning_mark;

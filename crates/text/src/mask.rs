@@ -9,11 +9,16 @@
 //! server never asks the model for it. A token that starts before the answer and reaches into it is not trained either;
 //! at inference the prompt is tokenised on its own and such a token cannot appear.
 //!
+//! A rendered answer need not continue its generation prompt, and need not be what the model wrote: see `turn`. Such a row
+//! is the prompt followed by the answer as it was written. A cut answer always is.
+//!
 //! Templates that rewrite earlier turns when later ones follow (Qwen3 drops old reasoning) have no single text in
 //! which every answer looks as it did when it was written. Then each answer becomes a row of its own.
 
 use std::ops::Range;
 
+use crate::tokenizer::Encoding;
+use crate::turn::{Frame, TurnText, cut_text, turn_text, words_end};
 use crate::{ChatTemplate, Message, RenderOptions, TextError, Tokenizer};
 
 /// Which assistant turns are trained.
@@ -114,32 +119,34 @@ pub fn mask_conversation(
     }
     let ask = options.render.with_generation_prompt(true);
     let plain = options.render.with_generation_prompt(false);
-    // (message, text up to and including it, bytes it added)
-    let mut rendered: Vec<(usize, String, Range<usize>)> = Vec::with_capacity(answers.len());
+    let cut = answers.last().copied().filter(|_| options.last_answer_cut);
+    let mut rendered: Vec<(usize, TurnText)> = Vec::with_capacity(answers.len());
     for turn in answers {
         let prompt = template.render(&messages[..turn], &ask)?;
+        let message = &messages[turn];
         let text = template.render(&messages[..=turn], &plain)?;
-        if !text.starts_with(&prompt) {
-            return Err(not_continued(turn, &prompt, &text));
-        }
-        let added = prompt.len()..text.len();
-        rendered.push((turn, text, added));
+        // Calls stand behind the words: a cut answer with calls is the rendered one without its end.
+        let found = if cut == Some(turn) && message.tool_calls.is_none() {
+            let mut probe = messages[..turn].to_vec();
+            probe.push(Frame::probe(message));
+            // A template may refuse the probe; then nothing is known of what stands around the words.
+            let shown = template.render(&probe, &plain).ok();
+            cut_text(&prompt, shown.and_then(|shown| Frame::of(&prompt, &shown)).as_ref(), message)
+        } else {
+            turn_text(&prompt, &text, message)
+        };
+        rendered.push((turn, found.ok_or_else(|| not_continued(turn, &prompt, &text))?));
     }
-    let Some((last, whole, _)) = rendered.last() else { return Ok(Vec::new()) };
-    let cut = options.last_answer_cut.then_some(*last);
+    let Some((_, whole)) = rendered.last() else { return Ok(Vec::new()) };
     let rewritten =
-        rendered.iter().find(|(_, text, _)| !whole.starts_with(text.as_str())).map(|(turn, _, _)| *turn);
+        rendered.iter().find(|(_, turn)| !whole.text.starts_with(&turn.text)).map(|(turn, _)| *turn);
     match rewritten {
-        None => {
-            let whole = whole.clone();
-            let turns = rendered.into_iter().map(|(turn, _, added)| (turn, added)).collect();
-            Ok(vec![row(tokenizer, whole, turns, messages, cut, None)?])
-        }
+        None => Ok(vec![row(tokenizer, rendered, messages, cut, None)?]),
         Some(turn) => rendered
             .into_iter()
-            .map(|(message, text, added)| {
+            .map(|answer| {
                 let split = Some(SplitReason::HistoryRewritten { turn });
-                row(tokenizer, text, vec![(message, added)], messages, cut, split)
+                row(tokenizer, vec![answer], messages, cut, split)
             })
             .collect(),
     }
@@ -157,15 +164,21 @@ fn not_continued(turn: usize, prompt: &str, text: &str) -> TextError {
     TextError::AnswerNotContinued { turn, prompt: part(prompt), rendered: part(text) }
 }
 
+/// One row of turns whose texts begin each other; the last one is the whole text.
 fn row(
     tokenizer: &Tokenizer,
-    text: String,
-    turns: Vec<(usize, Range<usize>)>,
+    turns: Vec<(usize, TurnText)>,
     messages: &[Message],
     cut: Option<usize>,
     split: Option<SplitReason>,
 ) -> Result<MaskedRow, TextError> {
-    let mut encoding = tokenizer.encode_with_spans(&text)?;
+    let added: Vec<(usize, Range<usize>)> =
+        turns.iter().map(|(message, turn)| (*message, turn.start..turn.text.len())).collect();
+    let Some((_, last)) = turns.into_iter().next_back() else {
+        unreachable!("a row has a turn");
+    };
+    let mut encoding = encode(tokenizer, &last)?;
+    let text = last.text;
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id(), encoding.ids.as_slice())
         && *first == bos
         && *second == bos
@@ -173,17 +186,20 @@ fn row(
         return Err(TextError::DoubleBos { bos });
     }
     let mut loss_mask = vec![false; encoding.ids.len()];
-    let mut trained = Vec::with_capacity(turns.len());
-    for (message, added) in turns {
+    let mut trained = Vec::with_capacity(added.len());
+    for (message, added) in added {
         // Spans ascend, so both borders are found by bisection.
         let start = encoding.spans.partition_point(|span| span.start < added.start);
         let stop = encoding.spans.partition_point(|span| span.start < added.end);
-        let after_content = content_end(&text, &added, &messages[message]);
-        let (mut end, mut ends_turn) =
-            end_of_turn(tokenizer, &encoding.ids[..stop], &encoding.spans, start, after_content);
+        let (end, ends_turn) = if cut == Some(message) && last.open_end {
+            (stop, false)
+        } else {
+            let behind = words_end(&text, &added, &messages[message]);
+            let (end, ends_turn) =
+                end_of_turn(tokenizer, &encoding.ids[..stop], &encoding.spans, start, behind);
+            if cut == Some(message) { (end - usize::from(ends_turn), false) } else { (end, ends_turn) }
+        };
         if cut == Some(message) {
-            end -= usize::from(ends_turn);
-            ends_turn = false;
             encoding.ids.truncate(end);
             encoding.spans.truncate(end);
             loss_mask.truncate(end);
@@ -194,28 +210,35 @@ fn row(
     Ok(MaskedRow { text, ids: encoding.ids, loss_mask, spans: encoding.spans, turns: trained, split })
 }
 
-/// Byte after the message's own words inside what the turn added; the start of the turn if they are not found.
-fn content_end(text: &str, added: &Range<usize>, message: &Message) -> usize {
-    let content = message.content.trim();
-    if content.is_empty() {
-        return added.start;
+/// The text as a whole; where prompt and answer were put together here and a token would reach from one into the other,
+/// each of them alone, as at inference.
+fn encode(tokenizer: &Tokenizer, turn: &TurnText) -> Result<Encoding, TextError> {
+    let whole = tokenizer.encode_with_spans(&turn.text)?;
+    let reaches_over = |span: &Range<usize>| span.start < turn.start && turn.start < span.end;
+    if !turn.joined || !whole.spans.iter().any(reaches_over) {
+        return Ok(whole);
     }
-    text[added.clone()].rfind(content).map_or(added.start, |at| added.start + at + content.len())
+    let mut parts = tokenizer.encode_with_spans(&turn.text[..turn.start])?;
+    let answer = tokenizer.encode_with_spans(&turn.text[turn.start..])?;
+    parts.ids.extend(answer.ids);
+    parts.spans.extend(answer.spans.iter().map(|s| s.start + turn.start..s.end + turn.start));
+    Ok(parts)
 }
 
-/// Where the trained part of a turn ends: after the first token behind the answer that stops generation; without one,
-/// after the first control token there; without that, after the last token that is not white space.
+/// Where the trained part of a turn ends: after the first token of it that stops generation, since the model is asked
+/// for nothing after that; without one, after the first control token behind the answer's words (`behind`); without
+/// that, after the last token that is not white space.
 fn end_of_turn(
     tokenizer: &Tokenizer,
     ids: &[u32],
     spans: &[Range<usize>],
     start: usize,
-    after_content: usize,
+    behind: usize,
 ) -> (usize, bool) {
-    let behind = start.max(spans[..ids.len()].partition_point(|span| span.start < after_content));
-    if let Some(at) = (behind..ids.len()).find(|i| tokenizer.eos_ids().contains(&ids[*i])) {
+    if let Some(at) = (start..ids.len()).find(|i| tokenizer.eos_ids().contains(&ids[*i])) {
         return (at + 1, true);
     }
+    let behind = start.max(spans[..ids.len()].partition_point(|span| span.start < behind));
     if let Some(at) = (behind..ids.len()).find(|i| tokenizer.is_special(ids[*i])) {
         return (at + 1, true);
     }

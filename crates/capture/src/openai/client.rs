@@ -1,6 +1,7 @@
 //! The OpenAI protocol of answers over [`Http`]: what is sent, and what makes an answer whole.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use draftsmith_formats::run::{ServerApi, ServerTable};
 use serde_json::{Map, Value};
@@ -24,6 +25,8 @@ pub(super) struct Client<'a> {
     table: &'a ServerTable,
     model: String,
     stops: Vec<String>,
+    /// The server is asked for token ids: it gave them with its first answer.
+    gives_ids: AtomicBool,
 }
 
 impl<'a> Client<'a> {
@@ -48,7 +51,7 @@ impl<'a> Client<'a> {
             Some(model) => Some(model.clone()),
             None => http.only_model(flow)?,
         };
-        Ok(model.map(|model| Client { http, table, model, stops }))
+        Ok(model.map(|model| Client { http, table, model, stops, gives_ids: AtomicBool::new(false) }))
     }
 
     /// Requests so far.
@@ -63,7 +66,38 @@ impl<'a> Client<'a> {
         prompt: &Prompt,
         flow: &Flow<'_>,
     ) -> Result<Option<(Reply, bool)>, ServerError> {
-        let mut body = self.body(request, prompt);
+        let reply = match self.gives_ids.load(Ordering::Relaxed) {
+            false => self.stream(request, prompt, flow, false)?,
+            true => match self.stream(request, prompt, flow, true) {
+                // Some servers give ids, but not in streams of every endpoint.
+                Err(error) if knows_no_field(&error) => {
+                    if self.gives_ids.swap(false, Ordering::Relaxed) {
+                        self.http.note(&format!("`{}` gives no token ids in streams", self.http.url()));
+                    }
+                    self.stream(request, prompt, flow, false)?
+                }
+                reply => reply?,
+            },
+        };
+        let Some((reply, cut)) = reply else { return Ok(None) };
+        self.compare(request, prompt, &reply)?;
+        match reply.beside {
+            Some(what) => {
+                let (url, row) = (self.http.url().to_string(), request.id.clone());
+                Err(ServerError::NotPlain { url, row, what })
+            }
+            None => Ok(Some((reply, cut))),
+        }
+    }
+
+    fn stream(
+        &self,
+        request: &Request,
+        prompt: &Prompt,
+        flow: &Flow<'_>,
+        with_ids: bool,
+    ) -> Result<Option<(Reply, bool)>, ServerError> {
+        let mut body = self.body(request, prompt, with_ids);
         body.insert("stream".to_string(), true.into());
         body.insert("stream_options".to_string(), serde_json::json!({ "include_usage": true }));
         let limit = wire::byte_limit(prompt.max_new_tokens);
@@ -76,33 +110,41 @@ impl<'a> Client<'a> {
             let cut = reply.is_cut()?;
             Ok(Some((reply, cut)))
         })?;
-        let Some((reply, cut)) = reply.flatten() else { return Ok(None) };
-        self.compare(request, prompt, &reply)?;
-        match reply.beside {
-            Some(what) => {
-                let (url, row) = (self.http.url().to_string(), request.id.clone());
-                Err(ServerError::NotPlain { url, row, what })
-            }
-            None => Ok(Some((reply, cut))),
-        }
+        Ok(reply.flatten())
     }
 
-    /// Asks for one token, without a stream, to learn how many tokens the server reads in the prompt: not all servers
-    /// say so in a stream.
+    /// Asks for one token, without a stream, to learn how many tokens the server reads in the prompt (not all servers
+    /// say so in a stream) and whether it gives token ids.
     pub(super) fn greet(
         &self,
         request: &Request,
         prompt: &Prompt,
         flow: &Flow<'_>,
     ) -> Result<(), ServerError> {
-        let mut body = self.body(request, prompt);
-        body.insert("max_tokens".to_string(), 1.into());
-        let reply = self.http.persist(&request.id, flow, || {
-            let mut reply = Reply::default();
-            reply.take(&read_body(self.post(&request.id, &body, "application/json")?, SIDE_BODY_BYTES)?)?;
-            Ok(reply)
-        })?;
+        let ask = |with_ids: bool| {
+            let mut body = self.body(request, prompt, with_ids);
+            body.insert("max_tokens".to_string(), 1.into());
+            self.http.persist(&request.id, flow, || {
+                let mut reply = Reply::default();
+                reply.take(&read_body(
+                    self.post(&request.id, &body, "application/json")?,
+                    SIDE_BODY_BYTES,
+                )?)?;
+                Ok(reply)
+            })
+        };
+        let reply = match ask(true) {
+            Err(error) if knows_no_field(&error) => ask(false)?,
+            reply => reply?,
+        };
         let Some(reply) = reply else { return Ok(()) };
+        self.gives_ids.store(reply.ids.is_some(), Ordering::Relaxed);
+        if reply.ids.is_none() {
+            self.http.note(&format!(
+                "`{}` gives no token ids: the text of its answers is tokenised here, and its counts are compared",
+                self.http.url()
+            ));
+        }
         if reply.prompt_tokens.is_none() && self.table.compare_prompts {
             self.http.note(&format!(
                 "`{}` does not count the tokens of prompts: whether it reads what training sees is not known",
@@ -119,12 +161,29 @@ impl<'a> Client<'a> {
                 let (url, row) = (self.http.url().to_string(), request.id.clone());
                 Err(ServerError::OtherPrompt { url, row, ours, theirs })
             }
-            _ => Ok(()),
+            _ => match reply.prompt_ids.as_ref().filter(|_| self.table.compare_prompts) {
+                Some(theirs) if *theirs != prompt.ids => {
+                    let at = theirs.iter().zip(&prompt.ids).take_while(|(a, b)| a == b).count();
+                    let id = |ids: &[u32]| ids.get(at).map_or("nothing".to_string(), u32::to_string);
+                    Err(ServerError::Unexpected {
+                        url: self.http.url().to_string(),
+                        row: request.id.clone(),
+                        field: format!("prompt_token_ids[{at}]").into(),
+                        found: id(theirs).into(),
+                        wanted: id(&prompt.ids).into(),
+                    })
+                }
+                _ => Ok(()),
+            },
         }
     }
 
-    fn body(&self, request: &Request, prompt: &Prompt) -> Map<String, Value> {
+    fn body(&self, request: &Request, prompt: &Prompt, with_ids: bool) -> Map<String, Value> {
         let mut body = wire::body(self.table.api, request, prompt, &self.stops);
+        if with_ids {
+            // The name that vLLM and SGLang share.
+            body.insert("return_token_ids".to_string(), true.into());
+        }
         body.insert("model".to_string(), self.model.as_str().into());
         body.extend(self.table.extra.clone());
         body
@@ -142,4 +201,9 @@ impl<'a> Client<'a> {
         };
         self.http.post(path, row, body, wanted)
     }
+}
+
+/// True if the server may have refused a request for a field that it does not know.
+fn knows_no_field(error: &ServerError) -> bool {
+    matches!(error, ServerError::Refused { status: 400 | 422, .. })
 }

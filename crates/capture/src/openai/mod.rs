@@ -17,7 +17,7 @@ use draftsmith_formats::run::ServerTable;
 
 use self::client::Client;
 use crate::http::{Asked, Flow};
-use crate::{Answer, Generator, Prompt, Prompter, RegenerateError, Request};
+use crate::{Answer, Generator, IdsFrom, Outcome, Prompt, Prompter, RegenerateError, Request};
 
 pub use client::metrics_page;
 
@@ -43,7 +43,7 @@ impl Generator for OpenAiGenerator<'_> {
     fn answer(
         &mut self,
         next: &mut dyn FnMut() -> Option<Request>,
-        on_done: &mut dyn FnMut(usize, Option<Answer>) -> ControlFlow<()>,
+        on_done: &mut dyn FnMut(usize, Outcome) -> ControlFlow<()>,
     ) -> Result<(), RegenerateError> {
         let tokenizer = self.prompter.tokenizer;
         let stops = tokenizer.eos_ids().iter().map(|id| tokenizer.token_to_piece(*id));
@@ -63,7 +63,7 @@ impl OpenAiGenerator<'_> {
         client: &Client<'_>,
         flow: &Flow<'_>,
         next: &mut dyn FnMut() -> Option<Request>,
-        on_done: &mut dyn FnMut(usize, Option<Answer>) -> ControlFlow<()>,
+        on_done: &mut dyn FnMut(usize, Outcome) -> ControlFlow<()>,
     ) -> Result<(), RegenerateError> {
         let (sender, receiver) = mpsc::channel();
         let mut failed = None;
@@ -71,8 +71,8 @@ impl OpenAiGenerator<'_> {
         let mut under_way = 0;
         std::thread::scope(|scope| {
             let mut ended = false;
-            let mut report = |key: usize, answer: Option<Answer>| {
-                if !ended && on_done(key, answer).is_break() {
+            let mut report = |key: usize, outcome: Outcome| {
+                if !ended && on_done(key, outcome).is_break() {
                     ended = true;
                     flow.cancelled.store(true, Ordering::Relaxed);
                 }
@@ -81,14 +81,10 @@ impl OpenAiGenerator<'_> {
                 while failed.is_none() && !flow.is_cancelled() && under_way < self.batch_size {
                     let Some(request) = next() else { break };
                     let prompt = match self.prompter.prompt(&request) {
-                        Ok(Some(prompt)) => prompt,
-                        Ok(None) => {
-                            report(request.key, None);
+                        Ok(prompt) => prompt,
+                        Err(outcome) => {
+                            report(request.key, outcome);
                             continue;
-                        }
-                        Err(error) => {
-                            failed = Some(error);
-                            break;
                         }
                     };
                     if !greeted {
@@ -116,7 +112,7 @@ impl OpenAiGenerator<'_> {
                 let Ok((key, answer)) = receiver.recv() else { break };
                 under_way -= 1;
                 match answer {
-                    Ok(Some(answer)) => report(key, Some(answer)),
+                    Ok(Some(answer)) => report(key, Outcome::Answered(answer)),
                     Ok(None) => {}
                     Err(error) => {
                         failed.get_or_insert(error);
@@ -135,9 +131,26 @@ impl OpenAiGenerator<'_> {
         flow: &Flow<'_>,
     ) -> Result<Option<Answer>, RegenerateError> {
         let Some((reply, cut)) = client.answer(request, prompt, flow)? else { return Ok(None) };
-        // Read back by our tokenizer, as training will: servers count in their own ways.
-        let ids = self.prompter.tokenizer.encode(&reply.text, false);
-        let ids = ids.map_err(|source| RegenerateError::Text { id: request.id.clone(), source })?;
-        Ok(Some(self.prompter.judge(reply.text, &ids, cut)))
+        let tokenizer = self.prompter.tokenizer;
+        let prompt_ids = reply.prompt_ids.clone().unwrap_or_else(|| prompt.ids.clone());
+        let ends = |ids: &[u32]| ids.last().is_some_and(|id| tokenizer.eos_ids().contains(id));
+        // Ids are used if they are whole: some servers lose a part of them in streams.
+        let whole = reply.ids.clone().filter(|ids| reply.counted.is_none_or(|n| n == ids.len() as u64));
+        if let Some(mut ids) = whole {
+            if !cut && !ends(&ids) {
+                ids.extend(self.prompter.stop_id());
+            }
+            return Ok(Some(self.prompter.judge(prompt_ids, ids, IdsFrom::Model, cut)));
+        }
+        // The answer by itself, as the model wrote it behind the prompt; the stop token is not part of the text.
+        let mut ids = tokenizer
+            .encode(&reply.text, false)
+            .map_err(|source| RegenerateError::Text { id: request.id.clone(), source })?;
+        if !cut {
+            ids.extend(self.prompter.stop_id());
+        }
+        let ids_from = IdsFrom::Text { counted: reply.counted };
+        let answer = self.prompter.judge(prompt_ids, ids, ids_from, cut);
+        Ok(Some(Answer { text: reply.text, ..answer }))
     }
 }

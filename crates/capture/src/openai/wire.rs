@@ -75,6 +75,12 @@ pub(super) struct Reply {
     pub(super) text: String,
     pub(super) finish: Option<String>,
     pub(super) prompt_tokens: Option<u64>,
+    /// Tokens of the answer as the server counts them.
+    pub(super) counted: Option<u64>,
+    /// The prompt as the server read it, if it says so.
+    pub(super) prompt_ids: Option<Vec<u32>>,
+    /// The generated tokens, if the server gives them.
+    pub(super) ids: Option<Vec<u32>>,
     /// Something beside the text that the text does not tell.
     pub(super) beside: Option<&'static str>,
 }
@@ -84,11 +90,13 @@ struct Event {
     choices: Option<Vec<Choice>>,
     usage: Option<Usage>,
     error: Option<Value>,
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Deserialize)]
 struct Usage {
     prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -99,6 +107,8 @@ struct Choice {
     #[serde(alias = "message")]
     delta: Option<Delta>,
     finish_reason: Option<String>,
+    token_ids: Option<Vec<u32>>,
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Deserialize)]
@@ -120,9 +130,18 @@ impl Reply {
         if event.choices.is_none() && event.usage.is_none() {
             return Err(garbled("neither `choices` nor `usage`".to_string()));
         }
-        self.prompt_tokens = event.usage.and_then(|u| u.prompt_tokens).or(self.prompt_tokens);
+        if let Some(usage) = event.usage {
+            self.prompt_tokens = usage.prompt_tokens.or(self.prompt_tokens);
+            self.counted = usage.completion_tokens.or(self.counted);
+        }
+        // With completions the prompt stands in the choice, with chats beside it.
+        self.prompt_ids = event.prompt_token_ids.or(self.prompt_ids.take());
         for choice in event.choices.into_iter().flatten().filter(|c| c.index == 0) {
             self.text.push_str(choice.text.as_deref().unwrap_or_default());
+            self.prompt_ids = choice.prompt_token_ids.or(self.prompt_ids.take());
+            if let Some(ids) = choice.token_ids {
+                self.ids.get_or_insert_default().extend(ids);
+            }
             if let Some(delta) = choice.delta {
                 self.text.push_str(delta.content.as_deref().unwrap_or_default());
                 if delta.reasoning_content.is_some_and(|text| !text.is_empty()) {
@@ -213,6 +232,22 @@ mod tests {
             data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"length\"}]}\n\n";
         let reply = read(chat).unwrap();
         assert_eq!((reply.text.as_str(), reply.is_cut()), ("é", Ok(true)));
+    }
+
+    #[test]
+    fn token_ids_are_read_where_servers_put_them() {
+        let completions = "data: {\"choices\":[{\"text\":\"a\",\"prompt_token_ids\":[1,2],\"token_ids\":[7]}]}\n\n\
+            data: {\"choices\":[{\"text\":\"b\",\"token_ids\":[8,9],\"finish_reason\":\"stop\"}]}\n\n\
+            data: {\"choices\":[],\"usage\":{\"prompt_tokens\":2,\"completion_tokens\":3}}\n\n";
+        let reply = read(completions).unwrap();
+        assert_eq!((reply.prompt_ids, reply.ids, reply.counted), (Some(vec![1, 2]), Some(vec![7, 8, 9]), Some(3)));
+        let chat = "data: {\"prompt_token_ids\":[1],\"choices\":[{\"delta\":{\"content\":\"a\"},\"token_ids\":null}]}\n\n";
+        let reply = read(chat).unwrap();
+        assert_eq!((reply.prompt_ids, reply.ids, reply.counted), (Some(vec![1]), None, None));
+        let mut whole = Reply::default();
+        whole.take(br#"{"choices":[{"text":"a","token_ids":[7]}],"usage":{"completion_tokens":1}}"#).unwrap();
+        assert_eq!((whole.ids, whole.counted), (Some(vec![7]), Some(1)));
+        assert!(matches!(read("data: {\"choices\":[{\"token_ids\":[-1]}]}\n"), Err(Fault::Garbled { .. })));
     }
 
     #[test]

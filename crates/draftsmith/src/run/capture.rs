@@ -56,7 +56,7 @@ impl Run<'_> {
     pub fn plan_capture(&self) -> Result<Bill, Error> {
         let last = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
         self.advance(last)?;
-        let tokens = TokenFile::open(self.tokens_path())?;
+        let tokens = self.tokens()?;
         let mut source = self.capture_source(self.env.report)?;
         source.note_launch(self.env.report);
         self.bill(&tokens, &self.folder.stage_dir(Stage::Capture), &mut source)
@@ -128,7 +128,7 @@ impl Run<'_> {
     }
 
     pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
-        let tokens = TokenFile::open(self.tokens_path())?;
+        let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
         let mut writer = CacheWriter::open(dir, &spec)?;
         let mut source = self.capture_source(report)?;
@@ -193,7 +193,7 @@ impl Run<'_> {
 
     /// The rows that training reads: from the cache, or captured as they are asked for.
     pub(super) fn row_store(&self) -> Result<Box<dyn RowStore + '_>, Error> {
-        let tokens = TokenFile::open(self.tokens_path())?;
+        let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
         match self.file.capture.mode {
             CaptureMode::Cache => {

@@ -18,7 +18,7 @@ use draftsmith_data::{
 };
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
 use draftsmith_formats::run::Stage;
-use draftsmith_formats::tokens::{TokenRow, TokenSummary, TokenWriter};
+use draftsmith_formats::tokens::{TokenFile, TokenRow, TokenSummary, TokenWriter};
 use draftsmith_text::MaskOptions;
 use serde_json::{Value, json};
 
@@ -154,6 +154,39 @@ impl Run<'_> {
         let summary = writer.finish()?;
         let (data_report, _) = preparer.finish();
         Ok((summary, data_report))
+    }
+
+    /// The token file that capture and training read: as the stage left it, with every generated token in it or counted
+    /// among those left out.
+    pub(super) fn tokens(&self) -> Result<TokenFile, Error> {
+        let path = self.tokens_path();
+        let tokens = TokenFile::open(&path)?;
+        let stage = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
+        let Some(file) = self.folder.read(stage)? else { return Ok(tokens) };
+        let count = |key: &str| file.summary[key].as_u64();
+        let (trained, sha256) = (tokens.summary().trained_tokens, tokens.summary().sha256.as_str());
+        let differs = count("trained_tokens").is_some_and(|n| n != trained)
+            || file.summary["tokens_sha256"].as_str().is_some_and(|s| s != sha256);
+        let lost = count("generated_tokens")
+            .zip(count("left_out_tokens"))
+            .filter(|(generated, left_out)| *generated != trained + left_out);
+        // Answers that are there already are taken over.
+        let state = self.folder.root().join("state").join(format!("{}.json", stage.name()));
+        let again = || format!("delete `{}` and run again: the stage is made anew", state.display());
+        match (differs, lost) {
+            (false, None) => Ok(tokens),
+            (_, Some((generated, left_out))) => Err(Error::input(
+                format!(
+                    "`{}` trains {trained} tokens, but {generated} were generated and {left_out} left out",
+                    path.display()
+                ),
+                again(),
+            )),
+            (true, None) => Err(Error::input(
+                format!("`{}` is not the file that stage `{}` wrote", path.display(), stage.name()),
+                again(),
+            )),
+        }
     }
 
     /// Rows of a file that this run wrote, one after the other.

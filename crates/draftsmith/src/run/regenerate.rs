@@ -8,8 +8,11 @@
 //! ```
 //! Which dialogues finish first depends on what is decoded beside them; what they say does not. So rows are put back
 //! into the order of the data, and a limit on tokens counts in that order: the result does not depend on interruptions.
+//!
+//! Invariant: a row is what the model was asked and what it wrote, as ids. Every generated token is trained on or counted
+//! among those left out; what cannot be asked is refused before anything is.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -17,16 +20,16 @@ use draftsmith_capture::{
     Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
     SamplingMix, regenerate,
 };
-use draftsmith_data::{LocatedRow, Report as DataReport, Row};
+use draftsmith_data::{Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
-use draftsmith_text::MaskOptions;
+use draftsmith_text::{MaskOptions, Message, TextError};
 use serde_json::{Value, json};
 
 use super::Run;
-use super::answers::{AnswerLine, Answers, Origin, Selection, Wanted};
+use super::answers::{AnswerLine, Answers, KeptRow, Origin, Selection, Wanted};
 use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use crate::Error;
 use crate::device::Compute;
@@ -58,6 +61,20 @@ impl Run<'_> {
             table,
             precision: self.arithmetic(),
         };
+        let mut refused = BTreeMap::new();
+        let (rows, held) = (self.askable(rows, &mut refused)?, self.askable(held, &mut BTreeMap::new())?);
+        if rows.is_empty() {
+            let why: Vec<String> = refused.iter().map(|(why, n)| format!("{n} {why}")).collect();
+            return Err(Error::input(
+                format!("no conversation can be asked ({})", why.join(", ")),
+                "`draftsmith data preview` shows what the template makes of a row; with `data.strict = true` the first \
+                 problem is named",
+            ));
+        }
+        if !refused.is_empty() {
+            let why: Vec<String> = refused.iter().map(|(why, n)| format!("{n} {why}")).collect();
+            report.note(&format!("regenerate: conversations that cannot be asked: {}", why.join(", ")));
+        }
         let (wanted, held) = (wanted(rows, &origin)?, wanted(held, &origin)?);
         atomic::create_dir_all(dir)?;
         let mut answers = Answers::open(&dir.join("answers.jsonl"), wanted.iter().chain(&held))?;
@@ -65,30 +82,60 @@ impl Run<'_> {
         if before > 0 {
             report.note(&format!("regenerate: {before} of {} answers are there already", wanted.len()));
         }
+        if answers.without_ids() > 0 {
+            report.note(&format!(
+                "regenerate: {} answers in `answers.jsonl` were kept by an earlier version without their token ids; they \
+                 are asked for again, as a row must hold exactly what was written",
+                answers.without_ids()
+            ));
+        }
         self.answer("answer held-out conversations", &held, &mut answers, None, report)?;
         self.answer("answer conversations", &wanted, &mut answers, table.max_tokens, report)?;
         self.check_stop(Stage::Regenerate)?;
 
         let count = answers.reach(&wanted, table.max_tokens).unwrap_or(wanted.len());
-        let choose = |wanted: &[Wanted]| -> (Vec<LocatedRow>, Selection) {
-            let mut selection = Selection::new(table, wanted.len());
+        let tokenizer = &target.text.tokenizer;
+        let choose = |wanted: &[Wanted]| -> (Vec<KeptRow>, Selection<'_>) {
+            let mut selection = Selection::new(tokenizer, table, wanted.len());
             let lines = wanted.iter().filter_map(|w| Some((w, answers.get(w)?)));
-            let rows = lines.filter_map(|(w, line)| selection.take(&w.row, line)).collect();
+            let rows = lines.flat_map(|(w, line)| selection.take(&w.row, line)).collect();
             (rows, selection)
         };
-        let (validation, of_validation) = choose(&held);
-        let (kept, selection) = choose(&wanted[..count]);
-        write_rows(&dir.join(VALIDATION), validation.iter().map(|row| to_json(row, &row.id())))?;
-        let so_far =
-            DataReport { rows_read: kept.len() as u64, rows: kept.len() as u64, ..DataReport::default() };
-        let (summary, prepared) =
-            self.prepare(dir, kept.into_iter().map(Ok), so_far, report, Stage::Regenerate)?;
+        let (validation, mut of_validation) = choose(&held);
+        let (kept, mut selection) = choose(&wanted[..count]);
+        // Held-out rows are neither cut nor dropped.
+        let mut trained: BTreeMap<&str, u64> = BTreeMap::new();
+        for row in &validation {
+            *trained.entry(row.row.domain()).or_default() += trained_tokens(&row.row);
+        }
+        of_validation.settle(|domain| trained.get(domain).copied().unwrap_or(0), 0, 0);
+        self.check_balance(&of_validation)?;
+        write_rows(&dir.join(VALIDATION), validation.iter().map(validation_line))?;
+        let unasked = refused.values().sum::<u64>();
+        let of_dialogues = kept.len() as u64 - selection.rows_split.total();
+        let so_far = DataReport {
+            rows_read: of_dialogues + unasked,
+            rows_split: selection.rows_split.total(),
+            rows: kept.len() as u64,
+            dropped: refused,
+            ..DataReport::default()
+        };
+        let kept = kept.into_iter().map(|kept| Ok(kept.row));
+        let (summary, prepared) = self.prepare(dir, kept, so_far, report, Stage::Regenerate)?;
+        let trained = |domain: &str| prepared.domains.get(domain).map_or(0, |d| d.trained_tokens);
+        selection.settle(trained, prepared.trained_tokens_cut, prepared.trained_tokens_dropped);
+        self.check_balance(&selection)?;
         let total = selection.total();
+        if summary.trained_tokens != total.trained_tokens {
+            return Err(unbalanced(total.trained_tokens, summary.trained_tokens));
+        }
         let page = json!({
             "answers": total,
+            "left_out_tokens": selection.left_out,
             "domains": selection.domains,
             "validation": of_validation.total(),
             "rows": prepared,
+            "rows_split": selection.rows_split,
         });
         let text = serde_json::to_string_pretty(&page).expect("a report holds only what JSON can say") + "\n";
         atomic::write(dir.join("report.json"), text)?;
@@ -96,6 +143,7 @@ impl Run<'_> {
         let mut value = json!({
             "dialogues": total.dialogues,
             "generated_tokens": total.generated_tokens,
+            "left_out_tokens": total.left_out_tokens,
             "empty_answers": total.empty,
             "cut_answers": total.cut,
             "looping_answers": total.looping,
@@ -104,6 +152,51 @@ impl Run<'_> {
         });
         add_tokens(&mut value, &summary);
         Ok(value)
+    }
+
+    /// The rows whose first prompt can be made; the others are counted by reason, or are errors in strict mode. Nothing
+    /// has been asked yet.
+    fn askable(
+        &self,
+        rows: Vec<LocatedRow>,
+        refused: &mut BTreeMap<String, u64>,
+    ) -> Result<Vec<LocatedRow>, Error> {
+        let prompter = self.prompter()?;
+        let mut out = Vec::with_capacity(rows.len());
+        for row in rows {
+            self.check_stop(Stage::Regenerate)?;
+            let Row::Conversation(conversation) = &row.row else {
+                out.push(row);
+                continue;
+            };
+            let problem = match first_prompt(&prompter, conversation) {
+                Ok(()) => {
+                    out.push(row);
+                    continue;
+                }
+                Err(Problem::Row(problem)) => problem,
+                Err(Problem::Text(source)) if self.file.data.strict => {
+                    return Err(DataError::Text { location: row.location, source }.into());
+                }
+                Err(Problem::Text(source)) => RowError::TemplateRefused { message: source.to_string() },
+            };
+            if self.file.data.strict {
+                return Err(DataError::BadRow { location: row.location, problem }.into());
+            }
+            *refused.entry(problem.reason().name().to_string()).or_default() += 1;
+        }
+        Ok(out)
+    }
+
+    /// Every generated token must be accounted for.
+    fn check_balance(&self, selection: &Selection<'_>) -> Result<(), Error> {
+        let total = selection.total();
+        match selection.is_balanced() {
+            true => Ok(()),
+            false => {
+                Err(unbalanced(total.generated_tokens, total.trained_tokens + selection.left_out.total()))
+            }
+        }
     }
 
     fn sampling_mix(&self) -> SamplingMix {
@@ -236,4 +329,57 @@ fn wanted(rows: Vec<LocatedRow>, origin: &Origin<'_>) -> Result<Vec<Wanted>, Err
             Ok(Wanted { key: origin.key(&dialogue), dialogue, row })
         })
         .collect()
+}
+
+/// What keeps a prompt from being made.
+enum Problem {
+    Row(RowError),
+    Text(TextError),
+}
+
+/// Makes the first prompt of a conversation, as it will be asked.
+fn first_prompt(prompter: &Prompter<'_>, conversation: &Conversation) -> Result<(), Problem> {
+    for (at, message) in conversation.messages.iter().enumerate().filter(|(_, m)| m.role != "assistant") {
+        if let Some(id) = prompter.tokenizer.special_in(&message.content) {
+            let token = String::from_utf8_lossy(prompter.tokenizer.token_to_piece(id)).into_owned();
+            return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
+        }
+    }
+    let asked: Vec<Message> =
+        conversation.messages.iter().filter(|m| m.role != "assistant").cloned().collect();
+    let end = asked.iter().position(|m| m.role == "user").map_or(asked.len(), |at| at + 1);
+    let render = conversation.mask_options(&MaskOptions::default()).render;
+    match prompter.text(&asked[..end], &render) {
+        Ok(_) => Ok(()),
+        Err(TextError::TemplateRaised { message }) => {
+            Err(Problem::Row(RowError::TemplateRefused { message }))
+        }
+        Err(other) => Err(Problem::Text(other)),
+    }
+}
+
+fn trained_tokens(row: &LocatedRow) -> u64 {
+    match &row.row {
+        Row::Tokens(row) => row.loss_mask.iter().filter(|m| **m).count() as u64,
+        Row::Conversation(_) => 0,
+    }
+}
+
+/// A held-out row as a line: its turns for people, its ids and mask for whoever reads it back.
+fn validation_line(kept: &KeptRow) -> Value {
+    let turns = LocatedRow { row: Row::Conversation(kept.conversation.clone()), ..kept.row.clone() };
+    let id = kept.row.id();
+    let mut line = to_json(&turns, &id);
+    let tokens = to_json(&kept.row, &id);
+    for key in ["input_ids", "loss_mask"] {
+        line[key] = tokens[key].clone();
+    }
+    line
+}
+
+fn unbalanced(generated: u64, found: u64) -> Error {
+    Error::input(
+        format!("{generated} tokens were generated, but {found} of them are trained on or counted as left out"),
+        "this is a fault of draftsmith: please report it with the run file and `regenerate/answers.jsonl`",
+    )
 }

@@ -64,7 +64,7 @@ impl Run<'_> {
         report: &dyn Report,
     ) -> Result<Value, Error> {
         let target = self.target()?;
-        let tokens = TokenFile::open(self.tokens_path())?;
+        let tokens = self.tokens()?;
         let (vocab_map, coverage) = self.vocab_map(&tokens)?;
         if let Some(coverage) = coverage {
             report.note(&format!(

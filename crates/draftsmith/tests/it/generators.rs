@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use draftsmith::capture::{
-    Answer, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Prompter,
+    Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Outcome, Prompter,
     Request, SamplingMix, regenerate,
 };
 use draftsmith::core::Sampling;
@@ -152,8 +152,8 @@ fn a_break_is_the_last_thing_that_is_heard() {
                     handed += 1;
                     (handed <= 12).then(|| request(handed, &format!("Calculate {handed} + 4.")))
                 },
-                &mut |_, answer: Option<Answer>| {
-                    assert!(answer.is_some());
+                &mut |_, outcome: Outcome| {
+                    assert!(matches!(outcome, Outcome::Answered(_)));
                     heard += 1;
                     if heard == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 },
@@ -171,8 +171,9 @@ fn a_prompt_without_room_is_reported_and_the_others_are_answered() {
         let mut todo = texts.iter().enumerate();
         let mut heard = BTreeMap::new();
         generator
-            .answer(&mut || todo.next().map(|(key, text)| request(key, text)), &mut |key, answer| {
-                assert!(heard.insert(key, answer.is_some()).is_none());
+            .answer(&mut || todo.next().map(|(key, text)| request(key, text)), &mut |key, outcome| {
+                let answered = matches!(outcome, Outcome::Answered(_));
+                assert!(heard.insert(key, answered).is_none());
                 ControlFlow::Continue(())
             })
             .unwrap();

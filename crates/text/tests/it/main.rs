@@ -4,3 +4,4 @@ mod common;
 mod stream;
 mod template;
 mod tokenizer;
+mod turns;
