@@ -52,8 +52,15 @@ impl HfConfigError {
             HfConfigError::Read { .. } => {
                 Some("a model folder needs its `config.json` beside the weights".into())
             }
-            HfConfigError::Json { .. } => Some("download the file again".to_string()),
-            HfConfigError::MissingKey { .. } | HfConfigError::WrongType { .. } => None,
+            HfConfigError::Json { .. } => {
+                Some("correct the file, or take it from the model's repository again".to_string())
+            }
+            HfConfigError::MissingKey { key, .. } => {
+                Some(format!("add `{key}`, or take the `config.json` of the repository that the weights are from"))
+            }
+            HfConfigError::WrongType { key, wanted, .. } => Some(format!(
+                "set `{key}` to {wanted}, or take the `config.json` of the repository that the weights are from"
+            )),
         }
     }
 }
@@ -111,6 +118,27 @@ impl HfConfig {
                 map: map.clone(),
             })
         })
+    }
+
+    /// True for a key that is there and `null`.
+    pub fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
+    }
+
+    /// A table under a key without any keys of its own: for what a file leaves out whole.
+    pub fn empty_table(&self, key: &str) -> HfConfig {
+        HfConfig {
+            path: self.path.clone(),
+            prefix: format!("{}{key}.", self.prefix),
+            map: Map::new(),
+        }
+    }
+
+    /// This table with the keys of `over` in place of its own.
+    pub fn overlaid(&self, over: &HfConfig) -> HfConfig {
+        let mut table = self.clone();
+        table.map.extend(over.map.iter().map(|(key, value)| (key.clone(), value.clone())));
+        table
     }
 
     fn typed<'s, T>(

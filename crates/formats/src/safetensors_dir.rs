@@ -35,6 +35,8 @@ pub enum SafetensorsError {
         path: PathBuf,
         /// What the parser says.
         problem: String,
+        /// Whether the file is the text that git-lfs leaves in place of the bytes.
+        lfs: bool,
     },
     /// An index that is no index.
     #[error("shard index `{}`: {problem}", path.display())]
@@ -100,10 +102,20 @@ impl SafetensorsError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            SafetensorsError::Open(_) => None,
+            SafetensorsError::Open(e) if e.source.kind() == std::io::ErrorKind::NotFound => {
+                Some("put it beside the others: all files that the index names are needed".to_string())
+            }
+            SafetensorsError::Open(_) => Some("check the path and whether the file may be read".to_string()),
             SafetensorsError::Write(e) => e.hint(),
             SafetensorsError::NoWeights { .. } => {
-                Some("give the folder of a model in safetensors form, or a `.gguf` file".to_string())
+                Some(
+                    "give the folder of a model in safetensors form, or a `.gguf` file; weights in `.bin` or `.pt` must be \
+                     converted to safetensors first"
+                        .to_string(),
+                )
+            }
+            SafetensorsError::Header { lfs: true, .. } => {
+                Some("the file is a pointer of git-lfs: run `git lfs pull` in its repository".to_string())
             }
             SafetensorsError::Header { .. } | SafetensorsError::Index { .. } => {
                 Some("the file is cut off or damaged: download it again and compare its sha256".to_string())
@@ -117,7 +129,7 @@ impl SafetensorsError {
             SafetensorsError::MissingTensor { .. }
             | SafetensorsError::Shape { .. }
             | SafetensorsError::Type { .. } => {
-                Some("do config and weights belong to the same model?".to_string())
+                Some("take `config.json` and weights from the same repository and revision".to_string())
             }
         }
     }
@@ -263,6 +275,7 @@ impl SafetensorsDir {
         let header = |e: SafeTensorError| SafetensorsError::Header {
             path: path.to_path_buf(),
             problem: header_problem(&e, mapped.bytes()),
+            lfs: mapped.bytes().starts_with(b"version https://git-lfs"),
         };
         let (header_len, metadata) = SafeTensors::read_metadata(mapped.bytes()).map_err(header)?;
         let data_start = header_len + size_of::<u64>();

@@ -13,6 +13,7 @@ use draftsmith_core::{LayerId, default_target_layers};
 use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 use serde_json::{Map, Value, json};
 
+use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::ops::{Attend, Ops};
 
@@ -99,6 +100,16 @@ pub enum Eagle3ConfigError {
         /// JSON text found.
         found: String,
     },
+    /// Captured layers that are not three layers.
+    #[error("draft configuration key `{key}` should be {wanted}, found `{found}`")]
+    Layers {
+        /// Dotted key.
+        key: String,
+        /// What stands there otherwise.
+        wanted: &'static str,
+        /// JSON text found.
+        found: String,
+    },
     /// Numbers that contradict each other.
     #[error("draft configuration does not fit together: {what}")]
     Shapes {
@@ -114,12 +125,26 @@ impl Eagle3ConfigError {
             Eagle3ConfigError::Unsupported { .. } => {
                 Some("this draft needs a variant of EAGLE-3 that is not built here".into())
             }
-            Eagle3ConfigError::Json { .. }
-            | Eagle3ConfigError::Key { .. }
-            | Eagle3ConfigError::Shapes { .. } => None,
+            Eagle3ConfigError::Layers { .. } => Some(LAYERS_HINT.into()),
+            Eagle3ConfigError::Json { .. } => {
+                Some("correct the file, or take it from the draft's repository again".into())
+            }
+            Eagle3ConfigError::Key { key, wanted, .. } => Some(format!(
+                "set `{key}` to {wanted}, or take the `config.json` of the repository that the weights are from"
+            )),
+            Eagle3ConfigError::Shapes { .. } => {
+                Some("take `config.json` and weights from the same repository and revision".into())
+            }
         }
     }
 }
+
+/// How captured layers are put right.
+pub const LAYERS_HINT: &str = "say which layers the draft reads with `draftsmith bundle import DRAFT --target TARGET --layers LOW,MID,HIGH`, \
+     counted from 0, or correct the key";
+
+/// The key of the captured layers: nested under `eagle_config` counted from 0, at the top level from 1.
+pub const LAYERS_KEY: &str = "eagle_aux_hidden_state_layer_ids";
 
 /// Reads typed keys of one JSON object.
 struct Keys<'a>(&'a Map<String, Value>);
@@ -229,44 +254,67 @@ impl Eagle3Config {
         {
             return Err(Eagle3ConfigError::Unsupported { key: "hidden_act".into(), found: act.to_string() });
         }
-        let vocab_size = keys.size("vocab_size")?;
-        let hidden_size = keys.size("hidden_size")?;
-        let num_attention_heads = keys.size("num_attention_heads")?;
-        let head_dim = match keys.present("head_dim") {
-            Some(_) => keys.size("head_dim")?,
-            None => hidden_size / num_attention_heads,
+        // What is left out has the defaults of the layer's own class.
+        let model_type = keys.present("model_type").and_then(Value::as_str);
+        let class = draft_defaults(model_type);
+        let vocab_size = keys.size_or("vocab_size", class.vocab_size)?;
+        let hidden_size = keys.size_or("hidden_size", class.hidden_size)?;
+        let num_attention_heads = keys.size_or("num_attention_heads", class.num_attention_heads)?;
+        let max_position_embeddings =
+            keys.size_or("max_position_embeddings", class.max_position_embeddings)?;
+        let head_dim = match class.head_dim {
+            Some(dim) => keys.size_or("head_dim", dim)?,
+            None => keys.size_or("head_dim", hidden_size / num_attention_heads)?,
+        };
+        let num_key_value_heads = match class.num_key_value_heads {
+            // `null` is "as many as heads" in every class.
+            Some(heads) if !object.contains_key("num_key_value_heads") => heads,
+            _ => keys.size_or("num_key_value_heads", num_attention_heads)?,
         };
         // New transformers write `rope_parameters` with the base inside, older ones `rope_scaling` beside it.
-        let rope = match keys.present("rope_scaling").or_else(|| keys.present("rope_parameters")) {
-            None => None,
-            Some(Value::Object(map)) => Some(Keys(map)),
-            Some(_) => return Err(keys.bad("rope_scaling", "an object or null")),
+        let table = |key: &str| match keys.present(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Keys(map)).filter(|_| !map.is_empty())),
+            Some(_) => Err(keys.bad(key, "an object or null")),
         };
-        let rope_theta = match (&rope, keys.present("rope_theta")) {
-            (Some(rope), None) => rope.float_or("rope_theta", 10_000.0)?,
-            _ => keys.float_or("rope_theta", 10_000.0)?,
+        let rope = match table("rope_scaling")? {
+            Some(rope) => Some(rope),
+            None => table("rope_parameters")?,
         };
+        let beside = keys.float_or("rope_theta", class.rope_theta as f32)?;
+        let rope_theta = match &rope {
+            Some(rope) => rope.float_or("rope_theta", beside)?,
+            None => beside,
+        };
+        let rope_scaling =
+            rope.map_or(Ok(RopeScaling::None), |r| rope_scaling_from(&r, max_position_embeddings))?;
         let config = Eagle3Config {
             vocab_size,
             draft_vocab_size: keys.size_or("draft_vocab_size", vocab_size)?,
             hidden_size,
             target_hidden_size: keys.size_or("target_hidden_size", hidden_size)?,
-            intermediate_size: keys.size("intermediate_size")?,
+            intermediate_size: keys.size_or("intermediate_size", class.intermediate_size)?,
             num_attention_heads,
-            num_key_value_heads: keys.size_or("num_key_value_heads", num_attention_heads)?,
+            num_key_value_heads,
             head_dim,
-            rms_norm_eps: keys.float_or("rms_norm_eps", 1e-6)?,
+            rms_norm_eps: keys.float_or("rms_norm_eps", class.rms_norm_eps as f32)?,
             rope_theta,
-            rope_scaling: rope.map_or(Ok(RopeScaling::None), |r| rope_scaling_from(&r))?,
-            max_position_embeddings: keys.size_or("max_position_embeddings", 2048)?,
+            rope_scaling,
+            max_position_embeddings,
             fc_norm: keys.flag("fc_norm")?,
             norm_before_fc: keys.flag("norm_before_fc")?,
             norm_before_residual: keys.flag("norm_before_residual")?,
             feedback: if keys.flag("norm_output")? { Feedback::PostNorm } else { Feedback::PreNorm },
             initializer_range: keys.float_or("initializer_range", 0.02)?,
             target_layer_ids: layer_ids_from(&keys)?,
-            bos_token_id: keys.id("bos_token_id")?,
-            eos_token_ids: eos_from(&keys)?,
+            bos_token_id: match object.contains_key("bos_token_id") {
+                true => keys.id("bos_token_id")?,
+                false => class.bos_token_id,
+            },
+            eos_token_ids: match object.contains_key("eos_token_id") {
+                true => eos_from(&keys)?,
+                false => class.eos_token_id.into_iter().collect(),
+            },
             pad_token_id: keys.id("pad_token_id")?,
         };
         config.check()?;
@@ -429,7 +477,7 @@ fn plain(x: f32) -> Value {
     x.to_string().parse::<f64>().map_or(Value::Null, |x| json!(x))
 }
 
-fn rope_scaling_from(rope: &Keys<'_>) -> Result<RopeScaling, Eagle3ConfigError> {
+fn rope_scaling_from(rope: &Keys<'_>, max_position: usize) -> Result<RopeScaling, Eagle3ConfigError> {
     let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
     match kind {
         None | Some("default") => Ok(RopeScaling::None),
@@ -438,7 +486,7 @@ fn rope_scaling_from(rope: &Keys<'_>) -> Result<RopeScaling, Eagle3ConfigError> 
             factor: rope.float("factor")?,
             low_freq_factor: rope.float("low_freq_factor")?,
             high_freq_factor: rope.float("high_freq_factor")?,
-            original_max_position: rope.size("original_max_position_embeddings")? as u32,
+            original_max_position: rope.size_or("original_max_position_embeddings", max_position)? as u32,
         }),
         Some(other) => Err(Eagle3ConfigError::Unsupported {
             key: "rope_scaling.rope_type".into(),
@@ -458,20 +506,32 @@ fn eos_from(keys: &Keys<'_>) -> Result<Vec<u32>, Eagle3ConfigError> {
     }
 }
 
+/// The captured layers; `None` where no key says any: absent, `null` and an empty list all leave the default.
 fn layer_ids_from(keys: &Keys<'_>) -> Result<Option<[u32; 3]>, Eagle3ConfigError> {
-    let nested = keys.present("eagle_config").and_then(Value::as_object).map(Keys);
-    let Some(list) = nested.as_ref().and_then(|n| n.present("eagle_aux_hidden_state_layer_ids")) else {
-        // Only vLLM's top-level key, which counts from 1.
-        let Some(list) = keys.present("eagle_aux_hidden_state_layer_ids") else { return Ok(None) };
-        let bad = || keys.bad("eagle_aux_hidden_state_layer_ids", "three positive layer numbers");
-        let ids = three_ids(list).ok_or_else(bad)?;
-        if ids.contains(&0) {
-            return Err(bad());
-        }
-        return Ok(Some(ids.map(|id| id - 1)));
+    let some = |list: &&Value| list.as_array().is_none_or(|list| !list.is_empty());
+    let layers = |key: String, wanted, list: &Value| Eagle3ConfigError::Layers {
+        key,
+        wanted,
+        found: list.to_string().chars().take(80).collect(),
     };
-    let bad = || keys.bad("eagle_config", "an object with three layer ids");
-    three_ids(list).map(Some).ok_or_else(bad)
+    let nested = match keys.present("eagle_config") {
+        None => None,
+        Some(Value::Object(map)) => Some(Keys(map)),
+        Some(other) => return Err(layers("eagle_config".into(), "an object", other)),
+    };
+    if let Some(list) = nested.as_ref().and_then(|n| n.present(LAYERS_KEY)).filter(some) {
+        let key = format!("eagle_config.{LAYERS_KEY}");
+        return match three_ids(list) {
+            Some(ids) => Ok(Some(ids)),
+            None => Err(layers(key, "three layer ids, counted from 0", list)),
+        };
+    }
+    // Only vLLM's top-level key, which counts from 1.
+    let Some(list) = keys.present(LAYERS_KEY).filter(some) else { return Ok(None) };
+    match three_ids(list).filter(|ids| !ids.contains(&0)) {
+        Some(ids) => Ok(Some(ids.map(|id| id - 1))),
+        None => Err(layers(LAYERS_KEY.into(), "three layer numbers, counted from 1", list)),
+    }
 }
 
 fn three_ids(list: &Value) -> Option<[u32; 3]> {
@@ -708,6 +768,41 @@ mod tests {
             Some([1, 17, 32])
         );
         assert_eq!(with(r#""eagle_aux_hidden_state_layer_ids": [2, 18, 33]"#), Some([1, 17, 32]));
+        for open in [
+            r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": []}"#,
+            r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": null}"#,
+            r#""eagle_config": {"use_aux_hidden_state": true}"#,
+            r#""eagle_config": {}"#,
+            r#""eagle_config": null"#,
+            r#""eagle_aux_hidden_state_layer_ids": []"#,
+            r#""eagle_aux_hidden_state_layer_ids": null"#,
+            r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids": []"#,
+        ] {
+            assert_eq!(with(open), None, "{open} leaves the default");
+        }
+        assert_eq!(
+            with(r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids": [2, 18, 33]"#),
+            Some([1, 17, 32]),
+            "an empty list does not hide the other key"
+        );
+    }
+
+    #[test]
+    fn layer_ids_that_are_none_name_their_key_and_the_way_out() {
+        for (key, wanted) in [
+            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}"#, "`eagle_config.eagle_aux_hidden_state_layer_ids` should be three layer ids, counted from 0, found `[1,2]`"),
+            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", "2", "3"]}"#, r#"found `["1","2","3"]`"#),
+            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 2, 3]}"#, "found `[-1,2,3]`"),
+            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": "1,2,3"}"#, r#"found `"1,2,3"`"#),
+            (r#""eagle_config": [1, 2, 3]"#, "`eagle_config` should be an object, found `[1,2,3]`"),
+            (r#""eagle_aux_hidden_state_layer_ids": [0, 2, 3]"#, "`eagle_aux_hidden_state_layer_ids` should be three layer numbers, counted from 1, found `[0,2,3]`"),
+            (r#""eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4]"#, "found `[1,2,3,4]`"),
+        ] {
+            let text = QWEN.replacen('{', &format!("{{{key}, "), 1);
+            let error = Eagle3Config::from_json(&text).unwrap_err();
+            assert!(error.to_string().contains(wanted), "{key}: {error}");
+            assert!(error.hint().unwrap().contains("--layers LOW,MID,HIGH"), "{error}");
+        }
     }
 
     #[test]

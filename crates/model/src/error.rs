@@ -1,9 +1,12 @@
 //! What loading a model can refuse.
 
-use draftsmith_formats::gguf::GgufError;
+use draftsmith_formats::gguf::{GgmlType, GgufError};
 use draftsmith_formats::hf_config::HfConfigError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_kernels::KernelError;
+
+use crate::load::weight_dtype;
+use crate::quantised;
 
 /// A model that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +35,20 @@ pub enum ModelError {
         place: String,
         /// Architecture named there.
         found: String,
+    },
+    /// A folder of quantised weights.
+    #[error("`{place}` is quantised with {method}, which is not read")]
+    Quantised {
+        /// Folder.
+        place: String,
+        /// By which method, as people spell it.
+        method: String,
+    },
+    /// A folder with an adapter only.
+    #[error("`{place}` holds an adapter, not a model")]
+    Adapter {
+        /// Folder.
+        place: String,
     },
     /// A known architecture with an unknown switch.
     #[error("`{place}` uses {what}, which is not built")]
@@ -102,23 +119,53 @@ impl ModelError {
             ModelError::Gguf(e) => e.hint(),
             ModelError::Safetensors(e) => e.hint(),
             ModelError::Config(e) => e.hint(),
-            ModelError::UnknownArchitecture { .. } => {
-                Some("built are llama (also SmolLM), qwen2, qwen3 and gemma3 (text)".into())
+            ModelError::UnknownArchitecture { .. } => Some(format!("choose a model of a family that is read: {FAMILIES}")),
+            ModelError::Quantised { place, .. } => Some(quantised::advice(place)),
+            ModelError::Adapter { .. } => {
+                Some("merge it into the model that it was trained for, and give the merged folder".into())
             }
-            ModelError::MissingTensor { .. } | ModelError::UnexpectedTensor { .. } => {
-                Some("the file is incomplete or of another architecture; fetch it again".into())
-            }
-            ModelError::TensorType { .. } => Some(
-                "built are F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K; convert the model to one of them"
+            ModelError::MissingTensor { place, .. } => Some(match is_gguf(place) {
+                true => "the file was made without it: use another conversion of the model".into(),
+                false => "config.json and weights are of two models, or the weights are of a variant that is not \
+                          read: take both from one repository and revision"
                     .into(),
-            ),
+            }),
+            ModelError::UnexpectedTensor { .. } => {
+                Some("the model has a part more than its family: use the plain model that it was made from".into())
+            }
+            ModelError::TensorType { .. } => Some(format!(
+                "use the same model in another quantisation; weights are read as {}",
+                read_types()
+            )),
             ModelError::NotAModel { .. } => {
                 Some("give a `.gguf` file, or a folder as the Hugging Face hub has it".into())
             }
-            ModelError::Kernel { .. }
-            | ModelError::Unsupported { .. }
-            | ModelError::Shapes { .. }
-            | ModelError::TensorShape { .. } => None,
+            ModelError::Unsupported { .. } => Some(format!(
+                "choose another model; read are {FAMILIES}, with RoPE plain, linear or llama3 and without biases but \
+                 Qwen 2's"
+            )),
+            ModelError::TensorShape { place, .. } if !is_gguf(place) => Some(
+                "config.json and weights do not fit: take both from one repository and revision (keys that \
+                 config.json leaves out have the defaults of transformers' classes)"
+                    .into(),
+            ),
+            ModelError::Kernel { .. } | ModelError::Shapes { .. } | ModelError::TensorShape { .. } => {
+                Some("the model contradicts itself: use another copy or conversion of it".into())
+            }
         }
     }
+}
+
+/// Families that are read, for hints.
+const FAMILIES: &str = "llama (also SmolLM), mistral, qwen2 (also 2.5), qwen3 and gemma3 (text)";
+
+fn is_gguf(place: &str) -> bool {
+    place.ends_with(".gguf")
+}
+
+/// Element types of GGUF tensors that weights may have, in the order of their numbers.
+fn read_types() -> String {
+    let names: Vec<&str> =
+        GgmlType::ALL.iter().filter(|t| weight_dtype(**t).is_some()).map(|t| t.name()).collect();
+    names.join(", ")
 }

@@ -1,5 +1,6 @@
 //! Target and draft networks, written once over the kernels; KV cache with rollback; weight loading; the tape.
 
+mod classes;
 mod config;
 mod draft;
 pub mod eagle3;
@@ -7,6 +8,7 @@ mod error;
 mod infer;
 mod load;
 mod ops;
+mod quantised;
 pub mod tape;
 mod target;
 

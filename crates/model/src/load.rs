@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use draftsmith_formats::gguf::{GgmlType, GgufFile};
 use draftsmith_formats::hf_config::HfConfig;
-use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
 use crate::config::{Family, TargetConfig};
 use crate::infer::Linear;
+use crate::quantised;
 use crate::{ModelError, Precision};
 
 /// One tensor of a decoder layer, or of the model.
@@ -116,10 +117,22 @@ impl Source {
         if path.is_dir() {
             let config_path = path.join("config.json");
             if !config_path.is_file() {
-                return Err(ModelError::NotAModel { place });
+                let adapter = path.join("adapter_config.json").is_file();
+                return Err(if adapter { ModelError::Adapter { place } } else { ModelError::NotAModel { place } });
             }
-            let config = TargetConfig::from_hf(&HfConfig::open(&config_path)?)?;
-            let dir = SafetensorsDir::open(path)?;
+            let hf = HfConfig::open(&config_path)?;
+            // An architecture that is not read comes first: its unquantised form would not be read either.
+            let config = TargetConfig::from_hf(&hf)?;
+            let method = quantised::configured(&hf, path)?;
+            let named = |method: &str| ModelError::Quantised { place: place.clone(), method: method.to_owned() };
+            let dir = SafetensorsDir::open(path).map_err(|error| match (&error, &method) {
+                // Older quantised folders hold pickled weights.
+                (SafetensorsError::NoWeights { .. }, Some(method)) => named(method),
+                _ => error.into(),
+            })?;
+            if let Some(shown) = quantised::shown(&dir) {
+                return Err(named(method.as_deref().unwrap_or(shown)));
+            }
             let prefix = ["model.", "language_model.model.", "model.language_model.", ""]
                 .into_iter()
                 .find(|p| dir.find(&format!("{p}embed_tokens.weight")).is_some())

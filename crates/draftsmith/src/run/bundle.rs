@@ -173,7 +173,7 @@ pub(crate) fn hub_name(named: Option<&str>, sources: &[String]) -> Result<Option
     let mut references = sources.iter().filter_map(|s| s.parse().ok());
     Ok(references.find_map(|reference| match reference {
         Reference::Hf { repo, .. } => Some(repo),
-        Reference::Pip { .. } | Reference::Path(_) => None,
+        Reference::Pip { .. } | Reference::PipParts(_) | Reference::Path(_) => None,
     }))
 }
 

@@ -10,6 +10,9 @@
 //! Source: the GGUF specification of the ggml project [gguf].
 
 mod read;
+mod split;
+#[cfg(test)]
+mod split_tests;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -19,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use crate::mapped::{Mapped, OpenError};
 
+pub use split::{ContentError, SplitName, content_sha256, only_model, parts_of};
 pub use write::GgufWriter;
 
 /// Data starts and tensors are aligned to this many bytes when `general.alignment` is absent.
@@ -297,6 +301,8 @@ pub struct TensorInfo {
     pub dims: Vec<usize>,
     /// Element type.
     pub ggml_type: GgmlType,
+    /// Which file of a split, from 0.
+    pub part: usize,
     /// First byte, counted from the start of the *file*.
     pub offset: usize,
     /// Length in bytes.
@@ -430,7 +436,7 @@ pub enum GgufError {
         problem: String,
     },
     /// A tensor type that this reader does not know.
-    #[error("tensor `{name}` at byte {offset} has type {id}, which is not known")]
+    #[error("tensor `{name}` at byte {offset} has type {id}{}, which is not read", type_name(*id))]
     TensorType {
         /// Tensor.
         name: String,
@@ -468,6 +474,22 @@ pub enum GgufError {
         /// Length of the file.
         file_len: usize,
     },
+    /// Parts of a split that do not make one model.
+    #[error("{problem}")]
+    Split {
+        /// What is wrong with this part.
+        problem: String,
+    },
+    /// A part of a split that is not there.
+    #[error("part {no} of {count} of the model is missing: there is no `{}`", path.display())]
+    PartMissing {
+        /// The file that should be there.
+        path: PathBuf,
+        /// Which part, from 1.
+        no: u32,
+        /// Of how many.
+        count: u32,
+    },
     /// A metadata key that is needed and not there.
     #[error("metadata key `{key}` is missing")]
     MissingKey {
@@ -492,10 +514,34 @@ pub enum GgufError {
     },
 }
 
+/// What the ggml project called types that have no reader here, for messages.
+fn type_name(id: u32) -> String {
+    let name = match id {
+        4 | 5 => "withdrawn in 2023",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        29 => "IQ1_M",
+        31..=33 => "Q4_0 in another order, withdrawn in 2024",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        36..=38 => "IQ4_NL in another order, withdrawn in 2024",
+        39 => "MXFP4",
+        40 => "NVFP4",
+        _ => return String::new(),
+    };
+    format!(" ({name})")
+}
+
 impl GgufError {
     fn in_file(self, path: &Path) -> GgufError {
         match self {
-            e @ (GgufError::Open(_) | GgufError::InFile { .. }) => e,
+            e @ (GgufError::Open(_) | GgufError::InFile { .. } | GgufError::PartMissing { .. }) => e,
             cause => GgufError::InFile { path: path.to_path_buf(), cause: Box::new(cause) },
         }
     }
@@ -511,10 +557,22 @@ impl GgufError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self.cause() {
-            GgufError::Open(_) | GgufError::InFile { .. } => None,
-            GgufError::Magic { .. } => Some("is this a GGUF model file?".to_string()),
+            GgufError::Open(_) | GgufError::InFile { .. } => {
+                Some("check the path and whether the file may be read".to_string())
+            }
+            GgufError::Magic { found } if found.starts_with("vers") => {
+                Some("the file is a pointer of git-lfs: run `git lfs pull` in its repository".to_string())
+            }
+            GgufError::Magic { .. } => Some(
+                "give a `.gguf` file, or a folder with `config.json` and safetensors".to_string(),
+            ),
             GgufError::Version { .. } | GgufError::BigEndian => Some(
                 "convert the model again with a current llama.cpp on a little-endian machine".to_string(),
+            ),
+            GgufError::Truncated { .. } | GgufError::OutOfFile { .. } if self.is_piece() => Some(
+                "it is the first of several pieces: join them in order into one `.gguf` file (`cat PIECE1 PIECE2 > \
+                 MODEL.gguf`)"
+                    .to_string(),
             ),
             GgufError::Truncated { .. } | GgufError::OutOfFile { .. } => {
                 Some("the file looks cut off: download it again and compare its sha256".to_string())
@@ -531,13 +589,28 @@ impl GgufError {
                 Some("the file is damaged: download it again and compare its sha256".to_string())
             }
             GgufError::TensorType { .. } => Some(format!(
-                "use a model file with one of {}",
+                "use the same model in another quantisation; known are {}",
                 GgmlType::ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ")
             )),
+            GgufError::Split { .. } => Some(
+                "put all parts of one download side by side under the names that they were published with"
+                    .to_string(),
+            ),
+            GgufError::PartMissing { path, .. } => Some(format!(
+                "put `{}` beside the other parts: all of them are needed, and none is a model alone",
+                path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+            )),
             GgufError::MissingKey { .. } | GgufError::WrongType { .. } | GgufError::MissingTensor { .. } => {
-                Some("is this the model that you meant, and a complete conversion of it?".to_string())
+                Some("the file was made without it: use another conversion of the model".to_string())
             }
         }
+    }
+
+    /// True for a file whose name says that it is a piece of one that was cut, not split.
+    fn is_piece(&self) -> bool {
+        let GgufError::InFile { path, .. } = self else { return false };
+        let name = path.file_name().map(|n| n.to_string_lossy().to_lowercase()).unwrap_or_default();
+        name.contains(".gguf-split-") || name.contains(".gguf.part") || name.ends_with("-split-a")
     }
 }
 
@@ -550,8 +623,8 @@ enum Backing<'a> {
 /// A parsed GGUF file and its bytes.
 #[derive(Clone, Debug)]
 pub struct GgufFile<'a> {
-    backing: Backing<'a>,
-    path: Option<PathBuf>,
+    /// The files in order: one, or those of a split.
+    parts: Vec<(Option<PathBuf>, Backing<'a>)>,
     version: u32,
     alignment: u64,
     metadata: Vec<(String, GgufValue)>,
@@ -561,8 +634,18 @@ pub struct GgufFile<'a> {
 }
 
 impl GgufFile<'static> {
-    /// Maps and parses a file; the result owns the mapping.
+    /// Maps and parses a file; the result owns the mapping. Of a split any part stands for the whole: all parts are
+    /// opened, and the metadata is that of the first.
+    ///
+    /// # Errors
+    /// [`GgufError`], naming the file; [`GgufError::PartMissing`] and [`GgufError::Split`] for a split that is not
+    /// whole.
     pub fn open(path: impl AsRef<Path>) -> Result<GgufFile<'static>, GgufError> {
+        split::open(path.as_ref())
+    }
+
+    /// Maps and parses one file, be it a part of a split.
+    pub fn open_part(path: impl AsRef<Path>) -> Result<GgufFile<'static>, GgufError> {
         let path = path.as_ref();
         let mapped = Mapped::open(path)?;
         let parsed = read::parse(mapped.bytes()).map_err(|e| e.in_file(path))?;
@@ -576,29 +659,43 @@ impl<'a> GgufFile<'a> {
         Ok(GgufFile::assemble(read::parse(bytes)?, Backing::Borrowed(bytes), None))
     }
 
+    /// Parses all parts of a split whose bytes someone else holds, in order.
+    pub fn parse_parts(parts: &[&'a [u8]]) -> Result<GgufFile<'a>, GgufError> {
+        split::parse(parts)
+    }
+
     fn assemble(parsed: read::Parsed, backing: Backing<'a>, path: Option<PathBuf>) -> GgufFile<'a> {
         let read::Parsed { version, alignment, metadata, keys, tensors, names } = parsed;
-        GgufFile { backing, path, version, alignment, metadata, keys, tensors, names }
+        GgufFile { parts: vec![(path, backing)], version, alignment, metadata, keys, tensors, names }
     }
 
     fn fail(&self, error: GgufError) -> GgufError {
-        match &self.path {
+        match self.path() {
             Some(path) => error.in_file(path),
             None => error,
         }
     }
 
-    /// All bytes of the file.
+    /// All bytes of the file; of a split, of its first part.
     pub fn bytes(&self) -> &[u8] {
-        match &self.backing {
+        self.part_bytes(0)
+    }
+
+    fn part_bytes(&self, part: usize) -> &[u8] {
+        match &self.parts[part].1 {
             Backing::Borrowed(b) => b,
             Backing::Mapped(m) => m.bytes(),
         }
     }
 
-    /// The file, if it was opened by path.
+    /// The file, if it was opened by path; of a split, its first part.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
+        self.parts[0].0.as_deref()
+    }
+
+    /// Number of files: 1, or the parts of a split.
+    pub fn num_parts(&self) -> usize {
+        self.parts.len()
     }
 
     /// Format version, 2 or 3.
@@ -639,12 +736,12 @@ impl<'a> GgufFile<'a> {
     /// # Panics
     /// If `info` comes from another file and lies outside this one.
     pub fn data(&self, info: &TensorInfo) -> &[u8] {
-        &self.bytes()[info.offset..info.offset + info.byte_len]
+        &self.part_bytes(info.part)[info.offset..info.offset + info.byte_len]
     }
 
     /// Gives the memory of a tensor's bytes back to the system; reading them again fetches them from the file.
     pub fn release(&self, info: &TensorInfo) {
-        if let Backing::Mapped(mapped) = &self.backing {
+        if let Backing::Mapped(mapped) = &self.parts[info.part].1 {
             mapped.release(info.offset..info.offset + info.byte_len);
         }
     }

@@ -328,7 +328,7 @@ fn place(entry: Entry, data_start: u64, alignment: u64, file_len: usize) -> Resu
         // Both are at most the length of the file, which is a `usize`.
         Some(end) => {
             let offset = (end - byte_len) as usize;
-            Ok(TensorInfo { name, dims, ggml_type, offset, byte_len: byte_len as usize })
+            Ok(TensorInfo { name, dims, ggml_type, part: 0, offset, byte_len: byte_len as usize })
         }
         None => Err(GgufError::OutOfFile { name, start, byte_len, data_start, file_len }),
     }
