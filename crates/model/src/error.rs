@@ -109,7 +109,7 @@ impl ModelError {
                 Some("the file is incomplete or of another architecture; fetch it again".into())
             }
             ModelError::TensorType { .. } => Some(
-                "built are F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K and Q6_K; convert the model to one of them"
+                "weights are F32, F16, BF16 or a quantised GGUF type, never integers; fetch or convert the model again"
                     .into(),
             ),
             ModelError::NotAModel { .. } => {
