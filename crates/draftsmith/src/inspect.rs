@@ -13,6 +13,8 @@ use draftsmith_formats::gguf::{GgufFile, GgufValue};
 use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_formats::tokens::TokenFile;
+use draftsmith_kernels::WeightDtype;
+use draftsmith_model::weight_dtype;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -159,7 +161,11 @@ fn file(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
             .iter()
             .map(|t| {
                 let shape = t.dims.iter().rev().copied().collect();
-                tensor(&t.name, t.ggml_type.to_string(), shape, file.data(t), hashes)
+                let mut node = tensor(&t.name, t.ggml_type.to_string(), shape, file.data(t), hashes);
+                if let Some(form) = weight_dtype(t.ggml_type).and_then(WeightDtype::widened) {
+                    node.facts.insert("runs_as".into(), form.into());
+                }
+                node
             })
             .collect();
         return Ok(Node { kind: "gguf", facts, children: grouped(tensors, NAME_DEPTH), ..base });

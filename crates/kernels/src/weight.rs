@@ -11,29 +11,141 @@ pub enum WeightDtype {
     F16,
     /// bfloat16.
     Bf16,
-    /// GGUF 4-bit, blocks of 32: f16 scale, 16 bytes of nibbles.
+    /// GGUF 4-bit, blocks of 32: f16 scale.
     Q4_0,
-    /// GGUF 4-bit, blocks of 32: f16 scale, f16 minimum, 16 bytes of nibbles.
+    /// GGUF 4-bit, blocks of 32: f16 scale, f16 minimum.
     Q4_1,
+    /// GGUF 5-bit, blocks of 32: f16 scale.
+    Q5_0,
+    /// GGUF 5-bit, blocks of 32: f16 scale, f16 minimum.
+    Q5_1,
     /// GGUF 8-bit, blocks of 32: f16 scale, 32 signed bytes.
     Q8_0,
-    /// GGUF 4-bit K-quant: super-blocks of 256.
+    /// GGUF 2-bit K-quant: super-blocks of 256, as all K-quants.
+    Q2K,
+    /// GGUF 3-bit K-quant.
+    Q3K,
+    /// GGUF 4-bit K-quant.
     Q4K,
-    /// GGUF 6-bit K-quant: super-blocks of 256.
+    /// GGUF 5-bit K-quant.
+    Q5K,
+    /// GGUF 6-bit K-quant.
     Q6K,
+    /// GGUF 4-bit into a table, blocks of 32: f16 scale.
+    Iq4Nl,
+    /// GGUF 4-bit into a table, super-blocks of 256.
+    Iq4Xs,
+    /// 4-bit floats, blocks of 32: a power of two.
+    Mxfp4,
+    /// 4-bit floats, groups of 16: an 8-bit float.
+    Nvfp4,
+    /// GGUF ternary, five values a byte.
+    Tq1_0,
+    /// GGUF ternary, four values a byte.
+    Tq2_0,
+    /// GGUF vectors of a grid, 2.06 bits.
+    Iq2Xxs,
+    /// GGUF vectors of a grid, 2.31 bits.
+    Iq2Xs,
+    /// GGUF vectors of a grid, 2.56 bits.
+    Iq2S,
+    /// GGUF vectors of a grid, 3.06 bits.
+    Iq3Xxs,
+    /// GGUF vectors of a grid, 3.44 bits.
+    Iq3S,
+    /// GGUF vectors of a grid, 1.56 bits.
+    Iq1S,
+    /// GGUF vectors of a grid, 1.75 bits.
+    Iq1M,
 }
 
 impl WeightDtype {
+    /// Every type.
+    pub const ALL: [WeightDtype; 26] = [
+        WeightDtype::F32,
+        WeightDtype::F16,
+        WeightDtype::Bf16,
+        WeightDtype::Q4_0,
+        WeightDtype::Q4_1,
+        WeightDtype::Q5_0,
+        WeightDtype::Q5_1,
+        WeightDtype::Q8_0,
+        WeightDtype::Q2K,
+        WeightDtype::Q3K,
+        WeightDtype::Q4K,
+        WeightDtype::Q5K,
+        WeightDtype::Q6K,
+        WeightDtype::Iq4Nl,
+        WeightDtype::Iq4Xs,
+        WeightDtype::Mxfp4,
+        WeightDtype::Nvfp4,
+        WeightDtype::Tq1_0,
+        WeightDtype::Tq2_0,
+        WeightDtype::Iq2Xxs,
+        WeightDtype::Iq2Xs,
+        WeightDtype::Iq2S,
+        WeightDtype::Iq3Xxs,
+        WeightDtype::Iq3S,
+        WeightDtype::Iq1S,
+        WeightDtype::Iq1M,
+    ];
+
     /// Values and bytes of one block.
     pub fn block(self) -> (usize, usize) {
         match self {
             WeightDtype::F32 => (1, 4),
             WeightDtype::F16 | WeightDtype::Bf16 => (1, 2),
-            WeightDtype::Q4_0 => (32, 18),
+            WeightDtype::Q4_0 | WeightDtype::Iq4Nl => (32, 18),
             WeightDtype::Q4_1 => (32, 20),
+            WeightDtype::Q5_0 => (32, 22),
+            WeightDtype::Q5_1 => (32, 24),
             WeightDtype::Q8_0 => (32, 34),
+            WeightDtype::Mxfp4 => (32, 17),
+            WeightDtype::Nvfp4 => (64, 36),
+            WeightDtype::Q2K => (256, 84),
+            WeightDtype::Q3K => (256, 110),
             WeightDtype::Q4K => (256, 144),
+            WeightDtype::Q5K => (256, 176),
             WeightDtype::Q6K => (256, 210),
+            WeightDtype::Iq4Xs => (256, 136),
+            WeightDtype::Tq1_0 => (256, 54),
+            WeightDtype::Tq2_0 => (256, 66),
+            WeightDtype::Iq2Xxs => (256, 66),
+            WeightDtype::Iq2Xs => (256, 74),
+            WeightDtype::Iq2S => (256, 82),
+            WeightDtype::Iq3Xxs => (256, 98),
+            WeightDtype::Iq3S => (256, 110),
+            WeightDtype::Iq1S => (256, 50),
+            WeightDtype::Iq1M => (256, 56),
+        }
+    }
+
+    /// In what form a type runs that is not kept at its own size; the values are the same.
+    pub fn widened(self) -> Option<&'static str> {
+        match self {
+            WeightDtype::Tq1_0 | WeightDtype::Tq2_0 => Some("2 bits, an f16 scale per 32"),
+            WeightDtype::Iq2Xxs | WeightDtype::Iq3Xxs | WeightDtype::Iq3S | WeightDtype::Iq1S => {
+                Some("8 bits, an f32 scale per 32")
+            }
+            WeightDtype::Nvfp4 | WeightDtype::Iq2Xs | WeightDtype::Iq2S | WeightDtype::Iq1M => {
+                Some("8 bits, an f32 scale per 16")
+            }
+            WeightDtype::F32
+            | WeightDtype::F16
+            | WeightDtype::Bf16
+            | WeightDtype::Q4_0
+            | WeightDtype::Q4_1
+            | WeightDtype::Q5_0
+            | WeightDtype::Q5_1
+            | WeightDtype::Q8_0
+            | WeightDtype::Q2K
+            | WeightDtype::Q3K
+            | WeightDtype::Q4K
+            | WeightDtype::Q5K
+            | WeightDtype::Q6K
+            | WeightDtype::Iq4Nl
+            | WeightDtype::Iq4Xs
+            | WeightDtype::Mxfp4 => None,
         }
     }
 }

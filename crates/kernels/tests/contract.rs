@@ -1,10 +1,10 @@
 //! The kernel contract: no row's bits depend on the number of rows, the threads, or the instruction set; and the
 //! values are those of the double-precision reference within the rounding of their format.
 
-use draftsmith_kernels::testing::infer::{AttentionCase, DTYPES, Random, append, matmul, stored};
+use draftsmith_kernels::testing::infer::{AttentionCase, DTYPES, Random, append, matmul, stored, stored_as};
 use draftsmith_kernels::{
     Cpu, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView,
-    testing,
+    reference, testing,
 };
 
 #[test]
@@ -71,6 +71,49 @@ fn matmul_rows_are_the_same_bits_alone_in_a_batch_on_any_path_and_thread_count()
                     );
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn quants_and_activations_at_their_limits_are_exact_on_every_path() {
+    let inputs = 512;
+    let x: Vec<f32> = (0..3 * inputs)
+        .map(|i: usize| if i < inputs || i < 2 * inputs && (i / 3).is_multiple_of(2) { 1.0 } else { -1.0 })
+        .collect();
+    for dtype in DTYPES {
+        for byte in [0xff, 0x00, 0x80, 0x7f] {
+            let data = stored_as(&mut Random(31), dtype, 33, inputs, Some(byte));
+            let w = WeightView { dtype, out_features: 33, in_features: inputs, data: &data };
+            let run = |cpu: &Cpu| -> Vec<u32> {
+                matmul(cpu, &x, 3, &w, PackMode::Stored).into_iter().map(f32::to_bits).collect()
+            };
+            let plain = run(&Cpu::all_paths(1)[0]);
+            for cpu in Cpu::all_paths(1) {
+                assert_eq!(plain, run(&cpu), "{dtype:?} of {byte:#x} on {:?}", cpu.features().path);
+            }
+            // The activations are exact in 8 bits, so products are sums of values up to rounding.
+            let wanted = reference::matmul(&x, 3, &w);
+            for (found, want) in plain.iter().zip(wanted) {
+                let found = f64::from(f32::from_bits(*found));
+                assert!((found - want).abs() <= 1e-4 * want.abs().max(1.0), "{dtype:?}: {found}, not {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn packed_weights_are_as_small_as_in_the_file() {
+    for dtype in DTYPES {
+        let (inputs, out) = (512, 64);
+        let data = stored(&mut Random(8), dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        let packed = Cpu::new(1).pack("w", &w, PackMode::Stored).unwrap();
+        let ratio = packed.bytes() as f64 / data.len() as f64;
+        if dtype.widened().is_none() {
+            assert!(ratio <= 1.03, "{dtype:?}: {ratio}");
+        } else {
+            assert!(ratio > 1.03, "{dtype:?} is not wider than in the file");
         }
     }
 }

@@ -118,13 +118,18 @@ impl Source {
             let config_path = path.join("config.json");
             if !config_path.is_file() {
                 let adapter = path.join("adapter_config.json").is_file();
-                return Err(if adapter { ModelError::Adapter { place } } else { ModelError::NotAModel { place } });
+                return Err(if adapter {
+                    ModelError::Adapter { place }
+                } else {
+                    ModelError::NotAModel { place }
+                });
             }
             let hf = HfConfig::open(&config_path)?;
             // An architecture that is not read comes first: its unquantised form would not be read either.
             let config = TargetConfig::from_hf(&hf)?;
             let method = quantised::configured(&hf, path)?;
-            let named = |method: &str| ModelError::Quantised { place: place.clone(), method: method.to_owned() };
+            let named =
+                |method: &str| ModelError::Quantised { place: place.clone(), method: method.to_owned() };
             let dir = SafetensorsDir::open(path).map_err(|error| match (&error, &method) {
                 // Older quantised folders hold pickled weights.
                 (SafetensorsError::NoWeights { .. }, Some(method)) => named(method),
@@ -293,7 +298,7 @@ impl Source {
     }
 }
 
-/// The kernels' name of a GGUF element type; `None` for types that no kernel reads.
+/// The kernels' name of a GGUF element type; `None` for integers and doubles, which no kernel reads.
 pub fn weight_dtype(ggml_type: GgmlType) -> Option<WeightDtype> {
     match ggml_type {
         GgmlType::F32 => Some(WeightDtype::F32),
@@ -301,10 +306,28 @@ pub fn weight_dtype(ggml_type: GgmlType) -> Option<WeightDtype> {
         GgmlType::BF16 => Some(WeightDtype::Bf16),
         GgmlType::Q4_0 => Some(WeightDtype::Q4_0),
         GgmlType::Q4_1 => Some(WeightDtype::Q4_1),
+        GgmlType::Q5_0 => Some(WeightDtype::Q5_0),
+        GgmlType::Q5_1 => Some(WeightDtype::Q5_1),
         GgmlType::Q8_0 => Some(WeightDtype::Q8_0),
+        GgmlType::Q2K => Some(WeightDtype::Q2K),
+        GgmlType::Q3K => Some(WeightDtype::Q3K),
         GgmlType::Q4K => Some(WeightDtype::Q4K),
+        GgmlType::Q5K => Some(WeightDtype::Q5K),
         GgmlType::Q6K => Some(WeightDtype::Q6K),
-        _ => None,
+        GgmlType::IQ2XXS => Some(WeightDtype::Iq2Xxs),
+        GgmlType::IQ2XS => Some(WeightDtype::Iq2Xs),
+        GgmlType::IQ2S => Some(WeightDtype::Iq2S),
+        GgmlType::IQ3XXS => Some(WeightDtype::Iq3Xxs),
+        GgmlType::IQ3S => Some(WeightDtype::Iq3S),
+        GgmlType::IQ1S => Some(WeightDtype::Iq1S),
+        GgmlType::IQ1M => Some(WeightDtype::Iq1M),
+        GgmlType::IQ4NL => Some(WeightDtype::Iq4Nl),
+        GgmlType::IQ4XS => Some(WeightDtype::Iq4Xs),
+        GgmlType::TQ1_0 => Some(WeightDtype::Tq1_0),
+        GgmlType::TQ2_0 => Some(WeightDtype::Tq2_0),
+        GgmlType::MXFP4 => Some(WeightDtype::Mxfp4),
+        GgmlType::NVFP4 => Some(WeightDtype::Nvfp4),
+        GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 | GgmlType::F64 => None,
     }
 }
 

@@ -168,35 +168,57 @@ fn a_split_file_is_the_model_that_was_split() {
     }
 }
 
+/// The values of `tensor`, de-quantised and out of the packed form, are the expected ones bit for bit.
+#[track_caller]
+fn check_values(container: &str, tensor: &str, expected: &SafetensorsDir) {
+    use draftsmith_formats::gguf::GgufFile;
+    use draftsmith_kernels::{PackMode, WeightView, quant};
+    let file = GgufFile::open(fixture(container)).unwrap();
+    let info = file.tensor(tensor).unwrap();
+    let dtype = draftsmith_model::weight_dtype(info.ggml_type).unwrap();
+    assert_eq!(dtype.block(), (info.ggml_type.block_elements(), info.ggml_type.block_bytes()));
+    let [inputs, rows] = info.dims[..] else { panic!("a matrix") };
+    let view = WeightView { dtype, out_features: rows, in_features: inputs, data: file.data(info) };
+    view.check(tensor).unwrap();
+    let found = quant::dequantize(&view);
+    let wanted = expected.get(tensor).unwrap().to_f32().unwrap();
+    let kernels = Cpu::new(1);
+    let ids: Vec<u32> = (0..rows as u32).collect();
+    let unpacked = |mode: PackMode| {
+        let packed = kernels.pack(tensor, &view, mode).unwrap();
+        let mut values = kernels.zeros(rows * inputs);
+        kernels.embed(&packed, &ids, 1.0, &mut values);
+        values
+    };
+    for (how, found) in
+        [("de-quantised", found), ("packed", unpacked(PackMode::Stored)), ("floats", unpacked(PackMode::F32))]
+    {
+        assert_eq!(found.len(), wanted.len());
+        for (i, (f, w)) in found.iter().zip(&wanted).enumerate() {
+            assert!(f.to_bits() == w.to_bits(), "{container} {tensor} {how}: value {i} is {f}, not {w}");
+        }
+    }
+}
+
 #[test]
 fn block_types_dequantise_to_the_recorded_values() {
-    use draftsmith_formats::gguf::{GgmlType, GgufFile};
-    use draftsmith_kernels::{PackMode, WeightDtype, WeightView, quant};
-    for (name, dtype) in [
-        ("f32", WeightDtype::F32),
-        ("f16", WeightDtype::F16),
-        ("bf16", WeightDtype::Bf16),
-        ("q4_0", WeightDtype::Q4_0),
-        ("q4_1", WeightDtype::Q4_1),
-        ("q8_0", WeightDtype::Q8_0),
-        ("q4_k", WeightDtype::Q4K),
-        ("q6_k", WeightDtype::Q6K),
-    ] {
-        let file = GgufFile::open(fixture(&format!("gguf/{name}.gguf"))).unwrap();
-        let info = file.tensor("weight").unwrap();
-        assert_ne!(info.ggml_type, GgmlType::I8);
-        let view = WeightView { dtype, out_features: 6, in_features: 512, data: file.data(info) };
-        view.check("weight").unwrap();
-        let found = quant::dequantize(&view);
+    for name in ["f32", "f16", "bf16", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"] {
         let expected = SafetensorsDir::open(fixture(&format!("gguf/{name}.safetensors"))).unwrap();
-        let wanted = expected.get("weight").unwrap().to_f32().unwrap();
-        for (f, w) in found.iter().zip(&wanted) {
-            assert!((f - w).abs() <= w.abs() * 2.0 * f32::EPSILON, "{name}: {f} against {w}");
-        }
-        let kernels = Cpu::new(1);
-        let packed = kernels.pack("weight", &view, PackMode::Stored).unwrap();
-        let mut rows = kernels.zeros(6 * 512);
-        kernels.embed(&packed, &[0, 1, 2, 3, 4, 5], 1.0, &mut rows);
-        assert_eq!(rows, found, "{name}: packed rows");
+        check_values(&format!("gguf/{name}.gguf"), "weight", &expected);
+    }
+}
+
+#[test]
+fn every_type_has_the_values_of_the_gguf_package_with_scales_of_any_size() {
+    use draftsmith_formats::gguf::GgufFile;
+    let expected = SafetensorsDir::open(fixture("gguf/all_types.safetensors")).unwrap();
+    let file = GgufFile::open(fixture("gguf/all_types.gguf")).unwrap();
+    for tensor in file.tensors() {
+        check_values("gguf/all_types.gguf", &tensor.name, &expected);
+    }
+    let stored: Vec<_> =
+        file.tensors().iter().map(|t| draftsmith_model::weight_dtype(t.ggml_type).unwrap()).collect();
+    for dtype in draftsmith_kernels::WeightDtype::ALL {
+        assert!(stored.contains(&dtype), "no tensor of {dtype:?}");
     }
 }

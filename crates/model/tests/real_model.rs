@@ -28,6 +28,7 @@ fn oracle(name: &str) -> PathBuf {
 
 struct Row {
     id: String,
+    /// The weights of the one target, or the file name of one of several.
     weights: String,
     prompt: Vec<u32>,
     tokens: Vec<u32>,
@@ -35,7 +36,11 @@ struct Row {
 }
 
 fn rows() -> Vec<Row> {
-    let text = std::fs::read_to_string(oracle("smollm2_greedy.jsonl")).unwrap();
+    read_rows("smollm2_greedy.jsonl", "weights")
+}
+
+fn read_rows(file: &str, weights: &str) -> Vec<Row> {
+    let text = std::fs::read_to_string(oracle(file)).unwrap();
     text.lines()
         .map(|line| {
             let v: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -43,7 +48,7 @@ fn rows() -> Vec<Row> {
                 |key: &str| v[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect();
             Row {
                 id: v["id"].as_str().unwrap().into(),
-                weights: v["weights"].as_str().unwrap().into(),
+                weights: v[weights].as_str().unwrap().into(),
                 prompt: ids("prompt_token_ids"),
                 tokens: ids("token_ids"),
                 margins: v["top1_minus_top2_logit"]
@@ -76,13 +81,17 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// Positions whose arg-max was compared; teacher forced, so one early tie does not end the comparison by chance.
 fn check_tokens(target: &Target<Cpu>, weights: &str, margin: f64) -> usize {
+    check_rows(target, rows().into_iter().filter(|r| r.weights == weights), margin)
+}
+
+fn check_rows(target: &Target<Cpu>, rows: impl Iterator<Item = Row>, margin: f64) -> usize {
     let mut compared = 0;
-    for row in rows().iter().filter(|r| r.weights == weights) {
+    for row in rows {
         let sure = row.margins.iter().position(|m| *m < margin).unwrap_or(row.tokens.len());
         let ids = [&row.prompt[..], &row.tokens[..row.tokens.len() - 1]].concat();
         let logits = forward(target, &ids, row.prompt.len() - 1);
         for (i, (logits, token)) in logits.iter().zip(&row.tokens[..sure]).enumerate() {
-            assert_eq!(argmax(logits), *token, "{weights} {}: token {i}", row.id);
+            assert_eq!(argmax(logits), *token, "{} {}: token {i}", row.weights, row.id);
         }
         compared += sure;
     }
@@ -110,6 +119,46 @@ fn real_model_integer_path_matches_the_oracle() {
     let compared = check_tokens(&target, "q4_1_shipped", STORED_MARGIN);
     println!("integer path: {compared} tokens equal");
     assert!(compared > 20);
+}
+
+/// Targets of real size, whose files hold block types of many kinds. `DRAFTSMITH_TEST_REAL_TARGETS` is a folder with
+/// some of the files that `fixtures/oracle/README.md` names.
+#[test]
+fn real_model_targets_of_a_real_size_match_the_oracle() {
+    let folder = PathBuf::from(std::env::var_os("DRAFTSMITH_TEST_REAL_TARGETS").expect(
+        "set DRAFTSMITH_TEST_REAL_TARGETS to a folder with qwen2.5-coder-0.5b-instruct-q4_k_m.gguf or others",
+    ));
+    let mut found = 0;
+    for (name, file) in [
+        ("qwen2.5-coder-0.5b-instruct-q4_k_m", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+        ("qwen2.5-coder-1.5b-instruct-q4_k_m", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+        ("gemma-3-270m-q4_k_m", "gemma-3-270m-it-q4_k_m.gguf"),
+    ] {
+        let path = folder.join(file);
+        if !path.is_file() {
+            continue;
+        }
+        found += 1;
+        let target = Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap();
+        let own =
+            || read_rows("real_targets_greedy.jsonl", "target").into_iter().filter(|r| r.weights == name);
+        let compared = check_rows(&target, own(), STORED_MARGIN);
+        // Behind the first doubt, too: the texts are followed as recorded, wherever llama.cpp was sure.
+        let (mut sure, mut equal) = (0, 0);
+        for row in own() {
+            let ids = [&row.prompt[..], &row.tokens[..row.tokens.len() - 1]].concat();
+            let logits = forward(&target, &ids, row.prompt.len() - 1);
+            for ((logits, token), margin) in logits.iter().zip(&row.tokens).zip(&row.margins) {
+                if *margin >= 2.0 * STORED_MARGIN {
+                    sure += 1;
+                    equal += usize::from(argmax(logits) == *token);
+                }
+            }
+        }
+        println!("{name}: {compared} tokens equal up to the first doubt, {equal} of {sure} sure ones in all");
+        assert!(compared > 0 && sure > 50 && equal * 100 >= sure * 98);
+    }
+    assert!(found > 0, "no target in {}", folder.display());
 }
 
 /// KL divergence of next-token distributions from the f32 path, over the recorded greedy texts.

@@ -96,6 +96,22 @@ ggml_types! {
     Q5K = 13, "Q5_K", 256, 176;
     /// 6 bits in super-blocks of 256.
     Q6K = 14, "Q6_K", 256, 210;
+    /// 2.06 bits: vectors of a grid in super-blocks of 256.
+    IQ2XXS = 16, "IQ2_XXS", 256, 66;
+    /// 2.31 bits: vectors of a grid in super-blocks of 256.
+    IQ2XS = 17, "IQ2_XS", 256, 74;
+    /// 3.06 bits: vectors of a grid in super-blocks of 256.
+    IQ3XXS = 18, "IQ3_XXS", 256, 98;
+    /// 1.56 bits: vectors of a grid in super-blocks of 256.
+    IQ1S = 19, "IQ1_S", 256, 50;
+    /// 4 bits into a table of 16 values, f16 scale per 32.
+    IQ4NL = 20, "IQ4_NL", 32, 18;
+    /// 3.44 bits: vectors of a grid in super-blocks of 256.
+    IQ3S = 21, "IQ3_S", 256, 110;
+    /// 2.56 bits: vectors of a grid in super-blocks of 256.
+    IQ2S = 22, "IQ2_S", 256, 82;
+    /// 4 bits into a table of 16 values, in super-blocks of 256.
+    IQ4XS = 23, "IQ4_XS", 256, 136;
     /// 8-bit integer.
     I8 = 24, "I8", 1, 1;
     /// 16-bit integer.
@@ -106,8 +122,18 @@ ggml_types! {
     I64 = 27, "I64", 1, 8;
     /// 64-bit float.
     F64 = 28, "F64", 1, 8;
+    /// 1.75 bits: vectors of a grid in super-blocks of 256.
+    IQ1M = 29, "IQ1_M", 256, 56;
     /// 16-bit brain float.
     BF16 = 30, "BF16", 1, 2;
+    /// Ternary, five values a byte, f16 scale per 256.
+    TQ1_0 = 34, "TQ1_0", 256, 54;
+    /// Ternary, four values a byte, f16 scale per 256.
+    TQ2_0 = 35, "TQ2_0", 256, 66;
+    /// 4-bit floats, a power of two per 32.
+    MXFP4 = 39, "MXFP4", 32, 17;
+    /// 4-bit floats, an 8-bit float per 16.
+    NVFP4 = 40, "NVFP4", 64, 36;
 }
 
 impl std::fmt::Display for GgmlType {

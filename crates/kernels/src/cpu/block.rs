@@ -1,15 +1,16 @@
 //! Products of quantised activations with block panels.
 //!
 //! The reduction of one output runs over the blocks in order: an exact integer sum per block (per half for two
-//! scales) and one fused multiply-add, then one for the minimum. Tiles and registers only decide which outputs are
+//! scales) and one fused multiply-add, then the same for the minima. Tiles and registers only decide which outputs are
 //! computed together.
 
 use super::dot::Dot;
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
 use super::matmul::PanelArgs;
-use super::pack::{BlockFormat, LANES};
+use super::pack::{BlockFormat, FP4_LEVELS, LANES, Layout, Quants, Scales};
 use crate::Pool;
 use crate::pool::SendPtr;
+use crate::quant::IQ4_VALUES;
 
 /// Rows of activations that stand together, block by block.
 pub(crate) const TILE: usize = 8;
@@ -154,7 +155,121 @@ impl TilePtr {
 
 /// The records of a panel, known when the kernel is compiled.
 trait Records {
-    const FORMAT: BlockFormat;
+    const LAYOUT: Layout;
+}
+
+/// [`IQ4_VALUES`] as bytes.
+const IQ4_BYTES: [u8; 16] = {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = IQ4_VALUES[i] as u8;
+        i += 1;
+    }
+    bytes
+};
+
+/// Scales and minima of a register of outputs in one block, per half.
+struct Factors<V> {
+    scales: [V; 2],
+    mins: [V; 2],
+}
+
+/// The factors of block `b` of a record, for outputs `part * D::V::COUNT..`: what [`super::pack::PackedWeight::row`]
+/// takes, in the same roundings.
+#[inline(always)]
+unsafe fn factors<D: Dot, W: Records>(record: *const u8, b: usize, part: usize) -> Factors<D::V> {
+    let layout = const { W::LAYOUT };
+    // SAFETY: module rule of `isa`; all offsets lie in the header of the record.
+    unsafe {
+        let first = part * D::V::COUNT;
+        let half = |at: usize| D::V::load_f16(record.add(at).cast::<u16>().add(first));
+        let single = |at: usize| D::V::load(record.add(at).cast::<f32>().add(first));
+        let byte = |at: usize| D::load_u8(record.add(at + first));
+        let second = if layout.halves { LANES } else { 0 };
+        let zero = D::V::splat(-0.0);
+        let (scales, mins) = match layout.scales {
+            Scales::Half => {
+                let min = if layout.mins { half(layout.vector_bytes()) } else { zero };
+                ([half(0); 2], [min; 2])
+            }
+            Scales::Single => {
+                let second = if layout.halves { layout.vector_bytes() } else { 0 };
+                ([single(0), single(second)], [zero; 2])
+            }
+            Scales::Exponent => {
+                // 2^(e - 128) as two factors that are normal numbers for every e.
+                let e = byte(0);
+                let low = D::shr::<1>(e);
+                let high = D::shr::<1>(D::sub(e, -1));
+                let power = |e: D::I| D::bits_f(D::shl::<23>(D::sub(e, -63)));
+                ([D::V::mul(power(low), power(high)); 2], [zero; 2])
+            }
+            Scales::Bytes | Scales::SignedBytes => {
+                let load = |at: usize| {
+                    if matches!(layout.scales, Scales::Bytes) {
+                        byte(at)
+                    } else {
+                        D::load_i8(record.add(at + first))
+                    }
+                };
+                let d = half(0);
+                let scale = |at: usize| D::V::mul(d, D::to_f(load(at)));
+                let at = layout.scale_at(b);
+                let min = if layout.mins {
+                    // The sign of a product is exact: -(d m) = (-d) m.
+                    let d = D::V::mul(half(2 * LANES), D::V::splat(-1.0));
+                    D::V::mul(d, D::to_f(byte(layout.min_at(b))))
+                } else {
+                    zero
+                };
+                ([scale(at), scale(at + second)], [min; 2])
+            }
+            Scales::Nibbles => {
+                let d = half(0);
+                let dmin = D::V::mul(half(2 * LANES), D::V::splat(-1.0));
+                let both = [byte(layout.scale_at(b)), byte(layout.scale_at(b) + LANES)];
+                (
+                    both.map(|x| D::V::mul(d, D::to_f(D::and(x, 15)))),
+                    both.map(|x| D::V::mul(dmin, D::to_f(D::shr::<4>(x)))),
+                )
+            }
+            Scales::Six => {
+                let d = half(0);
+                let low = byte(layout.scale_at(b));
+                let high = byte(layout.high_at(b));
+                let high = if b.is_multiple_of(2) { high } else { D::shr::<4>(high) };
+                let six = [
+                    D::or(D::and(low, 15), D::shl::<4>(D::and(high, 3))),
+                    D::or(D::shr::<4>(low), D::shl::<2>(D::and(high, 12))),
+                ];
+                (six.map(|x| D::V::mul(d, D::to_f(D::sub(x, 32)))), [zero; 2])
+            }
+        };
+        Factors { scales, mins }
+    }
+}
+
+/// The bytes of one group of four inputs; `block` are the quants of a block from a register of outputs on.
+#[inline(always)]
+unsafe fn weights<D: Dot, W: Records>(block: *const u8, group: usize) -> D::W {
+    // SAFETY: module rule of `isa`; the rows are those of the layout.
+    unsafe {
+        let row = |i: usize| D::load_w(block.add(i * 64));
+        let g = group as i32;
+        let two = || D::bits(row(group / 4), g % 4 * 2, 3);
+        let four = || D::bits(row(group / 2), g % 2 * 4, 15);
+        match const { W::LAYOUT.quants } {
+            Quants::Two => two(),
+            Quants::Three => D::or_w(two(), D::bits(row(2), g - 2, 4)),
+            Quants::Four => four(),
+            Quants::Five => D::or_w(four(), D::bits(row(4), g - 4, 16)),
+            Quants::Six => D::or_w(four(), D::bits(row(4 + group / 4), g % 4 * 2 - 4, 0x30)),
+            Quants::Eight => row(group),
+            Quants::Iq4 => D::table(four(), &IQ4_BYTES),
+            Quants::Fp4 => D::table(four(), &FP4_LEVELS),
+        }
+    }
 }
 
 /// `R` rows of a tile of `height` rows against outputs `part * D::V::COUNT..` of one panel.
@@ -167,79 +282,87 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
     height: usize,
     ahead: bool,
 ) -> [D::V; R] {
-    let format = const { W::FORMAT };
-    // SAFETY: module rule of `isa`; the panel has `blocks` records, the tile `blocks * height` blocks.
-    unsafe {
-        let load = |p: *const u8| {
-            if format.half() {
-                D::V::load_f16(p.cast::<u16>().add(part * D::V::COUNT))
-            } else {
-                D::V::load(p.cast::<f32>().add(part * D::V::COUNT))
-            }
+    let layout = const { W::LAYOUT };
+    // What a signed sum is too large by, per unit of the activation sum; the same for unsigned ones.
+    let zero = if layout.quants.signed() { D::BIAS8 } else { layout.zero };
+    // Groups whose sum is taken at once: a half if the halves have scales of their own, fewer if sums are narrow.
+    let chunk = const {
+        let half = if W::LAYOUT.halves { 4 } else { 8 };
+        let narrow = match W::LAYOUT.quants.max() {
+            0..=15 => 8,
+            16..=31 => 4,
+            _ => 2,
         };
+        if D::NARROW && narrow < half { narrow } else { half }
+    };
+    let per_half = if layout.halves { 4 } else { 8 };
+    // SAFETY: module rule of `isa`; the panel has the records of `blocks` blocks, the tile `blocks * height` blocks.
+    unsafe {
         let mut acc = [D::V::splat(0.0); R];
         for b in 0..blocks {
-            let record = panel.add(b * format.record_bytes());
-            let quants = record.add(format.header_bytes() + part * D::V::COUNT * 4);
+            let (record, sub) = (b / layout.blocks(), b % layout.blocks());
+            let record = panel.add(record * layout.record_bytes());
+            let quants = record.add(layout.header_bytes() + sub * layout.quants.bytes());
+            let quants = quants.add(part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
             if ahead {
+                // An equal share of the record.
+                let share = layout.record_bytes() / layout.blocks();
                 let mut offset = 0;
-                while offset < format.record_bytes() {
-                    prefetch_ahead(record.wrapping_add(offset));
+                while offset < share {
+                    prefetch_ahead(record.wrapping_add(sub * share + offset));
                     offset += 64;
                 }
             }
-            let scale = load(record);
-            if format.four_bit() {
-                let mut sums = [D::zero4(); R];
-                for j in 0..4 {
-                    let (low, high) = D::nibbles(quants.add(j * 64));
-                    for (r, sum) in sums.iter_mut().enumerate() {
-                        *sum = D::dot4(*sum, low, act(r, 2 * j));
+            let Factors { scales, mins } = factors::<D, W>(record, sub, part);
+            let mut dots = [[D::zero_i(); R]; 2];
+            if layout.quants.signed() {
+                for group in 0..8 {
+                    let bytes = D::signed(weights::<D, W>(quants, group));
+                    for (r, dot) in dots[group / per_half].iter_mut().enumerate() {
+                        *dot = D::dot8(*dot, bytes, act(r, group));
                     }
-                    for (r, sum) in sums.iter_mut().enumerate() {
-                        *sum = D::dot4(*sum, high, act(r, 2 * j + 1));
-                    }
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let mut dot = D::sum4(sums[r]);
-                    if format.zero() != 0 {
-                        let [first, second] = *here.sums.add(r);
-                        dot = D::sub(dot, format.zero() * (first + second));
-                    }
-                    *acc = D::V::fma(D::V::mul(scale, D::V::splat(*here.scales.add(r))), D::to_f(dot), *acc);
                 }
             } else {
-                // One sum per scale: the whole block, or its halves.
-                let mut first = [D::zero_i(); R];
-                let mut second = [D::zero_i(); R];
-                for group in 0..8 {
-                    let bytes = D::bytes(quants.add(group * 64));
-                    let sums = if format.two_scales() && group >= 4 { &mut second } else { &mut first };
-                    for (r, sum) in sums.iter_mut().enumerate() {
-                        *sum = D::dot8(*sum, bytes, act(r, group));
+                for first in (0..8).step_by(chunk) {
+                    let mut sums = [D::zero4(); R];
+                    for group in first..first + chunk {
+                        let bytes = weights::<D, W>(quants, group);
+                        for (r, sum) in sums.iter_mut().enumerate() {
+                            *sum = D::dot4(*sum, bytes, act(r, group));
+                        }
                     }
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let act_scale = D::V::splat(*here.scales.add(r));
-                    let bias =
-                        |dot: D::I, sum: i32| if D::BIAS8 == 0 { dot } else { D::sub(dot, D::BIAS8 * sum) };
-                    let [sum, sum1] = *here.sums.add(r);
-                    if format.two_scales() {
-                        *acc = D::V::fma(D::V::mul(scale, act_scale), D::to_f(bias(first[r], sum)), *acc);
-                        let scale1 = load(record.add(format.vector_bytes()));
-                        *acc = D::V::fma(D::V::mul(scale1, act_scale), D::to_f(bias(second[r], sum1)), *acc);
-                    } else {
-                        *acc =
-                            D::V::fma(D::V::mul(scale, act_scale), D::to_f(bias(first[r], sum + sum1)), *acc);
+                    for (dot, sum) in dots[first / per_half].iter_mut().zip(sums) {
+                        *dot = D::add4(*dot, sum);
                     }
                 }
             }
-            if format.mins() {
-                let min = load(record.add(format.min_at()));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let scale = *here.scales.add(r);
+                let act_scale = D::V::splat(scale);
+                let [sum0, sum1] = *here.sums.add(r);
+                let product = |scale: D::V, dot: D::I, sum: i32, acc: D::V| {
+                    let dot = if zero == 0 { dot } else { D::sub(dot, zero * sum) };
+                    D::V::fma(D::V::mul(scale, act_scale), D::to_f(dot), acc)
+                };
+                if layout.halves {
+                    *acc = product(scales[0], dots[0][r], sum0, *acc);
+                    *acc = product(scales[1], dots[1][r], sum1, *acc);
+                } else {
+                    *acc = product(scales[0], dots[0][r], sum0 + sum1, *acc);
+                }
+            }
+            if layout.mins {
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    *acc = D::V::fma(min, D::V::splat(*here.offsets.add(r)), *acc);
+                    if layout.halves {
+                        let [sum0, sum1] = *here.sums.add(r);
+                        let scale = *here.scales.add(r);
+                        *acc = D::V::fma(mins[0], D::V::splat(scale * sum0 as f32), *acc);
+                        *acc = D::V::fma(mins[1], D::V::splat(scale * sum1 as f32), *acc);
+                    } else {
+                        *acc = D::V::fma(mins[0], D::V::splat(*here.offsets.add(r)), *acc);
+                    }
                 }
             }
         }
@@ -303,7 +426,7 @@ macro_rules! formats {
 
                 struct Own;
                 impl Records for Own {
-                    const FORMAT: BlockFormat = BlockFormat::$format;
+                    const LAYOUT: Layout = BlockFormat::$format.layout();
                 }
                 #[inline(always)]
                 unsafe fn body<I: Isa + Dot>(a: PanelArgs) {
@@ -329,8 +452,18 @@ macro_rules! formats {
 formats! {
     q4_0: Q4_0;
     q4_1: Q4_1;
+    q5_0: Q5_0;
+    q5_1: Q5_1;
     q8_0: Q8_0;
     q8: Q8;
+    q8_halves: Q8Halves;
+    ternary: Ternary;
+    q2k: Q2K;
+    q3k: Q3K;
     q4k: Q4K;
+    q5k: Q5K;
     q6k: Q6K;
+    iq4nl: Iq4Nl;
+    iq4xs: Iq4Xs;
+    mxfp4: Mxfp4;
 }

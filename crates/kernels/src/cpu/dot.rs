@@ -13,30 +13,51 @@ pub(crate) trait Dot: Copy {
     const ROWS: usize;
     /// What [`Dot::dot8`] adds per unit of the activation sum, to be subtracted by the caller.
     const BIAS8: i32;
+    /// Sums of [`Dot::dot4`] are 16 bits wide.
+    const NARROW: bool;
     /// One f32 per output of a register, which divide 16.
     type V: Lanes;
     /// One i32 per output.
     type I: Copy;
-    /// A sum of 4-bit products under way.
+    /// A sum of products under way.
     type Sum4: Copy;
-    /// Four weights in 0..=15 per output.
-    type W4: Copy;
+    /// Four bytes per output.
+    type W: Copy;
     /// Four signed weights per output.
     type W8: Copy;
 
     unsafe fn zero_i() -> Self::I;
     unsafe fn to_f(v: Self::I) -> Self::V;
+    /// The bits of numbers as f32.
+    unsafe fn bits_f(v: Self::I) -> Self::V;
     /// Subtracts `v` from every lane.
     unsafe fn sub(a: Self::I, v: i32) -> Self::I;
+    unsafe fn and(a: Self::I, mask: i32) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn shr<const N: u32>(a: Self::I) -> Self::I;
+    unsafe fn shl<const N: u32>(a: Self::I) -> Self::I;
+    /// One unsigned byte per output.
+    unsafe fn load_u8(p: *const u8) -> Self::I;
+    /// One signed byte per output.
+    unsafe fn load_i8(p: *const u8) -> Self::I;
+
+    unsafe fn load_w(p: *const u8) -> Self::W;
+    /// The bits `mask` of every byte after a shift to the right, or to the left if `shift` is negative. No bit that
+    /// `mask` keeps may come from another byte.
+    unsafe fn bits(w: Self::W, shift: i32, mask: u8) -> Self::W;
+    unsafe fn or_w(a: Self::W, b: Self::W) -> Self::W;
+    /// The entries of a table at indices below 16.
+    unsafe fn table(w: Self::W, table: &[u8; 16]) -> Self::W;
 
     unsafe fn zero4() -> Self::Sum4;
-    /// The low and the high nibbles of four bytes per output.
-    unsafe fn nibbles(p: *const u8) -> (Self::W4, Self::W4);
-    /// Adds each lane's four weights times the four activations at `a`; at most eight times before [`Dot::sum4`].
-    unsafe fn dot4(acc: Self::Sum4, w: Self::W4, a: *const i8) -> Self::Sum4;
-    unsafe fn sum4(acc: Self::Sum4) -> Self::I;
+    /// Adds each lane's four unsigned weights (at most 63) times the four activations at `a`. [`Dot::NARROW`] sums hold
+    /// eight steps of weights up to 15, four of 31, two of 63.
+    unsafe fn dot4(acc: Self::Sum4, w: Self::W, a: *const i8) -> Self::Sum4;
+    /// `acc` and the sum.
+    unsafe fn add4(acc: Self::I, sum: Self::Sum4) -> Self::I;
 
-    unsafe fn bytes(p: *const u8) -> Self::W8;
+    /// Bytes as signed weights.
+    unsafe fn signed(w: Self::W) -> Self::W8;
     /// Adds each lane's four weights times the four activations at `a` (-127..=127), plus [`Dot::BIAS8`] times the
     /// sum of these activations.
     unsafe fn dot8(acc: Self::I, w: Self::W8, a: *const i8) -> Self::I;
@@ -56,10 +77,11 @@ unsafe fn dot_fours<W: Copy + Into<i32>>(acc: [i32; 16], w: [W; 64], a: *const i
 impl Dot for Portable {
     const ROWS: usize = 4;
     const BIAS8: i32 = 0;
+    const NARROW: bool = false;
     type V = [f32; 16];
     type I = [i32; 16];
     type Sum4 = [i32; 16];
-    type W4 = [u8; 64];
+    type W = [u8; 64];
     type W8 = [i8; 64];
 
     #[inline(always)]
@@ -71,18 +93,59 @@ impl Dot for Portable {
         v.map(|x| x as f32)
     }
     #[inline(always)]
+    unsafe fn bits_f(v: [i32; 16]) -> [f32; 16] {
+        v.map(|x| f32::from_bits(x as u32))
+    }
+    #[inline(always)]
     unsafe fn sub(a: [i32; 16], v: i32) -> [i32; 16] {
         a.map(|x| x - v)
     }
     #[inline(always)]
-    unsafe fn zero4() -> [i32; 16] {
-        [0; 16]
+    unsafe fn and(a: [i32; 16], mask: i32) -> [i32; 16] {
+        a.map(|x| x & mask)
     }
     #[inline(always)]
-    unsafe fn nibbles(p: *const u8) -> ([u8; 64], [u8; 64]) {
+    unsafe fn or(a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn shr<const N: u32>(a: [i32; 16]) -> [i32; 16] {
+        a.map(|x| (x as u32 >> N) as i32)
+    }
+    #[inline(always)]
+    unsafe fn shl<const N: u32>(a: [i32; 16]) -> [i32; 16] {
+        a.map(|x| x << N)
+    }
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> [i32; 16] {
         // SAFETY: module rule.
-        let w = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
-        (w.map(|x| x & 15), w.map(|x| x >> 4))
+        unsafe { p.cast::<[u8; 16]>().read_unaligned().map(i32::from) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> [i32; 16] {
+        // SAFETY: module rule.
+        unsafe { p.cast::<[i8; 16]>().read_unaligned().map(i32::from) }
+    }
+    #[inline(always)]
+    unsafe fn load_w(p: *const u8) -> [u8; 64] {
+        // SAFETY: module rule.
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn bits(w: [u8; 64], shift: i32, mask: u8) -> [u8; 64] {
+        w.map(|x| if shift < 0 { x << -shift } else { x >> shift } & mask)
+    }
+    #[inline(always)]
+    unsafe fn or_w(a: [u8; 64], b: [u8; 64]) -> [u8; 64] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn table(w: [u8; 64], table: &[u8; 16]) -> [u8; 64] {
+        w.map(|x| table[usize::from(x & 15)])
+    }
+    #[inline(always)]
+    unsafe fn zero4() -> [i32; 16] {
+        [0; 16]
     }
     #[inline(always)]
     unsafe fn dot4(acc: [i32; 16], w: [u8; 64], a: *const i8) -> [i32; 16] {
@@ -90,13 +153,12 @@ impl Dot for Portable {
         unsafe { dot_fours(acc, w, a) }
     }
     #[inline(always)]
-    unsafe fn sum4(acc: [i32; 16]) -> [i32; 16] {
-        acc
+    unsafe fn add4(acc: [i32; 16], sum: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| acc[i] + sum[i])
     }
     #[inline(always)]
-    unsafe fn bytes(p: *const u8) -> [i8; 64] {
-        // SAFETY: module rule.
-        unsafe { p.cast::<[i8; 64]>().read_unaligned() }
+    unsafe fn signed(w: [u8; 64]) -> [i8; 64] {
+        w.map(|x| x as i8)
     }
     #[inline(always)]
     unsafe fn dot8(acc: [i32; 16], w: [i8; 64], a: *const i8) -> [i32; 16] {
@@ -125,11 +187,12 @@ mod x86 {
     impl Dot for Avx2 {
         const ROWS: usize = 4;
         const BIAS8: i32 = 0;
+        const NARROW: bool = true;
         type V = __m256;
         type I = __m256i;
-        /// Pairs summed in 16 bits: eight steps reach `8 * 2 * 15 * 127 = 30,480` at most.
+        /// Pairs summed in 16 bits: eight steps reach `8 * 2 * 15 * 127 = 30,480` at most, two of 63 reach 32,004.
         type Sum4 = __m256i;
-        type W4 = __m256i;
+        type W = __m256i;
         /// Absolute values and the signed originals.
         type W8 = (__m256i, __m256i);
 
@@ -142,19 +205,67 @@ mod x86 {
             unsafe { _mm256_cvtepi32_ps(v) }
         }
         #[inline(always)]
+        unsafe fn bits_f(v: __m256i) -> __m256 {
+            unsafe { _mm256_castsi256_ps(v) }
+        }
+        #[inline(always)]
         unsafe fn sub(a: __m256i, v: i32) -> __m256i {
             unsafe { _mm256_sub_epi32(a, _mm256_set1_epi32(v)) }
         }
         #[inline(always)]
-        unsafe fn zero4() -> __m256i {
-            unsafe { _mm256_setzero_si256() }
+        unsafe fn and(a: __m256i, mask: i32) -> __m256i {
+            unsafe { _mm256_and_si256(a, _mm256_set1_epi32(mask)) }
         }
         #[inline(always)]
-        unsafe fn nibbles(p: *const u8) -> (__m256i, __m256i) {
+        unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+            unsafe { _mm256_or_si256(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn shr<const N: u32>(a: __m256i) -> __m256i {
+            unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(N as i32)) }
+        }
+        #[inline(always)]
+        unsafe fn shl<const N: u32>(a: __m256i) -> __m256i {
+            unsafe { _mm256_sll_epi32(a, _mm_cvtsi32_si128(N as i32)) }
+        }
+        #[inline(always)]
+        unsafe fn load_u8(p: *const u8) -> __m256i {
+            unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const u8) -> __m256i {
+            unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_w(p: *const u8) -> __m256i {
+            unsafe { _mm256_loadu_si256(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn bits(w: __m256i, shift: i32, mask: u8) -> __m256i {
             unsafe {
-                let (w, mask) = (_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(15));
-                (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask))
+                // Shifts of pairs of bytes: `mask` drops what crosses.
+                let w = if shift < 0 {
+                    _mm256_sll_epi16(w, _mm_cvtsi32_si128(-shift))
+                } else {
+                    _mm256_srl_epi16(w, _mm_cvtsi32_si128(shift))
+                };
+                _mm256_and_si256(w, _mm256_set1_epi8(mask as i8))
             }
+        }
+        #[inline(always)]
+        unsafe fn or_w(a: __m256i, b: __m256i) -> __m256i {
+            unsafe { _mm256_or_si256(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn table(w: __m256i, table: &[u8; 16]) -> __m256i {
+            unsafe {
+                let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+                _mm256_shuffle_epi8(table, w)
+            }
+        }
+        #[inline(always)]
+        unsafe fn zero4() -> __m256i {
+            unsafe { _mm256_setzero_si256() }
         }
         #[inline(always)]
         unsafe fn dot4(acc: __m256i, w: __m256i, a: *const i8) -> __m256i {
@@ -164,15 +275,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn sum4(acc: __m256i) -> __m256i {
-            unsafe { _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) }
+        unsafe fn add4(acc: __m256i, sum: __m256i) -> __m256i {
+            unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))) }
         }
         #[inline(always)]
-        unsafe fn bytes(p: *const u8) -> (__m256i, __m256i) {
-            unsafe {
-                let w = _mm256_loadu_si256(p.cast());
-                (_mm256_abs_epi8(w), w)
-            }
+        unsafe fn signed(w: __m256i) -> (__m256i, __m256i) {
+            unsafe { (_mm256_abs_epi8(w), w) }
         }
         #[inline(always)]
         unsafe fn dot8(acc: __m256i, w: (__m256i, __m256i), a: *const i8) -> __m256i {
@@ -223,10 +331,11 @@ mod x86 {
         const ROWS: usize = 8;
         /// Weights are shifted to 0..=255 by flipping the sign bit.
         const BIAS8: i32 = 128;
+        const NARROW: bool = false;
         type V = __m512;
         type I = __m512i;
         type Sum4 = __m512i;
-        type W4 = __m512i;
+        type W = __m512i;
         type W8 = __m512i;
 
         #[inline(always)]
@@ -238,31 +347,79 @@ mod x86 {
             unsafe { _mm512_cvtepi32_ps(v) }
         }
         #[inline(always)]
+        unsafe fn bits_f(v: __m512i) -> __m512 {
+            unsafe { _mm512_castsi512_ps(v) }
+        }
+        #[inline(always)]
         unsafe fn sub(a: __m512i, v: i32) -> __m512i {
             unsafe { _mm512_sub_epi32(a, _mm512_set1_epi32(v)) }
+        }
+        #[inline(always)]
+        unsafe fn and(a: __m512i, mask: i32) -> __m512i {
+            unsafe { _mm512_and_si512(a, _mm512_set1_epi32(mask)) }
+        }
+        #[inline(always)]
+        unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_or_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn shr<const N: u32>(a: __m512i) -> __m512i {
+            unsafe { _mm512_srli_epi32::<N>(a) }
+        }
+        #[inline(always)]
+        unsafe fn shl<const N: u32>(a: __m512i) -> __m512i {
+            unsafe { _mm512_slli_epi32::<N>(a) }
+        }
+        #[inline(always)]
+        unsafe fn load_u8(p: *const u8) -> __m512i {
+            unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const u8) -> __m512i {
+            unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_w(p: *const u8) -> __m512i {
+            unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn bits(w: __m512i, shift: i32, mask: u8) -> __m512i {
+            unsafe {
+                // Shifts of pairs of bytes: `mask` drops what crosses.
+                let w = if shift < 0 {
+                    _mm512_sll_epi16(w, _mm_cvtsi32_si128(-shift))
+                } else {
+                    _mm512_srl_epi16(w, _mm_cvtsi32_si128(shift))
+                };
+                _mm512_and_si512(w, _mm512_set1_epi8(mask as i8))
+            }
+        }
+        #[inline(always)]
+        unsafe fn or_w(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_or_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn table(w: __m512i, table: &[u8; 16]) -> __m512i {
+            unsafe {
+                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+                _mm512_shuffle_epi8(table, w)
+            }
         }
         #[inline(always)]
         unsafe fn zero4() -> __m512i {
             unsafe { _mm512_setzero_si512() }
         }
         #[inline(always)]
-        unsafe fn nibbles(p: *const u8) -> (__m512i, __m512i) {
-            unsafe {
-                let (w, mask) = (_mm512_loadu_si512(p.cast()), _mm512_set1_epi8(15));
-                (_mm512_and_si512(w, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(w), mask))
-            }
-        }
-        #[inline(always)]
         unsafe fn dot4(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned())) }
         }
         #[inline(always)]
-        unsafe fn sum4(acc: __m512i) -> __m512i {
-            acc
+        unsafe fn add4(acc: __m512i, sum: __m512i) -> __m512i {
+            unsafe { _mm512_add_epi32(acc, sum) }
         }
         #[inline(always)]
-        unsafe fn bytes(p: *const u8) -> __m512i {
-            unsafe { _mm512_xor_si512(_mm512_loadu_si512(p.cast()), _mm512_set1_epi8(-128)) }
+        unsafe fn signed(w: __m512i) -> __m512i {
+            unsafe { _mm512_xor_si512(w, _mm512_set1_epi8(-128)) }
         }
         #[inline(always)]
         unsafe fn dot8(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {

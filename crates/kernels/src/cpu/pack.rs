@@ -1,13 +1,13 @@
 //! Weights repacked once at load: panels of 16 outputs, so that one register holds one step of 16 dot products.
 //!
 //! * Float panels: `[panel][k][16]` values in their stored type.
-//! * Block panels: per panel and block of 32 inputs one record `[scales x16][minima x16][quants]`, so that a pass
-//!   over the weight is one forward stream. Quants are `[k / 4][16 outputs][4 inputs]`; 4-bit ones hold group
-//!   `2j` in the low and `2j + 1` in the high nibbles.
+//! * Block panels: per panel one record per block of 32 inputs, or per super-block of 256 where blocks share a scale,
+//!   so that a pass over the weight is one forward stream: first the scales and minima of the 16 outputs, as small as
+//!   in the file, then the quants block by block ([`Quants`]).
 
 use super::pages::Pages;
 use crate::pool::SendPtr;
-use crate::quant::{self, Block32};
+use crate::quant::{self, Block32, FP4_VALUES, IQ4_VALUES};
 use crate::{KernelError, PackMode, Pool, WeightDtype, WeightView};
 
 /// Outputs per panel.
@@ -27,61 +27,423 @@ impl FloatKind {
     }
 }
 
-/// How the records of a block panel look: `[scales][second scales][minima][quants]`, what a format has of them.
+/// How the 32 quants of each of 16 outputs stand: rows of 64 bytes, byte `4 * output + i` for input `4 * group + i`.
+///
+/// A row of low bits holds as many of the eight groups as its bytes have room for, in order from the lowest bits on;
+/// rows of high bits follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Quants {
+    /// Two rows of 2 bits for four groups.
+    Two,
+    /// The same, and one row with the third bit of all groups.
+    Three,
+    /// Four rows of 4 bits for two groups.
+    Four,
+    /// The same, and one row with the fifth bit of all groups.
+    Five,
+    /// The same, and two rows with two more bits for four groups.
+    Six,
+    /// Eight rows of signed bytes.
+    Eight,
+    /// Four rows of 4-bit indices into [`IQ4_VALUES`].
+    Iq4,
+    /// Four rows of 4-bit indices into [`FP4_VALUES`].
+    Fp4,
+}
+
+/// [`FP4_VALUES`] as unsigned numbers, 12 added.
+pub(crate) const FP4_LEVELS: [u8; 16] = {
+    let mut levels = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        levels[i] = (FP4_VALUES[i] + 12) as u8;
+        i += 1;
+    }
+    levels
+};
+
+impl Quants {
+    /// Bytes of a block of 16 outputs.
+    pub(crate) const fn bytes(self) -> usize {
+        64 * match self {
+            Quants::Two => 2,
+            Quants::Three => 3,
+            Quants::Four | Quants::Iq4 | Quants::Fp4 => 4,
+            Quants::Five => 5,
+            Quants::Six => 6,
+            Quants::Eight => 8,
+        }
+    }
+
+    /// Read as signed bytes; the others are numbers from zero on.
+    pub(crate) const fn signed(self) -> bool {
+        matches!(self, Quants::Eight | Quants::Iq4)
+    }
+
+    /// Largest unsigned number.
+    pub(crate) const fn max(self) -> u8 {
+        match self {
+            Quants::Two => 3,
+            Quants::Three => 7,
+            Quants::Four => 15,
+            Quants::Fp4 => 24,
+            Quants::Five => 31,
+            Quants::Six => 63,
+            Quants::Eight | Quants::Iq4 => 255,
+        }
+    }
+
+    /// Writes a block: `groups[g]` is a row of 64 bytes, levels or indices.
+    fn write(self, groups: &[[u8; 64]; 8], out: &mut [u8]) {
+        // Row `row` from the bits `mask << from` of the groups that it holds.
+        let mut put = |row: usize, held: std::ops::Range<usize>, from: usize, bits: usize| {
+            let out = &mut out[row * 64..row * 64 + 64];
+            let mask = (1u32 << bits) as u8 - 1;
+            let first = held.start;
+            for g in held {
+                for (o, level) in out.iter_mut().zip(&groups[g]) {
+                    *o |= (level >> from & mask) << ((g - first) * bits);
+                }
+            }
+        };
+        match self {
+            Quants::Two | Quants::Three => {
+                put(0, 0..4, 0, 2);
+                put(1, 4..8, 0, 2);
+                if self == Quants::Three {
+                    put(2, 0..8, 2, 1);
+                }
+            }
+            Quants::Four | Quants::Five | Quants::Six | Quants::Iq4 | Quants::Fp4 => {
+                for row in 0..4 {
+                    put(row, 2 * row..2 * row + 2, 0, 4);
+                }
+                match self {
+                    Quants::Five => put(4, 0..8, 4, 1),
+                    Quants::Six => {
+                        put(4, 0..4, 4, 2);
+                        put(5, 4..8, 4, 2);
+                    }
+                    _ => {}
+                }
+            }
+            Quants::Eight => {
+                for (out, group) in out.chunks_exact_mut(64).zip(groups) {
+                    out.copy_from_slice(group);
+                }
+            }
+        }
+    }
+
+    /// The level or index of input `k` of an output.
+    fn read(self, block: &[u8], lane: usize, k: usize) -> u8 {
+        let g = k / 4;
+        let byte = |row: usize| block[row * 64 + lane * 4 + k % 4];
+        let two = |row: usize| byte(row + g / 4) >> (g % 4 * 2) & 3;
+        let four = || byte(g / 2) >> (g % 2 * 4) & 15;
+        let one = |row: usize| byte(row) >> g & 1;
+        match self {
+            Quants::Two => two(0),
+            Quants::Three => two(0) | one(2) << 2,
+            Quants::Four | Quants::Iq4 | Quants::Fp4 => four(),
+            Quants::Five => four() | one(4) << 4,
+            Quants::Six => four() | two(4) << 4,
+            Quants::Eight => byte(g),
+        }
+    }
+
+    /// What is stored for a value; `zero` is added first.
+    fn level(self, value: i8, zero: i32) -> u8 {
+        match self {
+            Quants::Iq4 => IQ4_INDICES[value as u8 as usize],
+            Quants::Fp4 => FP4_INDICES[value as u8 as usize],
+            Quants::Eight => value as u8,
+            _ => (i32::from(value) + zero) as u8,
+        }
+    }
+
+    fn value(self, level: u8, zero: i32) -> i8 {
+        match self {
+            Quants::Iq4 => IQ4_VALUES[usize::from(level)],
+            Quants::Fp4 => FP4_VALUES[usize::from(level)],
+            Quants::Eight => level as i8,
+            _ => (i32::from(level) - zero) as i8,
+        }
+    }
+}
+
+/// Index of each value of a table, the lowest of equal ones.
+const fn inverse(table: &[i8; 16]) -> [u8; 256] {
+    let mut out = [0; 256];
+    let mut i = 16;
+    while i > 0 {
+        i -= 1;
+        out[table[i] as u8 as usize] = i as u8;
+    }
+    out
+}
+
+const IQ4_INDICES: [u8; 256] = inverse(&IQ4_VALUES);
+const FP4_INDICES: [u8; 256] = inverse(&FP4_VALUES);
+
+/// How the head of a record looks. `x16`: one number per output, output by output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scales {
+    /// One block: f16 scale x16, and f16 minimum x16.
+    Half,
+    /// One block: f32 scale x16, a second one for its second half.
+    Single,
+    /// One block: byte x16, a power of two.
+    Exponent,
+    /// Super-block: f16 scale x16, f16 minimum x16; per block (or half) a byte x16 that it is multiplied with; the
+    /// same for the minima.
+    Bytes,
+    /// The same with signed bytes.
+    SignedBytes,
+    /// The same with a nibble for the scale and the high one for the minimum.
+    Nibbles,
+    /// The same with six bits, 32 added: low nibbles of both halves in a byte, then the high pairs of two blocks.
+    Six,
+}
+
+/// What a block panel is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub quants: Quants,
+    pub scales: Scales,
+    /// Added to every quant when it is stored.
+    pub zero: i32,
+    /// Two scales (and minima) per block, one for each 16 inputs.
+    pub halves: bool,
+    pub mins: bool,
+}
+
+/// The stored forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BlockFormat {
     Q4_0,
     Q4_1,
+    Q5_0,
+    Q5_1,
     Q8_0,
     /// Ours: signed bytes with an f32 scale.
     Q8,
+    /// Ours: signed bytes with two f32 scales.
+    Q8Halves,
+    /// Ours: -1 to 2 with an f16 scale.
+    Ternary,
+    Q2K,
+    Q3K,
     Q4K,
+    Q5K,
     Q6K,
+    Iq4Nl,
+    Iq4Xs,
+    Mxfp4,
 }
 
 impl BlockFormat {
-    /// 4-bit quants, else signed 8-bit.
-    pub(crate) const fn four_bit(self) -> bool {
-        matches!(self, BlockFormat::Q4_0 | BlockFormat::Q4_1 | BlockFormat::Q4K)
+    pub(crate) const fn layout(self) -> Layout {
+        use BlockFormat as B;
+        let (quants, scales, zero) = match self {
+            B::Q4_0 => (Quants::Four, Scales::Half, 8),
+            B::Q4_1 => (Quants::Four, Scales::Half, 0),
+            B::Q5_0 => (Quants::Five, Scales::Half, 16),
+            B::Q5_1 => (Quants::Five, Scales::Half, 0),
+            B::Q8_0 => (Quants::Eight, Scales::Half, 0),
+            B::Q8 | B::Q8Halves => (Quants::Eight, Scales::Single, 0),
+            B::Ternary => (Quants::Two, Scales::Half, 1),
+            B::Q2K => (Quants::Two, Scales::Nibbles, 0),
+            B::Q3K => (Quants::Three, Scales::Six, 4),
+            B::Q4K => (Quants::Four, Scales::Bytes, 0),
+            B::Q5K => (Quants::Five, Scales::Bytes, 0),
+            B::Q6K => (Quants::Six, Scales::SignedBytes, 32),
+            B::Iq4Nl => (Quants::Iq4, Scales::Half, 0),
+            B::Iq4Xs => (Quants::Iq4, Scales::SignedBytes, 0),
+            B::Mxfp4 => (Quants::Fp4, Scales::Exponent, 12),
+        };
+        let halves = matches!(self, B::Q8Halves | B::Q2K | B::Q3K | B::Q6K);
+        let mins = matches!(self, B::Q4_1 | B::Q5_1 | B::Q2K | B::Q4K | B::Q5K);
+        Layout { quants, scales, zero, halves, mins }
     }
 
-    /// Scales and minima are f16, else f32.
-    pub(crate) const fn half(self) -> bool {
-        matches!(self, BlockFormat::Q4_0 | BlockFormat::Q4_1 | BlockFormat::Q8_0)
+    /// The form of a stored type; of floats, the one that they are quantised to.
+    fn of(dtype: WeightDtype) -> BlockFormat {
+        match dtype {
+            WeightDtype::Q4_0 => BlockFormat::Q4_0,
+            WeightDtype::Q4_1 => BlockFormat::Q4_1,
+            WeightDtype::Q5_0 => BlockFormat::Q5_0,
+            WeightDtype::Q5_1 => BlockFormat::Q5_1,
+            WeightDtype::Q8_0 => BlockFormat::Q8_0,
+            WeightDtype::Q2K => BlockFormat::Q2K,
+            WeightDtype::Q3K => BlockFormat::Q3K,
+            WeightDtype::Q4K => BlockFormat::Q4K,
+            WeightDtype::Q5K => BlockFormat::Q5K,
+            WeightDtype::Q6K => BlockFormat::Q6K,
+            WeightDtype::Iq4Nl => BlockFormat::Iq4Nl,
+            WeightDtype::Iq4Xs => BlockFormat::Iq4Xs,
+            WeightDtype::Mxfp4 => BlockFormat::Mxfp4,
+            WeightDtype::Tq1_0 | WeightDtype::Tq2_0 => BlockFormat::Ternary,
+            WeightDtype::F32
+            | WeightDtype::F16
+            | WeightDtype::Bf16
+            | WeightDtype::Iq2Xxs
+            | WeightDtype::Iq3Xxs
+            | WeightDtype::Iq3S
+            | WeightDtype::Iq1S => BlockFormat::Q8,
+            WeightDtype::Nvfp4 | WeightDtype::Iq2Xs | WeightDtype::Iq2S | WeightDtype::Iq1M => {
+                BlockFormat::Q8Halves
+            }
+        }
+    }
+}
+
+impl Layout {
+    /// Blocks of 32 inputs per record.
+    pub(crate) const fn blocks(self) -> usize {
+        match self.scales {
+            Scales::Half | Scales::Single | Scales::Exponent => 1,
+            Scales::Bytes | Scales::SignedBytes | Scales::Nibbles | Scales::Six => 8,
+        }
     }
 
-    /// Two scales per block (groups of 16), else one.
-    pub(crate) const fn two_scales(self) -> bool {
-        matches!(self, BlockFormat::Q6K)
-    }
-
-    /// Minima present.
-    pub(crate) const fn mins(self) -> bool {
-        matches!(self, BlockFormat::Q4_1 | BlockFormat::Q4K)
-    }
-
-    /// Added to every quant when it is stored.
-    pub(crate) const fn zero(self) -> i32 {
-        if matches!(self, BlockFormat::Q4_0) { 8 } else { 0 }
-    }
-
-    /// Bytes of the scales of a panel, or of its minima.
+    /// Bytes of the scales of a panel, or of its minima, in [`Scales::Half`] and [`Scales::Single`].
     pub(crate) const fn vector_bytes(self) -> usize {
-        LANES * if self.half() { 2 } else { 4 }
+        LANES * if matches!(self.scales, Scales::Single) { 4 } else { 2 }
     }
 
-    /// Where the minima begin.
-    pub(crate) const fn min_at(self) -> usize {
-        (1 + self.two_scales() as usize) * self.vector_bytes()
+    /// Where the bytes of a super-block begin.
+    pub(crate) const fn bytes_at(self) -> usize {
+        2 * LANES * (1 + self.mins as usize)
     }
 
-    /// Where the quants begin.
+    /// Where the bytes of block `b` stand: of its first half, with [`Layout::halves`]; the second half's follow.
+    pub(crate) const fn scale_at(self, b: usize) -> usize {
+        let per_block = match self.scales {
+            Scales::Six => 1,
+            _ => 1 + self.halves as usize,
+        };
+        self.bytes_at() + b * per_block * LANES
+    }
+
+    /// Where the bytes of the minimum of block `b` stand.
+    pub(crate) const fn min_at(self, b: usize) -> usize {
+        self.bytes_at() + (self.blocks() + b) * LANES
+    }
+
+    /// Where the high pairs of block `b` stand, in [`Scales::Six`].
+    pub(crate) const fn high_at(self, b: usize) -> usize {
+        self.bytes_at() + (self.blocks() + b / 2) * LANES
+    }
+
+    /// Where the quants begin; those of super-blocks on a cache line.
     pub(crate) const fn header_bytes(self) -> usize {
-        self.min_at() + self.mins() as usize * self.vector_bytes()
+        let bytes = match self.scales {
+            Scales::Half => self.vector_bytes() * (1 + self.mins as usize),
+            Scales::Single => self.vector_bytes() * (1 + self.halves as usize),
+            Scales::Exponent => LANES,
+            Scales::Bytes | Scales::SignedBytes => {
+                self.bytes_at() + 8 * LANES * (1 + self.halves as usize + self.mins as usize)
+            }
+            Scales::Nibbles => self.bytes_at() + 16 * LANES,
+            Scales::Six => self.bytes_at() + 12 * LANES,
+        };
+        if self.blocks() == 1 { bytes } else { bytes.next_multiple_of(64) }
     }
 
     pub(crate) const fn record_bytes(self) -> usize {
-        self.header_bytes() + if self.four_bit() { 256 } else { 512 }
+        self.header_bytes() + self.blocks() * self.quants.bytes()
+    }
+
+    /// Writes the scales of output `lane` in block `b` of a record.
+    fn put_scales(self, record: &mut [u8], b: usize, lane: usize, block: &Block32) {
+        fn put16(record: &mut [u8], at: usize, v: f32) {
+            // Exact: the value came from an f16 of the file.
+            record[at..at + 2].copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
+        }
+        let parts = &block.parts;
+        match self.scales {
+            Scales::Half => {
+                put16(record, lane * 2, block.scales[0]);
+                if self.mins {
+                    put16(record, self.vector_bytes() + lane * 2, block.mins[0]);
+                }
+                return;
+            }
+            Scales::Single => {
+                for half in 0..1 + usize::from(self.halves) {
+                    let at = half * self.vector_bytes() + lane * 4;
+                    record[at..at + 4].copy_from_slice(&block.scales[half].to_ne_bytes());
+                }
+                return;
+            }
+            Scales::Exponent => {
+                record[lane] = parts.scales[0] as u8;
+                return;
+            }
+            Scales::Bytes | Scales::SignedBytes => {
+                record[self.scale_at(b) + lane] = parts.scales[0] as u8;
+                if self.halves {
+                    record[self.scale_at(b) + LANES + lane] = parts.scales[1] as u8;
+                }
+                if self.mins {
+                    record[self.min_at(b) + lane] = parts.mins[0];
+                }
+            }
+            Scales::Nibbles => {
+                for half in 0..2 {
+                    record[self.scale_at(b) + half * LANES + lane] =
+                        parts.scales[half] as u8 | parts.mins[half] << 4;
+                }
+            }
+            Scales::Six => {
+                for half in 0..2 {
+                    let six = (parts.scales[half] + 32) as u8;
+                    record[self.scale_at(b) + lane] |= (six & 15) << (4 * half);
+                    record[self.high_at(b) + lane] |= six >> 4 << (b % 2 * 4 + 2 * half);
+                }
+            }
+        }
+        put16(record, lane * 2, parts.scale);
+        if self.mins {
+            put16(record, 2 * LANES + lane * 2, parts.min);
+        }
+    }
+
+    /// Scales and minima of output `lane` in block `b` of a record: those of [`Block32`].
+    fn scales(self, record: &[u8], b: usize, lane: usize) -> [[f32; 2]; 2] {
+        let f16_at = |at: usize| half::f16::from_ne_bytes([record[at], record[at + 1]]).to_f32();
+        let none = [-0.0; 2];
+        let byte = |half: usize| record[self.scale_at(b) + half * LANES + lane];
+        let second = usize::from(self.halves);
+        let scaled = |factors: [i8; 2]| factors.map(|s| f16_at(lane * 2) * f32::from(s));
+        let min = |factors: [u8; 2]| factors.map(|m| -(f16_at(2 * LANES + lane * 2) * f32::from(m)));
+        match self.scales {
+            Scales::Half => {
+                let mins = if self.mins { [f16_at(self.vector_bytes() + lane * 2); 2] } else { none };
+                [[f16_at(lane * 2); 2], mins]
+            }
+            Scales::Single => {
+                let scale = |half: usize| {
+                    let at = half * self.vector_bytes() + lane * 4;
+                    f32::from_ne_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]])
+                };
+                [[scale(0), scale(second)], none]
+            }
+            Scales::Exponent => [[quant::exponent_scale(record[lane]); 2], none],
+            Scales::Bytes | Scales::SignedBytes => {
+                let scales = scaled([byte(0) as i8, byte(second) as i8]);
+                [scales, if self.mins { min([record[self.min_at(b) + lane]; 2]) } else { none }]
+            }
+            Scales::Nibbles => {
+                [scaled([0, 1].map(|h| (byte(h) & 15) as i8)), min([0, 1].map(|h| byte(h) >> 4))]
+            }
+            Scales::Six => {
+                let high = record[self.high_at(b) + lane] >> (b % 2 * 4);
+                let six = |half: usize| (byte(0) >> (4 * half) & 15 | (high >> (2 * half) & 3) << 4) as i8;
+                [scaled([six(0) - 32, six(1) - 32]), none]
+            }
+        }
     }
 }
 
@@ -94,7 +456,10 @@ impl Body {
     fn panel_bytes(&self, in_features: usize) -> usize {
         match self {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
-            Body::Block(format) => in_features / 32 * format.record_bytes(),
+            Body::Block(format) => {
+                let layout = format.layout();
+                in_features / (32 * layout.blocks()) * layout.record_bytes()
+            }
         }
     }
 }
@@ -204,61 +569,40 @@ impl PackedWeight {
     }
 
     fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
-        let format = match w.dtype {
-            WeightDtype::Q4_0 => BlockFormat::Q4_0,
-            WeightDtype::Q4_1 => BlockFormat::Q4_1,
-            WeightDtype::Q8_0 => BlockFormat::Q8_0,
-            WeightDtype::Q4K => BlockFormat::Q4K,
-            WeightDtype::Q6K => BlockFormat::Q6K,
-            WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => BlockFormat::Q8,
-        };
+        let format = BlockFormat::of(w.dtype);
+        let layout = format.layout();
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
-        let record_bytes = format.record_bytes();
+        let row_bytes = w.row_bytes();
         packed.fill_panels(pool, &|first, panel| {
-            let mut values = vec![0.0f32; if is_float { w.in_features } else { 0 }];
-            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
-                if is_float {
-                    quant::dequantize_row(w, o, &mut values);
+            let lanes = LANES.min(w.out_features - first);
+            let mut values = vec![0.0f32; if is_float { lanes * w.in_features } else { 0 }];
+            if is_float {
+                for (lane, row) in values.chunks_exact_mut(w.in_features).enumerate() {
+                    quant::dequantize_row(w, first + lane, row);
                 }
-                let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
-                for b in 0..w.in_features / 32 {
-                    let block = if is_float {
-                        let mut quants = [0i8; 32];
-                        let scale = quant::quantize_block(&values[b * 32..b * 32 + 32], &mut quants);
-                        Block32 { quants, scales: [scale; 2], min: 0.0 }
-                    } else {
-                        quant::block32(w.dtype, stored, b)
-                    };
-                    let record = &mut panel[b * record_bytes..(b + 1) * record_bytes];
-                    let mut put = |at: usize, v: f32| {
-                        if format.half() {
-                            let slot = at + lane * 2;
-                            // Exact: the value came from an f16 of the file.
-                            record[slot..slot + 2]
-                                .copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
+            }
+            let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
+            for (at, record) in panel.chunks_exact_mut(layout.record_bytes()).enumerate() {
+                for sub in 0..layout.blocks() {
+                    let b = at * layout.blocks() + sub;
+                    // Outputs that are not there stay zero.
+                    let mut groups = [[0u8; 64]; 8];
+                    for lane in 0..lanes {
+                        let block = if is_float {
+                            quant::quantized(&values[lane * w.in_features + b * 32..][..32])
                         } else {
-                            let slot = at + lane * 4;
-                            record[slot..slot + 4].copy_from_slice(&v.to_ne_bytes());
-                        }
-                    };
-                    put(0, block.scales[0]);
-                    if format.two_scales() {
-                        put(format.vector_bytes(), block.scales[1]);
-                    }
-                    if format.mins() {
-                        put(format.min_at(), block.min);
-                    }
-                    let quants = &mut record[format.header_bytes()..];
-                    for (k, q) in block.quants.iter().enumerate() {
-                        let (group, i) = (k / 4, k % 4);
-                        if format.four_bit() {
-                            let byte = (i32::from(*q) + format.zero()) as u8;
-                            quants[group / 2 * 64 + lane * 4 + i] |= byte << (group % 2 * 4);
-                        } else {
-                            quants[group * 64 + lane * 4 + i] = *q as u8;
+                            quant::block32(w.dtype, &stored[lane * row_bytes..(lane + 1) * row_bytes], b)
+                        };
+                        layout.put_scales(record, sub, lane, &block);
+                        for (group, quants) in groups.iter_mut().zip(block.quants.chunks_exact(4)) {
+                            for (byte, q) in group[lane * 4..lane * 4 + 4].iter_mut().zip(quants) {
+                                *byte = layout.quants.level(*q, layout.zero);
+                            }
                         }
                     }
+                    let quants = layout.header_bytes() + sub * layout.quants.bytes();
+                    layout.quants.write(&groups, &mut record[quants..quants + layout.quants.bytes()]);
                 }
             }
         });
@@ -269,43 +613,28 @@ impl PackedWeight {
     pub(crate) fn row(&self, o: usize, out: &mut [f32]) {
         let panel = &self.data()[o / LANES * self.panel_bytes()..(o / LANES + 1) * self.panel_bytes()];
         let lane = o % LANES;
-        let f16_at = |bytes: &[u8], at: usize| half::f16::from_ne_bytes([bytes[at], bytes[at + 1]]).to_f32();
-        let f32_at = |b: &[u8], at: usize| f32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
         match self.body {
             Body::Float(kind) => {
                 for (k, v) in out.iter_mut().enumerate() {
                     let at = (k * LANES + lane) * kind.bytes();
+                    let two = [panel[at], panel[at + 1]];
                     *v = match kind {
-                        FloatKind::F32 => f32_at(panel, at),
-                        FloatKind::F16 => f16_at(panel, at),
-                        FloatKind::Bf16 => half::bf16::from_ne_bytes([panel[at], panel[at + 1]]).to_f32(),
+                        FloatKind::F32 => f32::from_ne_bytes([two[0], two[1], panel[at + 2], panel[at + 3]]),
+                        FloatKind::F16 => half::f16::from_ne_bytes(two).to_f32(),
+                        FloatKind::Bf16 => f32::from_bits(u32::from(u16::from_ne_bytes(two)) << 16),
                     };
                 }
             }
             Body::Block(format) => {
-                let record_bytes = format.record_bytes();
+                let layout = format.layout();
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
-                    let record = &panel[b * record_bytes..(b + 1) * record_bytes];
-                    let get = |at: usize| {
-                        if format.half() {
-                            f16_at(record, at + lane * 2)
-                        } else {
-                            f32_at(record, at + lane * 4)
-                        }
-                    };
-                    let second = if format.two_scales() { format.vector_bytes() } else { 0 };
-                    let scales = [get(0), get(second)];
-                    let min = if format.mins() { get(format.min_at()) } else { 0.0 };
-                    let quants = &record[format.header_bytes()..];
+                    let (record, sub) = (b / layout.blocks(), b % layout.blocks());
+                    let record = &panel[record * layout.record_bytes()..][..layout.record_bytes()];
+                    let [scales, mins] = layout.scales(record, sub, lane);
+                    let quants = &record[layout.header_bytes() + sub * layout.quants.bytes()..];
                     for (k, v) in values.iter_mut().enumerate() {
-                        let (group, i) = (k / 4, k % 4);
-                        let q = if format.four_bit() {
-                            let byte = quants[group / 2 * 64 + lane * 4 + i];
-                            i32::from(byte >> (group % 2 * 4) & 15) - format.zero()
-                        } else {
-                            i32::from(quants[group * 64 + lane * 4 + i] as i8)
-                        };
-                        *v = scales[k / 16] * q as f32 + min;
+                        let q = layout.quants.value(layout.quants.read(quants, lane, k), layout.zero);
+                        *v = scales[k / 16] * f32::from(q) + mins[k / 16];
                     }
                 }
             }

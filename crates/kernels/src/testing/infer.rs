@@ -32,34 +32,62 @@ impl Random {
 }
 
 /// Every type that a weight can be stored in.
-pub const DTYPES: [WeightDtype; 8] = [
-    WeightDtype::F32,
-    WeightDtype::F16,
-    WeightDtype::Bf16,
-    WeightDtype::Q4_0,
-    WeightDtype::Q4_1,
-    WeightDtype::Q8_0,
-    WeightDtype::Q4K,
-    WeightDtype::Q6K,
-];
+pub const DTYPES: [WeightDtype; 26] = WeightDtype::ALL;
 
 /// Random stored bytes of a weight whose scales are small normal numbers.
 pub fn stored(random: &mut Random, dtype: WeightDtype, out: usize, inputs: usize) -> Vec<u8> {
+    stored_as(random, dtype, out, inputs, None)
+}
+
+/// The same with one byte everywhere but in the scales, for quants at their limits.
+pub fn stored_as(
+    random: &mut Random,
+    dtype: WeightDtype,
+    out: usize,
+    inputs: usize,
+    byte: Option<u8>,
+) -> Vec<u8> {
     let (block, bytes) = dtype.block();
     let half = |random: &mut Random| half::f16::from_f32(random.float() * 0.1).to_le_bytes();
     let mut data = Vec::new();
     for _ in 0..out * inputs / block {
-        let mut b: Vec<u8> = (0..bytes).map(|_| random.bits() as u8).collect();
+        let mut b: Vec<u8> = (0..bytes).map(|_| byte.unwrap_or(random.bits() as u8)).collect();
         match dtype {
             WeightDtype::F32 => b = random.float().to_le_bytes().to_vec(),
             WeightDtype::F16 => b = half::f16::from_f32(random.float()).to_le_bytes().to_vec(),
             WeightDtype::Bf16 => b = half::bf16::from_f32(random.float()).to_le_bytes().to_vec(),
-            WeightDtype::Q4_0 | WeightDtype::Q8_0 => b[..2].copy_from_slice(&half(random)),
-            WeightDtype::Q4_1 | WeightDtype::Q4K => {
+            WeightDtype::Q4_0
+            | WeightDtype::Q5_0
+            | WeightDtype::Q8_0
+            | WeightDtype::Iq4Nl
+            | WeightDtype::Iq4Xs
+            | WeightDtype::Iq2Xxs
+            | WeightDtype::Iq2Xs
+            | WeightDtype::Iq2S
+            | WeightDtype::Iq3Xxs
+            | WeightDtype::Iq3S
+            | WeightDtype::Iq1S => b[..2].copy_from_slice(&half(random)),
+            WeightDtype::Q4_1 | WeightDtype::Q5_1 | WeightDtype::Q4K | WeightDtype::Q5K => {
                 b[..2].copy_from_slice(&half(random));
                 b[2..4].copy_from_slice(&half(random));
             }
-            WeightDtype::Q6K => b[208..].copy_from_slice(&half(random)),
+            WeightDtype::Q2K => {
+                b[80..82].copy_from_slice(&half(random));
+                b[82..].copy_from_slice(&half(random));
+            }
+            WeightDtype::Q3K | WeightDtype::Q6K | WeightDtype::Tq1_0 | WeightDtype::Tq2_0 => {
+                b[bytes - 2..].copy_from_slice(&half(random));
+            }
+            WeightDtype::Mxfp4 => b[0] = 118 + b[0] % 8,
+            WeightDtype::Nvfp4 => b[..4].iter_mut().for_each(|s| *s %= 0x40),
+            WeightDtype::Iq1M => {
+                // The f16 in the high nibbles of four words.
+                let d = u16::from_le_bytes(half(random));
+                for i in 0..4 {
+                    let high = &mut b[49 + 2 * i];
+                    *high = *high & 15 | ((d >> (4 * i) & 15) << 4) as u8;
+                }
+            }
         }
         data.extend(b);
     }
