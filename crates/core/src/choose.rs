@@ -11,7 +11,7 @@ use crate::TargetTokenId;
 /// How the target chooses a token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
-    /// 0 means greedy.
+    /// 0 means greedy, as does what cannot be told from it ([`Sampling::is_greedy`]).
     pub temperature: f32,
     /// Keep the `k` largest logits; 0 keeps all.
     pub top_k: u32,
@@ -27,6 +27,14 @@ pub struct Sampling {
 /// of 250,000 ids all such tokens together have less than a millionth of the mass.
 const NEGLIGIBLE: f32 = 1e-12;
 
+/// At this temperature and below the arg-max is taken: of two different 32-bit logits of 1 or more the larger is then
+/// drawn with all but `e^-12` of the mass, and equal ones go by id, as they do at 0.
+const GREEDY_BELOW: f32 = 1e-8;
+
+/// From this temperature on logits are divided as they are, in 32 bits. Below, the largest one is taken off first and
+/// the rest is in 64 bits: the quotients would leave the noise no digits, and in the end overflow.
+const DIVIDED_AS_IS: f32 = 1e-4;
+
 impl Default for Sampling {
     fn default() -> Self {
         Sampling::GREEDY
@@ -37,26 +45,44 @@ impl Sampling {
     /// The arg-max, ties to the lower id.
     pub const GREEDY: Sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 };
 
-    /// True if no noise is drawn.
+    /// True if no noise is drawn: at a temperature of 0 and so near to it that the arg-max is what it means.
     pub fn is_greedy(&self) -> bool {
-        self.temperature <= 0.0
+        // Also if it is no number.
+        self.temperature.is_nan() || self.temperature <= GREEDY_BELOW
     }
 
     /// True if every token may be drawn.
     fn keeps_all(&self) -> bool {
         self.top_k == 0 && self.top_p >= 1.0 && self.min_p <= 0.0
     }
+
+    /// How scores come from logits of which `max` is the largest: the factor if logits are simply multiplied by it.
+    fn factor(&self, max: f32) -> Option<f32> {
+        let factor = 1.0 / self.temperature;
+        (self.temperature >= DIVIDED_AS_IS && (max * factor).is_finite()).then_some(factor)
+    }
 }
 
 /// Index of the largest value, the lowest index among equals; NaN never wins.
-fn argmax(values: impl Iterator<Item = f32>) -> usize {
-    let mut best = (0, f32::NEG_INFINITY);
+fn argmax<T: PartialOrd>(values: impl Iterator<Item = T>, least: T) -> usize {
+    let mut best = (0, least);
     for (i, v) in values.enumerate() {
         if v > best.1 {
             best = (i, v);
         }
     }
     best.0
+}
+
+/// The largest value; `-inf` for a row of NaN.
+fn largest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let mut chunks = values.chunks_exact(lanes.len());
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    for chunk in &mut chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane = larger(*lane, *v));
+    }
+    lanes.iter().chain(chunks.remainder()).fold(f32::NEG_INFINITY, |a, b| larger(a, *b))
 }
 
 /// SplitMix64, the finaliser that turns a counter into well-mixed bits.
@@ -67,31 +93,105 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Standard Gumbel noise for (`seed`, `position`, `token`): counter-based, so any entry can be drawn alone.
-pub fn gumbel_noise(seed: u64, position: u64, token: u32) -> f32 {
-    let bits =
-        mix(mix(seed ^ 0x6472_6166_7473_6d74).wrapping_add(mix(position)) ^ mix(u64::from(token) << 1 | 1));
-    // 53 random bits, centred: never 0 and never 1, so both logarithms are finite.
-    let uniform = ((bits >> 11) as f64 + 0.5) * (1.0 / (1u64 << 53) as f64);
+/// What the noise of a (`seed`, `position`) is drawn from.
+fn noise_key(seed: u64, position: u64) -> u64 {
+    mix(seed ^ 0x6472_6166_7473_6d74).wrapping_add(mix(position))
+}
+
+/// 53 random bits of a token.
+fn noise_bits(key: u64, token: u32) -> u64 {
+    mix(key ^ mix(u64::from(token) << 1 | 1)) >> 11
+}
+
+/// The number of values of [`noise_bits`].
+const NOISE_VALUES: f64 = (1u64 << 53) as f64;
+
+/// No noise is larger: `-ln(-ln(1 - 2^-53))` is 36.737.
+const NOISE_MAX: f64 = 36.74;
+
+/// Noise of these bits; the more bits, the more noise.
+fn noise_of(bits: u64) -> f32 {
+    // Centred: never 0, and never 1 but for all bits set, where the half is rounded up; both logarithms are finite.
+    let uniform = ((bits as f64 + 0.5) * (1.0 / NOISE_VALUES)).min(1.0 - f64::EPSILON / 2.0);
     (-(-uniform.ln()).ln()) as f32
 }
 
-/// The tokens that survive temperature, min-p, top-k and top-p, in this order, with their probabilities, most probable first (ties to
-/// the lower id).
+/// Standard Gumbel noise for (`seed`, `position`, `token`): counter-based, so any entry can be drawn alone.
+pub fn gumbel_noise(seed: u64, position: u64, token: u32) -> f32 {
+    noise_of(noise_bits(noise_key(seed, position), token))
+}
+
+/// Bits whose noise is below `noise`, and so is that of all smaller bits; `None` if no bits are known to be.
+fn bits_below(noise: f64) -> Option<u64> {
+    // The share of draws above it, `1 - exp(-exp(-noise))`, without the loss of digits near 1.
+    let above = -(-(-noise).exp()).exp_m1();
+    // Some bits less than that: these functions are exact to a unit or two in the last place, and bits are halves off.
+    let bits = NOISE_VALUES * (1.0 - above * (1.0 + 1e-9)) - 4.0;
+    (bits >= 1.0).then_some(bits as u64)
+}
+
+/// Tokens of which one bound of the noise is shared.
+const BLOCK: usize = 128;
+
+/// Index of the largest `logits * factor + noise`, the lowest among equals: what adding the noise to every logit gives.
+///
+/// Most tokens are so far below the best one that only rare noise could lift them over it. Noise is two logarithms of
+/// some random bits and grows with them, so these are compared with the bits that it would take, and the logarithms are
+/// left out; where no bits would do, the bits are, too. `max` is the largest logit; `max * factor` is finite.
+fn noisy_argmax(logits: &[f32], max: f32, factor: f32, key: u64) -> usize {
+    let score = |i: usize| logits[i] * factor + noise_of(noise_bits(key, i as u32));
+    let Some(first) = logits.iter().position(|l| *l == max) else { return 0 };
+    let mut best = (first, score(first));
+    for (block, values) in logits.chunks(BLOCK).enumerate() {
+        let start = block * BLOCK;
+        let top = largest(values) * factor;
+        // Sums and noise are rounded to 32 bits on the other way: this is more than that can add.
+        let slack =
+            (f64::from(best.1.abs()) + f64::from(top.abs()) + NOISE_MAX) * f64::from(f32::EPSILON) * 4.0;
+        let needed = f64::from(best.1) - f64::from(top) - slack;
+        // Also a block without a number.
+        if needed > NOISE_MAX || top == f32::NEG_INFINITY {
+            continue;
+        }
+        let hopeless = bits_below(needed);
+        let end = start + values.len();
+        let hope = |i: usize| hopeless.is_none_or(|bits| noise_bits(key, i as u32) > bits);
+        // Without a branch per token: almost no block has one.
+        if !(start..end).fold(false, |any, i| any | hope(i)) {
+            continue;
+        }
+        for i in (start..end).filter(|i| hope(*i)) {
+            let value = score(i);
+            if value > best.1 || value == best.1 && i < best.0 {
+                best = (i, value);
+            }
+        }
+    }
+    best.0
+}
+
+/// The tokens that survive temperature, min-p, top-k and top-p, in this order, with their probabilities, most probable
+/// first (ties to the lower id). A logit that is no number has no probability; a row without any chance at all gives
+/// token 0.
 ///
 /// # Shapes
 /// - `logits`: `[V]`, natural scale.
 pub fn token_distribution(logits: &[f32], sampling: &Sampling) -> Vec<(TargetTokenId, f64)> {
     if sampling.is_greedy() {
-        return vec![(TargetTokenId(argmax(logits.iter().copied()) as u32), 1.0)];
+        return vec![(TargetTokenId(greedy(logits) as u32), 1.0)];
     }
     let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = largest(logits);
     // Tokens this far below the best one have less than `NEGLIGIBLE` of its probability each. Dropping them first
     // keeps the sort and the exponentials to the few hundred tokens that can be drawn at all.
-    let least = NEGLIGIBLE.max(sampling.min_p);
+    let least = NEGLIGIBLE.max(sampling.min_p).min(1.0);
+    // No number at an infinite temperature, where all that is possible is equally probable.
     let cutoff = max + sampling.temperature * least.ln();
-    let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|i| logits[*i as usize] >= cutoff).collect();
+    let possible = |l: f32| l > f32::NEG_INFINITY && (cutoff.is_nan() || l >= cutoff);
+    let mut ids: Vec<u32> = (0..logits.len() as u32).filter(|i| possible(logits[*i as usize])).collect();
+    if ids.is_empty() {
+        return vec![(TargetTokenId(0), 1.0)];
+    }
     let k = if sampling.top_k == 0 { ids.len() } else { (sampling.top_k as usize).min(ids.len()) };
     if k < ids.len() {
         ids.select_nth_unstable_by(k, order);
@@ -99,8 +199,9 @@ pub fn token_distribution(logits: &[f32], sampling: &Sampling) -> Vec<(TargetTok
     }
     ids.sort_unstable_by(order);
     let inv_t = 1.0 / f64::from(sampling.temperature);
-    let mut weights: Vec<f64> =
-        ids.iter().map(|i| (f64::from(logits[*i as usize] - max) * inv_t).exp()).collect();
+    // Beside an infinite logit the others have no chance; infinity less itself would be no number.
+    let weight = |l: f32| if l == max { 1.0 } else { (f64::from(l - max) * inv_t).exp().max(0.0) };
+    let mut weights: Vec<f64> = ids.iter().map(|i| weight(logits[*i as usize])).collect();
     if sampling.top_p < 1.0 {
         let wanted = f64::from(sampling.top_p) * weights.iter().sum::<f64>();
         let mut mass = 0.0;
@@ -115,28 +216,46 @@ pub fn token_distribution(logits: &[f32], sampling: &Sampling) -> Vec<(TargetTok
     ids.into_iter().zip(weights).map(|(i, w)| (TargetTokenId(i), w / kept)).collect()
 }
 
-/// The token at `position`: arg-max if greedy, else the Gumbel-max draw keyed by (seed, position).
+fn greedy(logits: &[f32]) -> usize {
+    argmax(logits.iter().copied(), f32::NEG_INFINITY)
+}
+
+/// The token at `position`: arg-max if greedy, else the Gumbel-max draw keyed by (seed, position). A logit that is no
+/// number is never chosen.
 ///
 /// # Shapes
 /// - `logits`: `[V]`
 pub fn choose_token(logits: &[f32], sampling: &Sampling, position: u64) -> TargetTokenId {
     if sampling.is_greedy() {
-        return TargetTokenId(argmax(logits.iter().copied()) as u32);
+        return TargetTokenId(greedy(logits) as u32);
     }
-    let inv_t = 1.0 / sampling.temperature;
-    if sampling.keeps_all() {
-        let noisy = logits
-            .iter()
-            .enumerate()
-            .map(|(i, l)| l * inv_t + gumbel_noise(sampling.seed, position, i as u32));
-        return TargetTokenId(argmax(noisy) as u32);
+    let max = largest(logits);
+    if max == f32::NEG_INFINITY {
+        return TargetTokenId(0);
     }
-    let mut kept: Vec<TargetTokenId> =
-        token_distribution(logits, sampling).into_iter().map(|(t, _)| t).collect();
+    let factor = sampling.factor(max);
+    if sampling.keeps_all()
+        && let Some(factor) = factor
+    {
+        return TargetTokenId(noisy_argmax(logits, max, factor, noise_key(sampling.seed, position)) as u32);
+    }
+    let mut kept: Vec<TargetTokenId> = match sampling.keeps_all() {
+        true => (0..logits.len() as u32).map(TargetTokenId).collect(),
+        false => token_distribution(logits, sampling).into_iter().map(|(t, _)| t).collect(),
+    };
     kept.sort_unstable();
-    let noisy =
-        kept.iter().map(|t| logits[t.0 as usize] * inv_t + gumbel_noise(sampling.seed, position, t.0));
-    kept[argmax(noisy)]
+    let noise = |t: &TargetTokenId| gumbel_noise(sampling.seed, position, t.0);
+    let logit = |t: &TargetTokenId| logits[t.0 as usize];
+    let at = match factor {
+        Some(factor) => argmax(kept.iter().map(|t| logit(t) * factor + noise(t)), f32::NEG_INFINITY),
+        None => {
+            let temperature = f64::from(sampling.temperature);
+            let below = |l: f32| if l == max { 0.0 } else { f64::from(l) - f64::from(max) };
+            let noisy = kept.iter().map(|t| below(logit(t)) / temperature + f64::from(noise(t)));
+            argmax(noisy, f64::NEG_INFINITY)
+        }
+    };
+    kept.get(at).copied().unwrap_or(TargetTokenId(0))
 }
 
 /// Probability that a drafted token is kept by rejection sampling: `min(1, target / draft)` [leviathan2023, Alg. 1].
@@ -254,5 +373,196 @@ mod tests {
         assert!(run.iter().eq(again.iter().rev()));
         let other = Sampling { seed: 12, ..sampling };
         assert!((0..64).any(|p| choose_token(&logits, &other, p) != run[p as usize]));
+    }
+
+    /// The specification of the draw from all tokens: noise for each of them.
+    fn plain(logits: &[f32], sampling: &Sampling, position: u64) -> usize {
+        let factor = 1.0 / sampling.temperature;
+        let noisy = logits
+            .iter()
+            .enumerate()
+            .map(|(i, l)| l * factor + gumbel_noise(sampling.seed, position, i as u32));
+        argmax(noisy, f32::NEG_INFINITY)
+    }
+
+    /// Some uniform numbers of a counter.
+    fn uniform(counter: &mut u64) -> f32 {
+        *counter += 1;
+        (mix(*counter) >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    #[test]
+    fn a_draw_from_all_tokens_is_that_with_the_noise_of_each() {
+        let mut counter = 0;
+        let mut cases = 0;
+        for size in [1usize, 2, 5, 127, 128, 129, 1000, 4096] {
+            for shape in 0..12 {
+                for seed in 0..40u64 {
+                    let u = &mut counter;
+                    let logits: Vec<f32> = (0..size)
+                        .map(|i| match shape {
+                            // All equal; a few values with many ties; flat, wide and peaked rows; far from zero.
+                            0 => 1.25,
+                            1 => (uniform(u) * 4.0).floor(),
+                            2 => uniform(u),
+                            3 => uniform(u) * 30.0 - 15.0,
+                            4 => {
+                                if i == size / 2 {
+                                    40.0
+                                } else {
+                                    uniform(u)
+                                }
+                            }
+                            5 => uniform(u) * 1e4 - 5e3,
+                            6 => 1e6 + (uniform(u) * 16.0).floor(),
+                            7 => -1e6 - (uniform(u) * 16.0).floor(),
+                            // Masked ones, none but one left, no numbers, and nothing possible at all.
+                            8 => {
+                                if uniform(u) < 0.9 {
+                                    f32::NEG_INFINITY
+                                } else {
+                                    uniform(u) * 3.0
+                                }
+                            }
+                            9 => {
+                                if i + 1 == size {
+                                    -3.0
+                                } else {
+                                    f32::NEG_INFINITY
+                                }
+                            }
+                            10 => {
+                                if uniform(u) < 0.3 {
+                                    f32::NAN
+                                } else {
+                                    uniform(u) * 8.0
+                                }
+                            }
+                            _ => {
+                                if i % 2 == 0 {
+                                    f32::NAN
+                                } else {
+                                    f32::NEG_INFINITY
+                                }
+                            }
+                        })
+                        .collect();
+                    for temperature in [1e-4, 0.05, 0.7, 1.0, 2.0, 1e3, 1e30, f32::MAX] {
+                        let sampling = Sampling { temperature, seed: seed * 977, ..Sampling::GREEDY };
+                        let wanted = plain(&logits, &sampling, seed);
+                        let found = choose_token(&logits, &sampling, seed).0 as usize;
+                        assert_eq!(found, wanted, "size {size}, shape {shape}, T {temperature}, seed {seed}");
+                        cases += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(cases, 8 * 12 * 40 * 8);
+    }
+
+    #[test]
+    fn bits_that_are_taken_for_hopeless_have_less_noise() {
+        let mut counter = 1 << 40;
+        let largest = noise_of((1 << 53) - 1);
+        assert!(largest.is_finite() && f64::from(largest) < NOISE_MAX, "{largest}");
+        assert!(noise_of(0).is_finite() && bits_below(-10.0).is_none());
+        for _ in 0..200_000 {
+            let noise = f64::from(uniform(&mut counter)) * 40.0 - 3.0;
+            if let Some(bits) = bits_below(noise) {
+                assert!(bits < 1 << 53, "{noise}: {bits}");
+                let found = f64::from(noise_of(bits));
+                assert!(found <= noise + 4e-6, "{noise}: {bits} bits have {found}");
+                // And not so few that nothing is left out.
+                assert!(noise >= 33.0 || found > noise - 0.2, "{noise}: {bits} bits have {found}");
+            }
+        }
+    }
+
+    #[test]
+    fn near_zero_a_temperature_is_greedy() {
+        let rows: [&[f32]; 6] = [
+            &[1.0, 2.0, 3.0, 2.5],
+            &[-4.0, -1.0, -3.0],
+            &[20.0, 20.000002, 19.0],
+            &[0.0, -0.5, 0.25],
+            &[f32::NAN, -3.0, f32::NEG_INFINITY, -2.0],
+            &[3.0e38, -3.0e38, 3.2e38],
+        ];
+        for temperature in [f32::from_bits(1), 1e-45, 1e-40, 1e-38, 1e-30, 1e-12, 1e-8] {
+            for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.3)] {
+                for (row, position) in rows.iter().zip(0..) {
+                    let sampling = Sampling { temperature, top_k, top_p, min_p, seed: 5 };
+                    let wanted = choose_token(row, &Sampling::GREEDY, 0);
+                    assert_eq!(choose_token(row, &sampling, position), wanted, "T {temperature:e}, {row:?}");
+                    let best = token_distribution(row, &sampling)[0];
+                    assert_eq!((best.0, best.1), (wanted, 1.0), "T {temperature:e}, {row:?}");
+                }
+            }
+        }
+        // Not so near, and still no draw but the best, where the others are far.
+        for temperature in [1e-7, 1e-6, 1e-5, 1e-4, 1e-3] {
+            for position in 0..200 {
+                let sampling = Sampling { temperature, seed: 9, ..Sampling::GREEDY };
+                assert_eq!(choose_token(&[1.0, 2.0, 3.0, 2.5], &sampling, position), TargetTokenId(2));
+                assert_eq!(choose_token(&[-9.0, -8.0, -9.5], &sampling, position), TargetTokenId(1));
+            }
+        }
+    }
+
+    #[test]
+    fn low_temperatures_and_large_logits_draw_from_the_softmax() {
+        // Two tokens at odds of e, however small the temperature and however large the logits.
+        let odds = |logits: [f32; 3], temperature: f32| {
+            let draws = 20_000u64;
+            let sampling = Sampling { temperature, seed: 21, ..Sampling::GREEDY };
+            let hits = (0..draws).filter(|p| choose_token(&logits, &sampling, *p).0 == 1).count();
+            hits as f64 / draws as f64
+        };
+        let e = std::f64::consts::E;
+        for (logits, temperature) in [
+            ([0.0, 1e-6, -1.0], 1e-6),
+            ([0.0, 2e-5, -1.0], 2e-5),
+            ([1e-7, 4e-7, -1.0], 3e-7),
+            ([1e38, 2e38, -3e38], 1e38),
+            ([-3.0e38, -2.9e38, f32::MIN], 1e37),
+        ] {
+            let found = odds(logits, temperature);
+            assert!((found - e / (1.0 + e)).abs() < 0.015, "{logits:?} at {temperature:e}: {found}");
+        }
+    }
+
+    #[test]
+    fn extremes_of_every_setting_have_an_answer() {
+        let logits = [1.0, f32::NAN, 3.0, f32::NEG_INFINITY, 2.0];
+        let settings =
+            [f32::NAN, f32::NEG_INFINITY, -1.0, 0.0, f32::from_bits(1), 0.5, 1.0, 2.0, f32::INFINITY];
+        for temperature in settings {
+            for (top_p, min_p) in settings.iter().flat_map(|p| settings.map(|m| (*p, m))) {
+                for top_k in [0, 1, 2, u32::MAX] {
+                    let sampling = Sampling { temperature, top_k, top_p, min_p, seed: 1 };
+                    for position in 0..4 {
+                        let token = choose_token(&logits, &sampling, position).0;
+                        assert!([0, 2, 4].contains(&token), "{sampling:?}: {token}");
+                    }
+                    let mass: f64 = token_distribution(&logits, &sampling).iter().map(|(_, p)| p).sum();
+                    assert!((mass - 1.0).abs() < 1e-12, "{sampling:?}: {mass}");
+                }
+            }
+        }
+        // At an infinite temperature all that is possible is equally probable.
+        let hot = Sampling { temperature: f32::INFINITY, ..Sampling::GREEDY };
+        let third = token_distribution(&logits, &hot);
+        assert_eq!(third.iter().map(|(t, _)| t.0).collect::<Vec<_>>(), [2, 4, 0]);
+        assert!(third.iter().all(|(_, p)| (p - 1.0 / 3.0).abs() < 1e-12));
+        // Beside an infinite logit nothing else is drawn.
+        for sampling in
+            [hot, Sampling { temperature: 1.0, ..hot }, Sampling { temperature: 1.0, top_k: 3, ..hot }]
+        {
+            for position in 0..20 {
+                assert_eq!(choose_token(&[1.0, f32::INFINITY, 2.0], &sampling, position), TargetTokenId(1));
+            }
+        }
+        assert_eq!(choose_token(&[], &hot, 0), TargetTokenId(0));
+        assert_eq!(token_distribution(&[f32::NAN; 2], &hot), [(TargetTokenId(0), 1.0)]);
     }
 }

@@ -82,16 +82,27 @@ pub struct TokenLogprobs {
 }
 
 impl TokenLogprobs {
-    /// Log-probabilities of `chosen` and of the `top` best tokens.
+    /// Log-probabilities of `chosen` and of the `top` best tokens. A logit that is no number has none (`-inf`); beside
+    /// an infinite one all others have none.
     ///
     /// # Shapes
     /// - `logits`: `[V]`
     pub fn of(logits: &[f32], chosen: u32, top: usize) -> TokenLogprobs {
+        let logit = |id: u32| match logits[id as usize] {
+            l if l.is_nan() => f32::NEG_INFINITY,
+            l => l,
+        };
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let total: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+        // Infinity less itself would be no number; of no number the larger of that and 0 is 0.
+        let weight = |l: f32| if l == max { 1.0 } else { f64::from(l - max).exp().max(0.0) };
+        let total: f64 = logits.iter().map(|l| weight(*l)).sum();
         let log_total = f64::from(max) + total.ln();
-        let logprob = |id: u32| (f64::from(logits[id as usize]) - log_total) as f32;
-        let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let logprob = |id: u32| match logit(id) {
+            f32::NEG_INFINITY => f32::NEG_INFINITY,
+            l if l == f32::INFINITY => -total.ln() as f32,
+            l => (f64::from(l) - log_total) as f32,
+        };
+        let order = |a: &u32, b: &u32| logit(*b).total_cmp(&logit(*a)).then(a.cmp(b));
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
         if top < ids.len() {
             ids.select_nth_unstable_by(top, order);
@@ -142,5 +153,19 @@ mod tests {
         assert!((found.top[0].1 - 0.6f32.ln()).abs() < 1e-6);
         assert_eq!(TokenLogprobs::of(&logits, 0, 9).top.len(), 4);
         assert!(TokenLogprobs::of(&logits, 0, 0).top.is_empty());
+    }
+
+    #[test]
+    fn log_probabilities_of_infinite_logits_and_of_none_are_numbers_or_minus_infinity() {
+        let none = f32::NEG_INFINITY;
+        let found = TokenLogprobs::of(&[1.0, f32::NAN, none, 1.0], 1, 3);
+        assert_eq!(
+            (found.chosen, found.top),
+            (none, vec![(0, -0.5f32.ln().abs()), (3, 0.5f32.ln()), (1, none)])
+        );
+        let found = TokenLogprobs::of(&[f32::INFINITY, 2.0, f32::INFINITY], 1, 2);
+        assert_eq!((found.chosen, found.top), (none, vec![(0, 0.5f32.ln()), (2, 0.5f32.ln())]));
+        let found = TokenLogprobs::of(&[none, f32::NAN], 0, 1);
+        assert_eq!((found.chosen, found.top), (none, vec![(0, none)]));
     }
 }

@@ -13,10 +13,10 @@ use crate::session::{FinishReason, Generation, Session, TokenEvent};
 ///
 /// What a request gets does not depend on what else is in the batch, nor on when it came.
 pub struct Batch<E, K: Kernels> {
-    engine: E,
+    pub(crate) engine: E,
     /// Oldest first; `ids[i]` is the caller's name of `running[i]`.
-    running: Vec<Session<K>>,
-    ids: Vec<u64>,
+    pub(crate) running: Vec<Session<K>>,
+    pub(crate) ids: Vec<u64>,
 }
 
 impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
@@ -63,6 +63,11 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
     ) -> Vec<(u64, Generation)> {
         let ids = &self.ids;
         self.engine.step(&mut self.running, &mut |index, event| on_token(ids[index], event));
+        self.take_finished()
+    }
+
+    /// Takes out the requests that ended, oldest first.
+    pub(crate) fn take_finished(&mut self) -> Vec<(u64, Generation)> {
         let mut done = Vec::new();
         let mut i = 0;
         while i < self.running.len() {

@@ -40,6 +40,8 @@ pub struct GenerateOptions {
     pub draft: DraftPlan,
     /// Log-probabilities with every token: of that token, and of this many of the best ones.
     pub logprobs: Option<usize>,
+    /// Log-probabilities of the prompt's own tokens, and of this many of the best ones in the place of each.
+    pub prompt_logprobs: Option<usize>,
     /// What the answer must be.
     pub grammar: Option<Arc<dyn Grammar>>,
 }
@@ -53,6 +55,7 @@ impl Default for GenerateOptions {
             stop_ids: Vec::new(),
             draft: DraftPlan::None,
             logprobs: None,
+            prompt_logprobs: None,
             grammar: None,
         }
     }
@@ -193,7 +196,9 @@ impl<K: Kernels> Engine<K> {
         if prompt_ids.is_empty() {
             return Err(DecodeError::EmptyPrompt);
         }
-        if prompt_ids.len() >= self.max_context {
+        // An answer needs room for a token; without one the prompt may fill the context.
+        let limit = self.max_context + usize::from(options.max_new_tokens == 0);
+        if prompt_ids.len() >= limit {
             return Err(DecodeError::PromptTooLong { found: prompt_ids.len(), limit: self.max_context });
         }
         if let Some(position) = prompt_ids.iter().position(|id| *id as usize >= vocab) {
@@ -214,6 +219,8 @@ impl<K: Kernels> Engine<K> {
             }
         });
         let shared = match &drafter {
+            // Kept rows of a prompt say nothing about its tokens any more.
+            _ if options.prompt_logprobs.is_some() => None,
             None => self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).take(prompt_ids),
             Some(_) => None,
         };
@@ -223,10 +230,13 @@ impl<K: Kernels> Engine<K> {
             auto,
             tokens: prompt_ids.to_vec(),
             prompt_len: prompt_ids.len(),
+            fill_to: prompt_ids.len(),
+            prompt_logprobs: options.prompt_logprobs.map(|_| Vec::with_capacity(prompt_ids.len() - 1)),
             options: options.clone(),
             grammar: options.grammar.as_ref().map(|g| g.begin()),
             stats: AcceptStats::default(),
-            finish: (options.max_new_tokens == 0).then_some(FinishReason::Length),
+            finish: (options.max_new_tokens == 0 && options.prompt_logprobs.is_none())
+                .then_some(FinishReason::Length),
             prefill: Duration::ZERO,
             started: Instant::now(),
             first_token: None,
@@ -281,6 +291,9 @@ impl<K: Kernels> Engine<K> {
         sessions: &mut [Session<K>],
         on_token: &mut dyn FnMut(usize, &TokenEvent) -> ControlFlow<()>,
     ) {
+        if sessions.iter().all(|s| s.finish.is_some()) {
+            return;
+        }
         // Propose.
         let others = sessions.iter().filter(|s| s.finish.is_none()).count().saturating_sub(1);
         let mut prefill_left = PREFILL_CHUNK;
@@ -359,10 +372,10 @@ impl<K: Kernels> Engine<K> {
         let mut spans: Vec<(u32, usize, usize)> = Vec::new();
         for ((index, rows, _), base) in work.iter().zip(&bases) {
             let session = &sessions[*index];
-            let count = if *base >= session.prompt_len {
+            let count = if *base >= session.fill_to {
                 rows.len()
             } else {
-                usize::from(session.prompt_left() == 0)
+                usize::from(session.prompt_left() == 0 && session.options.max_new_tokens > 0)
             };
             spans.push((first_row, wanted.len(), count));
             let end = first_row + rows.len() as u32;
@@ -376,15 +389,21 @@ impl<K: Kernels> Engine<K> {
         // Commit or roll back.
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
-            let prefilled = *base < session.prompt_len;
+            let prefilled = *base < session.fill_to;
             let emit: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()> = &mut |e| on_token(*index, e);
             if prefilled {
                 let mut next: Vec<u32> =
-                    session.tokens[*base + 1..(*base + rows.len() + 1).min(session.prompt_len)].to_vec();
+                    session.tokens[*base + 1..(*base + rows.len() + 1).min(session.fill_to)].to_vec();
+                self.score_prompt(session, &output, *first_row, *base);
+                if session.prompt_left() == 0 && session.first_token.is_none() {
+                    session.prefill = session.started.elapsed();
+                }
+                if session.prompt_left() == 0 && session.options.max_new_tokens == 0 {
+                    session.finish = Some(FinishReason::Length);
+                }
                 if *count == 1 {
                     let chosen = choices.get(*at, session, &[]);
-                    session.prefill = session.started.elapsed();
-                    session.first_token = Some(Instant::now());
+                    session.first_token.get_or_insert_with(Instant::now);
                     if let Some(auto) = &mut session.auto {
                         auto.clock = Instant::now();
                     }

@@ -11,8 +11,10 @@ mod drafter;
 mod eagle;
 mod engine;
 mod grammar;
+mod isolate;
 mod lookup;
 mod prefix;
+mod score;
 mod session;
 
 pub use auto::Costs;
@@ -21,6 +23,7 @@ pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
 pub use eagle::EagleDrafter;
 pub use engine::{BatchOptions, Engine, GenerateOptions};
 pub use grammar::{Grammar, GrammarState};
+pub use isolate::Survived;
 pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
 
 /// What decoding can refuse.

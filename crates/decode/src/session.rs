@@ -73,6 +73,8 @@ pub struct Generation {
     pub prefill: Duration,
     /// Time from the first token to the last.
     pub decode: Duration,
+    /// Of each prompt token but the first, if they were asked for and not taken before.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 /// What an automatic plan keeps per sequence.
@@ -94,6 +96,10 @@ pub(crate) struct Session<K: Kernels> {
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
+    /// Tokens that are read before the next one is chosen: the prompt, and more after a step that broke off.
+    pub fill_to: usize,
+    /// Of each prompt token but the first; `None` unless asked for, and once handed out.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     pub options: GenerateOptions,
     /// Where the answer stands in the request's grammar.
     pub grammar: Option<Box<dyn GrammarState>>,
@@ -135,9 +141,9 @@ impl<K: Kernels> Session<K> {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Prompt tokens that are not in the cache yet; 0 once decoding.
+    /// Tokens of the prompt, or of what is read anew, that are not in the cache yet; 0 once decoding.
     pub(crate) fn prompt_left(&self) -> usize {
-        self.prompt_len.saturating_sub(self.kv.len())
+        self.fill_to.saturating_sub(self.kv.len())
     }
 
     /// Tokens that may still be committed.
@@ -155,6 +161,7 @@ impl<K: Kernels> Session<K> {
             stats: self.stats,
             prefill: self.prefill,
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
+            prompt_logprobs: self.prompt_logprobs,
         };
         (generation, self.tokens, self.kv)
     }

@@ -6,7 +6,7 @@
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError};
 
 /// Spin rounds before a waiting worker sleeps; about 50 µs at 140 cycles a pause.
 const SPIN_ROUNDS: u32 = 1 << 10;
@@ -95,9 +95,16 @@ impl Pool {
     /// A call from inside a task, or while another thread uses the pool, runs on the calling thread alone.
     ///
     /// # Panics
-    /// If a task panics.
+    /// If a task panics. Who catches that finds the pool as it was, with all its threads.
     pub fn run(&self, tasks: usize, task: Task<'_>) {
-        let guard = if self.workers.is_empty() || tasks <= 1 { None } else { self.busy.try_lock().ok() };
+        let guard = match self.busy.try_lock() {
+            _ if self.workers.is_empty() || tasks <= 1 => None,
+            Ok(guard) => Some(guard),
+            // A task of an earlier job panicked in its caller. The lock guards no data, and `CloseGate` left the pool
+            // ready: taken for busy, it would run on one thread for good.
+            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
         let Some(_guard) = guard else {
             (0..tasks).for_each(task);
             return;
@@ -148,6 +155,10 @@ impl Drop for CloseGate<'_> {
         while self.shared.gate.load(Ordering::Acquire) != 0 {
             rounds += 1;
             if rounds > SPIN_ROUNDS { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        // The caller's own panic says it already; the next job must not be blamed for this one.
+        if std::thread::panicking() {
+            self.shared.panicked.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -281,5 +292,36 @@ mod tests {
             sum.fetch_add(i, Ordering::Relaxed);
         });
         assert_eq!(sum.load(Ordering::Relaxed), 6);
+    }
+
+    /// Tasks that wait until every thread of the pool is in one: true if all came.
+    fn all_threads_work(pool: &Pool) -> bool {
+        let inside = AtomicUsize::new(0);
+        let all = AtomicUsize::new(0);
+        let began = std::time::Instant::now();
+        pool.run(pool.threads(), &|_| {
+            inside.fetch_add(1, Ordering::SeqCst);
+            // Alone on one thread, the first task would wait here in vain.
+            while inside.load(Ordering::SeqCst) < pool.threads() && began.elapsed().as_secs() < 5 {
+                std::thread::yield_now();
+            }
+            all.fetch_max(inside.load(Ordering::SeqCst), Ordering::SeqCst);
+        });
+        all.load(Ordering::SeqCst) == pool.threads() && began.elapsed().as_secs() < 5
+    }
+
+    #[test]
+    fn after_a_caught_panic_the_pool_has_all_its_threads() {
+        let pool = Pool::new(3);
+        assert!(all_threads_work(&pool));
+        for _ in 0..20 {
+            // Every task panics, so the caller's do, too: its guard is dropped while it unwinds.
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.run(30, &|i| panic!("task {i} fails on purpose"));
+            }));
+            assert!(result.is_err());
+            // A worker's panic of that job is not laid to this one.
+            assert!(all_threads_work(&pool), "the pool is serial");
+        }
     }
 }
