@@ -59,23 +59,32 @@ impl From<draftsmith::Error> for Failure {
 /// A panic is our bug: say so in one line, with where it happened, and end with 101.
 pub(crate) fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
-        let what = info
-            .payload()
-            .downcast_ref::<&str>()
-            .map(|s| (*s).to_string())
-            .or_else(|| info.payload().downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no message".to_string());
-        let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        let mut err = std::io::stderr().lock();
-        let _ = writeln!(err, "error: draftsmith has a bug: {}{place}", one_line(&what));
-        let _ = writeln!(
-            err,
-            "hint: please report it with this line, the command and the output of `draftsmith doctor --json`"
-        );
-        let _ = err.flush();
+        tell(info);
         // Ends the process here whatever thread it is: a dead worker would leave the others waiting.
         std::process::exit(i32::from(BUG));
     }));
+}
+
+/// From now on a panic is told, and ends what it happened in: a server keeps it to one request.
+pub(crate) fn outlive_panics() {
+    std::panic::set_hook(Box::new(tell));
+}
+
+fn tell(info: &std::panic::PanicHookInfo<'_>) {
+    let what = info
+        .payload()
+        .downcast_ref::<&str>()
+        .map(|s| (*s).to_string())
+        .or_else(|| info.payload().downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_string());
+    let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+    let mut err = std::io::stderr().lock();
+    let _ = writeln!(err, "error: draftsmith has a bug: {}{place}", one_line(&what));
+    let _ = writeln!(
+        err,
+        "hint: please report it with this line, the command and the output of `draftsmith doctor --json`"
+    );
+    let _ = err.flush();
 }
 
 /// Help and version are answers; anything else is a wrong command line in our own two lines.

@@ -32,14 +32,18 @@ pub use infer::KvLayer;
 
 use burn_tensor::{Bool, DType, Device, FloatDType, Int, Tensor, TensorData};
 
-/// How activations, their gradients and packed weights are stored, and what products take as operands. Trained
-/// weights, their gradients, optimiser moments and all sums are f32 either way.
+/// How activations, their gradients and packed weights are stored, and what the operands of products are rounded to.
+/// Trained weights, their gradients, optimiser moments and all sums are f32 either way.
+///
+/// burn gives a product the type of its operands, so a product of bf16 would be rounded to it before anything is added
+/// to it, or compared: 8 bits of a weight's gradient, of a logit. So rounded operands are widened again and multiplied
+/// in f32, where the product of two bf16 is exact. That leaves the tensor cores' bf16 unused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Storage {
     /// Full precision.
     #[default]
     F32,
-    /// Half the memory, and the tensor cores of a GPU.
+    /// Half the memory of what is stored.
     Bf16,
 }
 
@@ -94,8 +98,9 @@ impl Gpu {
         (top, first)
     }
 
-    /// A product of operands in the storage type, as f32.
+    /// A product of operands rounded to the storage type; its terms are summed in f32, and so is the result.
     fn product<const D: usize>(&self, a: Tensor<D>, b: Tensor<D>) -> Tensor<D> {
-        a.cast(self.storage).matmul(b.cast(self.storage)).cast(FloatDType::F32)
+        let rounded = |t: Tensor<D>| t.cast(self.storage).cast(FloatDType::F32);
+        rounded(a).matmul(rounded(b))
     }
 }

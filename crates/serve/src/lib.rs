@@ -10,6 +10,7 @@
 mod api;
 mod auth;
 mod board;
+mod cors;
 mod grammar;
 mod http;
 mod metrics;
@@ -38,6 +39,7 @@ use crate::swap::InUse;
 use crate::worker::{Room, Shared, Worker};
 
 pub use auth::ApiKey;
+pub use cors::Origin;
 pub use swap::{DraftInfo, Drafts, Loaded, Refused};
 
 /// Takes one line for the log.
@@ -66,9 +68,18 @@ impl ServeError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            ServeError::Bind { .. } => {
-                Some("choose another `--port`, or an address of this machine as `--host`".into())
-            }
+            ServeError::Bind { source, .. } => Some(
+                match source.kind() {
+                    std::io::ErrorKind::AddrInUse => {
+                        "another program listens there: choose another `--port`, or 0 for a free one"
+                    }
+                    std::io::ErrorKind::PermissionDenied => {
+                        "ports below 1024 are the system's: choose a higher `--port`"
+                    }
+                    _ => "choose another `--port`, or an address of this machine as `--host`",
+                }
+                .into(),
+            ),
             ServeError::Threads { .. } => None,
         }
     }
@@ -97,12 +108,14 @@ pub struct Limits {
 
 /// What the server is told before a model is there.
 pub struct Options {
-    /// Where to listen.
-    pub address: SocketAddr,
+    /// Where to listen: the first of these that can be listened at.
+    pub addresses: Vec<SocketAddr>,
     /// Keys, one of which each request must bring; none: everybody may ask.
     pub api_keys: Vec<ApiKey>,
     /// Key of `/admin`; without it only this machine may.
     pub admin_key: Option<ApiKey>,
+    /// Origins whose pages may read answers in a browser, besides our own page.
+    pub allow_origins: Vec<Origin>,
     /// Bounds.
     pub limits: Limits,
     /// Folder of bench records to show beside the bundle's.
@@ -179,6 +192,21 @@ fn random() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
 }
 
+/// Listens at the first address where that is possible.
+async fn listen(addresses: &[SocketAddr]) -> Result<tokio::net::TcpListener, ServeError> {
+    let mut first = None;
+    for address in addresses {
+        match tokio::net::TcpListener::bind(address).await {
+            Ok(listener) => return Ok(listener),
+            Err(source) => first = first.or(Some(ServeError::Bind { address: *address, source })),
+        }
+    }
+    let nowhere = || SocketAddr::from(([0, 0, 0, 0], 0));
+    let none =
+        || ServeError::Bind { address: nowhere(), source: std::io::ErrorKind::AddrNotAvailable.into() };
+    Err(first.unwrap_or_else(none))
+}
+
 /// A server that listens. Until [`Server::open`] it answers that the model is being loaded.
 pub struct Server {
     app: Arc<App>,
@@ -201,8 +229,8 @@ impl Server {
             .enable_all()
             .build()
             .map_err(|source| ServeError::Threads { source })?;
-        let bind = |source| ServeError::Bind { address: options.address, source };
-        let listener = runtime.block_on(tokio::net::TcpListener::bind(options.address)).map_err(bind)?;
+        let listener = runtime.block_on(listen(&options.addresses))?;
+        let bind = |source| ServeError::Bind { address: options.addresses[0], source };
         let address = listener.local_addr().map_err(bind)?;
         let app = Arc::new(App {
             options,

@@ -47,6 +47,10 @@ pub(crate) struct Metrics {
     requests: Family<Labels, Counter>,
     swaps: Family<Labels, Counter>,
     pub(crate) connections: Gauge<i64, AtomicI64>,
+    verify_steps: Counter,
+    committed_tokens: Counter,
+    /// Faults of ours that a request, at most, paid for.
+    pub(crate) panics: Counter,
 }
 
 impl Metrics {
@@ -75,6 +79,9 @@ impl Metrics {
             requests: Family::default(),
             swaps: Family::default(),
             connections: Gauge::default(),
+            verify_steps: Counter::default(),
+            committed_tokens: Counter::default(),
+            panics: Counter::default(),
         };
         let r = &mut registry;
         let m = &metrics;
@@ -110,6 +117,11 @@ impl Metrics {
         r.register("draftsmith:http_requests", "Answered requests by route and status", m.requests.clone());
         r.register("draftsmith:draft_swaps", "Changes of the draft by outcome", m.swaps.clone());
         r.register("draftsmith:connections", "Open connections", m.connections.clone());
+        let help = "Target passes that verified a proposal, an empty one included";
+        r.register("draftsmith:verify_steps", help, m.verify_steps.clone());
+        let help = "Tokens that verify steps committed";
+        r.register("draftsmith:committed_tokens", help, m.committed_tokens.clone());
+        r.register("draftsmith:panics", "Faults that were caught", m.panics.clone());
         metrics.registry = registry;
         metrics
     }
@@ -119,6 +131,8 @@ impl Metrics {
         self.drafts.inc_by(stats.proposals_at.first().copied().unwrap_or(0));
         self.draft_tokens.inc_by(stats.proposed_drafts);
         self.accepted_tokens.inc_by(stats.accepted_drafts);
+        self.verify_steps.inc_by(stats.verify_steps);
+        self.committed_tokens.inc_by(stats.committed_tokens);
         for (position, accepted) in stats.accepted_at.iter().enumerate() {
             let labels = vec![("position", position.to_string())];
             self.accepted_at.get_or_create(&labels).inc_by(*accepted);

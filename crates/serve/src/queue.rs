@@ -8,6 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::speech::{Delta, Speech};
 use crate::swap::Replacement;
+use draftsmith_core::TokenLogprobs;
 use draftsmith_decode::GenerateOptions;
 
 /// Who asked: the name of an API key, or the address of the peer. Lines are fair between these.
@@ -17,6 +18,8 @@ pub(crate) type Client = Arc<str>;
 /// reader holds nobody up.
 #[derive(Debug)]
 pub(crate) enum Event {
+    /// Log-probabilities of the prompt's tokens but the first: before anything else, if they were asked for.
+    Prompt(Vec<TokenLogprobs>),
     /// Tokens that were committed, and the text that is certain now.
     Delta(Delta),
     /// Nothing follows.
@@ -49,6 +52,8 @@ pub(crate) enum Outcome {
     Drained,
     /// The engine refused it.
     Refused(String),
+    /// Something in it made the engine panic; others go on.
+    Failed(String),
 }
 
 /// One sequence to decode.

@@ -2,12 +2,13 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use draftsmith_core::AcceptStats;
+use draftsmith_core::{AcceptStats, TokenLogprobs};
 use draftsmith_decode::{
-    Batch, DecodeError, DraftPlan, Engine, FinishReason, Generation, TokenEvent, TokenOrigin,
+    Batch, DecodeError, DraftPlan, Engine, FinishReason, Generation, Survived, TokenEvent,
 };
 use draftsmith_kernels::Cpu;
 use draftsmith_text::Tokenizer;
@@ -30,6 +31,8 @@ struct Running {
     /// When its last token came; before the first, when it arrived.
     last: Instant,
     tokens: usize,
+    /// Log-probabilities of the prompt are still to be told.
+    owes_prompt: bool,
     /// Of this step.
     fresh: Fresh,
 }
@@ -37,7 +40,7 @@ struct Running {
 #[derive(Default)]
 struct Fresh {
     tokens: u64,
-    steps: u64,
+    /// Of these, those that a verify step committed.
     committed: u64,
 }
 
@@ -51,14 +54,18 @@ impl Running {
         // The first token comes from the prefill, which verifies nothing.
         if self.tokens > 0 && self.drafts() {
             self.fresh.committed += 1;
-            // A step ends with the target's own token.
-            self.fresh.steps += u64::from(event.origin != TokenOrigin::Draft);
         }
         self.tokens += 1;
         match self.job.speech.push(tokenizer, event) || self.job.is_abandoned() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
+    }
+
+    fn tell_prompt(&mut self, scores: Vec<TokenLogprobs>) {
+        self.owes_prompt = false;
+        // A reader that left is found by the next sweep.
+        let _ = self.job.events.send((self.job.choice, Event::Prompt(scores)));
     }
 }
 
@@ -116,21 +123,51 @@ impl Worker {
     /// Works until it is told to stop.
     pub(crate) fn run(mut self) {
         loop {
-            while let Some(order) = self.shared.queue.next_order() {
-                match order {
-                    Order::Replace(replacement) => self.replace(*replacement),
-                    Order::CutAll => self.cut_all(),
-                    Order::Stop => return self.cut_all(),
-                }
-            }
-            self.sweep();
-            self.admit();
-            if self.running.is_empty() {
-                self.shared.queue.wait(IDLE);
-            } else {
-                self.step();
+            // A panic in a step is kept to its request there. This is for any other: whoever waits is told, and those who
+            // come later are served.
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
+                Err(_) => self.begin_anew(),
             }
         }
+    }
+
+    /// Orders, then a step if there is something to decode. Breaks when it is told to stop.
+    fn turn(&mut self) -> ControlFlow<()> {
+        while let Some(order) = self.shared.queue.next_order() {
+            match order {
+                Order::Replace(replacement) => self.replace(*replacement),
+                Order::CutAll => self.cut_all(),
+                Order::Stop => {
+                    self.cut_all();
+                    return ControlFlow::Break(());
+                }
+            }
+        }
+        self.sweep();
+        self.admit();
+        if self.running.is_empty() {
+            self.shared.queue.wait(IDLE);
+        } else {
+            self.step();
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Fails everything under way and goes on with an empty batch.
+    fn begin_anew(&mut self) {
+        self.shared.metrics.panics.inc();
+        self.batch = Batch::new(Arc::clone(&self.in_use.engine));
+        self.reserved = 0;
+        for (_, running) in self.running.drain() {
+            self.shared.metrics.count_finished("error");
+            running.job.refuse(Outcome::Failed("a fault between two steps".into()));
+        }
+        (self.shared.log)("a fault between two steps: the requests under way failed, others are served");
+        self.show_load();
+        // A fault that comes at every turn must not keep the machine busy.
+        std::thread::sleep(IDLE);
     }
 
     /// Ends what is abandoned or overdue.
@@ -166,9 +203,18 @@ impl Worker {
     fn admit(&mut self) {
         while self.running.len() < self.room.sequences {
             let Some(job) = self.shared.queue.take(self.room.slots - self.reserved) else { break };
-            if let Err(error) = self.batch.admit(job.id, &job.prompt, &job.options) {
+            let batch = &mut self.batch;
+            let begun = catch_unwind(AssertUnwindSafe(|| batch.admit(job.id, &job.prompt, &job.options)));
+            if let Some(outcome) = match begun {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(Outcome::Refused(error.to_string())),
+                Err(_) => Some(Outcome::Failed("it cannot be begun".into())),
+            } {
+                if matches!(outcome, Outcome::Failed(_)) {
+                    self.shared.metrics.panics.inc();
+                }
                 self.shared.metrics.count_finished("error");
-                job.refuse(Outcome::Refused(error.to_string()));
+                job.refuse(outcome);
                 continue;
             }
             let metrics = &self.shared.metrics;
@@ -177,7 +223,9 @@ impl Worker {
             metrics.request_prompt_tokens.observe(job.prompt.len() as f64);
             self.reserved += job.slots();
             let (id, last) = (job.id, job.submitted);
-            let running = Running { job, era: self.era, last, tokens: 0, fresh: Fresh::default() };
+            let owes_prompt = job.options.prompt_logprobs.is_some();
+            let running =
+                Running { job, era: self.era, last, tokens: 0, owes_prompt, fresh: Fresh::default() };
             self.running.insert(id, running);
         }
         self.show_load();
@@ -192,12 +240,31 @@ impl Worker {
 
     fn step(&mut self) {
         let Worker { batch, running, shared, .. } = self;
-        let finished = batch.step(&mut |id, event| match running.get_mut(&id) {
-            Some(running) => running.push(&shared.tokenizer, event),
-            None => ControlFlow::Break(()),
-        });
+        let Survived { mut finished, failed, panics } =
+            batch.step_isolated(&mut |id, event| match running.get_mut(&id) {
+                Some(running) => running.push(&shared.tokenizer, event),
+                None => ControlFlow::Break(()),
+            });
+        for (id, running) in running.iter_mut().filter(|(_, running)| running.owes_prompt) {
+            let ended = finished.iter_mut().find(|(done, _)| done == id);
+            let scores = match ended {
+                Some((_, generation)) => generation.prompt_logprobs.take(),
+                None => batch.take_prompt_logprobs(*id),
+            };
+            if let Some(scores) = scores {
+                running.tell_prompt(scores);
+            }
+        }
+        if panics > 0 {
+            self.shared.metrics.panics.inc_by(panics);
+            let lost = failed.len();
+            (self.shared.log)(&format!("a fault in a step: {lost} failed of {}", self.running.len()));
+        }
+        for (id, message) in failed {
+            self.fail(id, message);
+        }
         let now = Instant::now();
-        let mut sum = Fresh::default();
+        let (mut sum, mut steps) = (Fresh::default(), 0);
         for running in self.running.values_mut() {
             let fresh = std::mem::take(&mut running.fresh);
             if fresh.tokens == 0 {
@@ -211,8 +278,9 @@ impl Worker {
                 observe_tokens(&self.shared.metrics.inter_token, gap, fresh.tokens as usize);
             }
             sum.tokens += fresh.tokens;
-            sum.steps += fresh.steps;
             sum.committed += fresh.committed;
+            // One per sequence, also if its last token is a drafted one: then the answer was cut there.
+            steps += u64::from(fresh.committed > 0);
             let delta = running.job.speech.take();
             if !delta.is_empty() {
                 // A reader that left is found by the next sweep.
@@ -220,10 +288,19 @@ impl Worker {
             }
         }
         self.shared.metrics.generated_tokens.inc_by(sum.tokens);
-        self.shared.board.count(sum.tokens, sum.steps, sum.committed);
+        self.shared.board.count(sum.tokens, steps, sum.committed);
         for (id, generation) in finished {
             self.finish(id, generation, None);
         }
+    }
+
+    /// Ends a request that made the engine panic.
+    fn fail(&mut self, id: u64, message: String) {
+        let Some(running) = self.running.remove(&id) else { return };
+        self.reserved -= running.job.slots();
+        self.shared.metrics.count_finished("error");
+        running.job.refuse(Outcome::Failed(message));
+        self.show_load();
     }
 
     /// Tells a request how its sequence ended. `cut`: by us, before its end.
@@ -299,8 +376,15 @@ impl Worker {
 
     fn replace(&mut self, replacement: Replacement) {
         let Loaded { info, engine } = replacement.loaded;
-        // Measured here, where nothing else computes.
-        engine.costs();
+        // Measured here, where nothing else computes. A draft that panics there costs nobody an answer.
+        let measure = || {
+            engine.costs();
+        };
+        if catch_unwind(AssertUnwindSafe(measure)).is_err() {
+            self.shared.metrics.panics.inc();
+            // Who asked hears that the change broke off, as nobody says how it ended.
+            return;
+        }
         let name = info.name.clone();
         let switched = self.switch_to(InUse { engine: Arc::new(engine), info: Some(info) }).map(|old| {
             let (fallback, before) = match self.watch.take() {

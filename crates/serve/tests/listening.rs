@@ -9,9 +9,10 @@ use draftsmith_serve::{Limits, Options, ServeError, Server};
 
 fn options(address: &str) -> Options {
     Options {
-        address: address.parse().unwrap(),
+        addresses: vec![address.parse().unwrap()],
         api_keys: Vec::new(),
         admin_key: None,
+        allow_origins: Vec::new(),
         limits: Limits {
             sequences: 1,
             queue: 1,
@@ -60,5 +61,11 @@ fn an_address_that_is_taken_is_named() {
     let taken = server.address().to_string();
     let error = Server::start(options(&taken)).err().expect("the port is taken");
     assert!(matches!(error, ServeError::Bind { .. }) && error.to_string().contains(&taken), "{error}");
-    assert!(error.hint().is_some());
+    assert!(error.hint().unwrap().contains("`--port`"), "{:?}", error.hint());
+    // Of several addresses the first one that is free.
+    let free = Server::start(Options {
+        addresses: vec![taken.parse().unwrap(), "127.0.0.1:0".parse().unwrap()],
+        ..options(&taken)
+    });
+    assert_ne!(free.unwrap().address().to_string(), taken);
 }

@@ -32,7 +32,7 @@ export function show(main) {
   const rate = h("output", { class: "meter-value" }, "–");
   const count = h("output", { class: "meter-value" }, "–");
   const meters = h("section", { class: "meters", ariaLabel: "This answer" },
-    h("div", { dataset: { tip: "Tokens committed per step with guesses, the target's own included: near one, the draft did not help" } }, h("span", {}, "accept length"), accept),
+    h("div", { dataset: { tip: "Tokens committed per verify step, the target's own included: near one, the draft did not help" } }, h("span", {}, "accept length"), accept),
     h("div", { dataset: { tip: "Decode time only, without reading the prompt" } }, h("span", {}, "tokens/s"), rate),
     h("div", {}, h("span", {}, "tokens"), count));
   const systemInput = h("textarea", { rows: 2, value: system, placeholder: "none", oninput: (event) => (system = event.target.value) });
@@ -63,7 +63,7 @@ export function show(main) {
   }
 
   function meter(answer, end = null) {
-    const length = end?.metrics?.mean_acceptance_length ?? answer.acceptLen();
+    const length = end?.timing?.accept_length ?? answer.acceptLen();
     accept.textContent = num(length, 2);
     const measured = end?.timing?.decode_ms && answer.tokens.length > 1 ? ((answer.tokens.length - 1) / end.timing.decode_ms) * 1000 : answer.rate();
     rate.textContent = num(measured);

@@ -84,7 +84,7 @@ export function show(main) {
       here.clock.textContent = ms(wall);
       here.rate.textContent = `${num(rate)} tokens/s`;
       fill.style.width = "100%";
-      return { answer, wall, decode, rate, finish, prefill: end.timing?.prefill_ms ?? null, acceptLen: end.metrics?.mean_acceptance_length ?? answer.acceptLen(), byServer: end.timing !== null };
+      return { answer, wall, decode, rate, finish, prefill: end.timing?.prefill_ms ?? null, acceptLen: end.timing?.accept_length ?? answer.acceptLen(), byServer: end.timing !== null };
     } finally {
       clearInterval(ticker);
       answer.finish();

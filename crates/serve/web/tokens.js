@@ -108,11 +108,15 @@ export class Answer {
     return matched;
   }
 
-  /** Committed tokens per verify step so far; null before the first. A step ends with a corrected or a bonus token. */
+  /**
+   * Committed tokens per verify step so far; null before the first. The first token comes from the prompt's own pass. A
+   * step ends with the target's own token, also one without a proposal; if the answer is cut, with a drafted one.
+   */
   acceptLen() {
-    const { draft, recovered, bonus } = this.counts;
-    const steps = recovered + bonus;
-    return steps ? (draft + steps) / steps : null;
+    const committed = this.tokens.slice(1);
+    const own = committed.filter(({ origin }) => origin !== "draft").length;
+    const steps = own + (committed.at(-1)?.origin === "draft" ? 1 : 0);
+    return steps ? committed.length / steps : null;
   }
 
   /** Tokens per second since the first one, by this browser's clock; null with fewer than two. */

@@ -113,8 +113,8 @@ pub struct StepReport {
     pub total_steps: u64,
     /// Epoch, from 0.
     pub epoch: u64,
-    /// Mean loss of the step.
-    pub loss: f64,
+    /// Mean loss of the step; `None` if none of its slots is trained.
+    pub loss: Option<f64>,
     /// Learning rate used.
     pub lr: f64,
     /// Global gradient norm before clipping.
@@ -266,7 +266,7 @@ pub fn train<M: Method>(
     let (began, done_before, slots_before) = (Instant::now(), state.step, state.slots);
     let mut flow = (hooks.on_event)(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
     let mut saved_at = state.step;
-    let mut last_loss = f64::NAN;
+    let mut has_trained = state.step > 0;
     while state.step < total_steps && flow == Flow::Continue {
         let epoch = state.epoch;
         let mut stats = BatchStats::default();
@@ -280,11 +280,10 @@ pub fn train<M: Method>(
         let grad_norm = optimizer.step(method.tape_mut(), lr, divisor)?;
         state.step += 1;
         state.slots += stats.slots;
-        if stats.weight > 0.0 {
-            last_loss = stats.loss / divisor;
-        }
-        if !last_loss.is_finite() {
-            return Err(TrainError::Diverged { step: state.step, loss: last_loss, grad_norm });
+        has_trained |= stats.depths.iter().any(|depth| depth.trained > 0);
+        let loss = (stats.weight > 0.0).then(|| stats.loss / divisor);
+        if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
+            return Err(TrainError::Diverged { step: state.step, loss, grad_norm });
         }
         let elapsed = began.elapsed().as_secs_f64().max(1e-9);
         let (new_steps, left) = (state.step - done_before, total_steps - state.step);
@@ -292,7 +291,7 @@ pub fn train<M: Method>(
             step: state.step,
             total_steps,
             epoch,
-            loss: last_loss,
+            loss,
             lr,
             grad_norm,
             acc: stats.depths.iter().map(|d| ratio(d.correct as f64, d.slots)).collect(),
@@ -334,6 +333,10 @@ pub fn train<M: Method>(
             checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
         }
         return Ok(Outcome { state, finished: false, draft: None });
+    }
+    // Rows may have lost their trained tokens where they were cut to a pack: a draft that learnt nothing is no result.
+    if !has_trained {
+        return Err(TrainError::NoData);
     }
     let last = options.dir.join("last");
     method.draft()?.save(&last)?;
@@ -421,13 +424,15 @@ fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Res
         "total_slots": r.total_slots,
         "tokens_per_s": r.tokens_per_s,
     }))?;
-    let names: Vec<(String, f64)> = [
-        ("train/loss".to_owned(), r.loss),
+    let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
+    let others = [
         ("train/lr".to_owned(), r.lr),
         ("train/grad_norm".to_owned(), r.grad_norm),
         ("train/tokens_per_s".to_owned(), r.tokens_per_s),
-    ]
-    .into_iter()
+    ];
+    let names: Vec<(String, f64)> = loss
+        .into_iter()
+        .chain(others)
     .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
     .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
     .collect();

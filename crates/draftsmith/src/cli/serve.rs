@@ -1,10 +1,10 @@
 //! Arguments of `serve`.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
+use draftsmith_serve::Origin;
 
 /// Answers OpenAI's HTTP API, with the draft of a bundle.
 ///
@@ -26,9 +26,9 @@ pub struct Serve {
     /// The target (default: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
-    /// Address to listen at; the default is reached from this machine only.
+    /// Address or name to listen at; the default is reached from this machine only.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
-    pub host: IpAddr,
+    pub host: String,
     /// Port; 0 takes a free one.
     #[arg(long, value_name = "PORT", default_value_t = 8080)]
     pub port: u16,
@@ -41,6 +41,9 @@ pub struct Serve {
     /// File with the key of /admin; without one only this machine may use it.
     #[arg(long, value_name = "FILE")]
     pub admin_key_file: Option<PathBuf>,
+    /// Origin whose pages may use the server from a browser, `http://HOST:PORT`, or `*` for all; may be given again.
+    #[arg(long, value_name = "ORIGIN", alias = "cors")]
+    pub allow_origin: Vec<Origin>,
     /// Room for keys and values over all sequences, in tokens or bytes (`65536`, `512MiB`, `4GiB`).
     #[arg(long, value_name = "SIZE", default_value = "2GiB")]
     pub kv_budget: KvBudget,
@@ -99,6 +102,18 @@ impl KvBudget {
     }
 }
 
+/// As it is written: tokens, or bytes in a unit.
+impl std::fmt::Display for KvBudget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            KvBudget::Tokens(tokens) => write!(f, "{tokens}"),
+            KvBudget::Bytes(bytes) if bytes % (1 << 30) == 0 => write!(f, "{}GiB", bytes >> 30),
+            KvBudget::Bytes(bytes) if bytes % (1 << 20) == 0 => write!(f, "{}MiB", bytes >> 20),
+            KvBudget::Bytes(bytes) => write!(f, "{}KiB", bytes.div_ceil(1 << 10)),
+        }
+    }
+}
+
 impl FromStr for KvBudget {
     type Err = String;
 
@@ -131,5 +146,8 @@ mod tests {
             assert_eq!(parse(wrong), None, "{wrong}");
         }
         assert_eq!(KvBudget::Bytes(1 << 20).tokens(1 << 10), 1 << 10);
+        for text in ["65536", "4GiB", "3MiB", "1500KiB"] {
+            assert_eq!(parse(text).unwrap().to_string(), text);
+        }
     }
 }

@@ -248,7 +248,8 @@ impl Run<'_> {
 fn step_line(step: &StepReport, best: Option<&ValidationResult>) -> String {
     let acc: Vec<String> = step.acc.iter().flatten().map(|a| format!("{a:.2}")).collect();
     let best = best.map(|b| format!("  best accept length {:.2}", b.accept_len)).unwrap_or_default();
-    format!("loss {:.3}  acc {}  {:.0} tokens/s{best}", step.loss, acc.join(" "), step.tokens_per_s)
+    let loss = step.loss.map_or_else(|| "no trained slot".to_string(), |loss| format!("loss {loss:.3}"));
+    format!("{loss}  acc {}  {:.0} tokens/s{best}", acc.join(" "), step.tokens_per_s)
 }
 
 /// Real speculative decoding of the prompts with a draft in memory.

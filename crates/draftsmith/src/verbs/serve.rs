@@ -1,26 +1,27 @@
 //! `draftsmith serve`.
 
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
-use draftsmith::cli;
+use draftsmith::cli::{self, KvBudget};
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
 use draftsmith::report::Report;
 use draftsmith::serve::{ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Refused, Server};
+use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
 use serde_json::json;
 
 use super::bench::target_and_draft;
 use super::{Session, variable};
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
 use crate::printer;
 
 /// How often the wish to end is looked for.
@@ -83,6 +84,62 @@ fn keys_of(file: &Path) -> Result<Vec<ApiKey>, Failure> {
     }
 }
 
+/// The addresses of `--host`: of a name as many as it has, those of IPv4 first, as the default is one.
+fn addresses(args: &cli::Serve) -> Result<Vec<SocketAddr>, Failure> {
+    let bare = args.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&args.host);
+    let wrong = |why: String| {
+        let hint = "give a name or an address of this machine, without a port (`--port` has it): `localhost`, \
+                    `0.0.0.0` for all of IPv4, `::` for all";
+        Failure::input(format!("`--host {}` {why}", args.host), Some(hint.to_string()))
+    };
+    if bare.is_empty() {
+        return Err(wrong("is empty".to_string()));
+    }
+    let found = (bare, args.port).to_socket_addrs();
+    let mut found: Vec<SocketAddr> = found.map_err(|e| wrong(format!("is not found: {e}")))?.collect();
+    if found.is_empty() {
+        return Err(wrong("has no address".to_string()));
+    }
+    found.sort_by_key(SocketAddr::is_ipv6);
+    found.dedup();
+    Ok(found)
+}
+
+/// The shortest sequence: what the template makes of the shortest message, or one token, and one token of an answer.
+fn shortest(target: &LoadedTarget) -> usize {
+    let messages = [Message::new("user", "a")];
+    let options = RenderOptions::default().with_generation_prompt(true);
+    let text = target.text.template.as_ref().and_then(|template| template.render(&messages, &options).ok());
+    let ids = text.and_then(|text| target.text.tokenizer.encode(&text, false).ok());
+    ids.map_or(1, |ids| ids.len().max(1)) + 1
+}
+
+/// Cache slots of `--kv-budget`, each of `token_bytes`.
+fn cache_slots(args: &cli::Serve, target: &LoadedTarget, token_bytes: usize) -> Result<usize, Failure> {
+    let slots = args.kv_budget.tokens(token_bytes);
+    let least = shortest(target);
+    if slots >= least {
+        return Ok(slots);
+    }
+    let context = target.target.config().max_position;
+    let unit = |tokens: usize| match args.kv_budget {
+        KvBudget::Tokens(_) => KvBudget::Tokens(tokens as u64),
+        KvBudget::Bytes(_) => KvBudget::Bytes((tokens * token_bytes).next_multiple_of(1 << 10) as u64),
+    };
+    Err(Failure::input(
+        format!(
+            "`--kv-budget {}` holds {slots} tokens of `{}`, and the shortest chat takes {least}",
+            args.kv_budget,
+            target.name()
+        ),
+        Some(format!(
+            "give `--kv-budget {}` or more; one sequence of the whole context ({context} tokens) takes {}",
+            unit(least),
+            unit(context)
+        )),
+    ))
+}
+
 fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
     let mut api_keys = args.api_keys_file.as_deref().map(keys_of).transpose()?.unwrap_or_default();
     api_keys.extend(keys(variable("DRAFTSMITH_API_KEYS").unwrap_or_default().split(',')));
@@ -97,9 +154,10 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
         ));
     }
     Ok(Options {
-        address: SocketAddr::new(args.host, args.port),
+        addresses: addresses(args)?,
         api_keys,
         admin_key,
+        allow_origins: args.allow_origin.clone(),
         limits: Limits {
             sequences: args.max_running as usize,
             queue: args.queue as usize,
@@ -123,11 +181,12 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
         }
         (None, reference) => (session.load_target(reference.as_slice(), None, false, args.threads)?, None),
     };
-    let engine = engine(&target, draft.as_ref());
-    let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     let config = target.target.config();
     // Keys and values, as 16-bit floats.
     let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
+    let cache_slots = cache_slots(args, &target, token_bytes)?;
+    let engine = engine(&target, draft.as_ref());
+    let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     Ok(Model {
         name: args.model_name.clone().unwrap_or_else(|| target.name()),
         sha256: target.sha256.clone(),
@@ -135,7 +194,7 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
         draft: args.bundle.as_ref().zip(draft.as_ref()).map(|(bundle, draft)| info(bundle, draft)),
         tokenizer: Arc::clone(&target.text.tokenizer),
         template: target.text.template.clone(),
-        cache_slots: args.kv_budget.tokens(token_bytes),
+        cache_slots,
         drafts: Arc::new(Bundles { target, places: session.places.clone() }),
     })
 }
@@ -145,6 +204,7 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         // Nobody reads stderr: nothing else can be told.
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     });
+    failure::outlive_panics();
     let mut server = Server::start(options(args, Arc::clone(&log))?).map_err(Error::from)?;
     let url = format!("http://{}", server.address());
     session.printer.note(&format!("listening at {url}, loading the model"));

@@ -109,7 +109,10 @@ async fn change(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
     app.service()?.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
     switched
         .await
-        .map_err(|_| ApiError::draining())?
+        .map_err(|_| match app.draining.load(Ordering::SeqCst) {
+            true => ApiError::draining(),
+            false => ApiError::failed("the change of the draft broke off"),
+        })?
         .map_err(|error| ApiError::invalid("bundle", error.to_string()))?;
     Ok(json!({
         "outcome": "switched",

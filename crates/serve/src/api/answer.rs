@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use draftsmith_core::AcceptStats;
+use draftsmith_core::{AcceptStats, TokenLogprobs};
 use draftsmith_decode::TokenOrigin;
 use draftsmith_text::Tokenizer;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::ask::{Asked, Form};
+use super::echo::{Columns, finite, top};
 use super::error::ApiError;
 use crate::queue::{End, Event, Outcome};
 use crate::speech::{Delta, Shown};
@@ -66,7 +67,16 @@ impl Head {
     pub(super) fn logprobs(&self, tokens: &[Shown], offset: usize) -> Value {
         match self.form {
             Form::Chat => self.chat_logprobs(tokens),
-            Form::Completion => self.completion_logprobs(tokens, offset),
+            Form::Completion => self.completion_logprobs(tokens, offset).into_json(),
+        }
+    }
+
+    /// Log-probabilities of a prompt that stands before its answers: of the request's sequence `index`.
+    pub(super) fn prompt_logprobs(&self, asked: &Asked, index: usize, scores: &[TokenLogprobs]) -> Columns {
+        let prompt = index / asked.n;
+        match &asked.echo {
+            Some(echo) => echo[prompt].logprobs(&self.tokenizer, &asked.prompts[prompt], scores),
+            None => Columns::default(),
         }
     }
 
@@ -88,22 +98,18 @@ impl Head {
         json!({"content": content, "refusal": null})
     }
 
-    fn completion_logprobs(&self, tokens: &[Shown], mut offset: usize) -> Value {
-        let (mut texts, mut chosen, mut top, mut offsets) = (vec![], vec![], vec![], vec![]);
+    pub(super) fn completion_logprobs(&self, tokens: &[Shown], mut offset: usize) -> Columns {
+        let mut columns = Columns::default();
         for shown in tokens {
             let Some(logprobs) = &shown.event.logprobs else { continue };
             let text = String::from_utf8_lossy(&shown.bytes).into_owned();
-            offsets.push(offset);
+            columns.offsets.push(offset.into());
             offset += text.chars().count();
-            texts.push(text);
-            chosen.push(finite(logprobs.chosen));
-            let named = logprobs.top.iter().map(|(id, p)| {
-                let piece = self.tokenizer.token_to_piece(*id);
-                (String::from_utf8_lossy(piece).into_owned(), finite(*p).into())
-            });
-            top.push(Value::Object(named.collect()));
+            columns.tokens.push(text.into());
+            columns.chosen.push(finite(logprobs.chosen).into());
+            columns.top.push(top(&self.tokenizer, shown.event.id, logprobs));
         }
-        json!({"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets})
+        columns
     }
 
     /// How each token came about, for those who asked.
@@ -120,11 +126,6 @@ impl Head {
         };
         json!({"tokens": tokens.iter().map(token).collect::<Vec<_>>()})
     }
-}
-
-/// JSON has no infinities; OpenAI writes -9999 for a probability of zero.
-fn finite(logprob: f32) -> f32 {
-    logprob.max(-9999.0)
 }
 
 /// What a request used.
@@ -150,6 +151,7 @@ pub(super) fn finish_reason(
         Outcome::Timeout => Err(ApiError::timeout(timeout_s)),
         Outcome::Drained => Err(ApiError::draining()),
         Outcome::Refused(message) => Err(ApiError::internal(message.clone())),
+        Outcome::Failed(message) => Err(ApiError::failed(message)),
     }
 }
 
@@ -189,6 +191,10 @@ impl Sums {
         }});
         object.insert("metrics".into(), metrics);
         let ours = object.entry("draftsmith").or_insert_with(|| json!({}));
+        // vLLM's mean counts steps with a proposal only; this is the accept length of the glossary.
+        ours["accept_length"] = stats.accept_len().into();
+        ours["verify_steps"] = stats.verify_steps.into();
+        ours["committed_tokens"] = stats.committed_tokens.into();
         ours["prefill_ms"] = (self.prefill.as_secs_f64() * 1e3).into();
         ours["decode_ms"] = (self.decode.as_secs_f64() * 1e3).into();
     }
@@ -199,6 +205,8 @@ impl Sums {
 struct Choice {
     text: String,
     tokens: Vec<Shown>,
+    /// Of the prompt.
+    scores: Vec<TokenLogprobs>,
     reason: Option<&'static str>,
 }
 
@@ -220,6 +228,7 @@ pub(super) async fn whole(
     let mut sums = Sums::default();
     while let Some((choice, event)) = events.recv().await {
         match event {
+            Event::Prompt(scores) => choices[choice].scores = scores,
             Event::Delta(delta) => choices[choice].add(delta),
             Event::End(end) => {
                 choices[choice].reason = Some(finish_reason(&end.outcome, asked, timeout_s)?);
@@ -231,11 +240,18 @@ pub(super) async fn whole(
     let mut written = Vec::with_capacity(choices.len());
     for (index, choice) in choices.into_iter().enumerate() {
         let reason = choice.reason.ok_or_else(|| ApiError::internal("the engine ended"))?;
-        let echo = asked.echo.as_ref().map_or("", |echo| &echo[index / asked.n]);
-        let logprobs = match asked.options.logprobs {
-            Some(_) => head.logprobs(&choice.tokens, echo.chars().count()),
-            None => Value::Null,
+        let echo = asked.echo.as_ref().map(|echo| &echo[index / asked.n]);
+        let logprobs = match (asked.options.logprobs, asked.options.prompt_logprobs) {
+            (Some(_), None) => head.logprobs(&choice.tokens, echo.map_or(0, |echo| echo.chars())),
+            (Some(_), Some(_)) => {
+                let mut columns = head.prompt_logprobs(asked, index, &choice.scores);
+                let offset = echo.map_or(0, |echo| echo.chars());
+                columns.extend(head.completion_logprobs(&choice.tokens, offset));
+                columns.into_json()
+            }
+            (None, _) => Value::Null,
         };
+        let echo = echo.map_or("", |echo| echo.text.as_str());
         let mut value = match head.form {
             Form::Chat => json!({
                 "index": index,

@@ -7,6 +7,7 @@ use draftsmith_decode::{DraftPlan, GenerateOptions};
 use draftsmith_text::{Message, RenderOptions, TextError};
 use serde_json::{Map, Value};
 
+use super::echo::Echo;
 use super::error::ApiError;
 use super::fields::Fields;
 use crate::Service;
@@ -38,7 +39,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("best_of", "ask for `n` answers"),
     ("suffix", "text is only continued"),
     ("use_beam_search", "tokens are chosen one by one"),
-    ("prompt_logprobs", "only answers have log-probabilities"),
+    ("prompt_logprobs", "ask for `echo` and `logprobs` at /v1/completions"),
     ("min_tokens", "set `ignore_eos`, or a larger `max_tokens`"),
     ("bad_words", "use `logit_bias`"),
     ("allowed_token_ids", "use `logit_bias`"),
@@ -84,8 +85,8 @@ fn refuse(fields: &Fields<'_>) -> Result<(), ApiError> {
 pub(crate) struct Asked {
     /// Prompts; one for a chat.
     pub(crate) prompts: Vec<Arc<[u32]>>,
-    /// Texts of the prompts, if they are to stand before the answers.
-    pub(crate) echo: Option<Vec<String>>,
+    /// The prompts, if they are to stand before the answers.
+    pub(crate) echo: Option<Vec<Echo>>,
     /// Sequences per prompt.
     pub(crate) n: usize,
     pub(crate) options: GenerateOptions,
@@ -125,11 +126,13 @@ impl Asked {
             Form::Chat => ("messages", vec![chat_prompt(&fields, service)?]),
             Form::Completion => ("prompt", prompts(&fields, service)?),
         };
-        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
-        if prompts.iter().any(|prompt| prompt.is_empty()) {
+        let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
+        if prompts.iter().any(|prompt| prompt.ids.is_empty()) {
             return Err(ApiError::invalid(param, "the prompt has no tokens"));
         }
-        if longest >= service.context {
+        // Without an answer the prompt may fill the context.
+        let answers = form == Form::Chat || fields.get("max_tokens").and_then(Value::as_u64) != Some(0);
+        if longest + usize::from(answers) > service.context {
             let message = format!(
                 "the prompt has {longest} tokens, but the context of the model ends at {}",
                 service.context
@@ -151,13 +154,11 @@ impl Asked {
             logit_bias: logit_bias(&fields, service.vocab)?,
         };
         let logprobs = logprobs(&fields, form)?;
-        if echo && logprobs.is_some() {
-            return Err(ApiError::unsupported("logprobs", "prompts have none, so not together with `echo`"));
-        }
         let grammar = response_format(&fields)?.map(|schema| grammar(&schema, service)).transpose()?;
         let ours = fields.object("draftsmith", "draftsmith.")?;
         let trace = ours.map(|f| f.bool("trace")).transpose()?.flatten().unwrap_or(false);
         let draft = draft_plan(ours, service)?;
+        let draft = if max_new_tokens == 0 { DraftPlan::None } else { draft };
         let stream = fields.bool("stream")?.unwrap_or(false);
         let stream_options = fields.object("stream_options", "stream_options.")?;
         if stream_options.is_some() && !stream {
@@ -176,9 +177,12 @@ impl Asked {
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             tokens: trace || logprobs.is_some(),
         };
-        let echo = echo.then(|| prompts.iter().map(|ids| service.tokenizer.decode(ids, true)).collect());
+        let prompt_logprobs = logprobs.filter(|_| echo);
+        let scored = prompt_logprobs.is_some();
+        let shown = |prompt: &Prompt<'_>| Echo::new(&service.tokenizer, prompt.text, &prompt.ids, scored);
+        let echo = echo.then(|| prompts.iter().map(shown).collect());
         Ok(Asked {
-            prompts: prompts.into_iter().map(Arc::from).collect(),
+            prompts: prompts.into_iter().map(|prompt| Arc::from(prompt.ids)).collect(),
             echo,
             n,
             options: GenerateOptions {
@@ -188,6 +192,7 @@ impl Asked {
                 draft,
                 shaping,
                 logprobs,
+                prompt_logprobs,
                 grammar: grammar.clone().map(|grammar| grammar as _),
             },
             grammar,
@@ -249,8 +254,16 @@ pub(super) fn chat_ids(
     service.tokenizer.encode(&text, false).map_err(text_error)
 }
 
-fn chat_prompt(fields: &Fields<'_>, service: &Service) -> Result<Vec<u32>, ApiError> {
-    chat_ids(fields, service, fields.bool("add_generation_prompt")?.unwrap_or(true))
+/// What is to be continued.
+struct Prompt<'a> {
+    ids: Vec<u32>,
+    /// As it was asked, if that was a text.
+    text: Option<&'a str>,
+}
+
+fn chat_prompt<'a>(fields: &Fields<'a>, service: &Service) -> Result<Prompt<'a>, ApiError> {
+    let ids = chat_ids(fields, service, fields.bool("add_generation_prompt")?.unwrap_or(true))?;
+    Ok(Prompt { ids, text: None })
 }
 
 fn ids(list: &[Value], param: &str, vocab: usize) -> Result<Vec<u32>, ApiError> {
@@ -265,13 +278,15 @@ fn ids(list: &[Value], param: &str, vocab: usize) -> Result<Vec<u32>, ApiError> 
 }
 
 /// A text, ids, or a list of either.
-fn prompts(fields: &Fields<'_>, service: &Service) -> Result<Vec<Vec<u32>>, ApiError> {
+fn prompts<'a>(fields: &Fields<'a>, service: &Service) -> Result<Vec<Prompt<'a>>, ApiError> {
     let wrong = |message: &str| ApiError::invalid("prompt", message);
-    let one = |value: &Value| match value {
+    let one = |value: &'a Value| match value {
         Value::String(text) => {
-            service.tokenizer.encode(text, true).map_err(|e| ApiError::invalid("prompt", e.to_string()))
+            let ids = service.tokenizer.encode(text, true);
+            let ids = ids.map_err(|e| ApiError::invalid("prompt", e.to_string()))?;
+            Ok(Prompt { ids, text: Some(text) })
         }
-        Value::Array(list) => ids(list, "prompt", service.vocab),
+        Value::Array(list) => Ok(Prompt { ids: ids(list, "prompt", service.vocab)?, text: None }),
         _ => Err(wrong("`prompt` is neither a text, nor token ids, nor a list of these")),
     };
     match fields.get("prompt") {
@@ -293,10 +308,11 @@ fn max_tokens(
     prompt: usize,
     default: usize,
 ) -> Result<usize, ApiError> {
-    let room = service.context - prompt;
+    let room = service.context.saturating_sub(prompt);
     let new = "max_completion_tokens";
     let param = if form == Form::Chat && fields.get(new).is_some() { new } else { "max_tokens" };
-    let asked = fields.count(param, 1..=i64::from(u32::MAX))?;
+    // A completion of no token shows the prompt, or scores it.
+    let asked = fields.count(param, i64::from(form == Form::Chat)..=i64::from(u32::MAX))?;
     if let Some(asked) = asked.filter(|asked| *asked > room) {
         let message = format!(
             "the prompt has {prompt} tokens and `{param}` is {asked}, but the context of the model ends at {}",

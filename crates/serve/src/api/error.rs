@@ -133,6 +133,12 @@ impl ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message).with_code("internal_error")
     }
 
+    /// A request that ran into a fault of ours.
+    pub(crate) fn failed(message: &str) -> ApiError {
+        let message = format!("the server has a bug, and this request ran into it: {message}");
+        ApiError::internal(message)
+    }
+
     /// What is wrong.
     pub(crate) fn message(&self) -> &str {
         &self.message

@@ -3,6 +3,7 @@
 mod admin;
 mod answer;
 mod ask;
+mod echo;
 mod error;
 mod fields;
 mod info;
@@ -10,8 +11,10 @@ mod records;
 mod stream;
 
 use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -25,6 +28,7 @@ use serde_json::Value;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::auth::client_of;
+use crate::cors::share;
 use crate::queue::{Client, Job};
 use crate::speech::Speech;
 use crate::{App, Service, page, random};
@@ -68,6 +72,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
             ApiError::wrong_method(request.method().as_str(), request.uri().path())
         })
         .layer(from_fn_with_state(Arc::clone(&app), count))
+        // Outermost: what a browser asks before carries no key.
+        .layer(from_fn_with_state(Arc::clone(&app), share))
         .with_state(app)
 }
 
@@ -86,13 +92,28 @@ async fn know_client(State(app): State<Arc<App>>, mut request: Request, next: Ne
     next.run(request).await
 }
 
+/// Counts answers, and answers where a handler panics.
 async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    let response = next.run(request).await;
+    let mut handler = std::pin::pin!(next.run(request));
+    let response = std::future::poll_fn(|cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| handler.as_mut().poll(cx)));
+        polled.unwrap_or_else(|_| {
+            count_panic(&app);
+            Poll::Ready(ApiError::failed("its handler panicked").into_response())
+        })
+    })
+    .await;
     if let Some(service) = app.service.get() {
         service.metrics.count_request(route.as_deref().unwrap_or("other"), response.status().as_u16());
     }
     response
+}
+
+fn count_panic(app: &App) {
+    if let Some(service) = app.service.get() {
+        service.metrics.panics.inc();
+    }
 }
 
 /// The JSON of a request's body.
@@ -132,10 +153,11 @@ async fn aside<T: Send + 'static>(
     app: &Arc<App>,
     work: impl FnOnce(&Service) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let app = Arc::clone(app);
-    tokio::task::spawn_blocking(move || work(app.service()?))
-        .await
-        .unwrap_or_else(|_| Err(ApiError::internal("the request's texts cannot be read")))
+    let shared = Arc::clone(app);
+    tokio::task::spawn_blocking(move || work(shared.service()?)).await.unwrap_or_else(|_| {
+        count_panic(app);
+        Err(ApiError::failed("its texts cannot be read"))
+    })
 }
 
 async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Response, ApiError> {

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::body::Body;
+use draftsmith_core::TokenLogprobs;
 use futures_util::stream::unfold;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -32,6 +33,7 @@ pub(super) fn body(
         timeout_s,
         sums: Sums::default(),
         begun: vec![false; sequences],
+        scores: vec![Vec::new(); sequences],
         offsets: vec![0; sequences],
         open: sequences,
         lines: VecDeque::new(),
@@ -47,6 +49,7 @@ pub(super) fn body(
             }
             match tokio::time::timeout(SILENCE, events.recv()).await {
                 Err(_) => return Some((Ok(": waiting\n\n".to_string()), (writer, events))),
+                Ok(Some((choice, Event::Prompt(scores)))) => writer.scores[choice] = scores,
                 Ok(Some((choice, Event::Delta(delta)))) => writer.delta(choice, &delta),
                 Ok(Some((choice, Event::End(end)))) => writer.end(choice, &end),
                 Ok(None) => writer.fail(&ApiError::internal("the engine ended")),
@@ -62,6 +65,8 @@ struct Writer {
     sums: Sums,
     /// Choices whose first event is out.
     begun: Vec<bool>,
+    /// Log-probabilities of the prompts whose first event is not out.
+    scores: Vec<Vec<TokenLogprobs>>,
     /// Characters of each choice that are out.
     offsets: Vec<usize>,
     /// Choices that go on.
@@ -112,12 +117,15 @@ impl Writer {
                 "finish_reason": null,
             }),
             Form::Completion => {
-                let Some(echo) = self.asked.echo.as_ref().map(|echo| echo[index / self.asked.n].clone())
-                else {
+                let Some(echo) = self.asked.echo.as_ref().map(|echo| &echo[index / self.asked.n]) else {
                     return;
                 };
-                let choice = self.choice(index, Some(&echo), None, &[]);
-                self.offsets[index] += echo.chars().count();
+                let mut choice = self.choice(index, Some(&echo.text), None, &[]);
+                self.offsets[index] += echo.chars();
+                if self.asked.options.prompt_logprobs.is_some() {
+                    let scores = std::mem::take(&mut self.scores[index]);
+                    choice["logprobs"] = self.head.prompt_logprobs(&self.asked, index, &scores).into_json();
+                }
                 choice
             }
         };

@@ -155,7 +155,7 @@ fn data() -> Random {
 
 fn steps(events: &[Event]) -> Vec<(u64, f64, f64)> {
     let of = |e: &Event| match e {
-        Event::Step(r) => Some((r.step, r.loss, r.grad_norm)),
+        Event::Step(r) => Some((r.step, r.loss.expect("every step trains"), r.grad_norm)),
         Event::Started { .. } | Event::Checkpoint { .. } | Event::Validated { .. } => None,
     };
     events.iter().filter_map(of).collect()
@@ -376,4 +376,51 @@ fn buffers_of_a_larger_pack_do_not_leak_into_a_smaller_one() {
         assert!((stats.loss, stats.weight, grads) == fresh);
         method.tape_mut().clear_grads();
     }
+}
+
+#[test]
+fn a_first_step_without_a_trained_slot_is_counted_and_the_run_goes_on() {
+    let mut random = Random::new(8, &[20; 8]);
+    // Rows are packed one by one; those of the second half have nothing to train on.
+    for row in &mut random.rows[4..] {
+        row.loss_mask.fill(false);
+    }
+    let run = |seed: u64, rows: &[CaptureRow], dir: &Path| {
+        let unroll = Eagle3Options {
+            ttt_length: 3,
+            divisor: LossDivisor::ValidTokens,
+            ..Eagle3Options::default()
+        };
+        let mut method = random.method(2, unroll);
+        let mut losses = Vec::new();
+        let mut on_event = |event: &Event| {
+            if let Event::Step(report) = event {
+                losses.push((report.loss, report.grad_norm));
+            }
+            Flow::Continue
+        };
+        let options = TrainOptions { epochs: 1, tokens_per_step: 32, validate_every: None, seed, ..options(dir) };
+        let hooks = Hooks { on_event: &mut on_event, validate: None };
+        (train(&mut method, &mut Memory(rows.to_vec()), &options, hooks), losses)
+    };
+    let mut first_was_empty = 0;
+    for seed in 0..8 {
+        let dir = tempfile::tempdir().unwrap();
+        let (outcome, losses) = run(seed, &random.rows, dir.path());
+        assert!(outcome.unwrap().finished);
+        assert_eq!(losses.len(), 8, "each step counts, so that the schedule is kept");
+        assert_eq!(losses.iter().filter(|(loss, _)| loss.is_some()).count(), 4);
+        for (loss, grad_norm) in &losses {
+            assert!(loss.is_none_or(f64::is_finite));
+            assert_eq!(loss.is_none(), *grad_norm == 0.0, "no slot, no gradient");
+        }
+        first_was_empty += usize::from(losses[0].0.is_none());
+        let log = std::fs::read_to_string(dir.path().join("log.jsonl")).unwrap();
+        assert!(!log.contains("NaN") && log.contains("\"loss\":null"), "{log}");
+    }
+    assert!((1..8).contains(&first_was_empty), "{first_was_empty} of 8 orders begin without a slot");
+    // Nothing at all to train on is no result.
+    let dir = tempfile::tempdir().unwrap();
+    let (outcome, _) = run(0, &random.rows[4..], dir.path());
+    assert!(matches!(outcome, Err(TrainError::NoData)), "{outcome:?}");
 }
