@@ -33,6 +33,21 @@ pub struct Limits {
     pub weight_bytes: usize,
     /// Multiply-adds with weights per row.
     pub macs_per_row: usize,
+    /// The same weights by the form they stand in, each form timed alone.
+    pub weights: Vec<WeightTimes>,
+}
+
+/// What the products with all weights of one form take, nothing around them.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct WeightTimes {
+    /// Form in memory; of the head also what was asked of it.
+    pub form: String,
+    /// Of all its weights.
+    pub bytes: usize,
+    /// Multiply-adds of all its weights per row.
+    pub macs_per_row: usize,
+    /// Best milliseconds with 1 row and with 8.
+    pub ms: [f64; 2],
 }
 
 impl Limits {
@@ -225,6 +240,20 @@ pub fn kernels_text(report: &KernelReport) -> String {
             limits.weight_bytes as f64 / 1e6,
             limits.macs_per_row as f64 / 1e6,
         ));
+        if !limits.weights.is_empty() {
+            out.push_str("weights alone                   MB   1 row ms    GB/s   of reads   8 rows ms   GMAC/s\n");
+        }
+        for times in &limits.weights {
+            let [one, eight] = times.ms;
+            let rate = times.bytes as f64 / one / 1e6;
+            out.push_str(&format!(
+                "{:25} {:8.1}  {one:9.3}  {rate:6.1}  {:7.0} %   {eight:9.3}  {:7.1}\n",
+                times.form,
+                times.bytes as f64 / 1e6,
+                100.0 * rate / limits.read_gb_per_s,
+                (8 * times.macs_per_row) as f64 / eight / 1e6,
+            ));
+        }
     }
     out.push_str(&format!(
         "prefill {:.1} tokens/s, decode {:.1} tokens/s (medians; context {} tokens, {} threads)\n",

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use draftsmith_bench::kernels::{KernelRunner, Limits};
+use draftsmith_bench::kernels::{KernelRunner, Limits, WeightTimes};
 use draftsmith_bench::record::{Drafting, Finish, Machine};
 use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
 use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
-use draftsmith_kernels::Cpu;
+use draftsmith_kernels::{Cpu, Kernels, PackedWeight};
 use draftsmith_model::{Precision, StepItem, Target};
 use draftsmith_text::{Message, RenderOptions};
 
@@ -250,6 +250,58 @@ impl TargetPasses {
     }
 }
 
+/// Rounds over all weights, of which the best counts.
+const WEIGHT_ROUNDS: usize = 6;
+
+impl TargetPasses {
+    /// Times of the products by the form of the weights, in rounds over all of them, so that none stays in a cache that
+    /// would not hold it in a pass.
+    fn weight_times(&self) -> Vec<WeightTimes> {
+        let kernels = self.target.kernels();
+        let packed: Vec<&PackedWeight> = self.target.pass_packed().collect();
+        let Some((head, layers)) = packed.split_last() else { return Vec::new() };
+        // Forms in order of appearance, then the head with its outputs, and with the largest alone.
+        let mut groups: Vec<(String, Vec<&PackedWeight>, bool)> = Vec::new();
+        for weight in layers {
+            match groups.iter_mut().find(|(form, ..)| form == weight.form()) {
+                Some((_, weights, _)) => weights.push(weight),
+                None => groups.push((weight.form().to_string(), vec![weight], false)),
+            }
+        }
+        groups.push((format!("head {}", head.form()), vec![head], false));
+        groups.push(("head, largest alone".to_string(), vec![head], true));
+        let mut times: Vec<WeightTimes> = groups
+            .iter()
+            .map(|(form, weights, _)| WeightTimes {
+                form: form.clone(),
+                bytes: weights.iter().map(|w| w.bytes()).sum(),
+                macs_per_row: weights.iter().map(|w| w.in_features() * w.out_features()).sum(),
+                ms: [f64::INFINITY; 2],
+            })
+            .collect();
+        let widest = packed.iter().map(|w| w.in_features()).max().unwrap_or(0);
+        // Made-up activations of both signs.
+        let x: Vec<f32> = (0..8 * widest).map(|i| ((i * 7919 + 13) % 1024) as f32 / 512.0 - 1.0).collect();
+        let mut y = [kernels.zeros(8 * packed.iter().map(|w| w.out_features()).max().unwrap_or(0))];
+        for _ in 0..WEIGHT_ROUNDS {
+            for (slot, rows) in [1, 8].into_iter().enumerate() {
+                for ((_, weights, largest), times) in groups.iter().zip(&mut times) {
+                    let began = Instant::now();
+                    for weight in weights {
+                        if *largest {
+                            kernels.argmax(&x, rows, weight);
+                        } else {
+                            kernels.matmuls(&x, rows, &[(*weight, None)], &mut y);
+                        }
+                    }
+                    times.ms[slot] = times.ms[slot].min(began.elapsed().as_secs_f64() * 1e3);
+                }
+            }
+        }
+        times
+    }
+}
+
 /// Memory that is read to measure its bandwidth: more than a pass reads, and than most caches hold.
 const READ_BYTES: usize = 256 << 20;
 
@@ -261,6 +313,7 @@ impl KernelRunner for TargetPasses {
             dot_gmac_per_s: (self.precision == Precision::Stored).then(|| kernels.dot_rate() / 1e9),
             weight_bytes: self.target.pass_bytes(),
             macs_per_row: self.target.pass_macs(),
+            weights: self.weight_times(),
         })
     }
 

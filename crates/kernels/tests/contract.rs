@@ -4,7 +4,7 @@
 use draftsmith_kernels::testing::infer::{AttentionCase, DTYPES, Random, append, matmul, stored, stored_as};
 use draftsmith_kernels::{
     Cpu, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView,
-    reference, testing,
+    quant, reference, testing,
 };
 
 #[test]
@@ -102,6 +102,71 @@ fn quants_and_activations_at_their_limits_are_exact_on_every_path() {
     }
 }
 
+/// A vocabulary is stored in two planes, and its largest output is found in the first as far as that goes.
+#[test]
+fn the_largest_output_of_a_vocabulary_is_that_of_the_products() {
+    let mut random = Random(41);
+    let (inputs, out) = (160, 16384 + 7);
+    let plain = stored(&mut random, WeightDtype::Q8_0, out, inputs);
+    let row_bytes = inputs / 32 * 34;
+    // Scales are never negative in files, as they are the largest value over 127.
+    let positive = |data: &mut Vec<u8>| data.chunks_exact_mut(34).for_each(|b| b[1] &= 0x7f);
+    let mut some = plain.clone();
+    positive(&mut some);
+    // Rows that differ in one low bit, and equal ones far apart.
+    let mut near = some.clone();
+    for o in 0..out {
+        let first: Vec<u8> = near[..row_bytes].to_vec();
+        if o % 3 != 0 {
+            near[o * row_bytes..(o + 1) * row_bytes].copy_from_slice(&first);
+            near[o * row_bytes + 2 + o % 32] ^= (o % 2) as u8;
+        }
+    }
+    // One row that wins by far, and its twin.
+    let mut clear = some.clone();
+    for o in [9000, 16390] {
+        for b in clear[o * row_bytes..(o + 1) * row_bytes].chunks_exact_mut(34) {
+            b[..2].copy_from_slice(&half::f16::from_f32(0.5).to_le_bytes());
+            b[2..].fill(100);
+        }
+    }
+    let zeros = vec![0u8; some.len()];
+    for (name, data) in [("plain", plain), ("some", some), ("near", near), ("clear", clear), ("zeros", zeros)] {
+        let w = WeightView { dtype: WeightDtype::Q8_0, out_features: out, in_features: inputs, data: &data };
+        for cpu in Cpu::all_paths(2) {
+            let packed = cpu.pack("w", &w, PackMode::Stored).unwrap();
+            assert!(packed.bytes() as f64 <= 1.03 * data.len() as f64 + 64.0 * row_bytes as f64);
+            for rows in [1, 2, 3, 4, 5, 9] {
+                let mut x = random.floats(rows * inputs);
+                x[..inputs].iter_mut().for_each(|v| *v = v.abs());
+                if rows == 3 {
+                    x[inputs] = f32::INFINITY;
+                    x[2 * inputs..].fill(0.0);
+                }
+                let mut y = [cpu.scratch(rows * out)];
+                cpu.matmuls(&x, rows, &[(&packed, None)], &mut y);
+                let wanted: Vec<u32> = y[0]
+                    .chunks_exact(out)
+                    .map(|row| {
+                        let mut best = (f32::NEG_INFINITY, 0);
+                        for (i, v) in row.iter().enumerate() {
+                            if *v > best.0 {
+                                best = (*v, i as u32);
+                            }
+                        }
+                        best.1
+                    })
+                    .collect();
+                assert_eq!(cpu.argmax(&x, rows, &packed), wanted, "{name}, {rows} rows, {:?}", cpu.features().path);
+            }
+            let mut values = cpu.zeros(2 * inputs);
+            cpu.embed(&packed, &[0, out as u32 - 1], 1.0, &mut values);
+            let all = quant::dequantize(&w);
+            assert_eq!(values, [&all[..inputs], &all[(out - 1) * inputs..]].concat());
+        }
+    }
+}
+
 #[test]
 fn packed_weights_are_as_small_as_in_the_file() {
     for dtype in DTYPES {
@@ -115,6 +180,32 @@ fn packed_weights_are_as_small_as_in_the_file() {
         } else {
             assert!(ratio > 1.03, "{dtype:?} is not wider than in the file");
         }
+    }
+}
+
+/// Recorded numbers of models rest on these bits: a change of a panel must not change them.
+#[test]
+fn products_keep_the_bits_that_they_had_in_the_first_panels() {
+    use PackMode::{Q8, Stored};
+    for (dtype, mode, wanted) in [
+        (WeightDtype::Q4_0, Stored, 0x4d8f_5ec1_3f02_9702_u64),
+        (WeightDtype::Q4_1, Stored, 0x85c8_f145_0bf3_1daf),
+        (WeightDtype::Q8_0, Stored, 0xc68c_c241_4488_6ddf),
+        (WeightDtype::Q4K, Stored, 0xfb0a_52ed_cb17_b18a),
+        (WeightDtype::Q6K, Stored, 0xe55c_69c6_67aa_fcc1),
+        (WeightDtype::Bf16, Q8, 0x5af0_1158_3ec9_0762),
+        (WeightDtype::Bf16, Stored, 0xddfa_a07a_f648_bf3d),
+    ] {
+        let (inputs, out, rows) = (768, 40, 5);
+        let mut random = Random(77);
+        let data = stored(&mut random, dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        let y = matmul(&Cpu::new(1), &random.floats(rows * inputs), rows, &w, mode);
+        // FNV-1a over the bits.
+        let hash = y.iter().flat_map(|v| v.to_bits().to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, |h, byte| {
+            (h ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        assert_eq!(hash, wanted, "{dtype:?} {mode:?}: {hash:#018x}");
     }
 }
 

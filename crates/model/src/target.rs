@@ -349,6 +349,11 @@ impl Target<draftsmith_kernels::Cpu> {
         self.pass_weights().map(|w| w.out_features * w.in_features).sum()
     }
 
+    /// The weights that a pass reads, the head last.
+    pub fn pass_packed(&self) -> impl Iterator<Item = &draftsmith_kernels::PackedWeight> {
+        self.pass_weights().map(|w| &w.packed)
+    }
+
     fn pass_weights(&self) -> impl Iterator<Item = &Linear<draftsmith_kernels::PackedWeight>> {
         let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
         layers.chain([&self.head]).map(Arc::as_ref)

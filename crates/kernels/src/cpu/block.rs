@@ -27,6 +27,8 @@ pub(crate) struct QuantRows {
     sums: Vec<[i32; 2]>,
     /// Scale times sum: what a minimum is multiplied with.
     offsets: Vec<f32>,
+    /// Scale times the length of the quants, rounded up; filled for bounds alone.
+    lengths: Vec<f32>,
 }
 
 #[derive(Clone, Copy)]
@@ -118,6 +120,29 @@ impl QuantRows {
             offsets: self.offsets[row * blocks..].as_ptr(),
         }
     }
+
+    /// Works out the lengths of the blocks of `rows` rows that were filled in.
+    pub(crate) fn measure(&mut self, rows: usize, in_features: usize) {
+        let blocks = rows * (in_features / 32);
+        self.lengths.clear();
+        self.lengths.extend(self.quants.chunks_exact(32).zip(&self.scales).take(blocks).map(|(q, scale)| {
+            let squares: i32 = q.iter().map(|q| i32::from(*q) * i32::from(*q)).sum();
+            (squares as f32).sqrt() * scale * 1.000_001
+        }));
+    }
+
+    /// The lengths of the tiles from `row` on, in the order of the scales.
+    pub(crate) fn lengths(&self, row: usize, in_features: usize) -> &[f32] {
+        &self.lengths[row * (in_features / 32)..]
+    }
+
+    /// The sum of the lengths of a row's blocks.
+    pub(crate) fn length_sum(&self, row: usize, rows: usize, in_features: usize) -> f32 {
+        let blocks = in_features / 32;
+        let first = row / TILE * TILE;
+        let height = TILE.min(rows - first);
+        (0..blocks).map(|b| self.lengths[first * blocks + b * height + row - first]).sum()
+    }
 }
 
 /// Where tiles of activations stand.
@@ -193,6 +218,7 @@ unsafe fn factors<D: Dot, W: Records>(record: *const u8, b: usize, part: usize) 
                 let min = if layout.mins { half(layout.vector_bytes()) } else { zero };
                 ([half(0); 2], [min; 2])
             }
+            Scales::HalfLength => ([half(0); 2], [zero; 2]),
             Scales::Single => {
                 let second = if layout.halves { layout.vector_bytes() } else { 0 };
                 ([single(0), single(second)], [zero; 2])
@@ -250,9 +276,10 @@ unsafe fn factors<D: Dot, W: Records>(record: *const u8, b: usize, part: usize) 
     }
 }
 
-/// The bytes of one group of four inputs; `block` are the quants of a block from a register of outputs on.
+/// The bytes of one group of four inputs; `block` are the quants of a block from a register of outputs on, `low` the
+/// same of the second plane.
 #[inline(always)]
-unsafe fn weights<D: Dot, W: Records>(block: *const u8, group: usize) -> D::W {
+unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: usize) -> D::W {
     // SAFETY: module rule of `isa`; the rows are those of the layout.
     unsafe {
         let row = |i: usize| D::load_w(block.add(i * 64));
@@ -266,6 +293,10 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, group: usize) -> D::W {
             Quants::Five => D::or_w(four(), D::bits(row(4), g - 4, 16)),
             Quants::Six => D::or_w(four(), D::bits(row(4 + group / 4), g % 4 * 2 - 4, 0x30)),
             Quants::Eight => row(group),
+            Quants::Split => {
+                let high = D::bits(row(group / 2), g % 2 * 4 - 4, 0xf0);
+                D::flip(D::or_w(high, D::bits(D::load_w(low.add(group / 2 * 64)), g % 2 * 4, 15)))
+            }
             Quants::Iq4 => D::table(four(), &IQ4_BYTES),
             Quants::Fp4 => D::table(four(), &FP4_LEVELS),
         }
@@ -304,6 +335,9 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             let record = panel.add(record * layout.record_bytes());
             let quants = record.add(layout.header_bytes() + sub * layout.quants.bytes());
             let quants = quants.add(part * D::V::COUNT * 4);
+            let low_bytes = layout.quants.low_bytes();
+            let low = panel.add(blocks / layout.blocks() * layout.record_bytes() + b * low_bytes);
+            let low = low.wrapping_add(part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
             if ahead {
@@ -314,12 +348,17 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                     prefetch_ahead(record.wrapping_add(sub * share + offset));
                     offset += 64;
                 }
+                let mut offset = 0;
+                while offset < low_bytes {
+                    prefetch_ahead(low.wrapping_add(offset));
+                    offset += 64;
+                }
             }
             let Factors { scales, mins } = factors::<D, W>(record, sub, part);
             let mut dots = [[D::zero_i(); R]; 2];
             if layout.quants.signed() {
                 for group in 0..8 {
-                    let bytes = D::signed(weights::<D, W>(quants, group));
+                    let bytes = D::signed(weights::<D, W>(quants, low, group));
                     for (r, dot) in dots[group / per_half].iter_mut().enumerate() {
                         *dot = D::dot8(*dot, bytes, act(r, group));
                     }
@@ -328,7 +367,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                 for first in (0..8).step_by(chunk) {
                     let mut sums = [D::zero4(); R];
                     for group in first..first + chunk {
-                        let bytes = weights::<D, W>(quants, group);
+                        let bytes = weights::<D, W>(quants, low, group);
                         for (r, sum) in sums.iter_mut().enumerate() {
                             *sum = D::dot4(*sum, bytes, act(r, group));
                         }
@@ -455,6 +494,7 @@ formats! {
     q5_0: Q5_0;
     q5_1: Q5_1;
     q8_0: Q8_0;
+    q8_0_split: Q8_0Split;
     q8: Q8;
     q8_halves: Q8Halves;
     ternary: Ternary;
@@ -466,4 +506,143 @@ formats! {
     iq4nl: Iq4Nl;
     iq4xs: Iq4Xs;
     mxfp4: Mxfp4;
+}
+
+/// Panels of a weight in two planes, whose first plane is read, times rows.
+#[derive(Clone, Copy)]
+pub(crate) struct BoundArgs {
+    /// As in [`PanelArgs`].
+    pub w: *const u8,
+    pub panel_bytes: usize,
+    pub panels: usize,
+    pub in_features: usize,
+    pub tiles: TilePtr,
+    /// [`QuantRows::lengths`] at the tiles.
+    pub lengths: *const f32,
+    pub rows: usize,
+    /// Outputs from the first panel on.
+    pub outputs: usize,
+    /// Per row what a sum in f32 may be off by.
+    pub slack: *const f32,
+    /// `[panel][row]`: no output of the panel is larger.
+    pub upper: *mut f32,
+    /// Per row: some output is at least as large. Raised, never lowered.
+    pub lower: *mut f32,
+}
+
+/// Outputs in the middle of what their high nibbles leave open, and how far off they may be, for `R` rows of a tile.
+///
+/// A quant is `16 h - 120.5 + r` with a rest `|r| <= 7.5`, and the products with the rests of a block are at most the
+/// length of the rests times that of the activations.
+#[inline(always)]
+unsafe fn bound_rows<D: Dot, const R: usize>(
+    a: &BoundArgs,
+    panel: *const u8,
+    part: usize,
+    tile: TilePtr,
+    lengths: *const f32,
+    height: usize,
+) -> ([D::V; R], [D::V; R]) {
+    let layout = const { BlockFormat::Q8_0Split.layout() };
+    // SAFETY: module rule of `isa`; the panel has a record per block, the tile `height` rows per block.
+    unsafe {
+        let mut middle = [D::V::splat(0.0); R];
+        let mut off = [D::V::splat(0.0); R];
+        for b in 0..a.in_features / 32 {
+            let record = panel.add(b * layout.record_bytes());
+            let mut offset = 0;
+            while part == 0 && offset < layout.record_bytes() {
+                prefetch_ahead(record.wrapping_add(offset));
+                offset += 64;
+            }
+            let quants = record.add(layout.header_bytes() + part * D::V::COUNT * 4);
+            let here = tile.add(b * height);
+            let scale = D::V::load_f16(record.cast::<u16>().add(part * D::V::COUNT));
+            let rest = D::load_u8(record.add(layout.vector_bytes() + part * D::V::COUNT));
+            let rest = D::V::mul(scale, D::to_f(rest));
+            let mut sums = [D::zero4(); R];
+            for group in 0..8 {
+                let high = D::bits(D::load_w(quants.add(group / 2 * 64)), group as i32 % 2 * 4, 15);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    *sum = D::dot4(*sum, high, here.quants.add(r * 32 + group * 4));
+                }
+            }
+            for (r, sum) in sums.into_iter().enumerate() {
+                let [sum0, sum1] = *here.sums.add(r);
+                // Twice the quants are whole numbers.
+                let twice = D::sub(D::shl::<5>(D::add4(D::zero_i(), sum)), 241 * (sum0 + sum1));
+                let half = D::V::splat(0.5 * *here.scales.add(r));
+                middle[r] = D::V::fma(D::V::mul(scale, half), D::to_f(twice), middle[r]);
+                off[r] = D::V::fma(rest, D::V::splat(0.25 * *lengths.add(b * height + r)), off[r]);
+            }
+        }
+        (middle, off)
+    }
+}
+
+#[inline(always)]
+unsafe fn bounds_body<I: Isa + Dot>(a: BoundArgs) {
+    let blocks = a.in_features / 32;
+    for p in 0..a.panels {
+        let count = (a.outputs - p * LANES).min(LANES);
+        let mut row = 0;
+        while row < a.rows {
+            let height = TILE.min(a.rows - row);
+            let mut r = 0;
+            while r < height {
+                let mut middles = [[0.0f32; LANES]; TILE];
+                let mut offs = [[0.0f32; LANES]; TILE];
+                // SAFETY: panels and rows are in range by the loop conditions; parts fill the 16 lanes.
+                let done = unsafe {
+                    let panel = a.w.add(p * a.panel_bytes);
+                    let tile = a.tiles.add(row * blocks).add(r);
+                    let lengths = a.lengths.add(row * blocks + r);
+                    macro_rules! run {
+                        ($n:literal) => {{
+                            for part in 0..LANES / I::V::COUNT {
+                                let (middle, off) = bound_rows::<I, $n>(&a, panel, part, tile, lengths, height);
+                                for i in 0..$n {
+                                    let at = part * I::V::COUNT;
+                                    I::V::store(middles[i].as_mut_ptr().add(at), middle[i]);
+                                    I::V::store(offs[i].as_mut_ptr().add(at), off[i]);
+                                }
+                            }
+                            $n
+                        }};
+                    }
+                    match height - r {
+                        1 => run!(1),
+                        2 => run!(2),
+                        3 => run!(3),
+                        _ => run!(4),
+                    }
+                };
+                for i in 0..done {
+                    // SAFETY: one slack, upper and lower value per row.
+                    let (slack, upper, lower) = unsafe {
+                        let row = row + r + i;
+                        (*a.slack.add(row), &mut *a.upper.add(p * a.rows + row), &mut *a.lower.add(row))
+                    };
+                    let mut most = f32::NEG_INFINITY;
+                    for (middle, off) in middles[i].iter().zip(&offs[i]).take(count) {
+                        let off = off * 1.0001 + slack;
+                        // What is no number may be anything.
+                        let up = if (middle + off).is_nan() { f32::INFINITY } else { middle + off };
+                        most = most.max(up);
+                        *lower = lower.max(middle - off);
+                    }
+                    *upper = most;
+                }
+                r += done;
+            }
+            row += height;
+        }
+    }
+}
+dispatch! {
+    /// Bounds of the outputs of panels in two planes.
+    ///
+    /// # Safety
+    /// `a` describes panels, rows and bounds inside their buffers.
+    pub(crate) unsafe fn bounds(a: BoundArgs) = bounds_body
 }

@@ -1,4 +1,4 @@
-//! Dot products of stored quants with 8-bit activations, on three instruction sets.
+//! Dot products of stored quants with 8-bit activations, on several instruction sets.
 //!
 //! One step covers a register of outputs times four inputs. All sums are exact integers, so the sets agree bit for
 //! bit; they differ in how many outputs a register holds and in when 16-bit sums are widened.
@@ -46,6 +46,8 @@ pub(crate) trait Dot: Copy {
     /// `mask` keeps may come from another byte.
     unsafe fn bits(w: Self::W, shift: i32, mask: u8) -> Self::W;
     unsafe fn or_w(a: Self::W, b: Self::W) -> Self::W;
+    /// Flips the highest bit of every byte.
+    unsafe fn flip(w: Self::W) -> Self::W;
     /// The entries of a table at indices below 16.
     unsafe fn table(w: Self::W, table: &[u8; 16]) -> Self::W;
 
@@ -138,6 +140,10 @@ impl Dot for Portable {
     #[inline(always)]
     unsafe fn or_w(a: [u8; 64], b: [u8; 64]) -> [u8; 64] {
         std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn flip(w: [u8; 64]) -> [u8; 64] {
+        w.map(|x| x ^ 0x80)
     }
     #[inline(always)]
     unsafe fn table(w: [u8; 64], table: &[u8; 16]) -> [u8; 64] {
@@ -255,6 +261,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn or_w(a: __m256i, b: __m256i) -> __m256i {
             unsafe { _mm256_or_si256(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn flip(w: __m256i) -> __m256i {
+            unsafe { _mm256_xor_si256(w, _mm256_set1_epi8(-128)) }
         }
         #[inline(always)]
         unsafe fn table(w: __m256i, table: &[u8; 16]) -> __m256i {
@@ -397,6 +407,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn or_w(a: __m512i, b: __m512i) -> __m512i {
             unsafe { _mm512_or_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn flip(w: __m512i) -> __m512i {
+            unsafe { _mm512_xor_si512(w, _mm512_set1_epi8(-128)) }
         }
         #[inline(always)]
         unsafe fn table(w: __m512i, table: &[u8; 16]) -> __m512i {

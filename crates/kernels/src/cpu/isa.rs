@@ -1,6 +1,6 @@
-//! Sixteen f32 lanes on three instruction sets.
+//! Sixteen f32 lanes on several instruction sets.
 //!
-//! Every operation is lane-wise IEEE arithmetic with fused multiply-add, so the three give the same bits. Kernels are written once over [`Isa`] and compiled per set by [`dispatch!`].
+//! Every operation is lane-wise IEEE arithmetic with fused multiply-add, so all give the same bits. Kernels are written once over [`Isa`] and compiled per set by [`dispatch!`].
 //!
 //! Safety rule of the module: a `Lanes` method may be called only inside a function compiled with that set's
 //! target features on a CPU that has them; pointers must be valid for the lanes (or bytes) read or written.
@@ -241,6 +241,8 @@ mod x86 {
     }
 }
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -252,6 +254,8 @@ pub(crate) enum Level {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Level {
@@ -275,21 +279,24 @@ impl Level {
                 return Level::Avx2;
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            return Level::Neon;
+        }
         Level::Portable
     }
 
     /// All sets that this CPU can run, worst first.
     pub(crate) fn available() -> Vec<Level> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            match Level::detect() {
-                Level::Avx512 => vec![Level::Portable, Level::Avx2, Level::Avx512],
-                Level::Avx2 => vec![Level::Portable, Level::Avx2],
-                Level::Portable => vec![Level::Portable],
-            }
+        match Level::detect() {
+            Level::Portable => vec![Level::Portable],
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => vec![Level::Portable, Level::Avx2],
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => vec![Level::Portable, Level::Avx2, Level::Avx512],
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => vec![Level::Portable, Level::Neon],
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        vec![Level::Portable]
     }
 }
 
@@ -306,7 +313,12 @@ pub(crate) fn prefetch_ahead<T>(p: *const T) {
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above, on every aarch64 CPU.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) line, options(readonly, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = line;
 }
 
@@ -327,7 +339,16 @@ macro_rules! dispatch {
                 // SAFETY: as above for `Avx512`.
                 unsafe { $body::<$crate::cpu::isa::Avx512>($($arg),*) }
             }
+            #[cfg(target_arch = "aarch64")]
+            #[target_feature(enable = "neon,dotprod")]
+            unsafe fn neon($($arg: $ty),*) {
+                // SAFETY: as above for `Neon`.
+                unsafe { $body::<$crate::cpu::isa::Neon>($($arg),*) }
+            }
             match level {
+                #[cfg(target_arch = "aarch64")]
+                // SAFETY: as below.
+                $crate::cpu::isa::Level::Neon => unsafe { neon($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `Level` is made by detection, so the features are there.
                 $crate::cpu::isa::Level::Avx512 => unsafe { avx512($($arg),*) },

@@ -9,9 +9,9 @@
 
 use std::cell::RefCell;
 
-use super::block::{self, QuantRows, TilePtr};
+use super::block::{self, BoundArgs, QuantRows, TilePtr};
 use super::isa::{Isa, Lanes, Level, dispatch};
-use super::pack::{Body, FloatKind, LANES, PackedWeight};
+use super::pack::{BlockFormat, Body, FloatKind, LANES, PackedWeight};
 use crate::Pool;
 use crate::pool::SendPtr;
 
@@ -262,46 +262,119 @@ pub(crate) fn matmuls(
 /// Panels whose outputs a task of [`argmax`] holds at once.
 const ARGMAX_PANELS: usize = 32;
 
+/// Rows up to which the largest outputs are looked for in the first plane alone: beyond, the work is with the
+/// products and no longer with the bytes.
+const BOUND_ROWS: usize = 4;
+
 /// Per row the output with the largest value, the lowest among equals; NaN never wins.
 pub(crate) fn argmax(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWeight) -> Vec<u32> {
-    let tasks = w.panels().div_ceil(ARGMAX_PANELS);
-    let mut best = vec![(f32::NEG_INFINITY, 0u32); tasks * rows];
-    let out = SendPtr(best.as_mut_ptr());
+    if matches!(w.body, Body::Block(BlockFormat::Q8_0Split)) && (1..=BOUND_ROWS).contains(&rows) {
+        assert!(x.len() >= rows * w.in_features, "activations too short");
+        if let Some(found) = argmax_split(level, pool, x, rows, w) {
+            return found;
+        }
+    }
     with_input(level, pool, x, rows, &[w], |input| {
+        let all = || (0..w.panels()).step_by(ARGMAX_PANELS).map(|p| (p, (p + ARGMAX_PANELS).min(w.panels())));
+        argmax_of(&input, pool, w, &all().collect::<Vec<_>>())
+    })
+}
+
+/// The same where weights stand in two planes: what [`argmax`] gives, from little more than the first plane.
+fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWeight) -> Option<Vec<u32>> {
+    let in_features = w.in_features;
+    QUANT.with_borrow_mut(|quant| {
+        quant.fill(level, pool, x, rows, in_features);
+        quant.measure(rows, in_features);
+        // A sum of `n` products in f32 is off by less than `(n + 1) 2^-23` times the sum of their sizes; both sums that
+        // are compared have such an error. No block of quants is longer than sqrt(32) * 128.
+        let rounding = 2.0 * (in_features / 32 + 8) as f32 * f32::EPSILON;
+        let slack: Vec<f32> = (0..rows)
+            .map(|row| rounding * 725.0 * w.largest_scale * quant.length_sum(row, rows, in_features) + 1e-30)
+            .collect();
+        let tasks = w.panels().div_ceil(ARGMAX_PANELS);
+        let mut upper = vec![0.0f32; w.panels() * rows];
+        let mut lower = vec![f32::NEG_INFINITY; tasks * rows];
+        let (uppers, lowers) = (SendPtr(upper.as_mut_ptr()), SendPtr(lower.as_mut_ptr()));
         pool.run(tasks, &|task| {
             let (from, to) = (task * ARGMAX_PANELS, ((task + 1) * ARGMAX_PANELS).min(w.panels()));
-            let count = (to * LANES).min(w.out_features) - from * LANES;
-            let stride = ARGMAX_PANELS * LANES;
-            OUTPUTS.with_borrow_mut(|values| {
-                if values.len() < rows * stride {
-                    values.resize(rows * stride, 0.0);
+            let args = BoundArgs {
+                w: w.data()[from * w.panel_bytes()..].as_ptr(),
+                panel_bytes: w.panel_bytes(),
+                panels: to - from,
+                in_features,
+                tiles: quant.tiles(0, in_features),
+                lengths: quant.lengths(0, in_features).as_ptr(),
+                rows,
+                outputs: w.out_features - from * LANES,
+                slack: slack.as_ptr(),
+                // SAFETY: every panel has `rows` values, every task too; tasks are disjoint.
+                upper: unsafe { uppers.get().add(from * rows) },
+                // SAFETY: as above.
+                lower: unsafe { lowers.get().add(task * rows) },
+            };
+            // SAFETY: as described in `args`.
+            unsafe { block::bounds(level, args) };
+        });
+        let least: Vec<f32> = (0..rows)
+            .map(|row| (0..tasks).fold(f32::NEG_INFINITY, |m, task| m.max(lower[task * rows + row])))
+            .collect();
+        let mut spans: Vec<(usize, usize)> = Vec::new();
+        let mut left = 0;
+        for (panel, upper) in upper.chunks_exact(rows).enumerate() {
+            if upper.iter().zip(&least).all(|(upper, least)| upper < least) {
+                continue;
+            }
+            left += 1;
+            match spans.last_mut() {
+                Some((from, to)) if *to == panel && panel - *from < ARGMAX_PANELS => *to = panel + 1,
+                _ => spans.push((panel, panel + 1)),
+            }
+        }
+        // Where the bound says little, one stream over everything is faster.
+        (left <= w.panels() / 4)
+            .then(|| argmax_of(&Input { level, x, quant: Some(&*quant), rows }, pool, w, &spans))
+    })
+}
+
+/// [`argmax`] among the outputs of some panels, in ascending order; at most [`ARGMAX_PANELS`] side by side.
+fn argmax_of(input: &Input<'_>, pool: &Pool, w: &PackedWeight, spans: &[(usize, usize)]) -> Vec<u32> {
+    let rows = input.rows;
+    let mut best = vec![(f32::NEG_INFINITY, 0u32); spans.len() * rows];
+    let out = SendPtr(best.as_mut_ptr());
+    pool.run(spans.len(), &|task| {
+        let (from, to) = spans[task];
+        let count = (to * LANES).min(w.out_features) - from * LANES;
+        let stride = ARGMAX_PANELS * LANES;
+        OUTPUTS.with_borrow_mut(|values| {
+            if values.len() < rows * stride {
+                values.resize(rows * stride, 0.0);
+            }
+            // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
+            unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
+            for (row, values) in values.chunks_exact(stride).take(rows).enumerate() {
+                let values = &values[..count];
+                let mut lanes = [f32::NEG_INFINITY; LANES];
+                let chunks = values.chunks_exact(LANES);
+                for v in chunks.remainder() {
+                    lanes[0] = lanes[0].max(*v);
                 }
-                // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
-                unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
-                for (row, values) in values.chunks_exact(stride).take(rows).enumerate() {
-                    let values = &values[..count];
-                    let mut lanes = [f32::NEG_INFINITY; LANES];
-                    let chunks = values.chunks_exact(LANES);
-                    for v in chunks.remainder() {
-                        lanes[0] = lanes[0].max(*v);
+                for chunk in chunks {
+                    for (l, v) in lanes.iter_mut().zip(chunk) {
+                        *l = if *v > *l { *v } else { *l };
                     }
-                    for chunk in chunks {
-                        for (l, v) in lanes.iter_mut().zip(chunk) {
-                            *l = if *v > *l { *v } else { *l };
-                        }
-                    }
-                    let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-                    let at = values.iter().position(|v| *v == max).unwrap_or(0);
-                    // SAFETY: tasks write disjoint rows of `best`.
-                    unsafe { *out.get().add(task * rows + row) = (max, (from * LANES + at) as u32) };
                 }
-            });
+                let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+                let at = values.iter().position(|v| *v == max).unwrap_or(0);
+                // SAFETY: tasks write disjoint rows of `best`.
+                unsafe { *out.get().add(task * rows + row) = (max, (from * LANES + at) as u32) };
+            }
         });
     });
     (0..rows)
         .map(|row| {
             let mut winner = (f32::NEG_INFINITY, 0);
-            for task in 0..tasks {
+            for task in 0..spans.len() {
                 let here = best[task * rows + row];
                 if here.0 > winner.0 {
                     winner = here;

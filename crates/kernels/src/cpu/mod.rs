@@ -6,6 +6,8 @@ mod dot;
 pub(crate) mod isa;
 mod math;
 mod matmul;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod pages;
 mod peaks;
@@ -27,7 +29,7 @@ const PARALLEL_ELEMENTS: usize = 1 << 15;
 /// What the CPU offers and what the kernels use of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuFeatures {
-    /// `portable`, `avx2` or `avx512-vnni`: the path in use.
+    /// `portable`, `avx2`, `avx512-vnni` or `neon-dotprod`: the path in use.
     pub path: &'static str,
     /// Features found, of those that matter here.
     pub found: Vec<&'static str>,
@@ -70,6 +72,8 @@ impl Cpu {
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512-vnni",
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => "neon-dotprod",
         };
         #[cfg(target_arch = "x86_64")]
         let found = [
@@ -84,7 +88,15 @@ impl Cpu {
         .into_iter()
         .filter_map(|(name, here)| here.then_some(name))
         .collect();
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let found = [
+            ("neon", std::arch::is_aarch64_feature_detected!("neon")),
+            ("dotprod", std::arch::is_aarch64_feature_detected!("dotprod")),
+        ]
+        .into_iter()
+        .filter_map(|(name, here)| here.then_some(name))
+        .collect();
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let found = Vec::new();
         CpuFeatures { path, found }
     }

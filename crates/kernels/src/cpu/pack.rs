@@ -45,6 +45,9 @@ pub(crate) enum Quants {
     Six,
     /// Eight rows of signed bytes.
     Eight,
+    /// Four rows with the high nibbles of signed bytes, 128 added; the low ones stand in a second plane behind all
+    /// records of the panel, so that the largest output can be told from half the bytes.
+    Split,
     /// Four rows of 4-bit indices into [`IQ4_VALUES`].
     Iq4,
     /// Four rows of 4-bit indices into [`FP4_VALUES`].
@@ -68,7 +71,7 @@ impl Quants {
         64 * match self {
             Quants::Two => 2,
             Quants::Three => 3,
-            Quants::Four | Quants::Iq4 | Quants::Fp4 => 4,
+            Quants::Four | Quants::Iq4 | Quants::Fp4 | Quants::Split => 4,
             Quants::Five => 5,
             Quants::Six => 6,
             Quants::Eight => 8,
@@ -77,7 +80,12 @@ impl Quants {
 
     /// Read as signed bytes; the others are numbers from zero on.
     pub(crate) const fn signed(self) -> bool {
-        matches!(self, Quants::Eight | Quants::Iq4)
+        matches!(self, Quants::Eight | Quants::Split | Quants::Iq4)
+    }
+
+    /// Bytes of a block in the second plane.
+    pub(crate) const fn low_bytes(self) -> usize {
+        if matches!(self, Quants::Split) { 256 } else { 0 }
     }
 
     /// Largest unsigned number.
@@ -89,14 +97,14 @@ impl Quants {
             Quants::Fp4 => 24,
             Quants::Five => 31,
             Quants::Six => 63,
-            Quants::Eight | Quants::Iq4 => 255,
+            Quants::Eight | Quants::Split | Quants::Iq4 => 255,
         }
     }
 
     /// Writes a block: `groups[g]` is a row of 64 bytes, levels or indices.
-    fn write(self, groups: &[[u8; 64]; 8], out: &mut [u8]) {
+    fn write(self, groups: &[[u8; 64]; 8], block: &mut [u8], low: &mut [u8]) {
         // Row `row` from the bits `mask << from` of the groups that it holds.
-        let mut put = |row: usize, held: std::ops::Range<usize>, from: usize, bits: usize| {
+        let put_in = |out: &mut [u8], row: usize, held: std::ops::Range<usize>, from: usize, bits: usize| {
             let out = &mut out[row * 64..row * 64 + 64];
             let mask = (1u32 << bits) as u8 - 1;
             let first = held.start;
@@ -106,6 +114,7 @@ impl Quants {
                 }
             }
         };
+        let mut put = |row, held, from, bits| put_in(block, row, held, from, bits);
         match self {
             Quants::Two | Quants::Three => {
                 put(0, 0..4, 0, 2);
@@ -128,15 +137,21 @@ impl Quants {
                 }
             }
             Quants::Eight => {
-                for (out, group) in out.chunks_exact_mut(64).zip(groups) {
+                for (out, group) in block.chunks_exact_mut(64).zip(groups) {
                     out.copy_from_slice(group);
+                }
+            }
+            Quants::Split => {
+                for row in 0..4 {
+                    put(row, 2 * row..2 * row + 2, 4, 4);
+                    put_in(low, row, 2 * row..2 * row + 2, 0, 4);
                 }
             }
         }
     }
 
     /// The level or index of input `k` of an output.
-    fn read(self, block: &[u8], lane: usize, k: usize) -> u8 {
+    fn read(self, block: &[u8], low: &[u8], lane: usize, k: usize) -> u8 {
         let g = k / 4;
         let byte = |row: usize| block[row * 64 + lane * 4 + k % 4];
         let two = |row: usize| byte(row + g / 4) >> (g % 4 * 2) & 3;
@@ -149,6 +164,9 @@ impl Quants {
             Quants::Five => four() | one(4) << 4,
             Quants::Six => four() | two(4) << 4,
             Quants::Eight => byte(g),
+            Quants::Split => {
+                four() << 4 | low[g / 2 * 64 + lane * 4 + k % 4] >> (g % 2 * 4) & 15
+            }
         }
     }
 
@@ -158,6 +176,7 @@ impl Quants {
             Quants::Iq4 => IQ4_INDICES[value as u8 as usize],
             Quants::Fp4 => FP4_INDICES[value as u8 as usize],
             Quants::Eight => value as u8,
+            Quants::Split => value as u8 ^ 0x80,
             _ => (i32::from(value) + zero) as u8,
         }
     }
@@ -167,6 +186,7 @@ impl Quants {
             Quants::Iq4 => IQ4_VALUES[usize::from(level)],
             Quants::Fp4 => FP4_VALUES[usize::from(level)],
             Quants::Eight => level as i8,
+            Quants::Split => (level ^ 0x80) as i8,
             _ => (i32::from(level) - zero) as i8,
         }
     }
@@ -191,6 +211,8 @@ const FP4_INDICES: [u8; 256] = inverse(&FP4_VALUES);
 pub(crate) enum Scales {
     /// One block: f16 scale x16, and f16 minimum x16.
     Half,
+    /// One block: f16 scale x16, and byte x16: four times the length of the low nibbles, less 7.5 each, rounded up.
+    HalfLength,
     /// One block: f32 scale x16, a second one for its second half.
     Single,
     /// One block: byte x16, a power of two.
@@ -226,6 +248,8 @@ pub(crate) enum BlockFormat {
     Q5_0,
     Q5_1,
     Q8_0,
+    /// The same in two planes: heads of large vocabularies.
+    Q8_0Split,
     /// Ours: signed bytes with an f32 scale.
     Q8,
     /// Ours: signed bytes with two f32 scales.
@@ -251,6 +275,7 @@ impl BlockFormat {
             B::Q5_0 => (Quants::Five, Scales::Half, 16),
             B::Q5_1 => (Quants::Five, Scales::Half, 0),
             B::Q8_0 => (Quants::Eight, Scales::Half, 0),
+            B::Q8_0Split => (Quants::Split, Scales::HalfLength, 0),
             B::Q8 | B::Q8Halves => (Quants::Eight, Scales::Single, 0),
             B::Ternary => (Quants::Two, Scales::Half, 1),
             B::Q2K => (Quants::Two, Scales::Nibbles, 0),
@@ -265,6 +290,28 @@ impl BlockFormat {
         let halves = matches!(self, B::Q8Halves | B::Q2K | B::Q3K | B::Q6K);
         let mins = matches!(self, B::Q4_1 | B::Q5_1 | B::Q2K | B::Q4K | B::Q5K);
         Layout { quants, scales, zero, halves, mins }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            BlockFormat::Q4_0 => "Q4_0",
+            BlockFormat::Q4_1 => "Q4_1",
+            BlockFormat::Q5_0 => "Q5_0",
+            BlockFormat::Q5_1 => "Q5_1",
+            BlockFormat::Q8_0 => "Q8_0",
+            BlockFormat::Q8_0Split => "Q8_0 in two planes",
+            BlockFormat::Q8 => "8 bits, f32 per 32",
+            BlockFormat::Q8Halves => "8 bits, f32 per 16",
+            BlockFormat::Ternary => "2 bits, f16 per 32",
+            BlockFormat::Q2K => "Q2_K",
+            BlockFormat::Q3K => "Q3_K",
+            BlockFormat::Q4K => "Q4_K",
+            BlockFormat::Q5K => "Q5_K",
+            BlockFormat::Q6K => "Q6_K",
+            BlockFormat::Iq4Nl => "IQ4_NL",
+            BlockFormat::Iq4Xs => "IQ4_XS",
+            BlockFormat::Mxfp4 => "MXFP4",
+        }
     }
 
     /// The form of a stored type; of floats, the one that they are quantised to.
@@ -302,7 +349,7 @@ impl Layout {
     /// Blocks of 32 inputs per record.
     pub(crate) const fn blocks(self) -> usize {
         match self.scales {
-            Scales::Half | Scales::Single | Scales::Exponent => 1,
+            Scales::Half | Scales::HalfLength | Scales::Single | Scales::Exponent => 1,
             Scales::Bytes | Scales::SignedBytes | Scales::Nibbles | Scales::Six => 8,
         }
     }
@@ -340,6 +387,7 @@ impl Layout {
     pub(crate) const fn header_bytes(self) -> usize {
         let bytes = match self.scales {
             Scales::Half => self.vector_bytes() * (1 + self.mins as usize),
+            Scales::HalfLength => self.vector_bytes() + LANES,
             Scales::Single => self.vector_bytes() * (1 + self.halves as usize),
             Scales::Exponent => LANES,
             Scales::Bytes | Scales::SignedBytes => {
@@ -368,6 +416,11 @@ impl Layout {
                 if self.mins {
                     put16(record, self.vector_bytes() + lane * 2, block.mins[0]);
                 }
+                return;
+            }
+            Scales::HalfLength => {
+                put16(record, lane * 2, block.scales[0]);
+                record[self.vector_bytes() + lane] = low_length(&block.quants);
                 return;
             }
             Scales::Single => {
@@ -423,6 +476,7 @@ impl Layout {
                 let mins = if self.mins { [f16_at(self.vector_bytes() + lane * 2); 2] } else { none };
                 [[f16_at(lane * 2); 2], mins]
             }
+            Scales::HalfLength => [[f16_at(lane * 2); 2], none],
             Scales::Single => {
                 let scale = |half: usize| {
                     let at = half * self.vector_bytes() + lane * 4;
@@ -447,6 +501,23 @@ impl Layout {
     }
 }
 
+/// Four times the length of the low nibbles of a block, less 7.5 each, rounded up.
+fn low_length(quants: &[i8; 32]) -> u8 {
+    // Twice the numbers: odd ones from -15 to 15.
+    let squares: u32 = quants
+        .iter()
+        .map(|q| {
+            let twice = 2 * i32::from(*q as u8 & 15) - 15;
+            (twice * twice) as u32
+        })
+        .sum();
+    // At most 2 sqrt(32 * 15^2) = 169.7.
+    (2.0 * f64::from(squares).sqrt()).ceil() as u8
+}
+
+/// Outputs from which a Q8_0 weight is worth two planes: vocabularies.
+const SPLIT_OUTPUTS: usize = 16384;
+
 pub(crate) enum Body {
     Float(FloatKind),
     Block(BlockFormat),
@@ -458,7 +529,8 @@ impl Body {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
             Body::Block(format) => {
                 let layout = format.layout();
-                in_features / (32 * layout.blocks()) * layout.record_bytes()
+                in_features / 32 * layout.quants.low_bytes()
+                    + in_features / (32 * layout.blocks()) * layout.record_bytes()
             }
         }
     }
@@ -469,6 +541,8 @@ pub struct PackedWeight {
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     pub(crate) body: Body,
+    /// Largest scale of a weight in two planes.
+    pub(crate) largest_scale: f32,
     data: Pages,
 }
 
@@ -481,6 +555,16 @@ impl PackedWeight {
     /// Columns of the weight.
     pub fn in_features(&self) -> usize {
         self.in_features
+    }
+
+    /// In what form it stands in memory: the name of a stored type, or of what was made of one.
+    pub fn form(&self) -> &'static str {
+        match self.body {
+            Body::Float(FloatKind::F32) => "F32",
+            Body::Float(FloatKind::F16) => "F16",
+            Body::Float(FloatKind::Bf16) => "BF16",
+            Body::Block(format) => format.name(),
+        }
     }
 
     /// Resident bytes.
@@ -502,7 +586,7 @@ impl PackedWeight {
 
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
         let data = Pages::new(out_features.div_ceil(LANES) * body.panel_bytes(in_features));
-        PackedWeight { out_features, in_features, body, data }
+        PackedWeight { out_features, in_features, body, largest_scale: 0.0, data }
     }
 
     pub(crate) fn pack(
@@ -569,10 +653,19 @@ impl PackedWeight {
     }
 
     fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
-        let format = BlockFormat::of(w.dtype);
+        let mut format = BlockFormat::of(w.dtype);
+        let mut largest_scale = None;
+        if format == BlockFormat::Q8_0 && w.out_features >= SPLIT_OUTPUTS {
+            largest_scale = largest_q8_0_scale(pool, w);
+            if largest_scale.is_some() {
+                format = BlockFormat::Q8_0Split;
+            }
+        }
         let layout = format.layout();
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
+        packed.largest_scale = largest_scale.unwrap_or_default();
+        let records = w.in_features / (32 * layout.blocks()) * layout.record_bytes();
         let row_bytes = w.row_bytes();
         packed.fill_panels(pool, &|first, panel| {
             let lanes = LANES.min(w.out_features - first);
@@ -583,6 +676,7 @@ impl PackedWeight {
                 }
             }
             let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
+            let (panel, low) = panel.split_at_mut(records);
             for (at, record) in panel.chunks_exact_mut(layout.record_bytes()).enumerate() {
                 for sub in 0..layout.blocks() {
                     let b = at * layout.blocks() + sub;
@@ -602,7 +696,12 @@ impl PackedWeight {
                         }
                     }
                     let quants = layout.header_bytes() + sub * layout.quants.bytes();
-                    layout.quants.write(&groups, &mut record[quants..quants + layout.quants.bytes()]);
+                    let low_bytes = layout.quants.low_bytes();
+                    layout.quants.write(
+                        &groups,
+                        &mut record[quants..quants + layout.quants.bytes()],
+                        &mut low[b * low_bytes..(b + 1) * low_bytes],
+                    );
                 }
             }
         });
@@ -627,17 +726,35 @@ impl PackedWeight {
             }
             Body::Block(format) => {
                 let layout = format.layout();
+                let low_bytes = layout.quants.low_bytes();
+                let low = &panel[panel.len() - self.in_features / 32 * low_bytes..];
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
                     let (record, sub) = (b / layout.blocks(), b % layout.blocks());
                     let record = &panel[record * layout.record_bytes()..][..layout.record_bytes()];
                     let [scales, mins] = layout.scales(record, sub, lane);
                     let quants = &record[layout.header_bytes() + sub * layout.quants.bytes()..];
                     for (k, v) in values.iter_mut().enumerate() {
-                        let q = layout.quants.value(layout.quants.read(quants, lane, k), layout.zero);
+                        let level = layout.quants.read(quants, &low[b * low_bytes..], lane, k);
+                        let q = layout.quants.value(level, layout.zero);
                         *v = scales[k / 16] * f32::from(q) + mins[k / 16];
                     }
                 }
             }
         }
     }
+}
+
+/// The largest scale of a Q8_0 weight; `None` if one is negative or no number, which a bound does not cover.
+fn largest_q8_0_scale(pool: &Pool, w: &WeightView<'_>) -> Option<f32> {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    // Bits of numbers from zero on are in the order of the numbers, and infinities and NaN come after them.
+    let largest = AtomicU32::new(0);
+    let run = w.data.len().div_ceil(pool.threads() * 4).next_multiple_of(34).max(34);
+    pool.run(w.data.len().div_ceil(run), &|task| {
+        let part = &w.data[task * run..((task + 1) * run).min(w.data.len())];
+        let max = part.chunks_exact(34).map(|b| u16::from_le_bytes([b[0], b[1]])).max().unwrap_or(0);
+        largest.fetch_max(u32::from(max), Ordering::Relaxed);
+    });
+    let bits = largest.into_inner() as u16;
+    (bits < 0x7c00).then(|| half::f16::from_bits(bits).to_f32())
 }

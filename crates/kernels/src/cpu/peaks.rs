@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::isa::{Isa, Lanes, dispatch};
+use super::isa::{Isa, Lanes, dispatch, prefetch_ahead};
+use super::pages::Pages;
 use super::{Cpu, matmul, pack};
 use crate::pool::SendPtr;
 use crate::{PackMode, WeightDtype, WeightView};
@@ -26,6 +27,7 @@ unsafe fn sum_body<I: Isa>(a: SumArgs) {
         let mut acc = [I::F::splat(0.0); 8];
         for at in (0..a.len).step_by(128) {
             for (i, acc) in acc.iter_mut().enumerate() {
+                prefetch_ahead(a.x.add(at + i * 16));
                 *acc = I::F::fma(I::F::load(a.x.add(at + i * 16)), one, *acc);
             }
         }
@@ -43,7 +45,9 @@ impl Cpu {
     pub fn read_rate(&self, bytes: usize) -> f64 {
         const PART: usize = 1 << 16;
         let parts = (bytes / 4 / PART).max(1);
-        let values = vec![1.0f32; parts * PART];
+        // In pages of the size that weights have, with the same prefetches.
+        let mut values = Pages::new(parts * PART * 4);
+        values.fill(0x3f);
         let mut sums = vec![0.0f32; parts * 16];
         let out = SendPtr(sums.as_mut_ptr());
         let mut best = f64::INFINITY;
@@ -51,7 +55,7 @@ impl Cpu {
             let start = Instant::now();
             self.pool.run(parts, &|part| {
                 let args = SumArgs {
-                    x: values[part * PART..].as_ptr(),
+                    x: values[part * PART * 4..].as_ptr().cast(),
                     len: PART,
                     // SAFETY: each part has its own 16 sums.
                     sum: unsafe { out.get().add(part * 16) },
