@@ -55,9 +55,9 @@ impl HfConfigError {
             HfConfigError::Json { .. } => {
                 Some("correct the file, or take it from the model's repository again".to_string())
             }
-            HfConfigError::MissingKey { key, .. } => {
-                Some(format!("add `{key}`, or take the `config.json` of the repository that the weights are from"))
-            }
+            HfConfigError::MissingKey { key, .. } => Some(format!(
+                "add `{key}`, or take the `config.json` of the repository that the weights are from"
+            )),
             HfConfigError::WrongType { key, wanted, .. } => Some(format!(
                 "set `{key}` to {wanted}, or take the `config.json` of the repository that the weights are from"
             )),
@@ -127,11 +127,7 @@ impl HfConfig {
 
     /// A table under a key without any keys of its own: for what a file leaves out whole.
     pub fn empty_table(&self, key: &str) -> HfConfig {
-        HfConfig {
-            path: self.path.clone(),
-            prefix: format!("{}{key}.", self.prefix),
-            map: Map::new(),
-        }
+        HfConfig { path: self.path.clone(), prefix: format!("{}{key}.", self.prefix), map: Map::new() }
     }
 
     /// This table with the keys of `over` in place of its own.

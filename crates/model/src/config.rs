@@ -240,12 +240,11 @@ impl TargetConfig {
         }
         let windows = windows(config, family, num_layers)?;
         let sliding = windows.iter().any(Option::is_some);
-        let (rope, local) = ropes(config, family, sliding, class.rope_theta, max_position).map_err(|e| {
-            match e {
+        let (rope, local) =
+            ropes(config, family, sliding, class.rope_theta, max_position).map_err(|e| match e {
                 RopeError::Config(error) => error.into(),
                 RopeError::Unsupported(what) => unsupported(what),
-            }
-        })?;
+            })?;
         let eos_ids = match (token_ids(config, "eos_token_id")?, nested.is_some()) {
             (Some(ids), _) => Some(ids),
             // The whole model's own word, where the language model says nothing.
@@ -436,11 +435,7 @@ impl TargetConfig {
 }
 
 /// `[layers]` window of each layer, as the family's class derives them.
-fn windows(
-    config: &HfConfig,
-    family: Family,
-    num_layers: usize,
-) -> Result<Vec<Option<usize>>, ModelError> {
+fn windows(config: &HfConfig, family: Family, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
     let default = class_defaults(family.model_type()).and_then(|class| class.sliding_window);
     // A window of `null` is none, an absent one the class's.
     let window = match config.find_usize("sliding_window")? {
@@ -449,12 +444,15 @@ fn windows(
         None => default,
     };
     let types = config.find_str_list("layer_types")?;
-    let typed = |window: Option<usize>, otherwise: &dyn Fn(usize) -> bool| -> Result<Vec<Option<usize>>, ModelError> {
-        let unsupported = |what: String| {
-            Err(ModelError::Unsupported { place: config.path().display().to_string(), what })
-        };
+    let typed = |window: Option<usize>,
+                 otherwise: &dyn Fn(usize) -> bool|
+     -> Result<Vec<Option<usize>>, ModelError> {
+        let unsupported =
+            |what: String| Err(ModelError::Unsupported { place: config.path().display().to_string(), what });
         if let Some(types) = &types {
-            if let Some(other) = types.iter().find(|t| !matches!(t.as_str(), "full_attention" | "sliding_attention")) {
+            if let Some(other) =
+                types.iter().find(|t| !matches!(t.as_str(), "full_attention" | "sliding_attention"))
+            {
                 return unsupported(format!("layers of type `{other}`"));
             }
             if types.len() != num_layers {

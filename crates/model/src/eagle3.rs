@@ -781,7 +781,9 @@ mod tests {
             assert_eq!(with(open), None, "{open} leaves the default");
         }
         assert_eq!(
-            with(r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids": [2, 18, 33]"#),
+            with(
+                r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids": [2, 18, 33]"#
+            ),
             Some([1, 17, 32]),
             "an empty list does not hide the other key"
         );
@@ -790,12 +792,21 @@ mod tests {
     #[test]
     fn layer_ids_that_are_none_name_their_key_and_the_way_out() {
         for (key, wanted) in [
-            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}"#, "`eagle_config.eagle_aux_hidden_state_layer_ids` should be three layer ids, counted from 0, found `[1,2]`"),
-            (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", "2", "3"]}"#, r#"found `["1","2","3"]`"#),
+            (
+                r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}"#,
+                "`eagle_config.eagle_aux_hidden_state_layer_ids` should be three layer ids, counted from 0, found `[1,2]`",
+            ),
+            (
+                r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": ["1", "2", "3"]}"#,
+                r#"found `["1","2","3"]`"#,
+            ),
             (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 2, 3]}"#, "found `[-1,2,3]`"),
             (r#""eagle_config": {"eagle_aux_hidden_state_layer_ids": "1,2,3"}"#, r#"found `"1,2,3"`"#),
             (r#""eagle_config": [1, 2, 3]"#, "`eagle_config` should be an object, found `[1,2,3]`"),
-            (r#""eagle_aux_hidden_state_layer_ids": [0, 2, 3]"#, "`eagle_aux_hidden_state_layer_ids` should be three layer numbers, counted from 1, found `[0,2,3]`"),
+            (
+                r#""eagle_aux_hidden_state_layer_ids": [0, 2, 3]"#,
+                "`eagle_aux_hidden_state_layer_ids` should be three layer numbers, counted from 1, found `[0,2,3]`",
+            ),
             (r#""eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4]"#, "found `[1,2,3,4]`"),
         ] {
             let text = QWEN.replacen('{', &format!("{{{key}, "), 1);

@@ -119,20 +119,24 @@ impl ModelError {
             ModelError::Gguf(e) => e.hint(),
             ModelError::Safetensors(e) => e.hint(),
             ModelError::Config(e) => e.hint(),
-            ModelError::UnknownArchitecture { .. } => Some(format!("choose a model of a family that is read: {FAMILIES}")),
+            ModelError::UnknownArchitecture { .. } => {
+                Some(format!("choose a model of a family that is read: {FAMILIES}"))
+            }
             ModelError::Quantised { place, .. } => Some(quantised::advice(place)),
             ModelError::Adapter { .. } => {
                 Some("merge it into the model that it was trained for, and give the merged folder".into())
             }
             ModelError::MissingTensor { place, .. } => Some(match is_gguf(place) {
                 true => "the file was made without it: use another conversion of the model".into(),
-                false => "config.json and weights are of two models, or the weights are of a variant that is not \
+                false => {
+                    "config.json and weights are of two models, or the weights are of a variant that is not \
                           read: take both from one repository and revision"
-                    .into(),
+                        .into()
+                }
             }),
-            ModelError::UnexpectedTensor { .. } => {
-                Some("the model has a part more than its family: use the plain model that it was made from".into())
-            }
+            ModelError::UnexpectedTensor { .. } => Some(
+                "the model has a part more than its family: use the plain model that it was made from".into(),
+            ),
             ModelError::TensorType { .. } => Some(format!(
                 "use the same model in another quantisation; weights are read as {}",
                 read_types()

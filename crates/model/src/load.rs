@@ -118,13 +118,18 @@ impl Source {
             let config_path = path.join("config.json");
             if !config_path.is_file() {
                 let adapter = path.join("adapter_config.json").is_file();
-                return Err(if adapter { ModelError::Adapter { place } } else { ModelError::NotAModel { place } });
+                return Err(if adapter {
+                    ModelError::Adapter { place }
+                } else {
+                    ModelError::NotAModel { place }
+                });
             }
             let hf = HfConfig::open(&config_path)?;
             // An architecture that is not read comes first: its unquantised form would not be read either.
             let config = TargetConfig::from_hf(&hf)?;
             let method = quantised::configured(&hf, path)?;
-            let named = |method: &str| ModelError::Quantised { place: place.clone(), method: method.to_owned() };
+            let named =
+                |method: &str| ModelError::Quantised { place: place.clone(), method: method.to_owned() };
             let dir = SafetensorsDir::open(path).map_err(|error| match (&error, &method) {
                 // Older quantised folders hold pickled weights.
                 (SafetensorsError::NoWeights { .. }, Some(method)) => named(method),

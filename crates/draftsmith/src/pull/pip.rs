@@ -160,13 +160,28 @@ impl PipCause {
     /// Judges everything that pip wrote: it also says "no matching distribution" when the index never answered.
     fn of(said: &str) -> PipCause {
         let any = |signs: &[&str]| signs.iter().any(|sign| said.contains(sign));
-        if any(&["No space left on device", "Errno 28]", "Disk quota exceeded", "Errno 122]", "not enough space on the disk"]) {
+        if any(&[
+            "No space left on device",
+            "Errno 28]",
+            "Disk quota exceeded",
+            "Errno 122]",
+            "not enough space on the disk",
+        ]) {
             return PipCause::DiskFull;
         }
         if any(&["Permission denied", "Errno 13]", "Read-only file system", "Errno 30]"]) {
             return PipCause::Denied;
         }
-        if any(&["connection broken by", "ConnectionError", "Max retries exceeded", "timed out", "SSLError", "ProxyError", "Temporary failure in name resolution", "Network is unreachable"]) {
+        if any(&[
+            "connection broken by",
+            "ConnectionError",
+            "Max retries exceeded",
+            "timed out",
+            "SSLError",
+            "ProxyError",
+            "Temporary failure in name resolution",
+            "Network is unreachable",
+        ]) {
             return PipCause::Connection;
         }
         if any(&["No matching distribution found", "Could not find a version that satisfies"]) {
@@ -282,9 +297,15 @@ mod tests {
     #[test]
     fn what_pip_says_is_told_apart() {
         for (said, cause) in [
-            ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", PipCause::DiskFull),
+            (
+                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+                PipCause::DiskFull,
+            ),
             ("OSError: [Errno 122] Disk quota exceeded: '/c/x'", PipCause::DiskFull),
-            ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: '/c'", PipCause::Denied),
+            (
+                "ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied: '/c'",
+                PipCause::Denied,
+            ),
             (
                 "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\nERROR: No matching \
                  distribution found for p==1",

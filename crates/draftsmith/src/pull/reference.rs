@@ -225,7 +225,10 @@ mod tests {
         check("hf:a/b@v1:x/y.gguf", r#"revision: "v1", file: Some("x/y.gguf")"#);
         check("hf:a/b@refs/pr/3", r#"revision: "refs/pr/3""#);
         check("pip:p-q==0.1.2:d/m.gguf", r#"Pip { package: "p-q", version: "0.1.2", path: "d/m.gguf" }"#);
-        check("pip:p{1..22}==0.2.0:p{n}/d{nn}.bin", r#"PipParts { before: "p", behind: "", first: 1, last: 22"#);
+        check(
+            "pip:p{1..22}==0.2.0:p{n}/d{nn}.bin",
+            r#"PipParts { before: "p", behind: "", first: 1, last: 22"#,
+        );
         check("pip:p{2..1}==1:d{n}", "the first not above the second");
         check("pip:p{1..x}==1:d{n}", "two whole numbers");
         check("pip:p{01..02}==1:d{n}", "two whole numbers");
@@ -253,7 +256,8 @@ mod tests {
 
     #[test]
     fn parts_are_numbered_as_their_path_asks() {
-        let Ok(Reference::PipParts(parts)) = "pip:m-part{9..11}==0.2.0:m_part{n}/{nnn}/part{nn}.bin".parse() else {
+        let Ok(Reference::PipParts(parts)) = "pip:m-part{9..11}==0.2.0:m_part{n}/{nnn}/part{nn}.bin".parse()
+        else {
             panic!("it is a reference")
         };
         assert_eq!(parts.part(9), ("m-part9".to_string(), "m_part9/009/part09.bin".to_string()));
@@ -262,7 +266,13 @@ mod tests {
 
     #[test]
     fn what_is_printed_reads_back_the_same() {
-        for text in ["hf:a/b", "hf:a/b@v1:x.gguf", "pip:p==1.0:m/x.gguf", "pip:a{1..3}b==1:p{n}/{nn}.bin", "some/file"] {
+        for text in [
+            "hf:a/b",
+            "hf:a/b@v1:x.gguf",
+            "pip:p==1.0:m/x.gguf",
+            "pip:a{1..3}b==1:p{n}/{nn}.bin",
+            "some/file",
+        ] {
             let reference: Reference = text.parse().unwrap();
             assert_eq!(reference.to_string(), text);
         }

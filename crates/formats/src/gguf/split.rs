@@ -143,8 +143,11 @@ pub fn only_model(folder: &Path) -> std::io::Result<Option<PathBuf>> {
     // Without its first part a split begins with what is there; opening it says what is missing.
     Ok(match only {
         Some(first) if !first.is_file() => {
-            let mut parts: Vec<PathBuf> =
-                std::fs::read_dir(folder)?.flatten().map(|e| e.path()).filter(|p| split_name(p).is_some()).collect();
+            let mut parts: Vec<PathBuf> = std::fs::read_dir(folder)?
+                .flatten()
+                .map(|e| e.path())
+                .filter(|p| split_name(p).is_some())
+                .collect();
             parts.sort();
             parts.into_iter().next()
         }
@@ -240,7 +243,11 @@ fn joined(parts: Vec<Part<'_>>) -> Result<GgufFile<'_>, GgufError> {
                     said.count
                 )));
             }
-            None => return Err(split(format!("it stands for part {number} of {count}, but is no part of a split"))),
+            None => {
+                return Err(split(format!(
+                    "it stands for part {number} of {count}, but is no part of a split"
+                )));
+            }
         }
         let tensors = found.and_then(|said| said.tensors);
         match (promised, tensors) {

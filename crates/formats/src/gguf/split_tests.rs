@@ -135,7 +135,9 @@ fn splits_that_are_not_whole_are_refused() {
     );
     refused(
         1,
-        |f| drop(std::fs::copy(part(f, 2), part(f, 3)).unwrap()),
+        |f| {
+            std::fs::copy(part(f, 2), part(f, 3)).unwrap();
+        },
         "`llama-f32-00003-of-00003.gguf`: it is part 2 of 3 by its own words, but part 3 of 3 by its name",
         "one download",
     );
@@ -189,7 +191,9 @@ fn splits_that_are_not_whole_are_refused() {
     );
     refused(
         2,
-        |f| drop(std::fs::copy(fixtures().join("gguf/f16.gguf"), part(f, 3)).unwrap()),
+        |f| {
+            std::fs::copy(fixtures().join("gguf/f16.gguf"), part(f, 3)).unwrap();
+        },
         "it stands for part 3 of 3, but is no part of a split",
         "one download",
     );
@@ -197,7 +201,10 @@ fn splits_that_are_not_whole_are_refused() {
     let renamed = folder.path().join("model.gguf");
     std::fs::rename(part(folder.path(), 1), &renamed).unwrap();
     let error = GgufFile::open(&renamed).unwrap_err().to_string();
-    assert!(error.contains("it is part 1 of 3, but its name does not end in `-00001-of-00003.gguf`"), "{error}");
+    assert!(
+        error.contains("it is part 1 of 3, but its name does not end in `-00001-of-00003.gguf`"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -217,7 +224,9 @@ fn names_of_parts_are_told_from_others() {
     let name = SplitName::parse("a-b-00002-of-00010.gguf").unwrap();
     assert_eq!((name.prefix(), name.no, name.count), ("a-b", 2, 10));
     assert_eq!(name.part(10), "a-b-00010-of-00010.gguf");
-    for other in ["a.gguf", "a-00000-of-00002.gguf", "a-00003-of-00002.gguf", "a-1-of-2.gguf", "a-00001-of-00002.bin"] {
+    for other in
+        ["a.gguf", "a-00000-of-00002.gguf", "a-00003-of-00002.gguf", "a-1-of-2.gguf", "a-00001-of-00002.bin"]
+    {
         assert_eq!(SplitName::parse(other), None, "{other}");
     }
 }
