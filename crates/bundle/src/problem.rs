@@ -379,6 +379,9 @@ impl Problem {
             Problem::TensorMissing { .. } | Problem::TensorExtra { .. } | Problem::TensorShape { .. } => {
                 "names and shapes follow from `config.json` in the SpecForge layout; check both files".into()
             }
+            Problem::TensorDtype { wanted, .. } if wanted.contains("F16") && *wanted != "BF16" => {
+                "use the draft as it was trained: quantised weights of a draft are not read".into()
+            }
             Problem::TensorDtype { .. } => {
                 "weights are stored as BF16, `d2t` as I64, `t2d` as BOOL; make the bundle anew from the checkpoint".into()
             }
