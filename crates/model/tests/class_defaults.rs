@@ -163,3 +163,22 @@ fn what_is_not_built_is_named_with_a_way_out() {
         "a boolean",
     );
 }
+
+#[test]
+fn both_spellings_of_a_configuration_are_one_model() {
+    let families = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/families");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(families).unwrap() {
+        let folder = entry.unwrap().path();
+        if !folder.join("config.v4.json").is_file() {
+            continue;
+        }
+        let [new, old] = ["config.json", "config.v4.json"].map(|file| {
+            let config = TargetConfig::from_hf(&HfConfig::open(folder.join(file)).unwrap()).unwrap();
+            format!("{config:?}")
+        });
+        assert_eq!(new, old, "{}", folder.display());
+        seen += 1;
+    }
+    assert!(seen >= 10);
+}

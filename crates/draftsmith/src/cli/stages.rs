@@ -265,8 +265,8 @@ pub struct BundleImport {
     #[arg(long, value_name = "ORG/NAME")]
     pub base_model: Option<String>,
     /// Captured layers, 0-based output of layer, where the draft's configuration leaves them open or is wrong.
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true, value_parser = layer_id)]
-    pub layers: Option<Vec<u32>>,
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
+    pub layers: Option<Vec<String>>,
     /// Replace the bundle if it is there.
     #[arg(long)]
     pub replace: bool,
@@ -299,9 +299,4 @@ pub struct Status {
     /// Print one JSON object per run.
     #[arg(long)]
     pub json: bool,
-}
-
-/// A layer of `--layers`.
-fn layer_id(text: &str) -> Result<u32, String> {
-    text.trim().parse().map_err(|_| "layers are whole numbers, counted from 0".to_string())
 }

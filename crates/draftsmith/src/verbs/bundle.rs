@@ -110,16 +110,28 @@ pub(crate) fn verify_export(args: &cli::BundleVerifyExport) -> Result<u8, Failur
 }
 
 /// The three layers of `--layers`.
-fn three_layers(layers: &[u32]) -> Result<[u32; 3], Failure> {
-    let hint = "give the layers low, mid, high, counted from 0: `--layers 1,14,26`";
-    let three: [u32; 3] = layers.try_into().map_err(|_| {
-        Failure::input(format!("`--layers` has {} numbers, expected 3", layers.len()), Some(hint.into()))
+fn three_layers(written: &[String]) -> Result<[u32; 3], Failure> {
+    let refused = |message: String| {
+        let hint = "give the layers low, mid, high, counted from 0: `--layers 1,14,26`";
+        Failure::input(message, Some(hint.into()))
+    };
+    let layers: Result<Vec<u32>, Failure> = written
+        .iter()
+        .map(|text| {
+            text.trim().parse().map_err(|_| {
+                refused(format!("`--layers` has `{text}`, expected whole numbers counted from 0"))
+            })
+        })
+        .collect();
+    let three: [u32; 3] = layers?.try_into().map_err(|layers: Vec<u32>| {
+        refused(format!("`--layers` has {} numbers, expected 3", layers.len()))
     })?;
-    if !three.windows(2).all(|pair| pair[0] < pair[1]) {
-        let message = format!("`--layers` is {three:?}, expected three different layers in ascending order");
-        return Err(Failure::input(message, Some(hint.into())));
+    match three.windows(2).all(|pair| pair[0] < pair[1]) {
+        true => Ok(three),
+        false => Err(refused(format!(
+            "`--layers` is {three:?}, expected three different layers in ascending order"
+        ))),
     }
-    Ok(three)
 }
 
 pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, Failure> {

@@ -429,7 +429,11 @@ fn drafts_whose_layers_are_open_or_wrong_import_where_the_command_line_is_right(
     refused(&import(&fine, Some("1,3,60")), "reads what layer 60 writes", "--layers LOW,MID,HIGH");
     refused(&import(&fine, Some("4,3,1")), "`--layers` is [4, 3, 1]", "low, mid, high");
     refused(&import(&fine, Some("1,1,3")), "`--layers` is [1, 1, 3]", "low, mid, high");
-    refused(&import(&fine, Some("-1,3,4")), "layers are whole numbers, counted from 0", "");
+    refused(
+        &import(&fine, Some("-1,3,4")),
+        "`--layers` has `-1`, expected whole numbers counted from 0",
+        "low, mid, high",
+    );
 }
 
 #[test]
@@ -493,5 +497,5 @@ fn a_target_with_other_weights_than_the_bundles_is_told() {
         serde_json::from_slice(&std::fs::read(home.path().join("m/w.json")).unwrap()).unwrap();
     assert_eq!(record["draft"]["trained_beside"], bundle.target.weights_sha256);
     let report = std::fs::read_to_string(home.path().join("m/report.html")).unwrap();
-    assert!(report.contains("the draft was trained beside target weights with hash"));
+    assert!(report.contains("The draft was trained beside target weights with hash"));
 }
