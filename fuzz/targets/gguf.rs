@@ -5,6 +5,15 @@
 use draftsmith_formats::gguf::GgufFile;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    // As a split in two: the second part begins where a second file would.
+    if let Some(at) = bytes.windows(4).skip(1).position(|w| w == b"GGUF") {
+        let (first, second) = bytes.split_at(at + 1);
+        if let Ok(file) = GgufFile::parse_parts(&[first, second]) {
+            for tensor in file.tensors() {
+                assert_eq!(file.data(tensor).len(), tensor.byte_len);
+            }
+        }
+    }
     match GgufFile::parse(bytes) {
         Ok(file) => {
             for tensor in file.tensors() {

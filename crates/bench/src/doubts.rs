@@ -3,7 +3,7 @@
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-use crate::record::{Record, Sample};
+use crate::record::{ArtifactInfo, Record, Sample};
 use crate::stats::median;
 
 /// Fewer rows than this and intervals are wide and quantiles of little meaning.
@@ -34,6 +34,13 @@ pub enum Doubt {
         turn: u32,
         /// First token index that differs.
         token_idx: u32,
+    },
+    /// The draft was trained beside other weights of its target.
+    OtherWeights {
+        /// Their hash.
+        trained: String,
+        /// Hash of the target that was measured.
+        found: String,
     },
     /// Too few rows for the interval to mean much.
     TooFewSamples {
@@ -98,6 +105,7 @@ impl Doubt {
     pub fn kind(&self) -> &'static str {
         match self {
             Doubt::OutputsDiffer { .. } => "outputs_differ",
+            Doubt::OtherWeights { .. } => "other_weights",
             Doubt::TooFewSamples { .. } => "too_few_samples",
             Doubt::FirstSampleSlow { .. } => "first_sample_slow",
             Doubt::MachineBusy { .. } | Doubt::OthersBusy { .. } => "machine_busy",
@@ -115,6 +123,9 @@ impl Doubt {
             Doubt::OutputsDiffer { samples, of, id, turn, token_idx } => format!(
                 "outputs differ from target-only decoding in {samples} of {of} samples, first in row `{id}`, turn {turn}, at token {token_idx}"
             ),
+            Doubt::OtherWeights { trained, found } => {
+                format!("the draft was trained beside target weights with hash {trained}, these have {found}")
+            }
             Doubt::TooFewSamples { rows, wanted } => {
                 format!("only {rows} rows were measured, {wanted} are wanted")
             }
@@ -149,6 +160,9 @@ impl Doubt {
             Doubt::OutputsDiffer { .. } => {
                 "do not use this draft or engine build until the difference is explained: run `generate --prove` on the row"
             }
+            Doubt::OtherWeights { .. } => {
+                "another quantisation of the same model changes the accept length a little, other weights much: measure with the target named in `bundle.json`"
+            }
             Doubt::TooFewSamples { .. } => "raise `--limit`, or use a larger workload",
             Doubt::FirstSampleSlow { .. } => "measure again; if it stays, lengthen the warm-up",
             Doubt::MachineBusy { .. } | Doubt::OthersBusy { .. } => "close other programs and measure again",
@@ -174,6 +188,13 @@ impl Serialize for Doubt {
     }
 }
 
+/// Whether a draft stands beside other weights than those it was trained beside; `None` where one of the hashes is not
+/// known.
+pub fn other_weights(draft: &ArtifactInfo, target: &ArtifactInfo) -> Option<Doubt> {
+    let (trained, found) = (draft.trained_beside.clone()?, target.sha256.clone()?);
+    (trained != found).then_some(Doubt::OtherWeights { trained, found })
+}
+
 /// All doubts about one record.
 pub fn doubts(record: &Record) -> Vec<Doubt> {
     let mut found = Vec::new();
@@ -188,6 +209,7 @@ pub fn doubts(record: &Record) -> Vec<Doubt> {
             token_idx: first.first_difference.unwrap_or(0),
         });
     }
+    found.extend(other_weights(&record.draft, &record.target));
     let rows = samples.iter().map(|s| s.id.as_str()).collect::<std::collections::HashSet<_>>().len();
     if samples.iter().all(|s| s.accept.verify_steps == 0) {
         found.push(Doubt::NothingDrafted);

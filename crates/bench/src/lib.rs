@@ -25,7 +25,7 @@ pub mod train;
 pub mod tune;
 mod workload;
 
-pub use doubts::Doubt;
+pub use doubts::{Doubt, other_weights};
 pub use error::{BenchError, BoxError};
 pub use measure::{MeasureOptions, Progress, first_difference, run_workload};
 pub use record::Record;

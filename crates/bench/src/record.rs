@@ -67,6 +67,9 @@ pub struct ArtifactInfo {
     pub sha256: Option<String>,
     /// Method for a draft (`eagle3`), weight format for a target (`Q4_1`).
     pub kind: String,
+    /// Of a draft: hash of the target's weights that it was trained beside, if it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained_beside: Option<String>,
 }
 
 /// How the drafter proposes.

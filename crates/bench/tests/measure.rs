@@ -106,6 +106,12 @@ fn every_doubt_is_raised_by_its_cause_alone() {
     let few = measured(&mut FakeRunner::default(), &workload("w", 5, 1), &options(20));
     assert_eq!(doubts_of(&few), ["too_few_samples"]);
 
+    let mut other = quiet.clone();
+    other.draft.trained_beside = Some("cd".repeat(32));
+    assert_eq!(doubts_of(&other), ["other_weights"]);
+    other.draft.trained_beside.clone_from(&other.target.sha256);
+    assert!(doubts_of(&other).is_empty(), "the same weights");
+
     let mut busy = quiet.clone();
     busy.machine.load_average_1m = Some(1.7);
     assert_eq!(doubts_of(&busy), ["machine_busy"]);

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::AtomicError;
-use draftsmith_formats::gguf::GgufError;
+use draftsmith_formats::gguf::{ContentError, GgufError};
 use draftsmith_formats::mapped::OpenError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_model::eagle3::Eagle3ConfigError;
@@ -110,6 +110,15 @@ pub enum BundleError {
     },
 }
 
+impl From<ContentError> for BundleError {
+    fn from(error: ContentError) -> BundleError {
+        match error {
+            ContentError::Gguf(error) => error.into(),
+            ContentError::Read(error) => error.into(),
+        }
+    }
+}
+
 fn more_text(more: usize) -> String {
     if more == 0 { String::new() } else { format!(" (and {more} more)") }
 }
@@ -146,13 +155,17 @@ impl BundleError {
             BundleError::MissingField { field } => {
                 Some(format!("set `{field}` in the `[bundle]` table of the run file"))
             }
-            BundleError::Exists { .. } => Some("choose another folder, or remove this one".into()),
+            BundleError::Exists { .. } => Some("choose another folder with `--out`, or replace this one with `--replace`".into()),
             BundleError::Weights(e) => e.hint(),
             BundleError::Io(e) => e.hint(),
-            BundleError::Manifest { .. }
-            | BundleError::Open(_)
-            | BundleError::Probe { .. }
-            | BundleError::Json { .. } => None,
+            BundleError::Manifest { .. } => {
+                Some("the file was changed or damaged: make the bundle or export anew".into())
+            }
+            BundleError::Open(_) => Some("check the path and whether the file may be read".into()),
+            BundleError::Probe { .. } => {
+                Some("the draft does not run beside this target: name the one that it was trained for".into())
+            }
+            BundleError::Json { .. } => None,
         }
     }
 }

@@ -12,6 +12,7 @@ use draftsmith_model::eagle3::Eagle3Config;
 use serde_json::{Map, Value};
 
 use crate::Problem;
+use crate::problem::layer_problem;
 
 /// Which element types a place allows for trained weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,27 +287,24 @@ pub(crate) fn config_problems(
             "vLLM",
             format!("{:?} (input of layer)", wanted(1)),
         );
-        if let Some(layers) = num_layers {
-            need(
-                "eagle_config.eagle_aux_hidden_state_layer_ids",
-                ids.iter().all(|id| u64::from(*id) < layers),
-                BOTH,
-                format!("layers below {layers}"),
-            );
-        }
+        problems.extend(num_layers.and_then(|layers| layer_problem(ids, layers as u32)));
     }
     problems
 }
 
 /// Reads `config.json` of a folder: the object and the draft's shape.
 pub(crate) fn read_config(path: &Path) -> Result<(Map<String, Value>, Eagle3Config), Problem> {
-    let bad = |message: String| Problem::Config { message: format!("`{}`: {message}", path.display()) };
-    let bytes =
-        draftsmith_formats::atomic::read(path).map_err(|e| Problem::Config { message: e.to_string() })?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-    let config = Eagle3Config::from_value(&value).map_err(|e| bad(e.to_string()))?;
+    let bad = |message: String, hint: Option<String>| Problem::Config {
+        message: format!("`{}`: {message}", path.display()),
+        hint,
+    };
+    const JSON: &str = "correct the file, or take it from the draft's repository again";
+    let bytes = draftsmith_formats::atomic::read(path)
+        .map_err(|e| Problem::Config { message: e.to_string(), hint: e.hint() })?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string(), Some(JSON.into())))?;
+    let config = Eagle3Config::from_value(&value).map_err(|e| bad(e.to_string(), e.hint()))?;
     match value {
         Value::Object(object) => Ok((object, config)),
-        _ => Err(bad("it is no object".into())),
+        _ => Err(bad("it is no object".into(), Some(JSON.into()))),
     }
 }

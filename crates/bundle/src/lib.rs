@@ -23,7 +23,7 @@ pub use engines::{Launch, launch};
 pub use error::{BoxError, BundleError};
 pub use foreign::{
     ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, import_gguf,
-    import_safetensors, verify_export,
+    import_safetensors, import_with, verify_export,
 };
 pub use layout::{TensorSpec, expected_tensors};
 pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, input_of, make, remake};
@@ -33,4 +33,4 @@ pub use manifest::{
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
-pub use problem::Problem;
+pub use problem::{Problem, layer_problem};

@@ -16,6 +16,7 @@ use crate::manifest::{
     PROBE_FILE, Recommended, Shape, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
+use crate::problem::layer_problem;
 use crate::{BundleError, Problem};
 
 /// A value with the ends of its 95 % interval.
@@ -151,9 +152,12 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     let (_, mut config) =
         read_config(&input.checkpoint.join(CONFIG_FILE)).map_err(|problem| refused(vec![problem]))?;
     // Engines have different defaults: the layers are always written.
-    config.target_layer_ids = Some(config.layers(input.target.num_layers as u32));
+    let num_layers = input.target.num_layers as u32;
+    let layers = config.layers(num_layers);
+    config.target_layer_ids = Some(layers);
     let weights = SafetensorsDir::open(&input.checkpoint)?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
+    problems.extend(layer_problem(layers, num_layers));
     if let Some(Err(problem)) = vocab_map(&config, &weights) {
         problems.push(problem);
     }

@@ -208,6 +208,22 @@ pub enum Problem {
     Config {
         /// The reader's words, file named.
         message: String,
+        /// The reader's advice.
+        hint: Option<String>,
+    },
+    /// A captured layer that the target does not have.
+    #[error("the draft reads what layer {layer} writes, but the target has {num_layers} layers, 0 to {}", num_layers.saturating_sub(1))]
+    LayerOutside {
+        /// Counted from 0.
+        layer: u32,
+        /// Of the target.
+        num_layers: u32,
+    },
+    /// Captured layers that are not three in the order in which a target computes them.
+    #[error("the draft reads layers {layers:?}, expected three different ones in ascending order")]
+    LayerOrder {
+        /// Counted from 0.
+        layers: [u32; 3],
     },
     /// `config.json` lacks what an engine needs.
     #[error("`config.json`: `{key}` is {found}, but {engine} needs {wanted}")]
@@ -333,6 +349,8 @@ impl Problem {
             Problem::Untrained { .. } => "untrained",
             Problem::VocabMap { .. } => "vocab_map",
             Problem::Config { .. } => "config",
+            Problem::LayerOutside { .. } => "layer_outside",
+            Problem::LayerOrder { .. } => "layer_order",
             Problem::ConfigKey { .. } => "config_key",
             Problem::ManifestDisagrees { .. } => "manifest_disagrees",
             Problem::WrongTarget { .. } => "wrong_target",
@@ -361,6 +379,9 @@ impl Problem {
             Problem::TensorMissing { .. } | Problem::TensorExtra { .. } | Problem::TensorShape { .. } => {
                 "names and shapes follow from `config.json` in the SpecForge layout; check both files".into()
             }
+            Problem::TensorDtype { wanted, .. } if wanted.contains("F16") && *wanted != "BF16" => {
+                "use the draft as it was trained: quantised weights of a draft are not read".into()
+            }
             Problem::TensorDtype { .. } => {
                 "weights are stored as BF16, `d2t` as I64, `t2d` as BOOL; make the bundle anew from the checkpoint".into()
             }
@@ -387,9 +408,36 @@ impl Problem {
             }
             Problem::TensorTwice { .. } => "remove one of the two".into(),
             Problem::Large { .. } => "ship it by a model hub instead".into(),
-            _ => return None,
+            Problem::Config { hint, .. } => return hint.clone(),
+            Problem::LayerOutside { .. } | Problem::LayerOrder { .. } => {
+                "import the draft with the layers that it was trained on, `--layers LOW,MID,HIGH` counted from 0, or \
+                 name the target that it was made for"
+                    .into()
+            }
+            Problem::FilePath { .. } | Problem::FileNotListed { .. } | Problem::Weights { .. } => {
+                "the bundle is not what `draftsmith bundle` makes: make it anew from its checkpoint or import".into()
+            }
+            Problem::ConfigKey { .. } | Problem::ManifestDisagrees { .. } => {
+                "one of the bundle's files was changed by hand: make the bundle anew from its checkpoint or import".into()
+            }
+            Problem::ProbeSize { .. } | Problem::ProbeFile { .. } => {
+                "make the bundle anew from its checkpoint or import: its probe is of another draft".into()
+            }
+            Problem::EmbeddingDiffers { .. } => "use the target named in `bundle.json`".into(),
+            Problem::Engine { fatal: false, .. } => return None,
         })
     }
+}
+
+/// What is wrong with the captured layers of a draft for a target with so many layers. The default layers of a target
+/// too shallow for three different ones are fine.
+pub fn layer_problem(layers: [u32; 3], num_layers: u32) -> Option<Problem> {
+    if let Some(layer) = layers.into_iter().find(|layer| *layer >= num_layers) {
+        return Some(Problem::LayerOutside { layer, num_layers });
+    }
+    let default = draftsmith_core::default_target_layers(num_layers).map(|id| id.0);
+    let ascending = layers.windows(2).all(|pair| pair[0] < pair[1]);
+    (!ascending && layers != default).then_some(Problem::LayerOrder { layers })
 }
 
 impl Serialize for Problem {

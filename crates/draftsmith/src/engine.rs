@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
-use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, target_problems};
+use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine};
-use draftsmith_formats::gguf::GgufFile;
+use draftsmith_formats::gguf::{GgufFile, SplitName};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 
@@ -112,7 +113,12 @@ impl LoadedTarget {
     /// Name for people: the file name without its ending, or the folder's name.
     pub fn name(&self) -> String {
         let stem = if self.path.is_dir() { self.path.file_name() } else { self.path.file_stem() };
-        stem.map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|| self.reference.clone())
+        let file = self.path.file_name().and_then(|n| n.to_str()).and_then(SplitName::parse);
+        match file {
+            // All parts are one model.
+            Some(part) => part.prefix().to_string(),
+            None => stem.map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|| self.reference.clone()),
+        }
     }
 
     /// `Q4_1`, `BF16`: the type that most of the weights are stored in.
@@ -122,7 +128,12 @@ impl LoadedTarget {
 
     /// For records.
     pub fn artifact(&self) -> ArtifactInfo {
-        ArtifactInfo { name: self.name(), sha256: Some(self.sha256.clone()), kind: self.weight_format() }
+        ArtifactInfo {
+            name: self.name(),
+            sha256: Some(self.sha256.clone()),
+            kind: self.weight_format(),
+            trained_beside: None,
+        }
     }
 
     /// For manifests; licence and hub name are not known from the weights and stay as given.
@@ -204,6 +215,13 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
         });
     }
     let draft = Draft::load(target.target.kernels().as_ref(), dir, mode)?;
+    let num_layers = target.target.config().num_layers as u32;
+    if let Some(problem) = layer_problem(draft.network.config.layers(num_layers), num_layers) {
+        return Err(Error::Input {
+            message: format!("draft `{}` does not fit target `{}`: {problem}", dir.display(), target.name()),
+            hint: problem.hint(),
+        });
+    }
     let drafter = Arc::new(EagleDrafter::new(&target.target, Arc::new(draft))?);
     let name = match &manifest {
         Some(manifest) => manifest.name.clone(),
@@ -212,8 +230,17 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
     let weights = dir.join("model.safetensors");
     let sha256 =
         if weights.is_file() { Some(draftsmith_formats::hash::sha256_file(&weights)?) } else { None };
-    let artifact = ArtifactInfo { name, sha256, kind: "eagle3".to_string() };
+    let trained_beside =
+        manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
+    let artifact = ArtifactInfo { name, sha256, kind: "eagle3".to_string(), trained_beside };
     Ok(LoadedDraft { drafter, manifest, artifact })
+}
+
+/// What to tell the user of a draft beside this target: the bundle names other weights than these. It decodes the same
+/// text all the same, so this is a warning; what does not fit is an error of [`load_draft`].
+pub fn weights_warning(draft: &LoadedDraft, target: &LoadedTarget) -> Option<String> {
+    let doubt = other_weights(&draft.artifact, &target.artifact())?;
+    Some(format!("warning: {} ({})", doubt.message(), doubt.advice()))
 }
 
 /// An engine over a target, with a drafter if there is one.

@@ -101,6 +101,15 @@ impl From<draftsmith_gpu::DeviceError> for Error {
     }
 }
 
+impl From<draftsmith_formats::gguf::ContentError> for Error {
+    fn from(error: draftsmith_formats::gguf::ContentError) -> Error {
+        match error {
+            draftsmith_formats::gguf::ContentError::Gguf(error) => error.into(),
+            draftsmith_formats::gguf::ContentError::Read(error) => error.into(),
+        }
+    }
+}
+
 impl Error {
     /// A rule between inputs that no single library sees.
     pub fn input(message: impl Into<String>, hint: impl Into<String>) -> Error {

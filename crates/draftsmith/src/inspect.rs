@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_bundle::{CONFIG_FILE, MANIFEST_FILE, Manifest};
 use draftsmith_formats::atomic;
 use draftsmith_formats::cache::CacheManifest;
-use draftsmith_formats::gguf::{GgufFile, GgufValue};
+use draftsmith_formats::gguf::{GgufFile, GgufValue, SplitName, content_sha256, parts_of};
 use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_formats::tokens::TokenFile;
@@ -34,7 +34,7 @@ const NAME_DEPTH: usize = 16;
 pub struct Node {
     /// Name inside its parent.
     pub name: String,
-    /// `bundle`, `draft`, `model`, `target cache`, `checkpoint`, `run`, `folder`, `gguf`, `safetensors`, `tokens`,
+    /// `bundle`, `draft`, `model`, `target cache`, `checkpoint`, `run`, `folder`, `gguf`, `gguf part`, `safetensors`, `tokens`,
     /// `file`, `tensors`, `tensor`.
     pub kind: &'static str,
     /// Size, contents included.
@@ -69,11 +69,42 @@ pub fn inspect(path: &Path, hashes: bool) -> Result<Node, Error> {
             "give a model, draft, bundle, cache, checkpoint, token file or the folder of a run",
         ));
     }
+    // Asked for by name, a part stands for its model; in a folder the first one does.
+    let parts = if is_gguf(path) { parts_of(path)? } else { Vec::new() };
+    if parts.len() > 1 {
+        return split(path, &parts, name, hashes);
+    }
     node(path, name, hashes)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.is_file() && path.extension().is_some_and(|e| e == "gguf")
+}
+
+/// A model in several files, as one: sizes and hash are those of all parts.
+fn split(path: &Path, parts: &[PathBuf], name: String, hashes: bool) -> Result<Node, Error> {
+    let mut bytes = 0;
+    for part in parts {
+        bytes += std::fs::metadata(part).map_err(|e| Error::unreadable(part, e))?.len();
+    }
+    let sha256 = if hashes { Some(content_sha256(path)?) } else { None };
+    Ok(gguf(&GgufFile::open(path)?, Node { name, bytes, sha256, ..Node::default() }, hashes))
 }
 
 fn node(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
     if !path.is_dir() {
+        let part = path.file_name().and_then(|n| n.to_str()).and_then(SplitName::parse);
+        if let Some(part) = part.filter(|part| part.count > 1 && is_gguf(path)) {
+            let parts = parts_of(path)?;
+            if part.no == 1 && parts.len() > 1 {
+                return split(path, &parts, name, hashes);
+            }
+            if parts.len() > 1 {
+                // Its tensors stand under the first part.
+                let sha256 = if hashes { Some(sha256_file(path)?) } else { None };
+                return Ok(Node { name, kind: "gguf part", bytes: 0, sha256, ..Node::default() });
+            }
+        }
         return file(path, name, hashes);
     }
     let (kind, facts) = folder_facts(path)?;
@@ -154,21 +185,7 @@ fn file(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
     let base = Node { name, bytes, sha256, kind: "file", ..Node::default() };
     let ends = |end: &str| path.extension().is_some_and(|e| e == end);
     if ends("gguf") {
-        let file = GgufFile::open(path)?;
-        let facts = file.metadata().iter().map(|(key, value)| (key.clone(), gguf_fact(value))).collect();
-        let tensors = file
-            .tensors()
-            .iter()
-            .map(|t| {
-                let shape = t.dims.iter().rev().copied().collect();
-                let mut node = tensor(&t.name, t.ggml_type.to_string(), shape, file.data(t), hashes);
-                if let Some(form) = weight_dtype(t.ggml_type).and_then(WeightDtype::widened) {
-                    node.facts.insert("runs_as".into(), form.into());
-                }
-                node
-            })
-            .collect();
-        return Ok(Node { kind: "gguf", facts, children: grouped(tensors, NAME_DEPTH), ..base });
+        return Ok(gguf(&GgufFile::open(path)?, base, hashes));
     }
     if ends("safetensors") {
         let open = SafetensorsDir::open(path)?;
@@ -192,6 +209,24 @@ fn file(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
         return Ok(Node { kind: "tokens", facts, ..base });
     }
     Ok(base)
+}
+
+/// A GGUF model's metadata and tensors, added to what is known of its file.
+fn gguf(file: &GgufFile<'_>, base: Node, hashes: bool) -> Node {
+    let facts = file.metadata().iter().map(|(key, value)| (key.clone(), gguf_fact(value))).collect();
+    let tensors = file
+        .tensors()
+        .iter()
+        .map(|t| {
+            let shape = t.dims.iter().rev().copied().collect();
+            let mut node = tensor(&t.name, t.ggml_type.to_string(), shape, file.data(t), hashes);
+            if let Some(form) = weight_dtype(t.ggml_type).and_then(WeightDtype::widened) {
+                node.facts.insert("runs_as".into(), form.into());
+            }
+            node
+        })
+        .collect();
+    Node { kind: "gguf", facts, children: grouped(tensors, NAME_DEPTH), ..base }
 }
 
 /// A metadata value; of an array only what it is, for vocabularies have many thousand entries.

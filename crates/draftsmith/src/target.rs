@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
+use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue, content_sha256};
 use draftsmith_formats::hash;
 use draftsmith_text::{ChatTemplate, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
+
+use crate::Error;
 
 /// Why a target has no usable text side.
 #[derive(Debug, thiserror::Error)]
@@ -188,13 +190,15 @@ fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextE
     Ok((tokenizer, template))
 }
 
-/// SHA-256 of a model: of the file, or over names and hashes of the files of a folder that decide what it says.
+/// SHA-256 of a model: of the file, over the hashes of the parts of a split GGUF ([`content_sha256`]), or over names and
+/// hashes of the files of a folder that decide what it says.
 ///
 /// # Errors
-/// [`AtomicError`] if a file cannot be read.
-pub fn model_hash(path: &Path) -> Result<String, AtomicError> {
+/// A file that cannot be read, a part that is missing.
+pub fn model_hash(path: &Path) -> Result<String, Error> {
     if !path.is_dir() {
-        return hash::sha256_file(path);
+        let split = path.extension().is_some_and(|e| e == "gguf");
+        return if split { Ok(content_sha256(path)?) } else { Ok(hash::sha256_file(path)?) };
     }
     let entries = std::fs::read_dir(path).map_err(|e| AtomicError::from_io("read", path, e))?;
     let mut files: Vec<PathBuf> = entries

@@ -89,9 +89,15 @@ impl DraftError {
             DraftError::Config { source, .. } => source.hint(),
             DraftError::Safetensors(e) => e.hint(),
             DraftError::Missing { .. } | DraftError::Unexpected { .. } | DraftError::Shape { .. } => {
-                Some("the folder holds an EAGLE-3 draft in the layout of SpecForge; export it again".into())
+                Some(
+                    "a draft in another engine's layout is made usable by `draftsmith bundle import FOLDER --target \
+                     TARGET --out BUNDLE`; of one in SpecForge's, `config.json` and weights must be of one training"
+                        .into(),
+                )
             }
-            DraftError::Vocab { .. } | DraftError::Kernel { .. } => None,
+            DraftError::Vocab { .. } | DraftError::Kernel { .. } => {
+                Some("the folder's files are not of one draft: take all of them from the same place".into())
+            }
         }
     }
 }

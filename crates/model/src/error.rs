@@ -141,6 +141,10 @@ impl ModelError {
                 "use the same model in another quantisation; weights are read as {}",
                 read_types()
             )),
+            ModelError::NotAModel { place } if first_gguf(place).is_some() => Some(format!(
+                "the folder holds several GGUF models: name one, for example `{}`",
+                first_gguf(place).unwrap_or_default()
+            )),
             ModelError::NotAModel { .. } => {
                 Some("give a `.gguf` file, or a folder as the Hugging Face hub has it".into())
             }
@@ -162,6 +166,19 @@ impl ModelError {
 
 /// Families that are read, for hints.
 const FAMILIES: &str = "llama (also SmolLM), mistral, qwen2 (also 2.5), qwen3 and gemma3 (text)";
+
+/// A GGUF file of a folder.
+fn first_gguf(place: &str) -> Option<String> {
+    let mut files: Vec<String> = std::fs::read_dir(place)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "gguf"))
+        .map(|path| path.display().to_string())
+        .collect();
+    files.sort();
+    files.into_iter().next()
+}
 
 fn is_gguf(place: &str) -> bool {
     place.ends_with(".gguf")

@@ -150,7 +150,7 @@ fn what_is_not_built_is_named_with_a_way_out() {
     refused(
         &format!(r#"{{"model_type": "gemma3_text", {small}, "layer_types": ["full_attention"]}}"#),
         "`layer_types` has 1 entries for 4 layers",
-        "config.json",
+        "another copy",
     );
     refused(
         r#"{"model_type": "llama", "hidden_size": "64"}"#,
@@ -162,4 +162,23 @@ fn what_is_not_built_is_named_with_a_way_out() {
         "`use_sliding_window` = \"yes\"",
         "a boolean",
     );
+}
+
+#[test]
+fn both_spellings_of_a_configuration_are_one_model() {
+    let families = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/families");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(families).unwrap() {
+        let folder = entry.unwrap().path();
+        if !folder.join("config.v4.json").is_file() {
+            continue;
+        }
+        let [new, old] = ["config.json", "config.v4.json"].map(|file| {
+            let config = TargetConfig::from_hf(&HfConfig::open(folder.join(file)).unwrap()).unwrap();
+            format!("{config:?}")
+        });
+        assert_eq!(new, old, "{}", folder.display());
+        seen += 1;
+    }
+    assert!(seen >= 10);
 }

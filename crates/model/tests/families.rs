@@ -138,6 +138,8 @@ fn safetensors_families_match_transformers() {
         "qwen2_f16",
         "qwen3",
         "qwen3_sharded",
+        "qwen3_window",
+        "mistral",
         "gemma3_text",
     ] {
         let expected = format!("families/{family}/expected.safetensors");

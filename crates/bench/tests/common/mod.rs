@@ -131,8 +131,14 @@ pub(crate) fn options(max_new_tokens: usize) -> MeasureOptions {
             name: "toy-target".into(),
             sha256: Some("ab".repeat(32)),
             kind: "Q4_1".into(),
+            trained_beside: None,
         },
-        draft: ArtifactInfo { name: "toy-draft".into(), sha256: None, kind: "eagle3".into() },
+        draft: ArtifactInfo {
+            name: "toy-draft".into(),
+            sha256: None,
+            kind: "eagle3".into(),
+            trained_beside: None,
+        },
         machine: Machine {
             cpu: "Made-up CPU".into(),
             cpu_features: vec!["avx2".into()],

@@ -17,6 +17,7 @@ use crate::engines::{Launch, launch};
 use crate::layout::{WeightTypes, expected_tensors, read_config, vocab_map, weight_problems};
 use crate::make::Existing;
 use crate::manifest::{CONFIG_FILE, Manifest, WEIGHTS_FILE};
+use crate::problem::layer_problem;
 use crate::{BundleError, Problem, card};
 
 /// Version of the `speculators` configuration that is written.
@@ -71,6 +72,11 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
     if let Some(Err(problem)) = vocab_map(&config, &weights) {
         problems.push(problem);
     }
+    problems.extend(layer_problem(layers, manifest.target.num_layers as u32));
+    // A target at hand may be another than the one that the bundle was made for.
+    let at_hand = input.target.as_ref().map(|target| target.config.num_layers as u32);
+    problems.extend(at_hand.and_then(|num_layers| layer_problem(layers, num_layers)));
+    problems.dedup();
     let (fatal, warnings): (Vec<_>, Vec<_>) = lint(input.layout, &config, &manifest, input.target.as_ref())
         .into_iter()
         .partition(Problem::is_fatal);

@@ -6,7 +6,7 @@
 use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
 use draftsmith_kernels::{RopeScaling, RopeTable};
-use draftsmith_model::eagle3::{Eagle3Config, Feedback};
+use draftsmith_model::eagle3::{Eagle3Config, Eagle3ConfigError, Feedback};
 
 use crate::Problem;
 
@@ -115,14 +115,20 @@ pub(crate) fn rope_divisors(config: &Eagle3Config) -> Option<Vec<f32>> {
 
 /// The configuration that a file's keys and tensors imply.
 ///
+/// `layers` decides in place of the file's own.
+///
 /// # Errors
 /// Broken or missing keys; a variant that has no network here, as a problem.
-pub(crate) fn config(file: &GgufFile<'_>) -> Result<Result<Eagle3Config, Problem>, GgufError> {
+pub(crate) fn config(
+    file: &GgufFile<'_>,
+    layers: Option<[u32; 3]>,
+) -> Result<Result<Eagle3Config, Problem>, GgufError> {
     let key = |name: &str| format!("{ARCHITECTURE}.{name}");
     let size = |name: &str| file.get_u32(&key(name)).map(|n| n as usize);
+    let problem =
+        |source: Eagle3ConfigError| Problem::Config { message: source.to_string(), hint: source.hint() };
     let unsupported = |name: &str, found: String| {
-        let source = draftsmith_model::eagle3::Eagle3ConfigError::Unsupported { key: key(name), found };
-        Ok(Err(Problem::Config { message: source.to_string() }))
+        Ok(Err(problem(Eagle3ConfigError::Unsupported { key: key(name), found })))
     };
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
     let head_dim = match file.find_u32(&key("attention.key_length"))? {
@@ -133,11 +139,27 @@ pub(crate) fn config(file: &GgufFile<'_>) -> Result<Result<Eagle3Config, Problem
     if blocks != 1 {
         return unsupported("block_count", blocks.to_string());
     }
-    let numbers = file.get_i64_array(&key("target_layers"))?;
-    // Numbers name the layer that reads the state; ours the layer that wrote it.
-    let ids: Option<Vec<u32>> = numbers.iter().map(|n| u32::try_from(n.checked_sub(1)?).ok()).collect();
-    let Some(ids) = ids.and_then(|ids| <[u32; 3]>::try_from(ids).ok()) else {
-        return unsupported("target_layers", format!("{numbers:?}"));
+    let target_layer_ids = match layers {
+        Some(layers) => Some(layers),
+        None => match file.find_i64_array(&key("target_layers"))?.filter(|numbers| !numbers.is_empty()) {
+            // Left open: the default.
+            None => None,
+            Some(numbers) => {
+                // Numbers name the layer that reads the state; ours the layer that wrote it.
+                let ids: Option<Vec<u32>> =
+                    numbers.iter().map(|n| u32::try_from(n.checked_sub(1)?).ok()).collect();
+                match ids.and_then(|ids| <[u32; 3]>::try_from(ids).ok()) {
+                    Some(ids) => Some(ids),
+                    None => {
+                        return Ok(Err(problem(Eagle3ConfigError::Layers {
+                            key: key("target_layers"),
+                            wanted: "three layer numbers, counted from 1",
+                            found: format!("{numbers:?}"),
+                        })));
+                    }
+                }
+            }
+        },
     };
     let vocab_size = match file.find_u32(&key("vocab_size"))? {
         Some(n) => n as usize,
@@ -173,14 +195,14 @@ pub(crate) fn config(file: &GgufFile<'_>) -> Result<Result<Eagle3Config, Problem
         norm_before_residual: flag("norm_before_residual")?,
         feedback: Feedback::PreNorm,
         initializer_range: 0.02,
-        target_layer_ids: Some(ids),
+        target_layer_ids,
         bos_token_id: token("bos_token_id")?,
         eos_token_ids: token("eos_token_id")?.into_iter().collect(),
         pad_token_id: token("padding_token_id")?,
     };
     // Written out and read back, the bounds of every size are those of a `config.json`.
     let checked = config.to_value().and_then(|value| Eagle3Config::from_value(&value));
-    Ok(checked.map_err(|e| Problem::Config { message: e.to_string() }))
+    Ok(checked.map_err(problem))
 }
 
 /// The scaling whose divisors these are, if it is one that a `config.json` can say.

@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use draftsmith_core::VocabMap;
-use draftsmith_formats::atomic::{self, AtomicDir};
-use draftsmith_formats::gguf::{GgmlType, GgufFile};
+use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
+use draftsmith_formats::gguf::{GgmlType, GgufFile, content_sha256, only_model};
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
 use draftsmith_kernels::{Kernels, RopeScaling, WeightView, quant};
-use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::eagle3::{Eagle3Config, Eagle3ConfigError, LAYERS_KEY};
 use draftsmith_model::{DraftTensors, Infer, Ops, Target, rope_halves_from_pairs, weight_dtype};
 use serde_json::{Map, Value};
 
@@ -21,6 +21,7 @@ use crate::layout::expected_tensors;
 use crate::make::{Made, MakeInput};
 use crate::manifest::{CONFIG_FILE, ImportedFrom, WEIGHTS_FILE};
 use crate::network::make_with_target;
+use crate::problem::layer_problem;
 use crate::{BundleError, Problem};
 
 /// Types of trained weights that are read.
@@ -84,17 +85,26 @@ enum Values {
 /// # Errors
 /// [`BundleError::NoDraft`] if there is none; [`BundleError::Draft`] names what is wrong with it.
 pub fn import(path: &Path) -> Result<Imported, BundleError> {
+    import_with(path, None)
+}
+
+/// Like [`import`] with captured layers (0-based, output of layer) that hold whatever the draft's configuration says:
+/// its own are not even read.
+///
+/// # Errors
+/// As [`import`].
+pub fn import_with(path: &Path, layers: Option<[u32; 3]>) -> Result<Imported, BundleError> {
     if let Some(file) = gguf_file(path)? {
-        return import_gguf(&file, &GgufFile::open(&file)?);
+        return from_gguf(&file, &GgufFile::open(&file)?, layers);
     }
     let config = path.join(CONFIG_FILE);
     if path.is_dir() && config.is_file() {
-        return import_safetensors(path, &atomic::read(config)?, &SafetensorsDir::open(path)?);
+        return from_safetensors(path, &atomic::read(config)?, &SafetensorsDir::open(path)?, layers);
     }
     Err(BundleError::NoDraft { path: path.to_owned() })
 }
 
-/// The GGUF file that a path means: itself, or the only one in a folder without a configuration.
+/// The GGUF file that a path means: itself, or the only one in a folder without a configuration. A split is one.
 fn gguf_file(path: &Path) -> Result<Option<PathBuf>, BundleError> {
     let is_gguf = |p: &Path| p.extension().is_some_and(|e| e == "gguf");
     if path.is_file() {
@@ -104,7 +114,11 @@ fn gguf_file(path: &Path) -> Result<Option<PathBuf>, BundleError> {
         return Ok(None);
     }
     let mut files = crate::make::files_below(path)?.into_iter().map(|f| path.join(f)).filter(|p| is_gguf(p));
-    Ok(files.next().filter(|_| files.next().is_none()))
+    let file = files.next();
+    match files.next() {
+        None => Ok(file),
+        Some(_) => only_model(path).map_err(|e| AtomicError::from_io("read", path, e).into()),
+    }
 }
 
 /// Reads a draft from the text of its `config.json` and its weights; `path` is for errors.
@@ -116,11 +130,21 @@ pub fn import_safetensors(
     config: &[u8],
     open: &SafetensorsDir,
 ) -> Result<Imported, BundleError> {
+    from_safetensors(path, config, open, None)
+}
+
+fn from_safetensors(
+    path: &Path,
+    config: &[u8],
+    open: &SafetensorsDir,
+    layers: Option<[u32; 3]>,
+) -> Result<Imported, BundleError> {
     let refused = |problems| BundleError::draft(path, "imported", problems);
-    let bad = |e: &dyn std::fmt::Display| {
-        refused(vec![Problem::Config { message: format!("`{CONFIG_FILE}`: {e}") }])
+    let bad = |e: Eagle3ConfigError| {
+        refused(vec![Problem::Config { message: format!("`{CONFIG_FILE}`: {e}"), hint: e.hint() }])
     };
-    let written: Map<String, Value> = serde_json::from_slice(config).map_err(|e| bad(&e))?;
+    let written: Map<String, Value> = serde_json::from_slice(config)
+        .map_err(|e| bad(Eagle3ConfigError::Json { message: e.to_string() }))?;
 
     let mut problems = Vec::new();
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
@@ -153,8 +177,13 @@ pub fn import_safetensors(
     };
     let flat =
         if speculators { flattened(written).map_err(|problem| refused(vec![problem]))? } else { written };
+    let mut flat = flat;
+    if layers.is_some() {
+        drop_layers(&mut flat);
+    }
     let contradiction = layer_contradiction(&flat);
-    let config = Eagle3Config::from_value(&Value::Object(flat)).map_err(|e| bad(&e))?;
+    let mut config = Eagle3Config::from_value(&Value::Object(flat)).map_err(bad)?;
+    config.target_layer_ids = layers.or(config.target_layer_ids);
     for name in NOT_THE_DRAFTS {
         found.remove(name);
     }
@@ -189,7 +218,8 @@ fn flattened(written: Map<String, Value>) -> Result<Map<String, Value>, Problem>
             None => "`config.json`: `transformer_layer_config` is no object".into(),
             Some(_) => format!("`config.json`: `speculators_model_type` is `{kind}`, only `eagle3` is built"),
         };
-        return Err(Problem::Config { message });
+        let hint = "take `config.json` from the draft's repository again; drafts of other kinds are not read";
+        return Err(Problem::Config { message, hint: Some(hint.into()) });
     };
     let mut flat = layer.clone();
     // The layer's configuration is often a copy of the target's; the draft has a head of its own all the same.
@@ -199,7 +229,9 @@ fn flattened(written: Map<String, Value>) -> Result<Map<String, Value>, Problem>
         layer.get("num_hidden_layers").cloned().unwrap_or_else(|| 1.into()),
     );
     for (key, value) in written {
-        if !matches!(key.as_str(), "transformer_layer_config" | "speculators_config") {
+        // The class whose defaults hold is the layer's.
+        let layers_own = key == "model_type" && flat.contains_key("model_type");
+        if !layers_own && !matches!(key.as_str(), "transformer_layer_config" | "speculators_config") {
             flat.insert(key, value);
         }
     }
@@ -211,14 +243,19 @@ fn flattened(written: Map<String, Value>) -> Result<Map<String, Value>, Problem>
 /// # Errors
 /// Missing or mistyped keys; [`BundleError::Draft`] names what else is wrong.
 pub fn import_gguf(path: &Path, file: &GgufFile<'_>) -> Result<Imported, BundleError> {
+    from_gguf(path, file, None)
+}
+
+fn from_gguf(path: &Path, file: &GgufFile<'_>, layers: Option<[u32; 3]>) -> Result<Imported, BundleError> {
     let refused = |problem| BundleError::draft(path, "imported", vec![problem]);
     let architecture = file.get_str("general.architecture")?;
     if architecture != gguf::ARCHITECTURE {
         let message =
             format!("`general.architecture` is `{architecture}`, a draft has `{}`", gguf::ARCHITECTURE);
-        return Err(refused(Problem::Config { message }));
+        let hint = "give the file of a draft here, and the model that it drafts for with `--target`";
+        return Err(refused(Problem::Config { message, hint: Some(hint.into()) }));
     }
-    let mut config = gguf::config(file)?.map_err(refused)?;
+    let mut config = gguf::config(file, layers)?.map_err(refused)?;
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
     for info in file.tensors() {
         let shape: Vec<usize> = info.dims.iter().rev().copied().collect();
@@ -339,7 +376,8 @@ impl Taken {
         }
         if config.vocab_size > VOCAB_MAX {
             let message = format!("a vocabulary of {} ids is more than {VOCAB_MAX}", config.vocab_size);
-            self.problems.push(Problem::Config { message });
+            let hint = "take `config.json` and weights from the same repository and revision";
+            self.problems.push(Problem::Config { message, hint: Some(hint.into()) });
         }
         let vocab_map = match ids {
             _ if !self.problems.is_empty() => None,
@@ -438,12 +476,30 @@ fn floats(values: Values) -> Option<Vec<f32>> {
 
 /// The layers by SpecForge's key and by vLLM's, if both are there and do not mean the same.
 fn layer_contradiction(config: &Map<String, Value>) -> Option<Problem> {
-    let list = |value: &Value| -> Option<Vec<i64>> { value.as_array()?.iter().map(Value::as_i64).collect() };
-    let key = "eagle_aux_hidden_state_layer_ids";
-    let written_by = list(config.get("eagle_config")?.get(key)?)?;
-    let read_by = list(config.get(key)?)?;
+    // An empty list says nothing, so it contradicts nothing.
+    let list = |value: &Value| -> Option<Vec<i64>> {
+        value
+            .as_array()?
+            .iter()
+            .map(Value::as_i64)
+            .collect::<Option<Vec<i64>>>()
+            .filter(|ids| !ids.is_empty())
+    };
+    let written_by = list(config.get("eagle_config")?.get(LAYERS_KEY)?)?;
+    let read_by = list(config.get(LAYERS_KEY)?)?;
     let same = written_by.iter().map(|id| id + 1).eq(read_by.iter().copied());
     (!same).then_some(Problem::LayersDisagree { written_by, read_by })
+}
+
+/// Takes every word about captured layers out of a configuration, be it right or wrong.
+fn drop_layers(config: &mut Map<String, Value>) {
+    config.remove(LAYERS_KEY);
+    match config.get_mut("eagle_config") {
+        Some(Value::Object(nested)) => drop(nested.remove(LAYERS_KEY)),
+        // Of another shape it could only have been about layers.
+        Some(_) => drop(config.remove("eagle_config")),
+        None => {}
+    }
 }
 
 impl Imported {
@@ -478,10 +534,12 @@ impl Imported {
         if let Some(problem) = self.contradiction.clone().or_else(|| self.embedding_problem(target)) {
             return Err(BundleError::draft(&self.path, "imported", vec![problem]));
         }
-        let config = Eagle3Config {
-            target_layer_ids: Some(self.config.layers(target.config().num_layers as u32)),
-            ..self.config.clone()
-        };
+        let num_layers = target.config().num_layers as u32;
+        let layers = self.config.layers(num_layers);
+        if let Some(problem) = layer_problem(layers, num_layers) {
+            return Err(BundleError::draft(&self.path, "imported", vec![problem]));
+        }
+        let config = Eagle3Config { target_layer_ids: Some(layers), ..self.config.clone() };
         let value = config
             .to_value()
             .map_err(|source| BundleError::Config { path: self.path.join(CONFIG_FILE), source })?;
@@ -501,7 +559,10 @@ impl Imported {
         input.imported = Some(ImportedFrom {
             reference: reference.to_owned(),
             layout: self.layout.name().to_owned(),
-            weights_sha256: sha256_file(&self.weights)?,
+            weights_sha256: match self.layout {
+                Layout::Gguf => content_sha256(&self.weights)?,
+                Layout::Sglang | Layout::Vllm | Layout::Speculators => sha256_file(&self.weights)?,
+            },
         });
         // What is wrong is wrong with the draft that was given, not with its copy.
         make_with_target(&input, target).map_err(|error| match error {

@@ -12,7 +12,7 @@ mod plain;
 mod verify;
 
 pub use export::{ExportInput, Exported, export};
-pub use import::{Imported, import, import_gguf, import_safetensors};
+pub use import::{Imported, import, import_gguf, import_safetensors, import_with};
 pub use verify::verify_export;
 
 use std::borrow::Cow;

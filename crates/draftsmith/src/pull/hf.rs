@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::SplitName;
+use draftsmith_formats::gguf::{self, SplitName};
 use draftsmith_formats::hash;
 use ureq::http::{HeaderMap, Response};
 use ureq::{Agent, Body};
@@ -155,9 +155,16 @@ impl Repo<'_> {
             snapshot.join("config.json").is_file().then_some(snapshot)
         };
         if self.context.places.offline {
-            return match offline(self) {
-                Some(path) => Ok(folder(self.reference, path, true)),
-                None => Err(PullError::Offline { reference: self.name(), looked_in: self.root.clone() }),
+            let alone = || {
+                let snapshot = self.root.join("snapshots").join(self.cached_commit()?);
+                gguf::only_model(&snapshot).ok().flatten()
+            };
+            return match (offline(self), alone()) {
+                (Some(path), _) => Ok(folder(self.reference, path, true)),
+                (None, Some(file)) => model(self.reference, &file, None, true),
+                (None, None) => {
+                    Err(PullError::Offline { reference: self.name(), looked_in: self.root.clone() })
+                }
             };
         }
         let (commit, files) = match self.list() {
@@ -177,10 +184,21 @@ impl Repo<'_> {
             })
             .collect();
         if !wanted.iter().any(|f| f.ends_with(".safetensors")) {
-            let gguf = files.iter().find(|f| f.ends_with(".gguf"));
-            let reason = match gguf {
-                Some(file) => format!("it holds no safetensors files; name one file, for example `:{file}`"),
-                None => "it holds no safetensors files".to_string(),
+            // Every part of a split stands for the first.
+            let first =
+                |file: &String| SplitName::parse(file).map_or_else(|| file.clone(), |name| name.part(1));
+            let mut models: Vec<String> = files.iter().filter(|f| f.ends_with(".gguf")).map(first).collect();
+            models.sort();
+            models.dedup();
+            let reason = match models.as_slice() {
+                [only] if !only.contains('/') => {
+                    return match SplitName::parse(only).filter(|name| name.count > 1) {
+                        Some(name) => self.split(&name, None),
+                        None => self.one(only, None),
+                    };
+                }
+                [file, ..] => format!("it holds no safetensors files; name one file, for example `:{file}`"),
+                [] => "it holds no safetensors files".to_string(),
             };
             return Err(PullError::BadAnswer { reference: self.name(), reason });
         }

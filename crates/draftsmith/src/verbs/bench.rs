@@ -11,7 +11,7 @@ use draftsmith::bundle::Manifest;
 use draftsmith::cli;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::DraftPlan;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
+use draftsmith::engine::{LoadedDraft, LoadedTarget, engine};
 use draftsmith::formats::atomic;
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
@@ -151,7 +151,7 @@ pub(crate) fn target_and_draft(
         ));
     }
     let target = session.load_target(&sources, None, false, thread_count)?;
-    let draft = load_draft(bundle, &target, PackMode::Q8)?;
+    let draft = session.load_draft(bundle, &target, PackMode::Q8)?;
     Ok((target, draft))
 }
 

@@ -10,7 +10,7 @@ use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
-use draftsmith::engine::{engine, load_draft};
+use draftsmith::engine::engine;
 use draftsmith::kernels::{Cpu, PackMode};
 use draftsmith::measure::{EngineRunner, first_prompt, machine};
 use draftsmith::peer::Peer;
@@ -75,7 +75,8 @@ fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> 
 pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Failure> {
     let workload = Workload::read(&args.workload, args.limit.map(|l| l as usize)).map_err(Error::from)?;
     let target = session.load_target(std::slice::from_ref(&args.target), None, false, args.threads)?;
-    let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, PackMode::Q8)).transpose()?;
+    let draft =
+        args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
     let mut engine = engine(&target, draft.as_ref());
     if draft.is_some() {
         engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);

@@ -5,7 +5,7 @@ use draftsmith::bench::Workload;
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions};
-use draftsmith::engine::{LoadedTarget, engine, load_draft};
+use draftsmith::engine::{LoadedTarget, engine};
 use draftsmith::formats::hash::sha256_hex;
 use draftsmith::kernels::{Cpu, PackMode};
 use draftsmith::measure::first_prompt;
@@ -130,7 +130,8 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
     for threads in &args.threads {
         let target = session.load_target(std::slice::from_ref(&args.target), None, false, Some(*threads))?;
-        let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, PackMode::Q8)).transpose()?;
+        let draft =
+            args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
         let prompts = prompts(&workloads, &target)?;

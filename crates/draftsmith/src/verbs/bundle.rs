@@ -109,20 +109,38 @@ pub(crate) fn verify_export(args: &cli::BundleVerifyExport) -> Result<u8, Failur
     tell(&report, args.json)
 }
 
+/// The three layers of `--layers`.
+fn three_layers(written: &[String]) -> Result<[u32; 3], Failure> {
+    let refused = |message: String| {
+        let hint = "give the layers low, mid, high, counted from 0: `--layers 1,14,26`";
+        Failure::input(message, Some(hint.into()))
+    };
+    let layers: Result<Vec<u32>, Failure> = written
+        .iter()
+        .map(|text| {
+            text.trim().parse().map_err(|_| {
+                refused(format!("`--layers` has `{text}`, expected whole numbers counted from 0"))
+            })
+        })
+        .collect();
+    let three: [u32; 3] = layers?.try_into().map_err(|layers: Vec<u32>| {
+        refused(format!("`--layers` has {} numbers, expected 3", layers.len()))
+    })?;
+    match three.windows(2).all(|pair| pair[0] < pair[1]) {
+        true => Ok(three),
+        false => Err(refused(format!(
+            "`--layers` is {three:?}, expected three different layers in ascending order"
+        ))),
+    }
+}
+
 pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, Failure> {
     let places = &session.places;
     let pulled = locate(std::slice::from_ref(&args.draft), None, places, &session.printer, &session.stop)?;
+    // The command line decides before the draft's own word is read: it may be wrong.
+    let layers = args.layers.as_ref().map(|layers| three_layers(layers)).transpose()?;
     // What cannot be read is told before the target is fetched.
-    let mut draft = draftsmith::bundle::import(&pulled.path).map_err(Error::from)?;
-    if let Some(layers) = &args.layers {
-        let layers: [u32; 3] = layers.as_slice().try_into().map_err(|_| {
-            Failure::input(
-                format!("`--layers` has {} numbers, expected 3", layers.len()),
-                Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into()),
-            )
-        })?;
-        draft.set_layers(layers);
-    }
+    let draft = draftsmith::bundle::import_with(&pulled.path, layers).map_err(Error::from)?;
     let target = load(&args.target, session)?;
     let made = import_draft(
         &draft,

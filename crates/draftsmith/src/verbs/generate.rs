@@ -7,7 +7,7 @@ use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
-use draftsmith::engine::{draft_plan, engine, load_draft};
+use draftsmith::engine::{draft_plan, engine};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
 use draftsmith::text::Message;
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     };
     let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
-    let draft = args.bundle.as_deref().map(|dir| load_draft(dir, &target, mode)).transpose()?;
+    let draft = args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
         (Some(messages), _) => prompt_ids(&target.text, messages)?,
         (None, ids) => ids.clone().unwrap_or_default(),

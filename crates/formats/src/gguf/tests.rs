@@ -229,7 +229,7 @@ fn broken_tensors_are_refused_with_their_name() {
         b
     };
     assert!(GgufFile::parse(&one(&[4, 4], 0, 0)).is_ok());
-    check_refused(&one(&[4], 99, 0), "tensor `w` at byte 24 has type 99, which is not known");
+    check_refused(&one(&[4], 99, 0), "tensor `w` at byte 24 has type 99, which is not read");
     check_refused(&one(&[0, 4], 0, 0), "tensor `w` at byte 24 has dimensions [0, 4]: a dimension is 0");
     check_refused(
         &one(&[33], 2, 0),

