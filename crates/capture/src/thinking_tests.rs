@@ -96,7 +96,8 @@ fn answered(name: &str) -> (Vec<FinishedDialogue>, HashMap<String, Vec<Written>>
         ("reasoning", vec![whole(usual(&reasoned)), whole(usual(&reasoned)), cut(usual(&think("Okay, the user")))]),
         ("cut at once", vec![cut(usual(&think("Once upon a")))]),
         ("other tokens", vec![whole(odd(&reasoned)), whole(odd("and so on")), whole(odd("  \n done \n"))]),
-        ("plain", vec![whole(usual("22.")), whole(usual(" 23")), whole(usual("24\n"))]),
+        ("plain", vec![whole(usual("22.")), whole(usual("23")), whole(usual("24"))]),
+        ("spaces", vec![whole(usual(" 22 ")), whole(usual("\n23\n")), whole(usual("\n\n24"))]),
         ("only the end", vec![whole(vec![eos])]),
         ("control tokens", vec![whole(vec![1, 30, 1, 0, eos])]),
     ]
@@ -152,7 +153,7 @@ fn rows_of(done: &[FinishedDialogue], id: &str) -> usize {
 fn every_written_token_is_in_a_row_behind_what_was_asked() {
     for name in TEMPLATES {
         let (done, _) = answered(name);
-        assert_eq!(done.len(), 6, "{name}");
+        assert_eq!(done.len(), 7, "{name}");
     }
 }
 

@@ -97,7 +97,7 @@ fn check_report(report: &Value) {
 fn trained_tokens_are_the_generated_ones_under_every_template() {
     for name in TEMPLATES {
         let home = home(name, &prompts(24));
-        let done = home.run(&["--json", "regenerate", "run.toml"]);
+        let done = home.run(&["--quiet", "regenerate", "run.toml"]);
         assert_eq!(done.code, Some(0), "{}", done.stderr);
         let out = home.path().join("out");
         let report = read(out.join("regenerate/report.json"));
@@ -156,9 +156,11 @@ fn a_template_that_refuses_a_conversation_does_so_before_anything_is_asked() {
         .map(|text| json!({ "messages": [{ "role": "user", "content": text }] }))
         .to_vec();
     let home = home(refuses, &rows);
+    home.write("held.jsonl", json!({ "messages": [{ "role": "user", "content": "yes" }] }).to_string());
+    let held = "data.validation=held.jsonl";
     let fake = Fake::start(Protocol { max_tokens: 12, ..Protocol::default() }, |_| Said::default(), |_| None);
     let url = format!("regenerate.server.url={}", fake.url());
-    let strict = home.run(&["--quiet", "regenerate", "run.toml", "data.validation_rows=0", &url]);
+    let strict = home.run(&["--quiet", "regenerate", "run.toml", held, &url]);
     assert_eq!(strict.code, Some(2), "{}", strict.stderr);
     assert!(
         strict.stderr.contains("chat template refuses the conversation: not that")
@@ -168,18 +170,19 @@ fn a_template_that_refuses_a_conversation_does_so_before_anything_is_asked() {
     );
     assert!(fake.take_prompts().is_empty(), "nothing was asked");
     let done =
-        home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", "data.validation_rows=0"]);
+        home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", held]);
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     let report = read(home.path().join("out/regenerate/report.json"));
     check_report(&report);
-    assert_eq!(report["answers"]["dialogues"], 5);
+    // "yes" itself is held out.
+    assert_eq!(report["answers"]["dialogues"], 4);
     assert_eq!(report["rows"]["dropped"]["template_refused"], 1);
     assert_eq!(report["rows"]["dropped"]["special_token_in_text"], 1);
     let always = "{{ raise_exception('never') }}";
     home.write("t.jinja", always);
-    let none = home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", &url]);
+    let none = home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", held, &url]);
     assert_eq!(none.code, Some(2), "{}", none.stderr);
-    assert!(none.stderr.contains("no conversation can be asked (5 template_refused, 1 special"), "{}", none.stderr);
+    assert!(none.stderr.contains("no conversation can be asked (1 special_token_in_text, 5 template_refused)"), "{}", none.stderr);
     assert!(fake.take_prompts().is_empty(), "nothing was asked");
 }
 
