@@ -11,6 +11,8 @@ mod http;
 mod openai;
 mod regenerate;
 mod remote;
+#[cfg(test)]
+mod thinking_tests;
 
 pub use engine::EngineGenerator;
 pub use generator::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request};

@@ -41,6 +41,24 @@ pub(crate) struct Said {
     pub(crate) text: String,
     /// The token limit ended it.
     pub(crate) cut: bool,
+    /// What it wrote, the stop token included; without it, the tokens of the text.
+    pub(crate) ids: Option<Vec<u32>>,
+}
+
+/// What the server makes of a wish for token ids.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Ids {
+    /// Nothing: fields that it does not know are ignored.
+    #[default]
+    Ignored,
+    /// 400, as strict servers answer to fields that they do not know.
+    Refused,
+    /// 400 in streams alone.
+    NotInStreams,
+    /// Prompt and answer, as vLLM and SGLang give them.
+    Given,
+    /// The same, but the last token of each answer is lost on the way.
+    Lossy,
 }
 
 /// What every request must look like.
@@ -59,6 +77,10 @@ pub(crate) struct Protocol {
     pub(crate) more_prompt_tokens: u64,
     /// Whether streams count tokens too.
     pub(crate) usage_in_streams: bool,
+    /// Whether token ids are given.
+    pub(crate) ids: Ids,
+    /// Tokens that the server counts more than there are in answers.
+    pub(crate) more_answer_tokens: i64,
     /// Models listed.
     pub(crate) models: Vec<&'static str>,
     /// Shows counters of drafts as vLLM does: 10 proposals per answer, 6 accepted at position 0, 2 at position 1.
@@ -75,11 +97,16 @@ impl Default for Protocol {
             extra: BTreeMap::new(),
             more_prompt_tokens: 0,
             usage_in_streams: true,
+            ids: Ids::Ignored,
+            more_answer_tokens: 0,
             models: vec!["tiny"],
             metrics: false,
         }
     }
 }
+
+/// What is said to a wish for token ids.
+const NO_IDS: &str = "unknown field `return_token_ids`";
 
 type Speak = Box<dyn Fn(&str) -> Said + Send + Sync>;
 type Fail = Box<dyn Fn(u64) -> Option<Fault> + Send + Sync>;
@@ -182,6 +209,10 @@ impl State {
         }
         let asked = match self.check(path, request) {
             Ok(asked) => asked,
+            Err(problem) if problem == NO_IDS => {
+                let body = json!({ "error": { "message": problem } }).to_string();
+                return out.whole("400 Bad Request", "application/json", "", &body);
+            }
             Err(problem) => {
                 self.wrong.lock().unwrap().push(format!("{}: {problem}", request.line));
                 let body = json!({ "error": { "message": problem } }).to_string();
@@ -197,22 +228,31 @@ impl State {
             let body = json!({ "error": { "message": format!("wrong key: {sent}") } }).to_string();
             return out.whole("401 Unauthorized", "application/json", "", &body);
         }
-        let Some((prompt, streamed)) = asked else {
+        let Some((prompt, streamed, with_ids)) = asked else {
             let models: Vec<Value> =
                 self.protocol.models.iter().map(|id| json!({ "id": id, "object": "model" })).collect();
             let body = json!({ "object": "list", "data": models }).to_string();
             return out.whole("200 OK", "application/json", "", &body);
         };
-        let tokens = self.text.tokenizer.encode(&prompt, false).unwrap().len() as u64;
-        let usage =
-            json!({ "prompt_tokens": tokens + self.protocol.more_prompt_tokens, "completion_tokens": 1 });
+        let prompt_ids = self.text.tokenizer.encode(&prompt, false).unwrap();
+        let tokens = prompt_ids.len() as u64 + self.protocol.more_prompt_tokens;
+        let usage = |answer: usize| {
+            let counted = answer as i64 + self.protocol.more_answer_tokens;
+            json!({ "prompt_tokens": tokens, "completion_tokens": counted })
+        };
+        let with_ids = with_ids && !matches!(self.protocol.ids, Ids::Ignored);
         if !streamed {
-            let choice = match self.protocol.api {
+            let usage = usage(1);
+            let mut choice = match self.protocol.api {
                 "chat" => {
                     json!({ "index": 0, "message": { "role": "assistant", "content": "x" }, "finish_reason": "length" })
                 }
                 _ => json!({ "index": 0, "text": "x", "finish_reason": "length" }),
             };
+            if with_ids {
+                choice["token_ids"] = json!([100]);
+                choice["prompt_token_ids"] = json!(prompt_ids);
+            }
             let body = json!({ "id": "1", "model": "tiny", "choices": [choice], "usage": usage }).to_string();
             return out.whole("200 OK", "application/json", "", &body);
         }
@@ -221,7 +261,17 @@ impl State {
             prompts.push(prompt.clone());
             prompts.len() as u64 - 1
         };
-        let said = (self.speak)(&prompt);
+        let mut said = (self.speak)(&prompt);
+        let mut written = said.ids.take().unwrap_or_else(|| {
+            let mut ids = self.text.tokenizer.encode(&said.text, false).unwrap();
+            ids.extend((!said.cut).then_some(self.text.tokenizer.eos_ids()[0]));
+            ids
+        });
+        let usage = usage(written.len());
+        if self.protocol.ids == Ids::Lossy {
+            written.pop();
+        }
+        said.ids = with_ids.then_some(written);
         match (self.fail)(nth) {
             None => self.stream(out, &said, usage, usize::MAX),
             Some(fault) => {
@@ -241,17 +291,28 @@ impl State {
             }
             json!({ "id": "1", "object": "chunk", "model": "tiny", "choices": [choice] })
         };
+        let mut ids = said.ids.as_deref().unwrap_or_default().iter();
         out.chunk(": a comment\n\n")?;
         let letters: Vec<char> = said.text.chars().collect();
         for (i, piece) in letters.chunks(7).take(pieces).enumerate() {
             // Answers arrive in no fixed order.
             std::thread::sleep(Duration::from_micros(hash(&format!("{}{i}", said.text)) % 3000));
-            out.event(&choice(&piece.iter().collect::<String>(), Value::Null))?;
+            let mut event = choice(&piece.iter().collect::<String>(), Value::Null);
+            if said.ids.is_some() {
+                // As many as there are letters, so that some are left for the end.
+                let some: Vec<u32> = ids.by_ref().take(2).copied().collect();
+                event["choices"][0]["token_ids"] = some.into();
+            }
+            out.event(&event)?;
         }
         if pieces < usize::MAX {
             return Ok(());
         }
-        out.event(&choice("", if said.cut { "length" } else { "stop" }.into()))?;
+        let mut last = choice("", if said.cut { "length" } else { "stop" }.into());
+        if said.ids.is_some() {
+            last["choices"][0]["token_ids"] = ids.copied().collect();
+        }
+        out.event(&last)?;
         if self.protocol.usage_in_streams {
             out.event(&json!({ "id": "1", "choices": [], "usage": usage }))?;
         }
@@ -326,8 +387,8 @@ impl State {
         }
     }
 
-    /// The prompt as the model would see it and whether a stream is wanted; `None` for the list of models.
-    fn check(&self, path: &str, request: &Request) -> Result<Option<(String, bool)>, String> {
+    /// The prompt as the model would see it, whether a stream is wanted, and token ids; `None` for the list of models.
+    fn check(&self, path: &str, request: &Request) -> Result<Option<(String, bool, bool)>, String> {
         let header = |name: &str| request.header(name);
         if !header("user-agent").starts_with("draftsmith/") {
             return Err(format!("user agent `{}`", header("user-agent")));
@@ -353,6 +414,15 @@ impl State {
             same("stream options", &take("stream_options").to_string(), r#"{"include_usage":true}"#)?;
         } else {
             same("accept", header("accept"), "application/json")?;
+        }
+        let with_ids = take("return_token_ids") == true;
+        if with_ids
+            && (self.protocol.ids == Ids::Refused || streamed && self.protocol.ids == Ids::NotInStreams)
+        {
+            return Err(NO_IDS.to_string());
+        }
+        if with_ids && streamed && self.protocol.ids == Ids::Ignored {
+            return Err("token ids are asked for, though the first answer had none".to_string());
         }
         same("model", &take("model").to_string(), "\"tiny\"")?;
         same("stop", &take("stop").to_string(), &json!(self.stops()).to_string())?;
@@ -391,7 +461,7 @@ impl State {
         for (name, value) in &self.protocol.extra {
             same(name, &take(name).to_string(), &value.to_string())?;
         }
-        if fields.is_empty() { Ok(Some((prompt, streamed))) } else { Err(format!("fields {fields:?}")) }
+        if fields.is_empty() { Ok(Some((prompt, streamed, with_ids))) } else { Err(format!("fields {fields:?}")) }
     }
 
     fn stops(&self) -> Vec<String> {

@@ -16,7 +16,7 @@ use draftsmith::formats::run::ServerTable;
 use draftsmith::kernels::Cpu;
 use draftsmith::text::{Message, RenderOptions};
 
-use crate::fake_openai::{Fake, Fault, Protocol, Said};
+use crate::fake_openai::{Fake, Fault, Ids, Protocol, Said};
 use crate::support::{repository, tiny_target};
 
 const MAX_NEW_TOKENS: usize = 24;
@@ -52,7 +52,7 @@ pub(crate) fn speaking(
         let done = engine.generate(&ids, &options, &mut |_| ControlFlow::Continue(())).unwrap();
         let cut = done.finish_reason == FinishReason::Length;
         let body = &done.token_ids[..done.token_ids.len() - usize::from(!cut)];
-        Said { text: tokenizer.decode(body, true), cut }
+        Said { text: tokenizer.decode(body, true), cut, ids: Some(done.token_ids) }
     }
 }
 
@@ -64,7 +64,7 @@ fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
 
     let behind = Arc::new(target);
     let speak = speaking(&behind, MAX_NEW_TOKENS, MAX_CONTEXT);
-    let protocol = Protocol { max_tokens: MAX_NEW_TOKENS as u64, ..Protocol::default() };
+    let protocol = Protocol { max_tokens: MAX_NEW_TOKENS as u64, ids: Ids::Given, ..Protocol::default() };
     let fake = Fake::start(protocol, speak, |nth| (nth % 5 == 2).then_some(Fault::Cut));
     let server: ServerTable =
         serde_json::from_value(serde_json::json!({ "url": fake.url() })).expect("an address is enough");

@@ -21,3 +21,4 @@ mod serve;
 mod serve_gap;
 mod stages;
 mod support;
+mod thinking;

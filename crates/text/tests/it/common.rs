@@ -52,10 +52,13 @@ pub(crate) fn byte_level_with(pre: &str, eos: &[&str]) -> Tokenizer {
     gguf.build().expect("the tokenizer builds")
 }
 
-/// A template of `tests/templates`.
+/// A template of `tests/templates`, or of the fixtures for reasoning models.
 pub(crate) fn template_source(name: &str) -> String {
-    let path = format!("{}/tests/templates/{name}.jinja", env!("CARGO_MANIFEST_DIR"));
-    std::fs::read_to_string(path).expect("the template fixture is there")
+    let folders = ["tests/templates", "../../fixtures/thinking"];
+    let read = |folder| {
+        std::fs::read_to_string(format!("{}/{folder}/{name}.jinja", env!("CARGO_MANIFEST_DIR"))).ok()
+    };
+    folders.into_iter().find_map(read).expect("the template fixture is there")
 }
 
 /// A file relative to the crate.
