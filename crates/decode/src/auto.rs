@@ -3,58 +3,31 @@
 //! A draft token is worth verifying while (probability that it is accepted) x (time that an accepted token saves)
 //! exceeds what one more row of the target's pass costs; growing the draft one node further must pay its own step as
 //! well. Costs are measured on this machine ([`Costs`]), probabilities are the sources' own, corrected by how often
-//! such proposals were accepted before ([`Rates`]).
+//! such proposals were accepted before ([`Rates`]). All sequences of a pass are planned together ([`grow`]): a row
+//! costs what it adds to the rows that are there, whoever they belong to.
+//!
+//! Gains and prices are kept as shares of a plain step, so that they hold while the load of the machine changes.
 //!
 //! The choice changes time, never the text.
+
+use std::time::Instant;
 
 use draftsmith_core::{Sampling, TargetTokenId, TokenTree};
 use draftsmith_kernels::Kernels;
 
+use crate::costs::{Costs, Recent};
 use crate::drafter::DrafterSession;
 use crate::lookup::Match;
-
-/// Measured costs of an engine in milliseconds.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Costs {
-    /// Target passes: pairs of rows and time, by rows ascending, the first for one row.
-    pub verify_ms: Vec<(usize, f32)>,
-    /// One more draft step of one row; 0 without a draft.
-    pub draft_step_ms: f32,
-    /// Taking the features of one step into the draft; 0 without a draft.
-    pub extend_ms: f32,
-}
-
-impl Costs {
-    /// Time of a pass of `rows`, interpolated between measured sizes and extended past the last.
-    pub(crate) fn verify(&self, rows: usize) -> f32 {
-        let points = &self.verify_ms;
-        let at = points.partition_point(|(r, _)| *r < rows);
-        match (points.get(at.wrapping_sub(1)), points.get(at)) {
-            (_, Some((r, ms))) if *r == rows => *ms,
-            (Some((r0, t0)), Some((r1, t1))) => t0 + (t1 - t0) * (rows - r0) as f32 / (r1 - r0) as f32,
-            (Some((r1, t1)), None) => {
-                let (r0, t0) = if at >= 2 { points[at - 2] } else { (0, 0.0) };
-                t1 + (t1 - t0) / (r1 - r0) as f32 * (rows - r1) as f32
-            }
-            (None, Some((r, ms))) => ms * rows as f32 / *r as f32,
-            (None, None) => 0.0,
-        }
-    }
-
-    /// The smallest price of a row beyond `rows`, averaged up to any of the measured sizes.
-    fn cheapest_row(&self, rows: usize) -> f32 {
-        let now = self.verify(rows);
-        let more = |r: usize| (self.verify(r) - now).max(0.0) / (r - rows) as f32;
-        let sizes = self.verify_ms.iter().map(|(r, _)| *r).filter(|r| *r > rows);
-        sizes.map(more).fold(more(rows + 1), f32::min)
-    }
-}
 
 /// What made a node be proposed, as a class whose acceptance is counted.
 type Class = u8;
 
-/// Classes of the draft's probability.
-const DRAFT_CLASSES: usize = 12;
+/// Classes of the draft's probability in one level.
+const BY_PROBABILITY: usize = 12;
+/// Levels that are told apart: deeper ones rest on the draft's own features.
+const BY_DEPTH: usize = 3;
+/// Classes of the draft's nodes.
+const DRAFT_CLASSES: usize = BY_PROBABILITY * BY_DEPTH;
 /// Classes of a repetition: four lengths, its first token or a later one.
 const LOOKUP_CLASSES: usize = 8;
 /// Trials that the prior counts for.
@@ -62,8 +35,9 @@ const PRIOR_TRIALS: f32 = 4.0;
 /// Trials after which older ones fade.
 const MEMORY: f32 = 256.0;
 
-fn draft_class(probability: f32) -> Class {
-    ((probability * DRAFT_CLASSES as f32) as usize).min(DRAFT_CLASSES - 1) as Class
+fn draft_class(probability: f32, depth: usize) -> Class {
+    let by_probability = ((probability * BY_PROBABILITY as f32) as usize).min(BY_PROBABILITY - 1);
+    (depth.min(BY_DEPTH - 1) * BY_PROBABILITY + by_probability) as Class
 }
 
 fn lookup_class(length: usize, first: bool) -> Class {
@@ -76,14 +50,27 @@ fn lookup_class(length: usize, first: bool) -> Class {
     (DRAFT_CLASSES + 2 * by_length + usize::from(!first)) as Class
 }
 
-/// How often proposals of each class were accepted, given that their parent was.
+/// What was learnt about proposals and their price; goes from one sequence to the next.
 #[derive(Clone, Debug)]
 pub(crate) struct Rates {
+    /// How often proposals of each class were accepted, given that their parent was: hits and trials.
     counts: [(f32, f32); DRAFT_CLASSES + LOOKUP_CLASSES],
     /// Chance that the best child of a node is accepted, over all nodes that were expanded.
     child: (f32, f32),
-    /// Milliseconds of a plain step of one sequence as it really goes; `None` before the first.
-    plain_ms: Option<f32>,
+    /// Milliseconds of a plain step of one sequence beside its pass.
+    beside: Recent,
+    /// Average time of a step, in plain steps, and average tokens that it committed.
+    pace: (f32, f32),
+    /// Average gain of a step by what its proposal promised, in plain steps; negative: drafting costs more than it
+    /// brings. Promises vary far less than what becomes of each.
+    promised: f32,
+    /// The same by what became of them, over a longer time.
+    kept: f32,
+    /// Steps until the draft is tried again.
+    paused: usize,
+    next_pause: usize,
+    /// Steps since a plain one was seen; `None` before the first.
+    looked: Option<usize>,
 }
 
 impl Default for Rates {
@@ -92,13 +79,23 @@ impl Default for Rates {
         for (i, (hits, trials)) in counts.iter_mut().enumerate() {
             // A draft is believed at first; a repetition more the longer it is.
             let prior = if i < DRAFT_CLASSES {
-                (i as f32 + 0.5) / DRAFT_CLASSES as f32
+                ((i % BY_PROBABILITY) as f32 + 0.5) / BY_PROBABILITY as f32
             } else {
                 [0.2, 0.5, 0.3, 0.6, 0.5, 0.8, 0.7, 0.9][i - DRAFT_CLASSES]
             };
             *hits = prior * *trials;
         }
-        Rates { counts, child: (0.5 * PRIOR_TRIALS, PRIOR_TRIALS), plain_ms: None }
+        Rates {
+            counts,
+            child: (0.5 * PRIOR_TRIALS, PRIOR_TRIALS),
+            beside: Recent::default(),
+            pace: (1.0, 1.0),
+            promised: 0.0,
+            kept: 0.0,
+            paused: FIRST_LOOK,
+            next_pause: PAUSE,
+            looked: None,
+        }
     }
 }
 
@@ -149,9 +146,41 @@ pub(crate) struct Grown {
     /// Nodes (`None`: the root) whose children the draft was asked for.
     expanded: Vec<Option<u32>>,
     /// Draft steps taken, beside the features of the committed tokens.
-    draft_steps: usize,
-    /// Rows of the other sequences of the step.
-    others: usize,
+    pub draft_steps: usize,
+    /// Milliseconds of those steps, and of the draft's first proposals.
+    pub draft_ms: f32,
+    pub root_ms: Option<f32>,
+    /// Tokens that are likely to be accepted.
+    expected: f32,
+    /// What its rows add to the time of the pass.
+    rows_ms: f32,
+    /// The pass that it is verified in.
+    load: Load,
+}
+
+/// Rows of a pass before anything automatic is proposed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    /// All of them: one per sequence that decodes, the trees of fixed plans, pieces of prompts.
+    pub rows: usize,
+    /// Sequences that decode.
+    pub sequences: usize,
+}
+
+impl Load {
+    /// One sequence and nothing else.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.rows == 1
+    }
+}
+
+/// Times of a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepTime {
+    /// From the end of the sequence's step before to the end of this one.
+    pub elapsed_ms: f32,
+    /// The target's pass alone.
+    pub pass_ms: f32,
 }
 
 /// Nodes of a proposal at most.
@@ -160,25 +189,28 @@ pub(crate) const MOST_NODES: usize = 32;
 const CHILDREN: usize = 4;
 /// Steps over which gain and pace are averaged.
 const WINDOW: f32 = 24.0;
+/// Steps over which it is averaged what became of the promises.
+const LONG_WINDOW: f32 = 96.0;
 /// Plain steps at the very start, to know what a token costs without a draft.
-const FIRST_LOOK: usize = 6;
-/// The same at the start of later sequences: what was measured just after loading is too slow for long.
-const NEXT_LOOK: usize = 2;
+const FIRST_LOOK: usize = 4;
+/// Steps with a draft after which the next sequence begins with a plain one: it shows what the others are worth.
+const LOOK_EVERY: usize = 128;
+/// A pause of so many steps is no reason to put a prompt's features off: they are needed soon.
+const SOON: usize = 8;
 /// First pause of an unprofitable draft, in steps; doubles each time up to [`LONGEST_PAUSE`].
 const PAUSE: usize = 48;
 const LONGEST_PAUSE: usize = 1024;
+/// Average gain below which the draft is left out: half a window of steps that promise to lose 4 % each,
+const LOSS: f32 = -0.02;
+/// and what became of the promises: more than chance makes of a draft that neither gains nor loses.
+const LONG_LOSS: f32 = -0.08;
+/// What is left of a pause goes on in the next sequence up to this: another text may suit the draft better.
+const CARRIED_PAUSE: usize = 48;
 
 /// The running decision of one sequence.
 #[derive(Debug)]
 pub(crate) struct Pacer {
     rates: Rates,
-    /// Average milliseconds per token, the price of time.
-    pace_ms: f32,
-    /// Average milliseconds that the draft saved per step; negative: it costs more than it brings.
-    gain_ms: f32,
-    /// Steps until the draft is tried again.
-    paused: usize,
-    next_pause: usize,
 }
 
 /// A node that may be added.
@@ -197,106 +229,160 @@ struct Candidate {
     repeats: Option<Match>,
 }
 
-impl Pacer {
-    pub(crate) fn new(costs: &Costs, rates: Rates) -> Pacer {
-        let paused = if rates.plain_ms.is_none() { FIRST_LOOK } else { NEXT_LOOK };
-        let pace_ms = rates.plain_ms.unwrap_or_else(|| costs.verify(1));
-        Pacer { rates, pace_ms, gain_ms: 0.0, paused, next_pause: PAUSE }
-    }
+/// A sequence that wants a proposal.
+pub(crate) struct Seed<'a, K: Kernels> {
+    pub pacer: &'a mut Pacer,
+    pub drafter: Option<&'a mut (dyn DrafterSession<K> + 'static)>,
+    pub repetition: Option<Match>,
+    pub text: &'a [u32],
+    /// Levels at most.
+    pub room: usize,
+    pub sampling: &'a Sampling,
+}
 
-    /// What was learnt, for the next sequence.
-    pub(crate) fn rates(&self) -> &Rates {
-        &self.rates
-    }
+/// A proposal under way.
+struct Growing<'a, K: Kernels> {
+    seed: Seed<'a, K>,
+    /// Milliseconds that an accepted token saves.
+    price: f32,
+    candidates: Vec<Candidate>,
+    /// Path of each node.
+    paths: Vec<f32>,
+    grown: Grown,
+}
 
-    /// True while the draft is left out; its features are only collected.
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused > 0
+/// Proposals for the sequences of a pass that decode with an automatic plan.
+pub(crate) fn grow<K: Kernels>(costs: &Costs, load: Load, seeds: Vec<Seed<'_, K>>) -> Vec<Grown> {
+    let mut growing: Vec<Growing<'_, K>> =
+        seeds.into_iter().map(|seed| Growing::begin(seed, costs, load)).collect();
+    // Sequence of each node, in the order of adding.
+    let mut order: Vec<usize> = Vec::new();
+    let mut value = 0.0f32;
+    // Per number of nodes: expected gain of the proposals.
+    let mut best = (0.0f32, 0usize);
+    loop {
+        let rows = load.rows + order.len();
+        let mut next: Option<(usize, usize, f32)> = None;
+        for (of, one) in growing.iter().enumerate() {
+            if let Some((at, worth)) = one.best()
+                && next.is_none_or(|(_, _, most)| worth > most)
+            {
+                next = Some((of, at, worth));
+            }
+        }
+        let Some((of, at, worth)) = next else { break };
+        // Nothing that comes later is worth more.
+        let cheapest = costs.cheapest_row(rows);
+        if worth <= cheapest {
+            break;
+        }
+        value += worth - (costs.verify(rows + 1) - costs.verify(rows));
+        growing[of].add(at, costs, cheapest);
+        order.push(of);
+        if value > best.0 {
+            best = (value, order.len());
+        }
     }
+    let all = best.1;
+    let added_ms = costs.verify(load.rows + all) - costs.verify(load.rows);
+    let count = |of: usize| order[..all].iter().filter(|o| **o == of).count();
+    let kept: Vec<usize> = (0..growing.len()).map(count).collect();
+    growing
+        .into_iter()
+        .zip(kept)
+        // Nodes were added best first and parents before children, so a prefix is a proposal of its own.
+        .map(|(one, nodes)| one.end(nodes, added_ms * nodes as f32 / all.max(1) as f32))
+        .collect()
+}
 
-    /// A proposal of at most `room` levels, verified together with `others` rows of other sequences.
-    #[expect(clippy::too_many_arguments, reason = "everything that a proposal depends on")]
-    pub(crate) fn grow<K: Kernels>(
-        &mut self,
-        costs: &Costs,
-        mut drafter: Option<&mut (dyn DrafterSession<K> + '_)>,
-        repetition: Option<Match>,
-        text: &[u32],
-        room: usize,
-        others: usize,
-        sampling: &Sampling,
-    ) -> Grown {
-        let mut grown = Grown { others, ..Grown::default() };
-        let position = text.len() as u64 - 1;
-        let plain = self.plain_token(costs, others);
-        let price = if others == 0 { self.pace_ms.min(plain) } else { plain };
-        let cheapest = costs.cheapest_row(others + 1);
-        if others > 0 && price <= cheapest + costs.draft_step_ms {
+fn ms_since(start: Instant) -> f32 {
+    start.elapsed().as_secs_f32() * 1e3
+}
+
+impl<'a, K: Kernels> Growing<'a, K> {
+    fn begin(mut seed: Seed<'a, K>, costs: &Costs, load: Load) -> Growing<'a, K> {
+        let rates = &mut seed.pacer.rates;
+        let plain = rates.plain_token(costs, load);
+        let price = if load.is_alone() { plain * (rates.pace.0 / rates.pace.1).min(1.0) } else { plain };
+        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + costs.draft_step_ms {
             // At this load not even a sure token would pay: rest until the next look.
-            self.paused = self.paused.max(2);
+            rates.paused = rates.paused.max(2);
         }
-        if self.paused > 0 {
-            drafter = None;
+        if rates.paused > 0 {
+            seed.drafter = None;
         }
-        let mut candidates: Vec<Candidate> = Vec::new();
-        if room > 0 {
-            let children = match drafter.as_deref_mut() {
-                Some(d) => d.children(None, CHILDREN, sampling, position),
+        let grown = Grown { load, ..Grown::default() };
+        let mut one = Growing { seed, price, candidates: Vec::new(), paths: Vec::new(), grown };
+        if one.seed.room > 0 {
+            let position = one.seed.text.len() as u64 - 1;
+            let start = Instant::now();
+            let children = match one.seed.drafter.as_deref_mut() {
+                Some(d) => d.children(None, CHILDREN, one.seed.sampling, position),
                 None => Vec::new(),
             };
+            if one.seed.drafter.is_some() {
+                one.grown.root_ms = Some(ms_since(start));
+            }
             if !children.is_empty() {
-                grown.expanded.push(None);
+                one.grown.expanded.push(None);
             }
-            self.offer(&mut candidates, &children, None, None, 0, 1.0);
-            self.repeat(&mut candidates, repetition, text, None, 0, 1.0);
+            one.offer(&children, None, None, 0, 1.0);
+            one.repeat(one.seed.repetition, None, 0, 1.0);
         }
-        // Per number of nodes: expected gain of the proposal.
-        let mut value = 0.0f32;
-        let mut best = (0.0f32, 0usize);
-        while grown.tree.len() < MOST_NODES {
-            let Some(at) = (0..candidates.len())
-                .max_by(|a, b| candidates[*a].path.total_cmp(&candidates[*b].path).then(b.cmp(a)))
-            else {
-                break;
-            };
-            let c = candidates.swap_remove(at);
-            if c.path * price <= cheapest {
-                break;
-            }
-            let rows = others + 1 + grown.tree.len();
-            value += c.path * price - (costs.verify(rows + 1) - costs.verify(rows));
-            let node = grown.tree.push(TargetTokenId(c.token), c.parent);
-            grown.classes.push(c.classes);
-            if value > best.0 {
-                best = (value, grown.tree.len());
-            }
-            if c.depth + 1 >= room {
-                continue;
-            }
-            let child = c.path * self.rates.child.0 / self.rates.child.1;
-            let worth_a_step = child * price > costs.draft_step_ms + cheapest;
-            if let (Some(d), true, true) = (drafter.as_deref_mut(), c.drafted, worth_a_step) {
-                let handle = d.expand(c.parent_handle, c.token, c.depth);
-                grown.draft_steps += 1;
-                grown.expanded.push(Some(node));
-                let children = d.children(Some(handle), CHILDREN, sampling, position + c.depth as u64 + 1);
-                self.offer(&mut candidates, &children, Some(node), Some(handle), c.depth + 1, c.path);
-            }
-            let next = c.repeats.map(|m| Match { at: m.at + 1, ..m });
-            self.repeat(&mut candidates, next, text, Some(node), c.depth + 1, c.path);
+        one
+    }
+
+    /// The most probable candidate and what it is worth.
+    fn best(&self) -> Option<(usize, f32)> {
+        if self.grown.tree.len() >= MOST_NODES {
+            return None;
         }
-        // Nodes were added best first and parents before children, so a prefix is a proposal of its own.
-        grown.tree.tokens.truncate(best.1);
-        grown.tree.parents.truncate(best.1);
-        grown.classes.truncate(best.1);
-        grown.expanded.retain(|n| n.is_none_or(|n| (n as usize) < best.1));
-        grown
+        let path = |at: usize| self.candidates[at].path;
+        let at = (0..self.candidates.len()).max_by(|a, b| path(*a).total_cmp(&path(*b)).then(b.cmp(a)))?;
+        Some((at, path(at) * self.price))
+    }
+
+    /// Adds a candidate, and its children to the candidates.
+    fn add(&mut self, at: usize, costs: &Costs, cheapest: f32) {
+        let c = self.candidates.swap_remove(at);
+        let node = self.grown.tree.push(TargetTokenId(c.token), c.parent);
+        self.grown.classes.push(c.classes);
+        self.paths.push(c.path);
+        if c.depth + 1 >= self.seed.room {
+            return;
+        }
+        let rates = &self.seed.pacer.rates;
+        let child = c.path * rates.child.0 / rates.child.1;
+        let worth_a_step = child * self.price > costs.draft_step_ms + cheapest;
+        let position = self.seed.text.len() as u64 - 1;
+        if let (Some(d), true, true) = (self.seed.drafter.as_deref_mut(), c.drafted, worth_a_step) {
+            let start = Instant::now();
+            let handle = d.expand(c.parent_handle, c.token, c.depth);
+            let children =
+                d.children(Some(handle), CHILDREN, self.seed.sampling, position + c.depth as u64 + 1);
+            self.grown.draft_ms += ms_since(start);
+            self.grown.draft_steps += 1;
+            self.grown.expanded.push(Some(node));
+            self.offer(&children, Some(node), Some(handle), c.depth + 1, c.path);
+        }
+        let next = c.repeats.map(|m| Match { at: m.at + 1, ..m });
+        self.repeat(next, Some(node), c.depth + 1, c.path);
+    }
+
+    /// The proposal: the first `nodes` of it, whose rows take `rows_ms`.
+    fn end(mut self, nodes: usize, rows_ms: f32) -> Grown {
+        self.grown.tree.tokens.truncate(nodes);
+        self.grown.tree.parents.truncate(nodes);
+        self.grown.classes.truncate(nodes);
+        self.grown.expanded.retain(|n| n.is_none_or(|n| (n as usize) < nodes));
+        self.grown.expected = self.paths[..nodes].iter().sum();
+        self.grown.rows_ms = rows_ms;
+        self.grown
     }
 
     /// Adds the draft's children of a node.
     fn offer(
-        &self,
-        candidates: &mut Vec<Candidate>,
+        &mut self,
         children: &[(u32, f32)],
         parent: Option<u32>,
         parent_handle: Option<u32>,
@@ -304,14 +390,14 @@ impl Pacer {
         path: f32,
     ) {
         for (token, probability) in children {
-            let class = draft_class(*probability);
-            candidates.push(Candidate {
+            let class = draft_class(*probability, depth);
+            self.candidates.push(Candidate {
                 token: *token,
                 parent,
                 parent_handle,
                 drafted: true,
                 depth,
-                path: path * self.rates.rate(class),
+                path: path * self.seed.pacer.rates.rate(class),
                 classes: [Some(class), None],
                 repeats: None,
             });
@@ -319,25 +405,18 @@ impl Pacer {
     }
 
     /// Adds the token that a repetition goes on with; joined to the draft's node if both propose it.
-    fn repeat(
-        &self,
-        candidates: &mut Vec<Candidate>,
-        repetition: Option<Match>,
-        text: &[u32],
-        parent: Option<u32>,
-        depth: usize,
-        path: f32,
-    ) {
+    fn repeat(&mut self, repetition: Option<Match>, parent: Option<u32>, depth: usize, path: f32) {
+        let text = self.seed.text;
         let Some((m, token)) = repetition.and_then(|m| Some((m, *text.get(m.at)?))) else { return };
         let class = lookup_class(m.length, depth == 0);
-        let rate = self.rates.rate(class);
-        if let Some(same) = candidates.iter_mut().find(|c| c.parent == parent && c.token == token) {
+        let rate = self.seed.pacer.rates.rate(class);
+        if let Some(same) = self.candidates.iter_mut().find(|c| c.parent == parent && c.token == token) {
             let own = same.path / path.max(f32::MIN_POSITIVE);
             same.path = path * (1.0 - (1.0 - own) * (1.0 - rate));
             same.classes[1] = Some(class);
             same.repeats = Some(m);
         } else {
-            candidates.push(Candidate {
+            self.candidates.push(Candidate {
                 token,
                 parent,
                 parent_handle: None,
@@ -349,62 +428,98 @@ impl Pacer {
             });
         }
     }
+}
 
-    /// Milliseconds per token of plain decoding beside `others` rows: what an accepted token saves.
-    fn plain_token(&self, costs: &Costs, others: usize) -> f32 {
-        match self.rates.plain_ms {
-            Some(ms) if others == 0 => ms,
-            _ => costs.verify(others + 1) / (others + 1) as f32,
+impl Rates {
+    /// Milliseconds per token of plain decoding in such a pass: what an accepted token saves.
+    fn plain_token(&self, costs: &Costs, load: Load) -> f32 {
+        if load.is_alone() {
+            return costs.verify(1) + self.beside.median().unwrap_or(0.0).max(0.0);
         }
+        let sequences = load.sequences.max(1);
+        costs.verify(sequences) / sequences as f32
+    }
+}
+
+impl Pacer {
+    pub(crate) fn new(mut rates: Rates) -> Pacer {
+        rates.paused = match rates.looked {
+            None => FIRST_LOOK,
+            Some(steps) => rates.paused.clamp(usize::from(steps >= LOOK_EVERY), CARRIED_PAUSE),
+        };
+        Pacer { rates }
     }
 
-    /// Learns from the step that verified `grown`, committed `committed` tokens and took `elapsed_ms` in all.
+    /// What was learnt, for the next sequence.
+    pub(crate) fn rates(&self) -> &Rates {
+        &self.rates
+    }
+
+    /// True while the draft is left out; its features are only collected.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.rates.paused > 0
+    }
+
+    /// True if it is left out for longer than it takes to look at plain steps.
+    pub(crate) fn is_resting(&self) -> bool {
+        self.rates.paused > SOON
+    }
+
+    /// Learns from the step that verified `grown` and committed `committed` tokens.
     pub(crate) fn learn(
         &mut self,
         costs: &Costs,
         grown: &Grown,
         accepted: &[u32],
         committed: usize,
-        elapsed_ms: f32,
+        time: StepTime,
     ) {
         self.rates.learn(grown, accepted);
-        let paused = self.paused > 0;
-        let plain = self.plain_token(costs, grown.others);
-        let extra = if grown.others == 0 {
-            // What really happened: caches, other programs and the text side are in it.
-            elapsed_ms - plain
-        } else {
-            let drafting = if paused || costs.draft_step_ms == 0.0 {
-                0.0
-            } else {
-                costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms
-            };
-            costs.verify(grown.others + 1 + grown.tree.len()) - costs.verify(grown.others + 1) + drafting
+        let rates = &mut self.rates;
+        let (load, paused) = (grown.load, rates.paused > 0);
+        let plain = rates.plain_token(costs, load);
+        if plain <= 0.0 {
+            // Costs that say nothing teach nothing.
+            return;
+        }
+        let drafting = match paused {
+            true => 0.0,
+            false => costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms,
         };
-        let committed = committed.max(1) as f32;
-        self.pace_ms += ((plain + extra) / committed - self.pace_ms) / WINDOW;
+        // The pass counts as costs say, which know passes like it under this load; a single one says little.
+        let mut extra = grown.rows_ms + drafting;
+        if load.is_alone() {
+            // What really happened beside it: the text side and the choice of the proposal are in that.
+            let beside = time.elapsed_ms - time.pass_ms - rates.beside.median().unwrap_or(0.0);
+            extra = grown.rows_ms + beside.clamp(0.0, 3.0 * drafting + 0.1 * plain);
+        }
+        let (extra, committed) = (extra / plain, committed.max(1) as f32);
+        let expected = grown.expected;
+        rates.pace.0 += (1.0 + extra - rates.pace.0) / WINDOW;
+        rates.pace.1 += (committed - rates.pace.1) / WINDOW;
         if paused {
-            self.paused -= 1;
-            if grown.others == 0 && grown.tree.is_empty() {
-                let known = self.rates.plain_ms.get_or_insert(elapsed_ms);
-                // Fast steps count for more: a draft has to win against plain decoding at its best, and a step that
-                // something else held up says little.
-                let weight = if elapsed_ms < *known { 0.4 } else { 1.0 / WINDOW };
-                *known += (elapsed_ms.min(1.5 * *known) - *known) * weight;
+            rates.paused -= 1;
+            if load.is_alone() && grown.tree.is_empty() {
+                rates.looked = Some(0);
+                rates.beside.push(time.elapsed_ms - time.pass_ms);
             }
             return;
         }
-        self.gain_ms += ((committed - 1.0) * plain - extra.min(4.0 * plain) - self.gain_ms) / WINDOW;
-        // Half a window of steps that lose 4 % each.
-        if self.gain_ms < -0.02 * plain && costs.draft_step_ms > 0.0 {
-            self.paused = self.next_pause;
-            self.next_pause = (self.next_pause * 2).min(LONGEST_PAUSE);
-            self.gain_ms = 0.0;
-        } else if self.gain_ms > 0.05 * plain {
-            self.next_pause = PAUSE;
+        rates.looked = rates.looked.map(|steps| steps + 1);
+        rates.promised += (expected - extra - rates.promised) / WINDOW;
+        rates.kept += (committed - 1.0 - extra - rates.kept) / LONG_WINDOW;
+        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms > 0.0 {
+            rates.paused = rates.next_pause;
+            rates.next_pause = (rates.next_pause * 2).min(LONGEST_PAUSE);
+            (rates.promised, rates.kept) = (0.0, 0.0);
+        } else if rates.promised > 0.05 {
+            rates.next_pause = PAUSE;
         }
     }
 }
+
+#[cfg(test)]
+mod simulated;
 
 #[cfg(test)]
 mod tests {
@@ -432,23 +547,27 @@ mod tests {
         }
     }
 
-    /// One that knows the price of a plain step.
-    fn awake(costs: &Costs) -> Pacer {
-        let rates = Rates { plain_ms: Some(costs.verify(1)), ..Rates::default() };
-        Pacer { paused: 0, ..Pacer::new(costs, rates) }
+    const ALONE: Load = Load { rows: 1, sequences: 1 };
+
+    /// One that has seen plain steps.
+    fn awake() -> Pacer {
+        Pacer::new(Rates { looked: Some(0), paused: 0, ..Rates::default() })
+    }
+
+    fn seed<'a>(pacer: &'a mut Pacer, draft: &'a mut Sure, room: usize) -> Seed<'a, Cpu> {
+        Seed {
+            pacer,
+            drafter: Some(draft),
+            repetition: None,
+            text: &[1, 2, 3],
+            room,
+            sampling: &Sampling::GREEDY,
+        }
     }
 
     fn grown(costs: &Costs, probability: f32, room: usize) -> usize {
-        let mut pacer = awake(costs);
-        let mut draft = Sure(probability);
-        let session: &mut dyn DrafterSession<Cpu> = &mut draft;
-        pacer.grow(costs, Some(session), None, &[1, 2, 3], room, 0, &Sampling::GREEDY).tree.len()
-    }
-
-    #[test]
-    fn costs_are_interpolated_and_extended() {
-        let costs = costs(&[(1, 4.0), (2, 5.0), (4, 6.0)], 0.0);
-        assert_eq!([1, 2, 3, 4, 6].map(|m| costs.verify(m)), [4.0, 5.0, 5.5, 6.0, 7.0]);
+        let (mut pacer, mut draft) = (awake(), Sure(probability));
+        grow(costs, ALONE, vec![seed(&mut pacer, &mut draft, room)])[0].tree.len()
     }
 
     #[test]
@@ -466,16 +585,16 @@ mod tests {
     #[test]
     fn rejections_end_the_drafting_and_it_is_tried_again_later() {
         let costs = costs(&[(1, 4.0), (2, 5.0), (8, 8.0)], 0.3);
-        let mut pacer = awake(&costs);
-        let mut draft = Sure(0.9);
+        let (mut pacer, mut draft) = (awake(), Sure(0.9));
         let (mut proposed, mut paused) = (0, 0);
         for _ in 0..1000 {
-            let session: &mut dyn DrafterSession<Cpu> = &mut draft;
-            let grown = pacer.grow(&costs, Some(session), None, &[1, 2, 3], 8, 0, &Sampling::GREEDY);
+            let grown = grow(&costs, ALONE, vec![seed(&mut pacer, &mut draft, 8)]).remove(0);
             proposed += usize::from(!grown.tree.is_empty());
             paused += usize::from(pacer.is_paused());
-            let time = costs.verify(grown.tree.len() + 1) + grown.draft_steps as f32 * 0.3;
-            pacer.learn(&costs, &grown, &[], 1, time);
+            let pass_ms = costs.verify(grown.tree.len() + 1);
+            let extend_ms = if pacer.is_paused() { 0.0 } else { 0.3 };
+            let elapsed_ms = pass_ms + extend_ms + grown.draft_steps as f32 * 0.3;
+            pacer.learn(&costs, &grown, &[], 1, StepTime { elapsed_ms, pass_ms });
         }
         assert!(proposed < 100, "{proposed} proposals of a draft that is always wrong");
         assert!(paused > 800 && paused < 1000, "{paused}");
@@ -484,13 +603,12 @@ mod tests {
     #[test]
     fn a_repetition_is_joined_to_the_draft_and_followed_alone() {
         let costs = costs(&[(1, 4.0), (8, 4.4), (32, 8.0)], 0.1);
-        let mut pacer = awake(&costs);
+        let (mut pacer, mut draft) = (awake(), Sure(0.9));
         // After 7, 8 came 10, 50, 51; the draft says 10 as well, then 11.
         let text = [7, 8, 10, 50, 51, 9, 7, 8];
-        let mut draft = Sure(0.9);
-        let session: &mut dyn DrafterSession<Cpu> = &mut draft;
         let m = Match { at: 2, length: 4 };
-        let grown = pacer.grow(&costs, Some(session), Some(m), &text, 8, 0, &Sampling::GREEDY);
+        let with_text = Seed { repetition: Some(m), text: &text, ..seed(&mut pacer, &mut draft, 8) };
+        let grown = grow(&costs, ALONE, vec![with_text]).remove(0);
         let tree = &grown.tree;
         assert_eq!(tree.tokens.iter().filter(|t| t.0 == 10).count(), 1);
         let branch = tree.tokens.iter().position(|t| t.0 == 50).expect("the repetition goes on");
@@ -498,23 +616,73 @@ mod tests {
         assert_eq!(tree.tokens[parent].0, 10);
         assert!(tree.validate().is_ok());
         // Without a draft the repetition is a chain.
-        let grown = pacer.grow::<Cpu>(&costs, None, Some(m), &text, 8, 0, &Sampling::GREEDY);
+        let alone =
+            Seed { repetition: Some(m), text: &text, drafter: None, ..seed(&mut pacer, &mut draft, 8) };
+        let grown = grow(&costs, ALONE, vec![alone]).remove(0);
         assert_eq!(grown.tree.tokens[0].0, 10);
         assert_eq!(grown.tree.parents, TokenTree::chain_parents(grown.tree.len()));
     }
 
     #[test]
     fn a_draft_rests_where_a_sure_token_would_not_pay_beside_the_others() {
-        let text = [1, 2, 3];
-        let grow = |others: usize| {
+        let grown = |others: usize| {
             let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 0.3);
-            let mut pacer = awake(&costs);
-            let mut sure = Sure(0.99);
-            let grown = pacer.grow(&costs, Some(&mut sure), None, &text, 4, others, &Sampling::GREEDY);
-            (grown.tree.len(), pacer.is_paused())
+            let (mut pacer, mut sure) = (awake(), Sure(0.99));
+            let load = Load { rows: others + 1, sequences: others + 1 };
+            let nodes = grow(&costs, load, vec![seed(&mut pacer, &mut sure, 4)])[0].tree.len();
+            (nodes, pacer.is_paused())
         };
-        assert_eq!(grow(7), (0, true));
-        let (nodes, paused) = grow(0);
+        assert_eq!(grown(7), (0, true));
+        let (nodes, paused) = grown(0);
         assert!(nodes > 0 && !paused);
+    }
+
+    /// Nodes of each of so many sequences that are planned together, beside other rows.
+    fn nodes(costs: &Costs, sequences: usize, other_rows: usize, probability: f32) -> Vec<usize> {
+        let mut pacers: Vec<Pacer> = (0..sequences).map(|_| awake()).collect();
+        let mut drafts: Vec<Sure> = (0..sequences).map(|_| Sure(probability)).collect();
+        let load = Load { rows: sequences + other_rows, sequences };
+        let seeds = pacers.iter_mut().zip(&mut drafts).map(|(p, d)| seed(p, d, 8)).collect();
+        grow(costs, load, seeds).iter().map(|g| g.tree.len()).collect()
+    }
+
+    #[test]
+    fn trees_of_siblings_and_pieces_of_prompts_count_in_the_price_of_a_row() {
+        // Up to 16 rows are almost free, every further one costs as much as a plain token of many.
+        let costs = costs(&[(1, 45.0), (2, 45.2), (8, 46.0), (16, 48.0), (32, 190.0)], 0.3);
+        let alone = nodes(&costs, 1, 0, 0.8)[0];
+        assert!(alone >= 6, "{alone}");
+        let six = nodes(&costs, 6, 0, 0.8);
+        assert!(six.iter().sum::<usize>() <= 10, "{six:?} beside 6 rows of their own");
+        assert!(six.iter().all(|n| *n < alone) && six.iter().any(|n| *n > 0), "{six:?} after {alone}");
+        // Nobody takes all of the room.
+        assert!(six.iter().max() <= six.iter().min().map(|n| n + 1).as_ref(), "{six:?}");
+        // A piece of a prompt fills the pass: six more rows would take more than they save.
+        assert_eq!(nodes(&costs, 6, 64, 0.8), [0; 6]);
+        let beside = nodes(&costs, 1, 64, 0.8)[0];
+        assert!(beside > 0 && beside < alone, "{beside} after {alone}");
+    }
+
+    #[test]
+    fn a_pause_goes_on_in_the_next_sequence_but_not_for_long() {
+        let costs = costs(&[(1, 4.0), (2, 5.0), (8, 8.0)], 0.3);
+        let mut rates = Rates::default();
+        let mut proposed = 0;
+        for sequence in 0..40 {
+            let (mut pacer, mut draft) = (Pacer::new(rates), Sure(0.9));
+            for _ in 0..16 {
+                let grown = grow(&costs, ALONE, vec![seed(&mut pacer, &mut draft, 8)]).remove(0);
+                proposed += usize::from(!grown.tree.is_empty());
+                let pass_ms = costs.verify(grown.tree.len() + 1);
+                let elapsed_ms = pass_ms + grown.draft_steps as f32 * 0.3;
+                pacer.learn(&costs, &grown, &[], 1, StepTime { elapsed_ms, pass_ms });
+            }
+            assert!(sequence == 0 || pacer.rates.paused <= LONGEST_PAUSE);
+            rates = pacer.rates().clone();
+        }
+        assert!(
+            (4..120).contains(&proposed),
+            "{proposed} proposals of a draft that is always wrong in 640 steps"
+        );
     }
 }

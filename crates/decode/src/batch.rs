@@ -40,6 +40,11 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         self.running.is_empty()
     }
 
+    /// Bytes that the drafts of the sequences under way hold: keys and values, and features that wait.
+    pub fn draft_bytes(&self) -> usize {
+        self.running.iter().map(Session::drafter_bytes).sum()
+    }
+
     /// Takes a request in; its prompt is read in the next steps. `id` is the caller's name for it.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! What passes of a target and steps of its draft cost on this machine, measured with made-up tokens: the cost of a
 //! pass depends on their number alone.
+//!
+//! What is measured is a [`Probe`], so that the plan of the measurement can be tested with made-up times.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,24 +10,136 @@ use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target, TargetKv};
 
-use crate::auto::Costs;
-use crate::drafter::{Drafter, Features};
+use crate::costs::{Calibration, Costs};
+use crate::drafter::{Drafter, DrafterSession, Features};
 
-/// Rows of the measured passes.
-const SIZES: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
-/// Context behind them.
+/// Rows that are measured on every machine, however slow: a curve with less says nothing about a proposal.
+const NEEDED: [usize; 5] = [1, 2, 4, 8, 16];
+/// Further sizes, as time allows; those that say most first.
+const WANTED: [usize; 5] = [32, 3, 6, 12, 24];
+/// Context behind the passes at most.
 const CONTEXT: usize = 128;
-/// Timed passes of one size in a row; the median counts.
-const TIMED: usize = 5;
+/// Rows per pass that the context is read with.
+const CONTEXT_CHUNK: usize = 32;
+/// No further piece of context is read after this.
+const CONTEXT_LIMIT: Duration = Duration::from_millis(300);
+/// Rounds over the sizes: what disturbs the machine for a moment does not fall on one size alone.
+const ROUNDS: usize = 2;
+/// Timed passes of one size in a round.
+const TIMED: usize = 3;
 /// Untimed passes before them: after passes of another size it takes a few until the caches have settled, and decoding
 /// goes on with alike passes.
 const SETTLE: usize = 2;
 /// The same for passes that only wait for memory, which settle more slowly.
-const SETTLE_SMALL: usize = 16;
+const SETTLE_SMALL: usize = 12;
 /// Rows up to which a pass counts as small.
 const SMALL: usize = 4;
-/// No further size is begun after this.
-const LIMIT: Duration = Duration::from_millis(900);
+/// No further settling pass of a size is begun after this. One is always made in the first round: it also makes room
+/// for the rows.
+const SETTLE_LIMIT: f32 = 40.0;
+/// No further timed pass is begun after this, but for one of each needed size and round.
+const LIMIT: f32 = 900.0;
+/// No settling beyond the first pass of a size and none of the wanted sizes is begun after this.
+const WANTED_LIMIT: f32 = 600.0;
+/// Draft steps that are timed at least and at most, and for how long.
+const DRAFT_STEPS: (usize, usize) = (3, 15);
+const DRAFT_LIMIT: f32 = 300.0;
+
+/// Something whose passes can be timed, in milliseconds.
+pub(crate) trait Probe {
+    /// Rows of a pass at most.
+    fn most_rows(&self) -> usize;
+    /// A pass of so many rows.
+    fn pass(&mut self, rows: usize) -> f32;
+    /// Features of a step taken into the draft, and one more draft step; `None` without a draft.
+    fn draft(&mut self) -> Option<(f32, f32)>;
+}
+
+/// The middle one; 0 of none.
+fn median(times: &mut [f32]) -> f32 {
+    times.sort_by(f32::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Measures the needed sizes, and the others as time allows. `progress` hears how many sizes and rounds of them are
+/// done, of how many.
+pub(crate) fn calibrate(probe: &mut dyn Probe, progress: &mut dyn FnMut(usize, usize)) -> Calibration {
+    let mut spent = 0.0;
+    let mut times: Vec<(usize, Vec<f32>)> = Vec::new();
+    let fits = |rows: &&usize| **rows <= probe.most_rows().max(1);
+    let needed: Vec<usize> = NEEDED.iter().filter(fits).copied().collect();
+    let wanted: Vec<usize> = WANTED.iter().filter(fits).copied().collect();
+    // Twice the needed ones, there and back; in between the others, if there is time.
+    let rounds = needed.iter().map(|rows| (0, true, *rows));
+    let rounds = rounds.chain(wanted.iter().map(|rows| (0, false, *rows)));
+    let rounds: Vec<(usize, bool, usize)> = rounds
+        .chain((1..ROUNDS).flat_map(|n| needed.iter().rev().map(move |rows| (n, true, *rows))))
+        .collect();
+    let all = rounds.len() + 1;
+    for (done, (round, is_needed, rows)) in rounds.into_iter().enumerate() {
+        progress(done, all);
+        if !is_needed && spent > WANTED_LIMIT {
+            continue;
+        }
+        let mut settling = 0.0;
+        let most = if rows <= SMALL { SETTLE_SMALL } else { SETTLE };
+        for number in 0..most {
+            // Caches that hold a model twenty times over have nothing to settle.
+            if settling > SETTLE_LIMIT || (number > 0 || round > 0) && spent > WANTED_LIMIT {
+                break;
+            }
+            settling += probe.pass(rows);
+        }
+        spent += settling;
+        for number in 0..TIMED {
+            if number > 0 && spent > LIMIT {
+                break;
+            }
+            let ms = probe.pass(rows);
+            spent += ms;
+            match times.iter_mut().find(|(r, _)| *r == rows) {
+                Some((_, own)) => own.push(ms),
+                None => times.push((rows, vec![ms])),
+            }
+        }
+    }
+    progress(all - 1, all);
+    let (mut extend, mut step) = (Vec::new(), Vec::new());
+    let mut drafting = 0.0;
+    while extend.len() < DRAFT_STEPS.1 && (extend.len() < DRAFT_STEPS.0 || drafting < DRAFT_LIMIT) {
+        let Some((e, s)) = probe.draft() else { break };
+        drafting += e + s;
+        extend.push(e);
+        step.push(s);
+    }
+    progress(all, all);
+    times.sort_unstable_by_key(|(rows, _)| *rows);
+    let passes = times.iter().map(|(_, own)| own.len()).sum();
+    let (mut verify_ms, mut spread) = (Vec::new(), Vec::new());
+    for (rows, own) in &mut times {
+        let middle = median(own);
+        // Whatever disturbs a pass makes it longer, so the lower third is closer to what it takes.
+        verify_ms.push((*rows, own[(own.len() - 1) / 3]));
+        if own.len() > 1 && own[0] > 0.0 {
+            spread.push(middle / own[0] - 1.0);
+        }
+    }
+    let costs = Costs { verify_ms, draft_step_ms: median(&mut step), extend_ms: median(&mut extend) };
+    let spread = spread.iter().sum::<f32>() / spread.len().max(1) as f32;
+    Calibration { costs: costs.sound(), spread, passes }
+}
+
+/// A target, and a session of its draft.
+struct Machine<'a, K: Kernels> {
+    target: &'a Target<K>,
+    kv: TargetKv<K>,
+    context: usize,
+    layers: &'a [LayerId],
+    draft: Option<Box<dyn DrafterSession<K>>>,
+    /// Of the last piece of context.
+    features: StepOutput<K::Buf>,
+    rows: usize,
+}
 
 fn tokens<K: Kernels>(target: &Target<K>, from: usize, count: usize) -> Vec<u32> {
     let vocab = target.config().vocab_size;
@@ -49,63 +163,148 @@ fn ms(time: Duration) -> f32 {
     time.as_secs_f32() * 1e3
 }
 
-/// The middle one; 0 of none.
-fn median(times: &mut [f32]) -> f32 {
-    times.sort_by(f32::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(0.0)
+impl<K: Kernels> Probe for Machine<'_, K> {
+    fn most_rows(&self) -> usize {
+        self.target.config().max_position.saturating_sub(self.context)
+    }
+
+    fn pass(&mut self, rows: usize) -> f32 {
+        let start = Instant::now();
+        pass(self.target, &mut self.kv, rows, self.layers);
+        let time = ms(start.elapsed());
+        self.kv.rollback_to(self.context);
+        time
+    }
+
+    fn draft(&mut self) -> Option<(f32, f32)> {
+        let draft = self.draft.as_deref_mut()?;
+        // About what one step commits.
+        let rows: Vec<u32> = (0..self.rows.min(2) as u32).collect();
+        let next = tokens(self.target, 1, rows.len());
+        let start = Instant::now();
+        draft.extend(&Features { output: &self.features, rows: &rows }, &next);
+        let best = draft.children(None, 4, &Sampling::GREEDY, 0);
+        let extend = ms(start.elapsed());
+        let start = Instant::now();
+        let handle = draft.expand(None, best.first().map_or(0, |b| b.0), 0);
+        draft.children(Some(handle), 4, &Sampling::GREEDY, 1);
+        Some((extend, ms(start.elapsed())))
+    }
 }
 
-/// Measures them; the first two sizes in any case, the rest as time allows.
-pub(crate) fn measure<K: Kernels>(target: &Target<K>, drafter: Option<&Arc<dyn Drafter<K>>>) -> Costs {
+/// Measures a target and its draft.
+pub(crate) fn measure<K: Kernels>(
+    target: &Target<K>,
+    drafter: Option<&Arc<dyn Drafter<K>>>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Calibration {
     let context = CONTEXT.min(target.config().max_position / 4).max(1);
     let layers = drafter.map_or(&[][..], |d| d.target_layers());
     let mut kv = target.new_kv();
-    let output = pass(target, &mut kv, context, layers);
+    let mut draft = drafter.map(|d| Arc::clone(d).begin());
     let began = Instant::now();
-    let mut times: Vec<Vec<f32>> = vec![Vec::new(); SIZES.len()];
-    for (i, rows) in SIZES.iter().enumerate() {
-        if i > 1 && began.elapsed() > LIMIT || context + rows > target.config().max_position {
-            continue;
+    let (features, rows) = loop {
+        let rows = CONTEXT_CHUNK.min(context - kv.len());
+        let output = pass(target, &mut kv, rows, layers);
+        if let Some(draft) = &mut draft {
+            let all: Vec<u32> = (0..rows as u32).collect();
+            draft.extend(&Features { output: &output, rows: &all }, &tokens(target, kv.len(), rows));
         }
-        let settle = if *rows <= SMALL { SETTLE_SMALL } else { SETTLE };
-        for number in 0..settle + TIMED {
-            let start = Instant::now();
-            pass(target, &mut kv, *rows, layers);
-            if number >= settle {
-                times[i].push(ms(start.elapsed()));
+        if kv.len() == context || began.elapsed() > CONTEXT_LIMIT {
+            break (output, rows);
+        }
+    };
+    let context = kv.len();
+    calibrate(&mut Machine { target, kv, context, layers, draft, features, rows }, progress)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Passes that take what a function of rows and of the time so far says.
+    struct Fake<F> {
+        time: F,
+        most: usize,
+        spent: f32,
+        passes: Vec<usize>,
+    }
+
+    impl<F: Fn(usize, f32) -> f32> Probe for Fake<F> {
+        fn most_rows(&self) -> usize {
+            self.most
+        }
+        fn pass(&mut self, rows: usize) -> f32 {
+            let ms = (self.time)(rows, self.spent);
+            self.spent += ms;
+            self.passes.push(rows);
+            ms
+        }
+        fn draft(&mut self) -> Option<(f32, f32)> {
+            Some((1.5, 1.2))
+        }
+    }
+
+    fn run<F: Fn(usize, f32) -> f32>(time: F) -> (Calibration, Fake<F>) {
+        let mut fake = Fake { time, most: 1000, spent: 0.0, passes: Vec::new() };
+        let mut last = (0, 0);
+        let found = calibrate(&mut fake, &mut |done, all| last = (done, all));
+        assert!(last.0 == last.1 && last.1 > 0);
+        (found, fake)
+    }
+
+    /// Of a 1.5B target on two cores.
+    fn large(rows: usize) -> f32 {
+        let costs = Costs {
+            verify_ms: vec![(1, 44.6), (4, 45.5), (8, 57.0), (16, 103.0), (32, 190.0)],
+            draft_step_ms: 0.0,
+            extend_ms: 0.0,
+        };
+        costs.verify(rows)
+    }
+
+    #[test]
+    fn slow_passes_are_measured_at_every_needed_size() {
+        for factor in [1.2, 3.0, 40.0] {
+            let (found, fake) = run(|rows, _| factor * large(rows));
+            let sizes: Vec<usize> = found.costs.verify_ms.iter().map(|(rows, _)| *rows).collect();
+            for rows in NEEDED {
+                assert!(sizes.contains(&rows), "{rows} of {sizes:?}");
+                let (found, real) = (found.costs.verify(rows), factor * large(rows));
+                assert!((found / real - 1.0).abs() < 0.02, "{rows} rows: {found} for {real}");
             }
-            kv.rollback_to(context);
-            // A large model on a small machine: two timed passes have to do.
-            if number > settle && began.elapsed() > LIMIT {
-                break;
-            }
+            assert!((1..64).all(|rows| found.costs.verify(rows + 1) > found.costs.verify(rows)));
+            // One pass to settle and one that is timed, then one more: three of each size at the slowest.
+            let least: f32 = NEEDED.iter().map(|rows| 3.0 * factor * large(*rows)).sum();
+            assert!(fake.spent < least.max(1800.0 * factor), "{} ms", fake.spent);
         }
     }
-    let mut verify_ms: Vec<(usize, f32)> = Vec::new();
-    for (rows, times) in SIZES.iter().zip(&mut times) {
-        if !times.is_empty() {
-            // More rows never cost less; what says otherwise is noise.
-            let floor = verify_ms.last().map_or(0.0, |(_, ms)| *ms);
-            verify_ms.push((*rows, median(times).max(floor)));
-        }
+
+    #[test]
+    fn fast_passes_settle_first_and_are_measured_at_all_sizes() {
+        let (found, fake) = run(|rows, _| 0.1 * large(rows));
+        assert_eq!(found.costs.verify_ms.len(), NEEDED.len() + WANTED.len());
+        assert!(fake.spent < 1500.0, "{} ms", fake.spent);
+        assert_eq!(fake.passes[..SETTLE_SMALL / 2], [1; SETTLE_SMALL / 2]);
+        assert!(found.spread < 1e-3 && (found.costs.draft_step_ms, found.costs.extend_ms) == (1.2, 1.5));
     }
-    let (mut extend, mut step) = (Vec::new(), Vec::new());
-    if let Some(drafter) = drafter {
-        let mut session = Arc::clone(drafter).begin();
-        let all: Vec<u32> = (0..context as u32).collect();
-        session.extend(&Features { output: &output, rows: &all }, &tokens(target, 1, context));
-        for _ in 0..3 * TIMED {
-            // About what one step commits.
-            let rows: Vec<u32> = (0..2.min(context as u32)).collect();
-            let start = Instant::now();
-            session.extend(&Features { output: &output, rows: &rows }, &tokens(target, 1, rows.len()));
-            let best = session.children(None, 1, &Sampling::GREEDY, 0);
-            extend.push(ms(start.elapsed()));
-            let start = Instant::now();
-            let handle = session.expand(None, best.first().map_or(0, |b| b.0), 0);
-            session.children(Some(handle), 4, &Sampling::GREEDY, 1);
-            step.push(ms(start.elapsed()));
-        }
+
+    #[test]
+    fn a_disturbance_does_not_fall_on_one_size_alone() {
+        // For half a second of the first passes everything takes three times as long.
+        let (found, _) = run(|rows, spent| large(rows) * if spent < 500.0 { 3.0 } else { 1.0 });
+        let ratio = found.costs.verify(1) / large(1);
+        assert!((0.95..1.1).contains(&ratio), "{ratio}");
+        assert!(found.spread > 0.2, "{}", found.spread);
+        let growth = found.costs.verify(16) / found.costs.verify(1);
+        assert!((growth / (large(16) / large(1)) - 1.0).abs() < 0.1, "{growth}");
     }
-    Costs { verify_ms, draft_step_ms: median(&mut step), extend_ms: median(&mut extend) }
+
+    #[test]
+    fn a_short_context_is_measured_as_far_as_it_goes() {
+        let mut fake = Fake { time: |rows, _| large(rows), most: 5, spent: 0.0, passes: Vec::new() };
+        let found = calibrate(&mut fake, &mut |_, _| {});
+        assert_eq!(found.costs.verify_ms.last().map(|p| p.0), Some(4));
+        assert!(fake.passes.iter().all(|rows| *rows <= 5));
+    }
 }

@@ -77,6 +77,14 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     fn target_layers(&self) -> &[LayerId];
     /// Starts a sequence.
     fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<K>>;
+    /// Bytes that a session keeps for each committed position.
+    fn bytes_per_token(&self) -> usize {
+        0
+    }
+    /// Bytes that a session holds at most beside those, between two steps.
+    fn bytes_per_session(&self) -> usize {
+        0
+    }
 }
 
 /// The drafter's view of one sequence.
@@ -87,7 +95,8 @@ pub trait DrafterSession<K: Kernels> {
     /// what follows from these features [eagle3 §9].
     fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
 
-    /// As [`DrafterSession::extend`], but the work may wait until the next proposal.
+    /// As [`DrafterSession::extend`], but the work may wait until the next proposal. What waits is bounded: the session
+    /// takes it in by pieces when it becomes too much.
     fn defer(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
 
     /// The `k` most probable tokens after a node (`None`: after the last committed token), which stands at `position`,
@@ -106,4 +115,9 @@ pub trait DrafterSession<K: Kernels> {
 
     /// Proposes tokens after the last committed one, which stands at `position`, at most `room` levels deep.
     fn propose(&mut self, plan: &DraftPlan, room: usize, sampling: &Sampling, position: u64) -> TokenTree;
+
+    /// Bytes that it holds now: what committed positions keep, and what waits.
+    fn held_bytes(&self) -> usize {
+        0
+    }
 }

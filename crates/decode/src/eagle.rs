@@ -12,6 +12,10 @@ use draftsmith_model::{CacheAttend, Draft, Infer, Linear, Rows, Target};
 use crate::DecodeError;
 use crate::drafter::{DraftPlan, Drafter, DrafterSession, Features};
 
+/// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence
+/// that never drafts would hold those of its whole text; taken in by so many, a position costs the least.
+const DEFERRED_ROWS: usize = 256;
+
 /// An EAGLE-3 draft beside the target it was made for.
 pub struct EagleDrafter<K: Kernels> {
     kernels: Arc<K>,
@@ -80,6 +84,15 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
             grown: Vec::new(),
             grown_parents: Vec::new(),
         })
+    }
+
+    fn bytes_per_token(&self) -> usize {
+        self.draft.kv_bytes_per_token()
+    }
+
+    fn bytes_per_session(&self) -> usize {
+        let config = &self.draft.network.config;
+        DEFERRED_ROWS * self.layers.len() * config.target_hidden_size * size_of::<f32>()
     }
 }
 
@@ -205,22 +218,30 @@ impl<K: Kernels> EagleSession<K> {
 
     /// Takes the pending positions into the cache and computes what follows the last of them.
     fn flush(&mut self) {
+        if let Some((output, head_input, rows)) = self.take_in() {
+            self.last = self.heads(&output, &head_input, &[rows as u32 - 1]).pop();
+        }
+    }
+
+    /// Takes the pending positions into the cache; returns outputs and head inputs, and their number.
+    fn take_in(&mut self) -> Option<(Shared<K>, Shared<K>, usize)> {
         let next_tokens = std::mem::take(&mut self.pending_tokens);
         if next_tokens.is_empty() {
-            return;
+            return None;
         }
         self.rollback();
         let drafter = Arc::clone(&self.drafter);
         let mut ops = Infer::new(drafter.kernels.as_ref());
         let pending = std::mem::take(&mut self.pending);
         let joined = self.stack(&pending);
+        drop(pending);
         let hidden = drafter.draft.network.project(&mut ops, &drafter.draft.weights, &joined);
         let rows = next_tokens.len();
         let parents = TokenTree::chain_parents(rows);
         let positions: Vec<u32> = (self.len as u32..(self.len + rows) as u32).collect();
         let (output, head_input) = self.step(&hidden, &next_tokens, &parents, &positions);
         self.len += rows;
-        self.last = self.heads(&output, &head_input, &[rows as u32 - 1]).pop();
+        Some((output, head_input, rows))
     }
 }
 
@@ -232,10 +253,21 @@ impl<K: Kernels> DrafterSession<K> for EagleSession<K> {
 
     fn defer(&mut self, features: &Features<'_, K>, next_tokens: &[u32]) {
         assert!(features.rows.len() == next_tokens.len(), "one following token per position");
-        if !next_tokens.is_empty() {
-            self.pending.push(Arc::new(features.concat(self.drafter.kernels.as_ref())));
+        let Features { output, rows } = *features;
+        for (rows, next_tokens) in rows.chunks(DEFERRED_ROWS).zip(next_tokens.chunks(DEFERRED_ROWS)) {
+            if self.pending_tokens.len() + rows.len() > DEFERRED_ROWS {
+                // What follows them is asked for only once the positions behind are in.
+                self.take_in();
+            }
+            let piece = Features { output, rows };
+            self.pending.push(Arc::new(piece.concat(self.drafter.kernels.as_ref())));
             self.pending_tokens.extend_from_slice(next_tokens);
         }
+    }
+
+    fn held_bytes(&self) -> usize {
+        let waiting: usize = self.pending.iter().map(|p| p.rows * p.width * size_of::<f32>()).sum();
+        waiting + self.len * self.drafter.bytes_per_token()
     }
 
     fn children(

@@ -1,7 +1,7 @@
 //! The step of the engine: propose, verify in one target pass for all sequences, commit or roll back.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{
@@ -12,14 +12,15 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
-use crate::auto::{Costs, Grown, Pacer, Rates};
+use crate::auto::{Grown, Load, Pacer, Rates, Seed, StepTime, grow};
 use crate::batch::Batch;
 use crate::calibrate;
+use crate::costs::{Calibration, Costs, CostsOff, Ledger};
 use crate::drafter::{DraftPlan, Drafter, Features};
 use crate::grammar::Grammar;
 use crate::lookup::Lookup;
 use crate::prefix::Prefixes;
-use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
+use crate::session::{Auto, Fed, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
 /// are decoding wait for it. Does not change any bit of the result.
@@ -68,12 +69,19 @@ pub struct BatchOptions {
     pub batch_size: usize,
 }
 
+/// What [`Engine::on_costs_off`] calls.
+type CostsOffHook = Box<dyn Fn(&CostsOff) + Send + Sync>;
+
 /// A target with an optional drafter.
 pub struct Engine<K: Kernels> {
     target: Arc<Target<K>>,
     drafter: Option<Arc<dyn Drafter<K>>>,
     max_context: usize,
     costs: OnceLock<Costs>,
+    /// What the steps say about the costs; `None` if they hold whatever happens.
+    ledger: Option<Mutex<Ledger>>,
+    /// Told when the steps contradict the costs.
+    costs_off: Option<CostsOffHook>,
     /// What the last automatic sequence learnt about its proposals.
     rates: Mutex<Rates>,
     prefixes: Mutex<Prefixes<K>>,
@@ -88,6 +96,8 @@ impl<K: Kernels> Engine<K> {
             drafter,
             max_context,
             costs: OnceLock::new(),
+            ledger: Some(Mutex::default()),
+            costs_off: None,
             rates: Mutex::default(),
             prefixes: Mutex::new(Prefixes::new(0)),
         }
@@ -113,12 +123,29 @@ impl<K: Kernels> Engine<K> {
     pub fn set_drafter(&mut self, drafter: Option<Arc<dyn Drafter<K>>>) {
         self.drafter = drafter;
         self.costs = OnceLock::new();
+        self.ledger = Some(Mutex::default());
         self.rates = Mutex::default();
     }
 
-    /// Sets costs that were measured before, on this machine with this target, drafter and thread count.
+    /// Sets costs that hold whatever the steps say.
     pub fn with_costs(mut self, costs: Costs) -> Engine<K> {
         self.costs = OnceLock::from(costs);
+        self.ledger = None;
+        self
+    }
+
+    /// Sets costs that were measured before, on this machine with this target, drafter and thread count. The times of
+    /// real steps correct them.
+    pub fn with_measured_costs(mut self, costs: Costs) -> Engine<K> {
+        self.costs = OnceLock::from(costs);
+        self.ledger = Some(Mutex::default());
+        self
+    }
+
+    /// Calls `told` once if the times of real steps contradict the costs: passes of some sizes against each other, or
+    /// all of them because the machine was busy when they were measured.
+    pub fn on_costs_off(mut self, told: Box<dyn Fn(&CostsOff) + Send + Sync>) -> Engine<K> {
+        self.costs_off = Some(told);
         self
     }
 
@@ -131,9 +158,80 @@ impl<K: Kernels> Engine<K> {
         self
     }
 
-    /// What passes cost here; measured at the first call, in about a second.
+    /// What passes cost here, as measured; at the first call, in about a second, if they are not set.
     pub fn costs(&self) -> &Costs {
-        self.costs.get_or_init(|| calibrate::measure(&self.target, self.drafter.as_ref()))
+        self.costs.get_or_init(|| self.calibrate(&mut |_, _| {}).costs)
+    }
+
+    /// The same as the steps since then correct it: what proposals are planned with.
+    pub fn current_costs(&self) -> Costs {
+        let costs = self.costs();
+        match self.ledger() {
+            Some(ledger) => ledger.corrected(costs),
+            None => costs.clone(),
+        }
+    }
+
+    /// Measures what passes cost here and now, in about a second, or three passes of each size where that takes longer.
+    /// The engine goes on with the costs that it has. `progress` hears how much is done, of how much.
+    pub fn calibrate(&self, progress: &mut dyn FnMut(usize, usize)) -> Calibration {
+        calibrate::measure(&self.target, self.drafter.as_ref(), progress)
+    }
+
+    /// Bytes that a sequence with a draft keeps for each token beside the target's cache; 0 without a draft.
+    pub fn draft_bytes_per_token(&self) -> usize {
+        self.drafter.as_ref().map_or(0, |d| d.bytes_per_token())
+    }
+
+    /// Bytes that a sequence with a draft holds at most beside those: features that wait to be taken in.
+    pub fn draft_bytes_per_sequence(&self) -> usize {
+        self.drafter.as_ref().map_or(0, |d| d.bytes_per_session())
+    }
+
+    fn ledger(&self) -> Option<MutexGuard<'_, Ledger>> {
+        Some(self.ledger.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Holds a pass against the costs, if there are any.
+    fn learn_pass(&self, rows: usize, pass_ms: f32) {
+        let Some(costs) = self.costs.get() else { return };
+        let off = self.ledger().and_then(|mut ledger| ledger.pass(costs, rows, pass_ms));
+        if let (Some(off), Some(told)) = (off, &self.costs_off) {
+            told(&off);
+        }
+    }
+
+    /// Holds the draft's part of a proposal against the costs; `fed_ms` is what taking in the step before it took.
+    fn learn_draft(&self, grown: &Grown, fed_ms: Option<f32>) {
+        let (Some(costs), Some(mut ledger)) = (self.costs.get(), self.ledger()) else { return };
+        if grown.draft_steps > 0 {
+            ledger.draft_step(costs, grown.draft_ms / grown.draft_steps as f32);
+        }
+        if let (Some(fed), Some(root)) = (fed_ms, grown.root_ms) {
+            ledger.extend(costs, fed + root);
+        }
+    }
+
+    /// Proposals of the sequences with an automatic plan; `load` is what else is in the pass, their own roots included.
+    fn grow(&self, sessions: &mut [Session<K>], chosen: &[usize], load: Load) -> Vec<Grown> {
+        if chosen.is_empty() {
+            return Vec::new();
+        }
+        let mut seeds = Vec::new();
+        for (_, session) in sessions.iter_mut().enumerate().filter(|(i, _)| chosen.contains(i)) {
+            // The target adds one token itself, so a proposal may be one shorter than the room.
+            let room = session.room(self.max_context) - 1;
+            let Some(auto) = &mut session.auto else { continue };
+            seeds.push(Seed {
+                pacer: &mut auto.pacer,
+                drafter: session.drafter.as_deref_mut(),
+                repetition: auto.lookup.find(&session.tokens),
+                text: &session.tokens,
+                room,
+                sampling: &session.options.sampling,
+            });
+        }
+        grow(&self.current_costs(), load, seeds)
     }
 
     /// Generates one answer. `on_token` sees each committed token and may end the generation.
@@ -211,11 +309,14 @@ impl<K: Kernels> Engine<K> {
         };
         let auto = (options.draft == DraftPlan::Auto).then(|| {
             let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            // Measured before the first step, not in it.
+            self.costs();
             Auto {
-                pacer: Pacer::new(self.costs(), rates),
+                pacer: Pacer::new(rates),
                 lookup: Lookup::default(),
                 grown: Grown::default(),
                 clock: Instant::now(),
+                fed_ms: None,
             }
         });
         let shared = match &drafter {
@@ -294,10 +395,11 @@ impl<K: Kernels> Engine<K> {
         if sessions.iter().all(|s| s.finish.is_some()) {
             return;
         }
-        // Propose.
-        let others = sessions.iter().filter(|s| s.finish.is_none()).count().saturating_sub(1);
+        // Propose. What is planned by cost comes last: it counts the rows of everything else.
         let mut prefill_left = PREFILL_CHUNK;
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
+        let mut load = Load::default();
+        let mut automatic: Vec<usize> = Vec::new();
         for (index, session) in sessions.iter_mut().enumerate().filter(|(_, s)| s.finish.is_none()) {
             let left = session.prompt_left();
             if left > 0 {
@@ -305,6 +407,7 @@ impl<K: Kernels> Engine<K> {
                 let chunk = session.tokens[from..from + left.min(prefill_left)].to_vec();
                 prefill_left -= chunk.len();
                 if !chunk.is_empty() {
+                    load.rows += chunk.len();
                     work.push((index, chunk, TokenTree::default()));
                 }
                 continue;
@@ -313,27 +416,29 @@ impl<K: Kernels> Engine<K> {
             let room = session.room(self.max_context) - 1;
             let position = session.tokens.len() as u64 - 1;
             let sampling = &session.options.sampling;
-            let tree = match (&mut session.auto, &mut session.drafter) {
-                (Some(auto), drafter) => {
-                    let repetition = auto.lookup.find(&session.tokens);
-                    let drafter = drafter.as_deref_mut();
-                    auto.grown = auto.pacer.grow(
-                        self.costs(),
-                        drafter,
-                        repetition,
-                        &session.tokens,
-                        room,
-                        others,
-                        sampling,
-                    );
-                    auto.grown.tree.clone()
+            let tree = match (&session.auto, &mut session.drafter) {
+                (Some(_), _) => {
+                    automatic.push(index);
+                    TokenTree::default()
                 }
                 (None, None) => TokenTree::default(),
                 (None, Some(d)) => d.propose(&session.options.draft, room, sampling, position),
             };
             let mut rows = vec![*session.tokens.last().expect("a session has tokens")];
             rows.extend(tree.tokens.iter().map(|t| t.0));
+            load.rows += rows.len();
+            load.sequences += 1;
             work.push((index, rows, tree));
+        }
+        for (index, grown) in automatic.iter().zip(self.grow(sessions, &automatic, load)) {
+            let own = work.iter_mut().find(|(i, ..)| i == index);
+            let (_, rows, tree) = own.expect("every sequence that decodes is in the step");
+            rows.extend(grown.tree.tokens.iter().map(|t| t.0));
+            tree.clone_from(&grown.tree);
+            if let Some(auto) = &mut sessions[*index].auto {
+                self.learn_draft(&grown, auto.fed_ms.take());
+                auto.grown = grown;
+            }
         }
         // Verify: the root row, then the tree below it.
         let parents: Vec<Vec<Option<u32>>> = work
@@ -352,6 +457,7 @@ impl<K: Kernels> Engine<K> {
             Some(drafter) if wants_layers => drafter.target_layers(),
             _ => &[],
         };
+        let began = Instant::now();
         let bases: Vec<usize> = work.iter().map(|(index, ..)| sessions[*index].kv.len()).collect();
         let output = {
             let mut kvs: Vec<Option<&mut _>> = sessions.iter_mut().map(|s| Some(&mut s.kv)).collect();
@@ -386,7 +492,13 @@ impl<K: Kernels> Engine<K> {
             let owner = spans.partition_point(|(_, at, _)| *at <= row) - 1;
             sessions[work[owner].0].wants_argmax_only()
         });
+        let pass_ms = began.elapsed().as_secs_f32() * 1e3;
+        // The head runs on every row of a pass that verifies; with a piece of a prompt it is another kind of pass.
+        if wanted.len() == first_row as usize {
+            self.learn_pass(wanted.len(), pass_ms);
+        }
         // Commit or roll back.
+        let mut costs: Option<Costs> = None;
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
             let prefilled = *base < session.fill_to;
@@ -411,7 +523,7 @@ impl<K: Kernels> Engine<K> {
                     commit(session, vec![(chosen, TokenOrigin::Plain)], self.max_context, emit);
                 }
                 let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
-                session.feed_drafter(&Features { output: &output, rows: &rows }, &next);
+                session.feed_drafter(&Features { output: &output, rows: &rows }, &next, Fed::Prompt);
                 continue;
             }
             // What the target chooses along the path, its own last token included.
@@ -437,16 +549,17 @@ impl<K: Kernels> Engine<K> {
             session.stats.record(tree.depth(), tree.len(), accepted.min(committed), committed);
             if let Some(auto) = &mut session.auto {
                 let now = Instant::now();
-                let elapsed_ms = (now - auto.clock).as_secs_f32() * 1e3;
+                let time = StepTime { elapsed_ms: (now - auto.clock).as_secs_f32() * 1e3, pass_ms };
                 auto.clock = now;
-                auto.pacer.learn(self.costs(), &auto.grown, &verdict.accepted_path, accepted + 1, elapsed_ms);
+                let costs = costs.get_or_insert_with(|| self.current_costs());
+                auto.pacer.learn(costs, &auto.grown, &verdict.accepted_path, accepted + 1, time);
             }
             // Rows that stay in the cache: the root and the accepted path.
             let keep: Vec<u32> =
                 std::iter::once(0).chain(verdict.accepted_path.iter().map(|n| n + 1)).collect();
             session.kv.commit(self.target.kernels(), *base, &keep);
             let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
-            session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next);
+            session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next, Fed::Step);
         }
     }
 }

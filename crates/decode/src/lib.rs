@@ -7,6 +7,7 @@
 mod auto;
 mod batch;
 mod calibrate;
+mod costs;
 mod drafter;
 mod eagle;
 mod engine;
@@ -17,8 +18,8 @@ mod prefix;
 mod score;
 mod session;
 
-pub use auto::Costs;
 pub use batch::Batch;
+pub use costs::{Calibration, Costs, CostsOff};
 pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
 pub use eagle::EagleDrafter;
 pub use engine::{BatchOptions, Engine, GenerateOptions};

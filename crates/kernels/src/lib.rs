@@ -71,6 +71,16 @@ pub enum KvDtype {
     F16,
 }
 
+impl KvDtype {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::F16 => 2,
+        }
+    }
+}
+
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

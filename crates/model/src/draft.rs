@@ -197,6 +197,12 @@ impl<K: Kernels> Draft<K> {
         kernels.kv_new(config.num_key_value_heads, config.head_dim, self.kv_dtype)
     }
 
+    /// Bytes of keys and values that [`Draft::new_kv`] keeps for each position.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        let config = &self.network.config;
+        2 * config.num_key_value_heads * config.head_dim * self.kv_dtype.bytes()
+    }
+
     /// Loads a draft folder: `config.json` and `model.safetensors` [formats §2.1].
     pub fn load(kernels: &K, dir: &Path, mode: PackMode) -> Result<Draft<K>, DraftError> {
         let (config, tensors, vocab_map) = read_draft(dir)?;
