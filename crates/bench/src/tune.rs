@@ -185,6 +185,18 @@ pub fn tune_text(report: &TuneReport) -> String {
             ));
         }
     }
+    let without: Vec<String> = report
+        .loads
+        .iter()
+        .filter(|load| load.settings.iter().any(|s| s.name == load.best && s.drafting.is_none()))
+        .map(|load| load.sequences.to_string())
+        .collect();
+    if !without.is_empty() {
+        out.push_str(&format!(
+            "decode without the draft here at {} at once: no setting is faster than plain decoding\n",
+            without.join(", ")
+        ));
+    }
     out.push_str(&format!(
         "{} prompts, up to {} tokens each, {} threads, settings in turn\n",
         report.prompts, report.max_new_tokens, report.threads

@@ -146,7 +146,9 @@ impl BundleError {
             BundleError::MissingField { field } => {
                 Some(format!("set `{field}` in the `[bundle]` table of the run file"))
             }
-            BundleError::Exists { .. } => Some("choose another folder, or remove this one".into()),
+            BundleError::Exists { .. } => {
+                Some("add `--replace` to put the new one in its place, or name another folder with `--out`".into())
+            }
             BundleError::Weights(e) => e.hint(),
             BundleError::Io(e) => e.hint(),
             BundleError::Manifest { .. }

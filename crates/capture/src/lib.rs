@@ -15,7 +15,7 @@ mod remote;
 pub use engine::EngineGenerator;
 pub use generator::{Answer, AnswerMark, Generator, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
-pub use http::{Asked, Asker, Fault, Note, ServerError};
+pub use http::{Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate};
 pub use remote::{
