@@ -257,6 +257,23 @@ mod tests {
     }
 
     #[test]
+    fn where_nothing_is_faster_the_draft_is_left_out() {
+        let report = |settings: &[Drafting]| TuneReport {
+            loads: vec![load(settings, 1), load(&[Drafting::Chain { depth: 3 }], 4)],
+            prompts: 6,
+            max_new_tokens: 8,
+            threads: 1,
+            target: ArtifactInfo::default(),
+            draft: ArtifactInfo::default(),
+            machine: Machine::default(),
+        };
+        let tree = Drafting::Tree { depth: 2, top_k: 2, num_draft_tokens: 4 };
+        let text = tune_text(&report(&[tree]));
+        assert!(text.contains("decode without the draft here at 1 at once"), "{text}");
+        assert!(!tune_text(&report(&[Drafting::Chain { depth: 3 }])).contains("without the draft"));
+    }
+
+    #[test]
     fn a_changed_text_is_seen() {
         let load = load(&[Drafting::Chain { depth: 7 }], 1);
         assert_eq!(load.settings.iter().map(|s| s.identical).collect::<Vec<_>>(), [true, false]);

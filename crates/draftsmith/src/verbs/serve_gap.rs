@@ -65,17 +65,30 @@ fn server(args: &cli::ServeGap) -> Result<ServerTable, Failure> {
     let extra: Value = match &args.extra {
         None => json!({}),
         Some(text) => serde_json::from_str(text)
-            .map_err(|e| Failure::input(format!("`--extra` is no JSON object: {e}"), None))?,
+            .map_err(|e| no_object(&e))?,
     };
     let table = json!({
         "url": args.url, "api": args.api, "model": args.model, "key_env": args.key_env, "extra": extra,
     });
     let server: ServerTable = serde_json::from_value(table)
-        .map_err(|e| Failure::input(format!("`--extra` is no JSON object: {e}"), None))?;
+        .map_err(|e| no_object(&e))?;
     match server.problem() {
-        Some((key, problem)) => Err(Failure::input(format!("`{key}` {problem}"), None)),
+        Some((key, problem)) => {
+            let advice = match key.as_str() {
+                "url" => "give the address up to and including the version, `http://127.0.0.1:8000/v1`".to_string(),
+                key => format!("correct or leave out `{key}`"),
+            };
+            Err(Failure::input(format!("`{key}` {problem}"), Some(advice)))
+        }
         None => Ok(server),
     }
+}
+
+fn no_object(error: &serde_json::Error) -> Failure {
+    Failure::input(
+        format!("`--extra` is no JSON object: {error}"),
+        Some("quote it for the shell, for example `--extra '{\"repetition_penalty\": 1.0}'`".to_string()),
+    )
 }
 
 fn page(gap: &Gap) -> String {

@@ -15,6 +15,7 @@ mod openai_client;
 mod pip;
 mod regenerate;
 mod rows;
+mod run_folder;
 mod run_file;
 mod serve;
 mod serve_gap;
