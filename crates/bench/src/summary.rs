@@ -110,6 +110,26 @@ pub fn headline(records: &[Record]) -> Option<(String, Summary)> {
     totals.max_by(|a, b| value(&a.1).total_cmp(&value(&b.1)))
 }
 
+/// What to do where no setting was faster than the target alone, and what limited the fastest one; `None` if one was
+/// faster, or nothing was measured.
+pub fn advice_against(records: &[Record]) -> Option<String> {
+    let (setting, best) = headline(records)?;
+    let speedup = best.speedup?.value;
+    if speedup >= 1.0 {
+        return None;
+    }
+    let limit =
+        best.accept_len.map(|e| e.value).filter(|_| speedup > 0.0).map_or_else(String::new, |length| {
+            format!(
+                ": a verify step commits {length:.2} tokens and takes as long as {:.2} plain steps",
+                length / speedup
+            )
+        });
+    Some(format!(
+        "decode without the draft here: the fastest setting ({setting}) reached {speedup:.2}x of target-only decoding{limit}"
+    ))
+}
+
 /// Records by setting, in order of appearance.
 fn groups(records: &[Record]) -> Vec<(String, Vec<&Record>)> {
     let mut groups: Vec<(String, Vec<&Record>)> = Vec::new();

@@ -2,7 +2,7 @@
 
 use crate::record::Record;
 use crate::stats::Estimate;
-use crate::summary::{BASELINE, Summary, summarize_each};
+use crate::summary::{BASELINE, Summary, advice_against, summarize_each};
 
 /// Value with its interval: `2.31 [2.20, 2.42]`, or `–` if there is none.
 pub fn with_interval(estimate: &Option<Estimate>, digits: usize) -> String {
@@ -70,6 +70,9 @@ pub fn text(records: &[Record]) -> String {
         line(std::array::from_fn(|i| row[i].as_str()));
     }
     out.push_str(&format!("[low, high]: 95 % confidence interval over rows. speedup: decode time per token, baseline {BASELINE}.\n"));
+    if let Some(advice) = advice_against(records) {
+        out.push_str(&format!("{advice}\n"));
+    }
     for summary in summaries.iter().filter(|s| !s.is_total) {
         for doubt in &summary.doubts {
             out.push_str(&format!("doubt ({}): {}\n  {}\n", summary.name, doubt.message(), doubt.advice()));
@@ -88,6 +91,9 @@ pub fn markdown(records: &[Record]) -> String {
     out.push_str(&format!(
         "\n`[low, high]`: 95 % confidence interval over rows. Accept length: committed tokens ÷ verify steps, the target's own token included. Speedup: decode time per token; baseline: {BASELINE}.\n"
     ));
+    if let Some(advice) = advice_against(records) {
+        out.push_str(&format!("\n{}{}.\n", advice[..1].to_uppercase(), &advice[1..]));
+    }
     let doubts: Vec<String> = summaries
         .iter()
         .filter(|s| !s.is_total)

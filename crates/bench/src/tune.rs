@@ -185,6 +185,18 @@ pub fn tune_text(report: &TuneReport) -> String {
             ));
         }
     }
+    let without: Vec<String> = report
+        .loads
+        .iter()
+        .filter(|load| load.settings.iter().any(|s| s.name == load.best && s.drafting.is_none()))
+        .map(|load| load.sequences.to_string())
+        .collect();
+    if !without.is_empty() {
+        out.push_str(&format!(
+            "decode without the draft here at {} at once: no setting is faster than plain decoding\n",
+            without.join(", ")
+        ));
+    }
     out.push_str(&format!(
         "{} prompts, up to {} tokens each, {} threads, settings in turn\n",
         report.prompts, report.max_new_tokens, report.threads
@@ -242,6 +254,23 @@ mod tests {
             assert!(load.settings[0].speedup.is_none() && load.settings[0].accept_len.is_none());
             assert_eq!(load.settings[2].accept_len, Some(1.5));
         }
+    }
+
+    #[test]
+    fn where_nothing_is_faster_the_draft_is_left_out() {
+        let report = |settings: &[Drafting]| TuneReport {
+            loads: vec![load(settings, 1), load(&[Drafting::Chain { depth: 3 }], 4)],
+            prompts: 6,
+            max_new_tokens: 8,
+            threads: 1,
+            target: ArtifactInfo::default(),
+            draft: ArtifactInfo::default(),
+            machine: Machine::default(),
+        };
+        let tree = Drafting::Tree { depth: 2, top_k: 2, num_draft_tokens: 4 };
+        let text = tune_text(&report(&[tree]));
+        assert!(text.contains("decode without the draft here at 1 at once"), "{text}");
+        assert!(!tune_text(&report(&[Drafting::Chain { depth: 3 }])).contains("without the draft"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod common;
 use common::{FakeRunner, measured, options, workload};
 use draftsmith_bench::{
     BenchError, Interval, Record, ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with,
+    table,
 };
 
 fn two_records() -> Vec<Record> {
@@ -178,4 +179,24 @@ fn a_difference_in_a_slower_setting_is_not_hidden() {
     let html = report_html(&records).unwrap();
     assert!(html.contains("10 of 48 outputs differ from target-only decoding"));
     assert!(!html.contains("<div class=\"big yes\">"));
+}
+
+#[test]
+fn where_drafting_loses_report_and_table_say_so_and_why() {
+    let slow = [measured(
+        &mut FakeRunner { depth: 0, ..FakeRunner::default() },
+        &workload("gsm8k", 24, 1),
+        &options(60),
+    )];
+    let why = "a verify step commits 1.00 tokens and takes as long as 1.20 plain steps";
+    for text in [report_html(&slow).unwrap(), table::text(&slow), table::markdown(&slow)] {
+        let lower = text.to_lowercase();
+        assert!(lower.contains("decode without the draft here") && lower.contains("0.83x"), "{text}");
+        assert!(text.contains(why), "{text}");
+    }
+    assert_well_formed(&report_html(&slow).unwrap());
+    let fast = two_records();
+    for text in [report_html(&fast).unwrap(), table::text(&fast), table::markdown(&fast)] {
+        assert!(!text.contains("without the draft"), "{text}");
+    }
 }

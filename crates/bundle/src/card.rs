@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 
-use crate::engines::{Launch, engine_name, launch};
+use crate::engines::{Launch, launch};
 use crate::foreign::Layout;
 use crate::make::{Measured, MeasuredResult, record_files};
 use crate::manifest::{Manifest, Recommended};
@@ -147,14 +147,11 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
             doubts(results)
         );
     }
-    let _ = write!(out, "## Use\n\n{}\n\n", recommended(&manifest.recommended));
-    // A path of the machine where it was made helps nobody else.
-    let elsewhere = |r: &&String| r.starts_with("hf:") || r.starts_with("pip:");
-    let reference = manifest.target.references.iter().find(elsewhere);
     let _ = write!(
         out,
-        "```sh\n# draftsmith (`DIR` is this folder)\ndraftsmith generate --target {} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n```\n\nOther engines:\n\n",
-        reference.map_or(engine_name(&manifest.target), String::as_str)
+        "## Use\n\n{}\n\n{}Other engines:\n\n",
+        recommended(manifest, results),
+        own_command(manifest)
     );
     let mut lines = launch(manifest, Layout::Sglang, "DIR");
     for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
@@ -187,7 +184,7 @@ pub(crate) fn export_readme(manifest: &Manifest, layout: Layout) -> String {
     format!(
         "{}## Use\n\n{}\n\n{}{NOT_RUN}\n\n{}{}{}",
         opening(manifest),
-        recommended(&manifest.recommended),
+        recommended(manifest, &[]),
         commands(&launch(manifest, layout, "DIR")),
         facts(manifest),
         training(manifest),
@@ -214,14 +211,57 @@ fn opening(manifest: &Manifest) -> String {
     out
 }
 
-fn recommended(r: &Recommended) -> String {
+/// The command that runs the draft here, with the very weights that it was trained for.
+fn own_command(manifest: &Manifest) -> String {
+    let target = &manifest.target;
+    // A path of the machine where it was made helps nobody else.
+    let elsewhere = |r: &&String| r.starts_with("hf:") || r.starts_with("pip:");
+    let sha256 = format!("sha256 `{}`", target.weights_sha256);
+    let (comment, reference) = match target.references.iter().find(elsewhere) {
+        Some(reference) => {
+            (format!("`DIR` is this folder; the target's weights have {sha256}"), reference.as_str())
+        }
+        None => {
+            let format = match target.weight_format.as_str() {
+                "" => String::new(),
+                format => format!(" ({format})"),
+            };
+            let from = match &target.hub_name {
+                Some(hub) => format!(", made from hf:{hub}"),
+                None => String::new(),
+            };
+            let what = format!("`TARGET` is {}{format} with {sha256}{from}", target.name);
+            (format!("`DIR` is this folder; {what}"), "TARGET")
+        }
+    };
+    format!(
+        "```sh\n# draftsmith ({comment})\ndraftsmith generate --target {reference} --bundle DIR --prompt \"Why is the sky blue?\" --prove\n```\n\n"
+    )
+}
+
+/// What to run it with. Nothing that measured slower than the target alone is recommended.
+fn recommended(manifest: &Manifest, results: &[MeasuredResult]) -> String {
+    let r = &manifest.recommended;
     let shape = if r.top_k <= 1 {
         format!("a chain of depth {}", r.depth)
     } else {
         format!("a tree of depth {}, top-k {}, {} draft tokens", r.depth, r.top_k, r.num_draft_tokens)
     };
     let because = if r.because.is_empty() { String::new() } else { format!(" ({})", r.because) };
-    format!("Recommended: {shape}{because}.")
+    if r.pays {
+        return format!("Recommended: {shape}{because}.");
+    }
+    let automatic = Recommended::automatic_speedup(results).filter(|speedup| *speedup >= 1.0);
+    let instead = match automatic {
+        Some(speedup) => format!(
+            "Recommended: automatic drafting (`--auto`), {speedup:.2}x over target-only decoding where it was measured. No fixed setting was faster than the target alone there"
+        ),
+        None => "Decode without the draft here: where it was measured, no setting was faster than the target alone"
+            .to_owned(),
+    };
+    format!(
+        "{instead}; nearest came {shape}{because}. The commands for other engines name that setting: their costs differ, measure before you use it."
+    )
 }
 
 /// A block of shell lines, one paragraph per engine.

@@ -155,7 +155,9 @@ impl BundleError {
             BundleError::MissingField { field } => {
                 Some(format!("set `{field}` in the `[bundle]` table of the run file"))
             }
-            BundleError::Exists { .. } => Some("choose another folder with `--out`, or replace this one with `--replace`".into()),
+            BundleError::Exists { .. } => {
+                Some("add `--replace` to put the new one in its place, or name another folder with `--out`".into())
+            }
             BundleError::Weights(e) => e.hint(),
             BundleError::Io(e) => e.hint(),
             BundleError::Manifest { .. } => {

@@ -180,6 +180,19 @@ pub struct Recommended {
     pub num_draft_tokens: u32,
     /// Why, in a few words with the number.
     pub because: String,
+    /// False if it measured slower than target-only decoding: then nothing is recommended, and the setting is only the
+    /// best of those tried.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub pays: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 impl Recommended {
@@ -187,23 +200,13 @@ impl Recommended {
     /// `None` if no setting of fixed shape was measured on every workload.
     pub fn measured(results: &[MeasuredResult]) -> Option<Recommended> {
         let workloads: BTreeSet<&str> = results.iter().map(|r| r.workload.as_str()).collect();
-        // Geometric mean over all workloads of one way to draft.
-        let mean = |shape: Option<Shape>, value: fn(&MeasuredResult) -> Option<f64>| -> Option<f64> {
-            let logs: Option<Vec<f64>> = workloads
-                .iter()
-                .map(|name| {
-                    let of = |r: &&MeasuredResult| r.workload == *name && r.shape == shape;
-                    results.iter().find(of).and_then(value).map(f64::ln)
-                })
-                .collect();
-            let logs = logs.filter(|logs| !logs.is_empty())?;
-            Some((logs.iter().sum::<f64>() / logs.len() as f64).exp())
-        };
+        let mean = |shape, value| mean(results, &workloads, shape, value);
         let speedup = |r: &MeasuredResult| r.speedup.map(|m| m.value);
         let shapes: BTreeSet<Shape> = results.iter().filter_map(|r| r.shape).collect();
         let scored = shapes.iter().filter_map(|shape| Some((mean(Some(*shape), speedup)?, *shape)));
         let (best, shape) = scored.reduce(|best, other| if other.0 > best.0 { other } else { best })?;
         let accept_len = mean(Some(shape), |r| r.accept_len.map(|m| m.value));
+        let pays = best >= 1.0;
         let mut because = format!(
             "{} measured on {}: {best:.2}x over target-only decoding",
             match shapes.len() {
@@ -214,18 +217,48 @@ impl Recommended {
         );
         if let Some(accept_len) = accept_len {
             because.push_str(&format!(", accept length {accept_len:.2}"));
+            if !pays {
+                because.push_str(&format!(
+                    ": a verify step commits {accept_len:.2} tokens and takes as long as {:.2} plain steps",
+                    accept_len / best
+                ));
+            }
         }
         if let Some(automatic) = mean(None, speedup) {
             because.push_str(&format!("; automatic drafting {automatic:.2}x"));
         }
         let Shape { depth, top_k, num_draft_tokens } = shape;
-        Some(Recommended { depth, top_k, num_draft_tokens, because })
+        Some(Recommended { depth, top_k, num_draft_tokens, because, pays })
+    }
+
+    /// Geometric mean over the workloads of what automatic drafting gained; `None` if one was not measured with it.
+    pub fn automatic_speedup(results: &[MeasuredResult]) -> Option<f64> {
+        let workloads: BTreeSet<&str> = results.iter().map(|r| r.workload.as_str()).collect();
+        mean(results, &workloads, None, |r| r.speedup.map(|m| m.value))
     }
 
     /// A chain.
     pub fn chain(depth: u32, because: impl Into<String>) -> Recommended {
-        Recommended { depth, top_k: 1, num_draft_tokens: depth, because: because.into() }
+        Recommended { depth, top_k: 1, num_draft_tokens: depth, because: because.into(), pays: true }
     }
+}
+
+/// Geometric mean over all workloads of one way to draft.
+fn mean(
+    results: &[MeasuredResult],
+    workloads: &BTreeSet<&str>,
+    shape: Option<Shape>,
+    value: fn(&MeasuredResult) -> Option<f64>,
+) -> Option<f64> {
+    let logs: Option<Vec<f64>> = workloads
+        .iter()
+        .map(|name| {
+            let of = |r: &&MeasuredResult| r.workload == *name && r.shape == shape;
+            results.iter().find(of).and_then(value).map(f64::ln)
+        })
+        .collect();
+    let logs = logs.filter(|logs| !logs.is_empty())?;
+    Some((logs.iter().sum::<f64>() / logs.len() as f64).exp())
 }
 
 /// A file of the bundle.

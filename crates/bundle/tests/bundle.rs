@@ -794,15 +794,77 @@ fn the_setting_that_measured_best_over_all_workloads_is_recommended() {
     assert_eq!((best.depth, best.top_k, best.num_draft_tokens), (5, 1, 5));
     assert_eq!(
         best.because,
-        "best of 3 fixed settings measured on a, b: 0.85x over target-only decoding, accept length 2.31; \
-         automatic drafting 1.10x"
+        "best of 3 fixed settings measured on a, b: 0.85x over target-only decoding, accept length 2.31: a verify step \
+         commits 2.31 tokens and takes as long as 2.73 plain steps; automatic drafting 1.10x"
     );
+    assert!(!best.pays, "slower than the target alone");
+    let faster = [result("a", 1, 1.0), result("b", 1, 1.02)];
+    assert!(Recommended::measured(&faster).unwrap().pays);
     // Of equals the shorter one: verifying less is never slower elsewhere.
     results.extend([result("a", 3, 0.8), result("b", 3, 0.9)]);
     assert_eq!(Recommended::measured(&results).unwrap().depth, 3);
     results.retain(|r| r.shape.is_none());
     assert_eq!(Recommended::measured(&results), None);
     assert_eq!(Recommended::measured(&[]), None);
+}
+
+/// The card of a bundle whose only fixed setting measured `chain`, and automatic drafting `automatic`.
+fn card_with(chain: f64, automatic: Option<f64>) -> (String, Manifest) {
+    let (_root, dir) = made();
+    let mut again = input_of(&dir).unwrap();
+    let mut result = input(Path::new("/")).results.remove(0);
+    result.speedup = Some(Measured { value: chain, ci95: None });
+    let auto = automatic.map(|speedup| MeasuredResult {
+        shape: None,
+        drafting: "as much as pays".into(),
+        speedup: Some(Measured { value: speedup, ci95: None }),
+        ..result.clone()
+    });
+    again.results = std::iter::once(result).chain(auto).collect();
+    again.recommended = Recommended::measured(&again.results).unwrap();
+    let made = remake(&again).unwrap();
+    assert!(checked(&dir).holds);
+    assert_eq!(Manifest::read(&dir).unwrap(), made.manifest);
+    (std::fs::read_to_string(dir.join("README.md")).unwrap(), made.manifest)
+}
+
+#[test]
+fn nothing_that_measured_below_one_is_recommended() {
+    let (card, manifest) = card_with(0.85, None);
+    assert!(!manifest.recommended.pays && !card.contains("Recommended:"), "{card}");
+    assert!(card.contains("Decode without the draft here"), "{card}");
+    assert!(card.contains("commits 2.31 tokens and takes as long as 2.72 plain steps"), "{card}");
+    let (card, _) = card_with(0.85, Some(0.97));
+    assert!(card.contains("Decode without the draft here") && !card.contains("Recommended:"), "{card}");
+    let (card, _) = card_with(0.85, Some(1.12));
+    assert!(card.contains("Recommended: automatic drafting (`--auto`), 1.12x"), "{card}");
+    let (card, manifest) = card_with(1.3, Some(1.12));
+    assert!(manifest.recommended.pays && card.contains("Recommended: a chain of depth 5"), "{card}");
+    assert!(!manifest.to_json().unwrap().contains("pays"), "older programs read bundles that pay");
+}
+
+#[test]
+fn the_cards_own_command_names_the_very_weights() {
+    let card = |references: &[&str]| {
+        let (_root, dir) = made();
+        let mut again = input_of(&dir).unwrap();
+        again.target.references = references.iter().map(|r| (*r).to_string()).collect();
+        remake(&again).unwrap();
+        std::fs::read_to_string(dir.join("README.md")).unwrap()
+    };
+    let sha256 = "aa".repeat(32);
+    let named = card(&["pip:toy==1.0:toy/q4.gguf", "hf:toy/Toy"]);
+    assert!(named.contains("generate --target pip:toy==1.0:toy/q4.gguf --bundle DIR"), "{named}");
+    assert!(named.contains(&format!("the target's weights have sha256 `{sha256}`")), "{named}");
+    // A file of one machine: the base model has other weights, so its name is no command.
+    let local = card(&["/home/somebody/toy.gguf"]);
+    assert!(local.contains("draftsmith generate --target TARGET --bundle DIR"), "{local}");
+    assert!(
+        local.contains(&format!(
+            "`TARGET` is Toy-8L-Instruct (Q4_1) with sha256 `{sha256}`, made from hf:toy/Toy-8L-Instruct"
+        )),
+        "{local}"
+    );
 }
 
 #[test]

@@ -17,7 +17,7 @@ mod thinking_tests;
 pub use engine::EngineGenerator;
 pub use generator::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
-pub use http::{Asked, Asker, Fault, Note, ServerError};
+pub use http::{Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{
     AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate,

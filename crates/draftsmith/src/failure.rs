@@ -35,8 +35,8 @@ impl Failure {
     pub(crate) fn print(self) -> ExitCode {
         let mut err = std::io::stderr().lock();
         let _ = writeln!(err, "error: {}", one_line(&self.message));
-        let help = || "`draftsmith --help` (or after a verb) lists what there is".to_string();
-        let hint = self.hint.or_else(|| (self.code == BAD_INPUT).then(help));
+        let general = || "correct what the line above names, and run the command again".to_string();
+        let hint = self.hint.or_else(|| (self.code == BAD_INPUT).then(general));
         if let Some(hint) = hint {
             let _ = writeln!(err, "hint: {}", one_line(&hint));
         }
@@ -87,6 +87,31 @@ fn tell(info: &std::panic::PanicHookInfo<'_>) {
     let _ = err.flush();
 }
 
+/// How a wrong command line is put right: as its usage says, or with another value.
+fn command_line_hint(error: &clap::Error, text: &str) -> String {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let usage = text.lines().find_map(|line| line.trim().strip_prefix("Usage: "));
+    if let Some(usage) = usage {
+        let verb = usage
+            .split([' ', '[', '<'])
+            .take_while(|word| word.starts_with(|c: char| c.is_ascii_lowercase()));
+        let verb: Vec<&str> = verb.collect();
+        return format!("write it as `{usage}`; `{} --help` explains each part", verb.join(" "));
+    }
+    let argument = error.get(ContextKind::InvalidArg).and_then(|value| match value {
+        ContextValue::String(name) => Some(name.clone()),
+        ContextValue::Strings(names) => names.first().cloned(),
+        _ => None,
+    });
+    match (error.kind(), argument) {
+        (ErrorKind::ValueValidation | ErrorKind::InvalidValue, Some(name)) => {
+            format!("give `{name}` another value: `--help` behind the verb says which it takes")
+        }
+        (_, Some(name)) => format!("leave `{name}` out, or write it as `--help` behind the verb shows"),
+        (_, None) => "begin with a verb: `draftsmith --help` lists them".to_string(),
+    }
+}
+
 /// Help and version are answers; anything else is a wrong command line in our own two lines.
 pub(crate) fn from_clap(error: &clap::Error) -> ExitCode {
     use clap::error::ErrorKind;
@@ -104,9 +129,7 @@ pub(crate) fn from_clap(error: &clap::Error) -> ExitCode {
             let mut parts = text.split("\n\n");
             let message = parts.next().unwrap_or_default().trim_start_matches("error: ").to_string();
             let tip = text.lines().find_map(|l| l.trim().strip_prefix("tip: ")).map(str::to_string);
-            let hint = tip
-                .unwrap_or_else(|| "`draftsmith --help` (or after a verb) lists what there is".to_string());
-            Failure::input(message, Some(hint)).print()
+            Failure::input(message, Some(tip.unwrap_or_else(|| command_line_hint(error, &text)))).print()
         }
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use draftsmith_bundle::{CONFIG_FILE, MANIFEST_FILE, Manifest};
+use draftsmith_bundle::{BUNDLE_FORMAT, CONFIG_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
 use draftsmith_formats::atomic;
 use draftsmith_formats::cache::CacheManifest;
 use draftsmith_formats::gguf::{GgufFile, GgufValue, SplitName, content_sha256, parts_of};
@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 
 use crate::Error;
 use crate::doctor::human;
+use crate::run::state::RunFolder;
 
 /// Characters of a hash in the text form; JSON has all.
 const HASH_SHOWN: usize = 12;
@@ -34,7 +35,8 @@ const NAME_DEPTH: usize = 16;
 pub struct Node {
     /// Name inside its parent.
     pub name: String,
-    /// `bundle`, `draft`, `model`, `target cache`, `checkpoint`, `run`, `folder`, `gguf`, `gguf part`, `safetensors`, `tokens`,
+    /// `bundle`, `draft`, `model`, `target cache`, `checkpoint`, `run`, `state of a run`, `folder`, `gguf`, `gguf part`,
+    /// `safetensors`, `tokens`,
     /// `file`, `tensors`, `tensor`.
     pub kind: &'static str,
     /// Size, contents included.
@@ -151,7 +153,11 @@ fn json_facts(path: &Path) -> Result<Map<String, Value>, Error> {
 
 /// What a folder is, and what it says about itself.
 fn folder_facts(path: &Path) -> Result<(&'static str, Map<String, Value>), Error> {
-    if path.join(MANIFEST_FILE).is_file() {
+    // Stage files have the names of stages; one of them is `bundle.json`.
+    if is_state_folder(path) {
+        return Ok(("state of a run", Map::new()));
+    }
+    if is_bundle(path) {
         let manifest = Manifest::read(path)?;
         let mut facts = object(serde_json::to_value(&manifest).unwrap_or_default());
         // The files stand below with their hashes as they are.
@@ -177,6 +183,23 @@ fn folder_facts(path: &Path) -> Result<(&'static str, Map<String, Value>), Error
         return Ok((if draft { "draft" } else { "model" }, facts));
     }
     Ok(("folder", Map::new()))
+}
+
+/// The folder in which a run keeps its stage files.
+fn is_state_folder(path: &Path) -> bool {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    path.file_name().is_some_and(|name| name == "state")
+        && path.parent().is_some_and(|root| RunFolder::new(root).is_run())
+}
+
+/// True for a folder that means to be a bundle: a manifest that is damaged counts if there are weights beside it.
+/// Anything else that is called `bundle.json`, such as the record of a workload of that name, is just a file.
+fn is_bundle(path: &Path) -> bool {
+    let manifest = path.join(MANIFEST_FILE);
+    manifest.is_file()
+        && (path.join(WEIGHTS_FILE).is_file()
+            || json_facts(&manifest)
+                .is_ok_and(|facts| facts.get("format").is_some_and(|f| f.as_str() == Some(BUNDLE_FORMAT))))
 }
 
 fn file(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {

@@ -181,7 +181,10 @@ pub(crate) fn bytes(bytes: &[u8]) -> Result<(), Failure> {
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     match written {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        Err(e) => Err(Failure::input(format!("cannot write to stdout: {e}"), None)),
+        Err(e) => Err(Failure::input(
+            format!("cannot write to stdout: {e}"),
+            Some("free the device that stdout goes to, or send it elsewhere".to_string()),
+        )),
         Ok(()) => Ok(()),
     }
 }

@@ -6,7 +6,7 @@ use super::{ReportOptions, TrainingPoint, plots};
 use crate::BenchError;
 use crate::record::{Record, Settings};
 use crate::stats::Estimate;
-use crate::summary::{BASELINE, Summary, headline, summarize_each};
+use crate::summary::{BASELINE, Summary, advice_against, headline, summarize_each};
 use crate::table::{value_or_dash, with_interval};
 
 const STYLE: &str = include_str!("style.css");
@@ -122,7 +122,7 @@ pub(super) fn page(records: &[Record], options: &ReportOptions) -> Result<String
         escape(&utc(first.created_unix_s)),
     );
     let several = distinct(records, |r| r.settings.drafting.short_label()) != setting;
-    answers(&mut out, &per_record, &best, several.then_some(setting.as_str()));
+    answers(&mut out, &per_record, &best, several.then_some(setting.as_str()), advice_against(records));
     doubts(&mut out, &per_record, &best);
     results(&mut out, &shown);
     charts(&mut out, &shown, &per_record)?;
@@ -146,7 +146,13 @@ fn count(n: usize, word: &str) -> String {
 
 /// The three answers of the first screen. Losslessness is told of all records; lengths and times of `total`, and
 /// `setting` names it if several were measured.
-fn answers(out: &mut String, all: &[Summary], total: &Summary, setting: Option<&str>) {
+fn answers(
+    out: &mut String,
+    all: &[Summary],
+    total: &Summary,
+    setting: Option<&str>,
+    against: Option<String>,
+) {
     let mut from = count(total.rows, "row");
     if let Some(setting) = setting {
         let _ = write!(from, ", {} (the fastest of the settings below)", escape(setting));
@@ -170,9 +176,11 @@ fn answers(out: &mut String, all: &[Summary], total: &Summary, setting: Option<&
         grouped(total.accept.verify_steps),
     );
     let speedup = total.speedup.map_or_else(|| "–".into(), |e| format!("{:.2}×", e.value));
+    let against =
+        against.map(|advice| format!("<p><strong>{}.</strong></p>", sentence(&advice))).unwrap_or_default();
     let _ = write!(
         out,
-        "<section class=\"answer\"><h2>Speedup over target-only decoding</h2><div class=\"big\">{speedup} <small>decode time</small></div><p>{}; {} → {} tokens/s</p><p class=\"note\">{} with the prompt's prefill counted in; {from}, same session, interleaved</p></section>\n</div>\n",
+        "<section class=\"answer\"><h2>Speedup over target-only decoding</h2><div class=\"big\">{speedup} <small>decode time</small></div><p>{}; {} → {} tokens/s</p>{against}<p class=\"note\">{} with the prompt's prefill counted in; {from}, same session, interleaved</p></section>\n</div>\n",
         interval_text(&total.speedup, 2, "×"),
         value_or_dash(&total.plain_tokens_per_s, 1),
         value_or_dash(&total.spec_tokens_per_s, 1),

@@ -399,6 +399,17 @@ impl Plane {
     }
 }
 
+/// Pixels between the labels of two depths.
+const DEPTH_LABEL: usize = 24;
+
+/// The depths whose labels find room: all of them, or the first and round ones.
+fn depths_named(depth: usize) -> Vec<usize> {
+    let width = (Plane::RIGHT - Plane::LEFT) as usize;
+    let fits = |step: &usize| width * step >= DEPTH_LABEL * depth;
+    let step = [1, 2, 5, 10, 20, 50].into_iter().find(fits).unwrap_or(100);
+    (1..=depth).filter(|d| step == 1 || *d == 1 || d.is_multiple_of(step)).collect()
+}
+
 /// Accept rate at each depth, one line per workload (at most [`SERIES_MAX`]).
 pub(super) fn accept_rate(summaries: &[&Summary]) -> Result<String, BenchError> {
     let title = "Accept rate at each depth";
@@ -414,7 +425,7 @@ pub(super) fn accept_rate(summaries: &[&Summary]) -> Result<String, BenchError> 
         .join("; ");
     let plane = Plane { x: (0.7, depth as f64 + 0.3), y: (0.0, 1.0), height: 290 };
     svg(title, &description, 290, |root| {
-        let x_ticks: Vec<_> = (1..=depth).map(|d| (d as f64, d.to_string())).collect();
+        let x_ticks: Vec<_> = depths_named(depth).into_iter().map(|d| (d as f64, d.to_string())).collect();
         let y_ticks: Vec<_> = (0..=5).map(|i| (f64::from(i) / 5.0, format!("{} %", i * 20))).collect();
         plane.draw(
             root,
@@ -486,4 +497,25 @@ pub(super) fn training(
         }
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_of_depths_never_touch() {
+        for depth in 1..=64 {
+            let named = depths_named(depth);
+            let per_depth = f64::from(Plane::RIGHT - Plane::LEFT) / (depth as f64 - 0.4);
+            for pair in named.windows(2) {
+                let room = per_depth * (pair[1] - pair[0]) as f64;
+                // Two digits of 12 pixels are about 14 wide.
+                assert!(room >= 18.0, "depth {depth}: {pair:?} are {room:.0} pixels apart");
+            }
+            assert_eq!(named[0], 1);
+        }
+        assert_eq!(depths_named(5), [1, 2, 3, 4, 5]);
+        assert_eq!(depths_named(16), [1, 2, 4, 6, 8, 10, 12, 14, 16]);
+    }
 }

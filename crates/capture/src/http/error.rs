@@ -239,7 +239,7 @@ impl ServerError {
         let (table, at_once) = (asker.table(), asker.at_once());
         let hint = match self {
             ServerError::GaveUp { last: Fault::NoConnection { .. }, .. } => {
-                "is the server running? The same command goes on where this stopped"
+                "start the server, or correct its address; the same command goes on where this stopped"
             }
             ServerError::GaveUp { last: Fault::Silence, .. } => {
                 return Some(format!(

@@ -1,7 +1,8 @@
 //! One server over HTTP and how patiently it is asked.
 //!
 //! Invariant: an answer is given on only when it is whole. Whatever else comes (silence, a status that asks to come
-//! again, half a body, no JSON) is a fault, and the same request is sent again after a pause that doubles each time.
+//! again, half a body, no JSON) is a fault, and the same request is sent again after a pause that doubles each time. A
+//! server that was never reached is not waited for: a wrong address would only be told after minutes.
 
 mod error;
 
@@ -130,6 +131,25 @@ pub(crate) fn side_page(url: &str, page: &str, key: Option<&str>, timeout_s: f64
     String::from_utf8(read_body(answer, SIDE_BODY_BYTES).ok()?).ok()
 }
 
+/// Whether something listens at an address: one attempt, any answer counts.
+///
+/// # Errors
+/// [`ServerError::GaveUp`] if there is no connection.
+pub fn knock(url: &str, key: Option<&str>, timeout_s: f64) -> Result<(), ServerError> {
+    let http = Http::new(HttpOptions {
+        url,
+        key: key.map(str::to_string),
+        timeout_s,
+        retries: 0,
+        connections: 1,
+        note: Arc::new(|_: &str| {}),
+    });
+    match http.only_model(&Flow::new(&AtomicBool::new(false))) {
+        Err(error @ ServerError::GaveUp { last: Fault::NoConnection { .. }, .. }) => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Takes what a user should know: requests that keep failing.
 pub type Note<'a> = Arc<dyn Fn(&str) + Send + Sync + 'a>;
 
@@ -153,6 +173,8 @@ pub(crate) struct Http<'a> {
     retries: u32,
     note: Note<'a>,
     asked: Mutex<Asked>,
+    /// Something at the address has answered, or taken a connection.
+    alive: AtomicBool,
 }
 
 impl<'a> Http<'a> {
@@ -164,6 +186,7 @@ impl<'a> Http<'a> {
             retries: options.retries,
             note: options.note,
             asked: Mutex::default(),
+            alive: AtomicBool::new(false),
         }
     }
 
@@ -234,6 +257,11 @@ impl<'a> Http<'a> {
         wanted: &'static str,
     ) -> Result<Response<Body>, Failure> {
         self.count(|asked| asked.requests += 1);
+        let refused = matches!(&sent, Err(ureq::Error::HostNotFound | ureq::Error::ConnectionFailed))
+            || matches!(&sent, Err(ureq::Error::Io(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused);
+        if !refused {
+            self.alive.store(true, Ordering::Relaxed);
+        }
         let mut answer = match sent {
             Ok(answer) => answer,
             Err(ureq::Error::Timeout(_)) => return Err(Fault::Silence.into()),
@@ -301,7 +329,9 @@ impl<'a> Http<'a> {
             };
             self.count(|asked| *asked.faults.entry(fault.kind()).or_default() += 1);
             attempts += 1;
-            if attempts > self.retries || flow.draining.load(Ordering::Relaxed) {
+            let never_seen =
+                matches!(fault, Fault::NoConnection { .. }) && !self.alive.load(Ordering::Relaxed);
+            if attempts > self.retries || never_seen || flow.draining.load(Ordering::Relaxed) {
                 let (url, row) = (self.url.to_string(), row.to_string());
                 return Err(ServerError::GaveUp { url, row, attempts, last: fault });
             }

@@ -25,6 +25,9 @@ use crate::report::{Report, Unit};
 /// Tokens decoded by each side before the first sample.
 const WARMUP_TOKENS: usize = 16;
 
+/// The page, in the folder of the stage.
+pub(super) const REPORT: &str = "report.html";
+
 impl Run<'_> {
     pub(super) fn bench(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let table = &self.file.bench;
@@ -87,13 +90,13 @@ impl Run<'_> {
         }
         let curve = self.training_curve();
         let html = report_html_with(&records, &ReportOptions { title: None, training: curve })?;
-        atomic::write(dir.join("report.html"), &html)?;
+        atomic::write(dir.join(REPORT), &html)?;
         draftsmith_bench::table::text(&records).lines().for_each(|line| report.note(line));
         let results = records.iter().map(measured).collect::<Result<Vec<_>, _>>()?;
         let key = self.folder.read(Stage::Bundle)?.map(|f| f.key).unwrap_or_default();
         self.make_bundle(&bundle, &key, results, Some(html))?;
         let contract = Contract::of_all(&records);
-        Ok(json!({ "report": dir.join("report.html"), "results": contract }))
+        Ok(json!({ "report": self.in_folder(&dir.join(REPORT)), "results": contract }))
     }
 
     /// Validations of the training log.

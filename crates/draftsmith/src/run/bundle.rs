@@ -31,12 +31,6 @@ impl Run<'_> {
         results: Vec<MeasuredResult>,
         report_html: Option<String>,
     ) -> Result<Value, Error> {
-        if dir.exists() && !dir.join(draftsmith_bundle::MANIFEST_FILE).is_file() {
-            return Err(Error::input(
-                format!("`{}` exists and is not a bundle", dir.display()),
-                "name another folder in `bundle.dir`, or move it away",
-            ));
-        }
         let summary = |stage| -> Result<Value, Error> {
             Ok(self.folder.read(stage)?.map_or(Value::Null, |file| file.summary))
         };
@@ -67,7 +61,7 @@ impl Run<'_> {
             checkpoint: draft_dir,
             name: self.file.bundle.name.clone().unwrap_or_else(|| self.file.run.name.clone()),
             target: TargetInfo {
-                references: self.file.target.source.0.clone(),
+                references: self.target_references(),
                 license: target_license(&target.path),
                 hub_name: hub_name(self.file.bundle.base_model.as_deref(), &self.file.target.source.0)?,
                 ..target.info()
@@ -103,8 +97,11 @@ impl Run<'_> {
             license_text: license_text(&license),
             notice: self.notice(&strings(&data["origins"]), &strings(&data["licenses"])),
             license,
-            recommended: Recommended::measured(&results)
-                .unwrap_or_else(|| Recommended::chain(depth, because)),
+            recommended: Recommended::measured(&results).unwrap_or_else(|| Recommended {
+                // Without a single accepted draft nothing can be gained.
+                pays: trained["accept_len"].as_f64().is_none_or(|accept_len| accept_len > 1.0),
+                ..Recommended::chain(depth, because)
+            }),
             results,
             run_toml,
             report_html,
@@ -115,7 +112,16 @@ impl Run<'_> {
         for warning in &made.warnings {
             self.env.report.note(&format!("bundle: {warning}"));
         }
-        Ok(json!({ "path": made.path, "bytes": made.bytes, "made_from": key }))
+        Ok(json!({ "path": self.in_folder(&made.path), "bytes": made.bytes, "made_from": key }))
+    }
+
+    /// References that lead to the very weights that were trained for, the one that answered first. Others lead there
+    /// for certain only if the run file pins the hash.
+    fn target_references(&self) -> Vec<String> {
+        let answered = &self.inputs.target_reference;
+        let others = self.file.target.source.0.iter().filter(|other| *other != answered);
+        let pinned = self.file.target.sha256.is_some();
+        std::iter::once(answered).chain(others.filter(|_| pinned)).cloned().collect()
     }
 
     fn notice(&self, origins: &[String], licenses: &[String]) -> String {
@@ -145,6 +151,7 @@ pub(crate) fn target_license(path: &Path) -> String {
     GgufFile::open(path)
         .ok()
         .and_then(|file| file.find_str("general.license").ok().flatten().map(spdx))
+        .filter(|license| !license.trim().is_empty())
         .unwrap_or_else(|| UNKNOWN_LICENSE.to_string())
 }
 

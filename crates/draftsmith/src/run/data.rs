@@ -13,7 +13,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use draftsmith_data::{
-    Change, Conversation, Dedupe, LoadOptions, LocatedRow, PrepareOptions, Preparer, ReadOptions,
+    Change, Conversation, Dedupe, LoadOptions, Loaded, LocatedRow, PrepareOptions, Preparer, ReadOptions,
     Report as DataReport, Row, SourceReader, SourceSpec, hold_back, leave_out_prompts, load,
 };
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
@@ -32,7 +32,8 @@ pub(super) const CONVERSATIONS: &str = "conversations.jsonl";
 pub(super) const VALIDATION: &str = "validation.jsonl";
 
 impl Run<'_> {
-    pub(super) fn data(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+    /// All conversations in their final order, without those held back, and these.
+    pub(super) fn load_conversations(&self, report: &dyn Report) -> Result<(Loaded, Vec<LocatedRow>), Error> {
         let data = &self.file.data;
         let regenerate = self.file.regenerate.enabled;
         report.begin("read conversations", None, Unit::Rows);
@@ -63,6 +64,12 @@ impl Run<'_> {
             }
             None => hold_back(&mut loaded, data.validation_rows as usize),
         };
+        Ok((loaded, validation))
+    }
+
+    pub(super) fn data(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+        let regenerate = self.file.regenerate.enabled;
+        let (mut loaded, validation) = self.load_conversations(report)?;
         if loaded.rows.is_empty() {
             return Err(Error::input(
                 "no rows are left to train on after those for validation were held back",

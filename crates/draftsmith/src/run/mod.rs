@@ -1,19 +1,23 @@
 //! A run: its folder, and its stages one after the other.
 //!
 //! Each stage has a key: the hash of everything that its result depends on. A stage that is done under its key is not
-//! done again; one that was interrupted under its key goes on; one with another key is made anew. So `run` can be
-//! killed at any moment and called again.
+//! done again; one that was interrupted under its key goes on; one with another key is set aside and made anew, and
+//! taken back when its key comes back. So `run` can be killed at any moment and called again, and an edit of the run
+//! file loses nothing.
 
 mod answers;
+pub mod aside;
 pub(crate) mod bench;
 pub(crate) mod bundle;
 mod capture;
+mod check;
 mod data;
 mod regenerate;
 pub mod state;
 mod train;
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 #[cfg(feature = "gpu-flex")]
 use std::sync::Arc;
@@ -33,7 +37,9 @@ use draftsmith_model::Precision;
 use draftsmith_model::Target;
 use serde::Serialize;
 
+use aside::Aside;
 pub use capture::Bill;
+pub use check::Origin;
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
 use crate::Error;
@@ -72,11 +78,12 @@ pub struct StageDone {
 struct Inputs {
     /// The target's reference and hash, as located.
     target_path: PathBuf,
+    target_reference: String,
     target_sha256: String,
     sources: Vec<SourceSpec>,
     validation: Option<PathBuf>,
-    /// Hash over the content of all data files and the template file.
-    files_sha256: String,
+    /// Hashes of the content of all data files and of the template file, by key.
+    files: Vec<(String, String)>,
 }
 
 /// A run file at work.
@@ -84,12 +91,14 @@ pub struct Run<'a> {
     file: RunFile,
     folder: RunFolder,
     env: Env<'a>,
-    /// The command that goes on after an interruption.
-    resume: String,
+    origin: Origin,
     inputs: Inputs,
     compute: Compute,
     target: OnceCell<LoadedTarget>,
-    _lock: RunLock,
+    /// The run file that was saved here before this one.
+    saved: Option<RunFile>,
+    /// Held by whoever works here; who only looks has none.
+    _lock: Option<RunLock>,
 }
 
 /// Changed whenever a stage gives other results for the same inputs.
@@ -102,19 +111,101 @@ const STAGE_VERSIONS: [(Stage, u32); 6] = [
     (Stage::Bench, 1),
 ];
 
+/// The same when keys were made in the first way ([`Run::key_v1`]). Never changed.
+const STAGE_VERSIONS_V1: [(Stage, u32); 6] = [
+    (Stage::Data, 2),
+    (Stage::Regenerate, 2),
+    (Stage::Capture, 1),
+    (Stage::Train, 1),
+    (Stage::Bundle, 1),
+    (Stage::Bench, 1),
+];
+
+fn version(of: &[(Stage, u32)], stage: Stage) -> u32 {
+    of.iter().find(|(s, _)| *s == stage).map_or(0, |(_, v)| *v)
+}
+
+/// Reads a run file. The completed copy in the folder of a run means that folder, wherever it was moved to.
+///
+/// # Errors
+/// As [`RunFile::load`].
+pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
+    let mut file = RunFile::load(path, overrides)?;
+    let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = RunFolder::new(parent);
+    let is_copy = path.file_name() == folder.run_file().file_name() && folder.is_run();
+    if !is_copy || sets("run.dir") {
+        return Ok(file);
+    }
+    let before = file.dir();
+    if !sets("bundle.dir")
+        && let Ok(inside) = file.bundle_dir().strip_prefix(&before)
+    {
+        file.bundle.dir = Some(parent.join(inside));
+    }
+    file.run.dir = Some(parent.to_path_buf());
+    Ok(file)
+}
+
+/// What a stage did, with its paths as they are now: stage files hold none that a move of the folder would break.
+pub fn with_paths(mut file: StageFile, stage: Stage, run: &RunFile) -> StageFile {
+    let folder = RunFolder::new(run.dir());
+    let path = match stage {
+        Stage::Bundle => Some(("path", run.bundle_dir())),
+        Stage::Bench => Some(("report", folder.stage_dir(stage).join(bench::REPORT))),
+        Stage::Data | Stage::Regenerate | Stage::Capture | Stage::Train => None,
+    };
+    if let Some((key, path)) = path
+        && file.summary.get(key).is_some()
+    {
+        file.summary[key] = path.display().to_string().into();
+    }
+    file
+}
+
+/// Where a stage of a run file puts what it makes.
+pub fn made_by(run: &RunFile, stage: Stage) -> PathBuf {
+    match stage {
+        Stage::Bundle => run.bundle_dir(),
+        _ => RunFolder::new(run.dir()).stage_dir(stage),
+    }
+}
+
+/// A stage that is about to be done, or that is done already.
+struct Due {
+    stage: Stage,
+    /// What it depends on.
+    inputs: BTreeMap<String, String>,
+    /// Under which keys its result is known: the one of this version, then older ones.
+    keys: Vec<String>,
+}
+
 impl<'a> Run<'a> {
     /// Takes the folder of a run, finds its inputs, and saves the completed run file there.
     ///
     /// # Errors
-    /// A busy folder, inputs that are not there, rules between keys and target.
-    pub fn open(file: RunFile, resume: String, env: Env<'a>) -> Result<Run<'a>, Error> {
-        check_bundle_keys(&file)?;
+    /// A busy folder, inputs that are not there, rules between keys, files and target: all that can be known before the
+    /// work, named with key and line.
+    pub fn open(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        let mut run = Run::look(file, origin, env)?;
+        run._lock = Some(run.folder.lock()?);
+        atomic::write(run.folder.run_file(), run.file.to_toml())?;
+        Ok(run)
+    }
+
+    /// Like [`Run::open`], but takes and writes nothing.
+    ///
+    /// # Errors
+    /// As [`Run::open`], without the folder's.
+    pub fn look(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        check::check_alone(&file, &origin)?;
         let compute = Compute::open(&file.run)?;
         let folder = RunFolder::new(file.dir());
         let inputs = Inputs::find(&file, env)?;
-        let lock = folder.lock()?;
-        atomic::write(folder.run_file(), file.to_toml())?;
-        Ok(Run { file, folder, env, resume, inputs, compute, target: OnceCell::new(), _lock: lock })
+        check::check_with_target(&file, &origin, &inputs.target_path)?;
+        let saved = RunFile::load(folder.run_file(), &[]).ok();
+        Ok(Run { file, folder, env, origin, inputs, compute, target: OnceCell::new(), saved, _lock: None })
     }
 
     /// The folder.
@@ -132,71 +223,126 @@ impl<'a> Run<'a> {
     /// # Errors
     /// The first stage that fails; what it had made is kept if it can go on from there.
     pub fn advance(&self, last: Stage) -> Result<Vec<StageDone>, Error> {
-        let mut done = Vec::new();
-        let mut key = String::new();
-        for stage in self.stages().into_iter().filter(|s| *s <= last) {
-            key = self.key(stage, &key)?;
-            done.push(self.one(stage, &key)?);
+        let due: Vec<Due> = self
+            .stages()
+            .into_iter()
+            .filter(|s| *s <= last)
+            .map(|stage| self.due(stage))
+            .collect::<Result<_, _>>()?;
+        let mut to_do = Vec::new();
+        for due in &due {
+            if !self.is_done(due)? {
+                to_do.push(due.stage);
+            }
+        }
+        check::check_servers(&self.file, &self.origin, self.env, &to_do)?;
+        let mut done: Vec<StageDone> = Vec::new();
+        for due in &due {
+            // A bundle that was made again has lost its results: the measurement puts them back.
+            let bundle_is_new = done.iter().any(|d| d.stage == Stage::Bundle && !d.before);
+            done.push(self.one(due, due.stage == Stage::Bench && bundle_is_new)?);
+            if due.stage == Stage::Data && to_do.contains(&Stage::Train) {
+                self.check_validation()?;
+            }
         }
         Ok(done)
     }
 
-    fn key(&self, stage: Stage, before: &str) -> Result<String, Error> {
-        let version = STAGE_VERSIONS.iter().find(|(s, _)| *s == stage).map_or(0, |(_, v)| *v);
-        let mut hasher = Hasher::default();
-        for part in [
-            stage.name(),
-            &version.to_string(),
-            &self.file.stage_hash(stage),
-            before,
-            &self.inputs.target_sha256,
-            &self.inputs.files_sha256,
-        ] {
-            hasher.field(part.as_bytes());
+    /// What a stage depends on, and the keys of that.
+    fn due(&self, stage: Stage) -> Result<Due, Error> {
+        let mut inputs = self.file.stage_inputs(stage);
+        inputs.insert("target weights".to_string(), self.inputs.target_sha256.clone());
+        for (key, sha256) in &self.inputs.files {
+            inputs.insert(format!("content of {key}"), sha256.clone());
+        }
+        for before in self.stages().into_iter().filter(|s| *s <= stage) {
+            let version = version(&STAGE_VERSIONS, before);
+            inputs.insert(format!("version of stage {}", before.name()), version.to_string());
         }
         if stage == Stage::Bench {
-            for workload in &self.file.bench.workloads {
-                hasher.field(sha256_file(workload)?.as_bytes());
+            for (i, workload) in self.file.bench.workloads.iter().enumerate() {
+                inputs.insert(format!("content of bench.workloads.{i}"), sha256_file(workload)?);
             }
         }
-        Ok(hasher.finish())
+        let mut hasher = Hasher::default();
+        hasher.field(stage.name().as_bytes());
+        for (name, value) in &inputs {
+            hasher.field(name.as_bytes());
+            hasher.field(value.as_bytes());
+        }
+        let mut keys = vec![hasher.finish()];
+        keys.extend(self.key_v1(stage)?);
+        Ok(Due { stage, inputs, keys })
+    }
+
+    /// The key that the first version of run folders gave to a stage; `None` if its result would differ today.
+    fn key_v1(&self, last: Stage) -> Result<Option<String>, Error> {
+        let mut files = Hasher::default();
+        self.inputs.files.iter().for_each(|(_, sha256)| files.field(sha256.as_bytes()));
+        let files = files.finish();
+        let mut key = String::new();
+        for stage in self.stages().into_iter().filter(|s| *s <= last) {
+            let then = version(&STAGE_VERSIONS_V1, stage);
+            let hash = self.file.stage_hash_v1(stage).filter(|_| then == version(&STAGE_VERSIONS, stage));
+            let Some(hash) = hash else { return Ok(None) };
+            let mut hasher = Hasher::default();
+            for part in [stage.name(), &then.to_string(), &hash, &key, &self.inputs.target_sha256, &files] {
+                hasher.field(part.as_bytes());
+            }
+            if stage == Stage::Bench {
+                for workload in &self.file.bench.workloads {
+                    hasher.field(sha256_file(workload)?.as_bytes());
+                }
+            }
+            key = hasher.finish();
+        }
+        Ok(Some(key))
     }
 
     /// Where a stage puts what it makes.
     fn made_by(&self, stage: Stage) -> PathBuf {
-        match stage {
-            Stage::Bundle => self.file.bundle_dir(),
-            _ => self.folder.stage_dir(stage),
-        }
+        made_by(&self.file, stage)
     }
 
-    fn one(&self, stage: Stage, key: &str) -> Result<StageDone, Error> {
+    /// True if nothing is left to do for a stage, or only to take it back.
+    fn is_done(&self, due: &Due) -> Result<bool, Error> {
+        let made = self.made_by(due.stage);
+        let file = match self.folder.read(due.stage)?.filter(|file| due.keys.contains(&file.key)) {
+            Some(file) => Some(file),
+            None => self.folder.find_aside(due.stage, &made, &due.keys)?.and_then(|aside| aside.file),
+        };
+        Ok(file.is_some_and(|file| file.phase == Phase::Done))
+    }
+
+    /// Does a stage, or finds it done. `again`: it has something to put right although it is done.
+    fn one(&self, due: &Due, again: bool) -> Result<StageDone, Error> {
+        let stage = due.stage;
         let made = self.made_by(stage);
+        self.folder.mend(stage, &made)?;
+        self.make_room(due, &made)?;
         let known = self.folder.read(stage)?;
         let mut before_s = 0.0;
-        match known {
-            Some(file) if file.key == key && file.phase == Phase::Done && made.exists() => {
+        let mut key = &due.keys[0];
+        if let Some(file) = &known {
+            // Work that began under an older key ends under it: its checkpoints carry it.
+            key = &file.key;
+            before_s = file.seconds;
+            if file.phase == Phase::Done && made.exists() && !again {
                 self.env.report.note(&format!("{}: done before", stage.name()));
+                let file = with_paths(file.clone(), stage, &self.file);
                 return Ok(StageDone { stage, before: true, file });
             }
-            Some(file) if file.key == key && file.phase == Phase::Running => {
-                self.env.report.note(&format!("{}: goes on", stage.name()));
-                before_s = file.seconds;
-            }
-            Some(_) => {
-                self.env.report.note(&format!("{}: inputs changed, made anew", stage.name()));
-                self.forget(stage, &made)?;
-            }
-            // A folder without a stage file: a removal that was interrupted.
-            None if !is_replaced_in_place(stage) && made.exists() => atomic::remove_dir_all(&made)?,
-            None => {}
+            self.env.report.note(&format!("{}: goes on", stage.name()));
         }
-        let clock = StageClock::begin(&self.folder, stage, key, before_s)?;
+        let clock = StageClock::begin(&self.folder, stage, key, due.inputs.clone(), before_s)?;
         let report = ClockReport { inner: self.env.report, clock: Mutex::new(clock) };
         let result = self.work(stage, key, &made, &report);
         let clock = report.clock.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
         match result {
-            Ok(summary) => Ok(StageDone { stage, before: false, file: clock.finish(summary)? }),
+            Ok(summary) => {
+                let file = with_paths(clock.finish(summary)?, stage, &self.file);
+                Ok(StageDone { stage, before: false, file })
+            }
             Err(error) => {
                 clock.pause();
                 match self.env.stop.requested() {
@@ -207,16 +353,90 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn interrupted(&self, stage: Stage) -> Error {
-        Error::Interrupted { what: stage.name().to_string(), resume: Some(self.resume.clone()) }
+    /// Sets aside what a stage made from other inputs, and takes back what it once made from these. Afterwards the stage
+    /// file, if there is one, has one of the keys.
+    fn make_room(&self, due: &Due, made: &Path) -> Result<(), Error> {
+        let (stage, report) = (due.stage, self.env.report);
+        let name = stage.name();
+        let known = self.folder.read(stage)?;
+        if known.as_ref().is_some_and(|file| due.keys.contains(&file.key)) {
+            return Ok(());
+        }
+        let back = self.folder.find_aside(stage, made, &due.keys)?;
+        // The bundle may be in use where it lies: it goes when the new one is ready.
+        let stays = stage == Stage::Bundle && back.is_none();
+        let aside = match known {
+            Some(file) => {
+                let why = self.why_stale(due, &file);
+                let aside = self.folder.set_aside(stage, made, file, stays)?;
+                Some((format!("inputs changed ({why})"), aside))
+            }
+            // Answers are known by their own keys.
+            None if stage == Stage::Regenerate && back.is_none() => None,
+            None if made.is_dir() => {
+                let aside = self.folder.set_aside_unknown(stage, made, stays)?;
+                Some(("nothing is known about its folder".to_string(), Some(aside)))
+            }
+            None => None,
+        };
+        if let Some((why, aside)) = aside {
+            let then = if back.is_some() { "" } else { ", made anew" };
+            let kept = aside.map(|aside| kept_line(&aside)).unwrap_or_default();
+            report.note(&format!("{name}: {why}{then}{kept}"));
+        }
+        match back {
+            Some(back) => {
+                self.folder.take_back(made, &back)?;
+                report.note(&format!("{name}: found again in `{}`", back.folder.display()));
+            }
+            None if stage == Stage::Regenerate => self.inherit_answers(made)?,
+            None => {}
+        }
+        Ok(())
     }
 
-    /// Removes what a stage made from other inputs, unless it replaces that itself.
-    fn forget(&self, stage: Stage, made: &Path) -> Result<(), Error> {
-        match is_replaced_in_place(stage) {
-            true => Ok(self.folder.forget(stage, &self.folder.root().join("state/none"))?),
-            false => Ok(self.folder.forget(stage, made)?),
+    /// The inputs that differ, in words.
+    fn why_stale(&self, due: &Due, file: &StageFile) -> String {
+        let lines = if file.inputs.is_empty() {
+            // Written by the first version, which kept no list: the run file that was saved beside it may tell.
+            let saved = self.saved.as_ref();
+            let mut lines =
+                saved.map(|saved| saved.differences(&self.file, Some(due.stage))).unwrap_or_default();
+            let newer = |s: &Stage| version(&STAGE_VERSIONS, *s) != version(&STAGE_VERSIONS_V1, *s);
+            let newer = self.stages().into_iter().filter(|s| *s <= due.stage).find(newer);
+            lines.extend(newer.map(|stage| {
+                format!("stage `{}` of this version of draftsmith gives other results", stage.name())
+            }));
+            lines
+        } else {
+            changes(&file.inputs, &due.inputs)
+        };
+        match lines.as_slice() {
+            [] => "other data, weights or files".to_string(),
+            [all @ ..] if all.len() <= WHY_SHOWN => all.join(", "),
+            [all @ ..] => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
         }
+    }
+
+    /// Answers are worth more than the rest of their stage, and each is known by its own key: a stage made anew begins
+    /// with those of the one that was set aside.
+    fn inherit_answers(&self, made: &Path) -> Result<(), Error> {
+        let answers = made.join(regenerate::ANSWERS);
+        if answers.exists() {
+            return Ok(());
+        }
+        let all = self.folder.all_aside(Stage::Regenerate, made);
+        let logs = all.iter().map(|aside| aside.folder.join(regenerate::ANSWERS));
+        let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
+        if let Some((_, log)) = longest {
+            atomic::create_dir_all(made)?;
+            aside::link_file(&log, &answers)?;
+        }
+        Ok(())
+    }
+
+    fn interrupted(&self, stage: Stage) -> Error {
+        Error::Interrupted { what: stage.name().to_string(), resume: Some(self.origin.resume()) }
     }
 
     fn work(
@@ -255,16 +475,6 @@ impl<'a> Run<'a> {
             self.env.stop,
         )?;
         target.sha256.clone_from(&self.inputs.target_sha256);
-        let longest = self.file.data.max_length as usize;
-        if longest > target.target.config().max_position {
-            return Err(Error::input(
-                format!(
-                    "`data.max_length` is {longest}, but the target's context ends at {}",
-                    target.target.config().max_position
-                ),
-                "lower `data.max_length`",
-            ));
-        }
         Ok(self.target.get_or_init(|| target))
     }
 
@@ -301,16 +511,16 @@ impl<'a> Run<'a> {
     /// Captured layers: those of the run file, or the default ones of the target.
     fn layers(&self) -> Result<Vec<LayerId>, Error> {
         let num_layers = self.target()?.target.config().num_layers as u32;
-        match &self.file.capture.layers {
-            None => Ok(default_target_layers(num_layers).to_vec()),
-            Some(layers) => match layers.iter().find(|l| **l >= num_layers) {
-                Some(outside) => Err(Error::input(
-                    format!("`capture.layers` names layer {outside}, but the target has {num_layers} layers"),
-                    "layers count from 0; leave the key out for the default",
-                )),
-                None => Ok(layers.iter().map(|l| LayerId(*l)).collect()),
-            },
-        }
+        Ok(match &self.file.capture.layers {
+            None => default_target_layers(num_layers).to_vec(),
+            // They were held against the target when the run was opened.
+            Some(layers) => layers.iter().map(|l| LayerId(*l)).collect(),
+        })
+    }
+
+    /// A path for a stage file: relative to the folder of the run where it lies inside.
+    fn in_folder(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(self.folder.root()).unwrap_or(path).to_path_buf()
     }
 
     /// The token file that capture and training read.
@@ -337,33 +547,31 @@ pub fn stages_of(file: &RunFile) -> Vec<Stage> {
         .collect()
 }
 
-/// True for stages that replace what they made: a bundle may lie where the user put it, so it goes when the new one is
-/// ready; answers whose own inputs are unchanged are taken over.
-fn is_replaced_in_place(stage: Stage) -> bool {
-    match stage {
-        Stage::Bundle | Stage::Regenerate => true,
-        Stage::Data | Stage::Capture | Stage::Train | Stage::Bench => false,
-    }
+/// Changed inputs that are named.
+const WHY_SHOWN: usize = 4;
+
+/// What differs between two lists of inputs. An input that one list lacks has its default there.
+fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let show = |side: Option<&String>| side.map_or("the default", String::as_str).to_string();
+    names
+        .into_iter()
+        .filter(|name| before.get(*name) != now.get(*name))
+        .map(|name| match name.starts_with("content of ") || name == "target weights" {
+            true => format!("{name} changed"),
+            false => format!("{name}: {} → {}", show(before.get(name)), show(now.get(name))),
+        })
+        .collect()
 }
 
-/// What the last stages need is asked for before the first one begins.
-fn check_bundle_keys(file: &RunFile) -> Result<(), Error> {
-    if file.bundle.license.as_ref().is_none_or(|l| l.trim().is_empty()) {
-        return Err(Error::input(
-            "key `bundle.license` is missing",
-            "name the licence of the draft's weights as an SPDX expression, for example `Apache-2.0`",
-        ));
-    }
-    bundle::hub_name(file.bundle.base_model.as_deref(), &[])?;
-    for workload in &file.bench.workloads {
-        if !workload.is_file() {
-            return Err(Error::input(
-                format!("`bench.workloads` names `{}`, which does not exist", workload.display()),
-                "relative paths start at the working directory",
-            ));
-        }
-    }
-    Ok(())
+/// Where old work is, how large it is, and how to be rid of it.
+fn kept_line(aside: &Aside) -> String {
+    format!(
+        "; the old one is kept in `{}` and found again if they change back; `{}` frees {}",
+        aside.folder.display(),
+        aside.free_command(),
+        crate::doctor::human(aside.bytes())
+    )
 }
 
 impl Inputs {
@@ -374,7 +582,7 @@ impl Inputs {
             Some(sha256) => sha256,
             None => model_hash(&target.path)?,
         };
-        let mut hasher = Hasher::default();
+        let mut files = Vec::new();
         let mut find = |key: &str, name: &str| -> Result<PathBuf, Error> {
             let reference: Reference = name.parse()?;
             let found = match crate::pull::pull(&[reference], None, env.places, env.report, env.stop) {
@@ -386,7 +594,7 @@ impl Inputs {
                 }
                 found => found?,
             };
-            hasher.field(found.sha256.as_deref().unwrap_or_default().as_bytes());
+            files.push((key.to_string(), found.sha256.clone().unwrap_or_default()));
             match found.sha256 {
                 Some(_) => Ok(found.path),
                 None => Err(Error::input(
@@ -410,10 +618,11 @@ impl Inputs {
         }
         Ok(Inputs {
             target_path: target.path,
+            target_reference: target.reference,
             target_sha256,
             sources,
             validation,
-            files_sha256: hasher.finish(),
+            files,
         })
     }
 }

@@ -37,6 +37,8 @@ use crate::engine::engine;
 use crate::report::{Report, Unit};
 use crate::server::server_key;
 
+/// Finished dialogues.
+pub(super) const ANSWERS: &str = "answers.jsonl";
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
 
@@ -77,7 +79,7 @@ impl Run<'_> {
         }
         let (wanted, held) = (wanted(rows, &origin)?, wanted(held, &origin)?);
         atomic::create_dir_all(dir)?;
-        let mut answers = Answers::open(&dir.join("answers.jsonl"), wanted.iter().chain(&held))?;
+        let mut answers = Answers::open(&dir.join(ANSWERS), wanted.iter().chain(&held))?;
         let before = wanted.iter().filter(|w| answers.get(w).is_some()).count();
         if before > 0 {
             report.note(&format!("regenerate: {before} of {} answers are there already", wanted.len()));

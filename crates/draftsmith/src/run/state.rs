@@ -5,11 +5,14 @@
 //! runs/NAME/state/STAGE.json     key, state and summary of a stage
 //! runs/NAME/state/lock           held while a process works here
 //! runs/NAME/STAGE/               what the stage made
+//! runs/NAME/STAGE.old-KEY/       what it made from other inputs; state/STAGE.old-KEY.json says which
 //! ```
 //! Invariant: a stage file says `done` only after everything the stage made is on disk. A stage whose key (the hash of
-//! all its inputs) differs from the file's was made from something else and is made again. A stage that is `running`
-//! under the right key was interrupted: it goes on by its own means.
+//! all its inputs) differs from the file's was made from something else and is set aside ([`aside`](super::aside)). A
+//! stage that is `running` under the right key was interrupted: it goes on by its own means. No file here names the
+//! folder of the run, so the folder can be moved.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -63,8 +66,11 @@ pub struct StageFile {
     pub seconds: f64,
     /// Last known progress.
     pub progress: Option<Progress>,
-    /// What came out: counts and paths, per stage.
+    /// What came out: counts per stage, and paths relative to the folder of the run.
     pub summary: Value,
+    /// What the key is the hash of, by name; empty in files of the first version.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inputs: BTreeMap<String, String>,
 }
 
 /// Why the folder of a run cannot be used.
@@ -138,12 +144,17 @@ impl RunFolder {
         self.root.join("run.toml")
     }
 
-    fn state_dir(&self) -> PathBuf {
+    pub(super) fn state_dir(&self) -> PathBuf {
         self.root.join("state")
     }
 
-    fn stage_file(&self, stage: Stage) -> PathBuf {
+    pub(super) fn stage_file(&self, stage: Stage) -> PathBuf {
         self.state_dir().join(format!("{}.json", stage.name()))
+    }
+
+    /// True if a run has worked here.
+    pub fn is_run(&self) -> bool {
+        self.run_file().is_file() && self.state_dir().join("lock").is_file()
     }
 
     /// Takes the folder for this process, making it if needed.
@@ -182,14 +193,7 @@ impl RunFolder {
     /// # Errors
     /// [`StateError::BadStageFile`].
     pub fn read(&self, stage: Stage) -> Result<Option<StageFile>, StateError> {
-        let path = self.stage_file(stage);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let bytes = atomic::read(&path)?;
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| StateError::BadStageFile { path, reason: e.to_string() })
+        read_stage_file(self.stage_file(stage))
     }
 
     /// Writes what is known about a stage.
@@ -201,25 +205,30 @@ impl RunFolder {
         Ok(atomic::write(self.stage_file(stage), text)?)
     }
 
-    /// Forgets a stage and what it made.
-    ///
-    /// The stage file goes first: half a removed folder must not pass for a finished one.
+    /// Forgets a stage; what it made stays.
     ///
     /// # Errors
     /// Those of the disk.
-    pub fn forget(&self, stage: Stage, made: &Path) -> Result<(), StateError> {
+    pub fn forget(&self, stage: Stage) -> Result<(), StateError> {
         let path = self.stage_file(stage);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(AtomicError::from_io("remove", &path, e).into());
+                Err(AtomicError::from_io("remove", &path, e).into())
             }
-            _ => {}
+            _ => Ok(()),
         }
-        if made.exists() {
-            atomic::remove_dir_all(made)?;
-        }
-        Ok(())
     }
+}
+
+/// A stage file at a path; `None` if there is none.
+pub(super) fn read_stage_file(path: PathBuf) -> Result<Option<StageFile>, StateError> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let bytes = atomic::read(&path)?;
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|e| StateError::BadStageFile { path, reason: e.to_string() })
 }
 
 /// Held while a process works in the folder of a run.
@@ -241,7 +250,7 @@ pub struct StageClock {
 }
 
 impl StageClock {
-    /// Marks a stage as running under `key`.
+    /// Marks a stage as running under `key`, the hash of `inputs`.
     ///
     /// # Errors
     /// Those of the disk.
@@ -249,6 +258,7 @@ impl StageClock {
         folder: &RunFolder,
         stage: Stage,
         key: &str,
+        inputs: BTreeMap<String, String>,
         before_s: f64,
     ) -> Result<StageClock, StateError> {
         let file = StageFile {
@@ -257,6 +267,7 @@ impl StageClock {
             seconds: before_s,
             progress: None,
             summary: Value::Null,
+            inputs,
         };
         folder.write(stage, &file)?;
         let now = Instant::now();
@@ -360,12 +371,12 @@ mod tests {
         let folder = RunFolder::new(dir.path());
         let _lock = folder.lock().unwrap();
         assert_eq!(folder.read(Stage::Data).unwrap(), None);
-        let clock = StageClock::begin(&folder, Stage::Data, "k", 5.0).unwrap();
+        let clock = StageClock::begin(&folder, Stage::Data, "k", BTreeMap::new(), 5.0).unwrap();
         assert_eq!(folder.read(Stage::Data).unwrap().unwrap().phase, Phase::Running);
         let file = clock.finish(serde_json::json!({"rows": 3})).unwrap();
         assert_eq!(folder.read(Stage::Data).unwrap().unwrap(), file);
         assert!(file.phase == Phase::Done && file.seconds >= 5.0);
-        folder.forget(Stage::Data, &folder.stage_dir(Stage::Data)).unwrap();
+        folder.forget(Stage::Data).unwrap();
         assert_eq!(folder.read(Stage::Data).unwrap(), None);
     }
 

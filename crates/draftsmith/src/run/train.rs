@@ -161,15 +161,6 @@ impl Run<'_> {
         let target = self.target()?;
         let t = target.target.config();
         let mut config = draft_config(&self.file.draft, t, vocab_map.draft_vocab())?;
-        if config.hidden_size != t.hidden_size {
-            return Err(Error::input(
-                format!(
-                    "`draft.hidden` is {}, but the draft shares the target's embedding of width {}",
-                    config.hidden_size, t.hidden_size
-                ),
-                "leave `draft.hidden` out",
-            ));
-        }
         let layers: Vec<u32> = self.layers()?.iter().map(|l| l.0).collect();
         let ids = <[u32; 3]>::try_from(layers).map_err(|_| {
             Error::input("`capture.layers` must name three layers", "leave it out for the default")
@@ -196,13 +187,13 @@ impl Run<'_> {
         )?)
     }
 
-    /// First turns of the held-out rows, by the shares of domains that were asked for.
-    fn validation_prompts(&self) -> Result<Vec<ValidationPrompt>, Error> {
+    /// First turns of the held-out rows, by the shares of domains that were asked for; for each domain as many as are
+    /// wanted of it.
+    ///
+    /// # Errors
+    /// No turn is left.
+    fn validation_turns(&self) -> Result<Vec<Vec<Message>>, Error> {
         let table = &self.file.validate;
-        if table.every == 0 {
-            return Ok(Vec::new());
-        }
-        let target = self.target()?;
         let rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(VALIDATION))?;
         let mut by_domain: Vec<(String, Vec<Vec<Message>>)> = Vec::new();
         for row in rows {
@@ -218,7 +209,7 @@ impl Run<'_> {
             }
         }
         let total: f64 = table.domains.values().sum();
-        let mut prompts = Vec::new();
+        let mut turns = Vec::new();
         for (domain, list) in by_domain {
             let share = match table.domains.is_empty() {
                 true => 1.0,
@@ -226,22 +217,49 @@ impl Run<'_> {
                 false => 0.0,
             };
             let wanted = (share * f64::from(table.prompts)).round() as usize;
-            for messages in list.iter().take(wanted) {
-                let ids = prompt_ids(&target.text, messages)?;
-                if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
-                    prompts.push(ValidationPrompt { ids });
-                }
+            turns.extend(list.into_iter().take(wanted));
+        }
+        match turns.is_empty() {
+            true => Err(no_validation_prompt()),
+            false => Ok(turns),
+        }
+    }
+
+    /// Training will find prompts to validate on. Asked as soon as the held-out rows are there.
+    pub(super) fn check_validation(&self) -> Result<(), Error> {
+        match self.file.validate.every {
+            0 => Ok(()),
+            _ => self.validation_turns().map(drop),
+        }
+    }
+
+    /// The prompts that drafts are measured on.
+    fn validation_prompts(&self) -> Result<Vec<ValidationPrompt>, Error> {
+        let table = &self.file.validate;
+        if table.every == 0 {
+            return Ok(Vec::new());
+        }
+        let target = self.target()?;
+        let mut prompts = Vec::new();
+        for messages in self.validation_turns()? {
+            let ids = prompt_ids(&target.text, &messages)?;
+            if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
+                prompts.push(ValidationPrompt { ids });
             }
         }
-        if prompts.is_empty() {
-            return Err(Error::input(
-                "no validation prompt is left: the held-out rows have no user turn, or `validate.domains` names none of \
-                 their domains",
-                "check `validate.domains` and `data.validation`, or turn validation off with `validate.every = 0`",
-            ));
+        match prompts.is_empty() {
+            true => Err(no_validation_prompt()),
+            false => Ok(prompts),
         }
-        Ok(prompts)
     }
+}
+
+fn no_validation_prompt() -> Error {
+    Error::input(
+        "no validation prompt is left: the held-out rows have no user turn, `validate.domains` names none of their \
+         domains, or they leave no room for `validate.max_new_tokens`",
+        "check `validate.domains` and `data.validation`, or turn validation off with `validate.every = 0`",
+    )
 }
 
 /// `loss 2.310  acc .61 .52 .45  163 tokens/s  best 2.31`.

@@ -98,7 +98,9 @@ fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     if let Some(folder) = &args.report {
         write_report(folder, &records)?;
     }
-    let contract = Contract::of_all(&records).ok_or_else(|| Failure::input("nothing was measured", None))?;
+    let contract = Contract::of_all(&records).ok_or_else(|| {
+        Failure::input("nothing was measured", Some("name a workload with `--workload FILE`".to_string()))
+    })?;
     match &args.json {
         Some(path) => {
             write_json(path, &contract)?;

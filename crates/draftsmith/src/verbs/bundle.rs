@@ -195,8 +195,12 @@ pub(crate) fn card(args: &cli::BundleCard) -> Result<u8, Failure> {
         return Ok(0);
     }
     printer::out(&format!(
-        "{}\n  recommended: depth {}, top-k {}, {} draft tokens ({})\n",
+        "{}\n  {}: depth {}, top-k {}, {} draft tokens ({})\n",
         made.path.display(),
+        match recommended.pays {
+            true => "recommended",
+            false => "nothing is recommended: decode without the draft here; nearest came",
+        },
         recommended.depth,
         recommended.top_k,
         recommended.num_draft_tokens,

@@ -34,7 +34,8 @@ struct Answer {
 
 pub(crate) fn sampling(args: &cli::Choosing) -> Result<Sampling, Failure> {
     let wrong = |flag: &str, value: f32, wanted: &str| {
-        Failure::input(format!("`{flag}` is {value}, expected {wanted}"), None)
+        let advice = format!("give `{flag}` {wanted}, or leave it out");
+        Failure::input(format!("`{flag}` is {value}, expected {wanted}"), Some(advice))
     };
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
         return Err(wrong("--temperature", args.temperature, "a number of at least 0"));

@@ -11,6 +11,7 @@ use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, T
 use draftsmith::engine::engine;
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids;
+use draftsmith::pull::Reference;
 use draftsmith::report::Report;
 use draftsmith::text::Message;
 use draftsmith::{Error, cli};
@@ -63,7 +64,27 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         None => (manifest.target.references.clone(), Some(manifest.target.weights_sha256.as_str())),
     };
     session.printer.note(&format!("target {} ({})", manifest.target.name, manifest.target.license));
-    let target = session.load_target(&sources, sha256, false, args.threads)?;
+    // A folder has no hash before it is loaded: it is compared then.
+    let is_folder = |source: &String| match source.parse() {
+        Ok(Reference::Path(path)) => path.is_dir(),
+        Ok(Reference::Hf { file, .. }) => file.is_none(),
+        Ok(Reference::Pip { .. } | Reference::PipParts(_)) | Err(_) => false,
+    };
+    let known = sha256.filter(|_| !sources.iter().any(is_folder));
+    let target = session.load_target(&sources, known, false, args.threads)?;
+    if let Some(wanted) = sha256.filter(|wanted| *wanted != target.sha256) {
+        return Err(Failure::input(
+            format!(
+                "target `{}` has weights with sha256 `{}`, but the draft was trained for `{wanted}`",
+                target.reference, target.sha256
+            ),
+            Some(format!(
+                "get the weights that `{}` names, or try these anyway with `--target {}`",
+                bundle.join(MANIFEST_FILE).display(),
+                target.reference
+            )),
+        ));
+    }
     let draft = session.load_draft(&bundle, &target, PackMode::Q8)?;
     session.printer.note(&format!("draft  {} in `{}`", manifest.name, shown(&bundle)));
     let engine = engine(&target, Some(&draft));

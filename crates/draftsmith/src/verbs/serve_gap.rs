@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use draftsmith::Error;
 use draftsmith::bench::Workload;
+use draftsmith::capture::{RegenerateError, knock};
 use draftsmith::cli;
 use draftsmith::formats::run::ServerTable;
 use draftsmith::serve_gap::{Accepted, Gap, Replay, replay};
@@ -19,6 +20,9 @@ use crate::printer;
 pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure> {
     let server = server(args)?;
     let key = server_key(&server.url, server.key_env.as_deref(), &session.places, variable)?;
+    // A dead address is told before a model is loaded.
+    knock(&server.url, key.as_deref(), server.timeout_s)
+        .map_err(|error| Error::from(RegenerateError::Server(error)))?;
     let workload = Workload::read(&args.workload, Some(args.limit as usize)).map_err(Error::from)?;
     let prompts: Vec<(String, Vec<Message>)> = workload
         .rows
@@ -60,18 +64,31 @@ pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure
 fn server(args: &cli::ServeGap) -> Result<ServerTable, Failure> {
     let extra: Value = match &args.extra {
         None => json!({}),
-        Some(text) => serde_json::from_str(text)
-            .map_err(|e| Failure::input(format!("`--extra` is no JSON object: {e}"), None))?,
+        Some(text) => serde_json::from_str(text).map_err(|e| no_object(&e))?,
     };
     let table = json!({
         "url": args.url, "api": args.api, "model": args.model, "key_env": args.key_env, "extra": extra,
     });
-    let server: ServerTable = serde_json::from_value(table)
-        .map_err(|e| Failure::input(format!("`--extra` is no JSON object: {e}"), None))?;
+    let server: ServerTable = serde_json::from_value(table).map_err(|e| no_object(&e))?;
     match server.problem() {
-        Some((key, problem)) => Err(Failure::input(format!("`{key}` {problem}"), None)),
+        Some((key, problem)) => {
+            let advice = match key.as_str() {
+                "url" => {
+                    "give the address up to and including the version, `http://127.0.0.1:8000/v1`".to_string()
+                }
+                key => format!("correct or leave out `{key}`"),
+            };
+            Err(Failure::input(format!("`{key}` {problem}"), Some(advice)))
+        }
         None => Ok(server),
     }
+}
+
+fn no_object(error: &serde_json::Error) -> Failure {
+    Failure::input(
+        format!("`--extra` is no JSON object: {error}"),
+        Some("quote it for the shell, for example `--extra '{\"repetition_penalty\": 1.0}'`".to_string()),
+    )
 }
 
 fn page(gap: &Gap) -> String {

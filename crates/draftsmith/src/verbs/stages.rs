@@ -2,11 +2,10 @@
 
 use std::fmt::Write;
 
-use draftsmith::Error;
 use draftsmith::cli;
 use draftsmith::doctor::human;
 use draftsmith::formats::run::{RunFile, Stage};
-use draftsmith::run::{Env, Run, StageDone};
+use draftsmith::run::{Env, Origin, Run, StageDone};
 use serde_json::{Value, json};
 
 use super::{Session, variable};
@@ -14,13 +13,20 @@ use crate::failure::{Failure, NOT_HELD};
 use crate::printer::{self, duration};
 
 fn open<'a>(verb: &str, args: &cli::RunArgs, session: &'a Session) -> Result<Run<'a>, Failure> {
-    let file = RunFile::load(&args.run_file, &args.overrides).map_err(Error::from)?;
-    let mut resume = format!("draftsmith {verb} {}", args.run_file.display());
-    for text in &args.overrides {
-        let _ = write!(resume, " {text}");
-    }
+    let (file, origin, env) = prepare(verb, args, session)?;
+    Ok(Run::open(file, origin, env)?)
+}
+
+fn prepare<'a>(
+    verb: &str,
+    args: &cli::RunArgs,
+    session: &'a Session,
+) -> Result<(RunFile, Origin, Env<'a>), Failure> {
+    let file = draftsmith::run::load(&args.run_file, &args.overrides)?;
+    let origin =
+        Origin { verb: verb.to_string(), path: args.run_file.clone(), overrides: args.overrides.clone() };
     let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
-    Ok(Run::open(file, resume, env)?)
+    Ok((file, origin, env))
 }
 
 /// Does everything up to `last`; `None`: all stages.
@@ -115,14 +121,18 @@ pub(crate) fn capture(args: &cli::Capture, session: &Session) -> Result<u8, Fail
     if !args.plan {
         return advance("capture", &args.run, Some(Stage::Capture), session);
     }
-    let bill = open("capture", &args.run, session)?.plan_capture()?;
+    let (file, origin, env) = prepare("capture", &args.run, session)?;
+    let bill = Run::look(file, origin, env)?.plan_capture()?;
     if args.run.json {
         printer::json(&bill)?;
     } else {
         let free = bill.free_bytes.map_or("unknown".to_string(), human);
+        let estimate = |text: &str| format!("estimated from {text}\n");
+        let from = bill.estimated_from.as_deref().map(estimate).unwrap_or_default();
+        let about = if from.is_empty() { "" } else { "about " };
         printer::out(&format!(
-            "rows            {}\ntokens          {}\ntrained tokens  {}\nbytes           about {} ({free} free)\n\
-             minutes         about {:.1} at {:.0} tokens/s\n",
+            "rows            {about}{}\ntokens          {about}{}\ntrained tokens  {about}{}\nbytes           about {} ({free} free)\n\
+             minutes         about {:.1} at {:.0} tokens/s\n{from}",
             bill.rows,
             bill.tokens,
             bill.trained_tokens,

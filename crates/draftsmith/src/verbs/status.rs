@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use draftsmith::cli;
-use draftsmith::formats::run::{RunFile, Stage};
-use draftsmith::run::stages_of;
+use draftsmith::doctor::human;
+use draftsmith::formats::run::Stage;
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
+use draftsmith::run::{self, made_by, stages_of, with_paths};
 use draftsmith::{Error, formats};
 use serde_json::{Value, json};
 
@@ -33,7 +34,7 @@ pub(crate) fn run(args: &cli::Status, _session: &Session) -> Result<u8, Failure>
 
 fn folder_of(path: &Path) -> Result<RunFolder, Failure> {
     if path.is_file() {
-        return Ok(RunFolder::new(RunFile::load(path, &[]).map_err(Error::from)?.dir()));
+        return Ok(RunFolder::new(run::load(path, &[])?.dir()));
     }
     Ok(RunFolder::new(path))
 }
@@ -60,11 +61,12 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
     if !folder.run_file().is_file() {
         return Err(Error::from(StateError::NoRun { folder: folder.root().to_path_buf() }).into());
     }
-    let file = RunFile::load(folder.run_file(), &[]).map_err(Error::from)?;
+    let file = run::load(&folder.run_file(), &[])?;
     let busy = folder.is_busy();
     let mut stages = Vec::new();
     for stage in stages_of(&file) {
         let known = folder.read(stage).map_err(Error::from)?;
+        let known = known.map(|known| with_paths(known, stage, &file));
         let state = match &known {
             None => "waiting",
             Some(StageFile { phase: Phase::Done, .. }) => "done",
@@ -79,12 +81,24 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
             "summary": known.map(|f| f.summary).unwrap_or(Value::Null),
         }));
     }
+    let mut aside = Vec::new();
+    for stage in Stage::ALL {
+        for old in folder.all_aside(stage, &made_by(&file, stage)) {
+            aside.push(json!({
+                "stage": stage,
+                "path": old.folder,
+                "bytes": old.bytes(),
+                "free_with": old.free_command(),
+            }));
+        }
+    }
     Ok(json!({
         "run": folder.root(),
         "name": file.run.name,
         "busy": busy,
         "best_accept_len": best_accept_len(folder),
         "stages": stages,
+        "aside": aside,
     }))
 }
 
@@ -122,6 +136,16 @@ fn page(status: &Value) -> String {
             }
         }
         let _ = writeln!(page, "{}", line.trim_end());
+    }
+    for old in status["aside"].as_array().into_iter().flatten() {
+        let size = human(old["bytes"].as_u64().unwrap_or(0));
+        let _ = writeln!(
+            page,
+            "  {:<11} {:<12}{size:>9}  {}",
+            text(&old["stage"]),
+            "set aside",
+            text(&old["free_with"])
+        );
     }
     if let Some(best) = status["best_accept_len"].as_f64() {
         let _ = writeln!(page, "  best accept length so far: {best:.3}");

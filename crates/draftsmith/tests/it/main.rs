@@ -17,6 +17,7 @@ mod published;
 mod regenerate;
 mod rows;
 mod run_file;
+mod run_folder;
 mod serve;
 mod serve_gap;
 mod stages;

@@ -175,6 +175,16 @@ impl RunFile {
     }
 }
 
+/// Where a key is set: the last override that sets it, or else its line in the run file, or that of the closest table
+/// above it. For faults that show only beside something else than the run file.
+pub fn place_of_key(path: &Path, overrides: &[String], key: &str) -> Place {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    match Source::new(path, &text) {
+        Ok(source) => source.place_of_key(key, overrides),
+        Err(_) => Place::File { path: path.to_path_buf(), line: None },
+    }
+}
+
 /// Tables without which there is no run; no other required key has such a name (a test compares).
 const TOP_LEVEL_REQUIRED: [&str; 2] = ["target", "data"];
 

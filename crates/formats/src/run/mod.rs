@@ -10,6 +10,7 @@
 //! Relative paths start at the working directory.
 
 mod check;
+mod inputs;
 mod load;
 mod reference;
 #[cfg(test)]
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash;
 
-pub use load::{Place, RunError};
+pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
 
 /// A run file with every default that does not depend on the target filled in.
@@ -652,7 +653,8 @@ pub struct BundleTable {
     pub dir: Option<PathBuf>,
     /// Name on the model card. Default: `run.name`.
     pub name: Option<String>,
-    /// Licence of the draft's weights on the model card, as an SPDX expression.
+    /// Licence of the draft's weights on the model card, as an SPDX expression. A run without it does not begin.
+    #[schemars(required)]
     pub license: Option<String>,
     /// Repository of the model that the target was converted from, `ORG/NAME` on the Hugging Face hub, for the model
     /// card and other engines. Default: the repository of the first `hf:` source.
@@ -774,14 +776,7 @@ impl RunFile {
         canonical_hash(&self.to_table())
     }
 
-    /// SHA-256 over the keys that can change the results of a stage: those of its own table and of the stages
-    /// before it. Names, folders, threads, logging and checkpoint intervals are not among them, so changing those
-    /// does not make finished work stale.
-    pub fn stage_hash(&self, stage: Stage) -> String {
-        canonical_hash(&self.stage_keys(stage))
-    }
-
-    /// The keys behind [`RunFile::stage_hash`].
+    /// The keys behind [`RunFile::stage_inputs`], defaults included.
     fn stage_keys(&self, stage: Stage) -> toml::Table {
         let mut all = self.to_table();
         let mut kept = toml::Table::new();
@@ -828,7 +823,7 @@ impl RunFile {
     }
 
     /// What differs from another run file, one `table.key: mine → theirs` per line of result; absent keys show as
-    /// `(not set)`. `stage` limits it to the keys behind [`RunFile::stage_hash`].
+    /// `(not set)`. `stage` limits it to the keys behind [`RunFile::stage_inputs`].
     pub fn differences(&self, other: &RunFile, stage: Option<Stage>) -> Vec<String> {
         let keys = |file: &RunFile| {
             let table = stage.map_or_else(|| file.to_table(), |s| file.stage_keys(s));

@@ -93,12 +93,35 @@ fn where_a_server_stands_is_no_part_of_what_it_says() {
 
 #[test]
 fn the_stage_hash_of_version_one_never_changes() {
-    // Finished work is recognised by this hash. A new key that changes results changes it too, and so makes running
-    // trainings start over: then this number changes on purpose, with a line in the changelog.
-    assert_eq!(
-        parse(SMALL, &[]).unwrap().stage_hash(Stage::Train),
-        "d38dacd6e214f3d7b71bd8f742c6c080d1e8874ba2475d9eef22a9d8131077b9"
+    // Finished work of old run folders is recognised by this hash.
+    let hash = |more: &[&str]| parse(SMALL, more).unwrap().stage_hash_v1(Stage::Train);
+    let first = "d38dacd6e214f3d7b71bd8f742c6c080d1e8874ba2475d9eef22a9d8131077b9";
+    assert_eq!(hash(&[]).as_deref(), Some(first));
+    assert_eq!(hash(&["train.log_every=3", "train.lr=1e-4"]).as_deref(), Some(first));
+    assert_ne!(hash(&["train.lr=2e-4"]).as_deref(), Some(first));
+}
+
+#[test]
+fn a_key_at_its_default_is_no_input_of_a_stage() {
+    let inputs = |more: &[&str], stage| -> Vec<String> {
+        let file = parse(SMALL, more).unwrap();
+        file.stage_inputs(stage).into_iter().map(|(key, value)| format!("{key}={value}")).collect()
+    };
+    let base = inputs(&[], Stage::Bench);
+    assert!(
+        base.iter().all(|i| i.starts_with("target.source=") || i.starts_with("data.sources.0.path=")),
+        "{base:?}"
     );
+    for written in ["train.lr=1e-4", "data.sources.0.weight=1.0", "run.seed=42", "validate.every=200"] {
+        assert_eq!(inputs(&[written], Stage::Bench), base, "{written}");
+    }
+    let set = inputs(&["train.lr=2e-4", "capture.dtype=bf16", "bench.depth=2"], Stage::Train);
+    assert_eq!(set.len(), base.len() + 2, "{set:?}");
+    assert!(
+        set.contains(&"train.lr=0.0002".to_string()) && set.contains(&"capture.dtype=\"bf16\"".to_string())
+    );
+    // A server with nothing but an address is not the same as none.
+    assert_ne!(inputs(&["regenerate.server={ url = \"http://a/v1\" }"], Stage::Regenerate).len(), 2);
 }
 
 #[test]

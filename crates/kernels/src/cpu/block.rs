@@ -600,7 +600,8 @@ unsafe fn bounds_body<I: Isa + Dot>(a: BoundArgs) {
                     macro_rules! run {
                         ($n:literal) => {{
                             for part in 0..LANES / I::V::COUNT {
-                                let (middle, off) = bound_rows::<I, $n>(&a, panel, part, tile, lengths, height);
+                                let (middle, off) =
+                                    bound_rows::<I, $n>(&a, panel, part, tile, lengths, height);
                                 for i in 0..$n {
                                     let at = part * I::V::COUNT;
                                     I::V::store(middles[i].as_mut_ptr().add(at), middle[i]);

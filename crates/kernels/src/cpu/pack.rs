@@ -164,9 +164,7 @@ impl Quants {
             Quants::Five => four() | one(4) << 4,
             Quants::Six => four() | two(4) << 4,
             Quants::Eight => byte(g),
-            Quants::Split => {
-                four() << 4 | low[g / 2 * 64 + lane * 4 + k % 4] >> (g % 2 * 4) & 15
-            }
+            Quants::Split => four() << 4 | low[g / 2 * 64 + lane * 4 + k % 4] >> (g % 2 * 4) & 15,
         }
     }
 
