@@ -212,10 +212,13 @@ fn added(base: &str, parts: &[(&str, Dtype, usize)]) -> Vec<TensorData> {
     parts.iter().map(of).collect()
 }
 
+/// Folder, `quantization_config`, tensors in place of a projection (ending, type, bytes per element), and how it is named.
+type Case<'a> = (&'a str, Option<Value>, &'a [(&'a str, Dtype, usize)], &'a str);
+
 #[test]
 fn quantised_folders_are_named_for_what_they_are() {
     let home = Home::new();
-    let cases: [(&str, Option<Value>, &[(&str, Dtype, usize)], &str); 12] = [
+    let cases: [Case; 12] = [
         (
             "awq",
             Some(json!({ "quant_method": "awq", "bits": 4 })),
