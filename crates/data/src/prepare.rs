@@ -1,7 +1,9 @@
 //! Rows to token ids and loss mask.
 
 use draftsmith_formats::tokens::TokenRow as PreparedRow;
-use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
+use draftsmith_text::{
+    ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, control_token_in, mask_conversation,
+};
 
 use crate::{
     Conversation, DataError, DomainCounts, LocatedRow, Report, Row, RowError, TokenCounts, TokenRow,
@@ -153,7 +155,7 @@ impl<'a> Preparer<'a> {
             return Err(Problem::Row(RowError::NoAnswer));
         }
         for (at, message) in row.messages.iter().enumerate() {
-            if let Some(id) = self.tokenizer.special_in(&message.content) {
+            if let Some(id) = control_token_in(self.tokenizer, message) {
                 let token = String::from_utf8_lossy(self.tokenizer.token_to_piece(id)).into_owned();
                 return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
             }

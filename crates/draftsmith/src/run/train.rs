@@ -19,7 +19,7 @@ use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::{Cpu, PackMode, TrainKernels};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_model::{Draft, DraftTensors, TargetTensors};
-use draftsmith_text::Message;
+use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::eagle3::draft_config;
 use draftsmith_train::{
     DraftWeights, Eagle3Options, Eagle3Train, Event, Flow, Hooks, StepReport, TrainOptions, ValidationResult,
@@ -32,7 +32,7 @@ use super::data::VALIDATION;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::LoadedTarget;
-use crate::measure::prompt_ids;
+use crate::measure::prompt_ids_with;
 use crate::report::{Report, Stop, Unit};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -204,13 +204,15 @@ impl Run<'_> {
         }
         let target = self.target()?;
         let rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(VALIDATION))?;
-        let mut by_domain: Vec<(String, Vec<Vec<Message>>)> = Vec::new();
+        let mut by_domain: Vec<(String, Vec<(Vec<Message>, RenderOptions)>)> = Vec::new();
         for row in rows {
             let domain = row.domain().to_string();
             let DataRow::Conversation(conversation) = row.row else { continue };
             let end = conversation.messages.iter().position(|m| m.role == "user");
             let Some(end) = end else { continue };
-            let messages = conversation.messages[..=end].to_vec();
+            // As regeneration asks it: with the row's own tools and template variables.
+            let render = conversation.mask_options(&MaskOptions::default()).render;
+            let messages = (conversation.messages[..=end].to_vec(), render);
             let name = if table.domains.is_empty() { String::new() } else { domain };
             match by_domain.iter_mut().find(|(d, _)| *d == name) {
                 Some((_, list)) => list.push(messages),
@@ -219,6 +221,7 @@ impl Run<'_> {
         }
         let total: f64 = table.domains.values().sum();
         let mut prompts = Vec::new();
+        let mut refused = 0;
         for (domain, list) in by_domain {
             let share = match table.domains.is_empty() {
                 true => 1.0,
@@ -226,12 +229,26 @@ impl Run<'_> {
                 false => 0.0,
             };
             let wanted = (share * f64::from(table.prompts)).round() as usize;
-            for messages in list.iter().take(wanted) {
-                let ids = prompt_ids(&target.text, messages)?;
+            let mut taken = 0;
+            for (messages, render) in &list {
+                if taken == wanted {
+                    break;
+                }
+                let ids = match prompt_ids_with(&target.text, messages, render) {
+                    Err(_) if !self.file.data.strict => {
+                        refused += 1;
+                        continue;
+                    }
+                    ids => ids?,
+                };
+                taken += 1;
                 if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
                     prompts.push(ValidationPrompt { ids });
                 }
             }
+        }
+        if refused > 0 {
+            self.env.report.note(&format!("validation prompts that the template refuses: {refused}"));
         }
         if prompts.is_empty() {
             return Err(Error::input(
