@@ -442,7 +442,9 @@ mod tests {
                     }
                     _ => Outcome::Answered(Answer {
                         text: turns.to_string(),
-                        prompt_ids: (0..turns as u32).map(|i| if i % 2 == 1 { i + again } else { i }).collect(),
+                        prompt_ids: (0..turns as u32)
+                            .map(|i| if i % 2 == 1 { i + again } else { i })
+                            .collect(),
                         ids: vec![turns as u32],
                         ids_from: IdsFrom::Text { counted: Some(1 + turns as u64 / 3) },
                         cut: false,
@@ -507,7 +509,10 @@ mod tests {
                 AnsweredRow { ids: vec![0, 2, 2, 3], answers: vec![span(3, 3, 4)] }
             ]
         );
-        assert_eq!((done[5].refused.as_deref(), texts(&done[5])), (Some("no third turn"), vec!["1".into(), "1".into()]));
+        assert_eq!(
+            (done[5].refused.as_deref(), texts(&done[5])),
+            (Some("no third turn"), vec!["1".into(), "1".into()])
+        );
         assert_eq!((done[3].tokenised_here, &done[3].count_differences), (2, &BTreeMap::from([(1, 1)])));
     }
 

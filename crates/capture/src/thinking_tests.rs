@@ -93,7 +93,10 @@ fn answered(name: &str) -> (Vec<FinishedDialogue>, HashMap<String, Vec<Written>>
     let think = |text: &str| if opened { text.to_string() } else { format!("<think>\n{text}") };
     let reasoned = think("20 and 2\n</think>\n\n22.");
     let script: HashMap<String, Vec<Written>> = [
-        ("reasoning", vec![whole(usual(&reasoned)), whole(usual(&reasoned)), cut(usual(&think("Okay, the user")))]),
+        (
+            "reasoning",
+            vec![whole(usual(&reasoned)), whole(usual(&reasoned)), cut(usual(&think("Okay, the user")))],
+        ),
         ("cut at once", vec![cut(usual(&think("Once upon a")))]),
         ("other tokens", vec![whole(odd(&reasoned)), whole(odd("and so on")), whole(odd("  \n done \n"))]),
         ("plain", vec![whole(usual("22.")), whole(usual("23")), whole(usual("24"))]),
@@ -129,7 +132,8 @@ fn answered(name: &str) -> (Vec<FinishedDialogue>, HashMap<String, Vec<Written>>
         for row in &dialogue.rows {
             assert!(row.is_sound());
             for span in &row.answers {
-                let text = prompter.text(&dialogue.messages[..span.message], &RenderOptions::default()).unwrap();
+                let text =
+                    prompter.text(&dialogue.messages[..span.message], &RenderOptions::default()).unwrap();
                 let asked = tokenizer.encode(&text, false).unwrap();
                 assert_eq!(row.ids[..span.start], asked, "{name}, {}: the prompt", dialogue.id);
                 spans.push(row.ids[span.start..span.end].to_vec());

@@ -7,7 +7,8 @@
 use std::ops::ControlFlow;
 
 use draftsmith_capture::{
-    Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError, metrics_page,
+    Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
+    metrics_page,
 };
 use draftsmith_core::{AcceptStats, Sampling, TokenTree};
 use draftsmith_decode::{DraftPlan, GenerateOptions, Generation};

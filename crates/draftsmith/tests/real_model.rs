@@ -121,7 +121,8 @@ fn real_model_rows_of_reasoning_hold_every_generated_token() {
             for row in &done.rows {
                 assert!(row.is_sound());
                 for span in &row.answers {
-                    let asked = prompter.text(&done.messages[..span.message], &RenderOptions::default()).unwrap();
+                    let asked =
+                        prompter.text(&done.messages[..span.message], &RenderOptions::default()).unwrap();
                     let asked = text.tokenizer.encode(&asked, false).unwrap();
                     assert_eq!(row.ids[..span.start], asked, "{name}, {}", done.id);
                 }
@@ -134,7 +135,9 @@ fn real_model_rows_of_reasoning_hold_every_generated_token() {
             ControlFlow::Continue(())
         })
         .unwrap();
-        println!("{name}: {dialogue_count} dialogues, generated {generated}, trained {trained}, cut {cut}, empty {empty}");
+        println!(
+            "{name}: {dialogue_count} dialogues, generated {generated}, trained {trained}, cut {cut}, empty {empty}"
+        );
         assert_eq!((dialogue_count, progress.tokens), (20, generated as u64));
         assert_eq!(generated, trained, "{name}");
         assert!(cut > 0, "some answers end inside their reasoning");

@@ -156,7 +156,10 @@ pub(crate) fn turn_text(prompt: &str, rendered: &str, message: &Message) -> Opti
         return match (taken_out, thought) {
             // Behind a closed thought the model cannot reason, so this is what it would write.
             (None, _) | (_, Thought::Closed(_)) => Some(TurnText::rendered(rendered, prompt.len())),
-            (Some(written), _) => put_back(prompt, added, written),
+            // A template that writes something else in place of the reasoning is taken at its word.
+            (Some(written), _) => {
+                put_back(prompt, added, written).or_else(|| Some(TurnText::rendered(rendered, prompt.len())))
+            }
         };
     }
     match thought {

@@ -126,10 +126,8 @@ impl<'a> Client<'a> {
             body.insert("max_tokens".to_string(), 1.into());
             self.http.persist(&request.id, flow, || {
                 let mut reply = Reply::default();
-                reply.take(&read_body(
-                    self.post(&request.id, &body, "application/json")?,
-                    SIDE_BODY_BYTES,
-                )?)?;
+                reply
+                    .take(&read_body(self.post(&request.id, &body, "application/json")?, SIDE_BODY_BYTES)?)?;
                 Ok(reply)
             })
         };

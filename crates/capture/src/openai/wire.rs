@@ -240,7 +240,10 @@ mod tests {
             data: {\"choices\":[{\"text\":\"b\",\"token_ids\":[8,9],\"finish_reason\":\"stop\"}]}\n\n\
             data: {\"choices\":[],\"usage\":{\"prompt_tokens\":2,\"completion_tokens\":3}}\n\n";
         let reply = read(completions).unwrap();
-        assert_eq!((reply.prompt_ids, reply.ids, reply.counted), (Some(vec![1, 2]), Some(vec![7, 8, 9]), Some(3)));
+        assert_eq!(
+            (reply.prompt_ids, reply.ids, reply.counted),
+            (Some(vec![1, 2]), Some(vec![7, 8, 9]), Some(3))
+        );
         let chat = "data: {\"prompt_token_ids\":[1],\"choices\":[{\"delta\":{\"content\":\"a\"},\"token_ids\":null}]}\n\n";
         let reply = read(chat).unwrap();
         assert_eq!((reply.prompt_ids, reply.ids, reply.counted), (Some(vec![1]), None, None));

@@ -379,7 +379,9 @@ fn validation_line(kept: &KeptRow) -> Value {
 
 fn unbalanced(generated: u64, found: u64) -> Error {
     Error::input(
-        format!("{generated} tokens were generated, but {found} of them are trained on or counted as left out"),
+        format!(
+            "{generated} tokens were generated, but {found} of them are trained on or counted as left out"
+        ),
         "this is a fault of draftsmith: please report it with the run file and `regenerate/answers.jsonl`",
     )
 }

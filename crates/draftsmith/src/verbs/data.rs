@@ -54,8 +54,8 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
                 }))?;
             }
         } else {
-            let page =
-                preview_conversation(&text.tokenizer, template, &row, &MaskOptions::default(), paint).map_err(failed)?;
+            let page = preview_conversation(&text.tokenizer, template, &row, &MaskOptions::default(), paint)
+                .map_err(failed)?;
             printer::out(&format!("── {location}\n{}\n", page.trim_end()))?;
         }
     }

@@ -461,7 +461,11 @@ impl State {
         for (name, value) in &self.protocol.extra {
             same(name, &take(name).to_string(), &value.to_string())?;
         }
-        if fields.is_empty() { Ok(Some((prompt, streamed, with_ids))) } else { Err(format!("fields {fields:?}")) }
+        if fields.is_empty() {
+            Ok(Some((prompt, streamed, with_ids)))
+        } else {
+            Err(format!("fields {fields:?}"))
+        }
     }
 
     fn stops(&self) -> Vec<String> {

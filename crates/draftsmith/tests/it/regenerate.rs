@@ -52,7 +52,9 @@ fn speak(prompt: &str) -> Said {
         0 => Said::default(),
         1 => Said { text: " again".repeat(40), cut: true, ids: None },
         2 => Said { text: format!("The answer is a long one, number {n}, and then"), cut: true, ids: None },
-        _ => Said { text: format!(" It is {n}.\nThat is é all of “{}”.", n % 97), cut: false, ids: None },
+        _ => {
+            Said { text: format!(" It is {n}.\nThat is é all of “{}”.", n % 97), cut: false, ids: None }
+        }
     }
 }
 

@@ -54,7 +54,11 @@ fn an_engine_that_says_the_same_has_no_gap() {
 #[test]
 fn an_engine_that_chooses_another_token_is_named_with_row_and_token() {
     let change = |prompt: &str, said: Said| match prompt.contains("boxes") {
-        true => Said { text: format!("{} zebra", said.text.chars().take(6).collect::<String>()), cut: false, ids: None },
+        true => Said {
+            text: format!("{} zebra", said.text.chars().take(6).collect::<String>()),
+            cut: false,
+            ids: None,
+        },
         false => said,
     };
     let (code, found) = check(protocol(), change, &[]);
@@ -69,7 +73,11 @@ fn an_engine_that_chooses_another_token_is_named_with_row_and_token() {
 
 #[test]
 fn an_engine_that_stops_early_is_named_by_its_end() {
-    let change = |_: &str, said: Said| Said { text: said.text.split(' ').next().unwrap().into(), cut: false, ids: None };
+    let change = |_: &str, said: Said| Said {
+        text: said.text.split(' ').next().unwrap().into(),
+        cut: false,
+        ids: None,
+    };
     let (code, found) = check(protocol(), change, &[]);
     assert_eq!(code, 1, "{found}");
     let ends = found["differences"].as_array().unwrap().iter().filter(|d| d["theirs"] == "<|im_end|>");

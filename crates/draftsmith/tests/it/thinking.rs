@@ -88,7 +88,8 @@ fn check_report(report: &Value) {
     let total = &report["answers"];
     let n = |key: &str| total[key].as_u64().unwrap_or_else(|| panic!("{key} in {total}"));
     assert_eq!(n("generated_tokens"), n("trained_tokens") + n("left_out_tokens"), "{total}");
-    let reasons: u64 = report["left_out_tokens"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
+    let reasons: u64 =
+        report["left_out_tokens"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
     assert_eq!(reasons, n("left_out_tokens"), "{report}");
     assert_eq!(report["rows"]["trained_tokens"], total["trained_tokens"]);
 }
@@ -169,8 +170,7 @@ fn a_template_that_refuses_a_conversation_does_so_before_anything_is_asked() {
         strict.stderr
     );
     assert!(fake.take_prompts().is_empty(), "nothing was asked");
-    let done =
-        home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", held]);
+    let done = home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", held]);
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     let report = read(home.path().join("out/regenerate/report.json"));
     check_report(&report);
@@ -182,7 +182,11 @@ fn a_template_that_refuses_a_conversation_does_so_before_anything_is_asked() {
     home.write("t.jinja", always);
     let none = home.run(&["--quiet", "regenerate", "run.toml", "data.strict=false", held, &url]);
     assert_eq!(none.code, Some(2), "{}", none.stderr);
-    assert!(none.stderr.contains("no conversation can be asked (1 special_token_in_text, 5 template_refused)"), "{}", none.stderr);
+    assert!(
+        none.stderr.contains("no conversation can be asked (1 special_token_in_text, 5 template_refused)"),
+        "{}",
+        none.stderr
+    );
     assert!(fake.take_prompts().is_empty(), "nothing was asked");
 }
 
@@ -282,14 +286,17 @@ fn the_ids_of_a_server_are_used_and_where_it_gives_none_its_counts_are_compared(
     let odd = |ids: &[u32]| {
         let tokenizer = &tiny_text().tokenizer;
         assert_eq!(ids.last(), tokenizer.token_to_id("<|im_end|>").as_ref());
-        tokenizer.encode(&tokenizer.decode(&ids[..ids.len() - 1], false), false).unwrap() != ids[..ids.len() - 1]
+        tokenizer.encode(&tokenizer.decode(&ids[..ids.len() - 1], false), false).unwrap()
+            != ids[..ids.len() - 1]
     };
     for api in ["text", "ids"] {
         let (answers, first, said) = check(Ids::Given, 0, api);
         assert!(odd(&first), "the ids that the model wrote");
         assert_eq!(answers["tokenised_here"], 0, "{said}");
     }
-    for (ids, more) in [(Ids::Ignored, 0), (Ids::Refused, 0), (Ids::NotInStreams, 0), (Ids::Lossy, 0), (Ids::Given, 1)] {
+    for (ids, more) in
+        [(Ids::Ignored, 0), (Ids::Refused, 0), (Ids::NotInStreams, 0), (Ids::Lossy, 0), (Ids::Given, 1)]
+    {
         let (answers, first, said) = check(ids, more, "text");
         assert!(!odd(&first), "{ids:?}: the ids of the text");
         assert_eq!(answers["tokenised_here"], answers["answers"], "{ids:?}: {said}");

@@ -4,8 +4,8 @@
 
 use crate::common::{assistant, byte_level, template_source, user};
 use draftsmith_text::{
-    ChatTemplate, MaskOptions, MaskedRow, Message, TextError, Tokenizer, Turns, control_token_in, is_reasoning_mark,
-    mask_conversation,
+    ChatTemplate, MaskOptions, MaskedRow, Message, TextError, Tokenizer, Turns, control_token_in,
+    is_reasoning_mark, mask_conversation,
 };
 use proptest::prelude::*;
 
@@ -85,7 +85,9 @@ fn an_answer_without_reasoning_is_the_rendered_one() {
     check(
         "opens_and_strips",
         &[user("2 + 2"), assistant("4"), user("<b>"), assistant("<b>4</b>")],
-        &["<|im_start|>U:2 + 2<|im_start|>A:⟦4<|im_end|>⟧<|im_start|>U:<b><|im_start|>A:⟦<b>4</b><|im_end|>⟧"],
+        &[
+            "<|im_start|>U:2 + 2<|im_start|>A:⟦4<|im_end|>⟧<|im_start|>U:<b><|im_start|>A:⟦<b>4</b><|im_end|>⟧",
+        ],
     );
 }
 
@@ -104,7 +106,9 @@ fn a_turn_whose_reasoning_is_gone_later_is_a_row_of_its_own() {
         "opens_and_strips",
         &[user("a"), assistant("<think>\nhm\n</think>1"), user("b"), assistant("<think>\nha\n</think>2")],
         &last,
-        &["<|im_start|>U:a<|im_start|>A:1<|im_end|><|im_start|>U:b<|im_start|>A:<think>\n⟦ha\n</think>2<|im_end|>⟧"],
+        &[
+            "<|im_start|>U:a<|im_start|>A:1<|im_end|><|im_start|>U:b<|im_start|>A:<think>\n⟦ha\n</think>2<|im_end|>⟧",
+        ],
     );
 }
 
@@ -147,8 +151,16 @@ fn a_cut_answer_is_what_was_written_and_nothing_else() {
     check_cut("opens_and_shows", &[user("a"), assistant(cut)], &[opened]);
     check_cut("opens_and_shows", &[user("a"), assistant("<think>\nOnce upon a")], &[opened]);
     check_cut("opens_and_shows", &[user("a"), reasoned(cut, "")], &[opened]);
-    check_cut("opens_and_strips", &[user("a"), assistant(cut)], &["<|im_start|>U:a<|im_start|>A:<think>\n⟦Once upon a⟧"]);
-    check_cut("opens_and_strips", &[user("a"), reasoned("hm", "")], &["<|im_start|>U:a<|im_start|>A:<think>\n⟦hm⟧"]);
+    check_cut(
+        "opens_and_strips",
+        &[user("a"), assistant(cut)],
+        &["<|im_start|>U:a<|im_start|>A:<think>\n⟦Once upon a⟧"],
+    );
+    check_cut(
+        "opens_and_strips",
+        &[user("a"), reasoned("hm", "")],
+        &["<|im_start|>U:a<|im_start|>A:<think>\n⟦hm⟧"],
+    );
     check_cut(
         "opens_and_strips",
         &[user("a"), reasoned("hm", "on")],
@@ -160,7 +172,11 @@ fn a_cut_answer_is_what_was_written_and_nothing_else() {
             &[user("a"), assistant(written)],
             &[&format!("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦{written}⟧")],
         );
-        check_cut("strips", &[user("a"), assistant(written)], &[&format!("<|im_start|>U:a<|im_start|>A:⟦{written}⟧")]);
+        check_cut(
+            "strips",
+            &[user("a"), assistant(written)],
+            &[&format!("<|im_start|>U:a<|im_start|>A:⟦{written}⟧")],
+        );
     }
     // Channels are written by the model, so the header stays.
     check_cut(
@@ -180,7 +196,9 @@ fn a_cut_answer_keeps_the_turns_before_it() {
     check_cut(
         "chatml",
         &[user("a"), assistant("one"), user("b"), assistant("and so")],
-        &["<|im_start|>system\nYou answer questions.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦one<|im_end|>⟧\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦and so⟧"],
+        &[
+            "<|im_start|>system\nYou answer questions.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦one<|im_end|>⟧\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦and so⟧",
+        ],
     );
     check_cut(
         "hybrid",
@@ -197,7 +215,8 @@ fn the_first_stop_token_ends_the_turn_whatever_the_answer_says() {
     for answer in ["B", "d", "end", "im_end", "|>", "<", "assistant", "text", " d ", "\u{e9}nd\n"] {
         for eos in [&["<|im_end|>"][..], &["<|im_end|>", "</s>"], &["</s>", "<|im_end|>"]] {
             let (tokenizer, rows) =
-                rows("end_of_text", eos, &[user("x"), assistant(answer)], &MaskOptions::default()).expect("rows");
+                rows("end_of_text", eos, &[user("x"), assistant(answer)], &MaskOptions::default())
+                    .expect("rows");
             let expected =
                 format!("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n</s>");
             assert_eq!(marked(&tokenizer, &rows[0]), expected);
@@ -205,7 +224,10 @@ fn the_first_stop_token_ends_the_turn_whatever_the_answer_says() {
         }
         let (tokenizer, rows) =
             rows("end_of_text", &[], &[user("x"), assistant(answer)], &MaskOptions::default()).expect("rows");
-        assert!(marked(&tokenizer, &rows[0]).ends_with(&format!("⟦{answer}<|im_end|>⟧\n</s>")), "without stop ids");
+        assert!(
+            marked(&tokenizer, &rows[0]).ends_with(&format!("⟦{answer}<|im_end|>⟧\n</s>")),
+            "without stop ids"
+        );
     }
     check_cut(
         "end_of_text",
