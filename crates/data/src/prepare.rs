@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_formats::tokens::TokenRow as PreparedRow;
-use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
+use draftsmith_text::{
+    ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, control_token_in, mask_conversation,
+};
 
 use crate::error::text_reason;
 use crate::load::token_fingerprint;
@@ -194,8 +196,7 @@ impl<'a> Preparer<'a> {
             return Err(Problem::Row(RowError::NoAnswer));
         }
         for (at, message) in row.messages.iter().enumerate() {
-            let texts = [Some(message.content.as_str()), message.reasoning_content.as_deref()];
-            if let Some(id) = texts.iter().flatten().find_map(|text| self.tokenizer.special_in(text)) {
+            if let Some(id) = control_token_in(self.tokenizer, message) {
                 let token = String::from_utf8_lossy(self.tokenizer.token_to_piece(id)).into_owned();
                 return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
             }

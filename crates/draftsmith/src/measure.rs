@@ -140,8 +140,19 @@ impl Dialogue for TemplateDialogue<'_> {
 /// # Errors
 /// A model without a template, or a template that refuses the messages.
 pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, crate::Error> {
-    let ask = RenderOptions::default().with_generation_prompt(true);
-    let rendered = text.template()?.render(messages, &ask)?;
+    prompt_ids_with(text, messages, &RenderOptions::default())
+}
+
+/// The same with tools and template variables.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn prompt_ids_with(
+    text: &TargetText,
+    messages: &[Message],
+    render: &RenderOptions,
+) -> Result<Vec<u32>, crate::Error> {
+    let rendered = text.template()?.render(messages, &render.with_generation_prompt(true))?;
     // The template writes its own BOS.
     Ok(text.tokenizer.encode(&rendered, false)?)
 }

@@ -1,5 +1,7 @@
-//! The shipped draft on the real target: text with speculation equals text without, for chains of depth 1 to 7, a
+//! The real target. The shipped draft on it: text with speculation equals text without, for chains of depth 1 to 7, a
 //! tree and the automatic plan, greedy and seeded.
+//!
+//! And rows of its answers under the templates of reasoning models: trained tokens are the generated ones.
 //!
 //! Needs the model file (`DRAFTSMITH_TEST_TARGET`, see the README). CI compares a few prompts;
 //! `DRAFTSMITH_PROVE_PROMPTS=100` compares a hundred of the public evaluation prompts in the repo.
@@ -8,6 +10,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use draftsmith::capture::{AnswerMark, Dialogue, EngineGenerator, Prompter, SamplingMix, regenerate};
 use draftsmith::measure::prompt_ids;
 use draftsmith::target::TargetText;
 use draftsmith_core::{AcceptStats, Sampling};
@@ -15,9 +18,15 @@ use draftsmith_data::read_workload;
 use draftsmith_decode::{DraftPlan, EagleDrafter, Engine, GenerateOptions};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
-use draftsmith_text::Message;
+use draftsmith_text::{Message, RenderOptions};
 
 const MAX_NEW_TOKENS: usize = 48;
+
+fn model() -> PathBuf {
+    PathBuf::from(std::env::var_os("DRAFTSMITH_TEST_TARGET").expect(
+        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
+    ))
+}
 
 fn repo(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
@@ -26,9 +35,7 @@ fn repo(path: &str) -> PathBuf {
 #[test]
 #[expect(clippy::print_stdout, reason = "the accept lengths are worth reading beside the verdict")]
 fn real_model_speculation_gives_the_same_text() {
-    let model = PathBuf::from(std::env::var_os("DRAFTSMITH_TEST_TARGET").expect(
-        "set DRAFTSMITH_TEST_TARGET to SmolLM2-135M-Instruct.Q4_1.gguf (`draftsmith pull` prints its path)",
-    ));
+    let model = model();
     let wanted: usize = std::env::var("DRAFTSMITH_PROVE_PROMPTS").map_or(6, |n| n.parse().expect("a number"));
     let text = TargetText::open(&model, None).unwrap();
     let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &model, Precision::Stored).unwrap());
@@ -82,5 +89,57 @@ fn real_model_speculation_gives_the_same_text() {
                 stats.accept_len().unwrap_or(f64::NAN)
             );
         }
+    }
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "the table is worth reading beside the verdict")]
+fn real_model_rows_of_reasoning_hold_every_generated_token() {
+    let model = model();
+    for name in ["opens_and_shows", "opens_and_strips"] {
+        let template = repo(&format!("fixtures/thinking/{name}.jinja"));
+        let text = TargetText::open(&model, Some(&template)).unwrap();
+        let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &model, Precision::Stored).unwrap());
+        let engine = Engine::new(target, None);
+        let prompter = Prompter {
+            tokenizer: &text.tokenizer,
+            template: text.template().unwrap(),
+            max_new_tokens: 48,
+            max_context: 2048,
+        };
+        let rows = read_workload(&repo("recipes/data/eval/mtbench.jsonl"), Some(20)).unwrap();
+        let mut dialogues = rows.iter().map(|row| Dialogue {
+            id: row.id.clone(),
+            domain: String::new(),
+            turns: row.turns.iter().map(|turn| Message::new("user", turn.as_str())).collect(),
+            render: RenderOptions::default(),
+        });
+        let mix = SamplingMix { temperature: 0.8, top_p: 0.95, seed: 1, greedy_share: 0.5 };
+        let mut generator = EngineGenerator { engine: &engine, prompter: prompter.clone(), batch_size: 16 };
+        let (mut dialogue_count, mut generated, mut trained, mut cut, mut empty) = (0, 0, 0, 0, 0);
+        let progress = regenerate(&mut dialogues, &mut generator, mix, &mut |done, _| {
+            for row in &done.rows {
+                assert!(row.is_sound());
+                for span in &row.answers {
+                    let asked =
+                        prompter.text(&done.messages[..span.message], &RenderOptions::default()).unwrap();
+                    let asked = text.tokenizer.encode(&asked, false).unwrap();
+                    assert_eq!(row.ids[..span.start], asked, "{name}, {}", done.id);
+                }
+                trained += row.loss_mask().iter().filter(|m| **m).count();
+            }
+            dialogue_count += 1;
+            generated += done.generated_tokens;
+            cut += usize::from(done.cut);
+            empty += usize::from(done.mark == Some(AnswerMark::Empty));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        println!(
+            "{name}: {dialogue_count} dialogues, generated {generated}, trained {trained}, cut {cut}, empty {empty}"
+        );
+        assert_eq!((dialogue_count, progress.tokens), (20, generated as u64));
+        assert_eq!(generated, trained, "{name}");
+        assert!(cut > 0, "some answers end inside their reasoning");
     }
 }

@@ -29,4 +29,4 @@ pub use message::{Message, MessageError};
 pub use stream::{Chunk, StreamDecoder};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Encoding, SpecialIds, Tokenizer};
-pub use turn::is_reasoning_mark;
+pub use turn::{control_token_in, is_reasoning_mark};

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::Message;
+use crate::{Message, Tokenizer};
 
 /// Marks around reasoning, as models in use write them.
 const MARKS: [(&str, &str); 9] = [
@@ -28,6 +28,20 @@ const MARKS: [(&str, &str); 9] = [
 /// send back, so it belongs to an answer's text even where the tokenizer calls it a control token.
 pub fn is_reasoning_mark(piece: &[u8]) -> bool {
     MARKS.iter().any(|(open, close)| piece == open.as_bytes() || piece == close.as_bytes())
+}
+
+/// The first control token that stands written out in a message (content, reasoning, calls) and so would be read as
+/// control. An assistant may write the marks of its reasoning.
+pub fn control_token_in(tokenizer: &Tokenizer, message: &Message) -> Option<u32> {
+    let calls = message.tool_calls.as_ref().map(ToString::to_string);
+    let texts = [Some(message.content.as_str()), message.reasoning_content.as_deref(), calls.as_deref()];
+    let written = |text: &str, id: u32| {
+        let piece = tokenizer.token_to_piece(id);
+        let allowed = message.role == "assistant" && is_reasoning_mark(piece);
+        !allowed && std::str::from_utf8(piece).is_ok_and(|piece| !piece.is_empty() && text.contains(piece))
+    };
+    let mut texts = texts.into_iter().flatten().filter(|text| !text.is_empty());
+    texts.find_map(|text| tokenizer.special_ids().iter().copied().find(|id| written(text, *id)))
 }
 
 /// A turn with everything before it.
@@ -142,7 +156,10 @@ pub(crate) fn turn_text(prompt: &str, rendered: &str, message: &Message) -> Opti
         return match (taken_out, thought) {
             // Behind a closed thought the model cannot reason, so this is what it would write.
             (None, _) | (_, Thought::Closed(_)) => Some(TurnText::rendered(rendered, prompt.len())),
-            (Some(written), _) => put_back(prompt, added, written),
+            // A template that writes something else in place of the reasoning is taken at its word.
+            (Some(written), _) => {
+                put_back(prompt, added, written).or_else(|| Some(TurnText::rendered(rendered, prompt.len())))
+            }
         };
     }
     match thought {

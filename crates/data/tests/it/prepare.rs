@@ -66,11 +66,13 @@ fn long_rows_are_cut_after_a_turn_or_else_inside_the_first() {
     let (rows, report, _) = run(&lines, PrepareOptions { max_length: whole - 2, ..options() }).expect("rows");
     assert_eq!(trained(&rows[0]), "first<|im_end|>");
     assert_eq!((report.cut_at_turn, report.cut_inside_turn), (1, 0));
+    assert_eq!(report.trained_tokens_cut, 7, "`second<|im_end|>`");
     assert_eq!(rows[0].loss_mask.last(), Some(&true));
     // `<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n` has 20 tokens.
     let (rows, report, _) = run(&lines, PrepareOptions { max_length: 22, ..options() }).expect("rows");
     assert_eq!(trained(&rows[0]), "fi");
     assert_eq!((report.cut_at_turn, report.cut_inside_turn), (0, 1));
+    assert_eq!(report.trained_tokens_cut, 11);
     let error = run(&lines, PrepareOptions { max_length: 20, ..options() }).expect_err("nothing left");
     assert!(error.to_string().contains("1 too_few_trained_tokens"), "{error}");
 }
@@ -102,6 +104,34 @@ fn rows_that_train_nothing_are_counted_or_in_strict_mode_named() {
         assert!(error.to_string().ends_with(expected), "{error}");
         assert!(error.hint().is_some());
     }
+}
+
+#[test]
+fn trained_tokens_of_rows_that_are_dropped_are_counted() {
+    let far = "{\"input_ids\":[1,999,2],\"loss_mask\":[0,1,1]}\n";
+    let lines = format!("{}{}{far}", chat("hi", "yes"), chat("hi", "a longer answer"));
+    let (rows, report, _) = run(&lines, PrepareOptions { min_trained_tokens: 5, ..options() }).expect("rows");
+    assert_eq!(rows.len(), 1);
+    assert_eq!(report.trained_tokens_dropped, 4 + 2, "`yes<|im_end|>` and two ids");
+}
+
+#[test]
+fn an_answer_that_does_not_follow_its_prompt_is_dropped_or_in_strict_mode_named() {
+    let source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}\
+        {% if add_generation_prompt and 'odd' in messages[-1].content %}[other]{% endif %}";
+    let template = draftsmith_text::ChatTemplate::parse(source).expect("it parses");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = write(folder.path(), "a.jsonl", &format!("{}{}", chat("odd", "yes"), chat("hi", "no")));
+    let loaded = load(&[SourceSpec::new(path)], &LoadOptions::default(), |_| {}).expect("rows");
+    let tokenizer = tokenizer();
+    let preparer = |strict| {
+        Preparer::new(&tokenizer, &template, PrepareOptions { strict, ..options() }, loaded.report.clone())
+    };
+    let (rows, report, _) = prepare(&loaded.rows, preparer(false), |_| {}).expect("rows");
+    assert_eq!((rows.len(), report.dropped_for(DropReason::AnswerNotContinued)), (1, 1));
+    let error = prepare(&loaded.rows, preparer(true), |_| {}).expect_err("strict");
+    assert!(error.to_string().contains("does not continue the generation prompt"), "{error}");
+    assert!(error.hint().expect("a hint").contains("enable_thinking"));
 }
 
 #[test]

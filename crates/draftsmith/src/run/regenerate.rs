@@ -25,7 +25,7 @@ use draftsmith_data::{Conversation, DataError, LocatedRow, Report as DataReport,
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
-use draftsmith_text::{MaskOptions, Message, TextError};
+use draftsmith_text::{MaskOptions, Message, TextError, control_token_in};
 use serde_json::{Value, json};
 
 use super::Run;
@@ -342,7 +342,7 @@ enum Problem {
 /// Makes the first prompt of a conversation, as it will be asked.
 fn first_prompt(prompter: &Prompter<'_>, conversation: &Conversation) -> Result<(), Problem> {
     for (at, message) in conversation.messages.iter().enumerate().filter(|(_, m)| m.role != "assistant") {
-        if let Some(id) = prompter.tokenizer.special_in(&message.content) {
+        if let Some(id) = control_token_in(prompter.tokenizer, message) {
             let token = String::from_utf8_lossy(prompter.tokenizer.token_to_piece(id)).into_owned();
             return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
         }

@@ -19,7 +19,7 @@ use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::{Cpu, PackMode, TrainKernels};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_model::{Draft, DraftTensors, TargetTensors};
-use draftsmith_text::Message;
+use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::eagle3::draft_config;
 use draftsmith_train::{
     DraftWeights, Eagle3Options, Eagle3Train, Event, Flow, Hooks, StepReport, TrainOptions, ValidationResult,
@@ -32,7 +32,7 @@ use super::data::VALIDATION;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::LoadedTarget;
-use crate::measure::prompt_ids;
+use crate::measure::prompt_ids_with;
 use crate::report::{Report, Stop, Unit};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -187,41 +187,42 @@ impl Run<'_> {
         )?)
     }
 
-    /// First turns of the held-out rows, by the shares of domains that were asked for; for each domain as many as are
-    /// wanted of it.
+    /// First turns of the held-out rows with what their template gets, by domain; beside each domain how many of it are
+    /// wanted.
     ///
     /// # Errors
     /// No turn is left.
-    fn validation_turns(&self) -> Result<Vec<Vec<Message>>, Error> {
+    fn validation_turns(&self) -> Result<Vec<(usize, Vec<AskedTurns>)>, Error> {
         let table = &self.file.validate;
         let rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(VALIDATION))?;
-        let mut by_domain: Vec<(String, Vec<Vec<Message>>)> = Vec::new();
+        let mut by_domain: Vec<(String, Vec<AskedTurns>)> = Vec::new();
         for row in rows {
             let domain = row.domain().to_string();
             let DataRow::Conversation(conversation) = row.row else { continue };
             let end = conversation.messages.iter().position(|m| m.role == "user");
             let Some(end) = end else { continue };
-            let messages = conversation.messages[..=end].to_vec();
+            // As regeneration asks it: with the row's own tools and template variables.
+            let render = conversation.mask_options(&MaskOptions::default()).render;
+            let asked = (conversation.messages[..=end].to_vec(), render);
             let name = if table.domains.is_empty() { String::new() } else { domain };
             match by_domain.iter_mut().find(|(d, _)| *d == name) {
-                Some((_, list)) => list.push(messages),
-                None => by_domain.push((name, vec![messages])),
+                Some((_, list)) => list.push(asked),
+                None => by_domain.push((name, vec![asked])),
             }
         }
         let total: f64 = table.domains.values().sum();
-        let mut turns = Vec::new();
-        for (domain, list) in by_domain {
+        let wanted = |domain: &str| {
             let share = match table.domains.is_empty() {
                 true => 1.0,
-                false if total > 0.0 => table.domains.get(&domain).copied().unwrap_or(0.0) / total,
+                false if total > 0.0 => table.domains.get(domain).copied().unwrap_or(0.0) / total,
                 false => 0.0,
             };
-            let wanted = (share * f64::from(table.prompts)).round() as usize;
-            turns.extend(list.into_iter().take(wanted));
-        }
-        match turns.is_empty() {
-            true => Err(no_validation_prompt()),
-            false => Ok(turns),
+            (share * f64::from(table.prompts)).round() as usize
+        };
+        let turns: Vec<_> = by_domain.into_iter().map(|(domain, list)| (wanted(&domain), list)).collect();
+        match turns.iter().any(|(wanted, _)| *wanted > 0) {
+            true => Ok(turns),
+            false => Err(no_validation_prompt()),
         }
     }
 
@@ -241,11 +242,28 @@ impl Run<'_> {
         }
         let target = self.target()?;
         let mut prompts = Vec::new();
-        for messages in self.validation_turns()? {
-            let ids = prompt_ids(&target.text, &messages)?;
-            if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
-                prompts.push(ValidationPrompt { ids });
+        let mut refused = 0;
+        for (wanted, list) in self.validation_turns()? {
+            let mut taken = 0;
+            for (messages, render) in &list {
+                if taken == wanted {
+                    break;
+                }
+                let ids = match prompt_ids_with(&target.text, messages, render) {
+                    Err(_) if !self.file.data.strict => {
+                        refused += 1;
+                        continue;
+                    }
+                    ids => ids?,
+                };
+                taken += 1;
+                if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
+                    prompts.push(ValidationPrompt { ids });
+                }
             }
+        }
+        if refused > 0 {
+            self.env.report.note(&format!("validation prompts that the template refuses: {refused}"));
         }
         match prompts.is_empty() {
             true => Err(no_validation_prompt()),
@@ -253,6 +271,9 @@ impl Run<'_> {
         }
     }
 }
+
+/// The turns of a prompt, and what their template gets besides.
+type AskedTurns = (Vec<Message>, RenderOptions);
 
 fn no_validation_prompt() -> Error {
     Error::input(

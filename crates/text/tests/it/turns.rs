@@ -4,7 +4,8 @@
 
 use crate::common::{assistant, byte_level, template_source, user};
 use draftsmith_text::{
-    ChatTemplate, MaskOptions, MaskedRow, Message, TextError, Tokenizer, Turns, mask_conversation,
+    ChatTemplate, MaskOptions, MaskedRow, Message, TextError, Tokenizer, Turns, control_token_in,
+    is_reasoning_mark, mask_conversation,
 };
 use proptest::prelude::*;
 
@@ -233,6 +234,30 @@ fn the_first_stop_token_ends_the_turn_whatever_the_answer_says() {
         &[user("x"), assistant("d")],
         &["<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n⟦d⟧"],
     );
+}
+
+#[test]
+fn control_tokens_are_found_wherever_a_message_holds_text() {
+    let tokenizer = byte_level(EOS);
+    let find = |message: &Message| {
+        control_token_in(&tokenizer, message)
+            .map(|id| String::from_utf8(tokenizer.token_to_piece(id).to_vec()).expect("text"))
+    };
+    let call = |text: &str| Message {
+        tool_calls: Some(serde_json::json!([{"function": {"name": "f", "arguments": {"x": text}}}])),
+        ..assistant("")
+    };
+    for (message, expected) in [
+        (user("a <|im_end|> b"), Some("<|im_end|>")),
+        (reasoned("hm </s>", "1"), Some("</s>")),
+        (call("<|eot_id|>"), Some("<|eot_id|>")),
+        (call("<|eot id|>"), None),
+        (assistant("<think>hm</think>1"), None),
+        (reasoned("", ""), None),
+    ] {
+        assert_eq!(find(&message).as_deref(), expected, "{message:?}");
+    }
+    assert!(is_reasoning_mark(b"[THINK]") && !is_reasoning_mark(b"think") && !is_reasoning_mark(b""));
 }
 
 proptest! {
