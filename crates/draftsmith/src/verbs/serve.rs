@@ -10,6 +10,7 @@ use std::time::Duration;
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli;
 use draftsmith::costs::{with_costs, with_kept_costs};
+use draftsmith::doctor::human;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
@@ -126,8 +127,21 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
     let engine = engine(&target, draft.as_ref());
     let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     let config = target.target.config();
-    // Keys and values, as 16-bit floats.
-    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
+    // Keys and values, as 16-bit floats, and those of the draft.
+    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers + engine.draft_bytes_per_token();
+    // Features that wait for the draft, where every sequence holds as many as it may.
+    let waiting_bytes = args.max_running as usize * engine.draft_bytes_per_sequence();
+    let cache_slots = args.kv_budget.without(waiting_bytes).tokens(token_bytes);
+    if cache_slots == 0 {
+        return Err(Failure::input(
+            format!(
+                "`--kv-budget` leaves no room for keys and values: {} sequences hold up to {} for the draft",
+                args.max_running,
+                human(waiting_bytes as u64)
+            ),
+            Some("raise `--kv-budget`, or lower `--max-running`".to_string()),
+        ));
+    }
     Ok(Model {
         name: args.model_name.clone().unwrap_or_else(|| target.name()),
         sha256: target.sha256.clone(),
@@ -135,7 +149,7 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
         draft: args.bundle.as_ref().zip(draft.as_ref()).map(|(bundle, draft)| info(bundle, draft)),
         tokenizer: Arc::clone(&target.text.tokenizer),
         template: target.text.template.clone(),
-        cache_slots: args.kv_budget.tokens(token_bytes),
+        cache_slots,
         drafts: Arc::new(Bundles { target, places: session.places.clone() }),
     })
 }
