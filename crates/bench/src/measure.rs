@@ -198,6 +198,7 @@ pub fn run_workload(
             warmup_tokens: options.warmup_tokens as u32,
         },
         machine: Machine { others_busy_share, ..options.machine.clone() },
+        costs: None,
         stopped_early,
         skipped,
         samples,

@@ -35,6 +35,9 @@ pub struct Record {
     pub settings: Settings,
     /// Where it was run.
     pub machine: Machine,
+    /// What an automatic plan decided by; `None` for fixed plans and in older records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub costs: Option<CostsInfo>,
     /// True if the caller stopped before the last row.
     pub stopped_early: bool,
     /// Rows left out, with the reason.
@@ -162,6 +165,59 @@ pub struct Machine {
     /// Share of all processors that other programs used while measuring, 0 to 1, if known.
     #[serde(default)]
     pub others_busy_share: Option<f64>,
+}
+
+/// What passes cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PassCosts {
+    /// Target passes: rows and milliseconds, by rows ascending.
+    pub verify_ms: Vec<(u32, f32)>,
+    /// One more draft step.
+    pub draft_step_ms: f32,
+    /// Taking a step into the draft.
+    pub extend_ms: f32,
+}
+
+/// Costs that an automatic plan was made by.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostsInfo {
+    /// Seconds since 1970, UTC, when they were measured; `None` if they were not kept.
+    pub measured_unix_s: Option<u64>,
+    /// Share of all processors that others used meanwhile, if known.
+    pub others_busy_share: Option<f64>,
+    /// How far passes of one size lay apart: the middle one above the fastest, as a share.
+    pub spread: Option<f32>,
+    /// As measured.
+    pub measured: PassCosts,
+    /// As the steps corrected them by the end of the run.
+    pub corrected: PassCosts,
+}
+
+impl CostsInfo {
+    /// One line per curve.
+    pub fn text(&self) -> String {
+        let curve = |costs: &PassCosts| {
+            let points: Vec<String> =
+                costs.verify_ms.iter().map(|(rows, ms)| format!("{rows}: {ms:.1}")).collect();
+            format!(
+                "{} ms, draft step {:.2}, extend {:.2}",
+                points.join(", "),
+                costs.draft_step_ms,
+                costs.extend_ms
+            )
+        };
+        let date = self.measured_unix_s.map_or_else(|| "not kept".to_owned(), crate::report::utc);
+        let busy =
+            self.others_busy_share.map_or_else(|| "unknown".to_owned(), |s| format!("{:.0} %", s * 100.0));
+        let spread = self.spread.map_or_else(|| "unknown".to_owned(), |s| format!("{:.0} %", s * 100.0));
+        format!(
+            "costs measured  {}; {date}, others busy {busy}, spread {spread}\ncosts corrected {}\n",
+            curve(&self.measured),
+            curve(&self.corrected)
+        )
+    }
 }
 
 /// A row that was not measured.

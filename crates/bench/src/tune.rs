@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::record::{ArtifactInfo, Drafting, Machine};
+use crate::record::{ArtifactInfo, CostsInfo, Drafting, Machine};
 use crate::stats::{Estimate, product, ratio};
 use crate::table::with_interval;
 use crate::{BenchError, BoxError};
@@ -86,6 +86,8 @@ pub struct TuneReport {
     pub draft: ArtifactInfo,
     /// Where it was run.
     pub machine: Machine,
+    /// What the automatic plan decided by.
+    pub costs: CostsInfo,
 }
 
 impl TuneReport {
@@ -201,7 +203,7 @@ pub fn tune_text(report: &TuneReport) -> String {
         "{} prompts, up to {} tokens each, {} threads, settings in turn\n",
         report.prompts, report.max_new_tokens, report.threads
     ));
-    out
+    out + &report.costs.text()
 }
 
 #[cfg(test)]

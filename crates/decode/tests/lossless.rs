@@ -4,7 +4,7 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
@@ -13,7 +13,7 @@ use draftsmith_decode::{
 };
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
-use draftsmith_model::{Draft, DraftTensors, Precision, Target};
+use draftsmith_model::{Draft, DraftTensors, Precision, StepItem, Target};
 
 fn target() -> Arc<Target<Cpu>> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
@@ -556,4 +556,96 @@ fn a_batch_takes_requests_in_and_out_between_steps() {
     assert!(wanted[1].starts_with(&cut.token_ids) && cut.token_ids.len() < 20);
     let other = Arc::new(Engine::new(crate::target(), None));
     assert_eq!(batch.replace_engine(other).unwrap_err(), DecodeError::AnotherTarget);
+}
+
+#[test]
+fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() {
+    let target = target();
+    let draft = random_draft(&target, 8, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let text: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(901).collect();
+    let mut kv = target.new_kv();
+    let parents = TokenTree::chain_parents(900);
+    let item = StepItem { kv: &mut kv, tokens: &text[..900], parents: &parents };
+    let output = target.forward(&mut [item], drafter.target_layers());
+    // A position at a time, each taken in at once.
+    let mut plain = Arc::clone(&drafter).begin();
+    for row in 0..900u32 {
+        plain.extend(&Features { output: &output, rows: &[row] }, &text[row as usize + 1..row as usize + 2]);
+    }
+    let says = |session: &mut Box<dyn DrafterSession<Cpu>>| {
+        let first = session.children(None, 5, &Sampling::GREEDY, 900);
+        let handle = session.expand(None, first[0].0, 0);
+        let second = session.children(Some(handle), 5, &Sampling::GREEDY, 901);
+        let bits =
+            |list: Vec<(u32, f32)>| list.into_iter().map(|(t, p)| (t, p.to_bits())).collect::<Vec<_>>();
+        (bits(first), bits(second))
+    };
+    let wanted = says(&mut plain);
+    let (per_token, per_session) = (drafter.bytes_per_token(), drafter.bytes_per_session());
+    assert!(per_token > 0 && plain.held_bytes() == 900 * per_token);
+    for piece in [1, 100, 256, 257, 900] {
+        let mut late = Arc::clone(&drafter).begin();
+        let all: Vec<u32> = (0..900).collect();
+        for rows in all.chunks(piece) {
+            let next: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
+            late.defer(&Features { output: &output, rows }, &next);
+            let held = late.held_bytes();
+            assert!(held <= 900 * per_token + per_session, "{held} bytes in pieces of {piece}");
+        }
+        assert!(late.held_bytes() > 600 * per_token, "what waits is counted, too");
+        assert_eq!(says(&mut late), wanted, "pieces of {piece}");
+    }
+}
+
+#[test]
+fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
+    let target = target();
+    let draft = random_draft(&target, 8, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    // No row is worth its time: all of them rest.
+    let dear = Costs { verify_ms: vec![(1, 1.0), (32, 64.0)], draft_step_ms: 5.0, extend_ms: 5.0 };
+    let plain = Engine::new(Arc::clone(&target), None);
+    let engine = Engine::new(target, Some(drafter)).with_costs(dear);
+    let long: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(600).collect();
+    let mut batch = Batch::new(&engine);
+    for id in 0..4 {
+        let asked = options(DraftPlan::Auto, Sampling::GREEDY, 300);
+        batch.admit(id, &long[..600 - id as usize], &asked).unwrap();
+    }
+    let may = engine.draft_bytes_per_sequence() + 900 * engine.draft_bytes_per_token();
+    let mut done = 0;
+    while !batch.is_empty() {
+        for (id, found) in batch.step(&mut |_, _| ControlFlow::Continue(())) {
+            let asked = options(DraftPlan::None, Sampling::GREEDY, 300);
+            assert_eq!(found.token_ids, run(&plain, &long[..600 - id as usize], &asked).token_ids);
+            done += 1;
+        }
+        assert!(batch.draft_bytes() <= batch.len() * may, "{} bytes", batch.draft_bytes());
+    }
+    assert_eq!(done, 4);
+}
+
+#[test]
+fn steps_correct_measured_costs_and_not_the_text() {
+    let target = target();
+    let draft = random_draft(&target, 8, Feedback::PreNorm, false);
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let plain = Engine::new(Arc::clone(&target), None);
+    // Nothing takes as long as this.
+    let wrong = Costs { verify_ms: vec![(1, 1e6), (32, 1e6)], draft_step_ms: 1e5, extend_ms: 1e5 };
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&told);
+    let engine = Engine::new(target, Some(drafter))
+        .with_measured_costs(wrong.clone())
+        .on_costs_off(Box::new(move |off| hears.lock().unwrap().push(off.clone())));
+    for row in rows() {
+        let wanted = run(&plain, &row.prompt, &options(DraftPlan::None, Sampling::GREEDY, 60));
+        let found = run(&engine, &row.prompt, &options(DraftPlan::Auto, Sampling::GREEDY, 60));
+        assert_eq!(found.token_ids, wanted.token_ids);
+    }
+    assert_eq!(engine.costs(), &wrong, "what was measured stays what it is");
+    let now = engine.current_costs();
+    assert!(now.verify_ms[0].1 < 1e4 && now.draft_step_ms < 1e5, "{now:?}");
+    assert_eq!(told.lock().unwrap().len(), 1, "told once");
 }

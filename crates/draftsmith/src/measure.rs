@@ -82,7 +82,7 @@ impl Runner for EngineRunner<'_> {
 }
 
 /// Processor times of the machine and of this process, in ticks; `None` where `/proc` does not tell.
-fn busy_times() -> Option<BusyTimes> {
+pub(crate) fn busy_times() -> Option<BusyTimes> {
     let stat = std::fs::read_to_string("/proc/stat").ok()?;
     let ticks: Vec<u64> =
         stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().map_while(|t| t.parse().ok()).collect();

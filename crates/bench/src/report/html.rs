@@ -41,7 +41,7 @@ fn file_stem(name: &str) -> String {
 }
 
 /// `2026-11-23 14:05 UTC`: days to civil dates by Howard Hinnant's algorithm.
-fn utc(unix_s: u64) -> String {
+pub(crate) fn utc(unix_s: u64) -> String {
     let (days, second) = (unix_s / 86_400, unix_s % 86_400);
     let z = days as i64 + 719_468;
     let era = z.div_euclid(146_097);

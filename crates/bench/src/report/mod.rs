@@ -8,6 +8,8 @@
 mod html;
 mod plots;
 
+pub(crate) use html::utc;
+
 use crate::BenchError;
 use crate::record::Record;
 

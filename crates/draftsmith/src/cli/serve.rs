@@ -92,6 +92,14 @@ pub enum KvBudget {
 }
 
 impl KvBudget {
+    /// What is left of a number of bytes when so many are taken. A number of tokens leaves other bytes out.
+    pub fn without(self, bytes: usize) -> KvBudget {
+        match self {
+            KvBudget::Tokens(tokens) => KvBudget::Tokens(tokens),
+            KvBudget::Bytes(all) => KvBudget::Bytes(all.saturating_sub(bytes as u64)),
+        }
+    }
+
     /// Tokens that fit, each taking `token_bytes`.
     pub fn tokens(self, token_bytes: usize) -> usize {
         let tokens = match self {
@@ -149,5 +157,9 @@ mod tests {
         for text in ["65536", "4GiB", "3MiB", "1500KiB"] {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
+        // Features that wait for a draft are taken off a number of bytes.
+        assert_eq!(KvBudget::Bytes(1 << 20).without(1 << 19).tokens(1 << 10), 1 << 9);
+        assert_eq!(KvBudget::Bytes(1 << 20).without(1 << 21).tokens(1 << 10), 0);
+        assert_eq!(KvBudget::Tokens(77).without(1 << 21).tokens(1 << 10), 77);
     }
 }

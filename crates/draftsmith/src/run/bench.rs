@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
-use crate::costs::with_costs;
+use crate::costs::{used, with_costs};
 use crate::engine::{draft_plan, engine, load_draft};
 use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
 use crate::report::{Report, Unit};
@@ -84,7 +84,9 @@ impl Run<'_> {
             });
             report.end();
             self.check_stop(Stage::Bench)?;
-            let record = record?;
+            let mut record = record?;
+            record.costs =
+                (plan == DraftPlan::Auto).then(|| used(&engine, self.env.places, target, Some(&draft)));
             atomic::write(&file, record.to_json()?)?;
             records.push(record);
         }

@@ -9,7 +9,7 @@ use draftsmith::bench::{
 };
 use draftsmith::bundle::Manifest;
 use draftsmith::cli;
-use draftsmith::costs::with_costs;
+use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine};
 use draftsmith::formats::atomic;
@@ -91,7 +91,11 @@ fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
             _ if session.stop.requested() => {
                 return Err(Failure::interrupted("interrupted: nothing was written", None));
             }
-            Ok(record) => records.push(record),
+            Ok(mut record) => {
+                record.costs =
+                    (plan == DraftPlan::Auto).then(|| used(&engine, &session.places, &target, Some(&draft)));
+                records.push(record);
+            }
             Err(error) => return Err(Error::from(error).into()),
         }
     }

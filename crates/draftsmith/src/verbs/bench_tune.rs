@@ -7,7 +7,7 @@ use draftsmith::bench::record::Drafting;
 use draftsmith::bench::tune::{GroupOutput, TuneReport, TuneRunner, tune_load, tune_steps, tune_text};
 use draftsmith::bench::{BenchError, BoxError};
 use draftsmith::cli;
-use draftsmith::costs::with_costs;
+use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::engine;
 use draftsmith::kernels::Cpu;
@@ -129,6 +129,7 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
         target: target.artifact(),
         draft: draft.artifact.clone(),
         machine: machine(target.target.kernels()),
+        costs: used(&engine, &session.places, &target, Some(&draft)),
     };
     if let Some(path) = &args.json {
         write_json(path, &report)?;

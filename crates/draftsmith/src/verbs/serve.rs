@@ -10,6 +10,7 @@ use std::time::Duration;
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::costs::{with_costs, with_kept_costs};
+use draftsmith::doctor::human;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
@@ -114,9 +115,14 @@ fn shortest(target: &LoadedTarget) -> usize {
     ids.map_or(1, |ids| ids.len().max(1)) + 1
 }
 
-/// Cache slots of `--kv-budget`, each of `token_bytes`.
-fn cache_slots(args: &cli::Serve, target: &LoadedTarget, token_bytes: usize) -> Result<usize, Failure> {
-    let slots = args.kv_budget.tokens(token_bytes);
+/// Cache slots of `--kv-budget`, each of `token_bytes`, beside `waiting_bytes` that a draft may hold.
+fn cache_slots(
+    args: &cli::Serve,
+    target: &LoadedTarget,
+    token_bytes: usize,
+    waiting_bytes: usize,
+) -> Result<usize, Failure> {
+    let slots = args.kv_budget.without(waiting_bytes).tokens(token_bytes);
     let least = shortest(target);
     if slots >= least {
         return Ok(slots);
@@ -124,7 +130,17 @@ fn cache_slots(args: &cli::Serve, target: &LoadedTarget, token_bytes: usize) -> 
     let context = target.target.config().max_position;
     let unit = |tokens: usize| match args.kv_budget {
         KvBudget::Tokens(_) => KvBudget::Tokens(tokens as u64),
-        KvBudget::Bytes(_) => KvBudget::Bytes((tokens * token_bytes).next_multiple_of(1 << 10) as u64),
+        KvBudget::Bytes(_) => {
+            KvBudget::Bytes((tokens * token_bytes + waiting_bytes).next_multiple_of(1 << 10) as u64)
+        }
+    };
+    let draft = match (args.kv_budget, waiting_bytes) {
+        (KvBudget::Tokens(_), _) | (_, 0) => String::new(),
+        (KvBudget::Bytes(_), _) => format!(
+            ", beside {} that {} sequences may hold for the draft (`--max-running` lowers it)",
+            human(waiting_bytes as u64),
+            args.max_running
+        ),
     };
     Err(Failure::input(
         format!(
@@ -133,7 +149,7 @@ fn cache_slots(args: &cli::Serve, target: &LoadedTarget, token_bytes: usize) -> 
             target.name()
         ),
         Some(format!(
-            "give `--kv-budget {}` or more; one sequence of the whole context ({context} tokens) takes {}",
+            "give `--kv-budget {}` or more; one sequence of the whole context ({context} tokens) takes {}{draft}",
             unit(least),
             unit(context)
         )),
@@ -182,10 +198,12 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
         (None, reference) => (session.load_target(reference.as_slice(), None, false, args.threads)?, None),
     };
     let config = target.target.config();
-    // Keys and values, as 16-bit floats.
-    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
-    let cache_slots = cache_slots(args, &target, token_bytes)?;
     let engine = engine(&target, draft.as_ref());
+    // Keys and values, as 16-bit floats, and those of the draft.
+    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers + engine.draft_bytes_per_token();
+    // Features that wait for the draft, where every sequence holds as many as it may.
+    let waiting_bytes = args.max_running as usize * engine.draft_bytes_per_sequence();
+    let cache_slots = cache_slots(args, &target, token_bytes, waiting_bytes)?;
     let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     Ok(Model {
         name: args.model_name.clone().unwrap_or_else(|| target.name()),
