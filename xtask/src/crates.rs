@@ -14,7 +14,6 @@ const OWNED: [(&str, &[&str]); 7] = [
     ("axum", &["serve"]),
     ("ureq", &["capture", "draftsmith"]),
     ("tokenizers", &["text"]),
-    ("minijinja", &["text"]),
     ("clap", &["draftsmith", "xtask"]),
     ("gemm", &["kernels"]),
     ("parquet", &["data"]),

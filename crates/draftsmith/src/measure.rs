@@ -140,7 +140,19 @@ impl Dialogue for TemplateDialogue<'_> {
 /// # Errors
 /// A model without a template, or a template that refuses the messages.
 pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, crate::Error> {
-    let ask = RenderOptions::default().with_generation_prompt(true);
+    prompt_ids_at(text, messages, None)
+}
+
+/// [`prompt_ids`] for a template that asks for the date: `now` in seconds since 1970, or the fixed date of training.
+///
+/// # Errors
+/// A model without a template, or a template that refuses the messages.
+pub fn prompt_ids_at(
+    text: &TargetText,
+    messages: &[Message],
+    now: Option<i64>,
+) -> Result<Vec<u32>, crate::Error> {
+    let ask = RenderOptions { now, ..RenderOptions::default() }.with_generation_prompt(true);
     let rendered = text.template()?.render(messages, &ask)?;
     // The template writes its own BOS.
     Ok(text.tokenizer.encode(&rendered, false)?)
