@@ -39,6 +39,7 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
                 verbs::stages::advance("data prepare", &args.run, Some(Stage::Data), session)
             }
             DataVerb::Preview(args) => verbs::data::preview(&args, session),
+            DataVerb::Render(args) => verbs::data::render(&args, session),
         },
         Verb::Regenerate(args) => {
             verbs::stages::advance("regenerate", &args.run, Some(Stage::Regenerate), session)

@@ -143,7 +143,19 @@ pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, c
     prompt_ids_with(text, messages, &RenderOptions::default())
 }
 
-/// The same with tools and template variables.
+/// [`prompt_ids`] for a template that asks for the date: `now` in seconds since 1970, or the fixed date of training.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn prompt_ids_at(
+    text: &TargetText,
+    messages: &[Message],
+    now: Option<i64>,
+) -> Result<Vec<u32>, crate::Error> {
+    prompt_ids_with(text, messages, &RenderOptions { now, ..RenderOptions::default() })
+}
+
+/// [`prompt_ids`] with tools and template variables.
 ///
 /// # Errors
 /// As [`prompt_ids`].

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue, content_sha256};
 use draftsmith_formats::hash;
-use draftsmith_text::{ChatTemplate, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
+use draftsmith_text::{ChatTemplate, ChatTemplates, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
 
 use crate::Error;
 
@@ -82,16 +82,16 @@ impl TargetText {
     /// [`TargetTextError`], naming the file.
     pub fn open(path: &Path, template: Option<&Path>) -> Result<TargetText, TargetTextError> {
         let text_error = |source| TargetTextError::Text { path: path.to_path_buf(), source };
-        let (tokenizer, source) = if path.is_dir() { from_folder(path)? } else { from_gguf(path)? };
-        let parse = |source: &str| ChatTemplate::parse(source).map(|t| t.with_tokens_of(&tokenizer));
+        let (tokenizer, templates) = if path.is_dir() { from_folder(path)? } else { from_gguf(path)? };
         let template = match template {
             Some(file) => {
                 let bytes = atomic::read(file)?;
-                let parsed = parse(&String::from_utf8_lossy(&bytes));
+                let parsed = ChatTemplate::parse(&String::from_utf8_lossy(&bytes));
                 Some(parsed.map_err(|source| TargetTextError::Text { path: file.to_path_buf(), source })?)
             }
-            None => source.as_deref().map(parse).transpose().map_err(text_error)?,
+            None => templates.parse().map_err(text_error)?,
         };
+        let template = template.map(|template| template.with_tokens_of(&tokenizer));
         Ok(TargetText { tokenizer: Arc::new(tokenizer), template, path: path.to_path_buf() })
     }
 
@@ -101,7 +101,7 @@ impl TargetText {
     }
 }
 
-fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {
+fn from_gguf(path: &Path) -> Result<(Tokenizer, ChatTemplates), TargetTextError> {
     let file = GgufFile::open(path)?;
     let id = |key: &str| file.find_u32(key);
     let strings = |key: &str| file.find_str_array(key).map(|a| a.map(<[String]>::to_vec));
@@ -109,6 +109,15 @@ fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError
     let mut eos_ids = Vec::new();
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
         eos_ids.extend(id(key)?.filter(|id| !eos_ids.contains(id)));
+    }
+    let mut named_ids = Vec::new();
+    for (name, key) in [
+        // Spelled so in the format.
+        ("sep_token", "tokenizer.ggml.seperator_token_id"),
+        ("cls_token", "tokenizer.ggml.cls_token_id"),
+        ("mask_token", "tokenizer.ggml.mask_token_id"),
+    ] {
+        named_ids.extend(id(key)?.map(|id| (name, id)));
     }
     let plain = GgufTokenizer {
         model: file.get_str("tokenizer.ggml.model")?.to_string(),
@@ -122,12 +131,22 @@ fn from_gguf(path: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError
         eos_ids,
         unk_id: id("tokenizer.ggml.unknown_token_id")?,
         pad_id: id("tokenizer.ggml.padding_token_id")?,
+        named_ids,
         add_bos: file.find_bool("tokenizer.ggml.add_bos_token")?,
         add_space_prefix: file.find_bool("tokenizer.ggml.add_space_prefix")?,
     };
     let tokenizer =
         plain.build().map_err(|source| TargetTextError::Text { path: path.to_path_buf(), source })?;
-    Ok((tokenizer, file.find_str("tokenizer.chat_template")?.map(str::to_string)))
+    let mut templates = ChatTemplates::default();
+    if let Some(text) = file.find_str("tokenizer.chat_template")? {
+        templates.insert("default", text);
+    }
+    for name in strings("tokenizer.chat_templates")?.unwrap_or_default() {
+        if let Some(text) = file.find_str(&format!("tokenizer.chat_template.{name}"))? {
+            templates.insert(name, text);
+        }
+    }
+    Ok((tokenizer, templates))
 }
 
 /// `tokenizer.*` for a GGUF file of a target: as it stands in the target's own, or made from `tokenizer.json`.
@@ -144,7 +163,7 @@ pub fn gguf_tokenizer(path: &Path) -> Result<Vec<(String, GgufValue)>, TargetTex
             .cloned()
             .collect());
     }
-    let (tokenizer, template) = from_folder(path)?;
+    let (tokenizer, templates) = from_folder(path)?;
     let json = atomic::read(path.join("tokenizer.json"))?;
     let plain = GgufTokenizer::of(&json, &tokenizer)
         .map_err(|source| TargetTextError::Text { path: path.to_path_buf(), source })?;
@@ -166,11 +185,17 @@ pub fn gguf_tokenizer(path: &Path) -> Result<Vec<(String, GgufValue)>, TargetTex
     }
     let mut named: Vec<_> =
         keys.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect();
-    named.extend(template.map(|text| ("tokenizer.chat_template".to_string(), GgufValue::Str(text))));
+    let default = templates.get("default").map(str::to_string);
+    named.extend(default.map(|text| ("tokenizer.chat_template".to_string(), GgufValue::Str(text))));
+    if let Some(text) = templates.get("tool_use") {
+        let names = GgufArray::Str(vec!["tool_use".to_string()]);
+        named.push(("tokenizer.chat_templates".to_string(), GgufValue::Array(names)));
+        named.push(("tokenizer.chat_template.tool_use".to_string(), GgufValue::Str(text.to_string())));
+    }
     Ok(named)
 }
 
-fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextError> {
+fn from_folder(folder: &Path) -> Result<(Tokenizer, ChatTemplates), TargetTextError> {
     let optional = |file: &'static str| -> Result<Option<Vec<u8>>, TargetTextError> {
         let path = folder.join(file);
         if path.is_file() { Ok(Some(atomic::read(path)?)) } else { Ok(None) }
@@ -179,15 +204,58 @@ fn from_folder(folder: &Path) -> Result<(Tokenizer, Option<String>), TargetTextE
         optional(file)?.ok_or_else(|| TargetTextError::MissingFile { folder: folder.to_path_buf(), file })
     };
     let text = |source| TargetTextError::Text { path: folder.to_path_buf(), source };
-    let generation = optional("generation_config.json")?;
-    let config =
-        TokenizerConfig::parse(&needed("tokenizer_config.json")?, generation.as_deref()).map_err(text)?;
+    let (map, generation) = (optional("special_tokens_map.json")?, optional("generation_config.json")?);
+    let config = TokenizerConfig::parse_all(
+        &needed("tokenizer_config.json")?,
+        map.as_deref(),
+        generation.as_deref(),
+        optional("config.json")?.as_deref(),
+    )
+    .map_err(text)?;
     let tokenizer = config.tokenizer(&needed("tokenizer.json")?).map_err(text)?;
-    let template = match optional("chat_template.jinja")? {
-        Some(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
-        None => config.chat_template,
+    let templates = match folder_templates(folder)? {
+        files if !files.is_empty() => files,
+        _ if !config.chat_templates.is_empty() => config.chat_templates,
+        // Older processors keep theirs in a file of its own.
+        _ => match optional("chat_template.json")? {
+            Some(bytes) => {
+                let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
+                    text(TextError::ConfigJson { file: "chat_template.json", detail: e.to_string() })
+                })?;
+                match json.get("chat_template").and_then(serde_json::Value::as_str) {
+                    Some(template) => ChatTemplates::plain(template),
+                    None => ChatTemplates::default(),
+                }
+            }
+            None => ChatTemplates::default(),
+        },
     };
-    Ok((tokenizer, template))
+    Ok((tokenizer, templates))
+}
+
+/// Templates in files of their own, which win over what `tokenizer_config.json` says: `chat_template.jinja`, and those
+/// with names in `additional_chat_templates/`.
+fn folder_templates(folder: &Path) -> Result<ChatTemplates, TargetTextError> {
+    let mut templates = ChatTemplates::default();
+    let read = |path: &Path| -> Result<String, TargetTextError> {
+        Ok(String::from_utf8_lossy(&atomic::read(path)?).into_owned())
+    };
+    let single = folder.join("chat_template.jinja");
+    if single.is_file() {
+        templates.insert("default", read(&single)?);
+    }
+    let named = folder.join("additional_chat_templates");
+    if named.is_dir() {
+        let entries = std::fs::read_dir(&named).map_err(|e| AtomicError::from_io("read", &named, e))?;
+        let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        files.retain(|file| file.extension().is_some_and(|e| e == "jinja"));
+        files.sort();
+        for file in files {
+            let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            templates.insert(name, read(&file)?);
+        }
+    }
+    Ok(templates)
 }
 
 /// SHA-256 of a model: of the file, over the hashes of the parts of a split GGUF ([`content_sha256`]), or over names and

@@ -50,6 +50,12 @@ pub enum TextError {
         /// What the reader said.
         detail: String,
     },
+    /// Several chat templates, and none of them is the usual one.
+    #[error("the model has the chat templates {names}, and none is named `default`")]
+    NoDefaultTemplate {
+        /// The names found.
+        names: String,
+    },
     /// The tokenizer refused a text.
     #[error("text cannot be encoded: {detail}")]
     Encode {
@@ -114,6 +120,9 @@ impl TextError {
             TextError::TemplateSyntax { .. } => "check the template; it is read as the Hugging Face library reads it".into(),
             TextError::TemplateRender { .. } => {
                 "check that the messages have the fields the template reads (tools, dates, reasoning)".into()
+            }
+            TextError::NoDefaultTemplate { .. } => {
+                "name the template to use: `data.template` in a run file, `--template FILE` on the command line".into()
             }
             TextError::TemplateRaised { .. } => "bring the roles into the order the model expects".into(),
             TextError::AnswerNotContinued { .. } => {

@@ -30,6 +30,8 @@ pub struct GgufTokenizer {
     pub unk_id: Option<u32>,
     /// `tokenizer.ggml.padding_token_id`.
     pub pad_id: Option<u32>,
+    /// Roles of further ids that templates may name: `sep_token`, `cls_token`, `mask_token`.
+    pub named_ids: Vec<(&'static str, u32)>,
     /// `tokenizer.ggml.add_bos_token`.
     pub add_bos: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`; only for `llama`.
@@ -114,6 +116,7 @@ impl GgufTokenizer {
             "llama" => self.build_sentence_piece(),
             other => Err(TextError::UnsupportedModel { model: other.to_owned() }),
         }
+        .map(|tokenizer| tokenizer.with_named(self.named()))
     }
 
     fn check(&self) -> Result<(), TextError> {
@@ -152,6 +155,21 @@ impl GgufTokenizer {
             }
         }
         Ok(())
+    }
+
+    /// What templates call the special tokens: each the file's own id of that role.
+    fn named(&self) -> Vec<(&'static str, String)> {
+        let roles = [
+            ("bos_token", self.bos_id),
+            ("eos_token", self.eos_ids.first().copied()),
+            ("unk_token", self.unk_id),
+            ("pad_token", self.pad_id),
+        ];
+        roles
+            .into_iter()
+            .chain(self.named_ids.iter().map(|(name, id)| (*name, Some(*id))))
+            .filter_map(|(name, id)| Some((name, self.tokens.get(id? as usize)?.clone())))
+            .collect()
     }
 
     fn token_type(&self, id: usize) -> i32 {

@@ -11,6 +11,7 @@
 mod config;
 mod error;
 mod gguf;
+mod jinja;
 mod mask;
 mod message;
 mod python_json;
@@ -21,12 +22,12 @@ mod to_gguf;
 mod tokenizer;
 mod turn;
 
-pub use config::TokenizerConfig;
+pub use config::{ChatTemplates, TokenizerConfig};
 pub use error::TextError;
 pub use gguf::GgufTokenizer;
 pub use mask::{MaskOptions, MaskedRow, SplitReason, TrainedTurn, Turns, mask_conversation};
 pub use message::{Message, MessageError};
 pub use stream::{Chunk, StreamDecoder};
-pub use template::{ChatTemplate, RenderOptions};
+pub use template::{ChatTemplate, FIXED_NOW, RenderOptions};
 pub use tokenizer::{Encoding, SpecialIds, Tokenizer};
 pub use turn::{control_token_in, is_reasoning_mark};

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::jinja;
+
 /// One turn, in the words of the OpenAI chat format.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Message {
@@ -14,7 +16,8 @@ pub struct Message {
     /// Reasoning of an assistant turn, for templates that render it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
-    /// Calls of an assistant turn: `[{id, type, function: {name, arguments}}]`, arguments as an object.
+    /// Calls of an assistant turn: `[{id, type, function: {name, arguments}}]`, arguments as they were written: an object
+    /// or a string.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_calls: Option<Value>,
     /// Name of the speaker or of the tool.
@@ -212,6 +215,31 @@ impl Message {
             }
         }
     }
+
+    /// [`Message::to_json`] as a template's value, with the arguments of its tool calls in the form asked for.
+    pub(crate) fn to_value(&self, arguments: Arguments) -> jinja::Result<jinja::Value> {
+        let Value::Object(object) = self.to_json() else { return Ok(jinja::Value::None) };
+        let mut entries = Vec::with_capacity(object.len());
+        for (key, value) in &object {
+            let value = match (key.as_str(), value, arguments) {
+                ("tool_calls", Value::Array(calls), Arguments::Objects) => {
+                    jinja::Value::list(calls.iter().map(call_value).collect::<jinja::Result<_>>()?)?
+                }
+                _ => jinja::Value::of(value)?,
+            };
+            entries.push((jinja::Value::str(key.as_str()), value));
+        }
+        Ok(jinja::Value::dict(jinja::Dict::from_entries(entries)?))
+    }
+
+    /// Some arguments are a string that spells an object.
+    pub(crate) fn has_spelled_arguments(&self) -> bool {
+        let calls = self.tool_calls.as_ref().and_then(Value::as_array);
+        calls.into_iter().flatten().any(|call| {
+            let arguments = call.get("function").unwrap_or(call).get("arguments");
+            arguments.and_then(Value::as_str).is_some_and(|text| spelled(text).is_some())
+        })
+    }
 }
 
 /// Names of a message's text, the first that holds something wins.
@@ -291,6 +319,41 @@ fn calls_in(value: &Value) -> Option<Value> {
     Some(Value::Array(list))
 }
 
+/// In which form templates get the arguments of tool calls that are spelled as a string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arguments {
+    /// As the object that the string spells.
+    Objects,
+    /// As the string.
+    AsWritten,
+}
+
+/// The object that a string spells.
+fn spelled(text: &str) -> Option<Map<String, Value>> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(object)) => Some(object),
+        _ => None,
+    }
+}
+
+/// A tool call as a template's value, its arguments as an object.
+fn call_value(call: &Value) -> jinja::Result<jinja::Value> {
+    let Some(object) = call.as_object() else { return jinja::Value::of(call) };
+    let mut entries = Vec::with_capacity(object.len());
+    for (key, value) in object {
+        let value = match (key.as_str(), value) {
+            ("function", Value::Object(_)) => call_value(value)?,
+            ("arguments", Value::String(text)) => match spelled(text) {
+                Some(object) => jinja::Value::of_map(&object)?.spelled(),
+                None => jinja::Value::str(text.as_str()),
+            },
+            _ => jinja::Value::of(value)?,
+        };
+        entries.push((jinja::Value::str(key.as_str()), value));
+    }
+    Ok(jinja::Value::dict(jinja::Dict::from_entries(entries)?))
+}
+
 fn join_parts(parts: &[Value]) -> Result<String, MessageError> {
     let mut out = String::new();
     for part in parts {
@@ -315,7 +378,8 @@ fn join_parts(parts: &[Value]) -> Result<String, MessageError> {
     Ok(out)
 }
 
-/// Brings tool calls into one form; arguments written as JSON in a string become the object they spell.
+/// Brings tool calls into one form: a list of calls, each with a `function`. Everything else stays as it was written,
+/// arguments in a string too; [`Message::to_value`] reads them for the templates that want objects.
 fn tool_calls(value: &Value) -> Result<Option<Value>, MessageError> {
     let parsed;
     let calls = match value {
@@ -330,22 +394,26 @@ fn tool_calls(value: &Value) -> Result<Option<Value>, MessageError> {
     let calls = calls.ok_or_else(wrong)?;
     let mut out = Vec::with_capacity(calls.len());
     for call in calls {
-        let function = call.get("function").unwrap_or(call);
-        let name = function.get("name").and_then(Value::as_str).ok_or_else(wrong)?;
-        let arguments = match function.get("arguments") {
-            None | Some(Value::Null) => json!({}),
-            Some(Value::String(text)) => {
-                serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()))
+        let mut call = call.as_object().ok_or_else(wrong)?.clone();
+        let mut function = match call.get_mut("function") {
+            Some(function) => function.as_object().ok_or_else(wrong)?.clone(),
+            // A call without the wrapping: its own keys are the function's, except the id.
+            None => {
+                let function = std::mem::take(&mut call);
+                call.extend(function.get("id").map(|id| ("id".to_owned(), id.clone())));
+                call.insert("type".into(), "function".into());
+                let own = |key: &String| key != "id" && key != "type";
+                function.into_iter().filter(|(key, _)| own(key)).collect()
             }
-            Some(other) => other.clone(),
         };
-        let mut object = Map::new();
-        if let Some(id) = call.get("id").and_then(Value::as_str) {
-            object.insert("id".into(), id.into());
+        if !function.get("name").is_some_and(Value::is_string) {
+            return Err(wrong());
         }
-        object.insert("type".into(), "function".into());
-        object.insert("function".into(), json!({"name": name, "arguments": arguments}));
-        out.push(Value::Object(object));
+        if function.get("arguments").is_none_or(Value::is_null) {
+            function.insert("arguments".into(), json!({}));
+        }
+        call.insert("function".into(), Value::Object(function));
+        out.push(Value::Object(call));
     }
     Ok((!out.is_empty()).then_some(Value::Array(out)))
 }
@@ -494,12 +562,21 @@ mod tests {
     }
 
     #[test]
-    fn tool_call_arguments_in_a_string_become_an_object() {
-        let value = json!({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\": 1}"}}]});
-        let message = Message::from_json(&value).expect("a message");
+    fn tool_calls_are_kept_as_they_are_written() {
+        let read = |calls: Value| {
+            let value = json!({"role": "assistant", "tool_calls": calls});
+            Message::from_json(&value).expect("a message").tool_calls
+        };
+        let calls =
+            json!([{"index": 0, "function": {"arguments": "{\"x\":1e-05 }", "name": "f", "strict": true}}]);
+        assert_eq!(read(calls.clone()), Some(calls.clone()));
+        assert_eq!(read(calls.to_string().into()), Some(calls));
         assert_eq!(
-            message.tool_calls,
-            Some(json!([{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]))
+            read(json!([{"id": "a", "name": "f", "arguments": {"x": 1}}, {"function": {"name": "g"}}])),
+            Some(json!([
+                {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}},
+                {"function": {"name": "g", "arguments": {}}}
+            ]))
         );
     }
 }

@@ -1,111 +1,114 @@
 //! `tojson` as Hugging Face templates know it: Python's `json.dumps(ensure_ascii=False)`, without HTML escapes.
 
-use minijinja::value::{Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use std::sync::Arc;
+
+use crate::jinja::{Interp, JsonError, Value};
 
 /// Values nested deeper than this are refused rather than recursed into.
-const DEPTH: usize = 128;
+const DEPTH: usize = 220;
 
 /// How lists and objects are laid out.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Style {
-    /// Spaces per level; `None` for one line.
-    pub(crate) indent: Option<usize>,
+    /// What a level is indented by; `None` for one line.
+    pub(crate) indent: Option<Arc<str>>,
     /// Between items and between key and value; Python's defaults where `None`.
-    pub(crate) separators: Option<(String, String)>,
+    pub(crate) separators: Option<(Arc<str>, Arc<str>)>,
     pub(crate) sort_keys: bool,
     pub(crate) ensure_ascii: bool,
 }
 
-/// `charge` is told of work before it is done, in steps or 64 bytes, and may refuse: a value of a few lists that hold
+/// The JSON of a value. Work is taken from the rendering's budget before it is done: a value of a few lists that hold
 /// each other several times spells a text of any length.
-pub(crate) fn dumps(
-    value: &Value,
-    style: &Style,
-    charge: &dyn Fn(u64) -> Result<(), Error>,
-) -> Result<String, Error> {
+pub(crate) fn dumps(interp: &Interp<'_>, value: &Value, style: &Style) -> Result<String, JsonError> {
     let mut out = String::new();
-    Writer { style, charge }.write(value, 0, &mut out)?;
+    Writer { style, interp }.write(value, 0, &mut out)?;
     Ok(out)
 }
 
-struct Writer<'a> {
+struct Writer<'a, 't> {
     style: &'a Style,
-    charge: &'a dyn Fn(u64) -> Result<(), Error>,
+    interp: &'a Interp<'t>,
 }
 
-fn refuse(detail: &str) -> Error {
-    Error::new(ErrorKind::InvalidOperation, format!("tojson: {detail}"))
-}
-
-impl Writer<'_> {
-    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+impl Writer<'_, '_> {
+    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), JsonError> {
         if depth > DEPTH {
-            return Err(refuse("the value is nested too deeply"));
+            return Err(Value::json_error("the value is nested too deeply"));
         }
-        (self.charge)(1)?;
-        match value.kind() {
-            ValueKind::None => out.push_str("null"),
-            ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number => out.push_str(&value.to_string()),
-            ValueKind::String => self.write_str(value.as_str().unwrap_or_default(), out)?,
-            ValueKind::Seq | ValueKind::Iterable => {
-                let items = self.items(value)?;
-                self.write_items(&items, depth, out, ['[', ']'], |item, out| {
+        self.interp.spend(1)?;
+        match value {
+            Value::None => out.push_str("null"),
+            Value::Bool(value) => out.push_str(if *value { "true" } else { "false" }),
+            Value::Int(value) => out.push_str(&value.to_string()),
+            Value::Float(value) => out.push_str(&float(*value)),
+            Value::Str(text) | Value::Markup(text) => self.write_str(text, out)?,
+            Value::List(items) | Value::Tuple(items) => {
+                self.write_items(items.items(), depth, out, ['[', ']'], |item, out| {
                     self.write(item, depth + 1, out)
                 })?;
             }
-            ValueKind::Map => {
-                let mut keys = self.items(value)?;
-                if self.style.sort_keys {
-                    keys.sort();
-                }
-                self.write_items(&keys, depth, out, ['{', '}'], |key, out| {
-                    self.write_str(&key.to_string(), out)?;
-                    out.push_str(self.style.separators.as_ref().map_or(": ", |s| s.1.as_str()));
-                    self.write(&value.get_item(key)?, depth + 1, out)
+            Value::Dict(dict) => {
+                let sorted;
+                let entries = if self.style.sort_keys {
+                    sorted = self.interp.sorted_entries(dict)?;
+                    &sorted[..]
+                } else {
+                    dict.entries()
+                };
+                self.write_items(entries, depth, out, ['{', '}'], |(key, value), out| {
+                    match key {
+                        Value::Str(text) | Value::Markup(text) => self.write_str(text, out)?,
+                        Value::None => out.push_str("\"null\""),
+                        Value::Bool(value) => out.push_str(if *value { "\"true\"" } else { "\"false\"" }),
+                        Value::Int(value) => out.push_str(&format!("\"{value}\"")),
+                        Value::Float(value) => out.push_str(&format!("\"{}\"", float(*value))),
+                        other => {
+                            return Err(Value::json_error(&format!(
+                                "keys must be str, int, float, bool or None, not {}",
+                                other.type_name()
+                            )));
+                        }
+                    }
+                    out.push_str(self.style.separators.as_ref().map_or(": ", |s| &s.1));
+                    self.write(value, depth + 1, out)
                 })?;
             }
-            ValueKind::Undefined => return Err(refuse("the value is undefined")),
-            _ => return Err(refuse("the value has no JSON form")),
+            other => {
+                return Err(Value::json_error(&format!(
+                    "Object of type {} is not JSON serializable",
+                    other.type_name()
+                )));
+            }
         }
         Ok(())
     }
 
-    fn items(&self, value: &Value) -> Result<Vec<Value>, Error> {
-        let mut items = Vec::new();
-        for item in value.try_iter()? {
-            (self.charge)(1)?;
-            items.push(item);
-        }
-        Ok(items)
-    }
-
-    fn write_items(
+    fn write_items<T>(
         &self,
-        items: &[Value],
+        items: &[T],
         depth: usize,
         out: &mut String,
         brackets: [char; 2],
-        mut write_item: impl FnMut(&Value, &mut String) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+        mut write_item: impl FnMut(&T, &mut String) -> Result<(), JsonError>,
+    ) -> Result<(), JsonError> {
         out.push(brackets[0]);
-        let line = |level: usize, out: &mut String| -> Result<(), Error> {
-            if let Some(indent) = self.style.indent {
-                (self.charge)((indent * level) as u64 / 64)?;
+        let line = |level: usize, out: &mut String| -> Result<(), JsonError> {
+            if let Some(indent) = &self.style.indent {
+                self.interp.spend_text(indent.len().saturating_mul(level))?;
                 out.push('\n');
-                out.extend(std::iter::repeat_n(' ', indent * level));
+                (0..level).for_each(|_| out.push_str(indent));
             }
             Ok(())
         };
-        let comma = match (&self.style.separators, self.style.indent) {
-            (Some(separators), _) => separators.0.as_str(),
+        let comma = match (&self.style.separators, &self.style.indent) {
+            (Some(separators), _) => &separators.0,
             (None, Some(_)) => ",",
             (None, None) => ", ",
         };
         for (i, item) in items.iter().enumerate() {
             if i > 0 {
-                (self.charge)(comma.len() as u64 / 64)?;
+                self.interp.spend_text(comma.len())?;
                 out.push_str(comma);
             }
             line(depth + 1, out)?;
@@ -118,14 +121,24 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn write_str(&self, text: &str, out: &mut String) -> Result<(), Error> {
-        (self.charge)(text.len() as u64 / 64)?;
-        write_str(text, self.style, out);
+    fn write_str(&self, text: &str, out: &mut String) -> Result<(), JsonError> {
+        self.interp.spend_text(text.len())?;
+        write_str(text, self.style.ensure_ascii, out);
         Ok(())
     }
 }
 
-fn write_str(text: &str, style: &Style, out: &mut String) {
+fn float(value: f64) -> String {
+    if value.is_nan() {
+        "NaN".into()
+    } else if value.is_infinite() {
+        if value > 0.0 { "Infinity" } else { "-Infinity" }.into()
+    } else {
+        crate::jinja::float_repr(value)
+    }
+}
+
+fn write_str(text: &str, ensure_ascii: bool, out: &mut String) {
     out.push('"');
     for c in text.chars() {
         match c {
@@ -136,7 +149,7 @@ fn write_str(text: &str, style: &Style, out: &mut String) {
             '\t' => out.push_str("\\t"),
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
-            c if u32::from(c) < 0x20 || (style.ensure_ascii && !c.is_ascii()) => {
+            c if u32::from(c) < 0x20 || (ensure_ascii && !(' '..='~').contains(&c)) => {
                 let mut units = [0u16; 2];
                 for unit in c.encode_utf16(&mut units) {
                     out.push_str(&format!("\\u{unit:04x}"));
@@ -146,27 +159,4 @@ fn write_str(text: &str, style: &Style, out: &mut String) {
         }
     }
     out.push('"');
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layout_is_pythons() {
-        let value = Value::from_pairs([
-            ("b", Value::from_iter([1, 2])),
-            ("a", Value::from("<é\"\n")),
-            ("empty", Value::from_iter(Vec::<i32>::new())),
-        ]);
-        assert_eq!(
-            dumps(&value, &Style::default(), &|_| Ok(())).expect("json"),
-            "{\"b\": [1, 2], \"a\": \"<é\\\"\\n\", \"empty\": []}"
-        );
-        let style = Style { indent: Some(2), sort_keys: true, ensure_ascii: true, ..Style::default() };
-        assert_eq!(
-            dumps(&value, &style, &|_| Ok(())).expect("json"),
-            "{\n  \"a\": \"<\\u00e9\\\"\\n\",\n  \"b\": [\n    1,\n    2\n  ],\n  \"empty\": []\n}"
-        );
-    }
 }

@@ -69,6 +69,7 @@ impl GgufTokenizer {
             bos_id: special.bos,
             eos_ids: special.eos.clone(),
             unk_id: special.unk,
+            named_ids: Vec::new(),
             pad_id: special.pad,
             add_bos: Some(special.add_bos),
             add_space_prefix: None,

@@ -87,6 +87,8 @@ pub struct Tokenizer {
     special: SpecialIds,
     special_ids: Vec<u32>,
     content_hash: String,
+    /// What templates know special tokens by, where a configuration says it.
+    named: Option<Vec<(&'static str, String)>>,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -152,6 +154,32 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// The same tokenizer with names for its special tokens: `bos_token` and the like.
+    pub(crate) fn with_named(mut self, named: Vec<(&'static str, String)>) -> Tokenizer {
+        self.named = Some(named);
+        self
+    }
+
+    /// The special tokens that templates may name: those of the tokenizer's own configuration, which need not be the
+    /// ones that stop an answer. A token that the tokenizer does not have is not defined.
+    pub(crate) fn template_tokens(&self) -> Vec<(String, serde_json::Value)> {
+        let text = |id: u32| String::from_utf8_lossy(self.pieces.get(id)).into_owned();
+        match &self.named {
+            Some(named) => {
+                named.iter().map(|(name, text)| (name.to_string(), text.as_str().into())).collect()
+            }
+            None => [
+                ("bos_token", self.special.bos),
+                ("eos_token", self.special.eos.first().copied()),
+                ("unk_token", self.special.unk),
+                ("pad_token", self.special.pad),
+            ]
+            .into_iter()
+            .filter_map(|(name, id)| Some((name.to_string(), text(id?).into())))
+            .collect(),
+        }
+    }
+
     /// Puts a built tokenizer and its pieces together and hashes them.
     pub(crate) fn assemble(
         inner: tokenizers::Tokenizer,
@@ -169,7 +197,7 @@ impl Tokenizer {
         }
         let content_hash = hex(&hasher.finalize());
         let special_ids = (0..pieces.len() as u32).filter(|id| pieces.is_special(*id)).collect();
-        Ok(Tokenizer { inner, pieces: Arc::new(pieces), special, special_ids, content_hash })
+        Ok(Tokenizer { inner, pieces: Arc::new(pieces), special, special_ids, content_hash, named: None })
     }
 
     /// The ids of a text. Special tokens written out in the text become their ids.

@@ -20,7 +20,8 @@ pub use serve::{KvBudget, Serve};
 pub use shell::{Completions, Man, completion_script, man_pages};
 pub use stages::{
     Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,
-    Capture, Data, DataPrepare, DataPreview, DataVerb, ExportFormat, Regenerate, Run, RunArgs, Status, Train,
+    Capture, Data, DataPrepare, DataPreview, DataRender, DataVerb, ExportFormat, Regenerate, Run, RunArgs,
+    Status, Train,
 };
 
 /// Trains, packages and measures draft models for speculative decoding.

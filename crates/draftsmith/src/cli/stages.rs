@@ -32,6 +32,7 @@ pub struct Data {
 pub enum DataVerb {
     Prepare(DataPrepare),
     Preview(DataPreview),
+    Render(DataRender),
 }
 
 /// Reads, checks, mixes and tokenises the conversations of a run file, and reports what was dropped and why.
@@ -70,6 +71,27 @@ pub struct DataPreview {
     /// Print one JSON object per row: ids, loss_mask, text.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Renders conversations with a model's chat template and prints text and ids, one JSON object per row.
+///
+/// A row is a JSON object with `messages` and, where wanted, `tools`, `chat_template_kwargs`, `add_generation_prompt`,
+/// `now` (seconds since 1970 for `strftime_now`) and `template` (a template's text, for this row alone). What a
+/// template refuses is printed as `error`, and the next row follows.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith data render rows.jsonl --target fixtures/tiny-target\n  \
+    draftsmith data render rows.jsonl --target hf:ORG/NAME --template other.jinja")]
+pub struct DataRender {
+    /// JSONL file of conversations.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Model whose tokenizer and template are used.
+    #[arg(long, value_name = "REF")]
+    pub target: String,
+    /// Jinja file that replaces the model's own chat template.
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
 }
 
 /// Lets the target answer the conversations of a run file itself, so that the draft learns what the target says.

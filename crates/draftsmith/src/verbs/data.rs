@@ -1,4 +1,4 @@
-//! `draftsmith data preview`.
+//! `draftsmith data preview` and `draftsmith data render`.
 
 use std::io::IsTerminal;
 
@@ -9,7 +9,7 @@ use draftsmith::data::{
 };
 use draftsmith::engine::locate;
 use draftsmith::target::TargetText;
-use draftsmith::text::MaskOptions;
+use draftsmith::text::{ChatTemplate, MaskOptions, Message, RenderOptions, TextError};
 
 use super::Session;
 use crate::failure::Failure;
@@ -72,6 +72,55 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
             format!("`{}` has {number} rows, row {} was asked for", args.file.display(), args.row),
             Some("give a smaller `--row`; blank lines do not count".to_string()),
         ));
+    }
+    Ok(0)
+}
+
+pub(crate) fn render(args: &cli::DataRender, session: &Session) -> Result<u8, Failure> {
+    let bytes = draftsmith::formats::atomic::read(&args.file).map_err(Error::from)?;
+    let pulled =
+        locate(std::slice::from_ref(&args.target), None, &session.places, &session.printer, &session.stop)?;
+    let text = TargetText::open(&pulled.path, args.template.as_deref()).map_err(Error::from)?;
+    let lines = String::from_utf8_lossy(&bytes);
+    for (i, line) in lines.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let number = i + 1;
+        let bad = |what: String| {
+            Failure::input(
+                format!("`{}`, line {number}: {what}", args.file.display()),
+                Some(
+                    "give each line an object with `messages`, a list of `{\"role\", \"content\"}`"
+                        .to_string(),
+                ),
+            )
+        };
+        let row: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(format!("no JSON: {e}")))?;
+        let messages = row.get("messages").and_then(serde_json::Value::as_array);
+        let messages: Vec<Message> = messages
+            .ok_or_else(|| bad("`messages` is missing".to_string()))?
+            .iter()
+            .map(Message::from_json)
+            .collect::<Result<_, _>>()
+            .map_err(|e| bad(e.to_string()))?;
+        let options = RenderOptions {
+            add_generation_prompt: row
+                .get("add_generation_prompt")
+                .and_then(|v| v.as_bool())
+                .unwrap_or(false),
+            tools: row.get("tools").filter(|v| !v.is_null()).cloned(),
+            kwargs: row.get("chat_template_kwargs").and_then(|v| v.as_object()).cloned().unwrap_or_default(),
+            now: row.get("now").and_then(serde_json::Value::as_i64),
+        };
+        let rendered = match row.get("template").and_then(serde_json::Value::as_str) {
+            Some(source) => ChatTemplate::parse(source)
+                .map(|template| template.with_tokens_of(&text.tokenizer))
+                .and_then(|template| template.render(&messages, &options)),
+            None => text.template().map_err(Error::from)?.render(&messages, &options),
+        };
+        let with_ids = rendered.and_then(|t| Ok::<_, TextError>((text.tokenizer.encode(&t, false)?, t)));
+        printer::json(&match with_ids {
+            Ok((ids, text)) => serde_json::json!({"row": number, "text": text, "ids": ids}),
+            Err(error) => serde_json::json!({"row": number, "error": error.to_string()}),
+        })?;
     }
     Ok(0)
 }

@@ -9,7 +9,7 @@ use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::{draft_plan, engine};
 use draftsmith::kernels::PackMode;
-use draftsmith::measure::prompt_ids;
+use draftsmith::measure::prompt_ids_at;
 use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
     let draft = args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
-        (Some(messages), _) => prompt_ids(&target.text, messages)?,
+        (Some(messages), _) => prompt_ids_at(&target.text, messages, Some(today()))?,
         (None, ids) => ids.clone().unwrap_or_default(),
     };
     let speculative = match (plan(&args.drafting), &draft) {
@@ -198,4 +198,10 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         draftsmith::report::Report::note(&session.printer, &line);
     }
     Ok(if identical == Some(false) { NOT_HELD } else { 0 })
+}
+
+/// Now, for templates that tell the model the date.
+fn today() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0))
 }

@@ -232,7 +232,9 @@ pub(super) fn render_options(fields: &Fields<'_>) -> Result<RenderOptions, ApiEr
         None => Map::new(),
         Some(kwargs) => kwargs.entries().map(|(name, value)| (name.clone(), value.clone())).collect(),
     };
-    Ok(RenderOptions { kwargs, ..RenderOptions::default() })
+    // A conversation is answered today.
+    let now = i64::try_from(crate::unix_s()).ok();
+    Ok(RenderOptions { kwargs, now, ..RenderOptions::default() })
 }
 
 /// Refusals of tokenizer and template are the request's fault.

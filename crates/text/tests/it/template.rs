@@ -56,7 +56,7 @@ fn template_errors_name_the_line() {
     check_error("{% generation\n%}\n{{ 1 }}{% endgeneration %}\n{{ f() }}", "chat template, line 4");
     check_error("{{ raise_exception('no\n system') }}", "refuses the conversation: no system");
     check_error("{% include 'other' %}", "chat template, line 1");
-    check_error("{{ strftime_now('%Y') }}", "chat template, line 1");
+    check_error("{{ strftime_now('%Q') }}", "chat template, line 1: strftime_now: unknown directive `%Q`");
 }
 
 #[test]
@@ -71,10 +71,143 @@ fn runaway_templates_end() {
         "{% set ns = namespace(a=[1]) %}{% for i in range(90) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}";
     check_error(&format!("{wide}{{{{ ns.a | tojson }}}}"), "fuel");
     check_error(&format!("{wide}{{{{ ns.a | tojson(indent=4) }}}}"), "fuel");
-    check_error(&format!("{wide}{{{{ ns.a }}}}"), "a printed value is too long");
-    check_error(&format!("{wide}{{{{ raise_exception(ns.a) }}}}"), "a printed value is too long");
+    check_error(&format!("{wide}{{{{ ns.a }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ raise_exception(ns.a) }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ ns.a ~ 'x' }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ [ns.a] | join }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ '%s' % [ns.a] }}}}"), "fuel");
+    check_error(&format!("{wide}{{{{ '{{}}'.format(ns.a) }}}}"), "fuel");
+    let twins = "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(90) %}{% set n.a = [n.a, n.a] %}\
+                 {% set n.b = [n.b, n.b] %}{% endfor %}";
+    check_error(&format!("{twins}{{{{ n.a == n.b }}}}"), "fuel");
+    check_error(&format!("{twins}{{{{ n.a < n.b }}}}"), "fuel");
+    check_error(&format!("{twins}{{{{ [n.a] | unique | list }}}}"), "unhashable");
+    check_error("{{ 'x' * 999999999999 }}", "fuel");
+    check_error("{{ [1] * 999999999999 }}", "fuel");
+    check_error("{{ 'x'.ljust(999999999999) }}", "fuel");
+    check_error("{{ '%999999999999d' % 1 }}", "too wide");
+    check_error("{{ 'x' | indent(999999999999) }}", "fuel");
+    check_error("{{ range(999999999) | list }}", "Range too big");
+    check_error(
+        "{% set n = namespace(a=1) %}{% for i in range(9999) %}{% set n.a = [n.a] %}{% endfor %}",
+        "nested too deeply",
+    );
+    check_error("{% set n = namespace(a=1) %}{% set n.a = [n] %}{{ n }}", "nested too deeply");
+    check_error(
+        "{% set n = namespace() %}{% for i in range(9999) %}{% set n.a = namespace(b=n.a) %}{% endfor %}{{ n }}",
+        "nested too deeply",
+    );
+    check_error("{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}", "recursion");
     let deep = format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000));
     check_error(&deep, "recursion");
+}
+
+/// What transformers gives for templates that use the constructs of the large families, and for some thousand
+/// expressions; `make.py` of that folder made it.
+fn families(file: &str) -> Vec<Value> {
+    let path = format!("{}/../../fixtures/templates/{file}", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(path).expect("the fixture is there");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn row_of(row: &Value) -> (Vec<Message>, RenderOptions) {
+    let messages = row["messages"].as_array().expect("messages").iter();
+    let options = RenderOptions {
+        add_generation_prompt: row["add_generation_prompt"].as_bool().unwrap_or(false),
+        tools: row.get("tools").cloned(),
+        kwargs: row["chat_template_kwargs"].as_object().cloned().unwrap_or_default(),
+        now: None,
+    };
+    (messages.map(|m| Message::from_json(m).expect("a message")).collect(), options)
+}
+
+#[test]
+fn templates_of_the_large_families_render_what_transformers_renders() {
+    let rows: Vec<_> = families("rows.jsonl").iter().map(row_of).collect();
+    let mut parsed = std::collections::HashMap::new();
+    let mut count = 0;
+    for case in families("expected.jsonl") {
+        let name = case["template"].as_str().expect("a name").to_owned();
+        let template = parsed.entry(name.clone()).or_insert_with(|| {
+            let path = format!("{}/../../fixtures/templates/{name}.jinja", env!("CARGO_MANIFEST_DIR"));
+            let source = std::fs::read_to_string(path).expect("the template is there");
+            ChatTemplate::parse(&source).expect("it parses").with_tokens("<s>", "</s>")
+        });
+        let row = case["row"].as_u64().expect("a row") as usize;
+        let (messages, options) = &rows[row];
+        match (template.render(messages, options), case["text"].as_str()) {
+            (Ok(text), Some(expected)) => assert_eq!(text, expected, "{name}, row {row}"),
+            (Err(_), None) => {}
+            (result, expected) => panic!("{name}, row {row}: {result:?}, expected {expected:?}"),
+        }
+        count += 1;
+    }
+    assert!(count > 300, "{count}");
+}
+
+#[test]
+fn expressions_give_what_jinja2_gives() {
+    let mut lines = families("expressions.jsonl").into_iter();
+    let variables =
+        lines.next().expect("the variables")["variables"].as_object().cloned().expect("an object");
+    let options = RenderOptions { kwargs: variables, ..RenderOptions::default() };
+    let (mut equal, mut refused, mut wrong) = (0, 0, Vec::new());
+    for case in lines {
+        let source = case[0].as_str().expect("a source");
+        let result = ChatTemplate::parse(source)
+            .map(|template| template.with_tokens("<s>", "</s>"))
+            .and_then(|template| template.render(&[user("hi")], &options));
+        match (result, case[1].as_str()) {
+            (Ok(text), Some(expected)) if text == expected => equal += 1,
+            (Err(_), None) => equal += 1,
+            // What cannot be done alike is refused, and says so.
+            (Err(error), Some(_))
+                if ["not supported", "cannot be printed"]
+                    .iter()
+                    .any(|why| error.to_string().contains(why)) =>
+            {
+                refused += 1;
+            }
+            (result, expected) => wrong.push(format!("{source:?}: {result:?}, expected {expected:?}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), equal + refused + wrong.len(), wrong.join("\n"));
+    assert!(equal > 2000 && refused < 100, "{equal} equal, {refused} refused");
+}
+
+#[test]
+fn arguments_in_a_string_are_given_as_an_object_first_and_as_written_where_that_fails() {
+    let call = json!({"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": "{\"x\":  1e-05}"}}]});
+    let messages = [user("a"), Message::from_json(&call).expect("a message")];
+    let render = |body: &str| {
+        let source = "{% for m in messages %}{% for c in m.tool_calls %}{% set a = c.function.arguments %}BODY{% endfor %}{% endfor %}";
+        let template = ChatTemplate::parse(&source.replace("BODY", body)).expect("it parses");
+        template.render(&messages, &RenderOptions::default())
+    };
+    let check = |body: &str, expected: &str| assert_eq!(render(body).expect(body), expected, "{body}");
+    check("{{ a | tojson }}", "{\"x\": 1e-05}");
+    check("{{ a.x }}{% for k, v in a | items %}{{ k }}{% endfor %}", "1e-05x");
+    check("{{ a if a is string else a | tojson }}", "{\"x\": 1e-05}");
+    // Joined with text or printed bare, the object cannot be meant.
+    for body in
+        ["{{ '<' + a + '>' }}", "<{{ a }}>", "{{ '<' ~ a ~ '>' }}", "{{ '<%s>' % a }}", "<{{ a | string }}>"]
+    {
+        check(body, "<{\"x\":  1e-05}>");
+    }
+    check("{{ raise_exception('a string, please') if a is not string }}{{ a | length }}", "14");
+    let error = render("{{ a + 1 }}").expect_err("neither works").to_string();
+    assert!(error.contains("dict"), "{error}");
+}
+
+#[test]
+fn special_tokens_are_the_tokenizers_own_and_undefined_where_it_has_none() {
+    let tokenizer = byte_level(&["</s>", "<|im_end|>"]);
+    let template =
+        ChatTemplate::parse("{{ bos_token }}|{{ eos_token }}|{{ pad_token is defined }}|{{ sep_token }}");
+    let template = template.expect("it parses").with_tokens_of(&tokenizer);
+    let text = template.render(&[user("x")], &RenderOptions::default()).expect("text");
+    assert_eq!(text, "<s>|</s>|False|");
 }
 
 #[test]
