@@ -37,6 +37,9 @@ use crate::report::{Report, Stop, Unit};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Turns up to a question, and what the template gets besides.
+type AskedTurns = (Vec<Message>, RenderOptions);
+
 /// Prompts that drafts are measured on.
 struct ValidationPrompt {
     ids: Vec<u32>,
@@ -204,7 +207,7 @@ impl Run<'_> {
         }
         let target = self.target()?;
         let rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(VALIDATION))?;
-        let mut by_domain: Vec<(String, Vec<(Vec<Message>, RenderOptions)>)> = Vec::new();
+        let mut by_domain: Vec<(String, Vec<AskedTurns>)> = Vec::new();
         for row in rows {
             let domain = row.domain().to_string();
             let DataRow::Conversation(conversation) = row.row else { continue };
