@@ -186,7 +186,7 @@ impl Prompter<'_> {
             .template
             .render(&turns, &RenderOptions::default())
             .ok()
-            .and_then(|text| Some(self.tokenizer.encode(text.get(text.rfind('b')?..)?, false).ok()?));
+            .and_then(|text| self.tokenizer.encode(text.get(text.rfind('b')?..)?, false).ok());
         ids.and_then(|ids| ids.into_iter().find(|id| eos.contains(id))).or(eos.first().copied())
     }
 }

@@ -121,7 +121,7 @@ fn an_answer_that_does_not_follow_its_prompt_is_dropped_or_in_strict_mode_named(
         {% if add_generation_prompt and 'odd' in messages[-1].content %}[other]{% endif %}";
     let template = draftsmith_text::ChatTemplate::parse(source).expect("it parses");
     let folder = tempfile::tempdir().expect("a folder");
-    let path = write(folder.path(), "a.jsonl", &format!("{}{}", chat("odd", "yes"), chat("hi", "no")));
+    let path = write(folder.path(), "a.jsonl", format!("{}{}", chat("odd", "yes"), chat("hi", "no")));
     let loaded = load(&[SourceSpec::new(path)], &LoadOptions::default(), |_| {}).expect("rows");
     let tokenizer = tokenizer();
     let preparer = |strict| {

@@ -49,7 +49,7 @@ pub(super) struct AnswerLine {
     pub(super) count_differences: BTreeMap<i64, u64>,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+/// For fields that are absent where they say nothing.
 fn is_zero(n: &u64) -> bool {
     *n == 0
 }

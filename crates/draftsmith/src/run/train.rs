@@ -37,6 +37,9 @@ use crate::report::{Report, Stop, Unit};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Turns up to a question, and what the template gets besides.
+type AskedTurns = (Vec<Message>, RenderOptions);
+
 /// Prompts that drafts are measured on.
 struct ValidationPrompt {
     ids: Vec<u32>,
