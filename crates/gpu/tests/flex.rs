@@ -43,7 +43,11 @@ fn in_bf16_the_terms_of_a_product_are_summed_in_f32() {
         gpu.linear_dw(&dy, &x, shape, &mut dw);
         let mut found = [0.0];
         gpu.download(&dw, 0, &mut found);
-        assert_eq!(found[0], f32::from(batches) * (1.0 + small), "the gradient after {batches} micro-batches");
+        assert_eq!(
+            found[0],
+            f32::from(batches) * (1.0 + small),
+            "the gradient after {batches} micro-batches"
+        );
     }
     // Two logits that differ by as little: the larger one is the arg-max, wherever it stands.
     for (rows, best) in [([[1.0, 0.0], [1.0, small]], 1), ([[1.0, small], [1.0, 0.0]], 0)] {

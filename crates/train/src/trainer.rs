@@ -433,9 +433,9 @@ fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Res
     let names: Vec<(String, f64)> = loss
         .into_iter()
         .chain(others)
-    .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
-    .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
-    .collect();
+        .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
+        .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
+        .collect();
     let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
     board.scalars(r.step, &values)
 }

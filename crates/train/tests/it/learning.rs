@@ -386,11 +386,8 @@ fn a_first_step_without_a_trained_slot_is_counted_and_the_run_goes_on() {
         row.loss_mask.fill(false);
     }
     let run = |seed: u64, rows: &[CaptureRow], dir: &Path| {
-        let unroll = Eagle3Options {
-            ttt_length: 3,
-            divisor: LossDivisor::ValidTokens,
-            ..Eagle3Options::default()
-        };
+        let unroll =
+            Eagle3Options { ttt_length: 3, divisor: LossDivisor::ValidTokens, ..Eagle3Options::default() };
         let mut method = random.method(2, unroll);
         let mut losses = Vec::new();
         let mut on_event = |event: &Event| {
@@ -399,7 +396,8 @@ fn a_first_step_without_a_trained_slot_is_counted_and_the_run_goes_on() {
             }
             Flow::Continue
         };
-        let options = TrainOptions { epochs: 1, tokens_per_step: 32, validate_every: None, seed, ..options(dir) };
+        let options =
+            TrainOptions { epochs: 1, tokens_per_step: 32, validate_every: None, seed, ..options(dir) };
         let hooks = Hooks { on_event: &mut on_event, validate: None };
         (train(&mut method, &mut Memory(rows.to_vec()), &options, hooks), losses)
     };
