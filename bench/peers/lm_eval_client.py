@@ -55,7 +55,7 @@ def main() -> int:
     # What the model itself would write after each context, as further continuations: these are greedy.
     pairs = list(TEXTS)
     for context, _ in TEXTS:
-        body = {"model": name, "prompt": ids(context), "max_tokens": 6, "temperature": 0, "logprobs": 0}
+        body = {"model": name, "prompt": ids(context), "max_tokens": 6, "temperature": 0, "ignore_eos": True}
         said = requests.post(url, json=body, timeout=60).json()["choices"][0]["text"]
         if said and ids(context + said)[: len(ids(context))] == ids(context):
             pairs.append((context, said))
@@ -73,7 +73,7 @@ def main() -> int:
         before, after = lm._encode_pair(context, continuation)
         what = f"{context[:18]!r} + {continuation[:18]!r}"
         expect(f"{what}, score", score, total(before + after) - total(before))
-        body = {"model": name, "prompt": before, "max_tokens": len(after), "temperature": 0, "logprobs": 0,
+        body = {"model": name, "prompt": before, "max_tokens": len(after), "temperature": 0, "ignore_eos": True,
                 "skip_special_tokens": False}
         said = requests.post(url, json=body, timeout=60).json()["choices"][0]["text"]
         expect(f"{what}, greedy", greedy, said == lm.tokenizer.decode(after))
