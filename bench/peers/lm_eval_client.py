@@ -55,11 +55,12 @@ def main() -> int:
     # What the model itself would write after each context, as further continuations: these are greedy.
     pairs = list(TEXTS)
     for context, _ in TEXTS:
-        body = {"model": name, "prompt": ids(context), "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        body = {"model": name, "prompt": ids(context), "max_tokens": 6, "temperature": 0, "ignore_eos": True,
+                "skip_special_tokens": False}
         said = requests.post(url, json=body, timeout=60).json()["choices"][0]["text"]
         if said and ids(context + said)[: len(ids(context))] == ids(context):
             pairs.append((context, said))
-    failures = 0
+    failures, greedy_ones = 0, 0
 
     def expect(what, found, wanted):
         nonlocal failures
@@ -77,7 +78,9 @@ def main() -> int:
                 "skip_special_tokens": False}
         said = requests.post(url, json=body, timeout=60).json()["choices"][0]["text"]
         expect(f"{what}, greedy", greedy, said == lm.tokenizer.decode(after))
+        greedy_ones += greedy
         expect(f"{what}, in a batch", (round(score_4, 4), greedy_4), (round(score, 4), greedy))
+    expect("some continuations are greedy, and some are not", 0 < greedy_ones < len(pairs), True)
     rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(c,) for c, _ in TEXTS]), disable_tqdm=True)
     for (context, _), score in zip(TEXTS, rolling):
         expect(f"{context[:18]!r}, rolling", score, total([lm.prefix_token_id] + ids(context)))
