@@ -105,11 +105,11 @@ fn options(request: usize, draft: DraftPlan) -> GenerateOptions {
     GenerateOptions { max_new_tokens: 30, sampling, draft, grammar, logprobs: Some(1), ..Default::default() }
 }
 
+/// Tokens per request, failures and what they said, panics.
+type Decoded = (Vec<Option<Vec<u32>>>, Vec<(u64, String)>, u64);
+
 /// Runs all requests to their ends; tokens heard and returned per request (none if it failed), failures, panics.
-fn decode(
-    batch: &mut Batch<&Engine<Cpu>, Cpu>,
-    deaf: Option<(u64, usize)>,
-) -> (Vec<Option<Vec<u32>>>, Vec<(u64, String)>, u64) {
+fn decode(batch: &mut Batch<&Engine<Cpu>, Cpu>, deaf: Option<(u64, usize)>) -> Decoded {
     let count = prompts().len();
     let (mut heard, mut done) = (vec![Vec::new(); count], vec![None; count]);
     let (mut failures, mut panics) = (Vec::new(), 0);

@@ -39,8 +39,7 @@ impl FromStr for Origin {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Origin, String> {
-        let wrong =
-            |what: &str| format!("{what}; an origin is `http://HOST:PORT`, `https://HOST`, `null` or `*`");
+        let wrong = |what: &str| what.to_string();
         match text {
             "*" => return Ok(Origin::Any),
             "null" => return Ok(Origin::One(text.into())),

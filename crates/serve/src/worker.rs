@@ -424,3 +424,164 @@ impl Worker {
         (self.shared.log)(&format!("draft `{draft}`: {} ({reason})", outcome.replace('_', " ")));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use draftsmith_core::Sampling;
+    use draftsmith_decode::{GenerateOptions, Grammar, GrammarState};
+    use draftsmith_model::{Precision, Target};
+    use draftsmith_text::SpecialIds;
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    use super::*;
+    use crate::speech::{Speech, SpeechOptions};
+
+    /// Lets everything through, until a fault.
+    #[derive(Debug)]
+    struct Fuse {
+        tokens: u32,
+        at_the_begin: bool,
+    }
+
+    impl Grammar for Fuse {
+        fn begin(&self) -> Box<dyn GrammarState> {
+            assert!(!self.at_the_begin, "a fault at the begin");
+            Box::new(FuseState(AtomicU32::new(self.tokens)))
+        }
+    }
+
+    struct FuseState(AtomicU32);
+
+    impl GrammarState for FuseState {
+        fn mask(&mut self, _: &mut [f32]) {
+            assert!(self.0.load(Ordering::Relaxed) > 0, "a fault in the middle");
+        }
+        fn advance(&mut self, _: u32) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    type Answers = UnboundedReceiver<(usize, Event)>;
+
+    fn job(id: u64, tokenizer: &Tokenizer, grammar: Option<Fuse>) -> (Job, Answers) {
+        let (events, answers) = unbounded_channel();
+        let now = Instant::now();
+        let options = GenerateOptions {
+            max_new_tokens: 20,
+            sampling: Sampling { temperature: 0.7, seed: id, ..Sampling::GREEDY },
+            grammar: grammar.map(|fuse| Arc::new(fuse) as _),
+            ..GenerateOptions::default()
+        };
+        let job = Job {
+            id,
+            choice: 0,
+            client: Arc::from(id.to_string()),
+            prompt: Arc::from([1, 87, 85, 289, 201, 74]),
+            options,
+            speech: Speech::new(tokenizer, SpeechOptions::default()),
+            events,
+            submitted: now,
+            deadline: now + Duration::from_secs(60),
+        };
+        (job, answers)
+    }
+
+    /// Text and outcome of an answer.
+    fn answer(mut answers: Answers) -> (String, Outcome) {
+        let mut text = String::new();
+        loop {
+            match answers.try_recv().expect("an answer has an end").1 {
+                Event::Prompt(_) => panic!("nobody asked for that"),
+                Event::Delta(delta) => text.push_str(&delta.text),
+                Event::End(end) => return (text + &end.rest.text, end.outcome),
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_with_a_fault_fails_alone_and_is_counted() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
+        let target = Target::load(Arc::new(Cpu::new(2)), &fixture, Precision::Stored).unwrap();
+        let engine = Arc::new(Engine::new(Arc::new(target), None));
+        let json = std::fs::read(fixture.join("tokenizer.json")).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_json(&json, SpecialIds::default()).unwrap());
+        let serve = |faults: [Option<Fuse>; 4]| {
+            let queue = Arc::new(Queue::new(8));
+            let metrics = Arc::new(Metrics::new("m"));
+            let shared = Shared {
+                tokenizer: Arc::clone(&tokenizer),
+                queue: Arc::clone(&queue),
+                metrics: Arc::clone(&metrics),
+                board: Arc::new(Board::new(None)),
+                log: Arc::new(|_| {}),
+            };
+            let room = Room { slots: 1000, sequences: 4, watch_steps: 10 };
+            let mut worker = Worker::new(InUse { engine: Arc::clone(&engine), info: None }, room, shared);
+            let mut readers = Vec::new();
+            for (id, fault) in (0..).zip(faults) {
+                let (job, reader) = job(id, &tokenizer, fault);
+                queue.submit(vec![job]).unwrap();
+                readers.push(reader);
+            }
+            assert_eq!(worker.turn(), ControlFlow::Continue(()));
+            while !worker.running.is_empty() {
+                assert_eq!(worker.turn(), ControlFlow::Continue(()));
+            }
+            assert_eq!((worker.reserved, metrics.running.get()), (0, 0));
+            let answers: Vec<(String, Outcome)> = readers.into_iter().map(answer).collect();
+            (answers, metrics)
+        };
+        let fuse = |tokens, at_the_begin| Some(Fuse { tokens, at_the_begin });
+        let (wanted, metrics) = serve([None, fuse(99, false), None, None]);
+        assert!(wanted.iter().all(|(_, outcome)| *outcome == Outcome::Length));
+        assert_eq!(metrics.panics.get(), 0);
+        for (fault, said) in [
+            (fuse(0, false), "a fault in the middle"),
+            (fuse(7, false), "a fault in the middle"),
+            (fuse(7, true), "it cannot be begun"),
+        ] {
+            let (found, metrics) = serve([None, fault, None, None]);
+            for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+                match i {
+                    1 => assert_eq!(found.1, Outcome::Failed(said.to_string())),
+                    _ => assert_eq!(found, wanted, "beside {said}"),
+                }
+            }
+            assert!(metrics.panics.get() > 0);
+            let page = metrics.page();
+            assert!(page.contains("finished_reason=\"error\"} 1"), "{page}");
+            assert!(page.contains("draftsmith:panics_total"), "{page}");
+        }
+    }
+
+    #[test]
+    fn a_fault_between_steps_fails_what_is_under_way_and_the_next_request_is_answered() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
+        let target = Target::load(Arc::new(Cpu::new(1)), &fixture, Precision::Stored).unwrap();
+        let engine = Arc::new(Engine::new(Arc::new(target), None));
+        let json = std::fs::read(fixture.join("tokenizer.json")).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_json(&json, SpecialIds::default()).unwrap());
+        let queue = Arc::new(Queue::new(8));
+        let shared = Shared {
+            tokenizer: Arc::clone(&tokenizer),
+            queue: Arc::clone(&queue),
+            metrics: Arc::new(Metrics::new("m")),
+            board: Arc::new(Board::new(None)),
+            log: Arc::new(|_| {}),
+        };
+        let room = Room { slots: 1000, sequences: 4, watch_steps: 10 };
+        let mut worker = Worker::new(InUse { engine, info: None }, room, shared);
+        let (first, reader) = job(0, &tokenizer, None);
+        queue.submit(vec![first]).unwrap();
+        assert_eq!(worker.turn(), ControlFlow::Continue(()));
+        worker.begin_anew();
+        assert!(matches!(answer(reader), (_, Outcome::Failed(_))));
+        let (second, reader) = job(1, &tokenizer, None);
+        queue.submit(vec![second]).unwrap();
+        while worker.turn().is_continue() && (!worker.running.is_empty() || queue.waiting() > 0) {}
+        assert_eq!(answer(reader).1, Outcome::Length);
+    }
+}

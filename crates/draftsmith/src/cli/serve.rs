@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
-use draftsmith_serve::Origin;
 
 /// Answers OpenAI's HTTP API, with the draft of a bundle.
 ///
@@ -43,7 +42,7 @@ pub struct Serve {
     pub admin_key_file: Option<PathBuf>,
     /// Origin whose pages may use the server from a browser, `http://HOST:PORT`, or `*` for all; may be given again.
     #[arg(long, value_name = "ORIGIN", alias = "cors")]
-    pub allow_origin: Vec<Origin>,
+    pub allow_origin: Vec<String>,
     /// Room for keys and values over all sequences, in tokens or bytes (`65536`, `512MiB`, `4GiB`).
     #[arg(long, value_name = "SIZE", default_value = "2GiB")]
     pub kv_budget: KvBudget,

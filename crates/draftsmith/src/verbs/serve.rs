@@ -15,7 +15,9 @@ use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
 use draftsmith::report::Report;
-use draftsmith::serve::{ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Refused, Server};
+use draftsmith::serve::{
+    ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Origin, Refused, Server,
+};
 use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
 use serde_json::json;
@@ -106,6 +108,16 @@ fn addresses(args: &cli::Serve) -> Result<Vec<SocketAddr>, Failure> {
     Ok(found)
 }
 
+fn origins(args: &cli::Serve) -> Result<Vec<Origin>, Failure> {
+    let origin = |text: &String| {
+        text.parse::<Origin>().map_err(|why| {
+            let hint = "an origin is `http://HOST:PORT`, `https://HOST`, `null` for files, or `*` for all";
+            Failure::input(format!("`--allow-origin {text}`: {why}"), Some(hint.to_string()))
+        })
+    };
+    args.allow_origin.iter().map(origin).collect()
+}
+
 /// The shortest sequence: what the template makes of the shortest message, or one token, and one token of an answer.
 fn shortest(target: &LoadedTarget) -> usize {
     let messages = [Message::new("user", "a")];
@@ -144,7 +156,7 @@ fn cache_slots(
     };
     Err(Failure::input(
         format!(
-            "`--kv-budget {}` holds {slots} tokens of `{}`, and the shortest chat takes {least}",
+            "`--kv-budget {}` has room for {slots} of the {least} tokens that the shortest chat of `{}` takes",
             args.kv_budget,
             target.name()
         ),
@@ -173,7 +185,7 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
         addresses: addresses(args)?,
         api_keys,
         admin_key,
-        allow_origins: args.allow_origin.clone(),
+        allow_origins: origins(args)?,
         limits: Limits {
             sequences: args.max_running as usize,
             queue: args.queue as usize,

@@ -627,3 +627,305 @@ fn wrong_settings_are_named_before_anything_is_loaded() {
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
     assert!(ended.stderr.contains("cannot be listened at"), "{}", ended.stderr);
 }
+
+impl Served {
+    /// Head and body of an answer, in full, to a request whose head is written by hand.
+    fn raw(&self, line: &str, headers: &[&str], body: &str) -> (String, String) {
+        let host = self.url.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(host).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = format!("content-length: {}", body.len());
+        let host = format!("host: {host}");
+        let fixed = [host.as_str(), "connection: close", length.as_str()];
+        let head: String =
+            [line].iter().chain(&fixed).chain(headers).map(|line| format!("{line}\r\n")).collect();
+        stream.write_all(format!("{head}\r\n{body}").as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_lowercase(), body.to_string())
+    }
+}
+
+#[test]
+fn pages_of_named_origins_may_use_the_server_and_no_others() {
+    let home = Home::new();
+    let keys = home.write("keys", "secret-a\n").display().to_string();
+    let more = ["--api-keys-file", &keys, "--allow-origin", "http://app.local/", "--allow-origin", "null"];
+    let served = Served::start(home, &more);
+    let chat = "/v1/chat/completions HTTP/1.1";
+    let before = |path: &str, origin: &str, more: &[&str]| {
+        let origin = format!("origin: {origin}");
+        let fixed = [origin.as_str(), "access-control-request-method: POST"];
+        served.raw(&format!("OPTIONS {path}"), &[&fixed[..], more].concat(), "").0
+    };
+    // What a browser asks before has no key, and is answered all the same.
+    let head = before(chat, "http://app.local", &["access-control-request-headers: authorization,x-mine"]);
+    assert!(head.starts_with("http/1.1 204 "), "{head}");
+    for line in [
+        "access-control-allow-origin: http://app.local",
+        "access-control-allow-methods: get, post, options",
+        "access-control-allow-headers: authorization,x-mine",
+        "access-control-max-age: 86400",
+        "vary: origin, access-control-request-method, access-control-request-headers",
+    ] {
+        assert!(head.contains(&format!("\r\n{line}")), "{line}: {head}");
+    }
+    assert!(!head.contains("private-network"), "{head}");
+    let head = before(chat, "null", &["access-control-request-private-network: true"]);
+    assert!(head.contains("access-control-allow-private-network: true"), "{head}");
+    assert!(head.contains("access-control-allow-headers: authorization, content-type"), "{head}");
+    for (path, origin) in [
+        (chat, "http://other.local"),
+        (chat, "https://app.local"),
+        (chat, "http://app.local:8080"),
+        (chat, "http://app.local.evil"),
+        ("/admin/draft HTTP/1.1", "http://app.local"),
+    ] {
+        let head = before(path, origin, &[]);
+        assert!(
+            head.starts_with("http/1.1 403 ") && !head.contains("\r\naccess-control-"),
+            "{origin}: {head}"
+        );
+        assert!(head.contains("vary: origin"), "{head}");
+    }
+    // Answers, errors and streams say who may read them.
+    let body = with(&ask("Why?"), json!({"max_tokens": 4})).to_string();
+    let stream = with(&ask("Why?"), json!({"max_tokens": 4, "stream": true})).to_string();
+    let key = "authorization: Bearer secret-a";
+    for (headers, body, status) in [
+        (&["origin: http://app.local", key][..], &body, 200),
+        (&["origin: http://app.local", key], &stream, 200),
+        (&["origin: http://app.local", key], &"{".to_string(), 400),
+        (&["origin: http://app.local"], &body, 401),
+    ] {
+        let (head, _) = served.raw(&format!("POST {chat}"), headers, body);
+        assert!(head.starts_with(&format!("http/1.1 {status} ")), "{head}");
+        assert!(head.contains("\r\naccess-control-allow-origin: http://app.local"), "{head}");
+        assert!(head.contains("\r\nvary: origin"), "{head}");
+    }
+    let (head, _) = served.raw("GET /nowhere HTTP/1.1", &["origin: null"], "");
+    assert!(
+        head.starts_with("http/1.1 404 ") && head.contains("access-control-allow-origin: null"),
+        "{head}"
+    );
+    // Without an origin, and of another one: answered as ever, and not marked.
+    for headers in [&[key][..], &[key, "origin: http://other.local"]] {
+        let (head, _) = served.raw(&format!("POST {chat}"), headers, &body);
+        assert!(head.starts_with("http/1.1 200 ") && !head.contains("access-control-"), "{head}");
+        assert!(head.contains("vary: origin"), "{head}");
+    }
+    // All origins; and the option left out.
+    let served = Served::start(Home::new(), &["--allow-origin", "*"]);
+    let asks = ["origin: http://any.where", "access-control-request-method: POST"];
+    let (head, _) = served.raw(&format!("OPTIONS {chat}"), &asks, "");
+    assert!(head.starts_with("http/1.1 204 ") && head.contains("access-control-allow-origin: *"), "{head}");
+    let served = Served::start(Home::new(), &[]);
+    let (head, _) = served.raw(&format!("OPTIONS {chat}"), &asks, "");
+    assert!(head.starts_with("http/1.1 405 ") && !head.contains("access-control-"), "{head}");
+    let (head, _) = served.raw(&format!("POST {chat}"), &asks[..1], &body);
+    assert!(head.starts_with("http/1.1 200 ") && !head.contains("vary"), "{head}");
+}
+
+#[test]
+fn prompts_are_scored_as_lm_evaluation_harness_asks_for_it() {
+    use draftsmith::core::{TokenLogprobs, TokenTree};
+    use draftsmith::kernels::Cpu;
+    use draftsmith::model::{Precision, StepItem, Target};
+
+    let served = Served::start(with_bundle(), &["--bundle", "bundle"]);
+    let complete = |body: Value| {
+        let (status, answer) = served.post("/v1/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        answer
+    };
+    // The values by the target itself, in this process.
+    let fixture = repository().join("fixtures/tiny-target");
+    let target = Target::<Cpu>::load(std::sync::Arc::new(Cpu::new(1)), &fixture, Precision::Stored).unwrap();
+    let scores = |ids: &[u32]| -> Vec<TokenLogprobs> {
+        let mut kv = target.new_kv();
+        let parents = TokenTree::chain_parents(ids.len());
+        let item = StepItem { kv: &mut kv, tokens: ids, parents: &parents };
+        let output = target.forward(&mut [item], &[]);
+        let rows: Vec<u32> = (0..ids.len() as u32 - 1).collect();
+        let logits = target.logits(&output, &rows);
+        let of = logits.chunks_exact(target.config().vocab_size).zip(&ids[1..]);
+        of.map(|(logits, id)| TokenLogprobs::of(logits, *id, 2)).collect()
+    };
+    let check = |choice: &Value, ids: &[u32], generated: usize| {
+        let logprobs = &choice["logprobs"];
+        let list = |name: &str| logprobs[name].as_array().unwrap().clone();
+        let (tokens, chosen) = (list("tokens"), list("token_logprobs"));
+        let (top, offsets) = (list("top_logprobs"), list("text_offset"));
+        let lengths = [tokens.len(), chosen.len(), top.len(), offsets.len()];
+        assert_eq!(lengths, [ids.len() + generated; 4], "{choice}");
+        assert_eq!((&chosen[0], &top[0], &offsets[0]), (&Value::Null, &Value::Null, &json!(0)));
+        for (i, wanted) in scores(ids).iter().enumerate() {
+            assert_eq!(chosen[i + 1].as_f64().unwrap() as f32, wanted.chosen, "token {}", i + 1);
+            let best = top[i + 1].as_object().unwrap().values().map(|v| v.as_f64().unwrap() as f32);
+            assert_eq!(best.fold(f32::MIN, f32::max), wanted.top[0].1);
+            assert!(top[i + 1].get(tokens[i + 1].as_str().unwrap()).is_some(), "the one that is there");
+        }
+        let text = choice["text"].as_str().unwrap();
+        let end = text.chars().count() as u64;
+        let offsets: Vec<u64> = offsets.iter().map(|o| o.as_u64().unwrap()).collect();
+        assert!(offsets.is_sorted() && offsets.iter().all(|o| *o <= end), "{offsets:?} of {end}");
+    };
+    let first: Vec<u32> = vec![1, 87, 85, 289, 201, 74];
+    let second: Vec<u32> = (0..300).map(|i| 3 + i * 7 % 1000).collect();
+    // The request of the harness: lists of ids, one token, which it leaves out again.
+    let base = json!({"max_tokens": 1, "logprobs": 2, "echo": true, "temperature": 0, "seed": 1234});
+    let harness = complete(with(&base, json!({"prompt": [first, second]})));
+    check(&harness["choices"][0], &first, 1);
+    check(&harness["choices"][1], &second, 1);
+    assert_eq!(harness["usage"]["prompt_tokens"], first.len() + second.len());
+    // No token at all; one list of ids, a text, texts.
+    let none = complete(with(&base, json!({"prompt": first, "max_tokens": 0})));
+    check(&none["choices"][0], &first, 0);
+    assert_eq!(
+        (&none["choices"][0]["finish_reason"], &none["usage"]["completion_tokens"]),
+        (&json!("length"), &json!(0))
+    );
+    let words = "There are 2 boxes. Add 3 buttons.";
+    let ids: Vec<u32> = served.post("/tokenize", &json!({"prompt": words})).1["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect();
+    let texts = complete(with(&base, json!({"prompt": [words, "Why?"], "max_tokens": 0})));
+    check(&texts["choices"][0], &ids, 0);
+    assert_eq!((&texts["choices"][0]["text"], &texts["choices"][1]["text"]), (&json!(words), &json!("Why?")));
+    // Where a token begins, its text stands.
+    let logprobs = &texts["choices"][0]["logprobs"];
+    for (token, offset) in
+        logprobs["tokens"].as_array().unwrap().iter().zip(logprobs["text_offset"].as_array().unwrap())
+    {
+        let (token, at) = (token.as_str().unwrap(), offset.as_u64().unwrap() as usize);
+        let rest: String = words.chars().skip(at).collect();
+        assert!(
+            rest.starts_with(if at == 0 { token.trim_start() } else { token }) || token.starts_with('<'),
+            "{token:?} at {at}: {rest:?}"
+        );
+    }
+    // The answer is the same with and without, whole and streamed, and echo works without scores.
+    for more in [
+        json!({"temperature": 0}),
+        json!({"temperature": 0.9, "seed": 5}),
+        json!({"n": 2, "seed": 3, "temperature": 1}),
+    ] {
+        let long = with(&base, json!({"prompt": [words, first], "max_tokens": 24}));
+        let scored = with(&long, more);
+        let echoed = with(&scored, json!({"logprobs": null}));
+        let plain = with(&echoed, json!({"echo": false}));
+        let [scored_whole, echoed, plain] = [&scored, &echoed, &plain].map(|body| complete(body.clone()));
+        let parts = served.stream("/v1/completions", &scored);
+        for (i, choice) in scored_whole["choices"].as_array().unwrap().iter().enumerate() {
+            assert_eq!(choice["text"], echoed["choices"][i]["text"]);
+            let text = choice["text"].as_str().unwrap();
+            assert!(text.ends_with(plain["choices"][i]["text"].as_str().unwrap()), "{text}");
+            let chunks: Vec<&Value> = parts
+                .iter()
+                .filter_map(|part| part["choices"].get(0))
+                .filter(|chunk| chunk["index"] == i)
+                .collect();
+            let streamed: String = chunks.iter().map(|chunk| chunk["text"].as_str().unwrap()).collect();
+            assert_eq!(streamed, text);
+            for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+                let lists = chunks.iter().filter_map(|chunk| chunk["logprobs"][name].as_array());
+                let joined: Vec<Value> = lists.flatten().cloned().collect();
+                assert_eq!(json!(joined), choice["logprobs"][name], "{name}");
+            }
+        }
+    }
+    served.refused("/v1/completions", r#"{"prompt":"a","max_tokens":-1}"#, 400, Some("max_tokens"), "from 0");
+    served.refused(
+        "/v1/chat/completions",
+        &with(&ask("Why?"), json!({"max_tokens": 0})).to_string(),
+        400,
+        Some("max_tokens"),
+        "from 1",
+    );
+    let empty = complete(json!({"prompt": "Why?", "max_tokens": 0}));
+    assert_eq!(
+        (&empty["choices"][0]["text"], &empty["choices"][0]["finish_reason"]),
+        (&json!(""), &json!("length"))
+    );
+    let whole: Vec<u32> = (0..1024).map(|i| 3 + i % 1000).collect();
+    check(&complete(with(&base, json!({"prompt": whole, "max_tokens": 0})))["choices"][0], &whole, 0);
+}
+
+#[test]
+fn the_accept_length_is_committed_tokens_per_verify_step() {
+    let served = Served::start(with_bundle(), &["--bundle", "bundle"]);
+    let base = with(&ask("Tell me a story."), json!({"max_tokens": 31, "ignore_eos": true}));
+    for plan in [json!({"chain": 4}), json!("auto"), json!("none")] {
+        let body = with(&base, json!({"draftsmith": {"draft": plan, "trace": true}}));
+        let answer = served.chat(&body);
+        let (said, tokens) = (&answer["draftsmith"], &answer["choices"][0]["draftsmith"]["tokens"]);
+        let origins: Vec<&str> =
+            tokens.as_array().unwrap().iter().map(|token| token["origin"].as_str().unwrap()).collect();
+        assert_eq!(origins.len(), 31);
+        // The first token comes from the prompt's pass; a step ends with the target's own token, or where it is cut.
+        let own = origins[1..].iter().filter(|origin| **origin != "draft").count();
+        let steps = own + usize::from(origins.last() == Some(&"draft"));
+        assert_eq!(
+            (&said["committed_tokens"], &said["verify_steps"]),
+            (&json!(30), &json!(steps)),
+            "{answer}"
+        );
+        assert_eq!(said["accept_length"].as_f64(), Some(30.0 / steps as f64), "{plan}");
+    }
+    let ratio = |name: &str| served.counter(&format!("draftsmith:{name}_total"), "");
+    assert_eq!(ratio("committed_tokens"), 90.0);
+    assert!(ratio("verify_steps") >= 31.0 && ratio("verify_steps") <= 90.0);
+    let (committed, steps) = (ratio("committed_tokens"), ratio("verify_steps"));
+    let live = served.get("/api/state").1["draft"]["accept_length"].as_f64();
+    // That of answers with a draft.
+    assert!(live >= Some(1.0), "{live:?}, {committed} in {steps}");
+}
+
+#[test]
+fn hosts_are_names_or_addresses_and_a_budget_holds_a_sequence() {
+    for host in ["localhost", "127.0.0.1", "[::1]", "::1", "::"] {
+        if host.contains(':') && std::net::TcpListener::bind("[::1]:0").is_err() {
+            continue;
+        }
+        let served = Served::start(Home::new(), &["--host", host]);
+        assert_eq!(served.get("/health").0, 200, "{host}: {}", served.url);
+    }
+    let home = Home::new();
+    let target = repository().join("fixtures/tiny-target").display().to_string();
+    let serve =
+        |more: &[&str]| home.snapshot(&[&["serve", "--target", &target, "--port", "0"], more].concat());
+    insta::assert_snapshot!(serve(&["--host", ""]));
+    insta::assert_snapshot!(serve(&["--allow-origin", "app.local"]));
+    let ended = home.run(&["serve", "--target", &target, "--port", "0", "--host", "no-such-host.invalid"]);
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains("`--host no-such-host.invalid` is not found"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("hint: give a name or an address"), "{}", ended.stderr);
+    for (budget, room) in [("1", 1), ("1KiB", 0)] {
+        let ended = home.run(&["serve", "--target", &target, "--port", "0", "--kv-budget", budget]);
+        let wanted = format!(
+            "error: `--kv-budget {budget}` has room for {room} of the 14 tokens that the shortest chat"
+        );
+        assert_eq!(ended.code, Some(2));
+        assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+    }
+    // What the hint names works.
+    let least = |budget: &str| {
+        let ended = home.run(&["serve", "--target", &target, "--port", "0", "--kv-budget", budget]);
+        let (_, rest) = ended.stderr.split_once("give `--kv-budget ").unwrap();
+        rest.split_once('`').unwrap().0.to_string()
+    };
+    for budget in ["1", "1KiB"] {
+        let served = Served::start(Home::new(), &["--kv-budget", &least(budget)]);
+        served.chat(&with(&ask("a"), json!({"max_tokens": 1})));
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let ended = home.run(&["serve", "--target", &target, "--host", "127.0.0.1", "--port", &port]);
+    assert_eq!(ended.code, Some(2));
+    assert_eq!(ended.stderr.matches("error:").count(), 1, "{}", ended.stderr);
+    assert!(ended.stderr.contains("hint: another program listens there"), "{}", ended.stderr);
+}
