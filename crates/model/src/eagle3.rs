@@ -122,9 +122,10 @@ impl Eagle3ConfigError {
     /// Advice for the person who wrote the file.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Eagle3ConfigError::Unsupported { .. } => {
-                Some("this draft needs a variant of EAGLE-3 that is not built here".into())
-            }
+            Eagle3ConfigError::Unsupported { .. } => Some(
+                "use an EAGLE-3 draft with one Llama layer: SiLU, no biases, RoPE plain, linear or llama3"
+                    .into(),
+            ),
             Eagle3ConfigError::Layers { .. } => Some(LAYERS_HINT.into()),
             Eagle3ConfigError::Json { .. } => {
                 Some("correct the file, or take it from the draft's repository again".into())
