@@ -241,7 +241,9 @@ pub fn kernels_text(report: &KernelReport) -> String {
             limits.macs_per_row as f64 / 1e6,
         ));
         if !limits.weights.is_empty() {
-            out.push_str("weights alone                   MB   1 row ms    GB/s   of reads   8 rows ms   GMAC/s\n");
+            out.push_str(
+                "weights alone                   MB   1 row ms    GB/s   of reads   8 rows ms   GMAC/s\n",
+            );
         }
         for times in &limits.weights {
             let [one, eight] = times.ms;

@@ -15,7 +15,7 @@ fn main() {
     for dtype in DTYPES {
         let name = format!("{dtype:?}").to_lowercase();
         if args.len() > 1 && !args[1..].contains(&name) { continue; }
-        let (inputs, out) = (2048, 8192);
+        let (inputs, out) = (2048, std::env::var("OUT").map_or(8192, |o| o.parse().unwrap()));
         let one = stored(&mut random, dtype, 64, inputs);
         let data = one.repeat(out / 64);
         let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
@@ -37,6 +37,6 @@ fn main() {
             if rows == 1 { print!("  1: {:5.1} GB/s {:4.0}%", bytes as f64 / best / 1e9, bytes as f64 / best / 1e7 / read); }
             print!("  {rows}: {:6.1}", macs / best / 1e9);
         }
-        println!(" GMAC/s");
+        let x = random.floats(4 * inputs); for rows in [1, 4] { let mut best = f64::INFINITY; for _ in 0..8 { let start = Instant::now(); for p in &packed { cpu.argmax(&x, rows, p); } best = best.min(start.elapsed().as_secs_f64()); } print!("  max {rows}: {:.1}", (count * inputs * out * rows) as f64 / best / 1e9); } println!(" GMAC/s");
     }
 }

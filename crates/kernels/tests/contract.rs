@@ -131,7 +131,8 @@ fn the_largest_output_of_a_vocabulary_is_that_of_the_products() {
         }
     }
     let zeros = vec![0u8; some.len()];
-    for (name, data) in [("plain", plain), ("some", some), ("near", near), ("clear", clear), ("zeros", zeros)] {
+    for (name, data) in [("plain", plain), ("some", some), ("near", near), ("clear", clear), ("zeros", zeros)]
+    {
         let w = WeightView { dtype: WeightDtype::Q8_0, out_features: out, in_features: inputs, data: &data };
         for cpu in Cpu::all_paths(2) {
             let packed = cpu.pack("w", &w, PackMode::Stored).unwrap();
@@ -157,7 +158,12 @@ fn the_largest_output_of_a_vocabulary_is_that_of_the_products() {
                         best.1
                     })
                     .collect();
-                assert_eq!(cpu.argmax(&x, rows, &packed), wanted, "{name}, {rows} rows, {:?}", cpu.features().path);
+                assert_eq!(
+                    cpu.argmax(&x, rows, &packed),
+                    wanted,
+                    "{name}, {rows} rows, {:?}",
+                    cpu.features().path
+                );
             }
             let mut values = cpu.zeros(2 * inputs);
             cpu.embed(&packed, &[0, out as u32 - 1], 1.0, &mut values);
@@ -202,9 +208,10 @@ fn products_keep_the_bits_that_they_had_in_the_first_panels() {
         let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
         let y = matmul(&Cpu::new(1), &random.floats(rows * inputs), rows, &w, mode);
         // FNV-1a over the bits.
-        let hash = y.iter().flat_map(|v| v.to_bits().to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, |h, byte| {
-            (h ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = y
+            .iter()
+            .flat_map(|v| v.to_bits().to_le_bytes())
+            .fold(0xcbf2_9ce4_8422_2325, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         assert_eq!(hash, wanted, "{dtype:?} {mode:?}: {hash:#018x}");
     }
 }

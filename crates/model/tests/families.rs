@@ -208,11 +208,8 @@ fn every_type_has_the_values_of_the_gguf_package_with_scales_of_any_size() {
     for tensor in file.tensors() {
         check_values("gguf/all_types.gguf", &tensor.name, &expected);
     }
-    let stored: Vec<_> = file
-        .tensors()
-        .iter()
-        .map(|t| draftsmith_model::weight_dtype(t.ggml_type).unwrap())
-        .collect();
+    let stored: Vec<_> =
+        file.tensors().iter().map(|t| draftsmith_model::weight_dtype(t.ggml_type).unwrap()).collect();
     for dtype in draftsmith_kernels::WeightDtype::ALL {
         assert!(stored.contains(&dtype), "no tensor of {dtype:?}");
     }

@@ -140,7 +140,8 @@ fn real_model_targets_of_a_real_size_match_the_oracle() {
         }
         found += 1;
         let target = Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap();
-        let own = || read_rows("real_targets_greedy.jsonl", "target").into_iter().filter(|r| r.weights == name);
+        let own =
+            || read_rows("real_targets_greedy.jsonl", "target").into_iter().filter(|r| r.weights == name);
         let compared = check_rows(&target, own(), STORED_MARGIN);
         // Behind the first doubt, too: the texts are followed as recorded, wherever llama.cpp was sure.
         let (mut sure, mut equal) = (0, 0);

@@ -307,7 +307,7 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: u
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
     blocks: usize,
-    panel: *const u8,
+    (panel, low): (*const u8, *const u8),
     part: usize,
     tile: TilePtr,
     height: usize,
@@ -336,8 +336,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             let quants = record.add(layout.header_bytes() + sub * layout.quants.bytes());
             let quants = quants.add(part * D::V::COUNT * 4);
             let low_bytes = layout.quants.low_bytes();
-            let low = panel.add(blocks / layout.blocks() * layout.record_bytes() + b * low_bytes);
-            let low = low.wrapping_add(part * D::V::COUNT * 4);
+            let low = low.wrapping_add(b * low_bytes + part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
             if ahead {
@@ -425,7 +424,7 @@ unsafe fn panels_body<I: Isa + Dot, W: Records>(a: PanelArgs) {
                     let first = row + r == 0 && part == 0;
                     // SAFETY: panels, parts and rows are in range by the loop conditions.
                     unsafe {
-                        let panel = a.w.add(p * a.panel_bytes);
+                        let panel = (a.w.add(p * a.panel_bytes), a.low.add(p * a.low_bytes));
                         let mut tile = a.tiles.add(row * blocks);
                         // Rows of a block stand side by side: `r` rows further on in each.
                         tile = tile.add(r);
@@ -600,7 +599,8 @@ unsafe fn bounds_body<I: Isa + Dot>(a: BoundArgs) {
                     macro_rules! run {
                         ($n:literal) => {{
                             for part in 0..LANES / I::V::COUNT {
-                                let (middle, off) = bound_rows::<I, $n>(&a, panel, part, tile, lengths, height);
+                                let (middle, off) =
+                                    bound_rows::<I, $n>(&a, panel, part, tile, lengths, height);
                                 for i in 0..$n {
                                     let at = part * I::V::COUNT;
                                     I::V::store(middles[i].as_mut_ptr().add(at), middle[i]);

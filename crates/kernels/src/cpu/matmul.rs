@@ -21,6 +21,9 @@ pub(crate) struct PanelArgs {
     /// First record or first value of the panel.
     pub w: *const u8,
     pub panel_bytes: usize,
+    /// The same panel in the second plane, where there is one.
+    pub low: *const u8,
+    pub low_bytes: usize,
     /// Panels side by side from `w` on.
     pub panels: usize,
     pub in_features: usize,
@@ -162,6 +165,8 @@ impl Input<'_> {
             let args = PanelArgs {
                 w: w.data()[from * panel_bytes..].as_ptr(),
                 panel_bytes,
+                low: w.low(from).as_ptr(),
+                low_bytes: w.low_bytes(),
                 panels: to - from,
                 in_features,
                 x: self.x[row * in_features..].as_ptr(),

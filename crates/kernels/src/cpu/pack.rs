@@ -46,7 +46,7 @@ pub(crate) enum Quants {
     /// Eight rows of signed bytes.
     Eight,
     /// Four rows with the high nibbles of signed bytes, 128 added; the low ones stand in a second plane behind all
-    /// records of the panel, so that the largest output can be told from half the bytes.
+    /// panels, so that the largest output can be told from one stream over half the bytes.
     Split,
     /// Four rows of 4-bit indices into [`IQ4_VALUES`].
     Iq4,
@@ -164,9 +164,7 @@ impl Quants {
             Quants::Five => four() | one(4) << 4,
             Quants::Six => four() | two(4) << 4,
             Quants::Eight => byte(g),
-            Quants::Split => {
-                four() << 4 | low[g / 2 * 64 + lane * 4 + k % 4] >> (g % 2 * 4) & 15
-            }
+            Quants::Split => four() << 4 | low[g / 2 * 64 + lane * 4 + k % 4] >> (g % 2 * 4) & 15,
         }
     }
 
@@ -529,9 +527,16 @@ impl Body {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
             Body::Block(format) => {
                 let layout = format.layout();
-                in_features / 32 * layout.quants.low_bytes()
-                    + in_features / (32 * layout.blocks()) * layout.record_bytes()
+                in_features / (32 * layout.blocks()) * layout.record_bytes()
             }
+        }
+    }
+
+    /// Bytes of a panel in the second plane.
+    fn low_bytes(&self, in_features: usize) -> usize {
+        match self {
+            Body::Float(_) => 0,
+            Body::Block(format) => in_features / 32 * format.layout().quants.low_bytes(),
         }
     }
 }
@@ -584,8 +589,19 @@ impl PackedWeight {
         self.body.panel_bytes(self.in_features)
     }
 
+    /// Bytes of a panel in the second plane.
+    pub(crate) fn low_bytes(&self) -> usize {
+        self.body.low_bytes(self.in_features)
+    }
+
+    /// The second plane from a panel on.
+    pub(crate) fn low(&self, panel: usize) -> &[u8] {
+        &self.data[self.panels() * self.panel_bytes() + panel * self.low_bytes()..]
+    }
+
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
-        let data = Pages::new(out_features.div_ceil(LANES) * body.panel_bytes(in_features));
+        let panel_bytes = body.panel_bytes(in_features) + body.low_bytes(in_features);
+        let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
         PackedWeight { out_features, in_features, body, largest_scale: 0.0, data }
     }
 
@@ -606,19 +622,23 @@ impl PackedWeight {
         Ok(if blocks { Self::pack_blocks(pool, w) } else { Self::pack_floats(pool, w, mode) })
     }
 
-    /// Lets `fill` write every panel: its first output and its bytes.
-    fn fill_panels(&mut self, pool: &Pool, fill: &(dyn Fn(usize, &mut [u8]) + Sync)) {
-        let (panels, panel_bytes) = (self.panels(), self.panel_bytes());
+    /// Lets `fill` write every panel: its first output, its bytes and those in the second plane.
+    fn fill_panels(&mut self, pool: &Pool, fill: &(dyn Fn(usize, &mut [u8], &mut [u8]) + Sync)) {
+        let (panels, panel_bytes, low_bytes) = (self.panels(), self.panel_bytes(), self.low_bytes());
         let data = SendPtr(self.data.as_mut_ptr());
         // Panels in runs, so that a task writes whole pages.
         let run = panels.div_ceil(pool.threads() * 4).max(1);
         pool.run(panels.div_ceil(run), &|task| {
             for panel in task * run..((task + 1) * run).min(panels) {
-                // SAFETY: panel `panel` lies inside the data; tasks take disjoint panels.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts_mut(data.get().add(panel * panel_bytes), panel_bytes)
+                // SAFETY: panel `panel` lies inside the data, in both planes; tasks take disjoint panels.
+                let (bytes, low) = unsafe {
+                    let low = data.get().add(panels * panel_bytes + panel * low_bytes);
+                    (
+                        std::slice::from_raw_parts_mut(data.get().add(panel * panel_bytes), panel_bytes),
+                        std::slice::from_raw_parts_mut(low, low_bytes),
+                    )
                 };
-                fill(panel * LANES, bytes);
+                fill(panel * LANES, bytes, low);
             }
         });
     }
@@ -631,7 +651,7 @@ impl PackedWeight {
         };
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
         let (in_features, size) = (w.in_features, kind.bytes());
-        packed.fill_panels(pool, &|first, panel| {
+        packed.fill_panels(pool, &|first, panel, _| {
             let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
             for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
                 if kind == FloatKind::F32 {
@@ -665,9 +685,8 @@ impl PackedWeight {
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
         packed.largest_scale = largest_scale.unwrap_or_default();
-        let records = w.in_features / (32 * layout.blocks()) * layout.record_bytes();
         let row_bytes = w.row_bytes();
-        packed.fill_panels(pool, &|first, panel| {
+        packed.fill_panels(pool, &|first, panel, low| {
             let lanes = LANES.min(w.out_features - first);
             let mut values = vec![0.0f32; if is_float { lanes * w.in_features } else { 0 }];
             if is_float {
@@ -676,7 +695,6 @@ impl PackedWeight {
                 }
             }
             let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
-            let (panel, low) = panel.split_at_mut(records);
             for (at, record) in panel.chunks_exact_mut(layout.record_bytes()).enumerate() {
                 for sub in 0..layout.blocks() {
                     let b = at * layout.blocks() + sub;
@@ -727,7 +745,7 @@ impl PackedWeight {
             Body::Block(format) => {
                 let layout = format.layout();
                 let low_bytes = layout.quants.low_bytes();
-                let low = &panel[panel.len() - self.in_features / 32 * low_bytes..];
+                let low = self.low(o / LANES);
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
                     let (record, sub) = (b / layout.blocks(), b % layout.blocks());
                     let record = &panel[record * layout.record_bytes()..][..layout.record_bytes()];
