@@ -5,6 +5,8 @@
 //!   so that a pass over the weight is one forward stream: first the scales and minima of the 16 outputs, as small as
 //!   in the file, then the quants block by block ([`Quants`]).
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::pages::Pages;
 use crate::pool::SendPtr;
 use crate::quant::{self, Block32, FP4_VALUES, IQ4_VALUES};
@@ -541,6 +543,35 @@ impl Body {
     }
 }
 
+/// When to ask the first plane alone: states of which it tells too little come in runs, so after each of them twice as
+/// many calls do without. This changes the time of a call, never what it gives.
+#[derive(Default)]
+pub(crate) struct Doubts {
+    skip: AtomicU32,
+    penalty: AtomicU32,
+}
+
+impl Doubts {
+    const MOST: u32 = 31;
+
+    /// Whether this call should try.
+    pub(crate) fn worth_a_try(&self) -> bool {
+        let skip = self.skip.load(Ordering::Relaxed);
+        self.skip.store(skip.saturating_sub(1), Ordering::Relaxed);
+        skip == 0
+    }
+
+    /// What a try came to.
+    pub(crate) fn tell(&self, decided: bool) {
+        let penalty = if decided { 0 } else { self.penalty.load(Ordering::Relaxed) * 2 + 1 };
+        self.penalty.store(penalty.min(Self::MOST), Ordering::Relaxed);
+        self.skip.store(penalty.min(Self::MOST), Ordering::Relaxed);
+    }
+}
+
+/// Writes a panel: its first output, its bytes and those in the second plane.
+type FillPanel<'a> = dyn Fn(usize, &mut [u8], &mut [u8]) + Sync + 'a;
+
 /// A weight in panel layout.
 pub struct PackedWeight {
     pub(crate) out_features: usize,
@@ -548,6 +579,8 @@ pub struct PackedWeight {
     pub(crate) body: Body,
     /// Largest scale of a weight in two planes.
     pub(crate) largest_scale: f32,
+    /// Whether the first plane of two was enough lately.
+    pub(crate) doubts: Doubts,
     data: Pages,
 }
 
@@ -602,7 +635,7 @@ impl PackedWeight {
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
         let panel_bytes = body.panel_bytes(in_features) + body.low_bytes(in_features);
         let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
-        PackedWeight { out_features, in_features, body, largest_scale: 0.0, data }
+        PackedWeight { out_features, in_features, body, largest_scale: 0.0, doubts: Doubts::default(), data }
     }
 
     pub(crate) fn pack(
@@ -622,8 +655,8 @@ impl PackedWeight {
         Ok(if blocks { Self::pack_blocks(pool, w) } else { Self::pack_floats(pool, w, mode) })
     }
 
-    /// Lets `fill` write every panel: its first output, its bytes and those in the second plane.
-    fn fill_panels(&mut self, pool: &Pool, fill: &(dyn Fn(usize, &mut [u8], &mut [u8]) + Sync)) {
+    /// Lets `fill` write every panel.
+    fn fill_panels(&mut self, pool: &Pool, fill: &FillPanel<'_>) {
         let (panels, panel_bytes, low_bytes) = (self.panels(), self.panel_bytes(), self.low_bytes());
         let data = SendPtr(self.data.as_mut_ptr());
         // Panels in runs, so that a task writes whole pages.
@@ -764,7 +797,6 @@ impl PackedWeight {
 
 /// The largest scale of a Q8_0 weight; `None` if one is negative or no number, which a bound does not cover.
 fn largest_q8_0_scale(pool: &Pool, w: &WeightView<'_>) -> Option<f32> {
-    use std::sync::atomic::{AtomicU32, Ordering};
     // Bits of numbers from zero on are in the order of the numbers, and infinities and NaN come after them.
     let largest = AtomicU32::new(0);
     let run = w.data.len().div_ceil(pool.threads() * 4).next_multiple_of(34).max(34);
