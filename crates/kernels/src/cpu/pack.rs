@@ -543,8 +543,8 @@ impl Body {
     }
 }
 
-/// When to ask the first plane alone: states of which it tells too little come in runs, so after each of them twice as
-/// many calls do without. This changes the time of a call, never what it gives.
+/// When to ask the first plane alone: states of which it tells too little come in runs, so after each of them more
+/// calls do without, and after each that it decided fewer. This changes the time of a call, never what it gives.
 #[derive(Default)]
 pub(crate) struct Doubts {
     skip: AtomicU32,
@@ -552,7 +552,7 @@ pub(crate) struct Doubts {
 }
 
 impl Doubts {
-    const MOST: u32 = 31;
+    const MOST: u32 = 63;
 
     /// Whether this call should try.
     pub(crate) fn worth_a_try(&self) -> bool {
@@ -563,7 +563,9 @@ impl Doubts {
 
     /// What a try came to.
     pub(crate) fn tell(&self, decided: bool) {
-        let penalty = if decided { 0 } else { self.penalty.load(Ordering::Relaxed) * 2 + 1 };
+        // A vain try costs about twice what another one saves.
+        let penalty = self.penalty.load(Ordering::Relaxed);
+        let penalty = if decided { penalty / 2 } else { penalty * 2 + 3 };
         self.penalty.store(penalty.min(Self::MOST), Ordering::Relaxed);
         self.skip.store(penalty.min(Self::MOST), Ordering::Relaxed);
     }
