@@ -395,6 +395,20 @@ mod tests {
     }
 
     #[test]
+    fn a_type_that_runs_in_a_wider_form_says_so() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/gguf/all_types.gguf");
+        let node = inspect(&path, false).unwrap();
+        let form = |name: &str| {
+            let tensor = node.children.iter().find(|n| n.name == name).unwrap();
+            tensor.facts.get("runs_as").cloned()
+        };
+        assert_eq!(form("iq2_xs"), Some("8 bits, an f32 scale per 16".into()));
+        assert_eq!(form("tq1_0"), Some("2 bits, an f16 scale per 32".into()));
+        assert_eq!(form("q5_k"), None);
+        assert!(node.text().contains("runs_as = 8 bits, an f32 scale per 32"));
+    }
+
+    #[test]
     fn a_name_that_begins_another_stays_beside_it() {
         check(&["a", "a.b", "a.c"], &["a", "a", "-b", "-c"]);
     }

@@ -293,6 +293,11 @@ impl TargetPasses {
         }
         groups.push((format!("head {}", head.form()), vec![head], false));
         groups.push(("head, largest alone".to_string(), vec![head], true));
+        // What the head is asked for in a pass, for states as the target has them.
+        let (tokens, parents) = (self.tokens(8, 0), TokenTree::chain_parents(8));
+        let mut kv = self.target.new_kv();
+        let item = StepItem { kv: &mut kv, tokens: &tokens, parents: &parents };
+        let output = self.target.forward(&mut [item], &[]);
         let mut times: Vec<WeightTimes> = groups
             .iter()
             .map(|(form, weights, _)| WeightTimes {
@@ -312,7 +317,7 @@ impl TargetPasses {
                     let began = Instant::now();
                     for weight in weights {
                         if *largest {
-                            kernels.argmax(&x, rows, weight);
+                            self.target.argmax(&output, &[0, 1, 2, 3, 4, 5, 6, 7][8 - rows..]);
                         } else {
                             kernels.matmuls(&x, rows, &[(*weight, None)], &mut y);
                         }

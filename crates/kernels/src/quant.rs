@@ -283,7 +283,7 @@ pub(crate) fn block32(dtype: WeightDtype, row: &[u8], b: usize) -> Block32 {
                     _ => (block[48 + at % 4], (at - 240) / 4),
                 };
                 let digits = byte.wrapping_mul([1, 3, 9, 27, 81][power]);
-                *q = (u16::from(digits) * 3 >> 8) as i8 - 1;
+                *q = ((u16::from(digits) * 3) >> 8) as i8 - 1;
             }
             Block32::plain(quants, [half_at(block, 52); 2], -0.0)
         }

@@ -5,7 +5,7 @@
 //! computed together.
 
 use super::dot::Dot;
-use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
+use super::isa::{Isa, Lanes, Level, dispatch, prefetch, prefetch_ahead};
 use super::matmul::PanelArgs;
 use super::pack::{BlockFormat, FP4_LEVELS, LANES, Layout, Quants, Scales};
 use crate::Pool;
@@ -307,7 +307,7 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: u
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
     blocks: usize,
-    panel: *const u8,
+    (panel, low): (*const u8, *const u8),
     part: usize,
     tile: TilePtr,
     height: usize,
@@ -336,8 +336,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             let quants = record.add(layout.header_bytes() + sub * layout.quants.bytes());
             let quants = quants.add(part * D::V::COUNT * 4);
             let low_bytes = layout.quants.low_bytes();
-            let low = panel.add(blocks / layout.blocks() * layout.record_bytes() + b * low_bytes);
-            let low = low.wrapping_add(part * D::V::COUNT * 4);
+            let low = low.wrapping_add(b * low_bytes + part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let act = |r: usize, group: usize| here.quants.add(r * 32 + group * 4);
             if ahead {
@@ -425,7 +424,7 @@ unsafe fn panels_body<I: Isa + Dot, W: Records>(a: PanelArgs) {
                     let first = row + r == 0 && part == 0;
                     // SAFETY: panels, parts and rows are in range by the loop conditions.
                     unsafe {
-                        let panel = a.w.add(p * a.panel_bytes);
+                        let panel = (a.w.add(p * a.panel_bytes), a.low.add(p * a.low_bytes));
                         let mut tile = a.tiles.add(row * blocks);
                         // Rows of a block stand side by side: `r` rows further on in each.
                         tile = tile.add(r);
@@ -514,6 +513,10 @@ pub(crate) struct BoundArgs {
     /// As in [`PanelArgs`].
     pub w: *const u8,
     pub panel_bytes: usize,
+    pub low: *const u8,
+    pub low_bytes: usize,
+    /// Per block whether the second plane is read, too.
+    pub both: *const bool,
     pub panels: usize,
     pub in_features: usize,
     pub tiles: TilePtr,
@@ -530,20 +533,27 @@ pub(crate) struct BoundArgs {
     pub lower: *mut f32,
 }
 
+/// The records of [`bounds`].
+struct Planes;
+
+impl Records for Planes {
+    const LAYOUT: Layout = BlockFormat::Q8_0Split.layout();
+}
+
 /// Outputs in the middle of what their high nibbles leave open, and how far off they may be, for `R` rows of a tile.
 ///
 /// A quant is `16 h - 120.5 + r` with a rest `|r| <= 7.5`, and the products with the rests of a block are at most the
-/// length of the rests times that of the activations.
+/// length of the rests times that of the activations. Of some blocks both planes are read and nothing is left open.
 #[inline(always)]
 unsafe fn bound_rows<D: Dot, const R: usize>(
     a: &BoundArgs,
-    panel: *const u8,
+    (panel, low): (*const u8, *const u8),
     part: usize,
     tile: TilePtr,
     lengths: *const f32,
     height: usize,
 ) -> ([D::V; R], [D::V; R]) {
-    let layout = const { BlockFormat::Q8_0Split.layout() };
+    let layout = const { Planes::LAYOUT };
     // SAFETY: module rule of `isa`; the panel has a record per block, the tile `height` rows per block.
     unsafe {
         let mut middle = [D::V::splat(0.0); R];
@@ -558,6 +568,27 @@ unsafe fn bound_rows<D: Dot, const R: usize>(
             let quants = record.add(layout.header_bytes() + part * D::V::COUNT * 4);
             let here = tile.add(b * height);
             let scale = D::V::load_f16(record.cast::<u16>().add(part * D::V::COUNT));
+            if *a.both.add(b) {
+                let low = low.add(b * layout.quants.low_bytes() + part * D::V::COUNT * 4);
+                let mut dots = [D::zero_i(); R];
+                for group in 0..8 {
+                    if part == 0 && group % 2 == 0 {
+                        // The same block of the next panel.
+                        prefetch(low.wrapping_add(a.low_bytes + group / 2 * 64));
+                    }
+                    let bytes = D::signed(weights::<D, Planes>(quants, low, group));
+                    for (r, dot) in dots.iter_mut().enumerate() {
+                        *dot = D::dot8(*dot, bytes, here.quants.add(r * 32 + group * 4));
+                    }
+                }
+                for (r, dot) in dots.into_iter().enumerate() {
+                    let [sum0, sum1] = *here.sums.add(r);
+                    let dot = D::to_f(D::sub(dot, D::BIAS8 * (sum0 + sum1)));
+                    let act_scale = D::V::splat(*here.scales.add(r));
+                    middle[r] = D::V::fma(D::V::mul(scale, act_scale), dot, middle[r]);
+                }
+                continue;
+            }
             let rest = D::load_u8(record.add(layout.vector_bytes() + part * D::V::COUNT));
             let rest = D::V::mul(scale, D::to_f(rest));
             let mut sums = [D::zero4(); R];
@@ -594,7 +625,7 @@ unsafe fn bounds_body<I: Isa + Dot>(a: BoundArgs) {
                 let mut offs = [[0.0f32; LANES]; TILE];
                 // SAFETY: panels and rows are in range by the loop conditions; parts fill the 16 lanes.
                 let done = unsafe {
-                    let panel = a.w.add(p * a.panel_bytes);
+                    let panel = (a.w.add(p * a.panel_bytes), a.low.add(p * a.low_bytes));
                     let tile = a.tiles.add(row * blocks).add(r);
                     let lengths = a.lengths.add(row * blocks + r);
                     macro_rules! run {

@@ -307,7 +307,12 @@ pub(crate) const AHEAD: usize = 8192;
 /// Asks for the line `AHEAD` bytes after `p`, which need not exist.
 #[inline(always)]
 pub(crate) fn prefetch_ahead<T>(p: *const T) {
-    let line = p.cast::<u8>().wrapping_add(AHEAD);
+    prefetch(p.cast::<u8>().wrapping_add(AHEAD));
+}
+
+/// Asks for the line at `line`, which need not exist.
+#[inline(always)]
+pub(crate) fn prefetch(line: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch of any address is allowed, and every x86-64 CPU has it.
     unsafe {

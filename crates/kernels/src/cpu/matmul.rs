@@ -21,6 +21,9 @@ pub(crate) struct PanelArgs {
     /// First record or first value of the panel.
     pub w: *const u8,
     pub panel_bytes: usize,
+    /// The same panel in the second plane, where there is one.
+    pub low: *const u8,
+    pub low_bytes: usize,
     /// Panels side by side from `w` on.
     pub panels: usize,
     pub in_features: usize,
@@ -162,6 +165,8 @@ impl Input<'_> {
             let args = PanelArgs {
                 w: w.data()[from * panel_bytes..].as_ptr(),
                 panel_bytes,
+                low: w.low(from).as_ptr(),
+                low_bytes: w.low_bytes(),
                 panels: to - from,
                 in_features,
                 x: self.x[row * in_features..].as_ptr(),
@@ -266,11 +271,16 @@ const ARGMAX_PANELS: usize = 32;
 /// products and no longer with the bytes.
 const BOUND_ROWS: usize = 4;
 
+/// One in so many blocks is read in both planes.
+const BOTH_OF: usize = 7;
+
 /// Per row the output with the largest value, the lowest among equals; NaN never wins.
 pub(crate) fn argmax(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWeight) -> Vec<u32> {
-    if matches!(w.body, Body::Block(BlockFormat::Q8_0Split)) && (1..=BOUND_ROWS).contains(&rows) {
-        assert!(x.len() >= rows * w.in_features, "activations too short");
-        if let Some(found) = argmax_split(level, pool, x, rows, w) {
+    let split = matches!(w.body, Body::Block(BlockFormat::Q8_0Split)) && (1..=BOUND_ROWS).contains(&rows);
+    if split && w.doubts.worth_a_try() {
+        let found = argmax_split(level, pool, x, rows, w);
+        w.doubts.tell(found.is_some());
+        if let Some(found) = found {
             return found;
         }
     }
@@ -283,6 +293,7 @@ pub(crate) fn argmax(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &Pack
 /// The same where weights stand in two planes: what [`argmax`] gives, from little more than the first plane.
 fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWeight) -> Option<Vec<u32>> {
     let in_features = w.in_features;
+    assert!(x.len() >= rows * in_features, "activations too short");
     QUANT.with_borrow_mut(|quant| {
         quant.fill(level, pool, x, rows, in_features);
         quant.measure(rows, in_features);
@@ -292,6 +303,13 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
         let slack: Vec<f32> = (0..rows)
             .map(|row| rounding * 725.0 * w.largest_scale * quant.length_sum(row, rows, in_features) + 1e-30)
             .collect();
+        // The blocks whose rests could add most: a seventh of the second plane leaves a small part of the candidates.
+        // Fewer rows than a tile: the lengths of a block's rows stand side by side.
+        let mut open: Vec<(f32, usize)> =
+            quant.lengths(0, in_features).chunks_exact(rows).map(|rows| rows.iter().sum()).zip(0..).collect();
+        open.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut both = vec![false; open.len()];
+        open.iter().take(open.len() / BOTH_OF).for_each(|(_, b)| both[*b] = true);
         let tasks = w.panels().div_ceil(ARGMAX_PANELS);
         let mut upper = vec![0.0f32; w.panels() * rows];
         let mut lower = vec![f32::NEG_INFINITY; tasks * rows];
@@ -301,6 +319,9 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
             let args = BoundArgs {
                 w: w.data()[from * w.panel_bytes()..].as_ptr(),
                 panel_bytes: w.panel_bytes(),
+                low: w.low(from).as_ptr(),
+                low_bytes: w.low_bytes(),
+                both: both.as_ptr(),
                 panels: to - from,
                 in_features,
                 tiles: quant.tiles(0, in_features),
@@ -332,7 +353,7 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
             }
         }
         // Where the bound says little, one stream over everything is faster.
-        (left <= w.panels() / 4)
+        (left <= w.panels() / 3)
             .then(|| argmax_of(&Input { level, x, quant: Some(&*quant), rows }, pool, w, &spans))
     })
 }

@@ -1,6 +1,8 @@
 //! NEON with the dot-product instructions of ARMv8.2: four registers per 16 lanes.
 //!
-//! Conversions from f16 and the dot product are written as assembly, their intrinsics being unstable.
+//! Conversions from f16 and the dot product are written as assembly, their intrinsics being unstable. Without such a
+//! machine the tests run under `qemu-aarch64 -L /usr/aarch64-linux-gnu` as cargo's runner for
+//! `aarch64-unknown-linux-gnu`, linked by `aarch64-linux-gnu-gcc`.
 #![allow(
     unused_unsafe,
     clippy::undocumented_unsafe_blocks,

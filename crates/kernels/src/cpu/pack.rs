@@ -5,6 +5,8 @@
 //!   so that a pass over the weight is one forward stream: first the scales and minima of the 16 outputs, as small as
 //!   in the file, then the quants block by block ([`Quants`]).
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::pages::Pages;
 use crate::pool::SendPtr;
 use crate::quant::{self, Block32, FP4_VALUES, IQ4_VALUES};
@@ -46,7 +48,7 @@ pub(crate) enum Quants {
     /// Eight rows of signed bytes.
     Eight,
     /// Four rows with the high nibbles of signed bytes, 128 added; the low ones stand in a second plane behind all
-    /// records of the panel, so that the largest output can be told from half the bytes.
+    /// panels, so that the largest output can be told from one stream over half the bytes.
     Split,
     /// Four rows of 4-bit indices into [`IQ4_VALUES`].
     Iq4,
@@ -527,12 +529,50 @@ impl Body {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
             Body::Block(format) => {
                 let layout = format.layout();
-                in_features / 32 * layout.quants.low_bytes()
-                    + in_features / (32 * layout.blocks()) * layout.record_bytes()
+                in_features / (32 * layout.blocks()) * layout.record_bytes()
             }
         }
     }
+
+    /// Bytes of a panel in the second plane.
+    fn low_bytes(&self, in_features: usize) -> usize {
+        match self {
+            Body::Float(_) => 0,
+            Body::Block(format) => in_features / 32 * format.layout().quants.low_bytes(),
+        }
+    }
 }
+
+/// When to ask the first plane alone: states of which it tells too little come in runs, so after each of them more
+/// calls do without, and after each that it decided fewer. This changes the time of a call, never what it gives.
+#[derive(Default)]
+pub(crate) struct Doubts {
+    skip: AtomicU32,
+    penalty: AtomicU32,
+}
+
+impl Doubts {
+    const MOST: u32 = 63;
+
+    /// Whether this call should try.
+    pub(crate) fn worth_a_try(&self) -> bool {
+        let skip = self.skip.load(Ordering::Relaxed);
+        self.skip.store(skip.saturating_sub(1), Ordering::Relaxed);
+        skip == 0
+    }
+
+    /// What a try came to.
+    pub(crate) fn tell(&self, decided: bool) {
+        // A vain try costs about twice what another one saves.
+        let penalty = self.penalty.load(Ordering::Relaxed);
+        let penalty = if decided { penalty / 2 } else { penalty * 2 + 3 };
+        self.penalty.store(penalty.min(Self::MOST), Ordering::Relaxed);
+        self.skip.store(penalty.min(Self::MOST), Ordering::Relaxed);
+    }
+}
+
+/// Writes a panel: its first output, its bytes and those in the second plane.
+type FillPanel<'a> = dyn Fn(usize, &mut [u8], &mut [u8]) + Sync + 'a;
 
 /// A weight in panel layout.
 pub struct PackedWeight {
@@ -541,6 +581,8 @@ pub struct PackedWeight {
     pub(crate) body: Body,
     /// Largest scale of a weight in two planes.
     pub(crate) largest_scale: f32,
+    /// Whether the first plane of two was enough lately.
+    pub(crate) doubts: Doubts,
     data: Pages,
 }
 
@@ -582,9 +624,20 @@ impl PackedWeight {
         self.body.panel_bytes(self.in_features)
     }
 
+    /// Bytes of a panel in the second plane.
+    pub(crate) fn low_bytes(&self) -> usize {
+        self.body.low_bytes(self.in_features)
+    }
+
+    /// The second plane from a panel on.
+    pub(crate) fn low(&self, panel: usize) -> &[u8] {
+        &self.data[self.panels() * self.panel_bytes() + panel * self.low_bytes()..]
+    }
+
     fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
-        let data = Pages::new(out_features.div_ceil(LANES) * body.panel_bytes(in_features));
-        PackedWeight { out_features, in_features, body, largest_scale: 0.0, data }
+        let panel_bytes = body.panel_bytes(in_features) + body.low_bytes(in_features);
+        let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
+        PackedWeight { out_features, in_features, body, largest_scale: 0.0, doubts: Doubts::default(), data }
     }
 
     pub(crate) fn pack(
@@ -604,19 +657,23 @@ impl PackedWeight {
         Ok(if blocks { Self::pack_blocks(pool, w) } else { Self::pack_floats(pool, w, mode) })
     }
 
-    /// Lets `fill` write every panel: its first output and its bytes.
-    fn fill_panels(&mut self, pool: &Pool, fill: &(dyn Fn(usize, &mut [u8]) + Sync)) {
-        let (panels, panel_bytes) = (self.panels(), self.panel_bytes());
+    /// Lets `fill` write every panel.
+    fn fill_panels(&mut self, pool: &Pool, fill: &FillPanel<'_>) {
+        let (panels, panel_bytes, low_bytes) = (self.panels(), self.panel_bytes(), self.low_bytes());
         let data = SendPtr(self.data.as_mut_ptr());
         // Panels in runs, so that a task writes whole pages.
         let run = panels.div_ceil(pool.threads() * 4).max(1);
         pool.run(panels.div_ceil(run), &|task| {
             for panel in task * run..((task + 1) * run).min(panels) {
-                // SAFETY: panel `panel` lies inside the data; tasks take disjoint panels.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts_mut(data.get().add(panel * panel_bytes), panel_bytes)
+                // SAFETY: panel `panel` lies inside the data, in both planes; tasks take disjoint panels.
+                let (bytes, low) = unsafe {
+                    let low = data.get().add(panels * panel_bytes + panel * low_bytes);
+                    (
+                        std::slice::from_raw_parts_mut(data.get().add(panel * panel_bytes), panel_bytes),
+                        std::slice::from_raw_parts_mut(low, low_bytes),
+                    )
                 };
-                fill(panel * LANES, bytes);
+                fill(panel * LANES, bytes, low);
             }
         });
     }
@@ -629,7 +686,7 @@ impl PackedWeight {
         };
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
         let (in_features, size) = (w.in_features, kind.bytes());
-        packed.fill_panels(pool, &|first, panel| {
+        packed.fill_panels(pool, &|first, panel, _| {
             let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
             for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
                 if kind == FloatKind::F32 {
@@ -663,9 +720,8 @@ impl PackedWeight {
         let is_float = w.dtype.block().0 == 1;
         let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
         packed.largest_scale = largest_scale.unwrap_or_default();
-        let records = w.in_features / (32 * layout.blocks()) * layout.record_bytes();
         let row_bytes = w.row_bytes();
-        packed.fill_panels(pool, &|first, panel| {
+        packed.fill_panels(pool, &|first, panel, low| {
             let lanes = LANES.min(w.out_features - first);
             let mut values = vec![0.0f32; if is_float { lanes * w.in_features } else { 0 }];
             if is_float {
@@ -674,7 +730,6 @@ impl PackedWeight {
                 }
             }
             let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
-            let (panel, low) = panel.split_at_mut(records);
             for (at, record) in panel.chunks_exact_mut(layout.record_bytes()).enumerate() {
                 for sub in 0..layout.blocks() {
                     let b = at * layout.blocks() + sub;
@@ -725,7 +780,7 @@ impl PackedWeight {
             Body::Block(format) => {
                 let layout = format.layout();
                 let low_bytes = layout.quants.low_bytes();
-                let low = &panel[panel.len() - self.in_features / 32 * low_bytes..];
+                let low = self.low(o / LANES);
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
                     let (record, sub) = (b / layout.blocks(), b % layout.blocks());
                     let record = &panel[record * layout.record_bytes()..][..layout.record_bytes()];
@@ -744,7 +799,6 @@ impl PackedWeight {
 
 /// The largest scale of a Q8_0 weight; `None` if one is negative or no number, which a bound does not cover.
 fn largest_q8_0_scale(pool: &Pool, w: &WeightView<'_>) -> Option<f32> {
-    use std::sync::atomic::{AtomicU32, Ordering};
     // Bits of numbers from zero on are in the order of the numbers, and infinities and NaN come after them.
     let largest = AtomicU32::new(0);
     let run = w.data.len().div_ceil(pool.threads() * 4).next_multiple_of(34).max(34);
