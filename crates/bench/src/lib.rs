@@ -32,5 +32,7 @@ pub use record::Record;
 pub use report::{ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with};
 pub use runner::{BusyTimes, Dialogue, RunOptions, RunOutput, Runner};
 pub use stats::{Estimate, Interval};
-pub use summary::{BASELINE, Contract, Summary, advice_against, headline, summarize, summarize_all, summarize_each};
+pub use summary::{
+    BASELINE, Contract, Summary, advice_against, headline, summarize, summarize_all, summarize_each,
+};
 pub use workload::{Workload, WorkloadRow};

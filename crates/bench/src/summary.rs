@@ -118,12 +118,13 @@ pub fn advice_against(records: &[Record]) -> Option<String> {
     if speedup >= 1.0 {
         return None;
     }
-    let limit = best.accept_len.map(|e| e.value).filter(|_| speedup > 0.0).map_or_else(String::new, |length| {
-        format!(
-            ": a verify step commits {length:.2} tokens and takes as long as {:.2} plain steps",
-            length / speedup
-        )
-    });
+    let limit =
+        best.accept_len.map(|e| e.value).filter(|_| speedup > 0.0).map_or_else(String::new, |length| {
+            format!(
+                ": a verify step commits {length:.2} tokens and takes as long as {:.2} plain steps",
+                length / speedup
+            )
+        });
     Some(format!(
         "decode without the draft here: the fastest setting ({setting}) reached {speedup:.2}x of target-only decoding{limit}"
     ))

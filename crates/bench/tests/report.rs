@@ -4,7 +4,8 @@ mod common;
 
 use common::{FakeRunner, measured, options, workload};
 use draftsmith_bench::{
-    BenchError, Interval, Record, ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with, table,
+    BenchError, Interval, Record, ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with,
+    table,
 };
 
 fn two_records() -> Vec<Record> {

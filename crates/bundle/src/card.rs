@@ -147,7 +147,12 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
             doubts(results)
         );
     }
-    let _ = write!(out, "## Use\n\n{}\n\n{}Other engines:\n\n", recommended(manifest, results), own_command(manifest));
+    let _ = write!(
+        out,
+        "## Use\n\n{}\n\n{}Other engines:\n\n",
+        recommended(manifest, results),
+        own_command(manifest)
+    );
     let mut lines = launch(manifest, Layout::Sglang, "DIR");
     for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
         let served = layout != Layout::Gguf || !(config.fc_norm || config.feedback == Feedback::PostNorm);

@@ -57,7 +57,9 @@ impl Error {
             Error::RunFile(_) => {
                 "correct the line that the message names; docs/RUN_FILE.md lists every key with its type and default"
             }
-            Error::Pull(_) => "check how the reference is written: `hf:ORG/NAME:FILE`, `pip:NAME==VERSION:PATH` or a path",
+            Error::Pull(_) => {
+                "check how the reference is written: `hf:ORG/NAME:FILE`, `pip:NAME==VERSION:PATH` or a path"
+            }
             Error::TargetText(_) | Error::Text(_) => {
                 "get tokenizer and chat template of the model again, or give a template with `data.template`"
             }

@@ -83,7 +83,9 @@ fn command_line_hint(error: &clap::Error, text: &str) -> String {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     let usage = text.lines().find_map(|line| line.trim().strip_prefix("Usage: "));
     if let Some(usage) = usage {
-        let verb = usage.split([' ', '[', '<']).take_while(|word| word.starts_with(|c: char| c.is_ascii_lowercase()));
+        let verb = usage
+            .split([' ', '[', '<'])
+            .take_while(|word| word.starts_with(|c: char| c.is_ascii_lowercase()));
         let verb: Vec<&str> = verb.collect();
         return format!("write it as `{usage}`; `{} --help` explains each part", verb.join(" "));
     }

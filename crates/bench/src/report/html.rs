@@ -176,9 +176,8 @@ fn answers(
         grouped(total.accept.verify_steps),
     );
     let speedup = total.speedup.map_or_else(|| "–".into(), |e| format!("{:.2}×", e.value));
-    let against = against
-        .map(|advice| format!("<p><strong>{}.</strong></p>", sentence(&advice)))
-        .unwrap_or_default();
+    let against =
+        against.map(|advice| format!("<p><strong>{}.</strong></p>", sentence(&advice))).unwrap_or_default();
     let _ = write!(
         out,
         "<section class=\"answer\"><h2>Speedup over target-only decoding</h2><div class=\"big\">{speedup} <small>decode time</small></div><p>{}; {} → {} tokens/s</p>{against}<p class=\"note\">{} with the prompt's prefill counted in; {from}, same session, interleaved</p></section>\n</div>\n",

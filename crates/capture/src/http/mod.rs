@@ -257,10 +257,8 @@ impl<'a> Http<'a> {
         wanted: &'static str,
     ) -> Result<Response<Body>, Failure> {
         self.count(|asked| asked.requests += 1);
-        let refused = matches!(
-            &sent,
-            Err(ureq::Error::HostNotFound | ureq::Error::ConnectionFailed)
-        ) || matches!(&sent, Err(ureq::Error::Io(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused);
+        let refused = matches!(&sent, Err(ureq::Error::HostNotFound | ureq::Error::ConnectionFailed))
+            || matches!(&sent, Err(ureq::Error::Io(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused);
         if !refused {
             self.alive.store(true, Ordering::Relaxed);
         }

@@ -274,7 +274,9 @@ fn against(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
         if used && tokens as usize + 1 >= context {
             faults.add(
                 key,
-                format!("is {tokens}, which leaves no room for a prompt in the target's context of {context}"),
+                format!(
+                    "is {tokens}, which leaves no room for a prompt in the target's context of {context}"
+                ),
                 format!("lower `{key}`"),
             );
         }
@@ -303,7 +305,10 @@ fn draft_shapes(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
         let whose = |own: bool| if own { "" } else { " of the target" };
         let problem = match draft.heads {
             Some(_) => {
-                format!("is {heads}, which {kv_heads} key-value heads{} do not divide", whose(draft.kv_heads.is_some()))
+                format!(
+                    "is {heads}, which {kv_heads} key-value heads{} do not divide",
+                    whose(draft.kv_heads.is_some())
+                )
             }
             None => format!("is {kv_heads}, which does not divide the target's {heads} heads"),
         };
@@ -341,7 +346,9 @@ fn draft_shapes(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
         faults.add(
             "draft",
             format!("does not fit the target: {error}"),
-            error.hint().unwrap_or_else(|| "leave the keys of `[draft]` out for the target's own".to_string()),
+            error
+                .hint()
+                .unwrap_or_else(|| "leave the keys of `[draft]` out for the target's own".to_string()),
         );
     }
 }

@@ -64,18 +64,18 @@ pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure
 fn server(args: &cli::ServeGap) -> Result<ServerTable, Failure> {
     let extra: Value = match &args.extra {
         None => json!({}),
-        Some(text) => serde_json::from_str(text)
-            .map_err(|e| no_object(&e))?,
+        Some(text) => serde_json::from_str(text).map_err(|e| no_object(&e))?,
     };
     let table = json!({
         "url": args.url, "api": args.api, "model": args.model, "key_env": args.key_env, "extra": extra,
     });
-    let server: ServerTable = serde_json::from_value(table)
-        .map_err(|e| no_object(&e))?;
+    let server: ServerTable = serde_json::from_value(table).map_err(|e| no_object(&e))?;
     match server.problem() {
         Some((key, problem)) => {
             let advice = match key.as_str() {
-                "url" => "give the address up to and including the version, `http://127.0.0.1:8000/v1`".to_string(),
+                "url" => {
+                    "give the address up to and including the version, `http://127.0.0.1:8000/v1`".to_string()
+                }
                 key => format!("correct or leave out `{key}`"),
             };
             Err(Failure::input(format!("`{key}` {problem}"), Some(advice)))

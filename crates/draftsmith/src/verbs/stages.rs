@@ -23,11 +23,8 @@ fn prepare<'a>(
     session: &'a Session,
 ) -> Result<(RunFile, Origin, Env<'a>), Failure> {
     let file = draftsmith::run::load(&args.run_file, &args.overrides)?;
-    let origin = Origin {
-        verb: verb.to_string(),
-        path: args.run_file.clone(),
-        overrides: args.overrides.clone(),
-    };
+    let origin =
+        Origin { verb: verb.to_string(), path: args.run_file.clone(), overrides: args.overrides.clone() };
     let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
     Ok((file, origin, env))
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use draftsmith::cli;
 use draftsmith::doctor::human;
 use draftsmith::formats::run::Stage;
-use draftsmith::run::{self, made_by, stages_of, with_paths};
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
+use draftsmith::run::{self, made_by, stages_of, with_paths};
 use draftsmith::{Error, formats};
 use serde_json::{Value, json};
 
@@ -139,7 +139,13 @@ fn page(status: &Value) -> String {
     }
     for old in status["aside"].as_array().into_iter().flatten() {
         let size = human(old["bytes"].as_u64().unwrap_or(0));
-        let _ = writeln!(page, "  {:<11} {:<12}{size:>9}  {}", text(&old["stage"]), "set aside", text(&old["free_with"]));
+        let _ = writeln!(
+            page,
+            "  {:<11} {:<12}{size:>9}  {}",
+            text(&old["stage"]),
+            "set aside",
+            text(&old["free_with"])
+        );
     }
     if let Some(best) = status["best_accept_len"].as_f64() {
         let _ = writeln!(page, "  best accept length so far: {best:.3}");

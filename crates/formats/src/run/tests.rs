@@ -117,7 +117,9 @@ fn a_key_at_its_default_is_no_input_of_a_stage() {
     }
     let set = inputs(&["train.lr=2e-4", "capture.dtype=bf16", "bench.depth=2"], Stage::Train);
     assert_eq!(set.len(), base.len() + 2, "{set:?}");
-    assert!(set.contains(&"train.lr=0.0002".to_string()) && set.contains(&"capture.dtype=\"bf16\"".to_string()));
+    assert!(
+        set.contains(&"train.lr=0.0002".to_string()) && set.contains(&"capture.dtype=\"bf16\"".to_string())
+    );
     // A server with nothing but an address is not the same as none.
     assert_ne!(inputs(&["regenerate.server={ url = \"http://a/v1\" }"], Stage::Regenerate).len(), 2);
 }
