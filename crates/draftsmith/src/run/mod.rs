@@ -415,8 +415,8 @@ impl<'a> Run<'a> {
         };
         match lines.as_slice() {
             [] => "other data, weights or files".to_string(),
-            [all @ ..] if all.len() <= WHY_SHOWN => all.join(", "),
-            [all @ ..] => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
+            all if all.len() <= WHY_SHOWN => all.join(", "),
+            all => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
         }
     }
 
