@@ -190,7 +190,6 @@ fn yes() -> bool {
     true
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
 fn is_yes(value: &bool) -> bool {
     *value
 }

@@ -407,7 +407,11 @@ fn depths_named(depth: usize) -> Vec<usize> {
     let width = (Plane::RIGHT - Plane::LEFT) as usize;
     let fits = |step: &usize| width * step >= DEPTH_LABEL * depth;
     let step = [1, 2, 5, 10, 20, 50].into_iter().find(fits).unwrap_or(100);
-    (1..=depth).filter(|d| step == 1 || *d == 1 || d.is_multiple_of(step)).collect()
+    let is_named = |d: &usize| match step {
+        1 | 2 => d % step == 1 % step,
+        _ => *d == 1 || d.is_multiple_of(step),
+    };
+    (1..=depth).filter(is_named).collect()
 }
 
 /// Accept rate at each depth, one line per workload (at most [`SERIES_MAX`]).
@@ -516,6 +520,6 @@ mod tests {
             assert_eq!(named[0], 1);
         }
         assert_eq!(depths_named(5), [1, 2, 3, 4, 5]);
-        assert_eq!(depths_named(16), [1, 2, 4, 6, 8, 10, 12, 14, 16]);
+        assert_eq!(depths_named(16), [1, 3, 5, 7, 9, 11, 13, 15]);
     }
 }

@@ -117,7 +117,7 @@ pub struct Capture {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub run: RunArgs,
-    /// Only print the bill: rows, tokens, bytes, minutes.
+    /// Only print the bill: rows, tokens, bytes, minutes. No stage is begun; what is not there yet is estimated.
     #[arg(long)]
     pub plan: bool,
 }
@@ -299,8 +299,8 @@ pub struct BundleImport {
 
 /// Does all stages of a run file, from conversations to a measured bundle.
 ///
-/// Finished stages are not done again unless what they were made from changed. Killed at any moment, the same command
-/// goes on.
+/// Finished stages are not done again unless what they were made from changed; then the old result is kept as
+/// `STAGE.old-KEY` and found again when the run file is edited back. Killed at any moment, the same command goes on.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  draftsmith run recipes/smoke.toml\n  \
                         draftsmith run recipes/smollm2-135m-eagle3.toml run.threads=2")]

@@ -326,13 +326,15 @@ impl<'a> Run<'a> {
         if let Some(file) = &known {
             // Work that began under an older key ends under it: its checkpoints carry it.
             key = &file.key;
-            before_s = file.seconds;
             if file.phase == Phase::Done && made.exists() && !again {
                 self.env.report.note(&format!("{}: done before", stage.name()));
                 let file = with_paths(file.clone(), stage, &self.file);
                 return Ok(StageDone { stage, before: true, file });
             }
-            self.env.report.note(&format!("{}: goes on", stage.name()));
+            let is_gone = file.phase == Phase::Done && !made.exists();
+            let how = if is_gone { "its folder is gone, made anew" } else { "goes on" };
+            self.env.report.note(&format!("{}: {how}", stage.name()));
+            before_s = if is_gone { 0.0 } else { file.seconds };
         }
         let clock = StageClock::begin(&self.folder, stage, key, due.inputs.clone(), before_s)?;
         let report = ClockReport { inner: self.env.report, clock: Mutex::new(clock) };
@@ -413,8 +415,8 @@ impl<'a> Run<'a> {
         };
         match lines.as_slice() {
             [] => "other data, weights or files".to_string(),
-            [all @ ..] if all.len() <= WHY_SHOWN => all.join(", "),
-            [all @ ..] => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
+            all if all.len() <= WHY_SHOWN => all.join(", "),
+            all => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
         }
     }
 
