@@ -162,7 +162,7 @@ pub(super) fn printf(interp: &mut Interp<'_>, text: &str, args: &Value) -> Resul
     let (values, mapping): (&[Value], Option<&Value>) = match args {
         Value::Tuple(items) => (&items.items, None),
         // Whatever has `__getitem__` and is no tuple or string may be a mapping.
-        Value::Dict(_) | Value::List(_) => (&single, Some(args)),
+        Value::Dict(_) | Value::List(_) | Value::Range(..) | Value::Undefined(_) => (&single, Some(args)),
         _ => (&single, None),
     };
     let mut used = 0;
