@@ -10,7 +10,7 @@ use crate::{Findings, Tree};
 
 const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
-const OWNED: [(&str, &[&str]); 7] = [
+const OWNED: [(&str, &[&str]); 6] = [
     ("axum", &["serve"]),
     ("ureq", &["capture", "draftsmith"]),
     ("tokenizers", &["text"]),

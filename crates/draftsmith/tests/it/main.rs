@@ -20,3 +20,4 @@ mod serve;
 mod serve_gap;
 mod stages;
 mod support;
+mod templates;

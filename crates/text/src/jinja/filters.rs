@@ -1044,9 +1044,7 @@ fn xmlattr(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
             continue;
         }
         let Some(name) = key.as_str() else { return Err(type_error("expected string or bytes-like object")) };
-        if name
-            .contains(|c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '\u{b}' | '\u{c}' | '/' | '>' | '='))
-        {
+        if name.contains([' ', '\t', '\n', '\r', '\u{b}', '\u{c}', '/', '>', '=']) {
             return Err(value_error(format!("Invalid character in attribute name: '{name}'")));
         }
         let safe = |i: &Interp<'_>, v: &Value| match v {

@@ -683,10 +683,7 @@ fn format_value(interp: &mut Interp<'_>, value: &Value, spec: &str) -> Result<St
             let n = number_of(value)?;
             let body = match s.kind {
                 None => match s.precision {
-                    None => {
-                        let text = float_repr(n.abs());
-                        text
-                    }
+                    None => float_repr(n.abs()),
                     Some(_) => {
                         return Err(fail("a precision without a type in a float's format is not supported"));
                     }

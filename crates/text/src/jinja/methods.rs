@@ -597,7 +597,7 @@ fn call_str(interp: &mut Interp<'_>, text: &str, name: &str, args: Args) -> Resu
                 Value::Tuple(items) => {
                     interp.spend(items.items.len() as u64)?;
                     for item in &items.items {
-                        if matches(&*want_str(item, name)?) {
+                        if matches(&want_str(item, name)?) {
                             return Ok(Value::Bool(true));
                         }
                     }

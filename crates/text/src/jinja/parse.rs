@@ -19,6 +19,9 @@ pub(super) const CALLER: Sym = 1;
 pub(super) const VARARGS: Sym = 2;
 pub(super) const KWARGS: Sym = 3;
 
+/// Parameters of a macro and the defaults of the last ones.
+type Signature = (Vec<(Sym, Arc<str>)>, Vec<Expr>);
+
 struct Parser {
     tokens: Vec<(Token, u32)>,
     at: usize,
@@ -445,7 +448,7 @@ impl Parser {
         }
     }
 
-    fn signature(&mut self) -> Result<(Vec<(Sym, Arc<str>)>, Vec<Expr>)> {
+    fn signature(&mut self) -> Result<Signature> {
         self.expect_op("(")?;
         let mut params = Vec::new();
         let mut defaults = Vec::new();
