@@ -204,3 +204,82 @@ impl TokenizerConfig {
         Ok(plain.with_special(special)?.with_named(self.named_tokens.clone()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Message, RenderOptions};
+
+    fn config(
+        tokenizer: &str,
+        map: Option<&str>,
+        generation: Option<&str>,
+        model: Option<&str>,
+    ) -> TokenizerConfig {
+        TokenizerConfig::parse_all(
+            tokenizer.as_bytes(),
+            map.map(str::as_bytes),
+            generation.map(str::as_bytes),
+            model.map(str::as_bytes),
+        )
+        .expect("JSON")
+    }
+
+    const TOKENIZER: &str = r#"{"model": {"type": "BPE", "vocab": {"a": 0, "<s>": 1, "<e>": 2, "<t>": 3, "<m>": 4}, "merges": []},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+        "added_tokens": []}"#;
+
+    #[test]
+    fn every_file_names_ids_that_stop_and_only_the_tokenizer_says_what_templates_write() {
+        let config = config(
+            r#"{"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "<t>"}, "unk_token": null, "mask_token": "<m>"}"#,
+            None,
+            Some(r#"{"eos_token_id": [2]}"#),
+            Some(r#"{"eos_token_id": 4, "text_config": {"eos_token_id": [2, 99]}}"#),
+        );
+        let tokenizer = config.tokenizer(TOKENIZER.as_bytes()).expect("it builds");
+        assert_eq!(tokenizer.eos_ids(), [2, 3, 4]);
+        let named = tokenizer.template_tokens();
+        let named: Vec<_> =
+            named.iter().map(|(name, text)| (name.as_str(), text.as_str().unwrap_or(""))).collect();
+        assert_eq!(named, [("bos_token", "<s>"), ("eos_token", "<t>"), ("mask_token", "<m>")]);
+    }
+
+    #[test]
+    fn the_map_of_special_tokens_counts_where_the_configuration_lists_no_added_tokens() {
+        let map = Some(r#"{"eos_token": {"content": "<t>"}, "sep_token": "<m>"}"#);
+        let old = config(r#"{"eos_token": "<e>"}"#, map, None, None);
+        assert_eq!(old.eos_token.as_deref(), Some("<t>"));
+        assert_eq!(old.named_tokens, [("eos_token", "<t>".to_owned()), ("sep_token", "<m>".to_owned())]);
+        let new = config(r#"{"eos_token": "<e>", "added_tokens_decoder": {}}"#, map, None, None);
+        assert_eq!(new.named_tokens, [("eos_token", "<e>".to_owned())]);
+    }
+
+    #[track_caller]
+    fn check_named(json: &str, tools: Option<Value>, expected: Result<Option<&str>, &str>) {
+        let templates = config(json, None, None, None).chat_templates;
+        let options = RenderOptions { tools, ..RenderOptions::default() };
+        let rendered = templates
+            .parse()
+            .map(|t| t.map(|t| t.render(&[Message::new("user", "x")], &options).expect("text")))
+            .map_err(|e| e.to_string());
+        assert_eq!(rendered.as_ref().map(Option::as_deref).map_err(String::as_str), expected, "{json}");
+    }
+
+    #[test]
+    fn of_several_templates_the_one_for_tools_is_taken_where_there_are_tools() {
+        let both = r#"{"chat_template": [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]}"#;
+        check_named(both, None, Ok(Some("D")));
+        check_named(both, Some(serde_json::json!([])), Ok(Some("T")));
+        let other =
+            r#"{"chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]}"#;
+        check_named(other, Some(serde_json::json!([])), Ok(Some("D")));
+        check_named(r#"{"chat_template": "D"}"#, Some(serde_json::json!([])), Ok(Some("D")));
+        check_named("{}", None, Ok(None));
+        check_named(
+            r#"{"chat_template": [{"name": "rag", "template": "R"}]}"#,
+            None,
+            Err("the model has the chat templates `rag`, and none is named `default`"),
+        );
+    }
+}

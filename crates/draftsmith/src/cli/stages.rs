@@ -73,7 +73,7 @@ pub struct DataPreview {
     pub json: bool,
 }
 
-/// Renders conversations with a model's chat template and prints text and ids, one JSON object per row.
+/// Renders conversations with a model's chat template, nothing added and nothing left out.
 ///
 /// A row is a JSON object with `messages` and, where wanted, `tools`, `chat_template_kwargs`, `add_generation_prompt`,
 /// `now` (seconds since 1970 for `strftime_now`) and `template` (a template's text, for this row alone). What a
@@ -81,7 +81,7 @@ pub struct DataPreview {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     draftsmith data render rows.jsonl --target fixtures/tiny-target\n  \
-    draftsmith data render rows.jsonl --target hf:ORG/NAME --template other.jinja")]
+    draftsmith data render rows.jsonl --target hf:ORG/NAME --template other.jinja --json")]
 pub struct DataRender {
     /// JSONL file of conversations.
     #[arg(value_name = "FILE")]
@@ -92,6 +92,9 @@ pub struct DataRender {
     /// Jinja file that replaces the model's own chat template.
     #[arg(long, value_name = "FILE")]
     pub template: Option<PathBuf>,
+    /// Print one JSON object per row: text and ids, or error.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Lets the target answer the conversations of a run file itself, so that the draft learns what the target says.

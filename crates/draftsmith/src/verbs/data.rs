@@ -96,7 +96,7 @@ pub(crate) fn render(args: &cli::DataRender, session: &Session) -> Result<u8, Fa
         let row: serde_json::Value = serde_json::from_str(line).map_err(|e| bad(format!("no JSON: {e}")))?;
         let messages = row.get("messages").and_then(serde_json::Value::as_array);
         let messages: Vec<Message> = messages
-            .ok_or_else(|| bad("`messages` is missing".to_string()))?
+            .ok_or_else(|| bad("`messages` is missing or no list".to_string()))?
             .iter()
             .map(Message::from_json)
             .collect::<Result<_, _>>()
@@ -117,10 +117,18 @@ pub(crate) fn render(args: &cli::DataRender, session: &Session) -> Result<u8, Fa
             None => text.template().map_err(Error::from)?.render(&messages, &options),
         };
         let with_ids = rendered.and_then(|t| Ok::<_, TextError>((text.tokenizer.encode(&t, false)?, t)));
-        printer::json(&match with_ids {
-            Ok((ids, text)) => serde_json::json!({"row": number, "text": text, "ids": ids}),
-            Err(error) => serde_json::json!({"row": number, "error": error.to_string()}),
-        })?;
+        if args.json {
+            printer::json(&match with_ids {
+                Ok((ids, text)) => serde_json::json!({"row": number, "text": text, "ids": ids}),
+                Err(error) => serde_json::json!({"row": number, "error": error.to_string()}),
+            })?;
+        } else {
+            let shown = match with_ids {
+                Ok((_, text)) => text,
+                Err(error) => format!("error: {error}"),
+            };
+            printer::out(&format!("── `{}`, line {number}\n{shown}\n", args.file.display()))?;
+        }
     }
     Ok(0)
 }

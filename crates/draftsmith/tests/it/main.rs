@@ -22,4 +22,5 @@ mod serve;
 mod serve_gap;
 mod stages;
 mod support;
+mod templates;
 mod thinking;

@@ -712,6 +712,9 @@ impl<'t> Interp<'t> {
                 }
             },
             other if other.is_iterable() => {
+                if matches!(other, Value::View(super::value::View::Keys, _)) {
+                    super::value::hashable(item)?;
+                }
                 let items = self.items(other)?;
                 self.any_equal(&items, item)
             }

@@ -391,16 +391,12 @@ fn sort(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
     };
     let mut items = Vec::new();
     for item in interp.items(&value)? {
-        let key = match &getters[..] {
-            [getter] => getter.get(interp, &item)?,
-            many => {
-                let mut keys = Vec::new();
-                for getter in many {
-                    keys.push(getter.get(interp, &item)?);
-                }
-                Value::list(keys)?
-            }
-        };
+        // A list even for one attribute: lists of equal keys are equal, whether or not the keys have an order.
+        let mut keys = Vec::with_capacity(getters.len());
+        for getter in &getters {
+            keys.push(getter.get(interp, &item)?);
+        }
+        let key = Value::list(keys)?;
         items.push((key, item));
     }
     Value::list(sorted(interp, items, truth(reverse))?)
@@ -525,7 +521,6 @@ fn last(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
         Value::List(items) | Value::Tuple(items) => items.items.last().cloned(),
         Value::Str(text) => text.chars().next_back().map(|c| Value::str(&*c.encode_utf8(&mut [0; 4]))),
         Value::Iter(_) => return Err(type_error("'generator' object is not reversible")),
-        Value::Undefined(message) => return Err(undefined_error(message)),
         other => interp.items(other)?.into_iter().next_back(),
     };
     Ok(item.unwrap_or_else(|| Value::undefined("No last item, sequence was empty.")))
@@ -779,7 +774,6 @@ fn reverse(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
     match &value {
         Value::Str(text) => methods::reversed(interp, text),
         Value::Markup(_) => Err(fail("`reverse` of a text marked as safe is not supported")),
-        Value::Undefined(message) => Err(undefined_error(message)),
         Value::Iter(_) => {
             let mut items = interp.items(&value)?;
             items.reverse();
@@ -846,6 +840,9 @@ fn round(_: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
         Value::Float(n) => format::whole(if method == "ceil" { n.ceil() } else { n.floor() })?,
         other => other.as_int().unwrap_or(0),
     };
+    if whole.unsigned_abs() > 1 << 53 {
+        return Err(fail("rounding so large a number is not supported"));
+    }
     Ok(Value::Float(whole as f64 / as_float(&unit)))
 }
 
@@ -976,14 +973,12 @@ fn truncate(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> 
     if leeway < 0 {
         return Err(fail(format!("expected leeway >= 0, got {leeway}")));
     }
-    let text = match &value {
-        Value::Str(text) => text.clone(),
-        Value::Undefined(_) => return Ok(value),
-        other => return Err(type_error(format!("truncate: a string is needed, not {}", other.type_name()))),
-    };
-    if super::value::char_count(&text) as i128 <= length + leeway {
+    if value.len()? as i128 <= length + leeway {
         return Ok(value);
     }
+    let Value::Str(text) = &value else {
+        return Err(type_error(format!("truncate: a string is needed, not {}", value.type_name())));
+    };
     interp.spend_text(text.len())?;
     let cut: String = text.chars().take((length - end_len) as usize).collect();
     let kept = match cut.rfind(' ') {
@@ -1049,9 +1044,7 @@ fn xmlattr(interp: &mut Interp<'_>, value: Value, args: Args) -> Result<Value> {
             continue;
         }
         let Some(name) = key.as_str() else { return Err(type_error("expected string or bytes-like object")) };
-        if name
-            .contains(|c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '\u{b}' | '\u{c}' | '/' | '>' | '='))
-        {
+        if name.contains([' ', '\t', '\n', '\r', '\u{b}', '\u{c}', '/', '>', '=']) {
             return Err(value_error(format!("Invalid character in attribute name: '{name}'")));
         }
         let safe = |i: &Interp<'_>, v: &Value| match v {

@@ -162,7 +162,7 @@ pub(super) fn printf(interp: &mut Interp<'_>, text: &str, args: &Value) -> Resul
     let (values, mapping): (&[Value], Option<&Value>) = match args {
         Value::Tuple(items) => (&items.items, None),
         // Whatever has `__getitem__` and is no tuple or string may be a mapping.
-        Value::Dict(_) | Value::List(_) => (&single, Some(args)),
+        Value::Dict(_) | Value::List(_) | Value::Range(..) | Value::Undefined(_) => (&single, Some(args)),
         _ => (&single, None),
     };
     let mut used = 0;
@@ -683,10 +683,7 @@ fn format_value(interp: &mut Interp<'_>, value: &Value, spec: &str) -> Result<St
             let n = number_of(value)?;
             let body = match s.kind {
                 None => match s.precision {
-                    None => {
-                        let text = float_repr(n.abs());
-                        text
-                    }
+                    None => float_repr(n.abs()),
                     Some(_) => {
                         return Err(fail("a precision without a type in a float's format is not supported"));
                     }

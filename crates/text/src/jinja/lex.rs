@@ -304,7 +304,7 @@ impl<'s> Lexer<'s> {
         let prefixed = |radix: u32, digit: fn(&u8) -> bool| {
             let start = 2 + usize::from(bytes.get(2) == Some(&b'_'));
             let end = digits(start, digit);
-            (end > start).then(|| (radix, 2, end))
+            (end > start).then_some((radix, 2, end))
         };
         let special = match (bytes[0], bytes.get(1)) {
             (b'0', Some(b'x' | b'X')) => prefixed(16, u8::is_ascii_hexdigit),

@@ -344,12 +344,24 @@ fn cased(c: char) -> bool {
     c.is_lowercase() || c.is_uppercase() || unicode::title_cased(c)
 }
 
+/// Lower case of the character at `at`; a sigma at the end of a word has a form of its own.
+fn push_lower(text: &str, at: usize, c: char, out: &mut String) {
+    let letter = |c: &char| !matches!(c, '\'' | '.' | ':' | '\u{b7}' | '\u{300}'..='\u{36f}');
+    if c == 'Σ' {
+        let before = text[..at].chars().rev().find(letter).is_some_and(cased);
+        let after = text[at + c.len_utf8()..].chars().find(letter).is_some_and(cased);
+        out.push(if before && !after { 'ς' } else { 'σ' });
+    } else {
+        out.extend(c.to_lowercase());
+    }
+}
+
 fn title(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut inside = false;
-    for c in text.chars() {
+    for (at, c) in text.char_indices() {
         if inside {
-            out.extend(c.to_lowercase());
+            push_lower(text, at, c, &mut out);
         } else {
             unicode::push_title(c, &mut out);
         }
@@ -541,9 +553,9 @@ fn call_str(interp: &mut Interp<'_>, text: &str, name: &str, args: Args) -> Resu
         }),
         "swapcase" => made(args, &|text| {
             let mut out = String::with_capacity(text.len());
-            for c in text.chars() {
+            for (at, c) in text.char_indices() {
                 if c.is_uppercase() {
-                    out.extend(c.to_lowercase());
+                    push_lower(text, at, c, &mut out);
                 } else if c.is_lowercase() {
                     out.extend(c.to_uppercase());
                 } else {
@@ -585,7 +597,7 @@ fn call_str(interp: &mut Interp<'_>, text: &str, name: &str, args: Args) -> Resu
                 Value::Tuple(items) => {
                     interp.spend(items.items.len() as u64)?;
                     for item in &items.items {
-                        if matches(&*want_str(item, name)?) {
+                        if matches(&want_str(item, name)?) {
                             return Ok(Value::Bool(true));
                         }
                     }

@@ -173,6 +173,9 @@ pub(super) fn binary(interp: &mut Interp<'_>, op: BinaryOp, a: &Value, b: &Value
                 _ => None,
             };
             if let Some((value, n)) = pair {
+                if i64::try_from(n).is_err() {
+                    return Err(value_error("cannot fit 'int' into an index-sized integer"));
+                }
                 let times = n.clamp(0, 1 << 40) as usize;
                 match value {
                     Value::Str(text) | Value::Markup(text) => {

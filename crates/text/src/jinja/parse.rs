@@ -19,6 +19,9 @@ pub(super) const CALLER: Sym = 1;
 pub(super) const VARARGS: Sym = 2;
 pub(super) const KWARGS: Sym = 3;
 
+/// Parameters of a macro and the defaults of the last ones.
+type Signature = (Vec<(Sym, Arc<str>)>, Vec<Expr>);
+
 struct Parser {
     tokens: Vec<(Token, u32)>,
     at: usize,
@@ -445,7 +448,7 @@ impl Parser {
         }
     }
 
-    fn signature(&mut self) -> Result<(Vec<(Sym, Arc<str>)>, Vec<Expr>)> {
+    fn signature(&mut self) -> Result<Signature> {
         self.expect_op("(")?;
         let mut params = Vec::new();
         let mut defaults = Vec::new();
@@ -642,7 +645,15 @@ impl Parser {
         while self.skip_op("**") {
             self.chain_limit(&mut links)?;
             let right = self.unary(true)?;
-            left = Expr { line, kind: ExprKind::Binary(BinaryOp::Pow, Box::new(left), Box::new(right)) };
+            // Jinja2 writes a negative constant without brackets into Python's code, where it binds less than `**`; only
+            // if both sides are constants it computes the power itself.
+            let outside = negative_constant(&left) && !constant(&right);
+            if outside && let ExprKind::Neg(inner) = left.kind {
+                let power = Expr { line, kind: ExprKind::Binary(BinaryOp::Pow, inner, Box::new(right)) };
+                left = Expr { line, kind: ExprKind::Neg(Box::new(power)) };
+            } else {
+                left = Expr { line, kind: ExprKind::Binary(BinaryOp::Pow, Box::new(left), Box::new(right)) };
+            }
         }
         Ok(left)
     }
@@ -670,6 +681,7 @@ impl Parser {
                 "true" | "True" => literal(Literal::Bool(true)),
                 "false" | "False" => literal(Literal::Bool(false)),
                 "none" | "None" => literal(Literal::None),
+                "self" => self.fail("`self` is not supported in chat templates"),
                 _ => {
                     let sym = self.sym(&name);
                     self.used.push(sym);
@@ -982,6 +994,21 @@ impl Parser {
         let test = Expr { line, kind: ExprKind::Test(Box::new(value), name, test, Box::new(args)) };
         Ok(if negated { Expr { line, kind: ExprKind::Not(Box::new(test)) } } else { test })
     }
+}
+
+fn constant(expr: &Expr) -> bool {
+    match &expr.kind {
+        ExprKind::Literal(_) => true,
+        ExprKind::Neg(value) | ExprKind::Pos(value) => constant(value),
+        _ => false,
+    }
+}
+
+fn negative_constant(expr: &Expr) -> bool {
+    matches!(&expr.kind, ExprKind::Neg(value) if matches!(
+        value.kind,
+        ExprKind::Literal(Literal::Int(1..) | Literal::Float(_))
+    ))
 }
 
 enum Part {

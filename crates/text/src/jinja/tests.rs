@@ -2,7 +2,7 @@
 
 use super::ast::CompareOp;
 use super::eval::Interp;
-use super::value::{Value, same};
+use super::value::{Value, hashable, same};
 use super::{Args, Result, ast::BinaryOp, filters, methods, ops, type_error};
 
 pub(crate) type Test = fn(&mut Interp<'_>, &Value, Args) -> Result<bool>;
@@ -91,8 +91,16 @@ pub(super) fn find(name: &str) -> Option<Test> {
             let container = container.ok_or_else(|| type_error("in: an argument is missing"))?;
             i.contains(&container, v)
         },
-        "filter" => |_, v, a| none(a).map(|()| v.as_str().is_some_and(|name| filters::find(name).is_some())),
-        "test" => |_, v, a| none(a).map(|()| v.as_str().is_some_and(|name| find(name).is_some())),
+        "filter" => |_, v, a| {
+            none(a)?;
+            hashable(v)?;
+            Ok(v.as_str().is_some_and(|name| filters::find(name).is_some()))
+        },
+        "test" => |_, v, a| {
+            none(a)?;
+            hashable(v)?;
+            Ok(v.as_str().is_some_and(|name| find(name).is_some()))
+        },
         "==" | "eq" | "equalto" => |i, v, a| compares(i, v, a, CompareOp::Eq),
         "!=" | "ne" => |i, v, a| compares(i, v, a, CompareOp::Ne),
         ">" | "gt" | "greaterthan" => |i, v, a| compares(i, v, a, CompareOp::Gt),

@@ -161,6 +161,7 @@ fn expressions_give_what_jinja2_gives() {
             (Ok(text), Some(expected)) if text == expected => equal += 1,
             (Err(_), None) => equal += 1,
             // What cannot be done alike is refused, and says so.
+            (Err(_), Some(expected)) if expected.contains(" at 0x") => refused += 1,
             (Err(error), Some(_))
                 if ["not supported", "cannot be printed"]
                     .iter()
@@ -195,7 +196,7 @@ fn arguments_in_a_string_are_given_as_an_object_first_and_as_written_where_that_
     {
         check(body, "<{\"x\":  1e-05}>");
     }
-    check("{{ raise_exception('a string, please') if a is not string }}{{ a | length }}", "14");
+    check("{{ raise_exception('a string, please') if a is not string }}{{ a | length }}", "13");
     let error = render("{{ a + 1 }}").expect_err("neither works").to_string();
     assert!(error.contains("dict"), "{error}");
 }
