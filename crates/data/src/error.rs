@@ -340,7 +340,9 @@ impl RowError {
                 "one line holds one whole row (or the file is one JSON array); write the file again, or remove the line"
             }
             RowError::InvalidUtf8 { .. } => "write the file as UTF-8, or remove the line",
-            RowError::LineTooLong { .. } => "one line holds one conversation; check that the file is JSON Lines",
+            RowError::LineTooLong { .. } => {
+                "one line holds one conversation; check that the file is JSON Lines"
+            }
             RowError::BrokenParquet { .. } => "fetch or write the file again",
             RowError::NoConversation { .. } => {
                 "rename the columns: the list of messages to `messages`, or the prompt to `prompt` and its answer to \
@@ -349,8 +351,12 @@ impl RowError {
             RowError::PlainText { .. } => {
                 "split the text into `messages` with a `role` and a `content` each; text without roles is not read"
             }
-            RowError::OneMessage { .. } => "put the messages of one conversation into one row, as a list `messages`",
-            RowError::NoRole { .. } => "rename the field that says who speaks to `role`, and the one with the text to `content`",
+            RowError::OneMessage { .. } => {
+                "put the messages of one conversation into one row, as a list `messages`"
+            }
+            RowError::NoRole { .. } => {
+                "rename the field that says who speaks to `role`, and the one with the text to `content`"
+            }
             RowError::BadSwitch { .. } => "write 1 to train the answer and 0 not to",
             RowError::BlankMessage { unread, .. } if !unread.is_empty() => {
                 "rename the field that holds the message's text to `content`, or remove the row"
@@ -358,7 +364,9 @@ impl RowError {
             RowError::UnknownRole { .. } => {
                 "rename the role to `system`, `user`, `assistant` or `tool`, or remove the row"
             }
-            RowError::SpecialTokenInText { .. } => "take the control token out of the text, or remove the row",
+            RowError::SpecialTokenInText { .. } => {
+                "take the control token out of the text, or remove the row"
+            }
             _ => "repair or remove the row",
         };
         format!("{repair}; with `data.strict = false` such rows are dropped and counted")

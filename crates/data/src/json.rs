@@ -34,7 +34,10 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<(Value, Repairs), RowError> {
         return Ok((value, repairs));
     }
     if text.contains('\0') {
-        return Err(RowError::BrokenJson { column: error.column(), detail: "the text holds NUL bytes".into() });
+        return Err(RowError::BrokenJson {
+            column: error.column(),
+            detail: "the text holds NUL bytes".into(),
+        });
     }
     let detail = json_detail(&error);
     Err(match error.classify() {
@@ -109,7 +112,9 @@ fn repair(text: &str) -> (String, Repairs) {
             b'}' | b']' => depth = depth.saturating_sub(1),
             b':' if depth == 1 => key.clone_from(&last),
             b'-' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => {
-                while at < bytes.len() && matches!(bytes[at], b'-' | b'+' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z') {
+                while at < bytes.len()
+                    && matches!(bytes[at], b'-' | b'+' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z')
+                {
                     at += 1;
                 }
                 let word = &text[start..at];
@@ -202,7 +207,11 @@ impl Elements {
                     self.at += 1;
                     self.closed = true;
                     // `[]`: closed without an element.
-                    return if end == start && first { self.after() } else { Element::Item(start..end, line) };
+                    return if end == start && first {
+                        self.after()
+                    } else {
+                        Element::Item(start..end, line)
+                    };
                 }
                 (false, b'}' | b']') => depth = depth.saturating_sub(1),
                 (false, b',') if depth == 0 => {
@@ -242,16 +251,44 @@ mod tests {
     fn what_python_writes_is_read() {
         use serde_json::json;
         check(r#"{"a":1,"b":"NaN \ud83d\ude00"}"#, json!({"a": 1, "b": "NaN 😀"}), &[], &[]);
-        check(r#"{"a":NaN,"b":[1,-Infinity],"c":Infinity}"#, json!({"a": null, "b": [1, null], "c": null}), &["a", "b", "c"], &[]);
-        check(r#"{"a":1e999,"b":{"NaN":NaN,"x":"NaN"}}"#, json!({"a": null, "b": {"NaN": null, "x": "NaN"}}), &["a", "b"], &[]);
-        check(r#"{"a":"x\ud83d y","b":"\ude00\ud83d\ude00"}"#, json!({"a": "x\u{fffd} y", "b": "\u{fffd}😀"}), &[], &["a", "b"]);
-        check(r#"{"a":"\ud83d\ud83d\ude00","é\"":"\\ud83d"}"#, json!({"a": "\u{fffd}😀", "é\"": "\\ud83d"}), &[], &["a"]);
+        check(
+            r#"{"a":NaN,"b":[1,-Infinity],"c":Infinity}"#,
+            json!({"a": null, "b": [1, null], "c": null}),
+            &["a", "b", "c"],
+            &[],
+        );
+        check(
+            r#"{"a":1e999,"b":{"NaN":NaN,"x":"NaN"}}"#,
+            json!({"a": null, "b": {"NaN": null, "x": "NaN"}}),
+            &["a", "b"],
+            &[],
+        );
+        check(
+            r#"{"a":"x\ud83d y","b":"\ude00\ud83d\ude00"}"#,
+            json!({"a": "x\u{fffd} y", "b": "\u{fffd}😀"}),
+            &[],
+            &["a", "b"],
+        );
+        check(
+            r#"{"a":"\ud83d\ud83d\ude00","é\"":"\\ud83d"}"#,
+            json!({"a": "\u{fffd}😀", "é\"": "\\ud83d"}),
+            &[],
+            &["a"],
+        );
         check(r#"{"\ud83d":1}"#, json!({"\u{fffd}": 1}), &[], &[""]);
     }
 
     #[test]
     fn what_python_refuses_is_refused() {
-        for text in ["{\"a\": nan}", "{\"a\": NaN,}", "{\"a\": \"\\ud83\"}", "{\"a\": -NaN}", "{\"a\": 01}", "\u{0}\u{0}", ""] {
+        for text in [
+            "{\"a\": nan}",
+            "{\"a\": NaN,}",
+            "{\"a\": \"\\ud83\"}",
+            "{\"a\": -NaN}",
+            "{\"a\": 01}",
+            "\u{0}\u{0}",
+            "",
+        ] {
             assert!(parse(text.as_bytes()).is_err(), "{text}");
         }
         assert_eq!(parse(b"{\"a\": \"\xff\"}"), Err(RowError::InvalidUtf8 { at: 8 }));
@@ -267,7 +304,9 @@ mod tests {
             let mut out = Vec::new();
             loop {
                 match elements.next() {
-                    Element::Item(range, line) => out.push(format!("{line}:{}", String::from_utf8_lossy(elements.bytes(range)))),
+                    Element::Item(range, line) => {
+                        out.push(format!("{line}:{}", String::from_utf8_lossy(elements.bytes(range))))
+                    }
                     Element::Cut(range, line) => {
                         out.push(format!("{line}:cut {}", String::from_utf8_lossy(elements.bytes(range))));
                         return out;

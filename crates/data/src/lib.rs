@@ -32,8 +32,8 @@ pub use counts::TokenCounts;
 pub use decontam::Decontaminator;
 pub use error::{DataError, DropReason, Location, RowError};
 pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, leave_out_prompts, load};
-pub use pack::{PackError, PackedSequence, pack};
 pub use notes::{Change, RowNotes};
+pub use pack::{PackError, PackedSequence, pack};
 pub use prepare::{MaskedAnswers, PrepareOptions, Preparer, mask_row, prepare};
 
 /// A row as training takes it.

@@ -7,11 +7,9 @@ use draftsmith_text::Message;
 use sha2::{Digest, Sha256};
 
 use crate::decontam::words;
-use crate::row::is_system;
 use crate::rng::Rng;
-use crate::{
-    DataError, Decontaminator, DropReason, LocatedRow, ReadOptions, Report, Row, SourceReader,
-};
+use crate::row::is_system;
+use crate::{DataError, Decontaminator, DropReason, LocatedRow, ReadOptions, Report, Row, SourceReader};
 
 /// A file and how much of it is taken.
 #[derive(Clone, Debug, PartialEq)]

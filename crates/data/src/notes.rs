@@ -104,7 +104,8 @@ impl<'a> Fields<'a> {
     /// Columns that hold something and were not read.
     pub(crate) fn unused(&self) -> Vec<String> {
         let read = self.read.borrow();
-        let unused = self.object.iter().filter(|(key, value)| holds_something(value) && !read.contains(key.as_str()));
+        let unused =
+            self.object.iter().filter(|(key, value)| holds_something(value) && !read.contains(key.as_str()));
         unused.map(|(key, _)| key.clone()).collect()
     }
 

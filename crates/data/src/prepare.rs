@@ -11,8 +11,8 @@ use crate::error::text_reason;
 use crate::load::token_fingerprint;
 use crate::row::is_trained;
 use crate::{
-    Change, Conversation, DataError, DomainCounts, DropReason, LocatedRow, Report, Row, RowError, TokenCounts,
-    TokenRow,
+    Change, Conversation, DataError, DomainCounts, DropReason, LocatedRow, Report, Row, RowError,
+    TokenCounts, TokenRow,
 };
 
 /// How rows become tokens.
@@ -133,9 +133,14 @@ impl<'a> Preparer<'a> {
             }
             if let Some(seen) = &mut self.seen {
                 let place = (Arc::clone(&located.location.path), located.location.number);
-                let first = seen.entry(token_fingerprint(&row.ids, &row.loss_mask)).or_insert_with(|| place.clone());
+                let first =
+                    seen.entry(token_fingerprint(&row.ids, &row.loss_mask)).or_insert_with(|| place.clone());
                 if *first != place {
-                    let why = format!("its token ids are those of line or row {} of `{}`", first.1, file_name(&first.0));
+                    let why = format!(
+                        "its token ids are those of line or row {} of `{}`",
+                        first.1,
+                        file_name(&first.0)
+                    );
                     self.report.drop_row(DropReason::Duplicate, &located.location, &why);
                     continue;
                 }

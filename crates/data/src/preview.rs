@@ -32,7 +32,8 @@ pub fn preview_conversation(
     let answers = mask_row(tokenizer, template, conversation, options)?;
     let rows = answers.rows;
     if rows.is_empty() {
-        let why = if conversation.has_answer() { "no answer is to be trained" } else { "no assistant message" };
+        let why =
+            if conversation.has_answer() { "no answer is to be trained" } else { "no assistant message" };
         let options = conversation.mask_options(options).render.with_generation_prompt(true);
         let text = template.render(&conversation.messages, &options)?;
         let tokens = tokenizer.encode(&text, false)?.len();
@@ -40,7 +41,10 @@ pub fn preview_conversation(
     }
     let mut out = rows.iter().map(|row| preview(row, tokenizer, paint)).collect::<Vec<_>>().join("\n");
     if answers.not_trained > 0 {
-        out.push_str(&format!("answers that are not trained, as their message says: {}\n", answers.not_trained));
+        out.push_str(&format!(
+            "answers that are not trained, as their message says: {}\n",
+            answers.not_trained
+        ));
     }
     if answers.left_out > 0 {
         out.push_str(&format!("messages behind the last answer, left out: {}\n", answers.left_out));

@@ -82,7 +82,8 @@ impl Report {
         *self.dropped.entry(reason.name().to_owned()).or_default() += 1;
         self.first_dropped.entry(reason.name().to_owned()).or_insert_with(|| {
             // The name of the file alone: a report does not depend on where it was made.
-            let file = location.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let file =
+                location.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let unit = if location.is_line { "line" } else { "row" };
             format!("`{file}`, {unit} {}: {why}", location.number)
         });
@@ -175,8 +176,11 @@ impl Report {
             out.push_str(&format!("{:<28} {values:>12}\n", "row length p50 / p95 / max"));
         }
         if !self.unused_keys.is_empty() {
-            let keys: Vec<String> =
-                self.unused_keys.iter().map(|(key, count)| format!("{} ({})", key.escape_debug(), grouped(*count))).collect();
+            let keys: Vec<String> = self
+                .unused_keys
+                .iter()
+                .map(|(key, count)| format!("{} ({})", key.escape_debug(), grouped(*count)))
+                .collect();
             out.push_str(&format!("keys nobody used: {}\n", keys.join(", ")));
         }
         for (reason, first) in &self.first_dropped {
@@ -234,7 +238,8 @@ mod tests {
         report.drop_row(DropReason::Empty, &location, &"the conversation is empty");
         report.drop_row(DropReason::Empty, &location, &"another");
         report.change(Change::BlankSystemLeftOut, 2);
-        let mut notes = RowNotes { unused_keys: vec!["rejected".into(), "score".into()], ..RowNotes::default() };
+        let mut notes =
+            RowNotes { unused_keys: vec!["rejected".into(), "score".into()], ..RowNotes::default() };
         report.note(&notes);
         notes.unused_keys = (0..100).map(|i| format!("k{i}")).collect();
         report.note(&notes);

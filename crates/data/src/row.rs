@@ -183,7 +183,10 @@ fn conversation(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Conversatio
     }
     row.messages = shape::messages(fields, notes)?;
     let is_blank_system = |m: &Message| {
-        is_system(&m.role) && m.content.trim().is_empty() && m.name.is_none() && !m.extra.values().any(holds_something)
+        is_system(&m.role)
+            && m.content.trim().is_empty()
+            && m.name.is_none()
+            && !m.extra.values().any(holds_something)
     };
     let before = row.messages.len();
     row.messages.retain(|m| !is_blank_system(m));
@@ -241,8 +244,8 @@ fn was_cut(fields: &Fields<'_>) -> bool {
     let Some(Value::String(reason)) = fields.peek("finish_reason") else { return false };
     let cut = match reason.to_lowercase().as_str() {
         // Something other than the model's own end of turn.
-        "length" | "max_tokens" | "model_length" | "max_output_tokens" | "content_filter" | "abort" | "error"
-        | "cancelled" | "stop_sequence" => true,
+        "length" | "max_tokens" | "model_length" | "max_output_tokens" | "content_filter" | "abort"
+        | "error" | "cancelled" | "stop_sequence" => true,
         "" | "stop" | "end_turn" | "eos" | "eos_token" | "tool_calls" | "tool_use" | "function_call" => false,
         _ => return false,
     };
@@ -329,7 +332,9 @@ fn check(messages: &[Message]) -> Result<(), RowError> {
             _ => false,
         };
         if blank {
-            let says = |(key, value): &(&String, &Value)| holds_something(value) && !SWITCHES.contains(&key.as_str());
+            let says = |(key, value): &(&String, &Value)| {
+                holds_something(value) && !SWITCHES.contains(&key.as_str())
+            };
             let unread: Vec<&String> = message.extra.iter().filter(says).map(|(key, _)| key).collect();
             let unread = match unread.is_empty() {
                 true => String::new(),
@@ -339,7 +344,8 @@ fn check(messages: &[Message]) -> Result<(), RowError> {
         }
         if role == "assistant" {
             for field in SWITCHES {
-                if let Some(value) = message.extra.get(field).filter(|v| !v.is_null() && switch(v).is_none()) {
+                if let Some(value) = message.extra.get(field).filter(|v| !v.is_null() && switch(v).is_none())
+                {
                     return Err(RowError::BadSwitch { at, field, found: short(value) });
                 }
             }
@@ -478,7 +484,11 @@ mod tests {
         refuse("{\"messages\": [", DropReason::CutOff, "the line ends inside the row");
         refuse("[1]", DropReason::NotAConversation, "not a JSON object");
         refuse("{\"text\": \"x\"}", DropReason::NotAConversation, "`text` is one text");
-        refuse("{\"title\": \"x\", \"n\": 1, \"e\": []}", DropReason::NotAConversation, "columns (`title`, `n`)");
+        refuse(
+            "{\"title\": \"x\", \"n\": 1, \"e\": []}",
+            DropReason::NotAConversation,
+            "columns (`title`, `n`)",
+        );
         refuse("{\"messages\": 3}", DropReason::WrongType, "`messages` is not a list");
         refuse("{\"prompt\":\"a\",\"completion\":3}", DropReason::WrongType, "`completion` is not a string");
         refuse("{\"prompt\":\"a\",\"system\":3}", DropReason::WrongType, "`system` is not a string");

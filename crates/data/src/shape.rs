@@ -13,16 +13,31 @@ use crate::notes::{Change, Fields, RowNotes, holds_something, names};
 const MAX_MESSAGES: usize = 10_000;
 
 /// Columns that hold whole conversations.
-const LISTS: [&str; 9] =
-    ["messages", "conversations", "conversation", "dialogue", "dialog", "items", "chat", "trajectory", "traj"];
+const LISTS: [&str; 9] = [
+    "messages",
+    "conversations",
+    "conversation",
+    "dialogue",
+    "dialog",
+    "items",
+    "chat",
+    "trajectory",
+    "traj",
+];
 
 /// Columns with a prompt, and those with its answer, the best first.
 const PAIRS: [(&str, &[&str]); 11] = [
     ("prompt", &["completion", "response", "answer", "chosen", "output", "final"]),
     ("instruction", &["output", "response", "completion", "answer", "chosen"]),
-    ("question", &["answer", "response", "final", "generated_solution", "solution", "output", "completion", "chosen"]),
+    (
+        "question",
+        &["answer", "response", "final", "generated_solution", "solution", "output", "completion", "chosen"],
+    ),
     ("query", &["response", "answer", "output", "completion", "chosen"]),
-    ("problem", &["solution", "answer", "deepseek_solution", "generated_solution", "response", "output", "chosen"]),
+    (
+        "problem",
+        &["solution", "answer", "deepseek_solution", "generated_solution", "response", "output", "chosen"],
+    ),
     ("input", &["output", "response", "answer", "completion", "chosen"]),
     ("inputs", &["targets"]),
     ("user", &["assistant", "bot", "gpt"]),
@@ -51,7 +66,8 @@ const SIDES: [(&str, &str); 9] = [
 ];
 
 /// Speakers that are keys of a turn; other names of roles (`model`, `function`) are keys with other meanings too.
-const SPEAKERS: [&str; 9] = ["system", "user", "human", "prompter", "assistant", "gpt", "chatgpt", "bot", "ai"];
+const SPEAKERS: [&str; 9] =
+    ["system", "user", "human", "prompter", "assistant", "gpt", "chatgpt", "bot", "ai"];
 
 /// What strings in a list are.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -95,11 +111,15 @@ pub(crate) fn messages(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Vec<
             _ => list(value, "chosen", Strings::Alternating, notes),
         };
     }
-    if let Some(value @ Value::Array(_)) = fields.peek("data") {
-        fields.mark("data");
-        return list(value, "data", Strings::Alternating, notes);
+    for field in ["data", "history"] {
+        if let Some(value @ Value::Array(_)) = fields.peek(field) {
+            fields.mark(field);
+            return list(value, field, Strings::Alternating, notes);
+        }
     }
-    if fields.peek("text").or(fields.peek("content")).is_some() && (fields.peek("role").or(fields.peek("from"))).is_some() {
+    if fields.peek("text").or(fields.peek("content")).is_some()
+        && (fields.peek("role").or(fields.peek("from"))).is_some()
+    {
         return Err(RowError::OneMessage { columns: fields.names() });
     }
     if fields.peek("text").is_some_and(Value::is_string) {
@@ -145,7 +165,10 @@ fn pair(
         Some(answer) if whole(&answer) => {
             let same = |m: &Message| asked.last().is_some_and(|last| last.content.trim() == m.content.trim());
             if !answer.iter().any(|m| m.role == "user" && same(m)) {
-                return Err(RowError::WrongType { field: prompt, wanted: "what the messages of the answer start with" });
+                return Err(RowError::WrongType {
+                    field: prompt,
+                    wanted: "what the messages of the answer start with",
+                });
             }
             return Ok(answer);
         }
@@ -171,7 +194,8 @@ fn answer(
 ) -> Result<Option<Vec<Message>>, RowError> {
     let readable = |value: &Value| matches!(value, Value::String(_) | Value::Array(_) | Value::Object(_));
     let present = |key: &&&'static str| fields.peek(key).is_some();
-    let Some(key) = keys.iter().find(|key| fields.peek(key).is_some_and(readable)).or(keys.iter().find(present)).copied()
+    let Some(key) =
+        keys.iter().find(|key| fields.peek(key).is_some_and(readable)).or(keys.iter().find(present)).copied()
     else {
         return Ok(None);
     };
@@ -242,7 +266,12 @@ fn json_in(text: &str) -> Option<Value> {
 }
 
 /// A list of turns in one of its forms; also as JSON in a string, as lists by field, and as a single message.
-fn list(value: &Value, field: &'static str, strings: Strings, notes: &mut RowNotes) -> Result<Vec<Message>, RowError> {
+fn list(
+    value: &Value,
+    field: &'static str,
+    strings: Strings,
+    notes: &mut RowNotes,
+) -> Result<Vec<Message>, RowError> {
     let parsed;
     let value = match value {
         Value::String(text) => {
@@ -263,11 +292,13 @@ fn list(value: &Value, field: &'static str, strings: Strings, notes: &mut RowNot
     if items.len() > MAX_MESSAGES {
         return Err(RowError::WrongType { field, wanted: "a list of at most 10000 messages" });
     }
-    let names_a_role = |item: &Value| item.get(0).and_then(Value::as_str).and_then(Message::role_of).is_some();
+    let names_a_role =
+        |item: &Value| item.get(0).and_then(Value::as_str).and_then(Message::role_of).is_some();
     let pairs_of_role_and_text = !items.is_empty() && items.iter().all(names_a_role);
     let mut out = Vec::with_capacity(items.len());
     for (at, item) in items.iter().enumerate() {
-        let message = |value: &Value| Message::from_json(value).map_err(|problem| RowError::BadMessage { at, problem });
+        let message =
+            |value: &Value| Message::from_json(value).map_err(|problem| RowError::BadMessage { at, problem });
         match item {
             Value::String(text) => {
                 let assistant = strings == Strings::Alternating && at % 2 == 1;
@@ -367,6 +398,8 @@ fn rows_of_columns(object: &Map<String, Value>) -> Option<Vec<Value>> {
     if columns.iter().any(|(_, values)| values.len() != length) {
         return None;
     }
-    let row = |at: usize| columns.iter().map(|(key, values)| ((*key).clone(), values[at].clone())).collect::<Map<_, _>>();
+    let row = |at: usize| {
+        columns.iter().map(|(key, values)| ((*key).clone(), values[at].clone())).collect::<Map<_, _>>()
+    };
     Some((0..length).map(|at| Value::Object(row(at))).collect())
 }

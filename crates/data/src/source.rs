@@ -97,7 +97,11 @@ const OTHER_FILES: [(&[u8], &str, &str); 12] = [
     (b"Obj\x01", "an Avro file", "write it as Parquet or JSON Lines"),
     (b"ORC", "an ORC file", "write it as Parquet or JSON Lines"),
     (b"SQLite format 3", "an SQLite database", "write its rows as Parquet or JSON Lines"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file itself",
+        "fetch the file with `git lfs pull`",
+    ),
     (b"<", "a page or XML, not rows", "fetch the file itself; its address may need another form or a login"),
     (b"\xff\xfe", "UTF-16 text", "write it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "write it as UTF-8"),
@@ -265,10 +269,18 @@ impl SourceReader {
                             let error = serde_json::from_slice::<Value>(elements.bytes(range)).err();
                             let (below, column) = error.as_ref().map_or((1, 0), |e| (e.line(), e.column()));
                             let line = line + below.saturating_sub(1) as u64;
-                            return Err(broken(line, column, "the array that the file starts with is not closed".into()));
+                            return Err(broken(
+                                line,
+                                column,
+                                "the array that the file starts with is not closed".into(),
+                            ));
                         }
                         Element::More(line) => {
-                            return Err(broken(line, 1, "more text follows the array that the file starts with".into()));
+                            return Err(broken(
+                                line,
+                                1,
+                                "more text follows the array that the file starts with".into(),
+                            ));
                         }
                     };
                     let row = match json::parse(elements.bytes(range)) {
@@ -307,7 +319,8 @@ impl SourceReader {
                     buffer.clear();
                     let limit = self.options.max_line_bytes;
                     let at = |source| DataError::IoAt { location: location.clone(), source };
-                    let read = reader.by_ref().take(limit as u64 + 1).read_until(b'\n', buffer).map_err(at)?;
+                    let read =
+                        reader.by_ref().take(limit as u64 + 1).read_until(b'\n', buffer).map_err(at)?;
                     if read == 0 {
                         return Ok(None);
                     }
@@ -410,10 +423,13 @@ fn field_to_json(field: &Field, finite: &mut bool) -> Value {
         },
         Field::Decimal(_) => field.to_string().into(),
         Field::Group(row) => {
-            let columns = row.get_column_iter().map(|(name, field)| (name.clone(), field_to_json(field, finite)));
+            let columns =
+                row.get_column_iter().map(|(name, field)| (name.clone(), field_to_json(field, finite)));
             Value::Object(columns.collect::<Map<_, _>>())
         }
-        Field::ListInternal(list) => list.elements().iter().map(|field| field_to_json(field, finite)).collect(),
+        Field::ListInternal(list) => {
+            list.elements().iter().map(|field| field_to_json(field, finite)).collect()
+        }
         Field::MapInternal(map) => {
             let key = |field: &Field| match field {
                 Field::Str(text) => text.clone(),

@@ -42,7 +42,9 @@ pub enum MessageError {
     #[error("a message has neither `role` nor `from`")]
     NoRole,
     /// The text of a `function_call` turn spells no call.
-    #[error("the `{role}` message is no call: wanted is JSON like {{\"name\": …, \"arguments\": {{…}}}}, or a list of them")]
+    #[error(
+        "the `{role}` message is no call: wanted is JSON like {{\"name\": …, \"arguments\": {{…}}}}, or a list of them"
+    )]
     NotACall {
         /// The role, as it was written.
         role: String,
@@ -129,7 +131,15 @@ impl Message {
             None | Some(Value::Null) => None,
             Some(calls) => tool_calls(calls)?,
         };
-        let mut read = vec![role_field, content_field, "content", "reasoning_content", "tool_calls", "name", "tool_call_id"];
+        let mut read = vec![
+            role_field,
+            content_field,
+            "content",
+            "reasoning_content",
+            "tool_calls",
+            "name",
+            "tool_call_id",
+        ];
         if let (None, Some(call)) = (&calls, object.get("function_call").filter(|c| !c.is_null())) {
             let wrong =
                 MessageError::WrongType { field: "function_call", found: kind_of(call), wanted: "a call" };
@@ -138,13 +148,15 @@ impl Message {
         }
         if speaker == Speaker::Caller {
             if calls.is_none() {
-                let list = calls_in(&Value::String(content)).ok_or(MessageError::NotACall { role: role.clone() })?;
+                let list =
+                    calls_in(&Value::String(content)).ok_or(MessageError::NotACall { role: role.clone() })?;
                 calls = tool_calls(&list)?;
                 content = String::new();
             }
         }
         // A null says no more than a missing field, unless a template may ask for it.
-        let dropped = |key: &str, value: &Value| read.contains(&key) || (key == "function_call" && value.is_null());
+        let dropped =
+            |key: &str, value: &Value| read.contains(&key) || (key == "function_call" && value.is_null());
         Ok(Message {
             role: speaker.name().map_or(role, str::to_owned),
             content,
@@ -227,10 +239,11 @@ impl Speaker {
             "system" => Speaker::System,
             "developer" => Speaker::Developer,
             "user" | "human" | "prompter" => Speaker::User,
-            "assistant" | "gpt" | "gpt4" | "gpt_4" | "chatgpt" | "bing" | "bard" | "claude" | "model" | "ai" | "bot"
-            | "chatbot" | "llm" => Speaker::Assistant,
-            "tool" | "function" | "observation" | "ipython" | "tool_response" | "tool_result" | "tool_results"
-            | "tool_output" | "function_response" | "function_result" | "function_output" => Speaker::Tool,
+            "assistant" | "gpt" | "gpt4" | "gpt_4" | "chatgpt" | "bing" | "bard" | "claude" | "model"
+            | "ai" | "bot" | "chatbot" | "llm" => Speaker::Assistant,
+            "tool" | "function" | "observation" | "ipython" | "tool_response" | "tool_result"
+            | "tool_results" | "tool_output" | "function_response" | "function_result"
+            | "function_output" => Speaker::Tool,
             "function_call" | "function_calls" | "tool_call" | "tool_calls" => Speaker::Caller,
             _ => Speaker::Other,
         }
@@ -422,13 +435,20 @@ mod tests {
 
     #[test]
     fn calls_are_read_from_turns_of_their_own_and_from_the_old_field() {
-        let call = |name: &str| json!({"type": "function", "function": {"name": name, "arguments": {"x": 1}}});
+        let call =
+            |name: &str| json!({"type": "function", "function": {"name": name, "arguments": {"x": 1}}});
         let calls = |list: &[&str]| {
             let list: Vec<Value> = list.iter().map(|name| call(name)).collect();
             json!({"role": "assistant", "content": "", "tool_calls": list})
         };
-        reads(r#"{"from":"function_call","value":"{\"name\": \"f\", \"arguments\": {\"x\": 1}}"}"#, calls(&["f"]));
-        reads(r#"{"from":"tool_call","value":"{\"name\": \"f\", \"parameters\": {\"x\": 1}}"}"#, calls(&["f"]));
+        reads(
+            r#"{"from":"function_call","value":"{\"name\": \"f\", \"arguments\": {\"x\": 1}}"}"#,
+            calls(&["f"]),
+        );
+        reads(
+            r#"{"from":"tool_call","value":"{\"name\": \"f\", \"parameters\": {\"x\": 1}}"}"#,
+            calls(&["f"]),
+        );
         reads(r#"{"role":"function_call","content":{"name":"f","arguments":{"x":1}}}"#, calls(&["f"]));
         reads(
             r#"{"from":"function_call","value":"[{\"name\":\"f\",\"arguments\":{\"x\":1}},{\"name\":\"g\",\"arguments\":{\"x\":1}}]"}"#,
@@ -442,12 +462,16 @@ mod tests {
             r#"{"from":"gpt","value":"<tool_call>\n{\"name\": \"f\"}\n</tool_call>"}"#,
             Ok(Message::new("assistant", "<tool_call>\n{\"name\": \"f\"}\n</tool_call>")),
         );
-        check(r#"{"role":"assistant","content":"x","function_call":null}"#, Ok(Message::new("assistant", "x")));
+        check(
+            r#"{"role":"assistant","content":"x","function_call":null}"#,
+            Ok(Message::new("assistant", "x")),
+        );
         for value in ["look it up", "{}", "[]", "[1]", "{\"arguments\": {}}"] {
             let error = Message::from_json(&json!({"from": "function_call", "value": value}));
             assert_eq!(error, Err(MessageError::NotACall { role: "function_call".into() }), "{value}");
         }
-        let error = Message::from_json(&json!({"role": "assistant", "function_call": "soon"})).expect_err("no call");
+        let error =
+            Message::from_json(&json!({"role": "assistant", "function_call": "soon"})).expect_err("no call");
         assert!(error.to_string().contains("`function_call` of a message is a string"), "{error}");
     }
 

@@ -90,7 +90,8 @@ fn duplicates_are_the_same_in_all_that_is_rendered() {
 #[test]
 fn what_is_nearly_a_validation_prompt_is_left_out_under_its_own_name() {
     let folder = tempfile::tempdir().expect("a folder");
-    let rows = [chat("what is two", "x"), chat("Three?", "y"), chat("What is two?", "z"), chat("What is two?", "2")];
+    let rows =
+        [chat("what is two", "x"), chat("Three?", "y"), chat("What is two?", "z"), chat("What is two?", "2")];
     let path = write(folder.path(), "a.jsonl", rows.concat());
     let mut loaded = load(&[SourceSpec::new(path)], &LoadOptions::default(), |_| {}).expect("rows");
     let held = hold_back(&mut loaded, 1);

@@ -125,10 +125,13 @@ fn refuses(source: &str, second: &str, reason: DropReason, message: &str) {
 
 #[test]
 fn rows_that_a_template_cannot_render_are_counted_by_kind() {
-    let think = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"<think>x</think>b"}]}"#;
+    let think =
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"<think>x</think>b"}]}"#;
     let turn = "{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>\\n' }}";
     let prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
-    let each = |body: &str| format!("{{% for m in messages %}}{{% set c = m.content %}}{body}{turn}{{% endfor %}}{prompt}");
+    let each = |body: &str| {
+        format!("{{% for m in messages %}}{{% set c = m.content %}}{body}{turn}{{% endfor %}}{prompt}")
+    };
     let raises = each("{% if '<think>' in c %}{{ raise_exception('no thoughts here') }}{% endif %}");
     refuses(&raises, think, DropReason::TemplateRefused, "no thoughts here");
     let fails = each("{% if '<think>' in c %}{{ c + 1 + none }}{% endif %}");
@@ -148,7 +151,8 @@ fn rows_are_the_same_if_their_token_ids_are() {
     let source = SourceSpec { weight: 2.0, ..SourceSpec::new(path) };
     let loaded = load(&[source], &LoadOptions::default(), |_| {}).expect("rows");
     let (tokenizer, template) = (tokenizer(), chatml());
-    let preparer = Preparer::new(&tokenizer, &template, options(), loaded.report.clone()).without_duplicates();
+    let preparer =
+        Preparer::new(&tokenizer, &template, options(), loaded.report.clone()).without_duplicates();
     let (rows, report, _) = prepare(&loaded.rows, preparer, |_| {}).expect("rows");
     // The template does not render reasoning, so row 3 is row 1.
     assert_eq!((rows.len(), report.dropped_for(DropReason::Duplicate)), (8, 2), "{report:?}");
@@ -167,7 +171,10 @@ fn answers_that_say_so_are_context_alone() {
     assert_eq!(report.changed_by(draftsmith_data::Change::EndWithoutAnswerLeftOut), 1);
     let none = r#"{"prompt":"a","completion":[{"role":"assistant","content":"b","loss":false}]}"#;
     let error = run(none, PrepareOptions { strict: true, ..options() }).expect_err("nothing to train");
-    assert!(error.to_string().ends_with("every answer of the conversation says not to train on it"), "{error}");
+    assert!(
+        error.to_string().ends_with("every answer of the conversation says not to train on it"),
+        "{error}"
+    );
 }
 
 #[test]

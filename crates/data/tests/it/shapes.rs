@@ -27,9 +27,12 @@ fn described(path: &Path) -> String {
                 line(format!("ids {:?} mask {mask:?}", row.ids));
             }
             Ok(Row::Conversation(row)) => {
-                for (name, text) in
-                    [("id", &row.id), ("domain", &row.domain), ("source", &row.source), ("license", &row.license)]
-                {
+                for (name, text) in [
+                    ("id", &row.id),
+                    ("domain", &row.domain),
+                    ("source", &row.source),
+                    ("license", &row.license),
+                ] {
                     if let Some(text) = text {
                         line(format!("({name} {text})"));
                     }

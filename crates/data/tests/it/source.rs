@@ -115,9 +115,17 @@ fn a_broken_group_of_parquet_rows_costs_itself_alone() {
             let values = values.map(|v| ByteArray::from(v.to_vec()));
             match column {
                 "prompt" => writer.typed::<ByteArrayType>().write_batch(&values, None, None),
-                "completion" => writer.typed::<ByteArrayType>().write_batch(&[values[1].clone(), values[0].clone()], None, None),
+                "completion" => writer.typed::<ByteArrayType>().write_batch(
+                    &[values[1].clone(), values[0].clone()],
+                    None,
+                    None,
+                ),
                 "score" => writer.typed::<DoubleType>().write_batch(&[f64::NAN], Some(&[1, 0]), None),
-                _ => writer.typed::<ByteArrayType>().write_batch(&[b"\xff".to_vec(), b"x".to_vec()].map(ByteArray::from), None, None),
+                _ => writer.typed::<ByteArrayType>().write_batch(
+                    &[b"\xff".to_vec(), b"x".to_vec()].map(ByteArray::from),
+                    None,
+                    None,
+                ),
             }
             .expect("written");
             writer.close().expect("closed");
@@ -130,7 +138,10 @@ fn a_broken_group_of_parquet_rows_costs_itself_alone() {
     assert_eq!(found, [1, 2, 5, 6]);
     let report = &loaded.report;
     assert_eq!((report.rows_read, report.dropped_for(DropReason::BrokenParquet)), (6, 2));
-    assert!(report.first_dropped["broken_parquet"].starts_with("`pairs.parquet`, row 3: broken Parquet: "), "{report:?}");
+    assert!(
+        report.first_dropped["broken_parquet"].starts_with("`pairs.parquet`, row 3: broken Parquet: "),
+        "{report:?}"
+    );
     assert!(report.changed.is_empty(), "NaN in a column that nobody reads: {report:?}");
     assert_eq!(report.unused_keys["blob"], 4);
     let strict = LoadOptions { strict: true, ..LoadOptions::default() };
@@ -154,7 +165,11 @@ fn fails(name: &str, bytes: impl AsRef<[u8]>, expected: &str) {
 fn broken_files_are_named() {
     let good = chat("a", "b");
     fails("a.json", format!("[{good},\n{{]"), "`a.json`: broken JSON at line 3, column 2: the array that");
-    fails("a.json", format!("[{good}]\n[{good}]"), "`a.json`: broken JSON at line 3, column 1: more text follows");
+    fails(
+        "a.json",
+        format!("[{good}]\n[{good}]"),
+        "`a.json`: broken JSON at line 3, column 1: more text follows",
+    );
     let mut packed = zstd::encode_all(good.repeat(100).as_bytes(), 3).expect("zstd");
     packed.truncate(packed.len() - 5);
     fails("a.jsonl.zst", &packed, "cannot read `a.jsonl.zst`");
@@ -162,7 +177,11 @@ fn broken_files_are_named() {
     fails("a.jsonl", b"\xff\xfe{\0}\0", "`a.jsonl` is UTF-16 text");
     fails("a.jsonl", b"{\0}\0", "`a.jsonl` is UTF-16 text");
     fails("a.jsonl", b"PK\x03\x04rest", "`a.jsonl` is a zip archive");
-    fails("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "`a.parquet` is a Git LFS pointer");
+    fails(
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "`a.parquet` is a Git LFS pointer",
+    );
     fails("a.jsonl", b"<!doctype html>", "`a.jsonl` is a page");
 }
 
@@ -199,16 +218,31 @@ fn a_broken_row_costs_itself_alone() {
         999,
         &["line 2 broken_json: broken JSON at column 14: expected value"],
     );
-    bad_rows("a.jsonl", between(b"{\"prompt\": \"\xff\"}"), 999, &["line 2 invalid_utf8: byte 13 is not UTF-8"]);
+    bad_rows(
+        "a.jsonl",
+        between(b"{\"prompt\": \"\xff\"}"),
+        999,
+        &["line 2 invalid_utf8: byte 13 is not UTF-8"],
+    );
     bad_rows(
         "a.jsonl",
         between(b"{\"prompt\": \"x\0\"}"),
         999,
         &["line 2 broken_json: broken JSON at column 14: the text holds NUL bytes"],
     );
-    bad_rows("a.jsonl", between(&[0; 9]), 999, &["line 2 broken_json: broken JSON at column 1: the text holds NUL bytes"]);
+    bad_rows(
+        "a.jsonl",
+        between(&[0; 9]),
+        999,
+        &["line 2 broken_json: broken JSON at column 1: the text holds NUL bytes"],
+    );
     let long = format!("{{\"prompt\": \"{}\"}}", "x".repeat(200_000));
-    bad_rows("a.jsonl", between(long.as_bytes()), 999, &["line 2 line_too_long: the line is longer than 999 bytes"]);
+    bad_rows(
+        "a.jsonl",
+        between(long.as_bytes()),
+        999,
+        &["line 2 line_too_long: the line is longer than 999 bytes"],
+    );
     let cut = format!("{good}{good}{}", &good[..20]);
     bad_rows(
         "a.jsonl",
@@ -282,8 +316,8 @@ proptest! {
 fn what_python_wrote_is_noted_where_it_is_read() {
     let notes = |line: &str| {
         let reader: Box<dyn std::io::BufRead + Send> = Box::new(std::io::Cursor::new(line.to_owned()));
-        let mut reader =
-            SourceReader::from_reader(Path::new("a.jsonl"), reader, ReadOptions::default()).expect("it opens");
+        let mut reader = SourceReader::from_reader(Path::new("a.jsonl"), reader, ReadOptions::default())
+            .expect("it opens");
         let row = reader.next_row().expect("a row").expect("a row").1;
         assert!(row.is_ok(), "{row:?}");
         reader.notes().changes.iter().map(|change| change.name()).collect::<Vec<_>>()

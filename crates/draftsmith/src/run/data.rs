@@ -148,7 +148,10 @@ impl Run<'_> {
             let first = dropped.first_dropped.values().next().map(|first| format!("the first: {first}; "));
             return Err(Error::input(
                 format!("no row is left to train on ({})", dropped.dropped_in_words()),
-                format!("{}mend the rows, or with `data.strict = true` see each fault by itself", first.unwrap_or_default()),
+                format!(
+                    "{}mend the rows, or with `data.strict = true` see each fault by itself",
+                    first.unwrap_or_default()
+                ),
             ));
         }
         let summary = writer.finish()?;

@@ -4,7 +4,9 @@ use std::io::IsTerminal;
 
 use draftsmith::Error;
 use draftsmith::cli;
-use draftsmith::data::{Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes};
+use draftsmith::data::{
+    Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes,
+};
 use draftsmith::engine::locate;
 use draftsmith::target::TargetText;
 use draftsmith::text::MaskOptions;
