@@ -8,7 +8,7 @@ use draftsmith_formats::tokens::TokenRow as PreparedRow;
 use draftsmith_text::{ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, mask_conversation};
 
 use crate::error::text_reason;
-use crate::load::token_fingerprint;
+use crate::load::{Fingerprint, token_fingerprint};
 use crate::row::is_trained;
 use crate::{
     Change, Conversation, DataError, DomainCounts, DropReason, LocatedRow, Report, Row, RowError,
@@ -31,6 +31,9 @@ pub struct PrepareOptions {
     pub strict: bool,
 }
 
+/// File, and line or row in it.
+type Place = (Arc<Path>, u64);
+
 /// Turns rows into tokens one by one, and counts.
 #[derive(Debug)]
 pub struct Preparer<'a> {
@@ -41,7 +44,7 @@ pub struct Preparer<'a> {
     counts: TokenCounts,
     lengths: Vec<u64>,
     /// Where each row stood first, by its ids; absent if duplicates may pass.
-    seen: Option<HashMap<[u8; 16], (Arc<Path>, u64)>>,
+    seen: Option<HashMap<Fingerprint, Place>>,
 }
 
 impl<'a> Preparer<'a> {
