@@ -162,6 +162,14 @@ fn rows_are_the_same_if_their_token_ids_are() {
 }
 
 #[test]
+fn what_the_template_leaves_out_of_an_answer_is_counted() {
+    let row = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning":"why","tool_calls":[{"function":{"name":"count","arguments":{}}}]}]}"#;
+    let (_, report, _) = run(&format!("{row}\n{}", chat("c", "d")), options()).expect("rows");
+    assert_eq!(report.changed_by(draftsmith_data::Change::CallsNotRendered), 1);
+    assert_eq!(report.changed_by(draftsmith_data::Change::ReasoningNotRendered), 1);
+}
+
+#[test]
 fn answers_that_say_so_are_context_alone() {
     let row = r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"wrong","weight":0},{"from":"human","value":"b"},{"from":"gpt","value":"right","train":true},{"from":"human","value":"bye"}]}"#;
     let (rows, report, _) = run(&format!("{row}\n"), options()).expect("rows");
