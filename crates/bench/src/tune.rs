@@ -268,6 +268,7 @@ mod tests {
             target: ArtifactInfo::default(),
             draft: ArtifactInfo::default(),
             machine: Machine::default(),
+            costs: CostsInfo::default(),
         };
         let tree = Drafting::Tree { depth: 2, top_k: 2, num_draft_tokens: 4 };
         let text = tune_text(&report(&[tree]));

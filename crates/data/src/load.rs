@@ -185,7 +185,7 @@ pub fn leave_out_prompts(loaded: &mut Loaded, held: &[LocatedRow]) {
 }
 
 /// 128 bits of a hash.
-type Fingerprint = [u8; 16];
+pub(crate) type Fingerprint = [u8; 16];
 
 /// Of everything that makes a row what it is.
 fn fingerprint(row: &Row, dedupe: Dedupe) -> Fingerprint {

@@ -23,6 +23,10 @@ pub enum Change {
     EndWithoutAnswerLeftOut,
     /// Answers that their message says not to train on (`weight`, `train`, `loss`).
     AnswersNotTrained,
+    /// The template does not render the calls of an answer.
+    CallsNotRendered,
+    /// The template does not render the reasoning of an answer.
+    ReasoningNotRendered,
     /// The id occurred before, so a number was added to it.
     IdRepeated,
 }
@@ -38,6 +42,8 @@ impl Change {
             Change::FunctionsAsTools => "functions_as_tools",
             Change::EndWithoutAnswerLeftOut => "end_without_answer_left_out",
             Change::AnswersNotTrained => "answers_not_trained",
+            Change::CallsNotRendered => "calls_not_rendered",
+            Change::ReasoningNotRendered => "reasoning_not_rendered",
             Change::IdRepeated => "id_repeated",
         }
     }

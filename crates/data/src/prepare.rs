@@ -1,16 +1,16 @@
 //! Rows to token ids and loss mask.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_formats::tokens::TokenRow as PreparedRow;
 use draftsmith_text::{
-    ChatTemplate, MaskOptions, MaskedRow, TextError, Tokenizer, control_token_in, mask_conversation,
+    ChatTemplate, MaskOptions, MaskedRow, Message, TextError, Tokenizer, control_token_in, mask_conversation,
 };
 
 use crate::error::text_reason;
-use crate::load::token_fingerprint;
+use crate::load::{Fingerprint, token_fingerprint};
 use crate::row::is_trained;
 use crate::{
     Change, Conversation, DataError, DomainCounts, DropReason, LocatedRow, Report, Row, RowError,
@@ -33,6 +33,9 @@ pub struct PrepareOptions {
     pub strict: bool,
 }
 
+/// File, and line or row in it.
+type Place = (Arc<Path>, u64);
+
 /// Turns rows into tokens one by one, and counts.
 #[derive(Debug)]
 pub struct Preparer<'a> {
@@ -43,7 +46,7 @@ pub struct Preparer<'a> {
     counts: TokenCounts,
     lengths: Vec<u64>,
     /// Where each row stood first, by its ids; absent if duplicates may pass.
-    seen: Option<HashMap<[u8; 16], (Arc<Path>, u64)>>,
+    seen: Option<HashMap<Fingerprint, Place>>,
 }
 
 impl<'a> Preparer<'a> {
@@ -92,6 +95,9 @@ impl<'a> Preparer<'a> {
                 Ok(answers) => {
                     self.report.change(Change::AnswersNotTrained, u64::from(answers.not_trained > 0));
                     self.report.change(Change::EndWithoutAnswerLeftOut, u64::from(answers.left_out > 0));
+                    for change in &answers.not_rendered {
+                        self.report.change(*change, 1);
+                    }
                     let rows = answers.rows;
                     if rows.is_empty() {
                         return drop(self, RowError::NothingTrained);
@@ -228,6 +234,8 @@ pub struct MaskedAnswers {
     pub not_trained: usize,
     /// Messages behind the last answer.
     pub left_out: usize,
+    /// What answers hold and the template leaves out of them.
+    pub not_rendered: BTreeSet<Change>,
 }
 
 /// Renders, tokenises and masks a conversation. Answers whose message says so (`weight` 0, `train` or `loss` false) are
@@ -242,7 +250,12 @@ pub fn mask_row(
     options: &MaskOptions,
 ) -> Result<MaskedAnswers, TextError> {
     let mut rows = mask_conversation(tokenizer, template, &row.messages, &row.mask_options(options))?;
+    let mut not_rendered = BTreeSet::new();
     for masked in &mut rows {
+        for turn in &masked.turns {
+            let written = masked.text.get(turn.added.clone()).unwrap_or_default();
+            not_rendered.extend(missing(&row.messages[turn.message], written));
+        }
         let (kept, context) = std::mem::take(&mut masked.turns)
             .into_iter()
             .partition::<Vec<_>, _>(|turn| is_trained(&row.messages[turn.message]));
@@ -258,7 +271,23 @@ pub fn mask_row(
         rows,
         not_trained: answers.filter(|m| !is_trained(m)).count(),
         left_out: last.map_or(0, |last| row.messages.len() - last - 1),
+        not_rendered,
     })
+}
+
+/// What a message holds and its rendered turn does not.
+fn missing(message: &Message, written: &str) -> Vec<Change> {
+    let calls = message.tool_calls.as_ref().and_then(|calls| calls.as_array());
+    let names = calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str());
+    let reasoning = message.reasoning_content.as_deref().unwrap_or_default().trim();
+    let mut out = Vec::new();
+    if names.into_iter().any(|name| !written.contains(name)) {
+        out.push(Change::CallsNotRendered);
+    }
+    if !written.contains(reasoning) {
+        out.push(Change::ReasoningNotRendered);
+    }
+    out
 }
 
 fn file_name(path: &Path) -> String {

@@ -46,6 +46,9 @@ pub fn preview_conversation(
             answers.not_trained
         ));
     }
+    for change in &answers.not_rendered {
+        out.push_str(&format!("an answer loses what the template leaves out: {}\n", change.name()));
+    }
     if answers.left_out > 0 {
         out.push_str(&format!("messages behind the last answer, left out: {}\n", answers.left_out));
     }

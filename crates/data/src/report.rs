@@ -261,7 +261,7 @@ mod tests {
         let table = report.table();
         assert!(table.contains("rows read                           1,500"), "{table}");
         for words in [
-            "  dropped: empty                       2\n",
+            "  dropped: empty                        2\n",
             "  changed: blank_system_left_out            2\n",
             "keys nobody used: rejected (1), score (1)\n",
             "first empty: `a.jsonl`, line 7: the conversation is empty\n",

@@ -480,10 +480,18 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        refuse("{\"messages\": [}", DropReason::NotAConversation, "broken JSON at column 15");
+        refuse("{\"messages\": [}", DropReason::BrokenJson, "broken JSON at column 15");
+        refuse("{\"messages\": [", DropReason::CutOff, "the line ends inside the row");
         refuse("[1]", DropReason::NotAConversation, "not a JSON object");
-        refuse("{\"text\": \"x\"}", DropReason::NotAConversation, "none of `messages`");
-        refuse("{\"messages\": 3}", DropReason::NotAConversation, "`messages` is not a list");
+        refuse("{\"text\": \"x\"}", DropReason::NotAConversation, "`text` is one text");
+        refuse(
+            "{\"title\": \"x\", \"n\": 1, \"e\": []}",
+            DropReason::NotAConversation,
+            "columns (`title`, `n`)",
+        );
+        refuse("{\"messages\": 3}", DropReason::WrongType, "`messages` is not a list");
+        refuse("{\"prompt\":\"a\",\"completion\":3}", DropReason::WrongType, "`completion` is not a string");
+        refuse("{\"prompt\":\"a\",\"system\":3}", DropReason::WrongType, "`system` is not a string");
         refuse("{\"messages\": []}", DropReason::Empty, "empty");
         refuse(r#"{"messages":[{"role":"system","content":"a"}]}"#, DropReason::Empty, "empty");
         let starts = r#"{"messages":[{"role":"assistant","content":"a"},{"role":"user","content":"b"}]}"#;
@@ -500,8 +508,9 @@ mod tests {
         refuse(r#"{"messages":[{"role":"user","content":" \n"}]}"#, DropReason::BlankMessage, "blank");
         refuse(r#"{"messages":[{"content":"a"}]}"#, DropReason::BadMessage, "message 0");
         refuse(r#"{"input_ids":[1,2],"loss_mask":[1]}"#, DropReason::BadTokens, "2 entries");
-        refuse(r#"{"input_ids":[-1],"loss_mask":[1]}"#, DropReason::NotAConversation, "`input_ids`");
-        refuse(r#"{"input_ids":[1],"loss_mask":[2]}"#, DropReason::NotAConversation, "0 and 1");
+        refuse(r#"{"input_ids":[-1],"loss_mask":[1]}"#, DropReason::WrongType, "`input_ids`");
+        refuse(r#"{"input_ids":[1],"loss_mask":[2]}"#, DropReason::WrongType, "0 and 1");
+        refuse(r#"{"input_ids":[],"labels":[1]}"#, DropReason::Empty, "empty");
         refuse(r#"{"input_ids":[],"loss_mask":[]}"#, DropReason::Empty, "empty");
     }
 }

@@ -49,6 +49,9 @@ const PAIRS: [(&str, &[&str]); 11] = [
 /// Columns with the reasoning that leads to the answer.
 const REASONING: [&str; 4] = ["reasoning_content", "reasoning", "thinking", "deepseek_reasoning"];
 
+/// What such a column says where it holds no reasoning but whether, or how much, the model shall reason.
+const SWITCH_WORDS: [&str; 10] = ["", "on", "off", "true", "false", "yes", "no", "low", "medium", "high"];
+
 /// Names of the two sides of a turn that is one object.
 const SIDES: [(&str, &str); 9] = [
     ("prompt", "response"),
@@ -86,6 +89,11 @@ pub(crate) fn messages(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Vec<
                 out.extend(answer);
             }
         }
+        // The first question, said once more in a column of its own.
+        let asked = out.iter().find(|m| m.role == "user").map(|m| m.content.trim());
+        if fields.peek("prompt").and_then(Value::as_str).is_some_and(|prompt| asked == Some(prompt.trim())) {
+            fields.mark("prompt");
+        }
         return Ok(out);
     }
     if let Some(value) = fields.take("turns") {
@@ -103,9 +111,11 @@ pub(crate) fn messages(fields: &Fields<'_>, notes: &mut RowNotes) -> Result<Vec<
             _ => list(value, "chosen", Strings::Alternating, notes),
         };
     }
-    if let Some(value @ Value::Array(_)) = fields.peek("data") {
-        fields.mark("data");
-        return list(value, "data", Strings::Alternating, notes);
+    for field in ["data", "history"] {
+        if let Some(value @ Value::Array(_)) = fields.peek(field) {
+            fields.mark(field);
+            return list(value, field, Strings::Alternating, notes);
+        }
     }
     if fields.peek("text").or(fields.peek("content")).is_some()
         && (fields.peek("role").or(fields.peek("from"))).is_some()
@@ -196,16 +206,22 @@ fn answer(
         _ => return Err(RowError::WrongType { field: key, wanted: "a string or a list of messages" }),
     };
     // Sets for preferences without pairs: the answer is one that people did not want.
-    if fields.peek("label") == Some(&Value::Bool(false)) {
+    if let Some(Value::Bool(good)) = fields.peek("label") {
         fields.mark("label");
-        notes.changes.insert(Change::RejectedAnswerLeftOut);
-        return Ok(Some(Vec::new()));
+        if !good {
+            notes.changes.insert(Change::RejectedAnswerLeftOut);
+            return Ok(Some(Vec::new()));
+        }
     }
     if let (Some(reasoning), [message]) =
         (REASONING.iter().find(|key| fields.peek(key).is_some_and(Value::is_string)), out.as_mut_slice())
         && message.reasoning_content.is_none()
-        && let Some(text) = fields.text(reasoning).filter(|text| !text.trim().is_empty())
+        // Reasoning that the answer holds already is not said twice.
+        && !message.content.contains("</think>")
+        && let Some(Value::String(text)) = fields.peek(reasoning)
+        && !SWITCH_WORDS.contains(&text.trim().to_lowercase().as_str())
     {
+        fields.mark(reasoning);
         message.reasoning_content = Some(text.to_owned());
     }
     Ok(Some(out))

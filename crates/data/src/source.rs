@@ -33,6 +33,9 @@ impl Default for ReadOptions {
     }
 }
 
+/// Bytes that are looked at to tell what a file is; blanks may stand in front of an array's bracket.
+const PEEK: usize = 512;
+
 /// A JSON array is read whole; a longer one has to be JSON Lines.
 const MAX_ARRAY_BYTES: u64 = 1 << 30;
 
@@ -175,7 +178,9 @@ impl SourceReader {
         options: ReadOptions,
     ) -> Result<SourceReader, DataError> {
         let io = |source| DataError::Io { path: path.to_path_buf(), source };
-        let mut first = reader.fill_buf().map_err(io)?;
+        let mut start = Vec::with_capacity(PEEK);
+        reader.by_ref().take(PEEK as u64).read_to_end(&mut start).map_err(io)?;
+        let mut first = start.as_slice();
         let bom = if first.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
         first = &first[bom..];
         let unknown = |what, advice| Err(DataError::UnknownFile { path: path.to_path_buf(), what, advice });
@@ -187,6 +192,7 @@ impl SourceReader {
         }
         // An array opens with `[`; in JSON Lines every row is an object.
         let is_array = first.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
+        let mut reader: Box<dyn BufRead + Send> = Box::new(io::Cursor::new(start).chain(reader));
         reader.consume(bom);
         let kind = if is_array {
             let mut text = Vec::new();

@@ -113,9 +113,11 @@ impl Message {
         let mut content = match object.get(content_field) {
             None | Some(Value::Null) => String::new(),
             Some(Value::String(text)) => text.clone(),
+            // Calls that were not packed into a string.
+            Some(calls @ (Value::Object(_) | Value::Array(_))) if speaker == Speaker::Caller => {
+                calls.to_string()
+            }
             Some(Value::Array(parts)) => join_parts(parts)?,
-            // A call that was not packed into a string.
-            Some(call @ Value::Object(_)) if speaker == Speaker::Caller => call.to_string(),
             Some(other) => {
                 return Err(MessageError::WrongType {
                     field: content_field,
@@ -149,13 +151,11 @@ impl Message {
             calls = tool_calls(&calls_in(call).ok_or(wrong)?)?;
             read.push("function_call");
         }
-        if speaker == Speaker::Caller {
-            if calls.is_none() {
-                let list =
-                    calls_in(&Value::String(content)).ok_or(MessageError::NotACall { role: role.clone() })?;
-                calls = tool_calls(&list)?;
-                content = String::new();
-            }
+        if speaker == Speaker::Caller && calls.is_none() {
+            let list =
+                calls_in(&Value::String(content)).ok_or(MessageError::NotACall { role: role.clone() })?;
+            calls = tool_calls(&list)?;
+            content = String::new();
         }
         // A null says no more than a missing field, unless a template may ask for it.
         let dropped =
@@ -518,6 +518,7 @@ mod tests {
             calls(&["f"]),
         );
         reads(r#"{"role":"function_call","content":{"name":"f","arguments":{"x":1}}}"#, calls(&["f"]));
+        reads(r#"{"role":"tool_calls","content":[{"name":"f","arguments":{"x":1}}]}"#, calls(&["f"]));
         reads(
             r#"{"from":"function_call","value":"[{\"name\":\"f\",\"arguments\":{\"x\":1}},{\"name\":\"g\",\"arguments\":{\"x\":1}}]"}"#,
             calls(&["f", "g"]),

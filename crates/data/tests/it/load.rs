@@ -54,14 +54,25 @@ fn broken_rows_are_counted_or_in_strict_mode_named() {
 }
 
 #[test]
-fn duplicates_differ_in_more_than_case_and_punctuation() {
+fn duplicates_are_the_same_in_all_that_is_rendered() {
     let folder = tempfile::tempdir().expect("a folder");
+    let with = |key: &str, value: serde_json::Value| {
+        let mut row: serde_json::Value = serde_json::from_str(&chat("What is 2?", "two")).expect("JSON");
+        row[key] = value;
+        format!("{row}\n")
+    };
     let rows = [
         chat("What is 2?", "two"),
-        chat("what is 2", "Two!"),
-        chat("what is 2", "three"),
-        chat("?", "!"),
-        chat("??", "!"),
+        chat("what is 2", "two"),
+        chat("What is 2?", "Two!"),
+        chat("a = b + c", "x"),
+        chat("a = b - c", "x"),
+        with("tools", serde_json::json!([{"name": "f"}])),
+        with("chat_template_kwargs", serde_json::json!({"enable_thinking": false})),
+        with("system", "Be brief.".into()),
+        // The same again, apart from what does not reach the text.
+        with("id", "seven".into()),
+        with("system", "Be brief.".into()),
     ];
     let path = write(folder.path(), "a.jsonl", rows.concat());
     let count = |dedupe| {
@@ -70,9 +81,37 @@ fn duplicates_differ_in_more_than_case_and_punctuation() {
         conserved(&loaded);
         loaded.rows.len()
     };
-    assert_eq!(count(Dedupe::Off), 5);
-    assert_eq!(count(Dedupe::Conversation), 4);
-    assert_eq!(count(Dedupe::Prompt), 3);
+    assert_eq!(count(Dedupe::Off), 10);
+    assert_eq!(count(Dedupe::Conversation), 8);
+    // Row 3 asks what row 1 does.
+    assert_eq!(count(Dedupe::Prompt), 7);
+}
+
+#[test]
+fn what_is_nearly_a_validation_prompt_is_left_out_under_its_own_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows =
+        [chat("what is two", "x"), chat("Three?", "y"), chat("What is two?", "z"), chat("What is two?", "2")];
+    let path = write(folder.path(), "a.jsonl", rows.concat());
+    let mut loaded = load(&[SourceSpec::new(path)], &LoadOptions::default(), |_| {}).expect("rows");
+    let held = hold_back(&mut loaded, 1);
+    conserved(&loaded);
+    assert_eq!((held.len(), prompts(&loaded)), (1, vec!["Three?".to_owned()]));
+    assert_eq!((loaded.report.held_back, loaded.report.dropped_for(DropReason::LikeValidation)), (2, 1));
+}
+
+#[test]
+fn unused_keys_and_changes_are_counted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let rows = "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"c\",\"score\":1}\n\
+                {\"prompt\":\"d\",\"chosen\":\"e\",\"rejected\":\"f\",\"note\":\"\",\"x\":null}\n\
+                {\"messages\":[{\"role\":\"developer\",\"content\":\" \"},{\"role\":\"user\",\"content\":\"g\"}]}\n";
+    let path = write(folder.path(), "a.jsonl", rows);
+    let options = LoadOptions { strict: true, system: Some("s".into()), ..LoadOptions::default() };
+    let loaded = load(&[SourceSpec::new(path)], &options, |_| {}).expect("rows");
+    let found: Vec<_> = loaded.report.unused_keys.iter().map(|(k, n)| (k.as_str(), *n)).collect();
+    assert_eq!(found, [("rejected", 2), ("score", 1)]);
+    assert_eq!(loaded.report.changed_by(draftsmith_data::Change::BlankSystemLeftOut), 1);
 }
 
 #[test]

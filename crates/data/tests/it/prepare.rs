@@ -4,7 +4,7 @@ use draftsmith_data::{
     DataError, DropReason, LoadOptions, Paint, PrepareOptions, PreparedRow, Preparer, Report, Row,
     SourceSpec, TokenCounts, load, prepare, preview_conversation,
 };
-use draftsmith_text::MaskOptions;
+use draftsmith_text::{ChatTemplate, MaskOptions};
 
 use crate::{chat, chatml, tokenizer, write};
 
@@ -104,6 +104,87 @@ fn rows_that_train_nothing_are_counted_or_in_strict_mode_named() {
         assert!(error.to_string().ends_with(expected), "{error}");
         assert!(error.hint().is_some());
     }
+}
+
+/// What a template makes of rows, the second of which it cannot render.
+#[track_caller]
+fn refuses(source: &str, second: &str, reason: DropReason, message: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = write(folder.path(), "a.jsonl", format!("{}{second}\n{}", chat("a", "b"), chat("c", "d")));
+    let loaded = load(&[SourceSpec::new(path)], &LoadOptions::default(), |_| {}).expect("rows");
+    let (tokenizer, template) = (tokenizer(), ChatTemplate::parse(source).expect("it parses"));
+    let go = |strict| {
+        let options = PrepareOptions { strict, ..options() };
+        prepare(&loaded.rows, Preparer::new(&tokenizer, &template, options, loaded.report.clone()), |_| {})
+    };
+    let (rows, report, _) = go(false).expect("two rows");
+    assert_eq!((rows.len(), report.dropped_for(reason), report.dropped_total()), (2, 1, 1), "{report:?}");
+    assert!(report.first_dropped[reason.name()].starts_with("`a.jsonl`, line 2: "), "{report:?}");
+    let error = go(true).expect_err("strict");
+    assert!(error.to_string().contains("line 2: ") && error.to_string().contains(message), "{error}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("data.strict = false")), "{error}");
+}
+
+#[test]
+fn rows_that_a_template_cannot_render_are_counted_by_kind() {
+    let think =
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"<think>x</think>b"}]}"#;
+    let turn = "{{ '<|im_start|>' + m.role + '\\n' + c + '<|im_end|>\\n' }}";
+    let prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+    let each = |body: &str| {
+        format!("{{% for m in messages %}}{{% set c = m.content %}}{body}{turn}{{% endfor %}}{prompt}")
+    };
+    let raises = each("{% if '<think>' in c %}{{ raise_exception('no thoughts here') }}{% endif %}");
+    refuses(&raises, think, DropReason::TemplateRefused, "no thoughts here");
+    let fails = each("{% if '<think>' in c %}{{ c + 1 + none }}{% endif %}");
+    refuses(&fails, think, DropReason::TemplateFailed, "chat template, line 1");
+    let rewrites = each("{% if '<think>' in c %}<thoughtful>{% endif %}");
+    refuses(&rewrites, think, DropReason::AnswerNotContinued, "does not continue");
+}
+
+#[test]
+fn rows_are_the_same_if_their_token_ids_are() {
+    let tokens = "{\"input_ids\":[1,2],\"loss_mask\":[0,1]}\n{\"input_ids\":[1,2],\"loss_mask\":[1,1]}\n";
+    let reasoned = r#"{"prompt":"hi","completion":"yes","reasoning":"why"}"#;
+    let lines = format!("{}{}{reasoned}\n{tokens}", chat("hi", "yes"), chat("Hi", "yes"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = write(folder.path(), "a.jsonl", &lines);
+    // A weight repeats rows on purpose.
+    let source = SourceSpec { weight: 2.0, ..SourceSpec::new(path) };
+    let loaded = load(&[source], &LoadOptions::default(), |_| {}).expect("rows");
+    let (tokenizer, template) = (tokenizer(), chatml());
+    let preparer =
+        Preparer::new(&tokenizer, &template, options(), loaded.report.clone()).without_duplicates();
+    let (rows, report, _) = prepare(&loaded.rows, preparer, |_| {}).expect("rows");
+    // The template does not render reasoning, so row 3 is row 1.
+    assert_eq!((rows.len(), report.dropped_for(DropReason::Duplicate)), (8, 2), "{report:?}");
+    assert!(report.first_dropped["duplicate"].contains("line 3: its token ids are those of"), "{report:?}");
+    let (rows, ..) = run(&lines, options()).expect("rows");
+    assert_eq!(rows.len(), 5, "without being asked to, no row is dropped");
+}
+
+#[test]
+fn what_the_template_leaves_out_of_an_answer_is_counted() {
+    let row = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning":"why","tool_calls":[{"function":{"name":"count","arguments":{}}}]}]}"#;
+    let (_, report, _) = run(&format!("{row}\n{}", chat("c", "d")), options()).expect("rows");
+    assert_eq!(report.changed_by(draftsmith_data::Change::CallsNotRendered), 1);
+    assert_eq!(report.changed_by(draftsmith_data::Change::ReasoningNotRendered), 1);
+}
+
+#[test]
+fn answers_that_say_so_are_context_alone() {
+    let row = r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"wrong","weight":0},{"from":"human","value":"b"},{"from":"gpt","value":"right","train":true},{"from":"human","value":"bye"}]}"#;
+    let (rows, report, _) = run(&format!("{row}\n"), options()).expect("rows");
+    assert_eq!(trained(&rows[0]), "right<|im_end|>");
+    assert!(tokenizer().decode(&rows[0].ids, false).contains("wrong"));
+    assert_eq!(report.changed_by(draftsmith_data::Change::AnswersNotTrained), 1);
+    assert_eq!(report.changed_by(draftsmith_data::Change::EndWithoutAnswerLeftOut), 1);
+    let none = r#"{"prompt":"a","completion":[{"role":"assistant","content":"b","loss":false}]}"#;
+    let error = run(none, PrepareOptions { strict: true, ..options() }).expect_err("nothing to train");
+    assert!(
+        error.to_string().ends_with("every answer of the conversation says not to train on it"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn every_data_set_gives_the_rows_that_stand_beside_it() {
         .filter(|path| path.extension().is_some_and(|e| e == "jsonl"))
         .collect();
     files.sort();
-    assert_eq!(files.len(), 14, "{files:?}");
+    assert_eq!(files.len(), 15, "{files:?}");
     let mut wrong = Vec::new();
     for file in files {
         let found = described(&file);

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_data::{
-    DataError, ReadOptions, Row, RowError, SourceReader, parse_conversation_line, parse_work_item,
-    read_workload,
+    DataError, DropReason, LoadOptions, ReadOptions, Row, RowError, SourceReader, SourceSpec, load,
+    parse_conversation_line, parse_work_item, read_workload,
 };
-use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::data_type::{ByteArray, ByteArrayType, DoubleType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
@@ -50,6 +50,7 @@ fn plain_packed_and_array_files_give_the_same_rows() {
             [gzip(chat("a", "b").as_bytes()), gzip(chat("c", "d").as_bytes())].concat(),
         ),
         write(folder.path(), "e.json", &array),
+        write(folder.path(), "blank.json", format!("\u{feff}\n\n     {array}")),
         write(folder.path(), "f.json.gz", gzip(array.as_bytes())),
     ];
     for file in files {
@@ -97,11 +98,62 @@ fn parquet_with_a_list_of_messages_is_read() {
     assert!(matches!(error, DataError::Parquet { .. }), "{error}");
 }
 
+#[test]
+fn a_broken_group_of_parquet_rows_costs_itself_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("pairs.parquet");
+    let schema = "message pairs { required binary prompt (UTF8); required binary completion (UTF8); \
+                  optional double score; required binary blob; }";
+    let schema = Arc::new(parse_message_type(schema).expect("a schema"));
+    let file = std::fs::File::create(&path).expect("a file");
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::default()).expect("a writer");
+    // The second group holds bytes in a text column that are no text.
+    for values in [["a", "b"].map(str::as_bytes), [b"c", b"\xff\xfe"], ["e", "f"].map(str::as_bytes)] {
+        let mut group = writer.next_row_group().expect("a row group");
+        for column in ["prompt", "completion", "score", "blob"] {
+            let mut writer = group.next_column().expect("a column").expect("a column");
+            let values = values.map(|v| ByteArray::from(v.to_vec()));
+            match column {
+                "prompt" => writer.typed::<ByteArrayType>().write_batch(&values, None, None),
+                "completion" => writer.typed::<ByteArrayType>().write_batch(
+                    &[values[1].clone(), values[0].clone()],
+                    None,
+                    None,
+                ),
+                "score" => writer.typed::<DoubleType>().write_batch(&[f64::NAN], Some(&[1, 0]), None),
+                _ => writer.typed::<ByteArrayType>().write_batch(
+                    &[b"\xff".to_vec(), b"x".to_vec()].map(ByteArray::from),
+                    None,
+                    None,
+                ),
+            }
+            .expect("written");
+            writer.close().expect("closed");
+        }
+        group.close().expect("closed");
+    }
+    writer.close().expect("closed");
+    let loaded = load(&[SourceSpec::new(&path)], &LoadOptions::default(), |_| {}).expect("rows");
+    let found: Vec<u64> = loaded.rows.iter().map(|row| row.location.number).collect();
+    assert_eq!(found, [1, 2, 5, 6]);
+    let report = &loaded.report;
+    assert_eq!((report.rows_read, report.dropped_for(DropReason::BrokenParquet)), (6, 2));
+    assert!(
+        report.first_dropped["broken_parquet"].starts_with("`pairs.parquet`, row 3: broken Parquet: "),
+        "{report:?}"
+    );
+    assert!(report.changed.is_empty(), "NaN in a column that nobody reads: {report:?}");
+    assert_eq!(report.unused_keys["blob"], 4);
+    let strict = LoadOptions { strict: true, ..LoadOptions::default() };
+    let error = load(&[SourceSpec::new(&path)], &strict, |_| {}).expect_err("strict");
+    assert!(error.to_string().contains("row 3: broken Parquet"), "{error}");
+}
+
 #[track_caller]
-fn fails(name: &str, bytes: impl AsRef<[u8]>, max_line_bytes: usize, expected: &str) {
+fn fails(name: &str, bytes: impl AsRef<[u8]>, expected: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = write(folder.path(), name, bytes);
-    let error = SourceReader::open(&path, ReadOptions { max_line_bytes })
+    let error = SourceReader::open(&path, ReadOptions::default())
         .and_then(|reader| reader.collect::<Result<Vec<_>, _>>())
         .expect_err("a broken file");
     let message = error.to_string().replace(&path.display().to_string(), name);
@@ -110,27 +162,108 @@ fn fails(name: &str, bytes: impl AsRef<[u8]>, max_line_bytes: usize, expected: &
 }
 
 #[test]
-fn broken_files_are_named_with_their_line() {
+fn broken_files_are_named() {
     let good = chat("a", "b");
+    fails("a.json", format!("[{good},\n{{]"), "`a.json`: broken JSON at line 3, column 2: the array that");
     fails(
-        "a.jsonl",
-        format!("{good}{good}{{\"messages\": ]\n{good}"),
-        999,
-        "`a.jsonl`: broken JSON at line 3, column 14: ",
+        "a.json",
+        format!("[{good}]\n[{good}]"),
+        "`a.json`: broken JSON at line 3, column 1: more text follows",
     );
-    fails(
-        "a.jsonl",
-        format!("{good}{}", &good[..20]),
-        999,
-        "`a.jsonl`: broken JSON at line 2, column 20: EOF",
-    );
-    fails("a.jsonl", b"\xff\xfe\n", 999, "`a.jsonl`: broken JSON at line 1");
-    fails("a.jsonl", format!("{good}{good}"), 40, "`a.jsonl`, line 1 is longer than 40 bytes");
-    fails("a.json", format!("[{good},\n{{]"), 999, "`a.json`: broken JSON at line 3");
     let mut packed = zstd::encode_all(good.repeat(100).as_bytes(), 3).expect("zstd");
     packed.truncate(packed.len() - 5);
-    fails("a.jsonl.zst", &packed, 999, "cannot read `a.jsonl.zst`");
-    fails("a.parquet", b"PAR1nothing", 999, "`a.parquet`: broken Parquet at row 0");
+    fails("a.jsonl.zst", &packed, "cannot read `a.jsonl.zst`");
+    fails("a.parquet", b"PAR1nothing", "`a.parquet`: broken Parquet at row 0");
+    fails("a.jsonl", b"\xff\xfe{\0}\0", "`a.jsonl` is UTF-16 text");
+    fails("a.jsonl", b"{\0}\0", "`a.jsonl` is UTF-16 text");
+    fails("a.jsonl", b"PK\x03\x04rest", "`a.jsonl` is a zip archive");
+    fails(
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "`a.parquet` is a Git LFS pointer",
+    );
+    fails("a.jsonl", b"<!doctype html>", "`a.jsonl` is a page");
+}
+
+/// What is wrong with the rows of a file whose other rows are `a|b`, one text each.
+#[track_caller]
+fn bad_rows(name: &str, bytes: impl AsRef<[u8]>, max_line_bytes: usize, expected: &[&str]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = write(folder.path(), name, bytes);
+    let reader = SourceReader::open(&path, ReadOptions { max_line_bytes }).expect("it opens");
+    let mut found = Vec::new();
+    let mut good = 0;
+    for item in reader {
+        match item.expect("the file is whole") {
+            (_, Ok(_)) => good += 1,
+            (location, Err(problem)) => found.push(format!(
+                "{} {} {}: {problem}",
+                if location.is_line { "line" } else { "row" },
+                location.number,
+                problem.reason().name()
+            )),
+        }
+    }
+    assert_eq!(good, 2, "{found:?}");
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_broken_row_costs_itself_alone() {
+    let good = chat("a", "b");
+    let between = |bad: &[u8]| [good.as_bytes(), bad, b"\n", good.as_bytes()].concat();
+    bad_rows(
+        "a.jsonl",
+        between(b"{\"messages\": ]"),
+        999,
+        &["line 2 broken_json: broken JSON at column 14: expected value"],
+    );
+    bad_rows(
+        "a.jsonl",
+        between(b"{\"prompt\": \"\xff\"}"),
+        999,
+        &["line 2 invalid_utf8: byte 13 is not UTF-8"],
+    );
+    bad_rows(
+        "a.jsonl",
+        between(b"{\"prompt\": \"x\0\"}"),
+        999,
+        &["line 2 broken_json: broken JSON at column 14: the text holds NUL bytes"],
+    );
+    bad_rows(
+        "a.jsonl",
+        between(&[0; 9]),
+        999,
+        &["line 2 broken_json: broken JSON at column 1: the text holds NUL bytes"],
+    );
+    let long = format!("{{\"prompt\": \"{}\"}}", "x".repeat(200_000));
+    bad_rows(
+        "a.jsonl",
+        between(long.as_bytes()),
+        999,
+        &["line 2 line_too_long: the line is longer than 999 bytes"],
+    );
+    let cut = format!("{good}{good}{}", &good[..20]);
+    bad_rows(
+        "a.jsonl",
+        cut,
+        999,
+        &["line 3 cut_off: the line ends inside the row (EOF while parsing an object)"],
+    );
+    let windows = good.replace('\n', "\r\n");
+    bad_rows("a.jsonl", format!("\u{feff}{windows}\r\n\u{feff}{windows}"), 999, &[]);
+    bad_rows(
+        "a.json",
+        format!("[{good},\n\n{{\"prompt\": nan}},[],{good}]"),
+        999,
+        &[
+            "row 2 broken_json: broken JSON at column 13: expected ident (the row starts on line 4)",
+            "row 3 not_a_conversation: the row is not a JSON object",
+        ],
+    );
+    let mut array = format!("[{good},{{\"prompt\":\"").into_bytes();
+    array.extend_from_slice(b"\xff\"}, {\"prompt\": NaN, \"instruction\": \"x\"}]");
+    bad_rows("a.json", array, 999, &["row 2 invalid_utf8: byte 12 is not UTF-8"]);
 }
 
 #[test]
@@ -177,6 +310,26 @@ proptest! {
         }
         let _ = parse_work_item(line.as_bytes());
     }
+}
+
+#[test]
+fn what_python_wrote_is_noted_where_it_is_read() {
+    let notes = |line: &str| {
+        let reader: Box<dyn std::io::BufRead + Send> = Box::new(std::io::Cursor::new(line.to_owned()));
+        let mut reader = SourceReader::from_reader(Path::new("a.jsonl"), reader, ReadOptions::default())
+            .expect("it opens");
+        let row = reader.next_row().expect("a row").expect("a row").1;
+        assert!(row.is_ok(), "{row:?}");
+        reader.notes().changes.iter().map(|change| change.name()).collect::<Vec<_>>()
+    };
+    assert_eq!(notes(r#"{"score":NaN,"prompt":"a"}"#), [""; 0]);
+    assert_eq!(notes(r#"{"score":"\ud83d","prompt":"a"}"#), [""; 0]);
+    assert_eq!(notes(r#"{"system":NaN,"prompt":"a"}"#), ["not_finite_as_null"]);
+    assert_eq!(notes(r#"{"prompt":"\ud83d"}"#), ["surrogate_replaced"]);
+    assert_eq!(
+        notes(r#"{"messages":[{"role":"user","content":"\ud83d","x":[1e999]}]}"#),
+        ["surrogate_replaced", "not_finite_as_null"]
+    );
 }
 
 #[test]

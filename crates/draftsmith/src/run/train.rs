@@ -275,9 +275,6 @@ impl Run<'_> {
     }
 }
 
-/// The turns of a prompt, and what their template gets besides.
-type AskedTurns = (Vec<Message>, RenderOptions);
-
 fn no_validation_prompt() -> Error {
     Error::input(
         "no validation prompt is left: the held-out rows have no user turn, `validate.domains` names none of their \

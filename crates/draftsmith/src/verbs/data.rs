@@ -46,7 +46,8 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
             |source| Error::from(draftsmith::data::DataError::Text { location: location.clone(), source });
         if args.json {
             let answers = mask_row(&text.tokenizer, template, &row, &options).map_err(failed)?;
-            let changes: Vec<&str> = notes.changes.iter().map(|change| change.name()).collect();
+            let changes = notes.changes.union(&answers.not_rendered);
+            let changes: Vec<&str> = changes.map(|change| change.name()).collect();
             for masked in answers.rows {
                 let mask: Vec<u8> = masked.loss_mask.iter().map(|m| u8::from(*m)).collect();
                 printer::json(&serde_json::json!({
