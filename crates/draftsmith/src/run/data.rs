@@ -126,7 +126,8 @@ impl Run<'_> {
             strict: data_is_strict(stage, self.file.data.strict),
         };
         let mut preparer = Preparer::new(&target.text.tokenizer, template, options, so_far);
-        if self.file.data.dedupe {
+        // Rows to be answered were compared as prompts; answers that are alike all the same were all asked for.
+        if self.file.data.dedupe && stage == Stage::Data {
             preparer = preparer.without_duplicates();
         }
         let meta = [
