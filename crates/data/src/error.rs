@@ -74,7 +74,7 @@ pub enum DropReason {
     NotRendered,
     /// No assistant message: nothing to train.
     NoAnswer,
-    /// All answers say not to train on them.
+    /// All answers say not to train on them, or nothing is left of them.
     NothingTrained,
     /// Fewer trained tokens than asked for, after cutting.
     TooFewTrainedTokens,
@@ -280,8 +280,10 @@ pub enum RowError {
     /// Nothing to train.
     #[error("the conversation has no assistant message, so it has zero trained tokens")]
     NoAnswer,
-    /// All answers are excluded.
-    #[error("every answer of the conversation says not to train on it")]
+    /// All answers are excluded, or nothing is left of them.
+    #[error(
+        "no answer of the conversation can be trained: each says not to, or is nothing but calls that the template leaves out"
+    )]
     NothingTrained,
     /// Too little to train.
     #[error("the row has {found} trained tokens, at least {wanted} are asked for")]

@@ -239,7 +239,8 @@ pub struct MaskedAnswers {
 }
 
 /// Renders, tokenises and masks a conversation. Answers whose message says so (`weight` 0, `train` or `loss` false) are
-/// context alone; rows without another answer are left out.
+/// context alone, and so are answers of nothing but calls that the template leaves out; rows without another answer are
+/// left out.
 ///
 /// # Errors
 /// Those of [`mask_conversation`].
@@ -252,13 +253,15 @@ pub fn mask_row(
     let mut rows = mask_conversation(tokenizer, template, &row.messages, &row.mask_options(options))?;
     let mut not_rendered = BTreeSet::new();
     for masked in &mut rows {
-        for turn in &masked.turns {
-            let written = masked.text.get(turn.added.clone()).unwrap_or_default();
-            not_rendered.extend(missing(&row.messages[turn.message], written));
-        }
-        let (kept, context) = std::mem::take(&mut masked.turns)
-            .into_iter()
-            .partition::<Vec<_>, _>(|turn| is_trained(&row.messages[turn.message]));
+        let text = &masked.text;
+        let (kept, context) = std::mem::take(&mut masked.turns).into_iter().partition::<Vec<_>, _>(|turn| {
+            let message = &row.messages[turn.message];
+            let lost = missing(message, text.get(turn.added.clone()).unwrap_or_default());
+            // Nothing but calls that the template leaves out: what would be left to train is to say nothing.
+            let empty = message.content.trim().is_empty() && lost.contains(&Change::CallsNotRendered);
+            not_rendered.extend(lost);
+            is_trained(message) && !empty
+        });
         masked.turns = kept;
         for turn in context {
             masked.loss_mask[turn.tokens].fill(false);

@@ -181,10 +181,20 @@ fn answers_that_say_so_are_context_alone() {
     assert_eq!(report.changed_by(draftsmith_data::Change::EndWithoutAnswerLeftOut), 1);
     let none = r#"{"prompt":"a","completion":[{"role":"assistant","content":"b","loss":false}]}"#;
     let error = run(none, PrepareOptions { strict: true, ..options() }).expect_err("nothing to train");
-    assert!(
-        error.to_string().ends_with("every answer of the conversation says not to train on it"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("no answer of the conversation can be trained"), "{error}");
+}
+
+#[test]
+fn an_answer_of_calls_that_the_template_leaves_out_is_not_trained_as_silence() {
+    let call =
+        r#"{"role":"assistant","content":"","tool_calls":[{"function":{"name":"weather","arguments":{}}}]}"#;
+    let row = |rest: &str| format!(r#"{{"messages":[{{"role":"user","content":"a"}},{call}{rest}]}}"#) + "\n";
+    let more = r#",{"role":"tool","content":"3"},{"role":"assistant","content":"cold"}"#;
+    let (rows, report, _) = run(&row(more), options()).expect("rows");
+    assert_eq!(trained(&rows[0]), "cold<|im_end|>");
+    assert_eq!(report.changed_by(draftsmith_data::Change::CallsNotRendered), 1);
+    let error = run(&row(""), PrepareOptions { strict: true, ..options() }).expect_err("nothing to train");
+    assert!(error.to_string().contains("nothing but calls that the template leaves out"), "{error}");
 }
 
 #[test]
