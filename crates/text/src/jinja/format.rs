@@ -260,6 +260,12 @@ pub(super) fn printf(interp: &mut Interp<'_>, text: &str, args: &Value) -> Resul
             None => take(&mut used)?,
         };
         interp.spend_text(width.max(precision.unwrap_or(0)))?;
+        let sign_of = |negative: bool| match (negative, plus, blank) {
+            (true, ..) => "-",
+            (false, true, _) => "+",
+            (false, false, true) => " ",
+            (false, false, false) => "",
+        };
         let mut sign = "";
         let mut numeric = false;
         let body = match kind {
@@ -300,15 +306,7 @@ pub(super) fn printf(interp: &mut Interp<'_>, text: &str, args: &Value) -> Resul
                         )));
                     }
                 };
-                sign = if n < 0 {
-                    "-"
-                } else if plus {
-                    "+"
-                } else if blank {
-                    " "
-                } else {
-                    ""
-                };
+                sign = sign_of(n < 0);
                 let (base, prefix) = match kind {
                     'x' => (16, "0x"),
                     'X' => (16, "0X"),
@@ -335,15 +333,7 @@ pub(super) fn printf(interp: &mut Interp<'_>, text: &str, args: &Value) -> Resul
                     return Err(super::value::undefined_error(message));
                 }
                 let n = number_of(&value)?;
-                sign = if n.is_sign_negative() && !n.is_nan() {
-                    "-"
-                } else if plus {
-                    "+"
-                } else if blank {
-                    " "
-                } else {
-                    ""
-                };
+                sign = sign_of(n.is_sign_negative() && !n.is_nan());
                 let text = float_digits(n, kind.to_ascii_lowercase(), precision.unwrap_or(6), alternate);
                 // No zeros before `inf`.
                 if kind.is_ascii_uppercase() { text.to_uppercase() } else { text }
