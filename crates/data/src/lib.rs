@@ -34,7 +34,7 @@ pub use error::{DataError, DropReason, Location, RowError};
 pub use load::{Dedupe, LoadOptions, Loaded, SourceSpec, hold_back, leave_out_prompts, load};
 pub use notes::{Change, RowNotes};
 pub use pack::{PackError, PackedSequence, pack};
-pub use prepare::{MaskedAnswers, PrepareOptions, Preparer, mask_row, prepare};
+pub use prepare::{MaskedAnswers, PrepareOptions, Preparer, control_token, mask_row, prepare};
 
 /// A row as training takes it.
 pub use draftsmith_formats::tokens::TokenRow as PreparedRow;

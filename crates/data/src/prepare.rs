@@ -87,7 +87,7 @@ impl<'a> Preparer<'a> {
                     vec![(located.id(), row.ids.clone(), row.loss_mask.clone(), turn_ends(&row.loss_mask))]
                 }
                 Err(problem) => {
-                    self.report.trained_tokens_dropped += trained(&row.loss_mask);
+                    self.report.trained_tokens_dropped += row.trained_tokens() as u64;
                     return drop(self, problem);
                 }
             },
@@ -201,11 +201,8 @@ impl<'a> Preparer<'a> {
         if !row.has_answer() {
             return Err(Problem::Row(RowError::NoAnswer));
         }
-        for (at, message) in row.messages.iter().enumerate() {
-            if let Some(id) = control_token_in(self.tokenizer, message) {
-                let token = String::from_utf8_lossy(self.tokenizer.token_to_piece(id)).into_owned();
-                return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
-            }
+        if let Some(problem) = control_token(self.tokenizer, row.messages.iter().enumerate()) {
+            return Err(Problem::Row(problem));
         }
         mask_row(self.tokenizer, self.template, row, &self.options.mask).map_err(|error| match error {
             TextError::TemplateRaised { message } => Problem::Row(RowError::TemplateRefused { message }),
@@ -223,6 +220,18 @@ impl<'a> Preparer<'a> {
         self.report.set_lengths(self.lengths);
         (self.report, self.counts)
     }
+}
+
+/// The first control token that is written out in messages, each of which comes with its index in the conversation.
+pub fn control_token<'m>(
+    tokenizer: &Tokenizer,
+    mut messages: impl Iterator<Item = (usize, &'m Message)>,
+) -> Option<RowError> {
+    messages.find_map(|(at, message)| {
+        let id = control_token_in(tokenizer, message)?;
+        let token = String::from_utf8_lossy(tokenizer.token_to_piece(id)).into_owned();
+        Some(RowError::SpecialTokenInText { at, token })
+    })
 }
 
 /// A conversation as rows, and what of it is in none.

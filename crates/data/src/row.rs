@@ -73,6 +73,13 @@ pub struct TokenRow {
     pub loss_mask: Vec<bool>,
 }
 
+impl TokenRow {
+    /// Number of trained tokens.
+    pub fn trained_tokens(&self) -> usize {
+        self.loss_mask.iter().filter(|m| **m).count()
+    }
+}
+
 /// A row.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Row {

@@ -299,11 +299,22 @@ impl RowsSplit {
 }
 
 /// One row of a dialogue that is trained on.
-pub(super) struct KeptRow {
+pub(super) struct KeptRow<'l> {
     /// Ids and mask.
     pub(super) row: LocatedRow,
+    /// What was asked.
+    before: &'l Conversation,
     /// The turns up to its last answer.
-    pub(super) conversation: Conversation,
+    turns: &'l [Message],
+    /// Its last answer is a cut one.
+    cut: bool,
+}
+
+impl KeptRow<'_> {
+    /// The turns for people.
+    pub(super) fn conversation(&self) -> Conversation {
+        Conversation { messages: self.turns.to_vec(), last_answer_cut: self.cut, ..self.before.clone() }
+    }
 }
 
 /// Chooses the answers that are trained on, and counts all of them.
@@ -318,7 +329,7 @@ pub(super) struct Selection<'a> {
 
 impl<'a> Selection<'a> {
     /// Shares are of `dialogues` conversations; the first ones in the order of the data keep their odd answers.
-    pub(super) fn new(tokenizer: &'a Tokenizer, table: &RegenerateTable, dialogues: usize) -> Selection<'a> {
+    fn new(tokenizer: &'a Tokenizer, table: &RegenerateTable, dialogues: usize) -> Selection<'a> {
         let of = |share: f64| (share * dialogues as f64).floor() as u64;
         let (loops_left, cuts_left) = (of(table.max_loop_share), of(table.max_cut_share));
         Selection {
@@ -331,8 +342,21 @@ impl<'a> Selection<'a> {
         }
     }
 
+    /// The rows of all dialogues that are answered, in the order of the data.
+    pub(super) fn choose(
+        tokenizer: &'a Tokenizer,
+        table: &RegenerateTable,
+        wanted: &'a [Wanted],
+        answers: &'a Answers,
+    ) -> (Vec<KeptRow<'a>>, Selection<'a>) {
+        let mut selection = Selection::new(tokenizer, table, wanted.len());
+        let lines = wanted.iter().filter_map(|w| Some((w, answers.get(w)?)));
+        let rows = lines.flat_map(|(w, line)| selection.take(&w.row, line)).collect();
+        (rows, selection)
+    }
+
     /// The rows of a dialogue, without a last answer that is left out.
-    pub(super) fn take(&mut self, row: &LocatedRow, line: &AnswerLine) -> Vec<KeptRow> {
+    fn take<'l>(&mut self, row: &'l LocatedRow, line: &'l AnswerLine) -> Vec<KeptRow<'l>> {
         let mut rows = line.rows.clone().unwrap_or_default();
         let counts = self.domains.entry(line.domain.clone()).or_default();
         counts.dialogues += 1;
@@ -389,11 +413,7 @@ impl<'a> Selection<'a> {
             // A row without an answer is not sound, and the log holds only sound ones.
             let message = |a: Option<&AnswerSpan>| a.map_or(0, |a| a.message);
             let end = message(answered.answers.last()) + 1;
-            let conversation = Conversation {
-                messages: line.messages[..end.min(line.messages.len())].to_vec(),
-                last_answer_cut: keep && line.cut && i == last,
-                ..before.clone()
-            };
+            let turns = &line.messages[..end.min(line.messages.len())];
             let id = match several {
                 true => format!("{id}#turn{}", message(answered.answers.first())),
                 false => id.clone(),
@@ -405,7 +425,7 @@ impl<'a> Selection<'a> {
                 ids: answered.ids,
             };
             let row = LocatedRow { row: Row::Tokens(tokens), location: row.location.clone(), repeat: 0 };
-            KeptRow { row, conversation }
+            KeptRow { row, before, turns, cut: keep && line.cut && i == last }
         });
         rows.collect()
     }

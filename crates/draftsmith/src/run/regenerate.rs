@@ -20,12 +20,14 @@ use draftsmith_capture::{
     Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
     SamplingMix, regenerate,
 };
-use draftsmith_data::{Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError};
+use draftsmith_data::{
+    Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError, control_token,
+};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
-use draftsmith_text::{MaskOptions, Message, TextError, control_token_in};
+use draftsmith_text::{MaskOptions, Message, TextError};
 use serde_json::{Value, json};
 
 use super::Run;
@@ -97,14 +99,8 @@ impl Run<'_> {
 
         let count = answers.reach(&wanted, table.max_tokens).unwrap_or(wanted.len());
         let tokenizer = &target.text.tokenizer;
-        let choose = |wanted: &[Wanted]| -> (Vec<KeptRow>, Selection<'_>) {
-            let mut selection = Selection::new(tokenizer, table, wanted.len());
-            let lines = wanted.iter().filter_map(|w| Some((w, answers.get(w)?)));
-            let rows = lines.flat_map(|(w, line)| selection.take(&w.row, line)).collect();
-            (rows, selection)
-        };
-        let (validation, mut of_validation) = choose(&held);
-        let (kept, mut selection) = choose(&wanted[..count]);
+        let (validation, mut of_validation) = Selection::choose(tokenizer, table, &held, &answers);
+        let (kept, mut selection) = Selection::choose(tokenizer, table, &wanted[..count], &answers);
         // Held-out rows are neither cut nor dropped.
         let mut trained: BTreeMap<&str, u64> = BTreeMap::new();
         for row in &validation {
@@ -341,11 +337,9 @@ enum Problem {
 
 /// Makes the first prompt of a conversation, as it will be asked.
 fn first_prompt(prompter: &Prompter<'_>, conversation: &Conversation) -> Result<(), Problem> {
-    for (at, message) in conversation.messages.iter().enumerate().filter(|(_, m)| m.role != "assistant") {
-        if let Some(id) = control_token_in(prompter.tokenizer, message) {
-            let token = String::from_utf8_lossy(prompter.tokenizer.token_to_piece(id)).into_owned();
-            return Err(Problem::Row(RowError::SpecialTokenInText { at, token }));
-        }
+    let asked = conversation.messages.iter().enumerate().filter(|(_, m)| m.role != "assistant");
+    if let Some(problem) = control_token(prompter.tokenizer, asked) {
+        return Err(Problem::Row(problem));
     }
     let asked: Vec<Message> =
         conversation.messages.iter().filter(|m| m.role != "assistant").cloned().collect();
@@ -362,14 +356,14 @@ fn first_prompt(prompter: &Prompter<'_>, conversation: &Conversation) -> Result<
 
 fn trained_tokens(row: &LocatedRow) -> u64 {
     match &row.row {
-        Row::Tokens(row) => row.loss_mask.iter().filter(|m| **m).count() as u64,
+        Row::Tokens(row) => row.trained_tokens() as u64,
         Row::Conversation(_) => 0,
     }
 }
 
 /// A held-out row as a line: its turns for people, its ids and mask for whoever reads it back.
-fn validation_line(kept: &KeptRow) -> Value {
-    let turns = LocatedRow { row: Row::Conversation(kept.conversation.clone()), ..kept.row.clone() };
+fn validation_line(kept: &KeptRow<'_>) -> Value {
+    let turns = LocatedRow { row: Row::Conversation(kept.conversation()), ..kept.row.clone() };
     let id = kept.row.id();
     let mut line = to_json(&turns, &id);
     let tokens = to_json(&kept.row, &id);
