@@ -464,6 +464,22 @@ fn a_conversation_without_answers_gives_no_rows() {
     assert!(rows.is_empty());
 }
 
+#[test]
+fn the_layout_of_json_is_pythons() {
+    let value = r#"{"b": [1, 2], "a": "<é\"\n", "empty": []}"#;
+    let render = |filter: &str| {
+        let mut options = RenderOptions::default();
+        options.kwargs.insert("v".into(), serde_json::from_str(value).expect("JSON"));
+        let template = ChatTemplate::parse(&format!("{{{{ v|{filter} }}}}")).expect("it parses");
+        template.render(&[], &options).expect("text")
+    };
+    assert_eq!(render("tojson"), value);
+    assert_eq!(
+        render("tojson(indent=2, sort_keys=true, ensure_ascii=true)"),
+        "{\n  \"a\": \"<\\u00e9\\\"\\n\",\n  \"b\": [\n    1,\n    2\n  ],\n  \"empty\": []\n}"
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
