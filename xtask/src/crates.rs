@@ -12,7 +12,7 @@ const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
 const OWNED: [(&str, &[&str]); 6] = [
     ("axum", &["serve"]),
-    ("ureq", &["capture", "draftsmith"]),
+    ("ureq", &["capture", "pull"]),
     ("tokenizers", &["text"]),
     ("clap", &["draftsmith", "xtask"]),
     ("gemm", &["kernels"]),

@@ -20,6 +20,7 @@ use draftsmith_capture::{
     Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
     SamplingMix, regenerate,
 };
+use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
     Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError, control_token,
 };
@@ -36,7 +37,6 @@ use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::engine;
-use crate::report::{Report, Unit};
 use crate::server::server_key;
 
 /// Finished dialogues.

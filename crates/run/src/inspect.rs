@@ -19,8 +19,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
-use crate::doctor::human;
-use crate::run::state::RunFolder;
+use crate::disk::human;
+use crate::state::RunFolder;
 
 /// Characters of a hash in the text form; JSON has all.
 const HASH_SHOWN: usize = 12;

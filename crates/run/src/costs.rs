@@ -10,15 +10,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use draftsmith_bench::BusyTimes;
 use draftsmith_bench::record::{CostsInfo, PassCosts};
+use draftsmith_core::report::{Report, Unit};
 use draftsmith_decode::{Costs, CostsOff, Engine};
 use draftsmith_formats::{atomic, hash};
 use draftsmith_kernels::Cpu;
+use draftsmith_pull::Places;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{LoadedDraft, LoadedTarget};
 use crate::measure::busy_times;
-use crate::pull::Places;
-use crate::report::{Report, Unit};
 
 /// Version of the file; another one is measured anew.
 const VERSION: u32 = 2;

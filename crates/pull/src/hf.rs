@@ -13,6 +13,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::gguf::{self, SplitName};
 use draftsmith_formats::hash;
@@ -21,7 +22,6 @@ use ureq::{Agent, Body};
 
 use super::reference::is_inner_path;
 use super::{Context, PullError, Pulled, Reference, check_hash, folder, model, open_partial};
-use crate::report::Unit;
 
 /// One file as the hub describes it.
 struct Remote {

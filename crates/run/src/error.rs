@@ -1,9 +1,10 @@
-//! One error for all stages: each library's own words, plus what only the front knows.
+//! One error for all stages: each library's own words, plus what no single library knows.
 
 use std::path::PathBuf;
 
-use crate::pull::PullError;
-use crate::run::state::StateError;
+use draftsmith_pull::PullError;
+
+use crate::state::StateError;
 use crate::target::TargetTextError;
 
 /// Declares the enum, its conversions and its hints in one table.
@@ -79,7 +80,6 @@ impl Error {
                 "look at the target or the server that the message names; the same command goes on where this stopped"
             }
             Error::Train(_) => "run the same command again: training goes on from its last checkpoint",
-            Error::Serve(_) => "give another address or port, or fewer threads",
             Error::State(_) | Error::Disk(_) => {
                 "check that the path is right, and that it can be read and written"
             }
@@ -125,8 +125,6 @@ errors! {
     Regenerate(draftsmith_capture::RegenerateError),
     /// Training.
     Train(draftsmith_train::TrainError),
-    /// Listening.
-    Serve(draftsmith_serve::ServeError),
     /// Rendering and tokenising.
     Text(draftsmith_text::TextError),
 }

@@ -15,7 +15,7 @@ use draftsmith_train::eagle3::draft_config;
 use super::state::RunFolder;
 use super::{Env, bundle};
 use crate::Error;
-use crate::doctor::writable;
+use crate::disk::writable;
 use crate::server::server_key;
 
 /// Where a run file comes from: for errors, and for the command that goes on.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use draftsmith_capture::{CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
+use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
@@ -25,9 +26,8 @@ use super::aside::Aside;
 use super::state::Phase;
 use crate::Error;
 use crate::device::Compute;
-use crate::doctor::{free_bytes, human};
+use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
-use crate::report::{Report, Unit};
 use crate::server::server_key;
 
 /// What a capture costs.

@@ -9,6 +9,7 @@ use draftsmith_bench::{
 };
 use draftsmith_bundle::{Measured, MeasuredResult, Shape};
 use draftsmith_core::Sampling;
+use draftsmith_core::report::{Report, Unit};
 use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
@@ -20,7 +21,6 @@ use crate::Error;
 use crate::costs::{used, with_costs};
 use crate::engine::{draft_plan, engine, load_draft};
 use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
-use crate::report::{Report, Unit};
 
 /// Tokens decoded by each side before the first sample.
 const WARMUP_TOKENS: usize = 16;

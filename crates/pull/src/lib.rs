@@ -11,13 +11,12 @@ mod reference;
 
 use std::path::{Path, PathBuf};
 
+use draftsmith_core::report::{Report, Stop};
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{self, ContentError, GgufError};
 
 pub use pip::PipCause;
 pub use reference::{PipParts, Reference};
-
-use crate::report::{Report, Stop};
 
 /// Where fetched things live and how they are fetched. Read from the environment by the caller.
 #[derive(Debug, Clone)]

@@ -10,6 +10,7 @@ use draftsmith_capture::{
     Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
     metrics_page,
 };
+use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_core::{AcceptStats, Sampling, TokenTree};
 use draftsmith_decode::{DraftPlan, GenerateOptions, Generation};
 use draftsmith_formats::run::ServerTable;
@@ -19,7 +20,6 @@ use serde::Serialize;
 
 use crate::Error;
 use crate::engine::{LoadedDraft, LoadedTarget, engine};
-use crate::report::{Report, Stop, Unit};
 
 /// Logits by which one token may lead another in one arithmetic and follow it in another (4-bit weights with 8-bit
 /// activations against 32-bit floats).

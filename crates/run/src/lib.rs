@@ -7,13 +7,26 @@
 
 mod answers;
 pub mod aside;
-pub(crate) mod bench;
-pub(crate) mod bundle;
+mod bench;
+mod bundle;
 mod capture;
 mod check;
+pub mod costs;
 mod data;
+pub mod device;
+pub mod disk;
+pub mod doctor;
+pub mod engine;
+mod error;
+pub mod imports;
+pub mod inspect;
+pub mod measure;
+pub mod peer;
 mod regenerate;
+pub mod serve_gap;
+pub mod server;
 pub mod state;
+pub mod target;
 mod train;
 
 use std::cell::OnceCell;
@@ -23,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
 
+use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_core::{LayerId, default_target_layers};
 use draftsmith_data::SourceSpec;
 use draftsmith_formats::atomic;
@@ -35,18 +49,17 @@ use draftsmith_gpu::Gpu;
 use draftsmith_model::Precision;
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
+use draftsmith_pull::{Places, PullError, Reference};
 use serde::Serialize;
 
 use aside::Aside;
 pub use capture::Bill;
 pub use check::Origin;
+pub use error::Error;
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
-use crate::Error;
 use crate::device::Compute;
 use crate::engine::{LoadedTarget, TargetOptions, default_threads, locate};
-use crate::pull::{Places, PullError, Reference};
-use crate::report::{Report, Stop, Unit};
 use crate::target::model_hash;
 
 /// What a run needs from outside.
@@ -584,7 +597,7 @@ fn kept_line(aside: &Aside) -> String {
         "; the old one is kept in `{}` and found again if they change back; `{}` frees {}",
         aside.folder.display(),
         aside.free_command(),
-        crate::doctor::human(aside.bytes())
+        crate::disk::human(aside.bytes())
     )
 }
 
@@ -599,7 +612,7 @@ impl Inputs {
         let mut files = Vec::new();
         let mut find = |key: &str, name: &str| -> Result<PathBuf, Error> {
             let reference: Reference = name.parse()?;
-            let found = match crate::pull::pull(&[reference], None, env.places, env.report, env.stop) {
+            let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
                 Err(PullError::NoSuchPath { .. }) => {
                     return Err(Error::input(
                         format!("`{key}` names `{name}`, which does not exist"),

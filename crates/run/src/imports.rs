@@ -12,9 +12,9 @@ use draftsmith_formats::atomic;
 use draftsmith_formats::hash::sha256_file;
 
 use crate::Error;
+use crate::bench::measured;
+use crate::bundle::{hub_name, license_text, target_license};
 use crate::engine::LoadedTarget;
-use crate::run::bench::measured;
-use crate::run::bundle::{hub_name, license_text, target_license};
 
 /// Depth that an unmeasured draft is recommended with: the default of `bench`.
 const DEPTH: u32 = 5;

@@ -9,11 +9,11 @@ use draftsmith_bundle::{
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::run::Stage;
+use draftsmith_pull::Reference;
 use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
-use crate::pull::Reference;
 
 /// Stands for a licence that nobody told us.
 const UNKNOWN_LICENSE: &str = "LicenseRef-unknown";
@@ -186,8 +186,8 @@ pub(crate) fn hub_name(named: Option<&str>, sources: &[String]) -> Result<Option
 
 pub(crate) fn license_text(license: &str) -> String {
     match license {
-        "Apache-2.0" => include_str!("../../../../LICENSE-APACHE").to_string(),
-        "MIT" => include_str!("../../../../LICENSE-MIT").to_string(),
+        "Apache-2.0" => include_str!("../../../LICENSE-APACHE").to_string(),
+        "MIT" => include_str!("../../../LICENSE-MIT").to_string(),
         other => format!("The weights in this folder are licensed under {other} (SPDX expression).\n"),
     }
 }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
     Change, Conversation, Dedupe, LoadOptions, Loaded, LocatedRow, PrepareOptions, Preparer, ReadOptions,
     Report as DataReport, Row, SourceReader, SourceSpec, hold_back, leave_out_prompts, load,
@@ -24,7 +25,6 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
-use crate::report::{Report, Unit};
 
 /// Rows of conversations in their final order.
 pub(super) const CONVERSATIONS: &str = "conversations.jsonl";

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
 use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
+use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine};
 use draftsmith_formats::gguf::{GgufFile, SplitName};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
+use draftsmith_pull::{Places, Pulled, Reference, pull};
 
 use crate::Error;
-use crate::pull::{Places, Pulled, Reference, pull};
-use crate::report::{Report, Stop};
 use crate::target::{TargetText, model_hash};
 
 /// Threads to compute with when nobody says: as many as the process may use.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use draftsmith_bench::kernels::{KernelRunner, Limits, WeightTimes};
 use draftsmith_bench::record::{Drafting, Finish, Machine};
 use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
+use draftsmith_core::report::Stop;
 use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith_kernels::{Cpu, Kernels, PackedWeight};
@@ -13,7 +14,6 @@ use draftsmith_model::{Precision, StepItem, Target};
 use draftsmith_text::{Message, RenderOptions};
 
 use crate::engine::LoadedTarget;
-use crate::report::Stop;
 use crate::target::TargetText;
 
 /// Decodes a prompt with and without the drafter of an engine.

@@ -13,13 +13,13 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::hash::{Hasher, sha256_hex};
 use serde::{Deserialize, Serialize};
 
 use super::reference::PipParts;
 use super::{Context, PullError, Pulled, Reference, check_hash, open_partial, pip};
-use crate::report::Unit;
 
 /// Digits of the path's hash in the folder's name: two paths of the same packages are two files.
 const KEY_DIGITS: usize = 8;

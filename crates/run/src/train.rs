@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use draftsmith_bench::stats;
 use draftsmith_core::VocabMap;
+use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_data::{Row as DataRow, TokenCounts};
 use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
 use draftsmith_formats::run::{Method, Stage};
@@ -33,7 +34,6 @@ use crate::Error;
 use crate::device::Compute;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids_with;
-use crate::report::{Report, Stop, Unit};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
