@@ -20,8 +20,9 @@ use draftsmith_formats::hash;
 use ureq::http::{HeaderMap, Response};
 use ureq::{Agent, Body};
 
-use super::reference::is_inner_path;
-use super::{Context, PullError, Pulled, Reference, check_hash, folder, model, open_partial};
+use crate::error::PullError;
+use crate::found::{Context, Pulled, check_hash, folder, model, open_partial};
+use crate::reference::{Reference, is_inner_path};
 
 /// One file as the hub describes it.
 struct Remote {

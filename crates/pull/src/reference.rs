@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
-use super::PullError;
+use crate::error::PullError;
 
 /// Where a model (or any other file) comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
