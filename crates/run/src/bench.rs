@@ -17,6 +17,7 @@ use draftsmith_kernels::PackMode;
 use serde_json::{Value, json};
 
 use super::Run;
+use super::state::REPORT;
 use crate::Error;
 use crate::costs::{used, with_costs};
 use crate::engine::{draft_plan, engine, load_draft};
@@ -24,9 +25,6 @@ use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
 
 /// Tokens decoded by each side before the first sample.
 const WARMUP_TOKENS: usize = 16;
-
-/// The page, in the folder of the stage.
-pub(super) const REPORT: &str = "report.html";
 
 impl Run<'_> {
     pub(super) fn bench(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {

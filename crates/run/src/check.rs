@@ -10,13 +10,14 @@ use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key};
 use draftsmith_kernels::Activation;
 use draftsmith_model::{ModelError, TargetConfig};
+use draftsmith_pull::Places;
 use draftsmith_train::eagle3::draft_config;
 
-use super::state::RunFolder;
-use super::{Env, bundle};
 use crate::Error;
 use crate::disk::writable;
+use crate::license::hub_name;
 use crate::server::server_key;
+use crate::state::RunFolder;
 
 /// Where a run file comes from: for errors, and for the command that goes on.
 #[derive(Debug, Clone)]
@@ -91,11 +92,12 @@ pub(super) fn check_alone(file: &RunFile, origin: &Origin) -> Result<(), Error> 
 pub(super) fn check_servers(
     file: &RunFile,
     origin: &Origin,
-    env: Env<'_>,
+    places: &Places,
+    variable: fn(&str) -> Option<String>,
     to_do: &[Stage],
 ) -> Result<(), Error> {
     let mut faults = Faults::default();
-    servers(file, env, to_do, &mut faults);
+    servers(file, places, variable, to_do, &mut faults);
     faults.into_result(origin)
 }
 
@@ -135,7 +137,7 @@ fn bundle_keys(file: &RunFile, faults: &mut Faults) {
     if empty(&file.bundle.name) {
         faults.add("bundle.name", "is empty", "name the draft, or leave `bundle.name` out");
     }
-    if let Err(error) = bundle::hub_name(file.bundle.base_model.as_deref(), &[]) {
+    if let Err(error) = hub_name(file.bundle.base_model.as_deref(), &[]) {
         faults.add("bundle.base_model", error.to_string(), error.hint().unwrap_or_default());
     }
 }
@@ -229,7 +231,13 @@ fn workloads(file: &RunFile, faults: &mut Faults) {
 }
 
 /// Keys of servers are there.
-fn servers(file: &RunFile, env: Env<'_>, to_do: &[Stage], faults: &mut Faults) {
+fn servers(
+    file: &RunFile,
+    places: &Places,
+    variable: fn(&str) -> Option<String>,
+    to_do: &[Stage],
+    faults: &mut Faults,
+) {
     let asks = |stage| to_do.contains(&stage);
     let answers = file.regenerate.server.iter().filter(|_| asks(Stage::Regenerate));
     let answers = answers.map(|s| ("regenerate.server", s.url.as_str(), &s.key_env));
@@ -238,7 +246,7 @@ fn servers(file: &RunFile, env: Env<'_>, to_do: &[Stage], faults: &mut Faults) {
     let states = file.capture.server.iter().filter(|_| asks(stage));
     let states = states.flat_map(|s| s.urls().map(move |url| ("capture.server", url, &s.key_env)));
     for (key, url, key_env) in answers.chain(states) {
-        if let Err(error) = server_key(url, key_env.as_deref(), env.places, env.variable) {
+        if let Err(error) = server_key(url, key_env.as_deref(), places, variable) {
             faults.add(
                 key,
                 format!("cannot be asked: {error}"),

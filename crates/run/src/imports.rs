@@ -13,8 +13,8 @@ use draftsmith_formats::hash::sha256_file;
 
 use crate::Error;
 use crate::bench::measured;
-use crate::bundle::{hub_name, license_text, target_license};
 use crate::engine::LoadedTarget;
+use crate::license::{hub_name, license_text, target_license};
 
 /// Depth that an unmeasured draft is recommended with: the default of `bench`.
 const DEPTH: u32 = 5;

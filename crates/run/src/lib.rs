@@ -20,6 +20,7 @@ pub mod engine;
 mod error;
 pub mod imports;
 pub mod inspect;
+mod license;
 pub mod measure;
 pub mod peer;
 mod regenerate;
@@ -170,7 +171,7 @@ pub fn with_paths(mut file: StageFile, stage: Stage, run: &RunFile) -> StageFile
     let folder = RunFolder::new(run.dir());
     let path = match stage {
         Stage::Bundle => Some(("path", run.bundle_dir())),
-        Stage::Bench => Some(("report", folder.stage_dir(stage).join(bench::REPORT))),
+        Stage::Bench => Some(("report", folder.stage_dir(stage).join(state::REPORT))),
         Stage::Data | Stage::Regenerate | Stage::Capture | Stage::Train => None,
     };
     if let Some((key, path)) = path
@@ -252,7 +253,7 @@ impl<'a> Run<'a> {
                 to_do.push(due.stage);
             }
         }
-        check::check_servers(&self.file, &self.origin, self.env, &to_do)?;
+        check::check_servers(&self.file, &self.origin, self.env.places, self.env.variable, &to_do)?;
         let mut done: Vec<StageDone> = Vec::new();
         for due in &due {
             // A bundle that was made again has lost its results: the measurement puts them back.
@@ -448,12 +449,12 @@ impl<'a> Run<'a> {
     /// Answers are worth more than the rest of their stage, and each is known by its own key: a stage made anew begins
     /// with those of the one that was set aside.
     fn inherit_answers(&self, made: &Path) -> Result<(), Error> {
-        let answers = made.join(regenerate::ANSWERS);
+        let answers = made.join(state::ANSWERS);
         if answers.exists() {
             return Ok(());
         }
         let all = self.folder.all_aside(Stage::Regenerate, made);
-        let logs = all.iter().map(|aside| aside.folder.join(regenerate::ANSWERS));
+        let logs = all.iter().map(|aside| aside.folder.join(state::ANSWERS));
         let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
         if let Some((_, log)) = longest {
             atomic::create_dir_all(made)?;

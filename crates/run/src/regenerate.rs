@@ -34,13 +34,12 @@ use serde_json::{Value, json};
 use super::Run;
 use super::answers::{AnswerLine, Answers, KeptRow, Origin, Selection, Wanted};
 use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
+use super::state::ANSWERS;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::engine;
 use crate::server::server_key;
 
-/// Finished dialogues.
-pub(super) const ANSWERS: &str = "answers.jsonl";
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
 

@@ -22,6 +22,10 @@ use draftsmith_formats::run::Stage;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+/// The page, in the folder of stage `bench`.
+pub(crate) const REPORT: &str = "report.html";
+/// Finished dialogues, in the folder of stage `regenerate`.
+pub(crate) const ANSWERS: &str = "answers.jsonl";
 /// Seconds between two writes of a stage's progress.
 const PROGRESS_EVERY_S: f64 = 2.0;
 

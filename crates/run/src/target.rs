@@ -7,11 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue, content_sha256};
+use draftsmith_formats::gguf::{ContentError, GgufArray, GgufError, GgufFile, GgufValue, content_sha256};
 use draftsmith_formats::hash;
 use draftsmith_text::{ChatTemplate, ChatTemplates, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
-
-use crate::Error;
 
 /// Why a target has no usable text side.
 #[derive(Debug, thiserror::Error)]
@@ -263,10 +261,10 @@ fn folder_templates(folder: &Path) -> Result<ChatTemplates, TargetTextError> {
 ///
 /// # Errors
 /// A file that cannot be read, a part that is missing.
-pub fn model_hash(path: &Path) -> Result<String, Error> {
+pub fn model_hash(path: &Path) -> Result<String, ContentError> {
     if !path.is_dir() {
         let split = path.extension().is_some_and(|e| e == "gguf");
-        return if split { Ok(content_sha256(path)?) } else { Ok(hash::sha256_file(path)?) };
+        return if split { content_sha256(path) } else { Ok(hash::sha256_file(path)?) };
     }
     let entries = std::fs::read_dir(path).map_err(|e| AtomicError::from_io("read", path, e))?;
     let mut files: Vec<PathBuf> = entries
