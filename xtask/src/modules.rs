@@ -82,7 +82,7 @@ impl Modules {
             let mut inner = Vec::new();
             for at in words(&code, "mod") {
                 let name: String = code[at + 3..].trim_start().chars().take_while(|c| in_name(*c)).collect();
-                let behind = at + code[at..].find(&name).unwrap_or_default() + name.len();
+                let behind = at + 3 + code[at + 3..].find(&name).unwrap_or_default() + name.len();
                 match code[behind..].trim_start().chars().next() {
                     Some(';') => {
                         let files = [format!("{below}/{name}.rs"), format!("{below}/{name}/mod.rs")];
