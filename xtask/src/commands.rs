@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::{CommandFactory, Parser};
 use draftsmith::cli::Cli;
 
-use crate::{Findings, Tree};
+use crate::tree::{Findings, Tree};
 
 /// The arguments of a line that calls us, or `None`.
 fn arguments(line: &str) -> Option<Vec<String>> {

@@ -6,13 +6,14 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{Findings, Tree};
+use crate::tree::{Findings, Tree};
+use crate::uses;
 
 const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
 const OWNED: [(&str, &[&str]); 6] = [
     ("axum", &["serve"]),
-    ("ureq", &["capture", "draftsmith"]),
+    ("ureq", &["capture", "pull"]),
     ("tokenizers", &["text"]),
     ("clap", &["draftsmith", "xtask"]),
     ("gemm", &["kernels"]),
@@ -56,7 +57,9 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
     let metadata: Value = serde_json::from_slice(&output.stdout)?;
     let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut used = BTreeSet::new();
-    for package in metadata["packages"].as_array().context("packages")? {
+    let packages = metadata["packages"].as_array().context("packages")?;
+    uses::check(tree, packages, findings)?;
+    for package in packages {
         let name = short(package["name"].as_str().context("name")?);
         let edges = edges.entry(name.clone()).or_default();
         for dependency in package["dependencies"].as_array().context("dependencies")? {

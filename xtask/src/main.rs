@@ -4,50 +4,19 @@
 
 mod commands;
 mod crates;
+mod modules;
 mod pages;
+mod source;
 mod text;
+mod tree;
+mod uses;
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
-/// The repository and its tracked files.
-struct Tree {
-    root: PathBuf,
-    /// Relative to the root, `/` as separator.
-    files: Vec<String>,
-}
-
-impl Tree {
-    fn open() -> Result<Tree> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
-        let list = Command::new("git")
-            .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-            .current_dir(&root)
-            .output()
-            .context("git lists the files that are looked at")?;
-        if !list.status.success() {
-            bail!("`git ls-files` failed: {}", String::from_utf8_lossy(&list.stderr).trim());
-        }
-        let mut files: Vec<String> = String::from_utf8(list.stdout)?
-            .lines()
-            .filter(|f| root.join(f).is_file())
-            .map(str::to_string)
-            .collect();
-        files.sort();
-        files.dedup();
-        Ok(Tree { root, files })
-    }
-
-    fn read(&self, file: &str) -> Result<String> {
-        std::fs::read_to_string(self.root.join(file)).with_context(|| format!("cannot read `{file}`"))
-    }
-}
-
-/// One finding: where, and what.
-type Findings = Vec<String>;
+use tree::{Findings, Tree};
 
 fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{Findings, Tree};
+use crate::tree::{Findings, Tree};
 
 pub(crate) fn check(tree: &Tree, write: bool, findings: &mut Findings) -> Result<()> {
     let schema = serde_json::to_string_pretty(&draftsmith::formats::run::json_schema())? + "\n";

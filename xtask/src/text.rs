@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{Findings, Tree};
+use crate::tree::{Findings, Tree};
 
 const LINES_MAX: usize = 1500;
 /// Maps weight files into memory: the one `unsafe` outside the kernels.

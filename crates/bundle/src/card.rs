@@ -9,8 +9,8 @@ use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 
 use crate::engines::{Launch, launch};
 use crate::foreign::Layout;
-use crate::make::{Measured, MeasuredResult, record_files};
 use crate::manifest::{Manifest, Recommended};
+use crate::results::{Measured, MeasuredResult, record_files};
 
 /// `1234567` as `1,234,567`.
 fn grouped(value: u64) -> String {

@@ -8,6 +8,7 @@ use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_model::eagle3::Eagle3Config;
 use serde::Serialize;
 
+use crate::files::files_below;
 use crate::layout::{WeightTypes, config_problems, read_config, vocab_map, weight_problems};
 use crate::manifest::{CONFIG_FILE, MANIFEST_FILE, Manifest, PROBE_FILE, TargetInfo, WEIGHTS_FILE};
 use crate::probe::{self, EmbedFn, ProbeFn};
@@ -172,7 +173,7 @@ fn files(dir: &Path, manifest: &Manifest) -> Result<CheckLine, BundleError> {
             problems.push(Problem::FileNotListed { path: path.into() });
         }
     }
-    for path in crate::make::files_below(dir)? {
+    for path in files_below(dir)? {
         if path != MANIFEST_FILE && !listed.contains(&path) {
             problems.push(Problem::FileUnlisted { path });
         }

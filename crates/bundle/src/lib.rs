@@ -10,6 +10,7 @@ mod card;
 mod check;
 mod engines;
 mod error;
+mod files;
 mod foreign;
 mod layout;
 mod make;
@@ -17,6 +18,7 @@ mod manifest;
 mod network;
 mod probe;
 mod problem;
+mod results;
 
 pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, check, target_problems};
 pub use engines::{Launch, launch};
@@ -26,11 +28,12 @@ pub use foreign::{
     import_safetensors, import_with, verify_export,
 };
 pub use layout::{TensorSpec, expected_tensors};
-pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, input_of, make, remake};
+pub use make::{Existing, Made, MakeInput, input_of, make, remake};
 pub use manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE,
-    Manifest, PROBE_FILE, Recommended, Shape, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
 pub use problem::{Problem, layer_problem};
+pub use results::{Measured, MeasuredResult, Shape};

@@ -6,66 +6,18 @@ use std::path::{Path, PathBuf};
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
-use serde::{Deserialize, Serialize};
 
 use crate::card;
 use crate::check::BUNDLE_BYTES_MAX;
 use crate::layout::{WeightTypes, expected_tensors, read_config, vocab_map, weight_problems};
 use crate::manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE, Manifest,
-    PROBE_FILE, Recommended, Shape, TargetInfo, TrainingInfo, WEIGHTS_FILE,
+    PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
 use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
 use crate::problem::layer_problem;
+use crate::results::{MeasuredResult, record_files};
 use crate::{BundleError, Problem};
-
-/// A value with the ends of its 95 % interval.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Measured {
-    /// The value.
-    pub value: f64,
-    /// `[low, high]`, if there were rows enough.
-    pub ci95: Option<[f64; 2]>,
-}
-
-/// One measured workload, for the tables; the record behind it is stored beside.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MeasuredResult {
-    /// Workload.
-    pub workload: String,
-    /// How it was drafted, `chain, depth 5`.
-    pub drafting: String,
-    /// The same in numbers; `None` if it was not fixed.
-    pub shape: Option<Shape>,
-    /// How tokens were chosen, `greedy`.
-    pub sampling: String,
-    /// Rows measured.
-    pub rows: u64,
-    /// Outputs compared.
-    pub samples: u64,
-    /// Outputs equal to target-only decoding.
-    pub identical_samples: u64,
-    /// Verify steps.
-    pub verify_steps: u64,
-    /// Committed tokens per verify step.
-    pub accept_len: Option<Measured>,
-    /// Accepted / proposed per depth.
-    pub accept_rate_at: Vec<f64>,
-    /// Target-only decoding.
-    pub plain_tokens_per_s: Option<f64>,
-    /// Speculative decoding.
-    pub spec_tokens_per_s: Option<f64>,
-    /// Over target-only decoding.
-    pub speedup: Option<Measured>,
-    /// What the speedup is relative to, in words.
-    pub baseline: String,
-    /// Machine and threads, in words.
-    pub machine: String,
-    /// Reasons not to trust the numbers.
-    pub doubts: Vec<String>,
-    /// The raw record.
-    pub record_json: String,
-}
 
 /// What to do if the bundle's folder exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -326,46 +278,4 @@ fn bundled_tensors(
         });
     }
     Ok((tensors, parameters))
-}
-
-/// A distinct file name for each record: the workload's name, numbered where several settings were measured.
-pub(crate) fn record_files(results: &[MeasuredResult]) -> Vec<(String, &String)> {
-    let mut taken = std::collections::BTreeSet::new();
-    results
-        .iter()
-        .map(|result| {
-            let stem: String = result
-                .workload
-                .chars()
-                .map(|c| if c.is_ascii_alphanumeric() || "-_".contains(c) { c } else { '_' })
-                .collect();
-            let mut name = format!("{stem}.json");
-            let mut n = 2;
-            while !taken.insert(name.clone()) {
-                name = format!("{stem}-{n}.json");
-                n += 1;
-            }
-            (name, &result.record_json)
-        })
-        .collect()
-}
-
-/// Every file below a folder, `/` between folders, sorted.
-pub(crate) fn files_below(dir: &Path) -> Result<Vec<String>, BundleError> {
-    let failed = |path: &Path, e| atomic::AtomicError::from_io("list", path, e);
-    let mut found = Vec::new();
-    let mut folders = vec![(dir.to_owned(), String::new())];
-    while let Some((folder, prefix)) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).map_err(|e| failed(&folder, e))? {
-            let entry = entry.map_err(|e| failed(&folder, e))?;
-            let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-            // Links are not followed: one could lead in a circle.
-            match entry.file_type().map_err(|e| failed(&folder, e))?.is_dir() {
-                true => folders.push((entry.path(), name + "/")),
-                false => found.push(name),
-            }
-        }
-    }
-    found.sort_unstable();
-    Ok(found)
 }

@@ -7,7 +7,7 @@ use draftsmith_formats::atomic;
 use serde::{Deserialize, Serialize};
 
 use crate::BundleError;
-use crate::make::MeasuredResult;
+use crate::results::{MeasuredResult, Shape};
 
 /// First field of the manifest.
 pub const BUNDLE_FORMAT: &str = "draftsmith-bundle";
@@ -155,17 +155,6 @@ pub struct ImportedFrom {
     pub layout: String,
     /// Hash of its weights there.
     pub weights_sha256: String,
-}
-
-/// A proposal of fixed shape; ordered from short to long.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Shape {
-    /// Draft steps per proposal.
-    pub depth: u32,
-    /// Draft tokens per proposal.
-    pub num_draft_tokens: u32,
-    /// Candidates per node; 1 is a chain.
-    pub top_k: u32,
 }
 
 /// The setting that measured best.

@@ -5,6 +5,7 @@
 //! compute the states ([`RemoteCapture`]).
 
 mod engine;
+mod error;
 mod generator;
 mod hidden;
 mod http;
@@ -15,12 +16,13 @@ mod remote;
 mod thinking_tests;
 
 pub use engine::EngineGenerator;
+pub use error::RegenerateError;
 pub use generator::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request};
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
 pub use http::{Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{
-    AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, Progress, RegenerateError, SamplingMix, regenerate,
+    AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, Progress, SamplingMix, regenerate,
 };
 pub use remote::{
     RemoteCapture, RemoteOptions, StatesProblem, StatesShape, read_json_states, read_state_file,

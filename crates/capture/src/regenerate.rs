@@ -12,11 +12,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 
 use draftsmith_core::Sampling;
-use draftsmith_decode::DecodeError;
-use draftsmith_text::{Message, RenderOptions, TextError};
+use draftsmith_text::{Message, RenderOptions};
 use serde::{Deserialize, Serialize};
 
-use crate::{Answer, AnswerMark, Asker, Generator, IdsFrom, Outcome, Request, ServerError};
+use crate::error::RegenerateError;
+use crate::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Request};
 
 /// A conversation whose user turns want answers.
 #[derive(Clone, Debug, PartialEq)]
@@ -166,36 +166,6 @@ pub struct Progress {
     pub tokens: u64,
     /// Those of the dialogues that have no answer: no user turn, or a first prompt that fills the context.
     pub unanswered: u64,
-}
-
-/// What stops a run.
-#[derive(Debug, thiserror::Error)]
-pub enum RegenerateError {
-    /// The engine refused a request.
-    #[error(transparent)]
-    Decode(#[from] DecodeError),
-    /// The tokenizer failed on an answer.
-    #[error("dialogue `{id}`: {source}")]
-    Text {
-        /// The dialogue.
-        id: String,
-        /// Cause.
-        source: TextError,
-    },
-    /// The server cannot do it.
-    #[error(transparent)]
-    Server(#[from] ServerError),
-}
-
-impl RegenerateError {
-    /// What the user can do.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            RegenerateError::Decode(e) => e.hint(),
-            RegenerateError::Text { source, .. } => source.hint(),
-            RegenerateError::Server(e) => e.hint(Asker::Regenerate),
-        }
-    }
 }
 
 /// A number in `0..1` from a key, the same on every machine.

@@ -16,7 +16,7 @@ use draftsmith_core::{Sampling, TargetTokenId, TokenTree};
 use draftsmith_kernels::Kernels;
 
 use crate::costs::{Costs, Recent};
-use crate::drafter::DrafterSession;
+use crate::drafter::{DrafterSession, MOST_NODES};
 use crate::lookup::Match;
 
 /// What made a node be proposed, as a class whose acceptance is counted.
@@ -183,8 +183,6 @@ pub(crate) struct StepTime {
     pub pass_ms: f32,
 }
 
-/// Nodes of a proposal at most.
-pub(crate) const MOST_NODES: usize = 32;
 /// Children of a node that are considered.
 const CHILDREN: usize = 4;
 /// Steps over which gain and pace are averaged.

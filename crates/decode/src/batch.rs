@@ -6,8 +6,44 @@ use std::sync::Arc;
 use draftsmith_kernels::Kernels;
 
 use crate::DecodeError;
-use crate::engine::{Engine, GenerateOptions};
+use crate::engine::Engine;
+use crate::options::{BatchOptions, GenerateOptions};
 use crate::session::{FinishReason, Generation, Session, TokenEvent};
+
+impl<K: Kernels> Engine<K> {
+    /// Generates many answers with continuous batching: a finished sequence's place is taken by the next request.
+    ///
+    /// `next` hands out requests (an id and a prompt) until it returns `None`; `on_done` receives each answer as it
+    /// finishes and may stop the batch (answers under way are dropped).
+    ///
+    /// # Errors
+    /// As [`Engine::generate`], for the first bad request.
+    pub fn generate_batch(
+        &self,
+        batch: BatchOptions,
+        next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
+        on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
+    ) -> Result<(), DecodeError> {
+        let mut running = Batch::new(self);
+        let mut drained = false;
+        loop {
+            while !drained && running.len() < batch.batch_size.max(1) {
+                match next() {
+                    None => drained = true,
+                    Some((id, prompt, options)) => running.admit(id as u64, &prompt, &options)?,
+                }
+            }
+            if running.is_empty() {
+                return Ok(());
+            }
+            for (id, generation) in running.step(&mut |_, _| ControlFlow::Continue(())) {
+                if on_done(id as usize, generation).is_break() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
 
 /// Sequences decoded side by side on one engine (`&Engine` or `Arc<Engine>`).
 ///

@@ -6,6 +6,9 @@ use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{Rows, StepOutput};
 
+/// Nodes of an automatic proposal at most.
+pub(crate) const MOST_NODES: usize = 32;
+
 /// How much to draft per step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DraftPlan {
@@ -35,7 +38,7 @@ impl DraftPlan {
     pub fn depth(&self) -> usize {
         match self {
             DraftPlan::None => 0,
-            DraftPlan::Auto => crate::auto::MOST_NODES,
+            DraftPlan::Auto => MOST_NODES,
             DraftPlan::Chain { depth } | DraftPlan::Tree { depth, .. } => *depth,
         }
     }

@@ -5,69 +5,24 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{
-    AcceptStats, LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, choose_token,
-    verify_tree,
+    AcceptStats, LayerId, TargetTokenId, TokenLogprobs, TokenTree, choose_token, verify_tree,
 };
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
 use crate::auto::{Grown, Load, Pacer, Rates, Seed, StepTime, grow};
-use crate::batch::Batch;
 use crate::calibrate;
 use crate::costs::{Calibration, Costs, CostsOff, Ledger};
 use crate::drafter::{DraftPlan, Drafter, Features};
-use crate::grammar::Grammar;
 use crate::lookup::Lookup;
+use crate::options::GenerateOptions;
 use crate::prefix::Prefixes;
 use crate::session::{Auto, Fed, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
 /// are decoding wait for it. Does not change any bit of the result.
 const PREFILL_CHUNK: usize = 256;
-
-/// One request's settings. By default greedy, without a draft, and nothing to generate.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    /// Tokens to generate at most.
-    pub max_new_tokens: usize,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// Changes of the logits before that.
-    pub shaping: Shaping,
-    /// Ids that end the answer; they are part of the output.
-    pub stop_ids: Vec<u32>,
-    /// How much to draft.
-    pub draft: DraftPlan,
-    /// Log-probabilities with every token: of that token, and of this many of the best ones.
-    pub logprobs: Option<usize>,
-    /// Log-probabilities of the prompt's own tokens, and of this many of the best ones in the place of each.
-    pub prompt_logprobs: Option<usize>,
-    /// What the answer must be.
-    pub grammar: Option<Arc<dyn Grammar>>,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        GenerateOptions {
-            max_new_tokens: 0,
-            sampling: Sampling::GREEDY,
-            shaping: Shaping::default(),
-            stop_ids: Vec::new(),
-            draft: DraftPlan::None,
-            logprobs: None,
-            prompt_logprobs: None,
-            grammar: None,
-        }
-    }
-}
-
-/// Settings of a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct BatchOptions {
-    /// Sequences decoded side by side.
-    pub batch_size: usize,
-}
 
 /// What [`Engine::on_costs_off`] calls.
 type CostsOffHook = Box<dyn Fn(&CostsOff) + Send + Sync>;
@@ -249,39 +204,6 @@ impl<K: Kernels> Engine<K> {
             self.step(std::slice::from_mut(&mut session), &mut |_, event| on_token(event));
         }
         Ok(self.end(session))
-    }
-
-    /// Generates many answers with continuous batching: a finished sequence's place is taken by the next request.
-    ///
-    /// `next` hands out requests (an id and a prompt) until it returns `None`; `on_done` receives each answer as it
-    /// finishes and may stop the batch (answers under way are dropped).
-    ///
-    /// # Errors
-    /// As [`Engine::generate`], for the first bad request.
-    pub fn generate_batch(
-        &self,
-        batch: BatchOptions,
-        next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
-        on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
-    ) -> Result<(), DecodeError> {
-        let mut running = Batch::new(self);
-        let mut drained = false;
-        loop {
-            while !drained && running.len() < batch.batch_size.max(1) {
-                match next() {
-                    None => drained = true,
-                    Some((id, prompt, options)) => running.admit(id as u64, &prompt, &options)?,
-                }
-            }
-            if running.is_empty() {
-                return Ok(());
-            }
-            for (id, generation) in running.step(&mut |_, _| ControlFlow::Continue(())) {
-                if on_done(id as usize, generation).is_break() {
-                    return Ok(());
-                }
-            }
-        }
     }
 
     /// Starts a sequence.

@@ -14,6 +14,7 @@ mod engine;
 mod grammar;
 mod isolate;
 mod lookup;
+mod options;
 mod prefix;
 mod score;
 mod session;
@@ -22,9 +23,10 @@ pub use batch::Batch;
 pub use costs::{Calibration, Costs, CostsOff};
 pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
 pub use eagle::EagleDrafter;
-pub use engine::{BatchOptions, Engine, GenerateOptions};
+pub use engine::Engine;
 pub use grammar::{Grammar, GrammarState};
 pub use isolate::Survived;
+pub use options::{BatchOptions, GenerateOptions};
 pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
 
 /// What decoding can refuse.

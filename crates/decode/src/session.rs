@@ -8,9 +8,9 @@ use draftsmith_model::TargetKv;
 
 use crate::auto::{Grown, Pacer};
 use crate::drafter::{DraftPlan, DrafterSession, Features};
-use crate::engine::GenerateOptions;
 use crate::grammar::GrammarState;
 use crate::lookup::Lookup;
+use crate::options::GenerateOptions;
 
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

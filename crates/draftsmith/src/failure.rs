@@ -56,6 +56,17 @@ impl From<draftsmith::Error> for Failure {
     }
 }
 
+impl From<draftsmith::serve::ServeError> for Failure {
+    fn from(error: draftsmith::serve::ServeError) -> Failure {
+        let general = || "give another address or port, or fewer threads".to_string();
+        Failure {
+            code: BAD_INPUT,
+            message: error.to_string(),
+            hint: error.hint().or_else(|| Some(general())),
+        }
+    }
+}
+
 /// A panic is our bug: say so in one line, with where it happened, and end with 101.
 pub(crate) fn report_panics() {
     std::panic::set_hook(Box::new(|info| {

@@ -8,7 +8,7 @@ mod verbs;
 use std::process::ExitCode;
 
 use clap::Parser;
-use draftsmith::cli::{BundleVerb, Cli, DataVerb, DoctorVerb, Verb};
+use draftsmith::cli::{BenchVerb, BundleVerb, Cli, DataVerb, DoctorVerb, Verb};
 use draftsmith::formats::run::Stage;
 
 use crate::failure::Failure;
@@ -60,7 +60,14 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
         Verb::Status(args) => verbs::status::run(&args, session),
         Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Generate(args) => verbs::generate::run(&args, session),
-        Verb::Bench(args) => verbs::bench::run(&args, session),
+        Verb::Bench(args) => match &args.verb {
+            Some(BenchVerb::Kernels(args)) => verbs::bench::kernels(args, session),
+            Some(BenchVerb::Decode(args)) => verbs::bench_decode::run(args, session),
+            Some(BenchVerb::Identity(args)) => verbs::bench_identity::run(args, session),
+            Some(BenchVerb::Tune(args)) => verbs::bench_tune::run(args, session),
+            Some(BenchVerb::Train(args)) => verbs::bench_train::run(args, session),
+            None => verbs::bench::workloads(&args, session),
+        },
         Verb::Completions(args) => verbs::shell::completions(&args),
         Verb::Man(args) => verbs::shell::man(&args),
         Verb::Serve(args) => verbs::serve::run(&args, session),

@@ -6,7 +6,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use draftsmith::doctor::human;
+use draftsmith::disk::human;
 use draftsmith::report::{Report, Unit};
 use indicatif::{ProgressBar, ProgressStyle};
 

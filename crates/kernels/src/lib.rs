@@ -24,62 +24,7 @@ pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use train::TrainKernels;
-pub use weight::{PackMode, WeightDtype, WeightView};
-
-/// What a kernel call can refuse.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelError {
-    /// Bytes and shape of a weight disagree.
-    #[error(
-        "weight `{name}` of {out_features} x {in_features} {dtype:?} needs {wanted} bytes, found {found}"
-    )]
-    WeightBytes {
-        /// Tensor name.
-        name: String,
-        /// Rows.
-        out_features: usize,
-        /// Columns.
-        in_features: usize,
-        /// Stored type.
-        dtype: WeightDtype,
-        /// Bytes expected.
-        wanted: usize,
-        /// Bytes given.
-        found: usize,
-    },
-    /// A block-quantised weight whose rows are not whole blocks.
-    #[error("weight `{name}` has {in_features} input features, not a multiple of the {block} of {dtype:?}")]
-    WeightBlock {
-        /// Tensor name.
-        name: String,
-        /// Columns.
-        in_features: usize,
-        /// Block length.
-        block: usize,
-        /// Stored type.
-        dtype: WeightDtype,
-    },
-}
-
-/// How keys and values are stored. Sums over them run in f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvDtype {
-    /// As computed: the specification.
-    F32,
-    /// Rounded to f16, values beyond its range to its largest: half the memory, and half the time where a long
-    /// context makes attention wait for it.
-    F16,
-}
-
-impl KvDtype {
-    /// Bytes of a value.
-    pub fn bytes(self) -> usize {
-        match self {
-            KvDtype::F32 => 4,
-            KvDtype::F16 => 2,
-        }
-    }
-}
+pub use weight::{KernelError, KvDtype, PackMode, WeightDtype, WeightView};
 
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use draftsmith_formats::hf_config::HfConfigError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_kernels::KernelError;
 
-use crate::load::weight_dtype;
+use crate::dtype::weight_dtype;
 use crate::quantised;
 
 /// A model that cannot be loaded.

@@ -3,6 +3,7 @@
 mod classes;
 mod config;
 mod draft;
+mod dtype;
 pub mod eagle3;
 mod error;
 mod infer;
@@ -14,10 +15,9 @@ mod target;
 
 pub use config::{Family, TargetConfig};
 pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
+pub use dtype::{Precision, weight_dtype};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
-pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
+pub use load::{rope_halves_from_pairs, rope_pairs_from_halves};
 pub use ops::{Attend, Ops};
-pub use target::{
-    LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,
-};
+pub use target::{LayerWeights, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer};

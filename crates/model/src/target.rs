@@ -9,32 +9,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
+use crate::dtype::Precision;
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
 use crate::load::{Part, Source};
 use crate::ops::{Attend, Ops};
-
-/// In which arithmetic a target runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// Weights as f32: the specification.
-    F32,
-    /// Weights as stored: block types by exact integer dot products, floats as floats.
-    Stored,
-}
-
-impl Precision {
-    /// What the kernels make of the weights.
-    pub(crate) fn pack_mode(self) -> PackMode {
-        match self {
-            Precision::F32 => PackMode::F32,
-            Precision::Stored => PackMode::Stored,
-        }
-    }
-}
 
 /// Weights of one decoder layer.
 pub struct LayerWeights<W, N> {

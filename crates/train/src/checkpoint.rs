@@ -11,8 +11,22 @@ use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::trainer::ValidationResult;
 use crate::{AdamW, Method, TrainError};
+
+/// One measured validation, as the caller's decoder found it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ValidationResult {
+    /// Committed tokens per verify step.
+    pub accept_len: f64,
+    /// Lower end of its confidence interval.
+    pub low: f64,
+    /// Upper end.
+    pub high: f64,
+    /// Verify steps measured.
+    pub verify_steps: u64,
+    /// Tokens committed by them.
+    pub committed_tokens: u64,
+}
 
 /// The best draft so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

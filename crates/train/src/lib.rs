@@ -20,7 +20,7 @@ mod optimizer;
 mod rng;
 mod trainer;
 
-pub use checkpoint::{Best, TrainState};
+pub use checkpoint::{Best, TrainState, ValidationResult};
 pub use data::{Order, Pack, RowStore};
 pub use draft::{DraftTensor, DraftWeights};
 pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
@@ -30,6 +30,4 @@ pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
 pub use rng::Rng;
-pub use trainer::{
-    Event, Flow, Hooks, Outcome, StepReport, TrainOptions, ValidationResult, Validator, train,
-};
+pub use trainer::{Event, Flow, Hooks, Outcome, StepReport, TrainOptions, Validator, train};

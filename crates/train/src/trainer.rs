@@ -4,11 +4,10 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use draftsmith_formats::run::{RunFile, Schedule};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::average::Candidates;
-use crate::checkpoint::{self, Best, TrainState};
+use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::{
     AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
     TensorBoard, TrainError,
@@ -83,21 +82,6 @@ impl TrainOptions {
             seed: t.seed.unwrap_or(run.run.seed),
         }
     }
-}
-
-/// One measured validation, as the caller's decoder found it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ValidationResult {
-    /// Committed tokens per verify step.
-    pub accept_len: f64,
-    /// Lower end of its confidence interval.
-    pub low: f64,
-    /// Upper end.
-    pub high: f64,
-    /// Verify steps measured.
-    pub verify_steps: u64,
-    /// Tokens committed by them.
-    pub committed_tokens: u64,
 }
 
 /// Measures a draft after `step` optimiser steps by real speculative decoding.

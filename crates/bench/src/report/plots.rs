@@ -8,7 +8,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::TrainingPoint;
+use super::options::TrainingPoint;
+use super::words::escape;
 use crate::BenchError;
 use crate::stats::{Estimate, percentile};
 use crate::summary::Summary;
@@ -51,8 +52,8 @@ fn svg(
     let body = text.find('>').map_or("", |end| &text[end + 1..]);
     let mut out = format!(
         "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\"><title>{}</title><desc>{}</desc>{body}",
-        super::html::escape(title),
-        super::html::escape(description)
+        escape(title),
+        escape(description)
     );
     let mut replace = |color: RGBColor, variable: &str| {
         out = out.replace(

@@ -17,6 +17,7 @@ use draftsmith_model::{DraftTensors, Infer, Ops, Target, rope_halves_from_pairs,
 use serde_json::{Map, Value};
 
 use super::{Layout, gguf};
+use crate::files::files_below;
 use crate::layout::expected_tensors;
 use crate::make::{Made, MakeInput};
 use crate::manifest::{CONFIG_FILE, ImportedFrom, WEIGHTS_FILE};
@@ -113,7 +114,7 @@ fn gguf_file(path: &Path) -> Result<Option<PathBuf>, BundleError> {
     if !path.is_dir() || path.join(CONFIG_FILE).is_file() {
         return Ok(None);
     }
-    let mut files = crate::make::files_below(path)?.into_iter().map(|f| path.join(f)).filter(|p| is_gguf(p));
+    let mut files = files_below(path)?.into_iter().map(|f| path.join(f)).filter(|p| is_gguf(p));
     let file = files.next();
     match files.next() {
         None => Ok(file),

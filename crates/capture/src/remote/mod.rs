@@ -26,6 +26,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::Target;
 
 use self::sglang::Sglang;
+use self::states::RemoteStates;
 use self::vllm::Vllm;
 use crate::http::{Asked, Flow, Http, HttpOptions, Note, ServerError};
 use crate::{CaptureError, CaptureSource, TokenRow};
@@ -33,14 +34,6 @@ use crate::{CaptureError, CaptureSource, TokenRow};
 pub use sglang::read_json_states;
 pub use states::{StatesProblem, StatesShape};
 pub use vllm::read_state_file;
-
-/// States as a server gives them.
-struct RemoteStates {
-    /// `[S, K * Ht]` outputs of the captured layers.
-    features: Vec<f32>,
-    /// `[S, Ht]` the final state, before or after the final norm: the server's kind tells.
-    last: Vec<f32>,
-}
 
 /// The servers of one kind.
 enum Engine<'a> {

@@ -11,8 +11,7 @@ use draftsmith_core::LayerId;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::RemoteStates;
-use super::states::{StatesProblem, StatesShape, finite};
+use super::states::{RemoteStates, StatesProblem, StatesShape, finite};
 use crate::TokenRow;
 use crate::http::{Failure, Flow, Http, ServerError, read_body};
 

@@ -2,6 +2,14 @@
 
 use crate::http::{Failure, Fault, ServerError};
 
+/// States as a server gives them.
+pub(super) struct RemoteStates {
+    /// `[S, K * Ht]` outputs of the captured layers.
+    pub(super) features: Vec<f32>,
+    /// `[S, Ht]` the final state, before or after the final norm: the server's kind tells.
+    pub(super) last: Vec<f32>,
+}
+
 /// What was asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct StatesShape<'a> {

@@ -14,8 +14,7 @@ use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::RemoteStates;
-use super::states::{StatesProblem, StatesShape, finite, same_ids};
+use super::states::{RemoteStates, StatesProblem, StatesShape, finite, same_ids};
 use crate::TokenRow;
 use crate::http::{Failure, Fault, Flow, Http, ServerError, parse, read_body};
 

@@ -7,6 +7,7 @@ mod decode;
 mod serve;
 mod shell;
 mod stages;
+mod written;
 
 use std::path::{Path, PathBuf};
 
@@ -17,12 +18,13 @@ pub use decode::{
     Generate, PeerKind, Quickstart, TrainPeerKind,
 };
 pub use serve::{KvBudget, Serve};
-pub use shell::{Completions, Man, completion_script, man_pages};
+pub use shell::{Completions, Man};
 pub use stages::{
     Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,
     Capture, Data, DataPrepare, DataPreview, DataRender, DataVerb, ExportFormat, Regenerate, Run, RunArgs,
     Status, Train,
 };
+pub use written::{completion_script, man_pages};
 
 /// Trains, packages and measures draft models for speculative decoding.
 #[derive(Debug, Parser)]

@@ -26,17 +26,6 @@ use crate::printer;
 /// Tokens decoded by each side before the first sample.
 const WARMUP_TOKENS: usize = 16;
 
-pub(crate) fn run(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
-    match &args.verb {
-        Some(cli::BenchVerb::Kernels(args)) => kernels(args, session),
-        Some(cli::BenchVerb::Decode(args)) => super::bench_decode::run(args, session),
-        Some(cli::BenchVerb::Identity(args)) => super::bench_identity::run(args, session),
-        Some(cli::BenchVerb::Tune(args)) => super::bench_tune::run(args, session),
-        Some(cli::BenchVerb::Train(args)) => super::bench_train::run(args, session),
-        None => workloads(args, session),
-    }
-}
-
 /// Writes a JSON value to a file, or prints it for `-`.
 pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), Failure> {
     if cli::is_stdout(path) {
@@ -52,7 +41,7 @@ pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Ve
     Ok(files.iter().map(read).collect::<Result<_, _>>().map_err(Error::from)?)
 }
 
-fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
+pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
     // Clap made sure that it is there.
     let bundle = args.bundle.as_deref().unwrap_or(Path::new(""));
     let sampling = sampling(&args.choosing)?;
@@ -161,7 +150,7 @@ pub(crate) fn target_and_draft(
     Ok((target, draft))
 }
 
-fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
+pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
     let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let context = target.target.config().max_position;
     let mut options = KernelOptions::default();

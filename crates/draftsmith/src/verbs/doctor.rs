@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::path::Path;
 
 use draftsmith::cli;
-use draftsmith::doctor::{Doctor, Severity, examine, human};
+use draftsmith::disk::human;
+use draftsmith::doctor::{Doctor, Severity, examine};
 
 use super::{Session, variable};
 use crate::failure::{Failure, NOT_HELD};

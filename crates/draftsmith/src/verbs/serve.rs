@@ -10,7 +10,7 @@ use std::time::Duration;
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::costs::{with_costs, with_kept_costs};
-use draftsmith::doctor::human;
+use draftsmith::disk::human;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
@@ -235,7 +235,7 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     });
     failure::outlive_panics();
-    let mut server = Server::start(options(args, Arc::clone(&log))?).map_err(Error::from)?;
+    let mut server = Server::start(options(args, Arc::clone(&log))?)?;
     let url = format!("http://{}", server.address());
     session.printer.note(&format!("listening at {url}, loading the model"));
     let model = load(args, session)?;
@@ -245,7 +245,7 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         "draft": model.draft.as_ref().map(|draft| draft.name.clone()),
         "cache_tokens": model.cache_slots,
     });
-    server.open(model).map_err(Error::from)?;
+    server.open(model)?;
     session.printer.note(&format!("ready: {ready}"));
     if args.json {
         printer::json(&ready)?;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use draftsmith::cli;
-use draftsmith::doctor::human;
+use draftsmith::disk::human;
 use draftsmith::formats::run::{RunFile, Stage};
 use draftsmith::run::{Env, Origin, Run, StageDone};
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use draftsmith::cli;
-use draftsmith::doctor::human;
+use draftsmith::disk::human;
 use draftsmith::formats::run::Stage;
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
 use draftsmith::run::{self, made_by, stages_of, with_paths};

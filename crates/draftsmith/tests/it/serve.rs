@@ -874,7 +874,9 @@ fn the_accept_length_is_committed_tokens_per_verify_step() {
             (&json!(30), &json!(steps)),
             "{answer}"
         );
-        assert_eq!(said["accept_length"].as_f64(), Some(30.0 / steps as f64), "{plan}");
+        // Read back from text, which may cost the last bit.
+        let said = said["accept_length"].as_f64().unwrap();
+        assert!((said * steps as f64 - 30.0).abs() < 1e-9, "{plan}: {said} in {steps} steps");
     }
     let ratio = |name: &str| served.counter(&format!("draftsmith:{name}_total"), "");
     assert_eq!(ratio("committed_tokens"), 90.0);

