@@ -12,23 +12,25 @@ pub enum MlpKind {
 }
 
 /// Weights of a layer's MLP.
-pub enum Mlp<W> {
+pub enum Mlp<W, N> {
     /// See [`MlpKind::Gated`]. Files that hold gate and up as one tensor are taken apart when they are loaded: products
     /// of one input share its quantisation anyway.
-    Gated(GatedMlp<W>),
+    Gated(GatedMlp<W, N>),
 }
 
 /// Weights of a gated MLP.
-pub struct GatedMlp<W> {
+pub struct GatedMlp<W, N> {
     /// `[I, Ht]`
     pub gate: W,
     /// `[I, Ht]`
     pub up: W,
     /// `[Ht, I]`
     pub down: W,
+    /// Biases of gate, up and down.
+    pub bias: Option<[N; 3]>,
 }
 
-impl<W> Mlp<W> {
+impl<W, N> Mlp<W, N> {
     /// Weights that a pass reads, whatever its rows.
     pub fn weights(&self) -> Vec<&W> {
         match self {
@@ -38,14 +40,15 @@ impl<W> Mlp<W> {
 }
 
 /// The MLP of a layer: normed input `[R, Ht]` to what is added to the residual stream, `[R, Ht]`.
-pub fn feed_forward<O: Ops>(ops: &mut O, activation: Activation, mlp: &Mlp<O::W>, x: &O::T) -> O::T {
+pub fn feed_forward<O: Ops>(ops: &mut O, activation: Activation, mlp: &Mlp<O::W, O::N>, x: &O::T) -> O::T {
     match mlp {
         Mlp::Gated(mlp) => gated(ops, activation, mlp, x),
     }
 }
 
-fn gated<O: Ops>(ops: &mut O, activation: Activation, mlp: &GatedMlp<O::W>, x: &O::T) -> O::T {
-    let [gate, up] = ops.linears(x, [(&mlp.gate, None), (&mlp.up, None)]); // [R, I] twice
+fn gated<O: Ops>(ops: &mut O, activation: Activation, mlp: &GatedMlp<O::W, O::N>, x: &O::T) -> O::T {
+    let bias = |i: usize| mlp.bias.as_ref().map(|b| &b[i]);
+    let [gate, up] = ops.linears(x, [(&mlp.gate, bias(0)), (&mlp.up, bias(1))]); // [R, I] twice
     let act = ops.gated(activation, gate, &up);
-    ops.linear(&act, &mlp.down, None) // [R, Ht]
+    ops.linear(&act, &mlp.down, bias(2)) // [R, Ht]
 }
