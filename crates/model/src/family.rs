@@ -176,7 +176,7 @@ pub(crate) struct Spec {
     pub(crate) softcaps: Option<[Option<f64>; 2]>,
     /// Share of a head that is turned where the file says nothing; `None` if the class turns whole heads.
     pub(crate) partial_rotary: Option<f64>,
-    /// LongRoPE's original length stands beside its table.
+    /// LongRoPE's original length has a default of the class, and its kind other names.
     pub(crate) own_original: bool,
     /// The last of so many layers has no RoPE (`no_rope_layers`, `no_rope_layer_interval`).
     pub(crate) nope_every: Option<usize>,

@@ -44,10 +44,30 @@ fn angles(table: &RopeTable) -> Vec<f32> {
         .collect()
 }
 
+/// The table turns its pairs by these frequencies and leaves the rest of a head alone.
+#[track_caller]
+fn turns_like(table: &RopeTable, wanted: &Value, name: &str) {
+    let factor = wanted["factor"].as_f64().unwrap();
+    let values: Vec<f64> = wanted["values"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+    for position in [1u32, 7, 300] {
+        let (cos, sin) = table.angles(position);
+        for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+            let (factor, angle) = match values.get(i) {
+                Some(v) => (factor, v * f64::from(position)),
+                None => (1.0, 0.0),
+            };
+            let (c, s) = (factor * angle.cos(), factor * angle.sin());
+            // Frequencies are computed in f32 there.
+            let close = |found: f32, wanted: f64| (f64::from(found) - wanted).abs() < 1e-4;
+            assert!(close(*cos, c) && close(*sin, s), "{name}: pair {i} at {position}");
+        }
+    }
+}
+
 #[test]
 fn targets_have_the_defaults_of_their_class() {
     let cases = cases("targets");
-    assert!(cases.len() > 40);
+    assert!(cases.len() > 80);
     for case in &cases {
         let (name, want) = (case["name"].as_str().unwrap(), &case["expected"]);
         let text = case["config"].to_string();
@@ -69,7 +89,7 @@ fn targets_have_the_defaults_of_their_class() {
         assert_eq!(found.rms_norm_eps, want["rms_norm_eps"].as_f64().unwrap() as f32, "{name}: epsilon");
         assert_eq!(found.tied, want["tie_word_embeddings"], "{name}: tied");
         let scale = 1.0 / (want["query_scale"].as_f64().unwrap() as f32).sqrt();
-        assert_eq!(found.attention_scale, scale, "{name}: attention scale");
+        assert!((found.attention_scale / scale - 1.0).abs() < 1e-6, "{name}: attention scale");
         let activation = match want["activation"].as_str().unwrap() {
             "silu" => Activation::Silu,
             _ => Activation::GeluTanh,
@@ -78,9 +98,37 @@ fn targets_have_the_defaults_of_their_class() {
         let windows: Vec<Option<usize>> =
             want["windows"].as_array().unwrap().iter().map(|w| w.as_u64().map(|w| w as usize)).collect();
         assert_eq!(found.windows, windows, "{name}: windows");
-        assert_eq!(found.rope_scaling, scaling(&want["rope"]), "{name}: RoPE scaling");
         assert_eq!(f64::from(found.rope_theta), want["rope"]["rope_theta"].as_f64().unwrap(), "{name}: base");
-        assert_eq!(angles(&found.rope), angles(&table(&want["rope"], found.head_dim)), "{name}: RoPE");
+        assert_eq!(found.rotary_dim, size("rotary_dim"), "{name}: values that are turned");
+        match want["rope"]["rope_type"].as_str().unwrap() {
+            "yarn" | "longrope" => {}
+            _ => {
+                assert_eq!(found.rope_scaling, scaling(&want["rope"]), "{name}: RoPE scaling");
+                let wanted = table(&want["rope"], found.rotary_dim);
+                if found.rotary_dim == found.head_dim {
+                    assert_eq!(angles(&found.rope), angles(&wanted), "{name}: RoPE");
+                }
+            }
+        }
+        if want["frequencies"].is_object() {
+            turns_like(&found.rope, &want["frequencies"], name);
+        }
+        let (from, long) = found.rope_long.as_ref().map(|(from, table)| (*from, table)).unzip();
+        assert_eq!(from.map(|n| n as u64), want["long_from"].as_u64(), "{name}: where LongRoPE begins");
+        if let Some(long) = long {
+            turns_like(long, &want["long"], name);
+        }
+        let turns: Vec<bool> =
+            want["turns"].as_array().unwrap().iter().map(|t| t.as_bool().unwrap()).collect();
+        assert_eq!(found.turns, turns, "{name}: layers with RoPE");
+        let float = |value: &Value| value.as_f64().map(|x| x as f32);
+        let caps = [found.attention_softcap, found.final_softcap];
+        assert_eq!(caps, [0, 1].map(|i| float(&want["softcaps"][i])), "{name}: caps");
+        let factors = [found.residual_scale, found.logit_divisor].map(Some);
+        assert_eq!(factors, [0, 1].map(|i| float(&want["multipliers"][i])), "{name}: multipliers");
+        assert_eq!(Some(found.embed_scale), float(&want["embed_scale"]), "{name}: embeddings");
+        let biases = [found.qkv_bias, found.o_bias, found.mlp_bias];
+        assert_eq!(biases, [0, 1, 2].map(|i| want["biases"][i] == true), "{name}: biases");
         let local = found.rope_local.as_deref().map(angles);
         let wanted = want.get("rope_local").filter(|r| r.is_object());
         assert_eq!(local, wanted.map(|r| angles(&table(r, found.head_dim))), "{name}: RoPE of windows");
@@ -133,11 +181,11 @@ fn refused(config: &str, message: &str, hint: &str) {
 #[test]
 fn what_is_not_built_is_named_with_a_way_out() {
     let small = r#""hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4"#;
-    refused(r#"{"model_type": "phi3"}"#, "architecture `phi3`", "gemma3 (text)");
+    refused(r#"{"model_type": "phi"}"#, "architecture `phi`", "gemma3");
     refused(r#"{}"#, "has no key `model_type`", "`model_type`");
     refused(
-        &format!(r#"{{"model_type": "llama", {small}, "rope_scaling": {{"type": "yarn", "factor": 4}}}}"#),
-        "RoPE scaling `yarn`",
+        &format!(r#"{{"model_type": "llama", {small}, "rope_scaling": {{"type": "dynamic", "factor": 4}}}}"#),
+        "RoPE scaling `dynamic`",
         "choose another model",
     );
     refused(
@@ -147,6 +195,61 @@ fn what_is_not_built_is_named_with_a_way_out() {
         "`partial_rotary_factor` 0.5",
         "choose another model",
     );
+    for (family, keys, what) in [
+        ("mistral", r#""attention_bias": true"#, "`attention_bias`"),
+        ("qwen2", r#""mlp_bias": true"#, "`mlp_bias`"),
+        ("phi3", r#""attention_bias": true"#, "`attention_bias`"),
+        ("phi3", r#""rope_scaling": {"type": "linear2"}"#, "RoPE scaling `linear2`"),
+        ("qwen2", r#""rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}"#, "RoPE scaling `mrope`"),
+        ("qwen3", r#""rope_scaling": {"type": "su", "factor": 2.0}"#, "RoPE scaling `su`"),
+        ("gemma2", r#""use_bidirectional_attention": true"#, "`use_bidirectional_attention`"),
+        ("gemma2", r#""hidden_activation": "gelu""#, "activation `gelu`"),
+        ("granite", r#""hidden_act": "relu""#, "activation `relu`"),
+        ("llama", r#""kv_lora_rank": 512"#, "`kv_lora_rank`"),
+        ("llama", r#""num_local_experts": 8"#, "`num_local_experts`"),
+        ("llama", r#""residual_multiplier": 0.2"#, "`residual_multiplier`"),
+        ("olmo2", r#""clip_qkv": 8.0"#, "`clip_qkv`"),
+        ("olmo2", r#""partial_rotary_factor": 0.5"#, "`partial_rotary_factor` 0.5"),
+        ("qwen3", r#""final_logit_softcapping": 30.0"#, "`final_logit_softcapping`"),
+        (
+            "smollm3",
+            r#""layer_types": ["full_attention", "chunked_attention", "full_attention", "full_attention"]"#,
+            "layers of type `chunked_attention`",
+        ),
+    ] {
+        refused(&format!(r#"{{"model_type": "{family}", {small}, {keys}}}"#), what, "choose another model");
+    }
+    for (family, keys, what) in [
+        ("smollm3", r#""no_rope_layers": [1, 0]"#, "`no_rope_layers` has 2 entries for 4 layers"),
+        ("smollm3", r#""no_rope_layer_interval": 0"#, "`no_rope_layer_interval` is 0"),
+        ("granite", r#""logits_scaling": 0.0"#, "`logits_scaling` is 0"),
+        ("gemma2", r#""attn_logit_softcapping": -1.0"#, "`attn_logit_softcapping` is -1"),
+        (
+            "glm4",
+            r#""partial_rotary_factor": 0.01"#,
+            "`partial_rotary_factor` 0.01 turns 1 of the 128 values",
+        ),
+        (
+            "phi3",
+            r#""rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}"#,
+            "`short_factor` has 1 entries for 8 frequencies",
+        ),
+    ] {
+        refused(&format!(r#"{{"model_type": "{family}", {small}, {keys}}}"#), what, "another copy");
+    }
+    refused(
+        &format!(r#"{{"model_type": "phi3", {small}, "rope_scaling": {{"type": "longrope"}}}}"#),
+        "has no key `rope_scaling.short_factor`",
+        "`rope_scaling.short_factor`",
+    );
+    // Neutral values change nothing, and `null` is none.
+    for keys in
+        [r#""clip_qkv": null"#, r#""num_experts": 0"#, r#""residual_multiplier": 1.0"#, r#""alibi": false"#]
+    {
+        let config = format!(r#"{{"model_type": "llama", {small}, {keys}}}"#);
+        let hf = HfConfig::parse(Path::new("m/config.json"), config.as_bytes()).unwrap();
+        TargetConfig::from_hf(&hf).unwrap();
+    }
     refused(
         &format!(r#"{{"model_type": "gemma3_text", {small}, "layer_types": ["full_attention"]}}"#),
         "`layer_types` has 1 entries for 4 layers",
