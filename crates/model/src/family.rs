@@ -33,6 +33,26 @@ pub enum Family {
 }
 
 impl Family {
+    /// All of them.
+    pub const ALL: [Family; 11] = [
+        Family::Llama,
+        Family::Mistral,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::Gemma3,
+        Family::Gemma2,
+        Family::Phi3,
+        Family::Olmo2,
+        Family::SmolLm3,
+        Family::Granite,
+        Family::Glm4,
+    ];
+
+    /// `general.architecture` of its GGUF files: Mistral's are Llamas.
+    pub fn gguf_architecture(self) -> &'static str {
+        self.spec().gguf.unwrap_or(Family::Llama.name())
+    }
+
     /// The word used in configurations.
     pub fn name(self) -> &'static str {
         self.spec().name
@@ -483,8 +503,8 @@ mod tests {
 
     #[test]
     fn families_stand_in_the_order_of_their_variants() {
-        for (i, spec) in FAMILIES.iter().enumerate() {
-            assert_eq!(spec.family as usize, i, "{}", spec.name);
+        for (i, (spec, family)) in FAMILIES.iter().zip(Family::ALL).enumerate() {
+            assert_eq!((spec.family as usize, family as usize), (i, i), "{}", spec.name);
         }
     }
 }

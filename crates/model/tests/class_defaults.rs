@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use draftsmith_formats::gguf::{GgmlType, GgufFile, GgufValue, GgufWriter};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 use draftsmith_model::TargetConfig;
@@ -284,4 +285,105 @@ fn both_spellings_of_a_configuration_are_one_model() {
         seen += 1;
     }
     assert!(seen >= 10);
+}
+
+/// Metadata of a small model with these keys besides.
+fn gguf(arch: &str, keys: &[(&str, GgufValue)]) -> Vec<u8> {
+    let table = [0u8; 4 * 16 * 8];
+    let freqs = [0u8; 4 * 2];
+    let mut file = GgufWriter::new();
+    file.set("general.architecture", GgufValue::Str(arch.to_owned()));
+    for (key, value) in [
+        ("embedding_length", 16),
+        ("block_count", 4),
+        ("feed_forward_length", 24),
+        ("attention.head_count", 2),
+    ] {
+        file.set(format!("{arch}.{key}"), GgufValue::U32(value));
+    }
+    file.set(format!("{arch}.attention.layer_norm_rms_epsilon"), GgufValue::F32(1e-5));
+    for (key, value) in keys {
+        match key.strip_prefix("tensor ") {
+            Some(name) => file.tensor(name, &[2], GgmlType::F32, &freqs),
+            None => file.set(format!("{arch}.{key}"), value.clone()),
+        };
+    }
+    file.tensor("token_embd.weight", &[16, 8], GgmlType::F32, &table);
+    file.to_bytes()
+}
+
+#[test]
+fn metadata_that_changes_results_is_read_or_refused_by_name() {
+    let float = GgufValue::F32;
+    let int = GgufValue::U32;
+    let text = |t: &str| GgufValue::Str(t.to_owned());
+    for (arch, keys, what) in [
+        ("phi2", vec![], "architecture `phi2`"),
+        ("llama", vec![("expert_count", int(8))], "mixture of experts"),
+        ("llama", vec![("attn_logit_softcapping", float(50.0))], "`llama.attn_logit_softcapping`"),
+        ("llama", vec![("logit_scale", float(0.1))], "`llama.logit_scale`"),
+        ("qwen3", vec![("attention.causal", GgufValue::Bool(false))], "`qwen3.attention.causal`"),
+        ("qwen2", vec![("attention.sliding_window", int(16))], "sliding-window layers"),
+        ("olmo2", vec![("attention.sliding_window", int(16))], "sliding-window layers"),
+        ("olmo2", vec![("attention.clamp_kqv", float(8.0))], "`olmo2.attention.clamp_kqv`"),
+        ("glm4", vec![("nextn_predict_layers", int(1))], "`glm4.nextn_predict_layers`"),
+        ("qwen2", vec![("rope.dimension_count", int(4))], "RoPE on 4 of 8 values"),
+        ("llama", vec![("rope.scaling.type", text("dynamic"))], "RoPE scaling `dynamic`"),
+        ("llama", vec![("rope.scaling.type", text("longrope"))], "RoPE scaling `longrope`"),
+        (
+            "llama",
+            vec![
+                ("rope.scaling.type", text("yarn")),
+                ("rope.scaling.factor", float(4.0)),
+                ("rope.scaling.yarn_log_multiplier", float(0.1)),
+            ],
+            "`llama.rope.scaling.yarn_log_multiplier`",
+        ),
+        (
+            "llama",
+            vec![("attention.key_length", int(8)), ("attention.value_length", int(4))],
+            "values of 4 beside keys of 8",
+        ),
+        ("glm4", vec![("rope.dimension_count", int(3))], "RoPE turns 3 of the 8 values"),
+        (
+            "phi3",
+            vec![("rope.dimension_count", int(4)), ("tensor rope_factors_long.weight", int(0))],
+            "one is missing",
+        ),
+        ("phi3", vec![("tensor rope_freqs.weight", int(0))], "`rope_freqs.weight` does not match"),
+        ("granite", vec![("logit_scale", float(-1.0))], "`logit_scale` is -1"),
+        (
+            "gemma2",
+            vec![("final_logit_softcapping", float(f32::NAN))],
+            "`gemma2.final_logit_softcapping` is NaN",
+        ),
+    ] {
+        let bytes = gguf(arch, &keys);
+        let error = TargetConfig::from_gguf(&GgufFile::parse(&bytes).unwrap()).unwrap_err();
+        assert!(error.to_string().contains(what), "{arch} {keys:?}: {error}");
+        assert!(error.hint().is_some(), "{error}");
+    }
+    let read = |arch: &str, keys: &[(&str, GgufValue)]| {
+        let bytes = gguf(arch, keys);
+        TargetConfig::from_gguf(&GgufFile::parse(&bytes).unwrap()).unwrap()
+    };
+    // A factor without a type is linear, also by its oldest name; neutral values are none.
+    for key in ["rope.scaling.factor", "rope.scale_linear"] {
+        let found = read("llama", &[(key, float(4.0))]);
+        assert_eq!(found.rope_scaling, RopeScaling::Linear { factor: 4.0 });
+        assert_eq!(read("llama", &[(key, float(1.0))]).rope_scaling, RopeScaling::None);
+    }
+    assert_eq!(read("llama", &[("attention.sliding_window", int(6))]).windows, [Some(6); 4]);
+    assert_eq!(read("llama", &[("attention.sliding_window", int(0))]).windows, [None; 4]);
+    assert_eq!(read("qwen2", &[("attention.causal", GgufValue::Bool(true))]).windows, [None; 4]);
+    let gemma = read("gemma2", &[]);
+    assert_eq!(gemma.windows, [Some(4096), None, Some(4096), None]);
+    assert_eq!([gemma.attention_softcap, gemma.final_softcap], [Some(50.0), Some(30.0)]);
+    assert_eq!(read("smollm3", &[]).turns, [true, true, true, false]);
+    let granite = read("granite", &[("residual_scale", float(0.5)), ("attention.scale", float(0.25))]);
+    assert_eq!((granite.residual_scale, granite.attention_scale), (0.5, 0.25));
+    // Gemma 2 27B divides by the hidden size per head.
+    let large = [("block_count", int(46)), ("attention.key_length", int(4))];
+    assert_eq!(read("gemma2", &large).attention_scale, 1.0 / 8f32.sqrt());
+    assert_eq!(read("gemma2", &large[1..]).attention_scale, 0.5);
 }
