@@ -254,6 +254,7 @@ fn check_attention(random: &mut Random, case: &AttentionCase) {
             let mask = StepMask {
                 new_rows: to - from,
                 ..StepMask::step(case.base, &case.parents[..to], case.window, case.scale())
+                    .capped(case.softcap)
             };
             let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
             let operands = (&q[from * width..to * width], &k[at.clone()], &v[at]);
@@ -272,7 +273,7 @@ fn check_attention(random: &mut Random, case: &AttentionCase) {
         for (i, node) in path.iter().enumerate() {
             let slot = case.base + node;
             let at = slot * kv_width..(slot + 1) * kv_width;
-            let mask = StepMask::step(case.base + i, &[None], case.window, case.scale());
+            let mask = StepMask::step(case.base + i, &[None], case.window, case.scale()).capped(case.softcap);
             let operands = (&q[node * width..(node + 1) * width], &k[at.clone()], &v[at]);
             y = case.attend(&cpu, &mut kv, mask, operands);
         }

@@ -1,5 +1,6 @@
 //! Weights of a target by logical name, from GGUF or safetensors, every tensor accounted for.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,8 +10,9 @@ use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
-use crate::config::{Family, TargetConfig};
+use crate::config::TargetConfig;
 use crate::dtype::weight_dtype;
+use crate::family::{Norm, RopeRows};
 use crate::infer::Linear;
 use crate::quantised;
 use crate::{ModelError, Precision};
@@ -29,6 +31,10 @@ pub(crate) enum Part {
     QBias,
     KBias,
     VBias,
+    OBias,
+    GateBias,
+    UpBias,
+    DownBias,
     QNorm,
     KNorm,
     AttentionPostNorm,
@@ -37,59 +43,6 @@ pub(crate) enum Part {
     Up,
     Down,
     MlpPostNorm,
-}
-
-impl Part {
-    fn gguf(self, layer: usize) -> String {
-        let name = match self {
-            Part::Embed => return "token_embd.weight".into(),
-            Part::FinalNorm => return "output_norm.weight".into(),
-            Part::Head => return "output.weight".into(),
-            Part::InputNorm => "attn_norm.weight",
-            Part::Q => "attn_q.weight",
-            Part::K => "attn_k.weight",
-            Part::V => "attn_v.weight",
-            Part::O => "attn_output.weight",
-            Part::QBias => "attn_q.bias",
-            Part::KBias => "attn_k.bias",
-            Part::VBias => "attn_v.bias",
-            Part::QNorm => "attn_q_norm.weight",
-            Part::KNorm => "attn_k_norm.weight",
-            Part::AttentionPostNorm => "post_attention_norm.weight",
-            Part::MlpNorm => "ffn_norm.weight",
-            Part::Gate => "ffn_gate.weight",
-            Part::Up => "ffn_up.weight",
-            Part::Down => "ffn_down.weight",
-            Part::MlpPostNorm => "post_ffw_norm.weight",
-        };
-        format!("blk.{layer}.{name}")
-    }
-
-    fn hf(self, layer: usize, family: Family, prefix: &str) -> String {
-        let name = match self {
-            Part::Embed => return format!("{prefix}embed_tokens.weight"),
-            Part::FinalNorm => return format!("{prefix}norm.weight"),
-            Part::Head => return "lm_head.weight".into(),
-            Part::InputNorm => "input_layernorm.weight",
-            Part::Q => "self_attn.q_proj.weight",
-            Part::K => "self_attn.k_proj.weight",
-            Part::V => "self_attn.v_proj.weight",
-            Part::O => "self_attn.o_proj.weight",
-            Part::QBias => "self_attn.q_proj.bias",
-            Part::KBias => "self_attn.k_proj.bias",
-            Part::VBias => "self_attn.v_proj.bias",
-            Part::QNorm => "self_attn.q_norm.weight",
-            Part::KNorm => "self_attn.k_norm.weight",
-            Part::AttentionPostNorm => "post_attention_layernorm.weight",
-            Part::MlpNorm if family == Family::Gemma3 => "pre_feedforward_layernorm.weight",
-            Part::MlpNorm => "post_attention_layernorm.weight",
-            Part::Gate => "mlp.gate_proj.weight",
-            Part::Up => "mlp.up_proj.weight",
-            Part::Down => "mlp.down_proj.weight",
-            Part::MlpPostNorm => "post_feedforward_layernorm.weight",
-        };
-        format!("{prefix}layers.{layer}.{name}")
-    }
 }
 
 enum Container {
@@ -109,7 +62,7 @@ pub(crate) struct Source {
 struct Stored<'a> {
     dtype: WeightDtype,
     shape: [usize; 2],
-    data: std::borrow::Cow<'a, [u8]>,
+    data: Cow<'a, [u8]>,
 }
 
 impl Source {
@@ -160,10 +113,15 @@ impl Source {
 
     fn stored(&mut self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Stored<'_>, ModelError> {
         let place = self.place.clone();
-        let family = self.config.family;
+        let (config, spec) = (&self.config, self.config.family.spec());
+        // A part may be some rows of a larger tensor.
+        let (first, rows) = spec.rows_of(part, config).unwrap_or((0, shape[0]));
+        let whole = [rows, shape[1]];
+        let cut = |data| rows_between(data, rows, first..first + shape[0]);
+        let ordered = |data, order| rope_ordered(config, part, data, shape, order);
         match &self.container {
             Container::Gguf(file) => {
-                let name = part.gguf(layer);
+                let name = spec.gguf_name(part, layer);
                 let info = file
                     .find_tensor(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -174,20 +132,16 @@ impl Source {
                 if found.len() == 1 {
                     found.insert(0, 1);
                 }
-                if found != shape {
-                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                if found != whole {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: whole.to_vec() });
                 }
                 self.used.insert(name);
-                let mut data = std::borrow::Cow::Borrowed(file.data(info));
-                // llama.cpp stores the q and k rows of Llama models in interleaved RoPE order.
-                if family == Family::Llama && matches!(part, Part::Q | Part::K) {
-                    data = rope_halves_from_pairs(&data, shape[0], self.config.head_dim).into();
-                }
+                let data = ordered(cut(file.data(info)), spec.gguf_rows);
                 Ok(Stored { dtype, shape, data })
             }
             Container::Safetensors { dir, prefix } => {
                 use draftsmith_formats::safetensors_dir::Dtype;
-                let name = part.hf(layer, family, prefix);
+                let name = spec.hf_name(part, layer, prefix);
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -201,10 +155,10 @@ impl Source {
                 if found.len() == 1 {
                     found.insert(0, 1);
                 }
-                if found != shape {
-                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                if found != whole {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: whole.to_vec() });
                 }
-                let data = std::borrow::Cow::Borrowed(tensor.bytes);
+                let data = ordered(cut(tensor.bytes), spec.hf_rows);
                 self.used.insert(name);
                 Ok(Stored { dtype, shape, data })
             }
@@ -214,12 +168,12 @@ impl Source {
     fn release(&self, part: Part, layer: usize) {
         match &self.container {
             Container::Gguf(file) => {
-                if let Some(info) = file.find_tensor(&part.gguf(layer)) {
+                if let Some(info) = file.find_tensor(&self.config.family.spec().gguf_name(part, layer)) {
                     file.release(info);
                 }
             }
             Container::Safetensors { dir, prefix } => {
-                dir.release(&part.hf(layer, self.config.family, prefix));
+                dir.release(&self.config.family.spec().hf_name(part, layer, prefix));
             }
         }
     }
@@ -271,7 +225,7 @@ impl Source {
     /// A norm weight, with Gemma's one added.
     pub(crate) fn norm(&mut self, part: Part, layer: usize, width: usize) -> Result<Vec<f32>, ModelError> {
         let mut values = self.floats(part, layer, [1, width])?;
-        if self.config.norm_plus_one {
+        if self.config.norm == Norm::RmsPlusOne {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
         Ok(values)
@@ -281,6 +235,7 @@ impl Source {
     pub(crate) fn finish(self) -> Result<TargetConfig, ModelError> {
         let ignorable = |name: &str| {
             name == "rope_freqs.weight"
+                || (name.starts_with("rope_factors_") && self.config.rope_long.is_some())
                 || name.ends_with("rotary_emb.inv_freq")
                 || (name == "lm_head.weight" && self.config.tied)
                 // Towers of multimodal checkpoints.
@@ -297,6 +252,41 @@ impl Source {
             None => Ok(self.config),
         }
     }
+}
+
+/// Some rows of a stored matrix.
+fn rows_between(data: &[u8], rows: usize, wanted: std::ops::Range<usize>) -> &[u8] {
+    let row_bytes = data.len() / rows.max(1);
+    &data[wanted.start * row_bytes..wanted.end * row_bytes]
+}
+
+/// The rows of a part that RoPE turns, with each pair where the kernels look for it: pair `i` of a head in rows `i` and
+/// `head_dim / 2 + i`. Queries and keys change alike, so their products do not.
+fn rope_ordered<'a>(
+    config: &TargetConfig,
+    part: Part,
+    data: &'a [u8],
+    shape: [usize; 2],
+    stored: RopeRows,
+) -> Cow<'a, [u8]> {
+    let rows = match part {
+        Part::Q | Part::K => shape[0],
+        Part::QBias | Part::KBias | Part::QNorm | Part::KNorm => shape[1],
+        _ => return data.into(),
+    };
+    let (half, turned) = (config.head_dim / 2, config.rotary_dim / 2);
+    if stored == RopeRows::Halves && turned == half {
+        return data.into();
+    }
+    reordered(data, rows, config.head_dim, |row| match (row % half, row / half) {
+        (pair, second) if pair < turned => match stored {
+            RopeRows::Pairs => 2 * pair + second,
+            RopeRows::Halves => second * turned + pair,
+        },
+        // What is not turned stands behind what is.
+        (other, second) => 2 * turned + second * (half - turned) + other - turned,
+    })
+    .into()
 }
 
 /// Rows of each head from llama.cpp's interleaved RoPE pairs to the halves of everybody else: row `2 i + j` of a head

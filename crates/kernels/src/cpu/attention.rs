@@ -13,7 +13,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
-use super::math::{exp, sum_lanes};
+use super::math::{capped, exp, sum_lanes};
 use crate::pool::SendPtr;
 use crate::{KvDtype, Pool, StepMask};
 
@@ -200,6 +200,7 @@ struct AttendArgs<'a, T> {
     values: &'a [T],
     head_dim: usize,
     scale: f32,
+    softcap: Option<f32>,
     rows: usize,
     /// Slots `0..common_end` are seen by all rows at their own index.
     common_end: usize,
@@ -342,6 +343,11 @@ unsafe fn attend_body<I: Isa, T: Stored>(a: AttendArgs<'_, T>) {
             let end = a.common_end + a.tails[r].len();
             let first = a.first[r];
             let from = first / BLOCK * BLOCK;
+            if let Some(cap) = a.softcap {
+                for s in &mut scores[from..end] {
+                    *s = capped(*s, cap);
+                }
+            }
             scores[from..first].fill(f32::NEG_INFINITY);
             let padded_end = end.next_multiple_of(BLOCK);
             scores[end..padded_end].fill(f32::NEG_INFINITY);
@@ -518,6 +524,7 @@ pub(crate) fn attention(
                         values: &$heads.values[kv_head],
                         head_dim: kv.head_dim,
                         scale: mask.scale,
+                        softcap: mask.softcap,
                         rows: count,
                         common_end,
                         first,

@@ -230,6 +230,19 @@ pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
         for (s, x) in host(k, &sum, x.len()).iter().zip(&x) {
             close(*s, 2.0 * f64::from(*x), rounding);
         }
+        let mut scaled = k.upload(&x);
+        k.scale(&mut scaled, -3.0);
+        for (s, x) in host(k, &scaled, x.len()).iter().zip(&x) {
+            close(*s, -3.0 * f64::from(*x), rounding);
+        }
+        // From where the cap does nothing to where it is all that is left.
+        for cap in [0.01, 0.7, 50.0] {
+            let mut capped = k.upload(&x);
+            k.softcap(&mut capped, cap);
+            for (c, x) in host(k, &capped, x.len()).iter().zip(&x) {
+                close(*c, reference::softcap(f64::from(*x), f64::from(cap)), rounding.max(1e-5));
+            }
+        }
     }
 }
 
@@ -266,6 +279,8 @@ pub struct AttentionCase {
     pub window: Option<usize>,
     /// How keys and values are stored.
     pub kv_dtype: KvDtype,
+    /// See [`StepMask`].
+    pub softcap: Option<f32>,
 }
 
 impl AttentionCase {
@@ -287,6 +302,7 @@ impl AttentionCase {
             parents,
             window: i.is_multiple_of(3).then(|| 1 + random.below(60)),
             kv_dtype: if i % 4 < 2 { KvDtype::F32 } else { KvDtype::F16 },
+            softcap: (i % 5 == 4).then_some(0.3),
         }
     }
 
@@ -302,7 +318,7 @@ impl AttentionCase {
 
     /// All uncommitted rows at once.
     pub fn mask(&self) -> StepMask<'_> {
-        StepMask::step(self.base, &self.parents, self.window, self.scale())
+        StepMask::step(self.base, &self.parents, self.window, self.scale()).capped(self.softcap)
     }
 
     /// A cache with the committed slots, from the keys and values of all.
@@ -366,6 +382,7 @@ pub fn attention<K: Kernels>(kernels: &K, rounding: f64) {
                 let mask = StepMask {
                     new_rows: to - from,
                     ..StepMask::step(case.base, &case.parents[..to], case.window, case.scale())
+                        .capped(case.softcap)
                 };
                 let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
                 let operands = (&q[from * width..to * width], &k[at.clone()], &v[at]);
