@@ -8,6 +8,8 @@
 use draftsmith_formats::hf_config::{HfConfig, HfConfigError};
 use draftsmith_kernels::RopeScaling;
 
+use crate::family::Spec;
+
 /// The values of one class for keys that are left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ClassDefaults {
@@ -32,7 +34,7 @@ pub(crate) struct ClassDefaults {
     pub(crate) sliding_window: Option<usize>,
 }
 
-const LLAMA: ClassDefaults = ClassDefaults {
+pub(crate) const LLAMA: ClassDefaults = ClassDefaults {
     vocab_size: 32_000,
     hidden_size: 4096,
     intermediate_size: 11_008,
@@ -51,7 +53,7 @@ const LLAMA: ClassDefaults = ClassDefaults {
     sliding_window: None,
 };
 
-const MISTRAL: ClassDefaults = ClassDefaults {
+pub(crate) const MISTRAL: ClassDefaults = ClassDefaults {
     intermediate_size: 14_336,
     num_key_value_heads: Some(8),
     max_position_embeddings: 131_072,
@@ -59,7 +61,7 @@ const MISTRAL: ClassDefaults = ClassDefaults {
     ..LLAMA
 };
 
-const QWEN2: ClassDefaults = ClassDefaults {
+pub(crate) const QWEN2: ClassDefaults = ClassDefaults {
     vocab_size: 151_936,
     intermediate_size: 22_016,
     num_key_value_heads: Some(32),
@@ -70,9 +72,9 @@ const QWEN2: ClassDefaults = ClassDefaults {
     ..LLAMA
 };
 
-const QWEN3: ClassDefaults = ClassDefaults { head_dim: Some(128), ..QWEN2 };
+pub(crate) const QWEN3: ClassDefaults = ClassDefaults { head_dim: Some(128), ..QWEN2 };
 
-const GEMMA3: ClassDefaults = ClassDefaults {
+pub(crate) const GEMMA3: ClassDefaults = ClassDefaults {
     vocab_size: 262_208,
     hidden_size: 2304,
     intermediate_size: 9216,
@@ -100,21 +102,9 @@ pub(crate) const GEMMA3_PATTERN: usize = 6;
 /// `max_window_layers` of Qwen 2 and 3: the layers below see everything.
 pub(crate) const QWEN_MAX_WINDOW_LAYERS: usize = 28;
 
-/// The defaults of the class that a `model_type` names; `None` for classes that are not read.
-pub(crate) fn class_defaults(model_type: &str) -> Option<&'static ClassDefaults> {
-    match model_type {
-        "llama" => Some(&LLAMA),
-        "mistral" => Some(&MISTRAL),
-        "qwen2" => Some(&QWEN2),
-        "qwen3" => Some(&QWEN3),
-        "gemma3_text" => Some(&GEMMA3),
-        _ => None,
-    }
-}
-
 /// The defaults of a draft's configuration: of the class that it names, Llama's if it names none that is known.
 pub(crate) fn draft_defaults(model_type: Option<&str>) -> &'static ClassDefaults {
-    model_type.and_then(class_defaults).unwrap_or(&LLAMA)
+    model_type.and_then(Spec::of_model_type).map_or(&LLAMA, |spec| spec.class)
 }
 
 /// RoPE of one kind of layer.

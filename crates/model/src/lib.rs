@@ -5,18 +5,23 @@ mod config;
 mod draft;
 pub mod eagle3;
 mod error;
+mod family;
 mod infer;
+mod keys;
 mod load;
+mod mlp;
 mod ops;
 mod quantised;
 pub mod tape;
 mod target;
 
-pub use config::{Family, TargetConfig};
+pub use config::TargetConfig;
 pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
 pub use error::ModelError;
+pub use family::{Family, Norm, Norms, QkNorm};
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
+pub use mlp::{GatedMlp, Mlp, MlpKind, feed_forward};
 pub use ops::{Attend, Ops};
 pub use target::{
     LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,

@@ -9,7 +9,8 @@ use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
-use crate::config::{Family, TargetConfig};
+use crate::config::TargetConfig;
+use crate::family::Norm;
 use crate::infer::Linear;
 use crate::quantised;
 use crate::{ModelError, Precision};
@@ -36,59 +37,6 @@ pub(crate) enum Part {
     Up,
     Down,
     MlpPostNorm,
-}
-
-impl Part {
-    fn gguf(self, layer: usize) -> String {
-        let name = match self {
-            Part::Embed => return "token_embd.weight".into(),
-            Part::FinalNorm => return "output_norm.weight".into(),
-            Part::Head => return "output.weight".into(),
-            Part::InputNorm => "attn_norm.weight",
-            Part::Q => "attn_q.weight",
-            Part::K => "attn_k.weight",
-            Part::V => "attn_v.weight",
-            Part::O => "attn_output.weight",
-            Part::QBias => "attn_q.bias",
-            Part::KBias => "attn_k.bias",
-            Part::VBias => "attn_v.bias",
-            Part::QNorm => "attn_q_norm.weight",
-            Part::KNorm => "attn_k_norm.weight",
-            Part::AttentionPostNorm => "post_attention_norm.weight",
-            Part::MlpNorm => "ffn_norm.weight",
-            Part::Gate => "ffn_gate.weight",
-            Part::Up => "ffn_up.weight",
-            Part::Down => "ffn_down.weight",
-            Part::MlpPostNorm => "post_ffw_norm.weight",
-        };
-        format!("blk.{layer}.{name}")
-    }
-
-    fn hf(self, layer: usize, family: Family, prefix: &str) -> String {
-        let name = match self {
-            Part::Embed => return format!("{prefix}embed_tokens.weight"),
-            Part::FinalNorm => return format!("{prefix}norm.weight"),
-            Part::Head => return "lm_head.weight".into(),
-            Part::InputNorm => "input_layernorm.weight",
-            Part::Q => "self_attn.q_proj.weight",
-            Part::K => "self_attn.k_proj.weight",
-            Part::V => "self_attn.v_proj.weight",
-            Part::O => "self_attn.o_proj.weight",
-            Part::QBias => "self_attn.q_proj.bias",
-            Part::KBias => "self_attn.k_proj.bias",
-            Part::VBias => "self_attn.v_proj.bias",
-            Part::QNorm => "self_attn.q_norm.weight",
-            Part::KNorm => "self_attn.k_norm.weight",
-            Part::AttentionPostNorm => "post_attention_layernorm.weight",
-            Part::MlpNorm if family == Family::Gemma3 => "pre_feedforward_layernorm.weight",
-            Part::MlpNorm => "post_attention_layernorm.weight",
-            Part::Gate => "mlp.gate_proj.weight",
-            Part::Up => "mlp.up_proj.weight",
-            Part::Down => "mlp.down_proj.weight",
-            Part::MlpPostNorm => "post_feedforward_layernorm.weight",
-        };
-        format!("{prefix}layers.{layer}.{name}")
-    }
 }
 
 enum Container {
@@ -162,7 +110,7 @@ impl Source {
         let family = self.config.family;
         match &self.container {
             Container::Gguf(file) => {
-                let name = part.gguf(layer);
+                let name = self.config.family.spec().gguf_name(part, layer);
                 let info = file
                     .find_tensor(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -179,14 +127,14 @@ impl Source {
                 self.used.insert(name);
                 let mut data = std::borrow::Cow::Borrowed(file.data(info));
                 // llama.cpp stores the q and k rows of Llama models in interleaved RoPE order.
-                if family == Family::Llama && matches!(part, Part::Q | Part::K) {
+                if family.spec().gguf_pairs && matches!(part, Part::Q | Part::K) {
                     data = rope_halves_from_pairs(&data, shape[0], self.config.head_dim).into();
                 }
                 Ok(Stored { dtype, shape, data })
             }
             Container::Safetensors { dir, prefix } => {
                 use draftsmith_formats::safetensors_dir::Dtype;
-                let name = part.hf(layer, family, prefix);
+                let name = family.spec().hf_name(part, layer, prefix);
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -213,12 +161,12 @@ impl Source {
     fn release(&self, part: Part, layer: usize) {
         match &self.container {
             Container::Gguf(file) => {
-                if let Some(info) = file.find_tensor(&part.gguf(layer)) {
+                if let Some(info) = file.find_tensor(&self.config.family.spec().gguf_name(part, layer)) {
                     file.release(info);
                 }
             }
             Container::Safetensors { dir, prefix } => {
-                dir.release(&part.hf(layer, self.config.family, prefix));
+                dir.release(&self.config.family.spec().hf_name(part, layer, prefix));
             }
         }
     }
@@ -270,7 +218,7 @@ impl Source {
     /// A norm weight, with Gemma's one added.
     pub(crate) fn norm(&mut self, part: Part, layer: usize, width: usize) -> Result<Vec<f32>, ModelError> {
         let mut values = self.floats(part, layer, [1, width])?;
-        if self.config.norm_plus_one {
+        if self.config.norm == Norm::RmsPlusOne {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
         Ok(values)

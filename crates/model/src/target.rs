@@ -13,8 +13,10 @@ use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
+use crate::family::QkNorm;
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
 use crate::load::{Part, Source};
+use crate::mlp::{GatedMlp, Mlp, MlpKind, feed_forward};
 use crate::ops::{Attend, Ops};
 
 /// In which arithmetic a target runs.
@@ -38,7 +40,8 @@ impl Precision {
 
 /// Weights of one decoder layer.
 pub struct LayerWeights<W, N> {
-    input_norm: N,
+    /// Norm of the attention's input.
+    input_norm: Option<N>,
     q: W,
     k: W,
     v: W,
@@ -47,13 +50,12 @@ pub struct LayerWeights<W, N> {
     bias: Option<[N; 3]>,
     /// Norms of q and k heads.
     qk_norm: Option<[N; 2]>,
-    /// Norm of the attention output (Gemma 3).
+    /// Norm of the attention's output.
     attention_post_norm: Option<N>,
-    mlp_norm: N,
-    gate: W,
-    up: W,
-    down: W,
-    /// Norm of the MLP output (Gemma 3).
+    /// Norm of the MLP's input.
+    mlp_norm: Option<N>,
+    mlp: Mlp<W>,
+    /// Norm of the MLP's output.
     mlp_post_norm: Option<N>,
 }
 
@@ -68,7 +70,7 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     attend: &mut A,
 ) -> O::T {
     let eps = config.rms_norm_eps;
-    let n = ops.rms_norm(&hidden, &w.input_norm, eps);
+    let n = normed(ops, hidden.clone(), w.input_norm.as_ref(), eps);
     let bias = |i: usize| w.bias.as_ref().map(|b| &b[i]);
     // [R, heads * dim], [R, kv_heads * dim] twice
     let [mut q, mut k, v] = ops.linears(&n, [(&w.q, bias(0)), (&w.k, bias(1)), (&w.v, bias(2))]);
@@ -83,19 +85,24 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     let q = ops.rope(q, rope, positions);
     let k = ops.rope(k, rope, positions);
     let mixed = attend.attend(ops, q, k, v); // [R, heads * dim]
-    let mut o = ops.linear(&mixed, &w.o, None); // [R, Ht]
-    if let Some(norm) = &w.attention_post_norm {
-        o = ops.rms_norm(&o, norm, eps);
-    }
+    let o = ops.linear(&mixed, &w.o, None); // [R, Ht]
+    let o = normed(ops, o, w.attention_post_norm.as_ref(), eps);
+    // Freed before the sum, which is then made in place.
+    drop(n);
     let hidden = ops.add(hidden, &o);
-    let n = ops.rms_norm(&hidden, &w.mlp_norm, eps);
-    let [gate, up] = ops.linears(&n, [(&w.gate, None), (&w.up, None)]);
-    let act = ops.gated(config.activation, gate, &up);
-    let mut down = ops.linear(&act, &w.down, None); // [R, Ht]
-    if let Some(norm) = &w.mlp_post_norm {
-        down = ops.rms_norm(&down, norm, eps);
-    }
+    let n = normed(ops, hidden.clone(), w.mlp_norm.as_ref(), eps);
+    let down = feed_forward(ops, config.activation, &w.mlp, &n); // [R, Ht]
+    let down = normed(ops, down, w.mlp_post_norm.as_ref(), eps);
+    drop(n);
     ops.add(hidden, &down)
+}
+
+/// Through a norm, if there is one.
+fn normed<O: Ops>(ops: &mut O, x: O::T, norm: Option<&O::N>, eps: f32) -> O::T {
+    match norm {
+        Some(norm) => ops.rms_norm(&x, norm, eps),
+        None => x,
+    }
 }
 
 /// Keys and values of one sequence in all layers.
@@ -192,8 +199,13 @@ impl<K: Kernels> Target<K> {
                 linear(Part::V, kv, h)?,
                 linear(Part::O, h, q)?,
             );
-            let (gate, up, down) =
-                (linear(Part::Gate, i, h)?, linear(Part::Up, i, h)?, linear(Part::Down, h, i)?);
+            let mlp = match c.mlps[l] {
+                MlpKind::Gated => Mlp::Gated(GatedMlp {
+                    gate: linear(Part::Gate, i, h)?,
+                    up: linear(Part::Up, i, h)?,
+                    down: linear(Part::Down, h, i)?,
+                }),
+            };
             let bias = match c.qkv_bias {
                 true => Some([
                     upload(source.floats(Part::QBias, l, [1, q])?),
@@ -203,27 +215,26 @@ impl<K: Kernels> Target<K> {
                 false => None,
             };
             let qk_norm = match c.qk_norm {
-                true => Some([
+                QkNorm::Head => Some([
                     upload(source.norm(Part::QNorm, l, c.head_dim)?),
                     upload(source.norm(Part::KNorm, l, c.head_dim)?),
                 ]),
-                false => None,
+                QkNorm::None => None,
             };
-            let mut norm = |part| source.norm(part, l, h).map(&upload);
+            let mut norm = |part, here: bool| here.then(|| source.norm(part, l, h).map(&upload)).transpose();
+            let (pre, post) = (c.norms.pre(), c.norms.post());
             layers.push(LayerWeights {
-                input_norm: norm(Part::InputNorm)?,
+                input_norm: norm(Part::InputNorm, pre)?,
                 q: wq,
                 k: wk,
                 v: wv,
                 o: wo,
                 bias,
                 qk_norm,
-                attention_post_norm: c.post_norms.then(|| norm(Part::AttentionPostNorm)).transpose()?,
-                mlp_norm: norm(Part::MlpNorm)?,
-                gate,
-                up,
-                down,
-                mlp_post_norm: c.post_norms.then(|| norm(Part::MlpPostNorm)).transpose()?,
+                attention_post_norm: norm(Part::AttentionPostNorm, post)?,
+                mlp_norm: norm(Part::MlpNorm, pre)?,
+                mlp,
+                mlp_post_norm: norm(Part::MlpPostNorm, post)?,
             });
         }
         let config = source.finish()?;
@@ -355,7 +366,11 @@ impl Target<draftsmith_kernels::Cpu> {
     }
 
     fn pass_weights(&self) -> impl Iterator<Item = &Linear<draftsmith_kernels::PackedWeight>> {
-        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+        let layers = self.layers.iter().flat_map(|l| {
+            let mut weights = vec![&l.q, &l.k, &l.v, &l.o];
+            weights.extend(l.mlp.weights());
+            weights
+        });
         layers.chain([&self.head]).map(Arc::as_ref)
     }
 }
@@ -397,8 +412,10 @@ impl TargetTensors {
         ] {
             last_layer.push((name, source.floats(part, l, shape)?));
         }
-        last_layer.push(("input_layernorm.weight", source.norm(Part::InputNorm, l, h)?));
-        last_layer.push(("post_attention_layernorm.weight", source.norm(Part::MlpNorm, l, h)?));
+        if c.norms.pre() {
+            last_layer.push(("input_layernorm.weight", source.norm(Part::InputNorm, l, h)?));
+            last_layer.push(("post_attention_layernorm.weight", source.norm(Part::MlpNorm, l, h)?));
+        }
         Ok(TargetTensors { config: c, embed, head, final_norm, last_layer })
     }
 }

@@ -8,7 +8,6 @@ use draftsmith_bench::Workload;
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key};
-use draftsmith_kernels::Activation;
 use draftsmith_model::{ModelError, TargetConfig};
 use draftsmith_train::eagle3::draft_config;
 
@@ -323,8 +322,8 @@ fn draft_shapes(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
     }
     // Started from the target's last layer, the draft must have its shapes.
     if draft.init == DraftInit::Target {
-        let attention = !target.qkv_bias && !target.qk_norm && !target.post_norms;
-        let mlp = target.activation == Activation::Silu && !target.post_norms;
+        let attention = target.attention_is_a_drafts();
+        let mlp = target.mlp_is_a_drafts();
         for (key, wanted, own, copied) in [
             ("draft.heads", draft.heads, target.num_heads, attention),
             ("draft.kv_heads", draft.kv_heads, target.num_kv_heads, attention),

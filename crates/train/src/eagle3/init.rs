@@ -1,7 +1,6 @@
 //! How the weights of an EAGLE-3 draft start.
 
 use draftsmith_core::VocabMap;
-use draftsmith_kernels::Activation;
 use draftsmith_model::TargetTensors;
 use draftsmith_model::eagle3::Eagle3Config;
 
@@ -43,8 +42,8 @@ impl<'a> TargetStart<'a> {
     /// the former, or an MLP with another non-linearity, are left out, and so is a layer with norms on its outputs.
     pub fn of(target: &'a TargetTensors) -> TargetStart<'a> {
         let c = &target.config;
-        let attention = !c.qkv_bias && !c.qk_norm && !c.post_norms;
-        let mlp = c.activation == Activation::Silu && !c.post_norms;
+        let attention = c.attention_is_a_drafts();
+        let mlp = c.mlp_is_a_drafts();
         let keep = |name: &str| match name {
             "input_layernorm.weight" => attention,
             "post_attention_layernorm.weight" => mlp,
