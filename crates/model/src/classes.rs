@@ -74,6 +74,31 @@ pub(crate) const QWEN2: ClassDefaults = ClassDefaults {
 
 pub(crate) const QWEN3: ClassDefaults = ClassDefaults { head_dim: Some(128), ..QWEN2 };
 
+pub(crate) const QWEN3_MOE: ClassDefaults = ClassDefaults {
+    hidden_size: 2048,
+    intermediate_size: 6144,
+    num_hidden_layers: 24,
+    num_key_value_heads: Some(4),
+    ..QWEN2
+};
+
+pub(crate) const GPT_OSS: ClassDefaults = ClassDefaults {
+    vocab_size: 201_088,
+    hidden_size: 2880,
+    intermediate_size: 2880,
+    num_hidden_layers: 36,
+    num_attention_heads: 64,
+    num_key_value_heads: Some(8),
+    head_dim: Some(64),
+    max_position_embeddings: 131_072,
+    rms_norm_eps: 1e-5,
+    rope_theta: 150_000.0,
+    bos_token_id: None,
+    eos_token_id: None,
+    sliding_window: Some(128),
+    ..LLAMA
+};
+
 pub(crate) const GEMMA3: ClassDefaults = ClassDefaults {
     vocab_size: 262_208,
     hidden_size: 2304,

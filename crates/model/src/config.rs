@@ -11,6 +11,7 @@ use crate::classes::Rope;
 use crate::family::{Bias, EmbedScale, Family, Norm, Norms, QkNorm};
 use crate::keys::{GgufKeys, HfKeys, Key, Keys, Ropes};
 use crate::mlp::MlpKind;
+use crate::moe::ExpertsConfig;
 
 /// Shapes and switches of a target.
 #[derive(Clone, Debug)]
@@ -47,6 +48,10 @@ pub struct TargetConfig {
     pub activation: Activation,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
+    /// Bias on the attention's output.
+    pub o_bias: bool,
+    /// A logit per head that takes its share of the attention's softmax (gpt-oss).
+    pub sinks: bool,
     /// Norms on queries and keys.
     pub qk_norm: QkNorm,
     /// Where a layer normalises.
@@ -55,6 +60,8 @@ pub struct TargetConfig {
     pub norm: Norm,
     /// `[layers]` MLP of each layer.
     pub mlps: Vec<MlpKind>,
+    /// Of the layers with [`MlpKind::Experts`].
+    pub experts: Option<ExpertsConfig>,
     /// Factor on embeddings.
     pub embed_scale: f32,
     /// Factor on attention logits.
@@ -108,7 +115,7 @@ impl TargetConfig {
     /// The last layer's attention means the same in a draft, which has no biases, no norms on queries, keys and
     /// outputs, and turns whole heads.
     pub fn attention_is_a_drafts(&self) -> bool {
-        !self.qkv_bias && self.qk_norm == QkNorm::None && self.norms == Norms::Pre
+        !self.qkv_bias && !self.sinks && self.qk_norm == QkNorm::None && self.norms == Norms::Pre
     }
 
     /// The last layer's MLP means the same in a draft, which has SiLU and no norms on outputs.
@@ -145,6 +152,7 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
             what: format!("head size is {head_dim}, layers {num_layers}"),
         });
     }
+    let experts = keys.experts(num_layers)?;
     let windows = keys.windows(num_layers)?;
     let sliding = windows.iter().any(Option::is_some);
     let Ropes { full, local } = keys.ropes(head_dim, sliding, max_position)?;
@@ -165,14 +173,22 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
         rope_local: local.as_ref().map(table),
         windows,
         activation: keys.activation()?,
-        qkv_bias: spec.bias == Bias::Always,
+        qkv_bias: spec.bias != Bias::Never,
+        o_bias: spec.bias == Bias::WithOutput,
+        sinks: spec.sinks,
         qk_norm: spec.qk_norm,
         norms: spec.norms,
         norm: match keys.stores_norms_minus_one() {
             true => spec.norm,
             false => Norm::Rms,
         },
-        mlps: vec![MlpKind::Gated; num_layers],
+        mlps: match &experts {
+            Some(experts) => {
+                experts.layers.iter().map(|e| if *e { MlpKind::Experts } else { MlpKind::Gated }).collect()
+            }
+            None => vec![MlpKind::Gated; num_layers],
+        },
+        experts,
         embed_scale: match spec.embed_scale {
             EmbedScale::One => 1.0,
             EmbedScale::RootHidden => (hidden_size as f32).sqrt(),

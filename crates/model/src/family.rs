@@ -3,6 +3,7 @@
 
 use crate::classes::{self, ClassDefaults};
 use crate::load::Part;
+use crate::moe::{self, ExpertsSpec};
 
 /// Families whose forward is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,10 @@ pub enum Family {
     Qwen3,
     /// Gemma 3 text: four norms a layer, two RoPE bases, sliding windows.
     Gemma3,
+    /// Qwen3 with experts in all layers or some.
+    Qwen3Moe,
+    /// gpt-oss: experts, biases everywhere, attention sinks, a sliding window on every other layer.
+    GptOss,
 }
 
 impl Family {
@@ -95,6 +100,8 @@ pub(crate) enum Bias {
     Never,
     /// Always, whatever `attention_bias` says.
     Always,
+    /// Always, and on the output too.
+    WithOutput,
 }
 
 /// Factor on embeddings.
@@ -129,6 +136,10 @@ pub(crate) struct Spec {
     pub(crate) local_rope: bool,
     /// `query_pre_attn_scalar` is read.
     pub(crate) query_scalar: bool,
+    /// A learnt logit per head that takes its share of the softmax.
+    pub(crate) sinks: bool,
+    /// Layers may have experts.
+    pub(crate) experts: Option<ExpertsSpec>,
     /// GGUF files have the rows of q and k in the order of interleaved pairs (llama.cpp's conversion of Llamas).
     pub(crate) gguf_pairs: bool,
     /// Names that differ from [`common_names`]: part, name in safetensors, name in GGUF.
@@ -150,12 +161,14 @@ const LLAMA: Spec = Spec {
     embed_scale: EmbedScale::One,
     local_rope: false,
     query_scalar: false,
+    sinks: false,
+    experts: None,
     gguf_pairs: true,
     names: &[],
 };
 
 /// All families, in the order of [`Family`].
-pub(crate) static FAMILIES: [Spec; 5] = [
+pub(crate) static FAMILIES: [Spec; 7] = [
     LLAMA,
     Spec {
         family: Family::Mistral,
@@ -209,6 +222,38 @@ pub(crate) static FAMILIES: [Spec; 5] = [
         names: &[
             (Part::MlpNorm, "pre_feedforward_layernorm.weight", "ffn_norm.weight"),
             (Part::AttentionPostNorm, "post_attention_layernorm.weight", "post_attention_norm.weight"),
+        ],
+        ..LLAMA
+    },
+    Spec {
+        family: Family::Qwen3Moe,
+        name: "qwen3moe",
+        model_type: "qwen3_moe",
+        architecture: "Qwen3MoeForCausalLM",
+        gguf: Some("qwen3moe"),
+        class: &classes::QWEN3_MOE,
+        qk_norm: QkNorm::Head,
+        windows: WindowRule::Switched,
+        experts: Some(moe::QWEN3_MOE),
+        gguf_pairs: false,
+        ..LLAMA
+    },
+    Spec {
+        family: Family::GptOss,
+        name: "gpt-oss",
+        model_type: "gpt_oss",
+        architecture: "GptOssForCausalLM",
+        gguf: Some("gpt-oss"),
+        class: &classes::GPT_OSS,
+        bias: Bias::WithOutput,
+        windows: WindowRule::AllButOneOf(2),
+        sinks: true,
+        experts: Some(moe::GPT_OSS),
+        gguf_pairs: false,
+        names: &[
+            (Part::MlpNorm, "post_attention_layernorm.weight", "post_attention_norm.weight"),
+            (Part::Router, "mlp.router.weight", "ffn_gate_inp.weight"),
+            (Part::RouterBias, "mlp.router.bias", "ffn_gate_inp.bias"),
         ],
         ..LLAMA
     },
@@ -280,6 +325,10 @@ fn common_names(part: Part) -> (&'static str, &'static str) {
         Part::Up => ("mlp.up_proj.weight", "ffn_up.weight"),
         Part::Down => ("mlp.down_proj.weight", "ffn_down.weight"),
         Part::MlpPostNorm => ("post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+        Part::OBias => ("self_attn.o_proj.bias", "attn_output.bias"),
+        Part::Sinks => ("self_attn.sinks", "attn_sinks.weight"),
+        Part::Router => ("mlp.gate.weight", "ffn_gate_inp.weight"),
+        Part::RouterBias => ("mlp.gate.bias", "ffn_gate_inp.bias"),
     }
 }
 

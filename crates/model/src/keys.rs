@@ -11,6 +11,7 @@ use draftsmith_kernels::{Activation, RopeScaling};
 use crate::ModelError;
 use crate::classes::{GEMMA3_LOCAL_THETA, QWEN_MAX_WINDOW_LAYERS, Rope, RopeError, rope_of};
 use crate::family::{Bias, Spec, WindowRule};
+use crate::moe::{self, ExpertsConfig};
 
 /// Sizes and numbers that both containers have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub(crate) trait Keys {
     fn activation(&self) -> Result<Activation, ModelError>;
     /// Refuses what is asked for and not built.
     fn refuse_unbuilt(&self) -> Result<(), ModelError>;
+    /// Experts, of families that have them.
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError>;
     /// `[layers]` window of each layer, `None` for full attention.
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError>;
     /// RoPE; `sliding` if any layer has a window.
@@ -231,6 +234,9 @@ impl Keys for HfKeys<'_> {
 
     fn activation(&self) -> Result<Activation, ModelError> {
         let class = self.spec.class;
+        if self.spec.experts.is_some_and(|e| e.clamped) {
+            return moe::clamped(Some(self.config()));
+        }
         match self.config().find_str(class.activation_key)?.unwrap_or(class.activation) {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
@@ -254,10 +260,18 @@ impl Keys for HfKeys<'_> {
         if self.spec.bias == Bias::Never && config.find_bool("attention_bias")?.unwrap_or(false) {
             return self.unsupported("`attention_bias`".into());
         }
+        if self.spec.bias == Bias::WithOutput && !config.find_bool("attention_bias")?.unwrap_or(true) {
+            return self.unsupported("`attention_bias` false".into());
+        }
         if let Some(part) = config.find_f64("partial_rotary_factor")?.filter(|part| *part != 1.0) {
             return self.unsupported(format!("`partial_rotary_factor` {part}"));
         }
         Ok(())
+    }
+
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError> {
+        let spec = self.spec.experts.as_ref();
+        spec.map(|spec| moe::from_hf(self.config(), spec, num_layers)).transpose()
     }
 
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
@@ -404,6 +418,9 @@ impl Keys for GgufKeys<'_> {
 
     fn activation(&self) -> Result<Activation, ModelError> {
         // Files do not say; llama.cpp knows it by the architecture.
+        if self.spec.experts.is_some_and(|e| e.clamped) {
+            return moe::clamped(None);
+        }
         Ok(match self.spec.class.activation {
             "gelu_pytorch_tanh" => Activation::GeluTanh,
             _ => Activation::Silu,
@@ -411,10 +428,16 @@ impl Keys for GgufKeys<'_> {
     }
 
     fn refuse_unbuilt(&self) -> Result<(), ModelError> {
-        if self.file.find_u32(&self.name("expert_count"))?.unwrap_or(0) > 0 {
+        if self.spec.experts.is_none() && self.file.find_u32(&self.name("expert_count"))?.unwrap_or(0) > 0 {
             return self.unsupported("mixture of experts".into());
         }
         Ok(())
+    }
+
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError> {
+        let arch = self.spec.gguf.unwrap_or_default();
+        let spec = self.spec.experts.as_ref();
+        spec.map(|spec| moe::from_gguf(self.file, arch, spec, num_layers)).transpose()
     }
 
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError> {

@@ -10,6 +10,7 @@ mod infer;
 mod keys;
 mod load;
 mod mlp;
+mod moe;
 mod ops;
 mod quantised;
 pub mod tape;
@@ -21,7 +22,8 @@ pub use error::ModelError;
 pub use family::{Family, Norm, Norms, QkNorm};
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
-pub use mlp::{GatedMlp, Mlp, MlpKind, feed_forward};
+pub use mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
+pub use moe::ExpertsConfig;
 pub use ops::{Attend, Ops};
 pub use target::{
     LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,
