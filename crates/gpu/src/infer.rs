@@ -324,7 +324,8 @@ impl Kernels for Gpu {
                 let hidden = hidden.clone().slice([from..from + part, 0..kv.len]);
                 let logits = self.logits(&queries, &keys, &hidden, mask.scale);
                 let mut top = logits.clone().max_dim(3);
-                let sinks = mask.sinks.map(|sinks| self.floats(sinks).reshape([by_heads.kv, by_heads.group, 1, 1]));
+                let sinks =
+                    mask.sinks.map(|sinks| self.floats(sinks).reshape([by_heads.kv, by_heads.group, 1, 1]));
                 if let Some(sinks) = &sinks {
                     top = top.clone().max_pair(sinks.clone().expand(top.shape()));
                 }

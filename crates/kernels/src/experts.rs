@@ -99,7 +99,10 @@ impl Routes {
         order.sort_by_key(|place| self.experts[*place as usize]);
         order
             .chunk_by(|a, b| self.experts[*a as usize] == self.experts[*b as usize])
-            .map(|places| Group { expert: self.experts[places[0] as usize] as usize, places: places.to_vec() })
+            .map(|places| Group {
+                expert: self.experts[places[0] as usize] as usize,
+                places: places.to_vec(),
+            })
             .collect()
     }
 }
@@ -218,7 +221,8 @@ mod tests {
     #[test]
     fn rows_stand_by_expert() {
         let routes = Routes { used: 2, experts: vec![1, 3, 0, 3, 0, 1], weights: vec![0.5; 6] };
-        let groups: Vec<(usize, Vec<u32>)> = routes.groups().into_iter().map(|g| (g.expert, g.places)).collect();
+        let groups: Vec<(usize, Vec<u32>)> =
+            routes.groups().into_iter().map(|g| (g.expert, g.places)).collect();
         assert_eq!(groups, [(0, vec![2, 4]), (1, vec![0, 5]), (3, vec![1, 3])]);
     }
 }

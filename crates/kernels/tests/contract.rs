@@ -392,7 +392,10 @@ fn experts_give_the_same_bits_one_by_one_grouped_and_at_once() {
                     };
                     let mut y = cpu.scratch(case.hidden);
                     cpu.experts(&x.to_vec(), &own, &layer, &mut y);
-                    assert!(y == plain[row * case.hidden..][..case.hidden], "case {i}, row {row} alone on {path}");
+                    assert!(
+                        y == plain[row * case.hidden..][..case.hidden],
+                        "case {i}, row {row} alone on {path}"
+                    );
                 }
             }
         }

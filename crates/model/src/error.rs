@@ -165,7 +165,8 @@ impl ModelError {
 }
 
 /// Families that are read, for hints.
-const FAMILIES: &str = "llama (also SmolLM), mistral, qwen2 (also 2.5), qwen3, gemma3 (text), qwen3moe and gpt-oss";
+const FAMILIES: &str =
+    "llama (also SmolLM), mistral, qwen2 (also 2.5), qwen3, gemma3 (text), qwen3moe and gpt-oss";
 
 /// A GGUF file of a folder.
 fn first_gguf(place: &str) -> Option<String> {

@@ -4,12 +4,12 @@
 
 use std::cell::RefCell;
 
+use super::Cpu;
 use super::block::QuantRows;
 use super::isa::{Isa, dispatch};
 use super::math;
 use super::matmul::{Input, balanced_step};
 use super::pack::{Body, LANES, PackedWeight};
-use super::Cpu;
 use crate::experts::{Experts, Group, Routes};
 use crate::pool::SendPtr;
 use crate::{Buffer, scratch};
@@ -46,7 +46,11 @@ fn tasks<'a>(cpu: &Cpu, groups: &[Rows<'_>], weight: impl Fn(usize) -> &'a Packe
         // Equal parts: an expert has few panels, and a short last part would cost as much as a long one.
         let parts = panels.div_ceil(step).max(1);
         let step = panels.div_ceil(parts).next_multiple_of(if float { 4 } else { 1 });
-        tasks.extend((0..panels).step_by(step).map(|from| Task { group, from, to: (from + step).min(panels) }));
+        tasks.extend((0..panels).step_by(step).map(|from| Task {
+            group,
+            from,
+            to: (from + step).min(panels),
+        }));
     }
     tasks
 }
@@ -77,7 +81,8 @@ pub(crate) fn experts(
         .collect();
     for g in &groups {
         let expert = &experts.each[g.group.expert];
-        for (w, shape) in [(&expert.gate, [width, hidden]), (&expert.up, [width, hidden]), (&expert.down, [hidden, width])]
+        for (w, shape) in
+            [(&expert.gate, [width, hidden]), (&expert.up, [width, hidden]), (&expert.down, [hidden, width])]
         {
             assert!([w.out_features, w.in_features] == shape, "weights of an expert have its shape");
         }
@@ -119,7 +124,8 @@ pub(crate) fn experts(
             let Task { group, from, to } = list[task];
             let g = &groups[group];
             let (expert, count) = (&experts.each[g.group.expert], g.group.places.len());
-            let input = Input { level: cpu.level, x: &input[g.input * hidden..], quant, first: g.input, rows: count };
+            let input =
+                Input { level: cpu.level, x: &input[g.input * hidden..], quant, first: g.input, rows: count };
             let columns = from * LANES..(to * LANES).min(width);
             let at = g.first * width + columns.start;
             // SAFETY: rows `first..first + count` of `[pairs, width]` belong to this group and these columns to this
@@ -133,7 +139,8 @@ pub(crate) fn experts(
                         add(gate, &gate_bias[columns.clone()]);
                         add(up, &up_bias[columns.clone()]);
                     }
-                    let args = math::GateArgs { gate, up, len: columns.len(), activation: experts.activation };
+                    let args =
+                        math::GateArgs { gate, up, len: columns.len(), activation: experts.activation };
                     math::gated(cpu.level, args);
                 }
             }
@@ -153,7 +160,8 @@ pub(crate) fn experts(
             let Task { group, from, to } = list[task];
             let g = &groups[group];
             let (expert, count) = (&experts.each[g.group.expert], g.group.places.len());
-            let input = Input { level: cpu.level, x: &inner[g.first * width..], quant, first: g.first, rows: count };
+            let input =
+                Input { level: cpu.level, x: &inner[g.first * width..], quant, first: g.first, rows: count };
             let columns = from * LANES..(to * LANES).min(hidden);
             let at = g.first * hidden + columns.start;
             // SAFETY: as above, of `[pairs, hidden]`.

@@ -275,7 +275,8 @@ pub struct ExpertsCase {
 impl ExpertsCase {
     /// Few and many experts and rows, with and without biases, by number.
     pub fn numbered(random: &mut Random, i: usize) -> ExpertsCase {
-        let dtypes = [WeightDtype::F32, WeightDtype::Mxfp4, WeightDtype::Q8_0, WeightDtype::Bf16, WeightDtype::Q4_1];
+        let dtypes =
+            [WeightDtype::F32, WeightDtype::Mxfp4, WeightDtype::Q8_0, WeightDtype::Bf16, WeightDtype::Q4_1];
         let dtype = dtypes[i % dtypes.len()];
         let block = if dtype.block().0 == 1 { 8 } else { 32 };
         let (hidden, width) = (block * (1 + random.below(4)), block * (1 + random.below(3)));
@@ -283,8 +284,7 @@ impl ExpertsCase {
         let routing = Routing { experts, used: 1 + random.below(experts), normalised: i.is_multiple_of(2) };
         let rows = [1, 2, 5, 40, 150][random.below(5)];
         let shapes = [(width, hidden), (width, hidden), (hidden, width)];
-        let weights =
-            (0..experts).map(|_| shapes.map(|(o, i)| stored(random, dtype, o, i))).collect();
+        let weights = (0..experts).map(|_| shapes.map(|(o, i)| stored(random, dtype, o, i))).collect();
         let biases = i
             .is_multiple_of(3)
             .then(|| (0..experts).map(|_| shapes.map(|(o, _)| random.floats(o))).collect());

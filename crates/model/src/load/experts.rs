@@ -224,7 +224,10 @@ impl Layer<'_> {
             let tensor = self.tensor(dir, &name, &[experts, inputs, outputs * step], used)?;
             let dtype = self.float(&name, tensor.dtype)?;
             let data = part_of(tensor.bytes, expert, experts);
-            return Ok((dtype, Cow::Owned(outputs_first(data, dtype.block().1, [outputs, inputs], step, from))));
+            return Ok((
+                dtype,
+                Cow::Owned(outputs_first(data, dtype.block().1, [outputs, inputs], step, from)),
+            ));
         }
         if !inputs.is_multiple_of(32) {
             let what = format!("`{blocks}` holds blocks of 32, its rows {inputs} values");
@@ -240,8 +243,7 @@ impl Layer<'_> {
                 return Err(ModelError::TensorType { place: self.place(), name, found });
             }
         }
-        let (codes, scales) =
-            (part_of(codes.bytes, expert, experts), part_of(scales.bytes, expert, experts));
+        let (codes, scales) = (part_of(codes.bytes, expert, experts), part_of(scales.bytes, expert, experts));
         Ok((WeightDtype::Mxfp4, Cow::Owned(mxfp4_blocks(codes, scales, groups, step, from))))
     }
 
@@ -302,7 +304,13 @@ fn part_of(data: &[u8], expert: usize, experts: usize) -> &[u8] {
 }
 
 /// `[O, I]` from `[I, O * step]`: outputs `from`, `from + step`, and so on, of values of `size` bytes.
-fn outputs_first(data: &[u8], size: usize, [outputs, inputs]: [usize; 2], step: usize, from: usize) -> Vec<u8> {
+fn outputs_first(
+    data: &[u8],
+    size: usize,
+    [outputs, inputs]: [usize; 2],
+    step: usize,
+    from: usize,
+) -> Vec<u8> {
     let mut out = vec![0; outputs * inputs * size];
     for (i, row) in data.chunks_exact(outputs * step * size).enumerate() {
         for o in 0..outputs {
