@@ -196,6 +196,13 @@ impl HfConfig {
         })
     }
 
+    /// A list of numbers; the key must be there.
+    pub fn get_f64_list(&self, key: &str) -> Result<Vec<f64>, HfConfigError> {
+        let list =
+            self.typed(key, "a list of numbers", |v| v.as_array()?.iter().map(Value::as_f64).collect());
+        self.need(key, list)
+    }
+
     /// Like [`HfConfig::find_usize`], but the key must be there.
     pub fn get_usize(&self, key: &str) -> Result<usize, HfConfigError> {
         self.need(key, self.find_usize(key))
@@ -237,6 +244,7 @@ mod tests {
         assert_eq!(c.get_usize("n").unwrap(), 3);
         assert_eq!(c.get_f64("x").unwrap(), 1e-5);
         assert_eq!(c.get_f64("n").unwrap(), 3.0);
+        assert_eq!(c.get_f64_list("i").unwrap(), [1.0, 2.0]);
         assert!(c.get_bool("b").unwrap());
         assert_eq!(c.get_str("s").unwrap(), "a");
         assert_eq!(c.find_str_list("l").unwrap().unwrap(), ["p"]);

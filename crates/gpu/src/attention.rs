@@ -78,15 +78,20 @@ impl Gpu {
         self.product(stack(p.clone()).swap_dims(1, 2), stack(a.clone())).reshape([kv, 1, keys, width])
     }
 
-    /// Scaled logits `[nkv, G, N, S]` of queries against keys, of which each row does not see the `hidden[N, S]`.
+    /// Scaled and capped logits `[nkv, G, N, S]` of queries against keys, of which each row does not see the `hidden[N, S]`.
     pub(crate) fn logits(
         &self,
         q: &Tensor<4>,
         k: &Tensor<4>,
         hidden: &Tensor<2, Bool>,
         scale: f32,
+        softcap: Option<f32>,
     ) -> Tensor<4> {
         let logits = self.against(q, k).mul_scalar(scale);
+        let logits = match softcap {
+            Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
+            None => logits,
+        };
         let [kv, group, n, keys] = logits.dims();
         let hidden: Tensor<4, Bool> = hidden.clone().reshape([1, 1, n, keys]).expand([kv, group, n, keys]);
         logits.mask_fill(hidden, HIDDEN)

@@ -254,6 +254,18 @@ impl Kernels for Gpu {
         self.keep(a, sum);
     }
 
+    fn scale(&self, x: &mut Buf, factor: f32) {
+        let len = x.capacity();
+        let scaled = self.take(x, 1, len).cast(FloatDType::F32).mul_scalar(factor);
+        self.keep(x, scaled);
+    }
+
+    fn softcap(&self, x: &mut Buf, cap: f32) {
+        let len = x.capacity();
+        let capped = self.take(x, 1, len).cast(FloatDType::F32).div_scalar(cap).tanh().mul_scalar(cap);
+        self.keep(x, capped);
+    }
+
     fn concat_cols(&self, parts: &[(&Buf, usize)], rows: usize, y: &mut Buf) {
         let parts = parts.iter().map(|(part, width)| self.read(part, rows, *width)).collect();
         self.keep(y, Tensor::cat(parts, 1));
@@ -322,7 +334,7 @@ impl Kernels for Gpu {
                 let part = panel.min(n - from);
                 let queries = by_heads.queries(self.rows(&q, row + from, part));
                 let hidden = hidden.clone().slice([from..from + part, 0..kv.len]);
-                let logits = self.logits(&queries, &keys, &hidden, mask.scale);
+                let logits = self.logits(&queries, &keys, &hidden, mask.scale, mask.softcap);
                 let mut top = logits.clone().max_dim(3);
                 let sinks =
                     mask.sinks.map(|sinks| self.floats(sinks).reshape([by_heads.kv, by_heads.group, 1, 1]));

@@ -83,7 +83,7 @@ impl<'a> Attention<'a> {
         let [k, v] = [&self.k0, &self.v0].map(|x| self.heads.keys(gpu.rows(x, p.slots.start, p.slots.len())));
         let first = p.slots.start as u32;
         let end: Vec<u32> = self.shape.slots[p.rows.clone()].iter().map(|slot| slot + 1 - first).collect();
-        let logits = gpu.logits(&q, &k, &gpu.behind(&end, p.slots.len()), self.shape.scale);
+        let logits = gpu.logits(&q, &k, &gpu.behind(&end, p.slots.len()), self.shape.scale, None);
         [q, k, v, logits]
     }
 

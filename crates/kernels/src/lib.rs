@@ -118,12 +118,19 @@ pub struct StepMask<'a> {
     pub scale: f32,
     /// `[heads]`: a logit of each head that takes its share of the softmax and mixes nothing in (gpt-oss).
     pub sinks: Option<&'a [f32]>,
+    /// Scaled logits `x` become `cap tanh(x / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
 }
 
 impl<'a> StepMask<'a> {
     /// All uncommitted rows are new.
     pub fn step(base: usize, parents: &'a [Option<u32>], window: Option<usize>, scale: f32) -> StepMask<'a> {
-        StepMask { base, parents, new_rows: parents.len(), window, scale, sinks: None }
+        StepMask { base, parents, new_rows: parents.len(), window, scale, sinks: None, softcap: None }
+    }
+
+    /// The same with capped logits.
+    pub fn capped(self, softcap: Option<f32>) -> StepMask<'a> {
+        StepMask { softcap, ..self }
     }
 
     /// Slot of the first new row.
@@ -178,6 +185,10 @@ pub trait Kernels: Send + Sync + 'static {
     fn gated(&self, activation: Activation, gate: &mut Self::Buf, up: &Self::Buf);
     /// `a += b`.
     fn add(&self, a: &mut Self::Buf, b: &Self::Buf);
+    /// `x *= factor`.
+    fn scale(&self, x: &mut Self::Buf, factor: f32);
+    /// `x = cap tanh(x / cap)`.
+    fn softcap(&self, x: &mut Self::Buf, cap: f32);
     /// Concatenates columns: `y[R, Σ widths]` from `parts[i][R, widths[i]]`.
     fn concat_cols(&self, parts: &[(&Self::Buf, usize)], rows: usize, y: &mut Self::Buf);
     /// Columns `from..from + width` of `x[rows, x_width]`.

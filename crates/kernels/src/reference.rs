@@ -47,6 +47,11 @@ pub fn rope(x: &[f32], table: &RopeTable, position: u32) -> Vec<f64> {
     y
 }
 
+/// A capped logit.
+pub fn softcap(x: f64, cap: f64) -> f64 {
+    cap * (x / cap).tanh()
+}
+
 /// Attention of a step: `q[R, heads * dim]` over `k`, `v` of `[base + R, kv_heads * dim]` slots.
 pub fn attention(
     q: &[f32],
@@ -80,7 +85,8 @@ pub fn attention(
                 .map(|s| {
                     let k = &k[(s * kv_heads + kv_head) * dim..(s * kv_heads + kv_head + 1) * dim];
                     let dot: f64 = q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    dot * f64::from(mask.scale)
+                    let logit = dot * f64::from(mask.scale);
+                    mask.softcap.map_or(logit, |cap| softcap(logit, f64::from(cap)))
                 })
                 .collect();
             let sink = mask.sinks.map(|sinks| f64::from(sinks[head]));

@@ -36,7 +36,11 @@ const CHUNKS: usize = 1 << 12;
 #[derive(Clone)]
 pub struct RopeTable {
     head_dim: usize,
-    /// `[head_dim / 2]`
+    /// Pairs that are turned; the rest of a head passes unchanged.
+    turned: usize,
+    /// Factor on cosine and sine of the turned pairs.
+    magnitude: f32,
+    /// `[head_dim / 2]`, zero where nothing is turned.
     inv_freq: Vec<f32>,
     /// Per chunk `[CHUNK][cos[head_dim / 2], sin[head_dim / 2]]`.
     angles: Arc<[OnceLock<Box<[f32]>>]>,
@@ -44,13 +48,19 @@ pub struct RopeTable {
 
 impl std::fmt::Debug for RopeTable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RopeTable").field("inv_freq", &self.inv_freq).finish_non_exhaustive()
+        f.debug_struct("RopeTable")
+            .field("inv_freq", &self.inv_freq)
+            .field("magnitude", &self.magnitude)
+            .finish_non_exhaustive()
     }
 }
 
 impl PartialEq for RopeTable {
     fn eq(&self, other: &RopeTable) -> bool {
-        self.head_dim == other.head_dim && self.inv_freq == other.inv_freq
+        self.head_dim == other.head_dim
+            && self.turned == other.turned
+            && self.magnitude == other.magnitude
+            && self.inv_freq == other.inv_freq
     }
 }
 
@@ -60,10 +70,22 @@ impl RopeTable {
     /// # Panics
     /// If `head_dim` is odd or explicit factors are not `head_dim / 2` long (checked at load).
     pub fn new(head_dim: usize, theta: f32, scaling: &RopeScaling) -> RopeTable {
-        assert!(head_dim.is_multiple_of(2), "RoPE needs an even head dimension");
-        let half = head_dim / 2;
-        let base = |i: usize| 1.0 / (f64::from(theta)).powf(2.0 * i as f64 / head_dim as f64);
-        let inv_freq = (0..half)
+        RopeTable::partial(head_dim, head_dim, theta, scaling)
+    }
+
+    /// Turns `rotary_dim` values of a head: pairs `i` and `head_dim / 2 + i` for `i < rotary_dim / 2`, which is where the
+    /// loader puts the rows of such models. The other values pass bit for bit.
+    ///
+    /// # Panics
+    /// If a size is odd, `rotary_dim` above `head_dim`, or explicit factors are not `rotary_dim / 2` long.
+    pub fn partial(head_dim: usize, rotary_dim: usize, theta: f32, scaling: &RopeScaling) -> RopeTable {
+        assert!(
+            head_dim.is_multiple_of(2) && rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim,
+            "RoPE needs an even head dimension"
+        );
+        let half = rotary_dim / 2;
+        let base = |i: usize| 1.0 / (f64::from(theta)).powf(2.0 * i as f64 / rotary_dim as f64);
+        let mut inv_freq: Vec<f32> = (0..half)
             .map(|i| {
                 let freq = base(i);
                 let scaled = match scaling {
@@ -95,7 +117,16 @@ impl RopeTable {
                 scaled as f32
             })
             .collect();
-        RopeTable { head_dim, inv_freq, angles: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
+        inv_freq.resize(head_dim / 2, 0.0);
+        let angles = (0..CHUNKS).map(|_| OnceLock::new()).collect();
+        RopeTable { head_dim, turned: half, magnitude: 1.0, inv_freq, angles }
+    }
+
+    /// The same with this factor on what is turned (YaRN, LongRoPE).
+    pub fn with_magnitude(mut self, magnitude: f32) -> RopeTable {
+        self.magnitude = magnitude;
+        self.angles = (0..CHUNKS).map(|_| OnceLock::new()).collect();
+        self
     }
 
     /// Values per head.
@@ -117,10 +148,31 @@ impl RopeTable {
                 let angle = |f: &f32| f64::from(p as f32 * f);
                 values.extend(self.inv_freq.iter().map(|f| angle(f).cos() as f32));
                 values.extend(self.inv_freq.iter().map(|f| angle(f).sin() as f32));
+                if self.magnitude != 1.0 {
+                    let at = values.len() - self.head_dim;
+                    let (cos, sin) = values[at..].split_at_mut(half);
+                    for v in cos[..self.turned].iter_mut().chain(&mut sin[..self.turned]) {
+                        *v *= self.magnitude;
+                    }
+                }
             }
             values.into_boxed_slice()
         });
         let at = position % CHUNK * self.head_dim;
         chunk[at..at + self.head_dim].split_at(half)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partial_table_leaves_the_rest_of_a_head_alone() {
+        let table = RopeTable::partial(8, 4, 100.0, &RopeScaling::None).with_magnitude(0.5);
+        let whole = RopeTable::new(4, 100.0, &RopeScaling::None);
+        let ((cos, sin), (c, s)) = (table.angles(7), whole.angles(7));
+        assert_eq!(cos, [c[0] * 0.5, c[1] * 0.5, 1.0, 1.0]);
+        assert_eq!(sin, [s[0] * 0.5, s[1] * 0.5, 0.0, 0.0]);
     }
 }

@@ -8,8 +8,8 @@ use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
 
 use crate::ModelError;
 use crate::classes::Rope;
-use crate::family::{Bias, EmbedScale, Family, Norm, Norms, QkNorm};
-use crate::keys::{GgufKeys, HfKeys, Key, Keys, Ropes};
+use crate::family::{Family, Norm, Norms, QkNorm};
+use crate::keys::{GgufKeys, HfKeys, Key, Keys, Multipliers, Ropes};
 use crate::mlp::MlpKind;
 use crate::moe::ExpertsConfig;
 
@@ -42,14 +42,22 @@ pub struct TargetConfig {
     pub rope: Arc<RopeTable>,
     /// RoPE table of sliding-window layers (Gemma 3).
     pub rope_local: Option<Arc<RopeTable>>,
+    /// LongRoPE: a position that makes its sequence longer than this sees all of it turned by this table.
+    pub rope_long: Option<(usize, Arc<RopeTable>)>,
+    /// Values of a head that RoPE turns.
+    pub rotary_dim: usize,
+    /// `[layers]` whether a layer has RoPE (SmolLM3: not every one).
+    pub turns: Vec<bool>,
     /// `[layers]` window of each layer in positions, `None` for full attention.
     pub windows: Vec<Option<usize>>,
     /// Non-linearity of the MLP.
     pub activation: Activation,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
-    /// Bias on the attention's output.
+    /// Bias on the attention's output projection.
     pub o_bias: bool,
+    /// Biases in the MLP.
+    pub mlp_bias: bool,
     /// A logit per head that takes its share of the attention's softmax (gpt-oss).
     pub sinks: bool,
     /// Norms on queries and keys.
@@ -66,6 +74,14 @@ pub struct TargetConfig {
     pub embed_scale: f32,
     /// Factor on attention logits.
     pub attention_scale: f32,
+    /// Cap on attention logits (Gemma 2).
+    pub attention_softcap: Option<f32>,
+    /// Factor on what attention and MLP add to the residual stream (Granite).
+    pub residual_scale: f32,
+    /// Logits are divided by this (Granite).
+    pub logit_divisor: f32,
+    /// Cap on logits (Gemma 2).
+    pub final_softcap: Option<f32>,
     /// The head is the embedding table.
     pub tied: bool,
     /// Longest context of the model.
@@ -115,13 +131,23 @@ impl TargetConfig {
     /// The last layer's attention means the same in a draft, which has no biases, no norms on queries, keys and
     /// outputs, and turns whole heads.
     pub fn attention_is_a_drafts(&self) -> bool {
-        !self.qkv_bias && !self.sinks && self.qk_norm == QkNorm::None && self.norms == Norms::Pre
+        !self.qkv_bias
+            && !self.o_bias
+            && !self.sinks
+            && self.qk_norm == QkNorm::None
+            && self.norms == Norms::Pre
+            && self.rotary_dim == self.head_dim
+            && self.turns.last() == Some(&true)
+            && self.attention_softcap.is_none()
+            && self.residual_scale == 1.0
     }
 
     /// The last layer's MLP means the same in a draft, which has SiLU and no norms on outputs.
     pub fn mlp_is_a_drafts(&self) -> bool {
         self.activation == Activation::Silu
             && self.norms == Norms::Pre
+            && !self.mlp_bias
+            && self.residual_scale == 1.0
             && self.mlps.last() == Some(&MlpKind::Gated)
     }
 
@@ -156,7 +182,10 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
     let windows = keys.windows(num_layers)?;
     let sliding = windows.iter().any(Option::is_some);
     let Ropes { full, local } = keys.ropes(head_dim, sliding, max_position)?;
-    let table = |rope: &Rope| Arc::new(RopeTable::new(head_dim, rope.theta as f32, &rope.scaling));
+    let table = |rope: &Rope| rope.table(head_dim);
+    let [qkv_bias, o_bias, mlp_bias] = keys.biases()?;
+    let [attention_softcap, final_softcap] = keys.softcaps()?;
+    let Multipliers { embed_scale, residual_scale, logit_divisor } = keys.multipliers(hidden_size)?;
     let made = TargetConfig {
         family: spec.family,
         vocab_size: keys.vocab_size()?,
@@ -169,12 +198,16 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
         rms_norm_eps: keys.float(Key::NormEps)? as f32,
         rope: table(&full),
         rope_theta: full.theta as f32,
-        rope_scaling: full.scaling,
+        rope_scaling: full.scaling.clone(),
         rope_local: local.as_ref().map(table),
+        rope_long: full.long_table(head_dim),
+        rotary_dim: full.rotary_dim,
+        turns: keys.turned_layers(num_layers)?,
         windows,
         activation: keys.activation()?,
-        qkv_bias: spec.bias != Bias::Never,
-        o_bias: spec.bias == Bias::WithOutput,
+        qkv_bias,
+        o_bias,
+        mlp_bias,
         sinks: spec.sinks,
         qk_norm: spec.qk_norm,
         norms: spec.norms,
@@ -189,11 +222,12 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
             None => vec![MlpKind::Gated; num_layers],
         },
         experts,
-        embed_scale: match spec.embed_scale {
-            EmbedScale::One => 1.0,
-            EmbedScale::RootHidden => (hidden_size as f32).sqrt(),
-        },
+        embed_scale,
         attention_scale: keys.attention_scale([hidden_size, num_layers, num_heads, head_dim])?,
+        attention_softcap,
+        residual_scale,
+        logit_divisor,
+        final_softcap,
         tied: keys.tied()?,
         max_position,
         bos_id: keys.bos_id()?,

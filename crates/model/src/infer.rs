@@ -50,6 +50,19 @@ impl<'k, K: Kernels> Infer<'k, K> {
         Arc::new(Rows { buf, rows: rows.len(), width: x.width })
     }
 
+    /// Chosen rows of two values of one width, counted through both.
+    pub(crate) fn choose(&self, a: &Rows<K::Buf>, b: &Rows<K::Buf>, rows: &[u32]) -> Arc<Rows<K::Buf>> {
+        let mut both = self.kernels.scratch((a.rows + b.rows) * a.width);
+        let parts = [(&a.buf, a.rows * a.width), (&b.buf, b.rows * b.width)];
+        self.kernels.concat_cols(&parts, 1, &mut both);
+        self.gather(&self.wrap(both, a.rows + b.rows, a.width), rows)
+    }
+
+    /// Capped values.
+    pub(crate) fn softcap(&self, x: Arc<Rows<K::Buf>>, cap: f32) -> Arc<Rows<K::Buf>> {
+        self.change(x, |kernels, x| kernels.softcap(x, cap))
+    }
+
     /// All values on the host.
     pub fn values(&self, x: &Rows<K::Buf>) -> Vec<f32> {
         let mut out = vec![0.0; x.rows * x.width];
@@ -153,6 +166,10 @@ impl<K: Kernels> Ops for Infer<'_, K> {
 
     fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T {
         self.change(a, |kernels, a| kernels.add(a, &b.buf))
+    }
+
+    fn scale(&mut self, x: Self::T, factor: f32) -> Self::T {
+        self.change(x, |kernels, x| kernels.scale(x, factor))
     }
 
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T {

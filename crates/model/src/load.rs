@@ -2,6 +2,7 @@
 
 mod experts;
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsErro
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
 use crate::config::TargetConfig;
-use crate::family::{Family, Norm};
+use crate::family::{Family, Norm, RopeRows};
 use crate::infer::Linear;
 use crate::quantised;
 use crate::{ModelError, Precision};
@@ -33,6 +34,9 @@ pub(crate) enum Part {
     VBias,
     OBias,
     Sinks,
+    GateBias,
+    UpBias,
+    DownBias,
     QNorm,
     KNorm,
     AttentionPostNorm,
@@ -62,7 +66,7 @@ pub(crate) struct Source {
 struct Stored<'a> {
     dtype: WeightDtype,
     shape: [usize; 2],
-    data: std::borrow::Cow<'a, [u8]>,
+    data: Cow<'a, [u8]>,
 }
 
 impl Source {
@@ -115,10 +119,15 @@ impl Source {
 
     fn stored(&mut self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Stored<'_>, ModelError> {
         let place = self.place.clone();
-        let family = self.config.family;
+        let (config, spec) = (&self.config, self.config.family.spec());
+        // A part may be some rows of a larger tensor.
+        let (first, rows) = spec.rows_of(part, config).unwrap_or((0, shape[0]));
+        let whole = [rows, shape[1]];
+        let cut = |data| rows_between(data, rows, first..first + shape[0]);
+        let ordered = |data, order| rope_ordered(config, part, data, shape, order);
         match &self.container {
             Container::Gguf(file) => {
-                let name = self.config.family.spec().gguf_name(part, layer);
+                let name = spec.gguf_name(part, layer);
                 let info = file
                     .find_tensor(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -129,19 +138,15 @@ impl Source {
                 if found.len() == 1 {
                     found.insert(0, 1);
                 }
-                if found != shape {
-                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                if found != whole {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: whole.to_vec() });
                 }
                 self.used.insert(name);
-                let mut data = std::borrow::Cow::Borrowed(file.data(info));
-                // llama.cpp stores the q and k rows of Llama models in interleaved RoPE order.
-                if family.spec().gguf_pairs && matches!(part, Part::Q | Part::K) {
-                    data = rope_halves_from_pairs(&data, shape[0], self.config.head_dim).into();
-                }
+                let data = ordered(cut(file.data(info)), spec.gguf_rows);
                 Ok(Stored { dtype, shape, data })
             }
             Container::Safetensors { dir, prefix } => {
-                let name = family.spec().hf_name(part, layer, prefix);
+                let name = spec.hf_name(part, layer, prefix);
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -153,10 +158,10 @@ impl Source {
                 if found.len() == 1 {
                     found.insert(0, 1);
                 }
-                if found != shape {
-                    return Err(ModelError::TensorShape { place, name, found, wanted: shape.to_vec() });
+                if found != whole {
+                    return Err(ModelError::TensorShape { place, name, found, wanted: whole.to_vec() });
                 }
-                let data = std::borrow::Cow::Borrowed(tensor.bytes);
+                let data = ordered(cut(tensor.bytes), spec.hf_rows);
                 self.used.insert(name);
                 Ok(Stored { dtype, shape, data })
             }
@@ -233,6 +238,7 @@ impl Source {
     pub(crate) fn finish(self) -> Result<TargetConfig, ModelError> {
         let ignorable = |name: &str| {
             name == "rope_freqs.weight"
+                || (name.starts_with("rope_factors_") && self.config.rope_long.is_some())
                 || name.ends_with("rotary_emb.inv_freq")
                 || (name == "lm_head.weight" && self.config.tied)
                 // Towers of multimodal checkpoints.
@@ -292,6 +298,41 @@ pub fn weight_dtype(ggml_type: GgmlType) -> Option<WeightDtype> {
         GgmlType::NVFP4 => Some(WeightDtype::Nvfp4),
         GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 | GgmlType::F64 => None,
     }
+}
+
+/// Some rows of a stored matrix.
+fn rows_between(data: &[u8], rows: usize, wanted: std::ops::Range<usize>) -> &[u8] {
+    let row_bytes = data.len() / rows.max(1);
+    &data[wanted.start * row_bytes..wanted.end * row_bytes]
+}
+
+/// The rows of a part that RoPE turns, with each pair where the kernels look for it: pair `i` of a head in rows `i` and
+/// `head_dim / 2 + i`. Queries and keys change alike, so their products do not.
+fn rope_ordered<'a>(
+    config: &TargetConfig,
+    part: Part,
+    data: &'a [u8],
+    shape: [usize; 2],
+    stored: RopeRows,
+) -> Cow<'a, [u8]> {
+    let rows = match part {
+        Part::Q | Part::K => shape[0],
+        Part::QBias | Part::KBias | Part::QNorm | Part::KNorm => shape[1],
+        _ => return data.into(),
+    };
+    let (half, turned) = (config.head_dim / 2, config.rotary_dim / 2);
+    if stored == RopeRows::Halves && turned == half {
+        return data.into();
+    }
+    reordered(data, rows, config.head_dim, |row| match (row % half, row / half) {
+        (pair, second) if pair < turned => match stored {
+            RopeRows::Pairs => 2 * pair + second,
+            RopeRows::Halves => second * turned + pair,
+        },
+        // What is not turned stands behind what is.
+        (other, second) => 2 * turned + second * (half - turned) + other - turned,
+    })
+    .into()
 }
 
 /// Rows of each head from llama.cpp's interleaved RoPE pairs to the halves of everybody else: row `2 i + j` of a head

@@ -18,19 +18,21 @@ pub enum MlpKind {
 pub enum Mlp<W, N, E> {
     /// See [`MlpKind::Gated`]. Files that hold gate and up as one tensor are taken apart when they are loaded: products
     /// of one input share its quantisation anyway.
-    Gated(GatedMlp<W>),
+    Gated(GatedMlp<W, N>),
     /// See [`MlpKind::Experts`].
     Experts(ExpertsMlp<W, N, E>),
 }
 
 /// Weights of a gated MLP.
-pub struct GatedMlp<W> {
+pub struct GatedMlp<W, N> {
     /// `[I, Ht]`
     pub gate: W,
     /// `[I, Ht]`
     pub up: W,
     /// `[Ht, I]`
     pub down: W,
+    /// Biases of gate, up and down.
+    pub bias: Option<[N; 3]>,
 }
 
 /// Weights of a router and its experts.
@@ -79,8 +81,9 @@ pub fn feed_forward<O: Ops>(
     }
 }
 
-fn gated<O: Ops>(ops: &mut O, activation: Activation, mlp: &GatedMlp<O::W>, x: &O::T) -> O::T {
-    let [gate, up] = ops.linears(x, [(&mlp.gate, None), (&mlp.up, None)]); // [R, I] twice
+fn gated<O: Ops>(ops: &mut O, activation: Activation, mlp: &GatedMlp<O::W, O::N>, x: &O::T) -> O::T {
+    let bias = |i: usize| mlp.bias.as_ref().map(|b| &b[i]);
+    let [gate, up] = ops.linears(x, [(&mlp.gate, bias(0)), (&mlp.up, bias(1))]); // [R, I] twice
     let act = ops.gated(activation, gate, &up);
-    ops.linear(&act, &mlp.down, None) // [R, Ht]
+    ops.linear(&act, &mlp.down, bias(2)) // [R, Ht]
 }

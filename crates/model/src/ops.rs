@@ -42,6 +42,8 @@ pub trait Ops {
     fn experts(&mut self, x: &Self::T, logits: &Self::T, routing: Routing, experts: &Self::E) -> Self::T;
     /// `a + b`.
     fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T;
+    /// `x * factor`.
+    fn scale(&mut self, x: Self::T, factor: f32) -> Self::T;
     /// Columns side by side.
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T;
     /// Columns `from..from + width` of each row.

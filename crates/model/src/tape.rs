@@ -667,6 +667,13 @@ impl<K: TrainKernels> Ops for Tape<K> {
         self.push(Op::Add { a, b: *b }, rows, width, y, &[a, *b])
     }
 
+    /// # Panics
+    /// With a factor: no trained layer has one.
+    fn scale(&mut self, x: Var, factor: f32) -> Var {
+        assert!(factor == 1.0, "no layer of a trained draft has a multiplier");
+        x
+    }
+
     fn concat(&mut self, parts: &[&Var]) -> Var {
         let rows = parts.first().map_or(0, |x| self.nodes[x.0].rows);
         let width = parts.iter().map(|x| self.nodes[x.0].width).sum();

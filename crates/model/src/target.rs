@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use draftsmith_core::LayerId;
 use draftsmith_kernels::experts::Experts;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, PackedWeight, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, PackedWeight, RopeTable, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -52,7 +52,7 @@ pub struct LayerWeights<W, N, E> {
     o_bias: Option<N>,
     /// `[heads]` logits that take their share of the attention's softmax.
     sinks: Option<Vec<f32>>,
-    /// Norms of q and k heads.
+    /// Norms of queries and keys.
     qk_norm: Option<[N; 2]>,
     /// Norm of the attention's output.
     attention_post_norm: Option<N>,
@@ -63,13 +63,16 @@ pub struct LayerWeights<W, N, E> {
     mlp_post_norm: Option<N>,
 }
 
-/// One decoder layer: residual stream `[R, Ht]` in, residual stream out.
+/// One decoder layer: residual stream `[R, Ht]` in, residual stream out. `rope` turns the layers that have no table of
+/// their own.
+#[expect(clippy::too_many_arguments, reason = "a layer, its place in the network, and what it works on")]
 pub fn decoder_layer<O: Ops, A: Attend<O>>(
     ops: &mut O,
     config: &TargetConfig,
     layer: usize,
     w: &LayerWeights<O::W, O::N, O::E>,
     hidden: O::T,
+    rope: &Arc<RopeTable>,
     positions: &[u32],
     attend: &mut A,
 ) -> O::T {
@@ -79,26 +82,40 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     // [R, heads * dim], [R, kv_heads * dim] twice
     let [mut q, mut k, v] = ops.linears(&n, [(&w.q, bias(0)), (&w.k, bias(1)), (&w.v, bias(2))]);
     if let Some([q_norm, k_norm]) = &w.qk_norm {
-        q = ops.head_norm(&q, q_norm, config.head_dim, eps);
-        k = ops.head_norm(&k, k_norm, config.head_dim, eps);
+        (q, k) = match config.qk_norm {
+            QkNorm::Full => (ops.rms_norm(&q, q_norm, eps), ops.rms_norm(&k, k_norm, eps)),
+            _ => {
+                let dim = config.head_dim;
+                (ops.head_norm(&q, q_norm, dim, eps), ops.head_norm(&k, k_norm, dim, eps))
+            }
+        };
     }
-    let rope = match (&config.rope_local, config.windows[layer]) {
-        (Some(local), Some(_)) => local,
-        _ => &config.rope,
-    };
-    let q = ops.rope(q, rope, positions);
-    let k = ops.rope(k, rope, positions);
+    if config.turns[layer] {
+        let rope = match (&config.rope_local, config.windows[layer]) {
+            (Some(local), Some(_)) => local,
+            _ => rope,
+        };
+        q = ops.rope(q, rope, positions);
+        k = ops.rope(k, rope, positions);
+    }
     let mixed = attend.attend(ops, q, k, v); // [R, heads * dim]
     let o = ops.linear(&mixed, &w.o, w.o_bias.as_ref()); // [R, Ht]
     let o = normed(ops, o, w.attention_post_norm.as_ref(), eps);
+    let o = scaled(ops, o, config.residual_scale);
     // Freed before the sum, which is then made in place.
     drop(n);
     let hidden = ops.add(hidden, &o);
     let n = normed(ops, hidden.clone(), w.mlp_norm.as_ref(), eps);
     let down = feed_forward(ops, config.activation, &w.mlp, &n); // [R, Ht]
     let down = normed(ops, down, w.mlp_post_norm.as_ref(), eps);
+    let down = scaled(ops, down, config.residual_scale);
     drop(n);
     ops.add(hidden, &down)
+}
+
+/// Times a factor, if it is one.
+fn scaled<O: Ops>(ops: &mut O, x: O::T, factor: f32) -> O::T {
+    if factor == 1.0 { x } else { ops.scale(x, factor) }
 }
 
 /// Through a norm, if there is one.
@@ -111,6 +128,19 @@ fn normed<O: Ops>(ops: &mut O, x: O::T, norm: Option<&O::N>, eps: f32) -> O::T {
 
 /// Keys and values of one sequence in all layers.
 pub struct TargetKv<K: Kernels> {
+    layers: Vec<K::Kv>,
+    len: usize,
+    long: Option<LongKv<K>>,
+}
+
+/// What LongRoPE needs beside: a sequence longer than the original context is turned by other angles from its first
+/// position on, so both kinds of keys are kept, each as far as it was asked for, and the tokens to make up the rest from.
+struct LongKv<K: Kernels> {
+    /// Of all positions.
+    tokens: Vec<u32>,
+    /// Positions that [`TargetKv::layers`] has, turned as in a short sequence.
+    short_len: usize,
+    /// Turned as in a long sequence.
     layers: Vec<K::Kv>,
     len: usize,
 }
@@ -133,15 +163,33 @@ impl<K: Kernels> TargetKv<K> {
     pub fn rollback_to(&mut self, len: usize) {
         assert!(len <= self.len, "cannot roll back to {len}, the cache has {}", self.len);
         self.len = len;
+        if let Some(long) = &mut self.long {
+            long.tokens.truncate(len);
+            long.short_len = long.short_len.min(len);
+            long.len = long.len.min(len);
+        }
     }
 
     /// Keeps the accepted rows of the last step: `rows` (ascending) of the step that began at `base`.
     pub fn commit(&mut self, kernels: &K, base: usize, rows: &[u32]) {
         let from: Vec<usize> = rows.iter().map(|r| base + *r as usize).collect();
-        for layer in &mut self.layers {
-            kernels.kv_compact(layer, base, &from);
-        }
         self.len = base + rows.len();
+        let keep = |layers: &mut [K::Kv]| {
+            for layer in layers {
+                kernels.kv_compact(layer, base, &from);
+            }
+        };
+        let Some(long) = &mut self.long else { return keep(&mut self.layers) };
+        let kept: Vec<u32> = from.iter().map(|slot| long.tokens[*slot]).collect();
+        long.tokens.truncate(base);
+        long.tokens.extend(kept);
+        // A cache that the step did not reach has nothing of it.
+        for (layers, len) in [(&mut self.layers, &mut long.short_len), (&mut long.layers, &mut long.len)] {
+            if *len > base {
+                keep(layers);
+                *len = self.len;
+            }
+        }
     }
 }
 
@@ -153,6 +201,38 @@ pub struct StepItem<'a, K: Kernels> {
     pub tokens: &'a [u32],
     /// `[R]` parent row inside the step; `None` follows the cache.
     pub parents: &'a [Option<u32>],
+}
+
+/// Rows of one sequence and the layers that they are appended to.
+struct Pass<'a, K: Kernels> {
+    layers: &'a mut [K::Kv],
+    /// Positions in the layers that the rows follow.
+    base: usize,
+    tokens: &'a [u32],
+    parents: &'a [Option<u32>],
+}
+
+/// Positions that are made up at once when a sequence of a LongRoPE model passes its original length.
+const CATCH_UP: usize = 512;
+
+/// `[R]` positions of rows that follow `base` others.
+fn positions(base: usize, parents: &[Option<u32>]) -> Vec<u32> {
+    let mut positions: Vec<u32> = Vec::with_capacity(parents.len());
+    for parent in parents {
+        positions.push(parent.map_or(base as u32, |p| positions[p as usize] + 1));
+    }
+    positions
+}
+
+/// The id of the largest logit, the lowest among equals; NaN never wins.
+fn first_largest(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (id, logit) in (0u32..).zip(logits) {
+        if *logit > best.1 {
+            best = (id, *logit);
+        }
+    }
+    best.0
 }
 
 /// What a step gives, rows of all items one after the other.
@@ -226,6 +306,14 @@ impl<K: Kernels> Target<K> {
                     gate: linear(Part::Gate, i, h)?,
                     up: linear(Part::Up, i, h)?,
                     down: linear(Part::Down, h, i)?,
+                    bias: match c.mlp_bias {
+                        true => Some([
+                            upload(source.floats(Part::GateBias, l, [1, i])?),
+                            upload(source.floats(Part::UpBias, l, [1, i])?),
+                            upload(source.floats(Part::DownBias, l, [1, h])?),
+                        ]),
+                        false => None,
+                    },
                 }),
             };
             let bias = match c.qkv_bias {
@@ -234,10 +322,6 @@ impl<K: Kernels> Target<K> {
                     upload(source.floats(Part::KBias, l, [1, kv])?),
                     upload(source.floats(Part::VBias, l, [1, kv])?),
                 ]),
-                false => None,
-            };
-            let o_bias = match c.o_bias {
-                true => Some(upload(source.floats(Part::OBias, l, [1, h])?)),
                 false => None,
             };
             let sinks = match c.sinks {
@@ -249,7 +333,14 @@ impl<K: Kernels> Target<K> {
                     upload(source.norm(Part::QNorm, l, c.head_dim)?),
                     upload(source.norm(Part::KNorm, l, c.head_dim)?),
                 ]),
+                QkNorm::Full => {
+                    Some([upload(source.norm(Part::QNorm, l, q)?), upload(source.norm(Part::KNorm, l, kv)?)])
+                }
                 QkNorm::None => None,
+            };
+            let o_bias = match c.o_bias {
+                true => Some(upload(source.floats(Part::OBias, l, [1, h])?)),
+                false => None,
             };
             let mut norm = |part, here: bool| here.then(|| source.norm(part, l, h).map(&upload)).transpose();
             let (pre, post) = (c.norms.pre(), c.norms.post());
@@ -299,7 +390,14 @@ impl<K: Kernels> Target<K> {
     /// An empty cache.
     pub fn new_kv(&self) -> TargetKv<K> {
         let layer = || self.kernels.kv_new(self.config.num_kv_heads, self.config.head_dim, self.kv_dtype);
-        TargetKv { layers: (0..self.config.num_layers).map(|_| layer()).collect(), len: 0 }
+        let layers = || -> Vec<K::Kv> { (0..self.config.num_layers).map(|_| layer()).collect() };
+        let long = self.config.rope_long.as_ref().map(|_| LongKv {
+            tokens: Vec::new(),
+            short_len: 0,
+            layers: layers(),
+            len: 0,
+        });
+        TargetKv { layers: layers(), len: 0, long }
     }
 
     /// Runs all layers on the rows of all items and appends them to their caches.
@@ -307,55 +405,150 @@ impl<K: Kernels> Target<K> {
     /// # Panics
     /// If an item's tokens and parents differ in length, or a token is outside the vocabulary.
     pub fn forward(&self, items: &mut [StepItem<'_, K>], capture: &[LayerId]) -> StepOutput<K::Buf> {
-        let mut ops = Infer::new(self.kernels.as_ref());
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
         for item in items.iter() {
             assert!(item.tokens.len() == item.parents.len(), "one parent per token");
             assert!(
                 item.tokens.iter().all(|t| (*t as usize) < self.config.vocab_size),
                 "token outside the vocabulary"
             );
-            tokens.extend_from_slice(item.tokens);
-            let first = positions.len();
-            for parent in item.parents {
-                let position = parent.map_or(item.kv.len as u32, |p| positions[first + p as usize] + 1);
-                positions.push(position);
-            }
         }
+        let output = match &self.config.rope_long {
+            Some((original, rope)) => self.forward_long(items, capture, *original, rope),
+            None => {
+                let mut passes: Vec<Pass<'_, K>> = items
+                    .iter_mut()
+                    .map(|item| Pass {
+                        layers: &mut item.kv.layers,
+                        base: item.kv.len,
+                        tokens: item.tokens,
+                        parents: item.parents,
+                    })
+                    .collect();
+                self.pass(&mut passes, capture, &self.config.rope)
+            }
+        };
+        for item in items.iter_mut() {
+            item.kv.len += item.tokens.len();
+        }
+        output
+    }
+
+    /// All layers on the rows of all passes.
+    fn pass(
+        &self,
+        passes: &mut [Pass<'_, K>],
+        capture: &[LayerId],
+        rope: &Arc<RopeTable>,
+    ) -> StepOutput<K::Buf> {
+        let mut ops = Infer::new(self.kernels.as_ref());
+        let tokens: Vec<u32> = passes.iter().flat_map(|p| p.tokens).copied().collect();
+        let positions: Vec<u32> = passes.iter().flat_map(|p| positions(p.base, p.parents)).collect();
         let mut hidden = ops.embed(&self.embed, &tokens, self.config.embed_scale); // [R, Ht]
         let mut captured: Vec<Option<Arc<Rows<K::Buf>>>> = vec![None; capture.len()];
         for (l, weights) in self.layers.iter().enumerate() {
-            let segments = items
+            let segments = passes
                 .iter_mut()
-                .map(|item| Segment {
+                .map(|p| Segment {
                     mask: StepMask {
                         sinks: weights.sinks.as_deref(),
                         ..StepMask::step(
-                            item.kv.len,
-                            item.parents,
-                            self.config.windows[l],
-                            self.config.attention_scale,
-                        )
+                        p.base,
+                        p.parents,
+                        self.config.windows[l],
+                        self.config.attention_scale,
+                    )
+                    .capped(self.config.attention_softcap)
                     },
-                    kv: &mut item.kv.layers[l],
+                    kv: &mut p.layers[l],
                 })
                 .collect();
             let mut attend = CacheAttend { segments, head_dim: self.config.head_dim };
-            hidden = decoder_layer(&mut ops, &self.config, l, weights, hidden, &positions, &mut attend);
+            hidden = decoder_layer(&mut ops, &self.config, l, weights, hidden, rope, &positions, &mut attend);
             for (slot, id) in captured.iter_mut().zip(capture) {
                 if id.0 as usize == l {
                     *slot = Some(Arc::clone(&hidden));
                 }
             }
         }
-        for item in items.iter_mut() {
-            item.kv.len += item.tokens.len();
-        }
         let last = ops.rms_norm(&hidden, &self.final_norm, self.config.rms_norm_eps);
         let hidden =
             captured.into_iter().map(|h| h.expect("captured layers are inside the network")).collect();
         StepOutput { hidden, last }
+    }
+
+    /// LongRoPE: rows whose sequence, they included, has at most `original` positions see it turned by the short
+    /// divisors, the others by the long ones, as if each were the last of its own prefill. A row's bits depend on its
+    /// own sequence alone; near the border a step runs twice.
+    fn forward_long(
+        &self,
+        items: &mut [StepItem<'_, K>],
+        capture: &[LayerId],
+        original: usize,
+        long_rope: &Arc<RopeTable>,
+    ) -> StepOutput<K::Buf> {
+        // Which rows of each item are long.
+        let kinds: Vec<Vec<bool>> = items
+            .iter()
+            .map(|item| {
+                let positions = positions(item.kv.len, item.parents);
+                positions.into_iter().map(|p| p as usize >= original).collect()
+            })
+            .collect();
+        let mut outputs = Vec::new();
+        // Per kind the row at which each item begins in the output of that kind.
+        let mut starts = [vec![0; items.len()], vec![0; items.len()]];
+        for (kind, rope) in [(false, &self.config.rope), (true, long_rope)] {
+            let mut rows = 0;
+            let mut passes = Vec::new();
+            for (i, item) in items.iter_mut().enumerate() {
+                if !kinds[i].contains(&kind) {
+                    continue;
+                }
+                let base = item.kv.len;
+                let long = item.kv.long.as_mut().expect("caches of this target have both kinds");
+                let (layers, len) = match kind {
+                    false => (&mut item.kv.layers, &mut long.short_len),
+                    true => (&mut long.layers, &mut long.len),
+                };
+                while *len < base {
+                    let part = &long.tokens[*len..base.min(*len + CATCH_UP)];
+                    let parents: Vec<Option<u32>> =
+                        (0..part.len() as u32).map(|row| row.checked_sub(1)).collect();
+                    let missing = Pass { layers, base: *len, tokens: part, parents: &parents };
+                    self.pass(&mut [missing], &[], rope);
+                    *len += part.len();
+                }
+                *len = base + item.tokens.len();
+                starts[usize::from(kind)][i] = rows;
+                rows += item.tokens.len() as u32;
+                passes.push(Pass { layers, base, tokens: item.tokens, parents: item.parents });
+            }
+            outputs.push((rows > 0).then(|| self.pass(&mut passes, capture, rope)));
+        }
+        for item in items.iter_mut() {
+            let base = item.kv.len;
+            let long = item.kv.long.as_mut().expect("caches of this target have both kinds");
+            long.tokens.truncate(base);
+            long.tokens.extend_from_slice(item.tokens);
+        }
+        let (short, long) = match <[_; 2]>::try_from(outputs) {
+            Ok([Some(short), Some(long)]) => (short, long),
+            Ok([Some(only), None] | [None, Some(only)]) => return only,
+            _ => return self.pass(&mut [], capture, &self.config.rope),
+        };
+        // Rows of the long output stand behind those of the short one.
+        let short_rows = short.last.rows as u32;
+        let chosen: Vec<u32> = kinds
+            .iter()
+            .enumerate()
+            .flat_map(|(i, kinds)| {
+                let [short, long] = [starts[0][i], short_rows + starts[1][i]];
+                (0u32..).zip(kinds).map(move |(row, kind)| row + if *kind { long } else { short })
+            })
+            .collect();
+        let ops = Infer::new(self.kernels.as_ref());
+        let hidden = short.hidden.iter().zip(&long.hidden).map(|(a, b)| ops.choose(a, b, &chosen)).collect();
+        StepOutput { hidden, last: ops.choose(&short.last, &long.last, &chosen) }
     }
 
     /// The final norm of outputs of the last layer, `[R, Ht]` to `[R, Ht]`: what the head reads.
@@ -371,6 +564,11 @@ impl<K: Kernels> Target<K> {
 
     /// The most probable token of chosen rows of a step, the lowest id among equals.
     pub fn argmax(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<u32> {
+        // Rounding may make equals of different products.
+        if self.config.final_softcap.is_some() || self.config.logit_divisor != 1.0 {
+            let logits = self.logits(output, rows);
+            return logits.chunks_exact(self.config.vocab_size).map(first_largest).collect();
+        }
         let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);
         self.kernels.argmax(&chosen.buf, rows.len(), &self.head.packed)
     }
@@ -380,6 +578,11 @@ impl<K: Kernels> Target<K> {
         let mut ops = Infer::new(self.kernels.as_ref());
         let chosen = ops.gather(&output.last, rows);
         let logits = ops.linear(&chosen, &self.head, None);
+        let logits = scaled(&mut ops, logits, 1.0 / self.config.logit_divisor);
+        let logits = match self.config.final_softcap {
+            Some(cap) => ops.softcap(logits, cap),
+            None => logits,
+        };
         ops.values(&logits)
     }
 }
@@ -428,7 +631,7 @@ pub struct TargetTensors {
     pub config: TargetConfig,
     /// `[V, Ht]`
     pub embed: Vec<f32>,
-    /// `[V, Ht]`; `None` when it is the embedding.
+    /// `[V, Ht]`, with the divisor of the logits in it; `None` when it is the embedding.
     pub head: Option<Vec<f32>>,
     /// `[Ht]`
     pub final_norm: Vec<f32>,
@@ -444,7 +647,11 @@ impl TargetTensors {
         let (h, q, kv, i, l) =
             (c.hidden_size, c.q_width(), c.kv_width(), c.intermediate_size, c.num_layers - 1);
         let embed = source.floats(Part::Embed, 0, [c.vocab_size, h])?;
-        let head = (!c.tied).then(|| source.floats(Part::Head, 0, [c.vocab_size, h])).transpose()?;
+        let mut head = (!c.tied).then(|| source.floats(Part::Head, 0, [c.vocab_size, h])).transpose()?;
+        if c.logit_divisor != 1.0 {
+            let divided = head.get_or_insert_with(|| embed.clone());
+            divided.iter_mut().for_each(|w| *w /= c.logit_divisor);
+        }
         let final_norm = source.norm(Part::FinalNorm, 0, h)?;
         let mut last_layer = Vec::new();
         for (name, part, shape) in [

@@ -128,26 +128,56 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
     }
 }
 
+/// Folders of `fixtures/families`.
+const FOLDERS: [&str; 22] = [
+    "llama",
+    "llama_tied",
+    "llama_tied_bf16",
+    "llama_linear",
+    "llama_bias",
+    "mistral",
+    "qwen2",
+    "qwen2_f16",
+    "qwen2_yarn",
+    "qwen3",
+    "qwen3_sharded",
+    "qwen3_window",
+    "qwen3_yarn",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "phi3_longrope",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "glm4",
+    "glm4_no_bias",
+];
+
 #[test]
 fn safetensors_families_match_transformers() {
-    for family in [
-        "llama",
-        "llama_tied",
-        "llama_tied_bf16",
-        "qwen2",
-        "qwen2_f16",
-        "qwen3",
-        "qwen3_sharded",
-        "qwen3_window",
-        "mistral",
-        "gemma3_text",
-    ] {
+    for family in FOLDERS {
         let expected = format!("families/{family}/expected.safetensors");
         let model = format!("families/{family}");
         check(&model, &expected, Precision::F32, FLOAT_TOLERANCE);
         // The same but for keys and values in f16.
         check(&model, &expected, Precision::Stored, Tolerance::RelativeRms(2e-3));
     }
+}
+
+#[test]
+fn the_same_weights_in_a_gguf_file_are_the_same_model() {
+    let mut seen = 0;
+    for family in FOLDERS {
+        let model = format!("families/{family}.gguf");
+        if fixture(&model).is_file() {
+            let expected = format!("families/{family}/expected.safetensors");
+            check(&model, &expected, Precision::F32, FLOAT_TOLERANCE);
+            seen += 1;
+        }
+    }
+    // The others are other storage types, and a window that llama.cpp has no key for.
+    assert_eq!(seen, FOLDERS.len() - 4);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
-use super::math::{exp, sum_lanes};
+use super::math::{capped, exp, sum_lanes};
 use crate::pool::SendPtr;
 use crate::{KvDtype, Pool, StepMask};
 
@@ -202,6 +202,7 @@ struct AttendArgs<'a, T> {
     scale: f32,
     /// Per row the logit of its head's sink.
     sinks: Option<[f32; ROWS]>,
+    softcap: Option<f32>,
     rows: usize,
     /// Slots `0..common_end` are seen by all rows at their own index.
     common_end: usize,
@@ -344,6 +345,11 @@ unsafe fn attend_body<I: Isa, T: Stored>(a: AttendArgs<'_, T>) {
             let end = a.common_end + a.tails[r].len();
             let first = a.first[r];
             let from = first / BLOCK * BLOCK;
+            if let Some(cap) = a.softcap {
+                for s in &mut scores[from..end] {
+                    *s = capped(*s, cap);
+                }
+            }
             scores[from..first].fill(f32::NEG_INFINITY);
             let padded_end = end.next_multiple_of(BLOCK);
             scores[end..padded_end].fill(f32::NEG_INFINITY);
@@ -528,6 +534,7 @@ pub(crate) fn attention(
                         head_dim: kv.head_dim,
                         scale: mask.scale,
                         sinks,
+                        softcap: mask.softcap,
                         rows: count,
                         common_end,
                         first,

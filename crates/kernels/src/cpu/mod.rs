@@ -238,6 +238,23 @@ impl Kernels for Cpu {
         }
     }
 
+    fn scale(&self, x: &mut Vec<f32>, factor: f32) {
+        for v in x {
+            *v *= factor;
+        }
+    }
+
+    fn softcap(&self, x: &mut Vec<f32>, cap: f32) {
+        let len = x.len();
+        let out = SendPtr(x.as_mut_ptr());
+        self.split(len, 1, &|from, to| {
+            // SAFETY: values `from..to` exist; tasks are disjoint.
+            let args = math::CapArgs { x: unsafe { out.get().add(from) }, len: to - from, cap };
+            // SAFETY: as described in `args`.
+            unsafe { math::softcap(self.level, args) };
+        });
+    }
+
     fn concat_cols(&self, parts: &[(&Vec<f32>, usize)], rows: usize, y: &mut Vec<f32>) {
         let total: usize = parts.iter().map(|(_, w)| w).sum();
         for (row, out) in y.chunks_exact_mut(total).take(rows).enumerate() {

@@ -233,6 +233,19 @@ pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
         for (s, x) in host(k, &sum, x.len()).iter().zip(&x) {
             close(*s, 2.0 * f64::from(*x), rounding);
         }
+        let mut scaled = k.upload(&x);
+        k.scale(&mut scaled, -3.0);
+        for (s, x) in host(k, &scaled, x.len()).iter().zip(&x) {
+            close(*s, -3.0 * f64::from(*x), rounding);
+        }
+        // From where the cap does nothing to where it is all that is left.
+        for cap in [0.01, 0.7, 50.0] {
+            let mut capped = k.upload(&x);
+            k.softcap(&mut capped, cap);
+            for (c, x) in host(k, &capped, x.len()).iter().zip(&x) {
+                close(*c, reference::softcap(f64::from(*x), f64::from(cap)), rounding.max(1e-5));
+            }
+        }
     }
 }
 
@@ -383,6 +396,7 @@ pub struct AttentionCase {
     pub kv_dtype: KvDtype,
     /// See [`StepMask`].
     pub sinks: Option<Vec<f32>>,
+    pub softcap: Option<f32>,
 }
 
 impl AttentionCase {
@@ -406,6 +420,7 @@ impl AttentionCase {
             window: i.is_multiple_of(3).then(|| 1 + random.below(60)),
             kv_dtype: if i % 4 < 2 { KvDtype::F32 } else { KvDtype::F16 },
             sinks: (i % 5 < 2).then(|| (0..heads).map(|_| random.float() * 6.0).collect()),
+            softcap: (i % 5 == 4).then_some(0.3),
         }
     }
 
@@ -427,7 +442,7 @@ impl AttentionCase {
     /// Other rows.
     pub fn step<'a>(&'a self, base: usize, parents: &'a [Option<u32>]) -> StepMask<'a> {
         let sinks = self.sinks.as_deref();
-        StepMask { sinks, ..StepMask::step(base, parents, self.window, self.scale()) }
+        StepMask { sinks, ..StepMask::step(base, parents, self.window, self.scale()).capped(self.softcap) }
     }
 
     /// A cache with the committed slots, from the keys and values of all.
