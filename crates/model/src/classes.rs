@@ -254,8 +254,10 @@ pub(crate) struct RopeContext {
     pub(crate) partial: Option<f64>,
     pub(crate) head_dim: usize,
     pub(crate) max_position: usize,
-    /// `original_max_position_embeddings` that stands beside the table and wins (Phi-3).
+    /// `original_max_position_embeddings` that stands beside the table: it wins over the one inside.
     pub(crate) original: Option<usize>,
+    /// Phi-3 called LongRoPE `su` and `yarn` before it had its name.
+    pub(crate) old_names: bool,
 }
 
 /// A table of `rope_parameters` (transformers 5) or `rope_scaling` (4), `None` if there is neither.
@@ -304,8 +306,7 @@ pub(crate) fn rope_of(table: Option<&HfConfig>, context: RopeContext) -> Result<
                 original_max_position: original()? as u32,
             };
         }
-        // Phi-3 called LongRoPE by two other names.
-        "longrope" | "su" | "yarn" if kind == "longrope" || context.original.is_some() => {
+        "longrope" | "su" | "yarn" if kind == "longrope" || context.old_names => {
             let original = original()?;
             let factor = factor()?;
             let divisors = |key: &str| -> Result<Vec<f32>, RopeError> {

@@ -5,6 +5,7 @@ use draftsmith_formats::hf_config::HfConfigError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_kernels::KernelError;
 
+use crate::family::{FAMILIES, Family};
 use crate::load::weight_dtype;
 use crate::quantised;
 
@@ -120,7 +121,7 @@ impl ModelError {
             ModelError::Safetensors(e) => e.hint(),
             ModelError::Config(e) => e.hint(),
             ModelError::UnknownArchitecture { .. } => {
-                Some(format!("choose a model of a family that is read: {FAMILIES}"))
+                Some(format!("choose a model of a family that is read: {}", families()))
             }
             ModelError::Quantised { place, .. } => Some(quantised::advice(place)),
             ModelError::Adapter { .. } => {
@@ -149,8 +150,9 @@ impl ModelError {
                 Some("give a `.gguf` file, or a folder as the Hugging Face hub has it".into())
             }
             ModelError::Unsupported { .. } => Some(format!(
-                "choose another model; read are {FAMILIES}, with RoPE plain, linear or llama3 and without biases but \
-                 Qwen 2's"
+                "choose another model; read are {}, with RoPE plain, linear, llama3, yarn or longrope, as \
+                 `docs/MODELS.md` lists them",
+                families()
             )),
             ModelError::TensorShape { place, .. } if !is_gguf(place) => Some(
                 "config.json and weights do not fit: take both from one repository and revision (keys that \
@@ -165,8 +167,20 @@ impl ModelError {
 }
 
 /// Families that are read, for hints.
-const FAMILIES: &str =
-    "llama (also SmolLM), mistral, qwen2 (also 2.5), qwen3, gemma3 (text), qwen3moe and gpt-oss";
+fn families() -> String {
+    let names: Vec<String> = FAMILIES
+        .iter()
+        .map(|spec| match spec.family {
+            Family::Llama => "llama (also SmolLM)".to_owned(),
+            Family::Qwen2 => "qwen2 (also 2.5)".to_owned(),
+            Family::Gemma3 => "gemma3 (text)".to_owned(),
+            Family::Phi3 => "phi3 (also 3.5 and 4-mini)".to_owned(),
+            _ => spec.name.to_owned(),
+        })
+        .collect();
+    let (last, others) = names.split_last().expect("there are families");
+    format!("{} and {last}", others.join(", "))
+}
 
 /// A GGUF file of a folder.
 fn first_gguf(place: &str) -> Option<String> {

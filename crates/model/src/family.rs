@@ -38,6 +38,26 @@ pub enum Family {
 }
 
 impl Family {
+    /// All of them.
+    pub const ALL: [Family; 11] = [
+        Family::Llama,
+        Family::Mistral,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::Gemma3,
+        Family::Gemma2,
+        Family::Phi3,
+        Family::Olmo2,
+        Family::SmolLm3,
+        Family::Granite,
+        Family::Glm4,
+    ];
+
+    /// `general.architecture` of its GGUF files: Mistral's are Llamas.
+    pub fn gguf_architecture(self) -> &'static str {
+        self.spec().gguf.unwrap_or(Family::Llama.name())
+    }
+
     /// The word used in configurations.
     pub fn name(self) -> &'static str {
         self.spec().name
@@ -185,7 +205,7 @@ pub(crate) struct Spec {
     pub(crate) softcaps: Option<[Option<f64>; 2]>,
     /// Share of a head that is turned where the file says nothing; `None` if the class turns whole heads.
     pub(crate) partial_rotary: Option<f64>,
-    /// LongRoPE's original length stands beside its table.
+    /// LongRoPE's original length has a default of the class, and its kind other names.
     pub(crate) own_original: bool,
     /// The last of so many layers has no RoPE (`no_rope_layers`, `no_rope_layer_interval`).
     pub(crate) nope_every: Option<usize>,
@@ -528,8 +548,8 @@ mod tests {
 
     #[test]
     fn families_stand_in_the_order_of_their_variants() {
-        for (i, spec) in FAMILIES.iter().enumerate() {
-            assert_eq!(spec.family as usize, i, "{}", spec.name);
+        for (i, (spec, family)) in FAMILIES.iter().zip(Family::ALL).enumerate() {
+            assert_eq!((spec.family as usize, family as usize), (i, i), "{}", spec.name);
         }
     }
 }

@@ -209,10 +209,8 @@ impl<'a> HfKeys<'a> {
             },
             head_dim,
             max_position,
-            original: match self.spec.own_original {
-                true => Some(config.find_usize("original_max_position_embeddings")?.unwrap_or(PHI3_ORIGINAL)),
-                false => None,
-            },
+            original: None,
+            old_names: self.spec.own_original,
         };
         if self.spec.local_rope {
             // Only nested tables count there, and the old one is laid over the new.
@@ -233,7 +231,10 @@ impl<'a> HfKeys<'a> {
         let part = |key: &str| table.as_ref().map(|p| p.find_table(key)).transpose().map(Option::flatten);
         let (full, local) = (part("full_attention")?, part("sliding_attention")?);
         if full.is_none() && local.is_none() {
-            return Ok(Ropes { full: rope_of(table.as_ref(), full_context)?, local: None });
+            let beside = config.find_usize("original_max_position_embeddings")?;
+            let original = beside.or(self.spec.own_original.then_some(PHI3_ORIGINAL));
+            let context = RopeContext { original, ..full_context };
+            return Ok(Ropes { full: rope_of(table.as_ref(), context)?, local: None });
         }
         let full = rope_of(full.as_ref(), full_context)?;
         let local = rope_of(local.as_ref(), full_context)?;

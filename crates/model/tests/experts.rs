@@ -217,7 +217,7 @@ fn counts_of_experts_that_contradict_the_weights_are_refused() {
             "gpt_oss_plain_rope",
             r#""attention_bias": true"#,
             r#""attention_bias": false"#,
-            "`attention_bias` false",
+            "self_attn.k_proj.bias",
         ),
     ] {
         refused(folder(name, from, to).path(), wanted);
@@ -308,6 +308,11 @@ fn what_a_configuration_of_experts_leaves_out_is_that_of_its_class() {
     assert_eq!((c.vocab_size, c.rope_theta, c.max_position), (201_088, 150_000.0, 131_072));
     assert_eq!(c.windows[..4], [Some(128), None, Some(128), None]);
     assert!(c.sinks && c.o_bias && c.qkv_bias);
+    // Without a table RoPE is scaled as that of the published models.
+    let table = r#"{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+        "original_max_position_embeddings": 4096}"#;
+    let told = read(&format!(r#"{{"model_type": "gpt_oss", "rope_scaling": {table}}}"#));
+    assert!(read(r#"{"model_type": "gpt_oss"}"#).rope == told.rope && told.rope != c.rope);
 }
 
 /// A GGUF file with the number behind a key replaced.

@@ -1,12 +1,14 @@
 //! Every family computes what transformers computes on tiny random models, from every container and storage type.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
+use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_kernels::{Cpu, Kernels};
-use draftsmith_model::{Infer, Precision, StepItem, Target};
+use draftsmith_kernels::{Activation, Cpu, Kernels};
+use draftsmith_model::{Family, Infer, Norms, Precision, QkNorm, StepItem, Target, TargetConfig};
 
 /// Float32 rounding moves these logits by about 1e-5; see the fixtures' README.
 const FLOAT_TOLERANCE: Tolerance = Tolerance::Absolute(1e-4);
@@ -252,5 +254,107 @@ fn every_type_has_the_values_of_the_gguf_package_with_scales_of_any_size() {
         file.tensors().iter().map(|t| draftsmith_model::weight_dtype(t.ggml_type).unwrap()).collect();
     for dtype in draftsmith_kernels::WeightDtype::ALL {
         assert!(stored.contains(&dtype), "no tensor of {dtype:?}");
+    }
+}
+
+/// What a fixture shows of its family beyond a plain Llama.
+fn traits_of(c: &TargetConfig) -> Vec<String> {
+    let mut traits = Vec::new();
+    let mut say = |on: bool, what: &str| {
+        if on {
+            traits.push(what.to_owned());
+        }
+    };
+    say(c.tied, "tied head");
+    say(c.qkv_bias && !c.o_bias, "biases on q, k, v");
+    say(c.qkv_bias && c.o_bias, "biases in attention");
+    say(c.mlp_bias, "biases in the MLP");
+    say(c.qk_norm == QkNorm::Head, "norms on q and k heads");
+    say(c.qk_norm == QkNorm::Full, "norms on whole q and k");
+    say(c.norms == Norms::Post, "norms on outputs only");
+    say(c.norms == Norms::Sandwich, "norms on inputs and outputs");
+    say(c.activation == Activation::GeluTanh, "GELU");
+    say(c.windows.iter().all(Option::is_some), "window on every layer");
+    say(
+        c.windows.iter().any(Option::is_some) && c.windows.iter().any(Option::is_none),
+        "window on some layers",
+    );
+    say(c.turns.contains(&false), "layers without RoPE");
+    say(c.rotary_dim < c.head_dim, "part of a head turned");
+    say(c.rope_local.is_some(), "own RoPE under windows");
+    say(c.attention_softcap.is_some() || c.final_softcap.is_some(), "capped logits");
+    say(c.residual_scale != 1.0, "multipliers");
+    traits
+}
+
+/// `rope_type` of a fixture, and where its table stands.
+fn rope_type(folder: &Path) -> String {
+    let config = HfConfig::open(folder).unwrap();
+    let table = config.find_table("rope_parameters").unwrap().unwrap();
+    let table = table.find_table("full_attention").unwrap().unwrap_or(table);
+    table.get_str("rope_type").unwrap().to_owned()
+}
+
+/// `docs/MODELS.md` between its marks: every row stands for fixtures whose logits the tests above compare.
+fn table_of_models() -> String {
+    let gguf = |family: Family, folder: &str| {
+        let twin = fixture(&format!("families/{folder}.gguf")).is_file();
+        let quantised = fixture(&format!("gguf/{}-q8_0.gguf", family.name())).is_file();
+        (twin, quantised)
+    };
+    let mut text = String::from(
+        "| family | `model_type` | safetensors | `general.architecture` | GGUF | RoPE | what the fixtures have |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    for family in Family::ALL {
+        let (mut dtypes, mut types, mut ropes, mut traits) =
+            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), Vec::new());
+        let mut model_type = String::new();
+        for name in FOLDERS {
+            let folder = fixture(&format!("families/{name}"));
+            let hf = HfConfig::open(&folder).unwrap();
+            let config = TargetConfig::from_hf(&hf).unwrap();
+            if config.family != family {
+                continue;
+            }
+            model_type = hf.get_str("model_type").unwrap().to_owned();
+            dtypes.insert(hf.get_str("dtype").unwrap().to_owned());
+            ropes.insert(rope_type(&folder));
+            for found in traits_of(&config) {
+                if !traits.contains(&found) {
+                    traits.push(found);
+                }
+            }
+            let (twin, quantised) = gguf(family, name);
+            types.extend(twin.then_some("F32"));
+            types.extend(quantised.then_some("Q8_0"));
+        }
+        assert!(!dtypes.is_empty() && !types.is_empty(), "{} has no fixture", family.name());
+        let list = |items: &mut dyn Iterator<Item = &str>| items.collect::<Vec<_>>().join(", ");
+        text += &format!(
+            "| {} | `{model_type}` | {} | `{}` | {} | {} | {} |\n",
+            family.name(),
+            list(&mut dtypes.iter().map(String::as_str)),
+            family.gguf_architecture(),
+            list(&mut types.iter().copied()),
+            list(&mut ropes.iter().map(String::as_str)),
+            list(&mut traits.iter().map(String::as_str)),
+        );
+    }
+    text
+}
+
+#[test]
+fn the_table_of_models_lists_what_the_fixtures_prove() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../docs/MODELS.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let (begin, end) = ("<!-- families -->\n", "<!-- /families -->");
+    let (head, rest) = page.split_once(begin).expect("the page has its marks");
+    let (_, tail) = rest.split_once(end).expect("the page has its marks");
+    let wanted = format!("{head}{begin}{}{end}{tail}", table_of_models());
+    if std::env::var_os("UPDATE_PAGES").is_some() {
+        std::fs::write(&path, &wanted).unwrap();
+    } else {
+        assert!(page == wanted, "docs/MODELS.md is not current: run this test with UPDATE_PAGES=1");
     }
 }

@@ -337,11 +337,11 @@ fn what_no_download_mends_is_not_advised_to_be_fetched_again() {
         &home,
         "phi",
         |c| {
-            c["model_type"] = json!("phi3");
+            c["model_type"] = json!("phi");
         },
         |_, data| vec![data],
     );
-    refused(&generate(&home, "phi"), "architecture `phi3`", "llama (also SmolLM), mistral, qwen2");
+    refused(&generate(&home, "phi"), "architecture `phi`", "llama (also SmolLM), mistral, qwen2");
     folder(&home, "typed", |c| c["hidden_size"] = json!("128"), |_, data| vec![data]);
     refused(
         &generate(&home, "typed"),

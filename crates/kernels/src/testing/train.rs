@@ -118,7 +118,10 @@ pub fn rotation<K: TrainKernels>(k: &K, rounding: f64) {
 /// Gating equals its formula, its gradients the difference quotients.
 pub fn gating<K: TrainKernels>(k: &K, rounding: f64) {
     let n = 70_000;
-    let (g, u, dy) = (noise(1, n), noise(2, n), noise(3, n));
+    // Difference quotients say nothing where the clamped activation has its bends.
+    let smooth = |x: f32| if (x.abs() - 0.75).abs() < 1e-3 { 0.7 } else { x };
+    let straight = |seed| noise(seed, n).into_iter().map(smooth).collect::<Vec<f32>>();
+    let (g, u, dy) = (straight(1), straight(2), noise(3, n));
     let (bg, bu, bdy) = (k.upload(&g), k.upload(&u), k.upload(&dy));
     for activation in [Activation::Silu, Activation::GeluTanh, CLAMPED] {
         let run = |g: &[f64], u: &[f64]| -> f64 {
