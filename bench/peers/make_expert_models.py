@@ -64,7 +64,7 @@ MODELS = {
     "gpt_oss": (34, gpt_oss(num_local_experts=6, vocab_size=48), torch.bfloat16),
     "gpt_oss_plain_rope": (36, gpt_oss(num_hidden_layers=2, rope_parameters=dict(
         rope_type="default", rope_theta=10000.0)), torch.bfloat16),
-    "gpt_oss_mxfp4": (35, gpt_oss(intermediate_size=32, rope_parameters=dict(
+    "gpt_oss_mxfp4": (46, gpt_oss(intermediate_size=32, rope_parameters=dict(
         rope_type="default", rope_theta=10000.0)), "mxfp4"),
 }
 # What a reader may get wrong: (model, what, changed configuration). Each must move the logits.

@@ -39,7 +39,7 @@ pub enum Family {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Family; 11] = [
+    pub const ALL: [Family; 13] = [
         Family::Llama,
         Family::Mistral,
         Family::Qwen2,
@@ -51,6 +51,8 @@ impl Family {
         Family::SmolLm3,
         Family::Granite,
         Family::Glm4,
+        Family::Qwen3Moe,
+        Family::GptOss,
     ];
 
     /// `general.architecture` of its GGUF files: Mistral's are Llamas.
