@@ -452,12 +452,12 @@ impl<K: Kernels> Target<K> {
                     mask: StepMask {
                         sinks: weights.sinks.as_deref(),
                         ..StepMask::step(
-                        p.base,
-                        p.parents,
-                        self.config.windows[l],
-                        self.config.attention_scale,
-                    )
-                    .capped(self.config.attention_softcap)
+                            p.base,
+                            p.parents,
+                            self.config.windows[l],
+                            self.config.attention_scale,
+                        )
+                        .capped(self.config.attention_softcap)
                     },
                     kv: &mut p.layers[l],
                 })
