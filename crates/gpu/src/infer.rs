@@ -98,16 +98,33 @@ fn hidden_keys(gpu: &Gpu, mask: &StepMask<'_>) -> Tensor<2, Bool> {
 }
 
 impl Gpu {
-    /// `act(gate)`
-    pub(crate) fn gate_value(&self, activation: Activation, gate: Tensor<1>) -> Tensor<1> {
+    /// `act(gate) * up`
+    pub(crate) fn gate_value(&self, activation: Activation, gate: Tensor<1>, up: Tensor<1>) -> Tensor<1> {
+        let (gate, up) = self.gate_inputs(activation, gate, up);
         let sigmoid = self.gate_sigmoid(activation, gate.clone());
-        gate * sigmoid
+        gate * sigmoid * up
+    }
+
+    /// What an activation takes of both inputs.
+    pub(crate) fn gate_inputs(
+        &self,
+        activation: Activation,
+        gate: Tensor<1>,
+        up: Tensor<1>,
+    ) -> (Tensor<1>, Tensor<1>) {
+        match activation {
+            Activation::Silu | Activation::GeluTanh => (gate, up),
+            Activation::ClampedSwiglu { limit, .. } => {
+                (gate.clamp_max(limit), up.clamp(-limit, limit).add_scalar(1.0))
+            }
+        }
     }
 
     /// The factor `s` of an activation `x · s(x)`: both are sigmoids.
     pub(crate) fn gate_sigmoid(&self, activation: Activation, x: Tensor<1>) -> Tensor<1> {
         match activation {
             Activation::Silu => activation::sigmoid(x),
+            Activation::ClampedSwiglu { alpha, .. } => activation::sigmoid(x.mul_scalar(alpha)),
             // 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x³)
             Activation::GeluTanh => {
                 let cube = x.clone() * x.clone() * x.clone();
@@ -226,8 +243,9 @@ impl Kernels for Gpu {
 
     fn gated(&self, activation: Activation, gate: &mut Buf, up: &Buf) {
         let len = gate.capacity();
-        let value = self.gate_value(activation, self.read(gate, 1, len).reshape([len]));
-        self.keep(gate, value * self.read(up, 1, len).reshape([len]));
+        let flat = |x: &Buf| self.read(x, 1, len).reshape([len]);
+        let value = self.gate_value(activation, flat(gate), flat(up));
+        self.keep(gate, value);
     }
 
     fn add(&self, a: &mut Buf, b: &Buf) {
@@ -317,9 +335,17 @@ impl Kernels for Gpu {
                 let queries = by_heads.queries(self.rows(&q, row + from, part));
                 let hidden = hidden.clone().slice([from..from + part, 0..kv.len]);
                 let logits = self.logits(&queries, &keys, &hidden, mask.scale, mask.softcap);
-                let top = logits.clone().max_dim(3);
-                let weights = (logits - top).exp();
-                let sum = weights.clone().sum_dim(3);
+                let mut top = logits.clone().max_dim(3);
+                let sinks =
+                    mask.sinks.map(|sinks| self.floats(sinks).reshape([by_heads.kv, by_heads.group, 1, 1]));
+                if let Some(sinks) = &sinks {
+                    top = top.clone().max_pair(sinks.clone().expand(top.shape()));
+                }
+                let weights = (logits - top.clone()).exp();
+                let mut sum = weights.clone().sum_dim(3);
+                if let Some(sinks) = sinks {
+                    sum = sum + (sinks - top).exp();
+                }
                 outputs.push(join(self.mix(&weights, &values) / sum));
             }
             row += n;

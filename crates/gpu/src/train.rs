@@ -269,7 +269,7 @@ impl TrainKernels for Gpu {
     fn gate(&self, activation: Activation, gate: &Buf, up: &Buf, len: usize, y: &mut Buf) {
         if len > 0 {
             let flat = |x: &Buf| self.read(x, 1, len).reshape([len]);
-            self.keep(y, self.gate_value(activation, flat(gate)) * flat(up));
+            self.keep(y, self.gate_value(activation, flat(gate), flat(up)));
         }
     }
 
@@ -285,11 +285,13 @@ impl TrainKernels for Gpu {
             return;
         }
         let flat = |x: &Buf| self.read(x, 1, len).reshape([len]);
-        let (x, dy) = (flat(gate), flat(dy));
+        let dy = flat(dy);
+        let (x, scale) = self.gate_inputs(activation, flat(gate), flat(up));
         let s = self.gate_sigmoid(activation, x.clone());
         // d(u)/dx of the sigmoid's argument u
         let inner = match activation {
             Activation::Silu => None,
+            Activation::ClampedSwiglu { alpha, .. } => Some(x.ones_like().mul_scalar(alpha)),
             Activation::GeluTanh => {
                 Some(x.clone().square().mul_scalar(3.0 * 0.044_715).add_scalar(1.0).mul_scalar(GELU))
             }
@@ -300,8 +302,13 @@ impl TrainKernels for Gpu {
                 Some(inner) => bend * inner,
                 None => bend,
             };
-        self.keep(dgate, dy.clone() * flat(up) * slope);
-        self.keep(dup, dy * x * s);
+        let (mut to_gate, mut to_up) = (dy.clone() * scale * slope, dy * x * s);
+        if let Activation::ClampedSwiglu { limit, .. } = activation {
+            to_gate = to_gate.mask_fill(flat(gate).greater_elem(limit), 0.0);
+            to_up = to_up.mask_fill(flat(up).abs().greater_elem(limit), 0.0);
+        }
+        self.keep(dgate, to_gate);
+        self.keep(dup, to_up);
     }
 
     fn sum(&self, a: &Buf, b: &Buf, len: usize, y: &mut Buf) {

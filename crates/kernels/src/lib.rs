@@ -11,6 +11,7 @@
 //! Shape legend: `R` rows (tokens) of a call, `I`/`O` input and output features, `S` sequence slots.
 
 mod cpu;
+pub mod experts;
 mod pool;
 pub mod quant;
 pub mod reference;
@@ -27,12 +28,19 @@ pub use train::TrainKernels;
 pub use weight::{KernelError, KvDtype, PackMode, WeightDtype, WeightView};
 
 /// The non-linearity of a gated MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// `x * sigmoid(x)`: Llama, Qwen.
     Silu,
     /// The tanh approximation of GELU: Gemma.
     GeluTanh,
+    /// `x * sigmoid(alpha * x) * (up + 1)`, where `x` is cut at `limit` above and `up` on both sides: gpt-oss.
+    ClampedSwiglu {
+        /// Steepness.
+        alpha: f32,
+        /// Largest size.
+        limit: f32,
+    },
 }
 
 /// What each query row may see, beside the committed part of the cache.
@@ -53,6 +61,8 @@ pub struct StepMask<'a> {
     pub window: Option<usize>,
     /// Logit scale, normally `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// `[heads]`: a logit of each head that takes its share of the softmax and mixes nothing in (gpt-oss).
+    pub sinks: Option<&'a [f32]>,
     /// Scaled logits `x` become `cap tanh(x / cap)` (Gemma 2).
     pub softcap: Option<f32>,
 }
@@ -60,7 +70,7 @@ pub struct StepMask<'a> {
 impl<'a> StepMask<'a> {
     /// All uncommitted rows are new.
     pub fn step(base: usize, parents: &'a [Option<u32>], window: Option<usize>, scale: f32) -> StepMask<'a> {
-        StepMask { base, parents, new_rows: parents.len(), window, scale, softcap: None }
+        StepMask { base, parents, new_rows: parents.len(), window, scale, sinks: None, softcap: None }
     }
 
     /// The same with capped logits.
@@ -116,7 +126,7 @@ pub trait Kernels: Send + Sync + 'static {
     fn rms_norm(&self, x: &Self::Buf, weight: &Self::Buf, width: usize, eps: f32, y: &mut Self::Buf);
     /// Half-rotation RoPE in place on `x[R, heads * head_dim]` at `positions[R]`.
     fn rope(&self, x: &mut Self::Buf, heads: usize, table: &RopeTable, positions: &[u32]);
-    /// `gate = act(gate) * up`.
+    /// `gate = act(gate) * up`, or what the activation makes of both.
     fn gated(&self, activation: Activation, gate: &mut Self::Buf, up: &Self::Buf);
     /// `a += b`.
     fn add(&self, a: &mut Self::Buf, b: &Self::Buf);
@@ -138,6 +148,17 @@ pub trait Kernels: Send + Sync + 'static {
     );
     /// Copies chosen rows of `x[_, width]`.
     fn gather_rows(&self, x: &Self::Buf, width: usize, rows: &[u32], y: &mut Self::Buf);
+    /// `y[R, H]`: the weighted sum of what each row's experts make of `x[R, H]`. See [`mod@experts`] for the order.
+    /// Experts without rows are not read.
+    fn experts(
+        &self,
+        x: &Self::Buf,
+        routes: &experts::Routes,
+        experts: &experts::Experts<Self::Packed, Self::Buf>,
+        y: &mut Self::Buf,
+    ) {
+        experts::grouped(self, x, routes, experts, y);
+    }
 
     /// An empty cache for one layer.
     fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> Self::Kv;

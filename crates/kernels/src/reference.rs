@@ -1,6 +1,7 @@
 //! Naive double-precision twins of the operations: the specification that the tests compare against.
 
-use crate::{RopeTable, StepMask, WeightView, quant};
+use crate::experts::Routing;
+use crate::{Activation, RopeTable, StepMask, WeightView, quant};
 
 /// `y[R, O] = x[R, I] · Wᵀ` on the de-quantised weight.
 pub fn matmul(x: &[f32], rows: usize, w: &WeightView<'_>) -> Vec<f64> {
@@ -88,9 +89,10 @@ pub fn attention(
                     mask.softcap.map_or(logit, |cap| softcap(logit, f64::from(cap)))
                 })
                 .collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sink = mask.sinks.map(|sinks| f64::from(sinks[head]));
+            let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-            let total: f64 = weights.iter().sum();
+            let total: f64 = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());
             let y = &mut y[(row * heads + head) * dim..(row * heads + head + 1) * dim];
             for (s, w) in slots.iter().zip(&weights) {
                 let v = &v[(s * kv_heads + kv_head) * dim..(s * kv_heads + kv_head + 1) * dim];
@@ -99,6 +101,63 @@ pub fn attention(
                 }
             }
         }
+    }
+    y
+}
+
+/// `act(gate) * up`.
+pub fn gated(activation: Activation, gate: f64, up: f64) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    match activation {
+        Activation::Silu => gate * sigmoid(gate) * up,
+        Activation::GeluTanh => {
+            let t = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+            0.5 * gate * (1.0 + t.tanh()) * up
+        }
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            gate * sigmoid(alpha * gate) * (up + 1.0)
+        }
+    }
+}
+
+/// One expert: `[gate, up, down]` and their biases.
+pub type ExpertView<'a> = ([WeightView<'a>; 3], Option<[&'a [f32]; 3]>);
+
+/// The experts of each row of `x[R, H]` and what they give, from router logits `[R, E]`.
+pub fn experts(
+    x: &[f32],
+    logits: &[f32],
+    routing: Routing,
+    activation: Activation,
+    experts: &[ExpertView<'_>],
+) -> Vec<f64> {
+    let hidden = x.len() / (logits.len() / routing.experts);
+    let mut y = Vec::new();
+    for (x, logits) in x.chunks_exact(hidden).zip(logits.chunks_exact(routing.experts)) {
+        let mut order: Vec<usize> = (0..routing.experts).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        let share = |e: usize| f64::from(logits[e]).exp();
+        let chosen = &order[..routing.used];
+        let total: f64 = if routing.normalised { chosen } else { &order }.iter().map(|e| share(*e)).sum();
+        let mut sum = vec![0.0; hidden];
+        for e in chosen {
+            let (weights, bias) = &experts[*e];
+            let product = |i: usize, x: &[f32]| -> Vec<f64> {
+                let bias = |o: usize| bias.as_ref().map_or(0.0, |b| f64::from(b[i][o]));
+                matmul(x, 1, &weights[i]).into_iter().enumerate().map(|(o, v)| v + bias(o)).collect()
+            };
+            let inner: Vec<f32> = product(0, x)
+                .into_iter()
+                .zip(product(1, x))
+                .map(|(gate, up)| gated(activation, gate, up) as f32)
+                .collect();
+            for (s, v) in sum.iter_mut().zip(product(2, &inner)) {
+                *s += share(*e) / total * v;
+            }
+        }
+        y.extend(sum);
     }
     y
 }

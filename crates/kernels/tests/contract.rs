@@ -1,7 +1,10 @@
 //! The kernel contract: no row's bits depend on the number of rows, the threads, or the instruction set; and the
 //! values are those of the double-precision reference within the rounding of their format.
 
-use draftsmith_kernels::testing::infer::{AttentionCase, DTYPES, Random, append, matmul, stored, stored_as};
+use draftsmith_kernels::experts::{Routes, grouped};
+use draftsmith_kernels::testing::infer::{
+    AttentionCase, DTYPES, ExpertsCase, Random, append, matmul, stored, stored_as,
+};
 use draftsmith_kernels::{
     Cpu, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView,
     quant, reference, testing,
@@ -251,11 +254,7 @@ fn check_attention(random: &mut Random, case: &AttentionCase) {
     if first > 0 {
         let mut kv = case.filled(&cpu, &k, &v);
         for (from, to) in [(0, first), (first, rows)] {
-            let mask = StepMask {
-                new_rows: to - from,
-                ..StepMask::step(case.base, &case.parents[..to], case.window, case.scale())
-                    .capped(case.softcap)
-            };
+            let mask = StepMask { new_rows: to - from, ..case.step(case.base, &case.parents[..to]) };
             let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
             let operands = (&q[from * width..to * width], &k[at.clone()], &v[at]);
             let y = case.attend(&cpu, &mut kv, mask, operands);
@@ -273,7 +272,7 @@ fn check_attention(random: &mut Random, case: &AttentionCase) {
         for (i, node) in path.iter().enumerate() {
             let slot = case.base + node;
             let at = slot * kv_width..(slot + 1) * kv_width;
-            let mask = StepMask::step(case.base + i, &[None], case.window, case.scale()).capped(case.softcap);
+            let mask = case.step(case.base + i, &[None]);
             let operands = (&q[node * width..(node + 1) * width], &k[at.clone()], &v[at]);
             y = case.attend(&cpu, &mut kv, mask, operands);
         }
@@ -339,6 +338,66 @@ fn norms_rope_and_gates_agree_across_paths() {
         let plain = run(&Cpu::all_paths(1)[0]);
         for cpu in Cpu::all_paths(2) {
             assert_eq!(plain, run(&cpu));
+        }
+    }
+}
+
+/// The plain way: one row after the other, of each row one expert after the other.
+fn experts_one_by_one(cpu: &Cpu, case: &ExpertsCase, mode: PackMode) -> Vec<f32> {
+    let layer = case.layer(cpu, mode);
+    let routes = case.routing.choose(&case.logits);
+    let (hidden, width) = (case.hidden, case.width);
+    let mut sums = vec![0.0f32; case.x.len()];
+    for (place, (expert, weight)) in routes.experts.iter().zip(&routes.weights).enumerate() {
+        let row = place / routes.used;
+        let expert = &layer.each[*expert as usize];
+        let bias = |i: usize| expert.bias.as_ref().map(|b| &b[i]);
+        let x = case.x[row * hidden..(row + 1) * hidden].to_vec();
+        let mut inner = [cpu.scratch(width), cpu.scratch(width)];
+        cpu.matmuls(&x, 1, &[(&expert.gate, bias(0)), (&expert.up, bias(1))], &mut inner);
+        let [mut gate, up] = inner;
+        cpu.gated(case.activation, &mut gate, &up);
+        let mut output = [cpu.scratch(hidden)];
+        cpu.matmuls(&gate, 1, &[(&expert.down, bias(2))], &mut output);
+        for (s, v) in sums[row * hidden..(row + 1) * hidden].iter_mut().zip(&output[0]) {
+            *s = weight.mul_add(*v, *s);
+        }
+    }
+    sums
+}
+
+#[test]
+fn experts_give_the_same_bits_one_by_one_grouped_and_at_once() {
+    let mut random = Random(51);
+    for i in 0..40 {
+        let case = ExpertsCase::numbered(&mut random, i);
+        for mode in [PackMode::Stored, PackMode::F32] {
+            let plain = experts_one_by_one(&Cpu::all_paths(1)[0], &case, mode);
+            let routes = case.routing.choose(&case.logits);
+            for cpu in [1, 2, 5].into_iter().flat_map(Cpu::all_paths) {
+                let layer = case.layer(&cpu, mode);
+                let (mut fused, mut parts) = (cpu.scratch(case.x.len()), cpu.scratch(case.x.len()));
+                cpu.experts(&case.x, &routes, &layer, &mut fused);
+                let path = cpu.features().path;
+                assert!(fused == plain, "case {i}, {mode:?} on {path}, {} threads", cpu.threads());
+                grouped(&cpu, &case.x, &routes, &layer, &mut parts);
+                assert!(parts == plain, "case {i}, {mode:?}, grouped on {path}");
+                // Each row alone.
+                for (row, x) in case.x.chunks_exact(case.hidden).enumerate().step_by(7) {
+                    let at = row * routes.used..(row + 1) * routes.used;
+                    let own = Routes {
+                        used: routes.used,
+                        experts: routes.experts[at.clone()].to_vec(),
+                        weights: routes.weights[at].to_vec(),
+                    };
+                    let mut y = cpu.scratch(case.hidden);
+                    cpu.experts(&x.to_vec(), &own, &layer, &mut y);
+                    assert!(
+                        y == plain[row * case.hidden..][..case.hidden],
+                        "case {i}, row {row} alone on {path}"
+                    );
+                }
+            }
         }
     }
 }

@@ -76,6 +76,31 @@ pub(crate) const QWEN2: ClassDefaults = ClassDefaults {
 
 pub(crate) const QWEN3: ClassDefaults = ClassDefaults { head_dim: Some(128), ..QWEN2 };
 
+pub(crate) const QWEN3_MOE: ClassDefaults = ClassDefaults {
+    hidden_size: 2048,
+    intermediate_size: 6144,
+    num_hidden_layers: 24,
+    num_key_value_heads: Some(4),
+    ..QWEN2
+};
+
+pub(crate) const GPT_OSS: ClassDefaults = ClassDefaults {
+    vocab_size: 201_088,
+    hidden_size: 2880,
+    intermediate_size: 2880,
+    num_hidden_layers: 36,
+    num_attention_heads: 64,
+    num_key_value_heads: Some(8),
+    head_dim: Some(64),
+    max_position_embeddings: 131_072,
+    rms_norm_eps: 1e-5,
+    rope_theta: 150_000.0,
+    bos_token_id: None,
+    eos_token_id: None,
+    sliding_window: Some(128),
+    ..LLAMA
+};
+
 pub(crate) const GEMMA3: ClassDefaults = ClassDefaults {
     vocab_size: 262_208,
     hidden_size: 2304,
@@ -335,6 +360,16 @@ pub(crate) fn long_magnitude(factor: f64, original: usize) -> f64 {
 /// What YaRN puts on cosine and sine.
 pub(crate) fn yarn_magnitude(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
+
+/// RoPE of gpt-oss where nothing is said.
+pub(crate) fn gpt_oss_rope(theta: f64, head_dim: usize) -> Rope {
+    let yarn = Yarn { factor: 32.0, original: 4096, beta_fast: 32.0, beta_slow: 1.0, truncate: false };
+    Rope {
+        scaling: yarn.scaling(theta, head_dim),
+        magnitude: yarn_magnitude(yarn.factor, 1.0),
+        ..Rope::plain(theta, head_dim)
+    }
 }
 
 /// YaRN: frequencies that turn often within the original context are kept, those that turn rarely are divided, with a

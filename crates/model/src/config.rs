@@ -11,6 +11,7 @@ use crate::classes::Rope;
 use crate::family::{Family, Norm, Norms, QkNorm};
 use crate::keys::{GgufKeys, HfKeys, Key, Keys, Multipliers, Ropes};
 use crate::mlp::MlpKind;
+use crate::moe::ExpertsConfig;
 
 /// Shapes and switches of a target.
 #[derive(Clone, Debug)]
@@ -57,6 +58,8 @@ pub struct TargetConfig {
     pub o_bias: bool,
     /// Biases in the MLP.
     pub mlp_bias: bool,
+    /// A logit per head that takes its share of the attention's softmax (gpt-oss).
+    pub sinks: bool,
     /// Norms on queries and keys.
     pub qk_norm: QkNorm,
     /// Where a layer normalises.
@@ -65,6 +68,8 @@ pub struct TargetConfig {
     pub norm: Norm,
     /// `[layers]` MLP of each layer.
     pub mlps: Vec<MlpKind>,
+    /// Of the layers with [`MlpKind::Experts`].
+    pub experts: Option<ExpertsConfig>,
     /// Factor on embeddings.
     pub embed_scale: f32,
     /// Factor on attention logits.
@@ -128,6 +133,7 @@ impl TargetConfig {
     pub fn attention_is_a_drafts(&self) -> bool {
         !self.qkv_bias
             && !self.o_bias
+            && !self.sinks
             && self.qk_norm == QkNorm::None
             && self.norms == Norms::Pre
             && self.rotary_dim == self.head_dim
@@ -172,6 +178,7 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
             what: format!("head size is {head_dim}, layers {num_layers}"),
         });
     }
+    let experts = keys.experts(num_layers)?;
     let windows = keys.windows(num_layers)?;
     let sliding = windows.iter().any(Option::is_some);
     let Ropes { full, local } = keys.ropes(head_dim, sliding, max_position)?;
@@ -201,13 +208,20 @@ fn read(keys: &dyn Keys) -> Result<TargetConfig, ModelError> {
         qkv_bias,
         o_bias,
         mlp_bias,
+        sinks: spec.sinks,
         qk_norm: spec.qk_norm,
         norms: spec.norms,
         norm: match keys.stores_norms_minus_one() {
             true => spec.norm,
             false => Norm::Rms,
         },
-        mlps: vec![MlpKind::Gated; num_layers],
+        mlps: match &experts {
+            Some(experts) => {
+                experts.layers.iter().map(|e| if *e { MlpKind::Experts } else { MlpKind::Gated }).collect()
+            }
+            None => vec![MlpKind::Gated; num_layers],
+        },
+        experts,
         embed_scale,
         attention_scale: keys.attention_scale([hidden_size, num_layers, num_heads, head_dim])?,
         attention_softcap,

@@ -4,6 +4,7 @@
 use crate::TargetConfig;
 use crate::classes::{self, ClassDefaults};
 use crate::load::Part;
+use crate::moe::{self, ExpertsSpec};
 
 /// Families whose forward is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +31,15 @@ pub enum Family {
     Granite,
     /// GLM-4 of 0414, dense: half of a head turned, in interleaved pairs; norms on outputs, too.
     Glm4,
+    /// Qwen3 with experts in all layers or some.
+    Qwen3Moe,
+    /// gpt-oss: experts, biases everywhere, attention sinks, a sliding window on every other layer.
+    GptOss,
 }
 
 impl Family {
     /// All of them.
-    pub const ALL: [Family; 11] = [
+    pub const ALL: [Family; 13] = [
         Family::Llama,
         Family::Mistral,
         Family::Qwen2,
@@ -46,6 +51,8 @@ impl Family {
         Family::SmolLm3,
         Family::Granite,
         Family::Glm4,
+        Family::Qwen3Moe,
+        Family::GptOss,
     ];
 
     /// `general.architecture` of its GGUF files: Mistral's are Llamas.
@@ -192,6 +199,10 @@ pub(crate) struct Spec {
     pub(crate) local_rope: bool,
     /// `query_pre_attn_scalar` is read.
     pub(crate) query_scalar: bool,
+    /// A learnt logit per head that takes its share of the softmax.
+    pub(crate) sinks: bool,
+    /// Layers may have experts.
+    pub(crate) experts: Option<ExpertsSpec>,
     /// `attn_logit_softcapping` and `final_logit_softcapping` are read, with these defaults.
     pub(crate) softcaps: Option<[Option<f64>; 2]>,
     /// Share of a head that is turned where the file says nothing; `None` if the class turns whole heads.
@@ -229,6 +240,8 @@ const LLAMA: Spec = Spec {
     embed_scale: EmbedScale::One,
     local_rope: false,
     query_scalar: false,
+    sinks: false,
+    experts: None,
     softcaps: None,
     partial_rotary: None,
     own_original: false,
@@ -274,7 +287,7 @@ const GEMMA3: Spec = Spec {
 };
 
 /// All families, in the order of [`Family`].
-pub(crate) static FAMILIES: [Spec; 11] = [
+pub(crate) static FAMILIES: [Spec; 13] = [
     LLAMA,
     Spec {
         family: Family::Mistral,
@@ -395,6 +408,37 @@ pub(crate) static FAMILIES: [Spec; 11] = [
         ],
         ..OTHER
     },
+    Spec {
+        family: Family::Qwen3Moe,
+        name: "qwen3moe",
+        model_type: "qwen3_moe",
+        architecture: "Qwen3MoeForCausalLM",
+        gguf: Some("qwen3moe"),
+        class: &classes::QWEN3_MOE,
+        qk_norm: QkNorm::Head,
+        windows: WindowRule::Switched,
+        experts: Some(moe::QWEN3_MOE),
+        ..OTHER
+    },
+    Spec {
+        family: Family::GptOss,
+        name: "gpt-oss",
+        model_type: "gpt_oss",
+        architecture: "GptOssForCausalLM",
+        gguf: Some("gpt-oss"),
+        class: &classes::GPT_OSS,
+        bias: Bias::Asked { default: true, output: true },
+        windows: WindowRule::AllButOneOf(2),
+        gguf_windows: WindowRule::AllButOneOf(2),
+        sinks: true,
+        experts: Some(moe::GPT_OSS),
+        names: &[
+            (Part::MlpNorm, "post_attention_layernorm.weight", "post_attention_norm.weight"),
+            (Part::Router, "mlp.router.weight", "ffn_gate_inp.weight"),
+            (Part::RouterBias, "mlp.router.bias", "ffn_gate_inp.bias"),
+        ],
+        ..OTHER
+    },
 ];
 
 impl Spec {
@@ -494,6 +538,9 @@ fn common_names(part: Part) -> (&'static str, &'static str) {
         Part::Up => ("mlp.up_proj.weight", "ffn_up.weight"),
         Part::Down => ("mlp.down_proj.weight", "ffn_down.weight"),
         Part::MlpPostNorm => ("post_feedforward_layernorm.weight", "post_ffw_norm.weight"),
+        Part::Sinks => ("self_attn.sinks", "attn_sinks.weight"),
+        Part::Router => ("mlp.gate.weight", "ffn_gate_inp.weight"),
+        Part::RouterBias => ("mlp.gate.bias", "ffn_gate_inp.bias"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use draftsmith_kernels::experts::{Experts, Routing};
 use draftsmith_kernels::{Activation, Buffer, Kernels, RopeTable, Segment, StepMask};
 
 use crate::ops::{Attend, Ops};
@@ -111,6 +112,7 @@ impl<K: Kernels> Ops for Infer<'_, K> {
     type T = Arc<Rows<K::Buf>>;
     type W = Arc<Linear<K::Packed>>;
     type N = Arc<K::Buf>;
+    type E = Experts<K::Packed, K::Buf>;
 
     fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T {
         let [y] = self.linears(x, [(w, bias)]);
@@ -152,6 +154,14 @@ impl<K: Kernels> Ops for Infer<'_, K> {
 
     fn gated(&mut self, activation: Activation, gate: Self::T, up: &Self::T) -> Self::T {
         self.change(gate, |kernels, gate| kernels.gated(activation, gate, &up.buf))
+    }
+
+    fn experts(&mut self, x: &Self::T, logits: &Self::T, routing: Routing, experts: &Self::E) -> Self::T {
+        assert!(x.width == experts.hidden && logits.width == routing.experts, "the experts' layer");
+        let routes = routing.choose(&self.values(logits));
+        let mut y = self.kernels.scratch(x.rows * x.width);
+        self.kernels.experts(&x.buf, &routes, experts, &mut y);
+        self.wrap(y, x.rows, x.width)
     }
 
     fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T {

@@ -11,10 +11,11 @@ use draftsmith_kernels::{Activation, RopeScaling};
 use crate::ModelError;
 use crate::classes::{
     GEMMA_QUERY_SCALAR, GEMMA3_LOCAL_THETA, PHI3_ORIGINAL, QWEN_MAX_WINDOW_LAYERS, Rope, RopeContext,
-    RopeError, Yarn, long_magnitude, rope_of, yarn_magnitude,
+    RopeError, Yarn, gpt_oss_rope, long_magnitude, rope_of, yarn_magnitude,
 };
 use crate::family::{Bias, EmbedScale, Family, Spec, WindowRule};
 use crate::load::Part;
+use crate::moe::{self, ExpertsConfig};
 
 /// Sizes and numbers that both containers have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,8 @@ pub(crate) trait Keys {
     fn activation(&self) -> Result<Activation, ModelError>;
     /// Refuses what is asked for and not built.
     fn refuse_unbuilt(&self) -> Result<(), ModelError>;
+    /// Experts, of families that have them.
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError>;
     /// `[layers]` window of each layer, `None` for full attention.
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError>;
     /// RoPE; `sliding` if any layer has a window.
@@ -222,6 +225,9 @@ impl<'a> HfKeys<'a> {
             return Ok(Ropes { full: rope_of(full.as_ref(), full_context)?, local: Some(local) });
         }
         let table = old.or(new);
+        if table.is_none() && self.spec.family == Family::GptOss {
+            return Ok(Ropes { full: gpt_oss_rope(full_context.theta, head_dim), local: None });
+        }
         let part = |key: &str| table.as_ref().map(|p| p.find_table(key)).transpose().map(Option::flatten);
         let (full, local) = (part("full_attention")?, part("sliding_attention")?);
         if full.is_none() && local.is_none() {
@@ -282,6 +288,9 @@ impl Keys for HfKeys<'_> {
 
     fn activation(&self) -> Result<Activation, ModelError> {
         let class = self.spec.class;
+        if self.spec.experts.is_some_and(|e| e.clamped) {
+            return moe::clamped(Some(self.config()));
+        }
         match self.config().find_str(class.activation_key)?.unwrap_or(class.activation) {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
@@ -312,12 +321,18 @@ impl Keys for HfKeys<'_> {
             return self.unsupported(format!("`partial_rotary_factor` {part}"));
         }
         for (key, neutral) in HF_UNREAD {
-            let read = spec.embed_scale == EmbedScale::Multiplier && key.contains("multipl");
+            let read = spec.embed_scale == EmbedScale::Multiplier && key.contains("multipl")
+                || spec.experts.is_some() && matches!(key, "num_experts" | "num_local_experts");
             if !read && config.get(key).is_some_and(|v| v.as_f64() != Some(neutral) && *v != false) {
                 return self.unsupported(format!("`{key}`"));
             }
         }
         Ok(())
+    }
+
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError> {
+        let spec = self.spec.experts.as_ref();
+        spec.map(|spec| moe::from_hf(self.config(), spec, num_layers)).transpose()
     }
 
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
@@ -605,6 +620,9 @@ impl Keys for GgufKeys<'_> {
 
     fn activation(&self) -> Result<Activation, ModelError> {
         // Files do not say; llama.cpp knows it by the architecture.
+        if self.spec.experts.is_some_and(|e| e.clamped) {
+            return moe::clamped(None);
+        }
         Ok(match self.spec.class.activation {
             "gelu_pytorch_tanh" => Activation::GeluTanh,
             _ => Activation::Silu,
@@ -612,7 +630,7 @@ impl Keys for GgufKeys<'_> {
     }
 
     fn refuse_unbuilt(&self) -> Result<(), ModelError> {
-        if self.file.find_u32(&self.name("expert_count"))?.unwrap_or(0) > 0 {
+        if self.spec.experts.is_none() && self.file.find_u32(&self.name("expert_count"))?.unwrap_or(0) > 0 {
             return self.unsupported("mixture of experts".into());
         }
         let spec = self.spec;
@@ -646,6 +664,12 @@ impl Keys for GgufKeys<'_> {
             return self.unsupported(format!("values of {values} beside keys of {keys} per head"));
         }
         Ok(())
+    }
+
+    fn experts(&self, num_layers: usize) -> Result<Option<ExpertsConfig>, ModelError> {
+        let arch = self.spec.gguf.unwrap_or_default();
+        let spec = self.spec.experts.as_ref();
+        spec.map(|spec| moe::from_gguf(self.file, arch, spec, num_layers)).transpose()
     }
 
     fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>, ModelError> {
@@ -752,7 +776,8 @@ impl Keys for GgufKeys<'_> {
                     original: original.unwrap_or(max_position),
                     beta_fast: float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                     beta_slow: float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-                    truncate: true,
+                    // Files do not say; gpt-oss was trained without.
+                    truncate: self.spec.family != Family::GptOss,
                 };
                 full.scaling = yarn.scaling(theta, rotary_dim);
                 full.magnitude = match float("rope.scaling.yarn_attn_factor")? {

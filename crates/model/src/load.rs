@@ -1,5 +1,7 @@
 //! Weights of a target by logical name, from GGUF or safetensors, every tensor accounted for.
 
+mod experts;
+
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,12 +9,12 @@ use std::sync::Arc;
 
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
-use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsError};
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
 use crate::config::TargetConfig;
 use crate::dtype::weight_dtype;
-use crate::family::{Norm, RopeRows};
+use crate::family::{Family, Norm, RopeRows};
 use crate::infer::Linear;
 use crate::quantised;
 use crate::{ModelError, Precision};
@@ -32,6 +34,7 @@ pub(crate) enum Part {
     KBias,
     VBias,
     OBias,
+    Sinks,
     GateBias,
     UpBias,
     DownBias,
@@ -43,6 +46,8 @@ pub(crate) enum Part {
     Up,
     Down,
     MlpPostNorm,
+    Router,
+    RouterBias,
 }
 
 enum Container {
@@ -89,7 +94,9 @@ impl Source {
                 (SafetensorsError::NoWeights { .. }, Some(method)) => named(method),
                 _ => error.into(),
             })?;
-            if let Some(shown) = quantised::shown(&dir) {
+            // Checkpoints of gpt-oss have their experts in 4-bit floats, which the kernels read as they are.
+            let native = config.experts.is_some() && config.family == Family::GptOss;
+            if let Some(shown) = quantised::shown(&dir).filter(|shown| !(native && *shown == "MXFP4")) {
                 return Err(named(method.as_deref().unwrap_or(shown)));
             }
             let prefix = ["model.", "language_model.model.", "model.language_model.", ""]
@@ -140,16 +147,13 @@ impl Source {
                 Ok(Stored { dtype, shape, data })
             }
             Container::Safetensors { dir, prefix } => {
-                use draftsmith_formats::safetensors_dir::Dtype;
                 let name = spec.hf_name(part, layer, prefix);
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
-                let dtype = match tensor.dtype {
-                    Dtype::F32 => WeightDtype::F32,
-                    Dtype::F16 => WeightDtype::F16,
-                    Dtype::BF16 => WeightDtype::Bf16,
-                    other => return Err(ModelError::TensorType { place, name, found: format!("{other:?}") }),
+                let Some(dtype) = float_dtype(tensor.dtype) else {
+                    let found = format!("{:?}", tensor.dtype);
+                    return Err(ModelError::TensorType { place, name, found });
                 };
                 let mut found = tensor.shape.to_vec();
                 if found.len() == 1 {
@@ -251,6 +255,16 @@ impl Source {
             Some(name) => Err(ModelError::UnexpectedTensor { place: self.place, name }),
             None => Ok(self.config),
         }
+    }
+}
+
+/// The kernels' name of a float type of safetensors.
+fn float_dtype(dtype: Dtype) -> Option<WeightDtype> {
+    match dtype {
+        Dtype::F32 => Some(WeightDtype::F32),
+        Dtype::F16 => Some(WeightDtype::F16),
+        Dtype::BF16 => Some(WeightDtype::Bf16),
+        _ => None,
     }
 }
 

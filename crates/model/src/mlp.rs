@@ -1,6 +1,7 @@
 //! What stands between the second norm of a layer and its residual stream: one variant of [`Mlp`] and one function each.
 
 use draftsmith_kernels::Activation;
+use draftsmith_kernels::experts::Routing;
 
 use crate::ops::Ops;
 
@@ -9,13 +10,17 @@ use crate::ops::Ops;
 pub enum MlpKind {
     /// `down(act(gate(x)) * up(x))`.
     Gated,
+    /// The weighted sum of a few of many such MLPs, which a router chooses for each row.
+    Experts,
 }
 
 /// Weights of a layer's MLP.
-pub enum Mlp<W, N> {
+pub enum Mlp<W, N, E> {
     /// See [`MlpKind::Gated`]. Files that hold gate and up as one tensor are taken apart when they are loaded: products
     /// of one input share its quantisation anyway.
     Gated(GatedMlp<W, N>),
+    /// See [`MlpKind::Experts`].
+    Experts(ExpertsMlp<W, N, E>),
 }
 
 /// Weights of a gated MLP.
@@ -30,19 +35,49 @@ pub struct GatedMlp<W, N> {
     pub bias: Option<[N; 3]>,
 }
 
-impl<W, N> Mlp<W, N> {
-    /// Weights that a pass reads, whatever its rows.
+/// Weights of a router and its experts.
+pub struct ExpertsMlp<W, N, E> {
+    /// `[E, Ht]`
+    pub router: W,
+    /// `[E]`
+    pub router_bias: Option<N>,
+    /// What becomes of the router's outputs.
+    pub routing: Routing,
+    /// All experts.
+    pub experts: E,
+}
+
+impl<W, N, E> Mlp<W, N, E> {
+    /// Weights that a pass reads, whatever its rows: all but the experts.
     pub fn weights(&self) -> Vec<&W> {
         match self {
             Mlp::Gated(mlp) => vec![&mlp.gate, &mlp.up, &mlp.down],
+            Mlp::Experts(mlp) => vec![&mlp.router],
+        }
+    }
+
+    /// Its experts.
+    pub fn experts(&self) -> Option<&ExpertsMlp<W, N, E>> {
+        match self {
+            Mlp::Gated(_) => None,
+            Mlp::Experts(mlp) => Some(mlp),
         }
     }
 }
 
 /// The MLP of a layer: normed input `[R, Ht]` to what is added to the residual stream, `[R, Ht]`.
-pub fn feed_forward<O: Ops>(ops: &mut O, activation: Activation, mlp: &Mlp<O::W, O::N>, x: &O::T) -> O::T {
+pub fn feed_forward<O: Ops>(
+    ops: &mut O,
+    activation: Activation,
+    mlp: &Mlp<O::W, O::N, O::E>,
+    x: &O::T,
+) -> O::T {
     match mlp {
         Mlp::Gated(mlp) => gated(ops, activation, mlp, x),
+        Mlp::Experts(mlp) => {
+            let logits = ops.linear(x, &mlp.router, mlp.router_bias.as_ref()); // [R, E]
+            ops.experts(x, &logits, mlp.routing, &mlp.experts) // [R, Ht]
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use draftsmith_kernels::experts::Routing;
 use draftsmith_kernels::{Activation, RopeTable};
 
 /// Operations on activations of `[rows, width]`.
@@ -16,6 +17,8 @@ pub trait Ops {
     type W;
     /// A norm weight or bias.
     type N;
+    /// All experts of a layer.
+    type E;
 
     /// `x · Wᵀ (+ bias)`.
     fn linear(&mut self, x: &Self::T, w: &Self::W, bias: Option<&Self::N>) -> Self::T;
@@ -35,6 +38,8 @@ pub trait Ops {
     fn rope(&mut self, x: Self::T, table: &Arc<RopeTable>, positions: &[u32]) -> Self::T;
     /// `act(gate) * up`.
     fn gated(&mut self, activation: Activation, gate: Self::T, up: &Self::T) -> Self::T;
+    /// What the experts that `logits: [rows, E]` choose make of each row.
+    fn experts(&mut self, x: &Self::T, logits: &Self::T, routing: Routing, experts: &Self::E) -> Self::T;
     /// `a + b`.
     fn add(&mut self, a: Self::T, b: &Self::T) -> Self::T;
     /// `x * factor`.

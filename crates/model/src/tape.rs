@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use draftsmith_kernels::experts::Routing;
 use draftsmith_kernels::train::{
     AdamStep, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher, TttShape,
 };
@@ -608,6 +609,8 @@ impl<K: TrainKernels> Ops for Tape<K> {
     type T = Var;
     type W = ParamId;
     type N = ParamId;
+    /// No trained draft has experts.
+    type E = std::convert::Infallible;
 
     /// # Panics
     /// With a bias: no trained layer has one.
@@ -643,6 +646,10 @@ impl<K: TrainKernels> Ops for Tape<K> {
         self.kernels.rotate(self.value(x), table, positions, heads, Rotation::Forward, &mut y);
         let op = Op::Rope { x, table: Arc::clone(table), positions: positions.to_vec(), heads };
         self.push(op, rows, width, y, &[x])
+    }
+
+    fn experts(&mut self, _x: &Var, _logits: &Var, _routing: Routing, experts: &Self::E) -> Var {
+        match *experts {}
     }
 
     fn gated(&mut self, activation: Activation, gate: Var, up: &Var) -> Var {

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::LayerId;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, RopeTable, Segment, StepMask};
+use draftsmith_kernels::experts::Experts;
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackedWeight, RopeTable, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -17,11 +18,11 @@ use crate::dtype::Precision;
 use crate::family::QkNorm;
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
 use crate::load::{Part, Source};
-use crate::mlp::{GatedMlp, Mlp, MlpKind, feed_forward};
+use crate::mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
 use crate::ops::{Attend, Ops};
 
 /// Weights of one decoder layer.
-pub struct LayerWeights<W, N> {
+pub struct LayerWeights<W, N, E> {
     /// Norm of the attention's input.
     input_norm: Option<N>,
     q: W,
@@ -31,13 +32,15 @@ pub struct LayerWeights<W, N> {
     /// Biases of q, k, v.
     bias: Option<[N; 3]>,
     o_bias: Option<N>,
+    /// `[heads]` logits that take their share of the attention's softmax.
+    sinks: Option<Vec<f32>>,
     /// Norms of queries and keys.
     qk_norm: Option<[N; 2]>,
     /// Norm of the attention's output.
     attention_post_norm: Option<N>,
     /// Norm of the MLP's input.
     mlp_norm: Option<N>,
-    mlp: Mlp<W, N>,
+    mlp: Mlp<W, N, E>,
     /// Norm of the MLP's output.
     mlp_post_norm: Option<N>,
 }
@@ -49,7 +52,7 @@ pub fn decoder_layer<O: Ops, A: Attend<O>>(
     ops: &mut O,
     config: &TargetConfig,
     layer: usize,
-    w: &LayerWeights<O::W, O::N>,
+    w: &LayerWeights<O::W, O::N, O::E>,
     hidden: O::T,
     rope: &Arc<RopeTable>,
     positions: &[u32],
@@ -223,7 +226,11 @@ pub struct StepOutput<B: Buffer> {
 }
 
 /// Weights of a layer in the backend's layout.
-type PackedLayer<K> = LayerWeights<Arc<Linear<<K as Kernels>::Packed>>, Arc<<K as Kernels>::Buf>>;
+type PackedLayer<K> = LayerWeights<
+    Arc<Linear<<K as Kernels>::Packed>>,
+    Arc<<K as Kernels>::Buf>,
+    Experts<<K as Kernels>::Packed, <K as Kernels>::Buf>,
+>;
 
 /// A target loaded on a backend.
 pub struct Target<K: Kernels> {
@@ -262,8 +269,22 @@ impl<K: Kernels> Target<K> {
                 linear(Part::V, kv, h)?,
                 linear(Part::O, h, q)?,
             );
-            let mlp = match c.mlps[l] {
-                MlpKind::Gated => Mlp::Gated(GatedMlp {
+            let mlp = match (c.mlps[l], &c.experts) {
+                (MlpKind::Experts, Some(experts)) => {
+                    let count = experts.routing.experts;
+                    let router = linear(Part::Router, count, h)?;
+                    let router_bias = match experts.biases {
+                        true => Some(upload(source.floats(Part::RouterBias, l, [1, count])?)),
+                        false => None,
+                    };
+                    Mlp::Experts(ExpertsMlp {
+                        router,
+                        router_bias,
+                        routing: experts.routing,
+                        experts: source.experts(k, precision, l, experts)?,
+                    })
+                }
+                _ => Mlp::Gated(GatedMlp {
                     gate: linear(Part::Gate, i, h)?,
                     up: linear(Part::Up, i, h)?,
                     down: linear(Part::Down, h, i)?,
@@ -283,6 +304,10 @@ impl<K: Kernels> Target<K> {
                     upload(source.floats(Part::KBias, l, [1, kv])?),
                     upload(source.floats(Part::VBias, l, [1, kv])?),
                 ]),
+                false => None,
+            };
+            let sinks = match c.sinks {
+                true => Some(source.floats(Part::Sinks, l, [1, c.num_heads])?),
                 false => None,
             };
             let qk_norm = match c.qk_norm {
@@ -309,6 +334,7 @@ impl<K: Kernels> Target<K> {
                 o: wo,
                 bias,
                 o_bias,
+                sinks,
                 qk_norm,
                 attention_post_norm: norm(Part::AttentionPostNorm, post)?,
                 mlp_norm: norm(Part::MlpNorm, pre)?,
@@ -405,13 +431,16 @@ impl<K: Kernels> Target<K> {
             let segments = passes
                 .iter_mut()
                 .map(|p| Segment {
-                    mask: StepMask::step(
-                        p.base,
-                        p.parents,
-                        self.config.windows[l],
-                        self.config.attention_scale,
-                    )
-                    .capped(self.config.attention_softcap),
+                    mask: StepMask {
+                        sinks: weights.sinks.as_deref(),
+                        ..StepMask::step(
+                            p.base,
+                            p.parents,
+                            self.config.windows[l],
+                            self.config.attention_scale,
+                        )
+                        .capped(self.config.attention_softcap)
+                    },
                     kv: &mut p.layers[l],
                 })
                 .collect();
@@ -541,28 +570,39 @@ impl<K: Kernels> Target<K> {
 }
 
 impl Target<draftsmith_kernels::Cpu> {
-    /// Bytes of weights that a pass reads, whatever its number of rows: all layers and the head.
+    /// Bytes of weights that a pass of one row reads: all layers and the head, of experts those that compute a row.
+    /// Without experts, passes of more rows read the same.
     pub fn pass_bytes(&self) -> usize {
-        self.pass_weights().map(|w| w.packed.bytes()).sum()
+        self.pass_packed().map(PackedWeight::bytes).sum()
+    }
+
+    /// Bytes of the weights of all layers and the head, all experts among them: what a pass of many rows reads.
+    pub fn all_bytes(&self) -> usize {
+        let experts = self.layers.iter().filter_map(|l| l.mlp.experts());
+        let idle = experts.flat_map(|mlp| {
+            mlp.experts.each[mlp.routing.used..].iter().flat_map(|e| [&e.gate, &e.up, &e.down])
+        });
+        self.pass_bytes() + idle.map(PackedWeight::bytes).sum::<usize>()
     }
 
     /// Multiply-adds with weights per row of a pass.
     pub fn pass_macs(&self) -> usize {
-        self.pass_weights().map(|w| w.out_features * w.in_features).sum()
+        self.pass_packed().map(|w| w.out_features() * w.in_features()).sum()
     }
 
-    /// The weights that a pass reads, the head last.
-    pub fn pass_packed(&self) -> impl Iterator<Item = &draftsmith_kernels::PackedWeight> {
-        self.pass_weights().map(|w| &w.packed)
-    }
-
-    fn pass_weights(&self) -> impl Iterator<Item = &Linear<draftsmith_kernels::PackedWeight>> {
+    /// The weights that a pass of one row reads, the head last; of a layer's experts the first stand for those that are
+    /// chosen.
+    pub fn pass_packed(&self) -> impl Iterator<Item = &PackedWeight> {
         let layers = self.layers.iter().flat_map(|l| {
-            let mut weights = vec![&l.q, &l.k, &l.v, &l.o];
-            weights.extend(l.mlp.weights());
+            let mut weights: Vec<&PackedWeight> = [&l.q, &l.k, &l.v, &l.o].map(|w| &w.packed).to_vec();
+            weights.extend(l.mlp.weights().into_iter().map(|w| &w.packed));
+            if let Some(mlp) = l.mlp.experts() {
+                let chosen = &mlp.experts.each[..mlp.routing.used];
+                weights.extend(chosen.iter().flat_map(|e| [&e.gate, &e.up, &e.down]));
+            }
             weights
         });
-        layers.chain([&self.head]).map(Arc::as_ref)
+        layers.chain([&self.head.packed])
     }
 }
 
@@ -605,6 +645,10 @@ impl TargetTensors {
             ("mlp.up_proj.weight", Part::Up, [i, h]),
             ("mlp.down_proj.weight", Part::Down, [h, i]),
         ] {
+            // A draft has one MLP: none of many experts is the one to start from.
+            if matches!(part, Part::Gate | Part::Up | Part::Down) && c.mlps[l] == MlpKind::Experts {
+                continue;
+            }
             last_layer.push((name, source.floats(part, l, shape)?));
         }
         if c.norms.pre() {

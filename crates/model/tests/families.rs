@@ -156,6 +156,10 @@ const FOLDERS: [&str; 22] = [
     "glm4_no_bias",
 ];
 
+/// Folders with experts, which `experts.rs` compares; each has its GGUF twin inside.
+const EXPERTS: [&str; 6] =
+    ["qwen3_moe", "qwen3_moe_shares", "qwen3_moe_mixed", "gpt_oss", "gpt_oss_plain_rope", "gpt_oss_mxfp4"];
+
 #[test]
 fn safetensors_families_match_transformers() {
     for family in FOLDERS {
@@ -284,6 +288,11 @@ fn traits_of(c: &TargetConfig) -> Vec<String> {
     say(c.rope_local.is_some(), "own RoPE under windows");
     say(c.attention_softcap.is_some() || c.final_softcap.is_some(), "capped logits");
     say(c.residual_scale != 1.0, "multipliers");
+    let experts = c.experts.as_ref().map(|e| e.layers.contains(&false));
+    say(experts == Some(false), "experts in all layers");
+    say(experts == Some(true), "experts in some layers");
+    say(c.sinks, "attention sinks");
+    say(matches!(c.activation, Activation::ClampedSwiglu { .. }), "clamped SwiGLU");
     traits
 }
 
@@ -297,10 +306,17 @@ fn rope_type(folder: &Path) -> String {
 
 /// `docs/MODELS.md` between its marks: every row stands for fixtures whose logits the tests above compare.
 fn table_of_models() -> String {
-    let gguf = |family: Family, folder: &str| {
-        let twin = fixture(&format!("families/{folder}.gguf")).is_file();
-        let quantised = fixture(&format!("gguf/{}-q8_0.gguf", family.name())).is_file();
-        (twin, quantised)
+    let gguf = |family: Family, folder: &str| -> Vec<String> {
+        let twin = [fixture(&format!("{folder}.gguf")), fixture(&format!("{folder}/model.gguf"))];
+        let quantised = fixture(&format!("gguf/{}-q8_0.gguf", family.name()));
+        let files = twin.into_iter().chain([quantised]).filter(|path| path.is_file());
+        files
+            .map(|path| {
+                let file = draftsmith_formats::gguf::GgufFile::open(path).unwrap();
+                let down = file.tensors().iter().find(|t| t.name.contains("ffn_down"));
+                down.expect("an MLP").ggml_type.to_string()
+            })
+            .collect()
     };
     let mut text = String::from(
         "| family | `model_type` | safetensors | `general.architecture` | GGUF | RoPE | what the fixtures have |\n\
@@ -310,24 +326,27 @@ fn table_of_models() -> String {
         let (mut dtypes, mut types, mut ropes, mut traits) =
             (BTreeSet::new(), BTreeSet::new(), BTreeSet::new(), Vec::new());
         let mut model_type = String::new();
-        for name in FOLDERS {
-            let folder = fixture(&format!("families/{name}"));
+        let dense = FOLDERS.iter().map(|name| format!("families/{name}"));
+        for name in dense.chain(EXPERTS.iter().map(|name| format!("experts/{name}"))) {
+            let folder = fixture(&name);
             let hf = HfConfig::open(&folder).unwrap();
             let config = TargetConfig::from_hf(&hf).unwrap();
             if config.family != family {
                 continue;
             }
             model_type = hf.get_str("model_type").unwrap().to_owned();
-            dtypes.insert(hf.get_str("dtype").unwrap().to_owned());
+            let quantised = hf.find_table("quantization_config").unwrap();
+            dtypes.insert(match &quantised {
+                Some(table) => table.get_str("quant_method").unwrap().to_owned(),
+                None => hf.get_str("dtype").unwrap().to_owned(),
+            });
             ropes.insert(rope_type(&folder));
             for found in traits_of(&config) {
                 if !traits.contains(&found) {
                     traits.push(found);
                 }
             }
-            let (twin, quantised) = gguf(family, name);
-            types.extend(twin.then_some("F32"));
-            types.extend(quantised.then_some("Q8_0"));
+            types.extend(gguf(family, &name));
         }
         assert!(!dtypes.is_empty() && !types.is_empty(), "{} has no fixture", family.name());
         let list = |items: &mut dyn Iterator<Item = &str>| items.collect::<Vec<_>>().join(", ");
@@ -336,7 +355,7 @@ fn table_of_models() -> String {
             family.name(),
             list(&mut dtypes.iter().map(String::as_str)),
             family.gguf_architecture(),
-            list(&mut types.iter().copied()),
+            list(&mut types.iter().map(String::as_str)),
             list(&mut ropes.iter().map(String::as_str)),
             list(&mut traits.iter().map(String::as_str)),
         );

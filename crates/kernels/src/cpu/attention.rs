@@ -200,6 +200,8 @@ struct AttendArgs<'a, T> {
     values: &'a [T],
     head_dim: usize,
     scale: f32,
+    /// Per row the logit of its head's sink.
+    sinks: Option<[f32; ROWS]>,
     softcap: Option<f32>,
     rows: usize,
     /// Slots `0..common_end` are seen by all rows at their own index.
@@ -358,6 +360,7 @@ unsafe fn attend_body<I: Isa, T: Stored>(a: AttendArgs<'_, T>) {
                 }
             }
             let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+            let max = a.sinks.map_or(max, |sinks| max.max(sinks[r]));
             for s in &mut scores[from..padded_end] {
                 *s = exp(*s - max);
             }
@@ -369,7 +372,8 @@ unsafe fn attend_body<I: Isa, T: Stored>(a: AttendArgs<'_, T>) {
                     *l += *s;
                 }
             }
-            sums[r] = 1.0 / sum_lanes(&lanes);
+            let sum = sum_lanes(&lanes);
+            sums[r] = 1.0 / a.sinks.map_or(sum, |sinks| sum + exp(sinks[r] - max));
         }
         let joint = (0..a.rows).map(|r| a.first[r]).max().unwrap_or(0).min(a.common_end);
         let columns = a.head_dim.div_ceil(BLOCK);
@@ -476,6 +480,7 @@ pub(crate) fn attention(
         assert!(heads.is_multiple_of(kv.kv_heads), "query heads must be a multiple of key heads");
         let end = (p.part.first_row + p.part.mask.new_rows) * heads * kv.head_dim;
         assert!(q.len() >= end && y.len() >= end, "attention buffers too short");
+        assert!(p.part.mask.sinks.is_none_or(|s| s.len() == heads), "one sink per head");
         let queries = p.part.mask.new_rows * (heads / kv.kv_heads);
         for kv_head in 0..kv.kv_heads {
             tasks.extend((0..queries.div_ceil(group_rows)).map(|group| (index, kv_head, group)));
@@ -497,6 +502,7 @@ pub(crate) fn attention(
         let common_end = if chain { mask.base + node_of(0) } else { mask.base };
         let mut first = [0usize; ROWS];
         let mut tails: [&[u32]; ROWS] = [&[]; ROWS];
+        let mut sinks = mask.sinks.map(|_| [0.0; ROWS]);
         let mut queries = [std::ptr::null(); ROWS];
         let mut outputs = [std::ptr::null_mut(); ROWS];
         for lane in 0..count {
@@ -504,6 +510,9 @@ pub(crate) fn attention(
             tails[lane] = if chain { &p.step_slots[node_of(0)..=node] } else { &p.paths[node] };
             first[lane] = mask.window.map_or(0, |w| (common_end + tails[lane].len()).saturating_sub(w));
             let head = kv_head * sharing + (group * group_rows + lane) % sharing;
+            if let (Some(sinks), Some(all)) = (&mut sinks, mask.sinks) {
+                sinks[lane] = all[head];
+            }
             let at = (p.part.first_row + row_of(lane)) * width + head * kv.head_dim;
             queries[lane] = q[at..].as_ptr();
             // SAFETY: the head's columns of the row exist; tasks write disjoint parts.
@@ -524,6 +533,7 @@ pub(crate) fn attention(
                         values: &$heads.values[kv_head],
                         head_dim: kv.head_dim,
                         scale: mask.scale,
+                        sinks,
                         softcap: mask.softcap,
                         rows: count,
                         common_end,

@@ -70,6 +70,43 @@ dispatch! { unsafe fn quantize(a: QuantizeArgs) = quantize_body }
 impl QuantRows {
     /// Quantises `x[rows, in_features]` into this memory.
     pub(crate) fn fill(&mut self, level: Level, pool: &Pool, x: &[f32], rows: usize, in_features: usize) {
+        let step = if rows * in_features < 1 << 13 {
+            rows.max(1)
+        } else {
+            rows.div_ceil(pool.threads() * 2).next_multiple_of(TILE)
+        };
+        let parts = (0..rows).step_by(step).map(|from| (from, (from + step).min(rows)));
+        self.fill_runs(level, pool, x, rows, in_features, &parts.collect::<Vec<_>>());
+    }
+
+    /// The same of several groups of rows, each from a tile of its own on: rows `from..to`, one group after the other.
+    pub(crate) fn fill_parts(
+        &mut self,
+        level: Level,
+        pool: &Pool,
+        x: &[f32],
+        groups: &[(usize, usize)],
+        in_features: usize,
+    ) {
+        const STEP: usize = 8 * TILE;
+        let rows = groups.last().map_or(0, |(_, to)| *to);
+        let runs: Vec<(usize, usize)> = groups
+            .iter()
+            .flat_map(|(from, to)| (*from..*to).step_by(STEP).map(|at| (at, (at + STEP).min(*to))))
+            .collect();
+        self.fill_runs(level, pool, x, rows, in_features, &runs);
+    }
+
+    /// Quantises runs of rows, each of which starts a tile.
+    fn fill_runs(
+        &mut self,
+        level: Level,
+        pool: &Pool,
+        x: &[f32],
+        rows: usize,
+        in_features: usize,
+        runs: &[(usize, usize)],
+    ) {
         assert!(x.len() >= rows * in_features, "activations too short");
         let blocks = in_features / 32;
         if self.scales.len() < rows * blocks {
@@ -84,7 +121,7 @@ impl QuantRows {
             SendPtr(self.sums.as_mut_ptr()),
             SendPtr(self.offsets.as_mut_ptr()),
         );
-        let run = |from: usize, to: usize| {
+        let run = |(from, to): (usize, usize)| {
             // SAFETY: rows `from..to` of arrays sized above; `from` starts a tile and tasks take disjoint rows.
             unsafe {
                 quantize(
@@ -102,17 +139,18 @@ impl QuantRows {
             }
         };
         if rows * in_features < 1 << 13 {
-            run(0, rows);
+            runs.iter().copied().for_each(run);
         } else {
-            let step = rows.div_ceil(pool.threads() * 2).next_multiple_of(TILE);
-            pool.run(rows.div_ceil(step), &|t| run(t * step, ((t + 1) * step).min(rows)));
+            pool.run(runs.len(), &|t| run(runs[t]));
         }
     }
 
-    /// The tiles from `row` on, which starts one.
-    pub(crate) fn tiles(&self, row: usize, in_features: usize) -> TilePtr {
+    /// The tiles from row `row` of the group that begins with row `first` on; it starts one.
+    pub(crate) fn tiles(&self, first: usize, row: usize, in_features: usize) -> TilePtr {
         let blocks = in_features / 32;
-        assert!(row.is_multiple_of(TILE) && row * blocks < self.scales.len(), "a row of the activations");
+        assert!(row.is_multiple_of(TILE), "a row that starts a tile");
+        let row = first + row;
+        assert!(row * blocks < self.scales.len(), "a row of the activations");
         TilePtr {
             quants: self.quants[row * in_features..].as_ptr(),
             scales: self.scales[row * blocks..].as_ptr(),

@@ -144,6 +144,15 @@ unsafe fn gated_body<I: Isa>(a: GateArgs) {
                 *g = *g / (1.0 + exp(-2.0 * t)) * u;
             }
         }
+        Activation::ClampedSwiglu { alpha, limit } => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                // Comparisons that leave NaN as it is.
+                let x = if *g > limit { limit } else { *g };
+                let u = if *u > limit { limit } else { *u };
+                let u = if u < -limit { -limit } else { u };
+                *g = x / (1.0 + exp(-alpha * x)) * (u + 1.0);
+            }
+        }
     }
 }
 dispatch! { pub(crate) unsafe fn gated(a: GateArgs) = gated_body }

@@ -146,12 +146,14 @@ thread_local! {
 
 /// What the panels of a call read.
 #[derive(Clone, Copy)]
-struct Input<'a> {
-    level: Level,
-    x: &'a [f32],
+pub(crate) struct Input<'a> {
+    pub level: Level,
+    pub x: &'a [f32],
     /// Set if a weight of the call is quantised.
-    quant: Option<&'a QuantRows>,
-    rows: usize,
+    pub quant: Option<&'a QuantRows>,
+    /// Where the quantised rows begin.
+    pub first: usize,
+    pub rows: usize,
 }
 
 impl Input<'_> {
@@ -159,7 +161,14 @@ impl Input<'_> {
     ///
     /// # Safety
     /// `y` has `rows` rows, each with the outputs of these panels from its start on.
-    unsafe fn panels(&self, w: &PackedWeight, from: usize, to: usize, y: *mut f32, y_stride: usize) {
+    pub(crate) unsafe fn panels(
+        &self,
+        w: &PackedWeight,
+        from: usize,
+        to: usize,
+        y: *mut f32,
+        y_stride: usize,
+    ) {
         let (panel_bytes, in_features) = (w.panel_bytes(), w.in_features);
         for row in (0..self.rows).step_by(ROW_TILE) {
             let args = PanelArgs {
@@ -170,7 +179,7 @@ impl Input<'_> {
                 panels: to - from,
                 in_features,
                 x: self.x[row * in_features..].as_ptr(),
-                tiles: self.quant.map_or(TilePtr::NONE, |q| q.tiles(row, in_features)),
+                tiles: self.quant.map_or(TilePtr::NONE, |q| q.tiles(self.first, row, in_features)),
                 rows: ROW_TILE.min(self.rows - row),
                 // SAFETY: `row` is one of the rows.
                 y: unsafe { y.add(row * y_stride) },
@@ -205,16 +214,16 @@ fn with_input<R>(
     if weights.iter().any(|w| matches!(w.body, Body::Block(_))) {
         QUANT.with_borrow_mut(|quant| {
             quant.fill(level, pool, x, rows, in_features);
-            body(Input { level, x, quant: Some(quant), rows })
+            body(Input { level, x, quant: Some(quant), first: 0, rows })
         })
     } else {
-        body(Input { level, x, quant: None, rows })
+        body(Input { level, x, quant: None, first: 0, rows })
     }
 }
 
 /// Panels per task: a few tasks per thread even out an unlucky core, and the last round of tasks should leave no thread
 /// without one.
-fn balanced_step(panels: usize, threads: usize, multiple: usize) -> usize {
+pub(crate) fn balanced_step(panels: usize, threads: usize, multiple: usize) -> usize {
     (2..=6)
         .rev()
         .map(|per_thread| panels.div_ceil(threads * per_thread).next_multiple_of(multiple).max(1))
@@ -324,7 +333,7 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
                 both: both.as_ptr(),
                 panels: to - from,
                 in_features,
-                tiles: quant.tiles(0, in_features),
+                tiles: quant.tiles(0, 0, in_features),
                 lengths: quant.lengths(0, in_features).as_ptr(),
                 rows,
                 outputs: w.out_features - from * LANES,
@@ -354,7 +363,7 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
         }
         // Where the bound says little, one stream over everything is faster.
         (left <= w.panels() / 3)
-            .then(|| argmax_of(&Input { level, x, quant: Some(&*quant), rows }, pool, w, &spans))
+            .then(|| argmax_of(&Input { level, x, quant: Some(&*quant), first: 0, rows }, pool, w, &spans))
     })
 }
 

@@ -3,6 +3,7 @@
 mod attention;
 mod block;
 mod dot;
+mod experts;
 pub(crate) mod isa;
 mod math;
 mod matmul;
@@ -15,8 +16,10 @@ mod peaks;
 use std::sync::Arc;
 
 pub use attention::KvLayer;
+pub(crate) use math::exp;
 pub use pack::PackedWeight;
 
+use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
 use crate::{
     Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, scratch,
@@ -281,6 +284,16 @@ impl Kernels for Cpu {
         for (row, y) in rows.iter().zip(y.chunks_exact_mut(width)) {
             y.copy_from_slice(&x[*row as usize * width..(*row as usize + 1) * width]);
         }
+    }
+
+    fn experts(
+        &self,
+        x: &Vec<f32>,
+        routes: &Routes,
+        experts: &Experts<PackedWeight, Vec<f32>>,
+        y: &mut Vec<f32>,
+    ) {
+        experts::experts(self, x, routes, experts, y);
     }
 
     fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> KvLayer {

@@ -2,7 +2,8 @@
 //!
 //! Shape legend: `R` rows, `I`/`O` input and output features, `S` slots.
 
-use super::{close, host};
+use super::{CLAMPED, close, host};
+use crate::experts::{Expert, Experts, Routing};
 use crate::{
     Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
     WeightView, quant, reference,
@@ -121,6 +122,8 @@ pub fn all<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
     ties(k);
     embedding(k, rounding);
     rowwise(k, rounding);
+    gates(k, rounding);
+    experts(k, rounding, quantised);
     columns(k);
     attention(k, rounding);
     compaction(k, rounding);
@@ -222,8 +225,8 @@ pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
         let mut gate = k.upload(&x);
         k.gated(Activation::Silu, &mut gate, &y);
         for ((g, x), u) in host(k, &gate, x.len()).iter().zip(&x).zip(&normed) {
-            let (x, u) = (f64::from(*x), f64::from(*u));
-            close(*g, x / (1.0 + (-x).exp()) * u, rounding.max(1e-5));
+            let wanted = reference::gated(Activation::Silu, f64::from(*x), f64::from(*u));
+            close(*g, wanted, rounding.max(1e-5));
         }
         let mut sum = k.upload(&x);
         k.add(&mut sum, &on_device);
@@ -243,6 +246,118 @@ pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
                 close(*c, reference::softcap(f64::from(*x), f64::from(cap)), rounding.max(1e-5));
             }
         }
+    }
+}
+
+/// Every activation, beyond its limits too.
+pub fn gates<K: Kernels>(k: &K, rounding: f64) {
+    let mut random = Random(24);
+    for activation in [Activation::Silu, Activation::GeluTanh, CLAMPED] {
+        let wide = |random: &mut Random| -> Vec<f32> { (0..200).map(|_| random.float() * 12.0).collect() };
+        let (x, up) = (wide(&mut random), wide(&mut random));
+        let (mut gate, on_device) = (k.upload(&x), k.upload(&up));
+        k.gated(activation, &mut gate, &on_device);
+        for ((g, x), u) in host(k, &gate, x.len()).iter().zip(&x).zip(&up) {
+            close(*g, reference::gated(activation, f64::from(*x), f64::from(*u)), rounding.max(1e-5));
+        }
+    }
+}
+
+/// Rows and experts of a layer.
+pub struct ExpertsCase {
+    /// How rows find their experts.
+    pub routing: Routing,
+    /// Stored type of the experts.
+    pub dtype: WeightDtype,
+    /// `[R, E]` router logits, some of them equal.
+    pub logits: Vec<f32>,
+    /// `[R, H]`
+    pub x: Vec<f32>,
+    /// `H`
+    pub hidden: usize,
+    /// `I`
+    pub width: usize,
+    /// Non-linearity.
+    pub activation: Activation,
+    /// Per expert the bytes of gate, up and down.
+    pub weights: Vec<[Vec<u8>; 3]>,
+    /// Per expert the biases of gate, up and down.
+    pub biases: Option<Vec<[Vec<f32>; 3]>>,
+}
+
+impl ExpertsCase {
+    /// Few and many experts and rows, with and without biases, by number.
+    pub fn numbered(random: &mut Random, i: usize) -> ExpertsCase {
+        let dtypes =
+            [WeightDtype::F32, WeightDtype::Mxfp4, WeightDtype::Q8_0, WeightDtype::Bf16, WeightDtype::Q4_1];
+        let dtype = dtypes[i % dtypes.len()];
+        let block = if dtype.block().0 == 1 { 8 } else { 32 };
+        let (hidden, width) = (block * (1 + random.below(4)), block * (1 + random.below(3)));
+        let experts = 1 + random.below(9);
+        let routing = Routing { experts, used: 1 + random.below(experts), normalised: i.is_multiple_of(2) };
+        let rows = [1, 2, 5, 40, 150][random.below(5)];
+        let shapes = [(width, hidden), (width, hidden), (hidden, width)];
+        let weights = (0..experts).map(|_| shapes.map(|(o, i)| stored(random, dtype, o, i))).collect();
+        let biases = i
+            .is_multiple_of(3)
+            .then(|| (0..experts).map(|_| shapes.map(|(o, _)| random.floats(o))).collect());
+        let activation = [Activation::Silu, CLAMPED][i / 2 % 2];
+        // In steps of a quarter, so that ties are common.
+        let logits = (0..rows * experts).map(|_| (random.float() * 8.0).round() / 4.0).collect();
+        let x = random.floats(rows * hidden);
+        ExpertsCase { routing, dtype, logits, x, hidden, width, activation, weights, biases }
+    }
+
+    /// The stored weights of an expert.
+    pub fn views(&self, expert: usize) -> [WeightView<'_>; 3] {
+        let (h, i) = (self.hidden, self.width);
+        let mut shapes = [(i, h), (i, h), (h, i)].into_iter();
+        self.weights[expert].each_ref().map(|data| {
+            let (out_features, in_features) = shapes.next().unwrap_or_default();
+            WeightView { dtype: self.dtype, out_features, in_features, data }
+        })
+    }
+
+    /// The layer on a backend.
+    pub fn layer<K: Kernels>(&self, k: &K, mode: PackMode) -> Experts<K::Packed, K::Buf> {
+        let each = (0..self.routing.experts)
+            .map(|e| {
+                let [gate, up, down] =
+                    self.views(e).map(|w| k.pack("w", &w, mode).expect("the weight is complete"));
+                let bias = self.biases.as_ref().map(|all| all[e].each_ref().map(|b| k.upload(b)));
+                Expert { gate, up, down, bias }
+            })
+            .collect();
+        Experts { each, hidden: self.hidden, width: self.width, activation: self.activation }
+    }
+
+    /// What the reference gives.
+    pub fn wanted(&self) -> Vec<f64> {
+        let all: Vec<_> = (0..self.routing.experts)
+            .map(|e| {
+                let bias = self.biases.as_ref().map(|all| all[e].each_ref().map(Vec::as_slice));
+                (self.views(e), bias)
+            })
+            .collect();
+        reference::experts(&self.x, &self.logits, self.routing, self.activation, &all)
+    }
+}
+
+/// Experts give what the reference gives.
+pub fn experts<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
+    let mut random = Random(25);
+    for i in 0..30 {
+        let case = ExpertsCase::numbered(&mut random, i);
+        let layer = case.layer(k, PackMode::Stored);
+        let routes = case.routing.choose(&case.logits);
+        let mut y = k.scratch(case.x.len());
+        k.experts(&k.upload(&case.x), &routes, &layer, &mut y);
+        let (found, wanted) = (host(k, &y, case.x.len()), case.wanted());
+        let error: f64 = found.iter().zip(&wanted).map(|(f, w)| (f64::from(*f) - w).powi(2)).sum();
+        let size: f64 = wanted.iter().map(|w| w * w).sum();
+        // Two products one after the other.
+        let tolerance = 2.0 * if case.dtype.block().0 == 1 { rounding.max(1e-5) } else { quantised };
+        assert!(error.sqrt() <= tolerance * size.sqrt(), "case {i}: {:e} of {:e}", error.sqrt(), size.sqrt());
     }
 }
 
@@ -280,6 +395,8 @@ pub struct AttentionCase {
     /// How keys and values are stored.
     pub kv_dtype: KvDtype,
     /// See [`StepMask`].
+    pub sinks: Option<Vec<f32>>,
+    /// See [`StepMask`].
     pub softcap: Option<f32>,
 }
 
@@ -294,14 +411,16 @@ impl AttentionCase {
                     .map(|p| p as u32)
             })
             .collect();
+        let heads = kv_heads * (1 + random.below(3));
         AttentionCase {
-            heads: kv_heads * (1 + random.below(3)),
+            heads,
             kv_heads,
             dim: [8, 16, 64, 40][random.below(4)],
             base: random.below(150),
             parents,
             window: i.is_multiple_of(3).then(|| 1 + random.below(60)),
             kv_dtype: if i % 4 < 2 { KvDtype::F32 } else { KvDtype::F16 },
+            sinks: (i % 5 < 2).then(|| (0..heads).map(|_| random.float() * 6.0).collect()),
             softcap: (i % 5 == 4).then_some(0.3),
         }
     }
@@ -318,7 +437,13 @@ impl AttentionCase {
 
     /// All uncommitted rows at once.
     pub fn mask(&self) -> StepMask<'_> {
-        StepMask::step(self.base, &self.parents, self.window, self.scale()).capped(self.softcap)
+        self.step(self.base, &self.parents)
+    }
+
+    /// Other rows.
+    pub fn step<'a>(&'a self, base: usize, parents: &'a [Option<u32>]) -> StepMask<'a> {
+        let sinks = self.sinks.as_deref();
+        StepMask { sinks, ..StepMask::step(base, parents, self.window, self.scale()).capped(self.softcap) }
     }
 
     /// A cache with the committed slots, from the keys and values of all.
@@ -379,11 +504,7 @@ pub fn attention<K: Kernels>(kernels: &K, rounding: f64) {
             let mut kv = case.filled(kernels, &k, &v);
             let mut found = Vec::new();
             for (from, to) in [(0, first), (first, rows)].into_iter().filter(|(from, to)| from < to) {
-                let mask = StepMask {
-                    new_rows: to - from,
-                    ..StepMask::step(case.base, &case.parents[..to], case.window, case.scale())
-                        .capped(case.softcap)
-                };
+                let mask = StepMask { new_rows: to - from, ..case.step(case.base, &case.parents[..to]) };
                 let at = (case.base + from) * kv_width..(case.base + to) * kv_width;
                 let operands = (&q[from * width..to * width], &k[at.clone()], &v[at]);
                 found.extend(case.attend(kernels, &mut kv, mask, operands));

@@ -7,7 +7,10 @@
 pub mod infer;
 pub mod train;
 
-use crate::Kernels;
+use crate::{Activation, Kernels};
+
+/// The activation of gpt-oss, with a limit that inputs in -1..1 reach.
+pub(crate) const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 };
 
 /// Reproducible values in -1..1.
 pub fn noise(seed: u64, len: usize) -> Vec<f32> {

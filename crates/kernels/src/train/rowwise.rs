@@ -179,10 +179,29 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + super::par::exp(-x))
 }
 
+/// What the activation takes of both inputs, and whether they pass a gradient on.
+#[inline(always)]
+fn clamped(activation: Activation, gate: f32, up: f32) -> ((f32, f32), (bool, bool)) {
+    match activation {
+        Activation::Silu | Activation::GeluTanh => ((gate, up), (true, true)),
+        Activation::ClampedSwiglu { limit, .. } => {
+            let passes = (gate <= limit, up.abs() <= limit);
+            // Comparisons that leave NaN as it is.
+            let gate = if gate > limit { limit } else { gate };
+            let up = if up.abs() > limit { limit.copysign(up) } else { up };
+            ((gate, up + 1.0), passes)
+        }
+    }
+}
+
 /// Value and derivative of the activation.
 #[inline(always)]
 fn activate(activation: Activation, x: f32) -> (f32, f32) {
     match activation {
+        Activation::ClampedSwiglu { alpha, .. } => {
+            let s = sigmoid(alpha * x);
+            (x * s, s + alpha * x * s * (1.0 - s))
+        }
         Activation::Silu => {
             let s = sigmoid(x);
             (x * s, s * (1.0 + x * (1.0 - s)))
@@ -206,7 +225,8 @@ pub fn gated(threads: usize, activation: Activation, gate: &[f32], up: &[f32], l
             #[inline(always)]
             || {
                 for ((y, g), u) in y.iter_mut().zip(&gate[r.clone()]).zip(&up[r]) {
-                    *y = activate(activation, *g).0 * u;
+                    let ((g, u), _) = clamped(activation, *g, *u);
+                    *y = activate(activation, g).0 * u;
                 }
             },
         );
@@ -231,9 +251,10 @@ pub fn gated_grad(
             || {
                 let (gate, up, dy) = (&gate[r.clone()], &up[r.clone()], &dy[r]);
                 for i in 0..dy.len() {
-                    let (value, slope) = activate(activation, gate[i]);
-                    dgate[i] = dy[i] * up[i] * slope;
-                    dup[i] = dy[i] * value;
+                    let ((gate, up), (gate_passes, up_passes)) = clamped(activation, gate[i], up[i]);
+                    let (value, slope) = activate(activation, gate);
+                    dgate[i] = if gate_passes { dy[i] * up * slope } else { 0.0 };
+                    dup[i] = if up_passes { dy[i] * value } else { 0.0 };
                 }
             },
         );
