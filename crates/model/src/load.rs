@@ -11,7 +11,7 @@ use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
 use crate::config::{Family, TargetConfig};
 use crate::infer::Linear;
-use crate::quantised;
+use crate::quantised::{self, Found, Scheme};
 use crate::{ModelError, Precision};
 
 /// One tensor of a decoder layer, or of the model.
@@ -93,7 +93,7 @@ impl Part {
 
 enum Container {
     Gguf(GgufFile<'static>),
-    Safetensors { dir: SafetensorsDir, prefix: &'static str },
+    Safetensors { dir: SafetensorsDir, prefix: &'static str, scheme: Option<Scheme> },
 }
 
 /// An opened model whose tensors are handed out once each.
@@ -109,6 +109,8 @@ struct Stored<'a> {
     dtype: WeightDtype,
     shape: [usize; 2],
     data: std::borrow::Cow<'a, [u8]>,
+    /// Input of each column where that is another one.
+    order: Option<Vec<u32>>,
 }
 
 impl Source {
@@ -135,7 +137,12 @@ impl Source {
                 (SafetensorsError::NoWeights { .. }, Some(method)) => named(method),
                 _ => error.into(),
             })?;
-            if let Some(shown) = quantised::shown(&dir) {
+            let shown = quantised::shown(&dir);
+            let scheme = match shown {
+                Some(_) => Scheme::read(&hf, path)?,
+                None => None,
+            };
+            if let (Some(shown), None) = (shown, &scheme) {
                 return Err(named(method.as_deref().unwrap_or(shown)));
             }
             let prefix = ["model.", "language_model.model.", "model.language_model.", ""]
@@ -143,7 +150,7 @@ impl Source {
                 .find(|p| dir.find(&format!("{p}embed_tokens.weight")).is_some())
                 .unwrap_or("model.");
             return Ok(Source {
-                container: Container::Safetensors { dir, prefix },
+                container: Container::Safetensors { dir, prefix, scheme },
                 place,
                 config,
                 used: BTreeSet::new(),
@@ -182,11 +189,23 @@ impl Source {
                 if family == Family::Llama && matches!(part, Part::Q | Part::K) {
                     data = rope_halves_from_pairs(&data, shape[0], self.config.head_dim).into();
                 }
-                Ok(Stored { dtype, shape, data })
+                Ok(Stored { dtype, shape, data, order: None })
             }
-            Container::Safetensors { dir, prefix } => {
+            Container::Safetensors { dir, prefix, scheme } => {
                 use draftsmith_formats::safetensors_dir::Dtype;
                 let name = part.hf(layer, family, prefix);
+                if let (Some(scheme), Some(layer)) = (scheme, name.strip_suffix(".weight"))
+                    && let Some(found) = Found::new(scheme, dir, layer)?
+                {
+                    if found.shape != shape {
+                        let (found, wanted) = (found.shape.to_vec(), shape.to_vec());
+                        return Err(ModelError::TensorShape { place, name, found, wanted });
+                    }
+                    let data = std::borrow::Cow::Owned(found.rows());
+                    let Found { dtype, order, tensors, .. } = found;
+                    self.used.extend(tensors);
+                    return Ok(Stored { dtype, shape, data, order });
+                }
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -205,7 +224,7 @@ impl Source {
                 }
                 let data = std::borrow::Cow::Borrowed(tensor.bytes);
                 self.used.insert(name);
-                Ok(Stored { dtype, shape, data })
+                Ok(Stored { dtype, shape, data, order: None })
             }
         }
     }
@@ -217,8 +236,12 @@ impl Source {
                     file.release(info);
                 }
             }
-            Container::Safetensors { dir, prefix } => {
-                dir.release(&part.hf(layer, self.config.family, prefix));
+            Container::Safetensors { dir, prefix, scheme } => {
+                let name = part.hf(layer, self.config.family, prefix);
+                dir.release(&name);
+                if let (Some(_), Some(layer)) = (scheme, name.strip_suffix("weight")) {
+                    ["qweight", "weight_packed"].iter().for_each(|end| dir.release(&format!("{layer}{end}")));
+                }
             }
         }
     }
@@ -239,9 +262,12 @@ impl Source {
             in_features: stored.shape[1],
             data: &stored.data,
         };
-        let packed = kernels
-            .pack(&format!("{part:?} of layer {layer}"), &view, precision.pack_mode())
-            .map_err(|source| ModelError::Kernel { place, source })?;
+        let name = format!("{part:?} of layer {layer}");
+        let packed = match &stored.order {
+            None => kernels.pack(&name, &view, precision.pack_mode()),
+            Some(order) => kernels.pack_ordered(&name, &view, order, precision.pack_mode()),
+        };
+        let packed = packed.map_err(|source| ModelError::Kernel { place, source })?;
         drop(stored);
         // The packed copy is what decoding reads.
         self.release(part, layer);
@@ -264,7 +290,14 @@ impl Source {
             data: &stored.data,
         };
         view.check(&format!("{part:?}")).map_err(|source| ModelError::Kernel { place, source })?;
-        Ok(quant::dequantize(&view))
+        let mut values = quant::dequantize(&view);
+        if let Some(order) = &stored.order {
+            for row in values.chunks_exact_mut(shape[1].max(1)) {
+                let columns = row.to_vec();
+                order.iter().zip(columns).for_each(|(input, v)| row[*input as usize] = v);
+            }
+        }
+        Ok(values)
     }
 
     /// A norm weight, with Gemma's one added.
@@ -287,11 +320,22 @@ impl Source {
                     .iter()
                     .any(|p| name.starts_with(p))
         };
+        // What quantised folders hold beside weights: scales for keys and values in 8 bits, which stay in more here, and
+        // biases of layers without any, as older tools of GPTQ write them.
+        let beside = |name: &str| match &self.container {
+            Container::Safetensors { dir, scheme: Some(_), .. } => {
+                let scale = ["k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point"];
+                let blank = |name| dir.find(name).is_some_and(|t| t.bytes.iter().all(|b| *b == 0));
+                name.rsplit('.').next().is_some_and(|end| scale.contains(&end))
+                    || name.ends_with("_proj.bias") && blank(name)
+            }
+            _ => false,
+        };
         let names: Vec<String> = match &self.container {
             Container::Gguf(file) => file.tensors().iter().map(|t| t.name.clone()).collect(),
             Container::Safetensors { dir, .. } => dir.names().map(str::to_owned).collect(),
         };
-        match names.into_iter().find(|n| !self.used.contains(n) && !ignorable(n)) {
+        match names.into_iter().find(|n| !self.used.contains(n) && !ignorable(n) && !beside(n)) {
             Some(name) => Err(ModelError::UnexpectedTensor { place: self.place, name }),
             None => Ok(self.config),
         }

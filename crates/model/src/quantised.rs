@@ -1,4 +1,5 @@
-//! Folders whose weights are quantised in a way that is not read: named for what they are.
+//! Folders whose weights are quantised: AWQ, GPTQ, FP8 and compressed-tensors are read, the others named for what they
+//! are.
 //!
 //! Configuration and tensors each say it in their own way, and either may be silent: `config.json` names a method for
 //! weights that are plain (read as they are), older folders have the tensors of a method and no word about it.
@@ -6,7 +7,16 @@
 use std::path::Path;
 
 use draftsmith_formats::hf_config::{HfConfig, HfConfigError};
-use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsError};
+
+use crate::ModelError;
+
+mod pattern;
+mod scheme;
+mod weights;
+
+pub(crate) use scheme::Scheme;
+pub(crate) use weights::Found;
 
 /// Makers who publish quantised repositories beside their own originals, under the same name and a suffix.
 const MAKERS: [&str; 13] = [
@@ -136,6 +146,44 @@ pub(crate) fn shown(dir: &SafetensorsDir) -> Option<&'static str> {
         return Some("scales for FP8 keys and values");
     }
     None
+}
+
+/// A quantised layer of a folder, as it will run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuantisedLayer {
+    /// Its largest tensor: the numbers.
+    pub tensor: String,
+    /// `[outputs, inputs]`
+    pub shape: [usize; 2],
+    /// In what form it runs.
+    pub form: &'static str,
+}
+
+/// The quantised layers of a folder in safetensors form; none for any other path, or for a method that is not read.
+///
+/// # Errors
+/// What loading the folder would refuse about them.
+pub fn quantised_layers(path: &Path) -> Result<Vec<QuantisedLayer>, ModelError> {
+    if !path.join("config.json").is_file() {
+        return Ok(Vec::new());
+    }
+    let Some(scheme) = Scheme::read(&HfConfig::open(path)?, path)? else { return Ok(Vec::new()) };
+    let dir = match SafetensorsDir::open(path) {
+        Ok(dir) => dir,
+        Err(SafetensorsError::NoWeights { .. }) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut layers = Vec::new();
+    for name in dir.names() {
+        let layer = [".qweight", ".weight_packed", ".weight"].iter().find_map(|end| name.strip_suffix(end));
+        let Some(layer) = layer else { continue };
+        if let Some(found) = Found::new(&scheme, &dir, layer)?
+            && found.main == name
+        {
+            layers.push(QuantisedLayer { tensor: found.main.clone(), shape: found.shape, form: found.form() });
+        }
+    }
+    Ok(layers)
 }
 
 /// What to use in place of a quantised model.
