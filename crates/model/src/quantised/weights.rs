@@ -95,13 +95,13 @@ fn packed(bytes: &[u8], bits: usize, first: usize, step: usize, i: usize) -> u8 
 }
 
 /// The tensors of one layer, and errors that name them.
-struct Layer<'a> {
+struct Layer<'a, 'n> {
     dir: &'a SafetensorsDir,
-    name: &'a str,
+    name: &'n str,
     used: Vec<String>,
 }
 
-impl<'a> Layer<'a> {
+impl<'a> Layer<'a, '_> {
     fn full(&self, part: &str) -> String {
         format!("{}.{part}", self.name)
     }
@@ -149,7 +149,7 @@ fn shaped(tensor: &Tensor<'_>, wanted: &[usize], why: &str) -> Result<(), ModelE
 /// Two sizes, none of them zero.
 fn matrix(tensor: &Tensor<'_>) -> Result<[usize; 2], ModelError> {
     match *tensor.shape {
-        [a @ 1.., b @ 1..] => Ok([a, b]),
+        [a, b] if a > 0 && b > 0 => Ok([a, b]),
         _ => Err(wrong(tensor, format!("has shape {:?}, expected two sizes", tensor.shape))),
     }
 }
@@ -419,7 +419,7 @@ fn groups_of(group: Group, inputs: usize) -> (usize, String) {
     }
 }
 
-fn awq<'a>(layer: &mut Layer<'a>, main: Tensor<'a>, group: Group) -> Result<Found<'a>, ModelError> {
+fn awq<'a>(layer: &mut Layer<'a, '_>, main: Tensor<'a>, group: Group) -> Result<Found<'a>, ModelError> {
     let main = typed(main, Dtype::I32)?;
     let [inputs, words] = matrix(&main)?;
     let out = words * 8;
@@ -435,7 +435,7 @@ fn awq<'a>(layer: &mut Layer<'a>, main: Tensor<'a>, group: Group) -> Result<Foun
 }
 
 fn gptq<'a>(
-    layer: &mut Layer<'a>,
+    layer: &mut Layer<'a, '_>,
     main: Tensor<'a>,
     mut bits: usize,
     mut group: Group,
@@ -503,7 +503,7 @@ fn scales_of(tensor: &Tensor<'_>, strategy: Strategy, [out, inputs]: [usize; 2])
 }
 
 fn packed_rows<'a>(
-    layer: &mut Layer<'a>,
+    layer: &mut Layer<'a, '_>,
     main: Tensor<'a>,
     bits: usize,
     strategy: Strategy,
@@ -558,7 +558,7 @@ fn byte_zeros(zeros: &Tensor<'_>, scales: &Scales, middle: i8) -> Result<Vec<i8>
 }
 
 fn bytes<'a>(
-    layer: &mut Layer<'a>,
+    layer: &mut Layer<'a, '_>,
     main: Tensor<'a>,
     strategy: Strategy,
     symmetric: bool,
@@ -576,14 +576,14 @@ fn bytes<'a>(
 }
 
 /// Scales for activations in 8 bits are of no use here: they stay in f32, or are quantised by what they are.
-fn activation_scales(layer: &mut Layer<'_>) {
+fn activation_scales(layer: &mut Layer<'_, '_>) {
     for part in ["input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "activation_scale_ub"] {
         layer.find(part);
     }
 }
 
 fn fp8<'a>(
-    layer: &mut Layer<'a>,
+    layer: &mut Layer<'a, '_>,
     main: Tensor<'a>,
     strategy: Option<Strategy>,
     block: [usize; 2],
