@@ -18,7 +18,7 @@ pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
 pub use ops::{Attend, Ops};
-pub use quantised::{QuantisedLayer, quantised_layers};
+pub use quantised::{QuantisedLayer, quantised_layers, quantised_values};
 pub use target::{
     LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,
 };

@@ -139,7 +139,7 @@ impl Source {
             })?;
             let shown = quantised::shown(&dir);
             let scheme = match shown {
-                Some(_) => Scheme::read(&hf, path)?,
+                Some(_) => Scheme::read(&hf, Some(path))?,
                 None => None,
             };
             if let (Some(shown), None) = (shown, &scheme) {
@@ -290,14 +290,7 @@ impl Source {
             data: &stored.data,
         };
         view.check(&format!("{part:?}")).map_err(|source| ModelError::Kernel { place, source })?;
-        let mut values = quant::dequantize(&view);
-        if let Some(order) = &stored.order {
-            for row in values.chunks_exact_mut(shape[1].max(1)) {
-                let columns = row.to_vec();
-                order.iter().zip(columns).for_each(|(input, v)| row[*input as usize] = v);
-            }
-        }
-        Ok(values)
+        Ok(quantised::in_input_order(quant::dequantize(&view), shape[1], stored.order.as_deref()))
     }
 
     /// A norm weight, with Gemma's one added.

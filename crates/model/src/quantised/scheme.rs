@@ -172,11 +172,11 @@ impl Reader<'_> {
 }
 
 impl Scheme {
-    /// The scheme of a folder; `None` if its method is not read, or none is named.
+    /// The scheme that a configuration names, or a file of an older tool in the folder; `None` if its method is not read, or none is named.
     ///
     /// # Errors
     /// A method that is read, with numbers or a layout that are not.
-    pub(crate) fn read(root: &HfConfig, folder: &Path) -> Result<Option<Scheme>, ModelError> {
+    pub(crate) fn read(root: &HfConfig, folder: Option<&Path>) -> Result<Option<Scheme>, ModelError> {
         let mut found = None;
         for (table, key, prefix) in [
             (Some(root), "quantization_config", "quantization_config."),
@@ -188,7 +188,7 @@ impl Scheme {
                 break;
             }
         }
-        if found.is_none() {
+        if let (None, Some(folder)) = (&found, folder) {
             // Files of older tools.
             for (file, method) in [("quantize_config.json", "gptq"), ("quant_config.json", "awq")] {
                 let path = folder.join(file);

@@ -234,16 +234,7 @@ impl<'a> Found<'a> {
         Ok(Some(Found { tensors: tensors.used, main: main.name.to_owned(), ..found }))
     }
 
-    /// In what form it runs, where that is not how it is stored.
-    pub(crate) fn widened(&self) -> Option<&'static str> {
-        match self.dtype {
-            WeightDtype::F32 => Some("F32"),
-            WeightDtype::Int4(Groups { single: true, .. }) => Some("4 bits, f32 and zero per group"),
-            _ => None,
-        }
-    }
-
-    /// Form for people.
+    /// In what form it runs, for people.
     pub(crate) fn form(&self) -> &'static str {
         match (self.dtype, &self.order) {
             (WeightDtype::Int4(Groups { single: true, .. }), None) => "4 bits, f32 and zero per group",
@@ -533,7 +524,7 @@ fn packed_rows<'a>(
     };
     let zeros = match zeros {
         None => None,
-        Some(zeros) if zeros.dtype == Dtype::I32 => {
+        Some(zeros) if zeros.dtype == Dtype::I32 && matches!(strategy, Strategy::Group(_) | Strategy::Channel) => {
             let rows = (out * bits).div_ceil(32);
             shaped(&zeros, &[rows, groups], &format!("for {out} outputs in words and {groups} groups"))?;
             let numbers = (0..out).flat_map(|o| (0..groups).map(move |g| (o, g)));
