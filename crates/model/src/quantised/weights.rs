@@ -258,16 +258,31 @@ impl<'a> Found<'a> {
         }
     }
 
-    /// The number of an output and input: unsigned nibbles, signed bytes, 8-bit floats.
-    fn number(&self, o: usize, k: usize) -> u8 {
+    /// The numbers of an output, input by input: unsigned nibbles, signed bytes, 8-bit floats.
+    fn numbers(&self, o: usize, numbers: &mut [u8]) {
         let [out, inputs] = self.shape;
-        match self.numbers {
-            Numbers::Awq(bytes) => (word(bytes, k * (out / 8) + o / 8) >> (4 * AWQ_NIBBLE[o % 8])) as u8 & 15,
-            Numbers::Columns(bytes, bits) => signed(packed(bytes, bits, o, out, k), bits),
-            Numbers::Rows(bytes, bits) => {
-                signed(packed(bytes, bits, o * (inputs * bits).div_ceil(32), 1, k), bits)
+        // Numbers of a row in words from `first` on, `step` words apart.
+        let words = |numbers: &mut [u8], bytes: &[u8], bits: usize, first: usize, step: usize| {
+            for (i, numbers) in numbers.chunks_mut(32 / bits).enumerate() {
+                let mut word = word(bytes, first + i * step);
+                for number in numbers {
+                    *number = signed(word as u8 & ((1u16 << bits) - 1) as u8, bits);
+                    word >>= bits;
+                }
             }
-            Numbers::Bytes(bytes) | Numbers::Floats(bytes) => bytes[o * inputs + k],
+        };
+        match self.numbers {
+            Numbers::Awq(bytes) => {
+                let shift = 4 * AWQ_NIBBLE[o % 8];
+                for (k, number) in numbers.iter_mut().enumerate() {
+                    *number = (word(bytes, k * (out / 8) + o / 8) >> shift) as u8 & 15;
+                }
+            }
+            Numbers::Columns(bytes, bits) => words(numbers, bytes, bits, o, out),
+            Numbers::Rows(bytes, bits) => words(numbers, bytes, bits, o * (inputs * bits).div_ceil(32), 1),
+            Numbers::Bytes(bytes) | Numbers::Floats(bytes) => {
+                numbers.copy_from_slice(&bytes[o * inputs..][..inputs]);
+            }
         }
     }
 
@@ -284,8 +299,10 @@ impl<'a> Found<'a> {
             false => out.div_ceil(4 * threads).next_multiple_of(16),
         };
         let fill = |(i, part): (usize, &mut [u8])| {
+            let mut numbers = vec![0; inputs];
             for (o, row) in part.chunks_exact_mut(row_bytes).enumerate() {
-                self.row(i * chunk + o, row);
+                self.numbers(i * chunk + o, &mut numbers);
+                self.row(i * chunk + o, &numbers, row);
             }
         };
         let parts = data.chunks_mut(chunk * row_bytes).enumerate();
@@ -307,7 +324,8 @@ impl<'a> Found<'a> {
         data
     }
 
-    fn row(&self, o: usize, row: &mut [u8]) {
+    /// Output `o` from its numbers.
+    fn row(&self, o: usize, numbers: &[u8], row: &mut [u8]) {
         let scale = |g: usize| self.scales.values[self.scales.at(o, g)];
         let zero = |g: usize| self.zeros.as_ref().map(|zeros| zeros[self.scales.at(o, g)]);
         let column = |k: usize| self.order.as_ref().map_or(k, |order| order[k] as usize);
@@ -315,7 +333,7 @@ impl<'a> Found<'a> {
             // No group fits: the values themselves.
             for (k, out) in row.chunks_exact_mut(4).enumerate() {
                 let g = self.group_of.as_ref().map_or(k / self.scales.wide, |of| of[k] as usize);
-                let number = self.number(o, k);
+                let number = numbers[k];
                 let value = match self.numbers {
                     Numbers::Floats(_) => scale(g) * quant::f8_value(number),
                     _ => {
@@ -339,7 +357,7 @@ impl<'a> Found<'a> {
                 group[head - 1] = zero(g).unwrap_or(self.middle) as u8;
             }
             for i in 0..len {
-                let number = self.number(o, column(at * len + i));
+                let number = numbers[column(at * len + i)];
                 match self.dtype {
                     WeightDtype::Int4(_) => group[head + i / 2] |= number << (i % 2 * 4),
                     _ => group[head + i] = number,
