@@ -60,7 +60,9 @@ pub enum KernelError {
         dtype: WeightDtype,
     },
     /// An order of columns that is no permutation.
-    #[error("the order of the columns of weight `{name}` does not name each of its {in_features} inputs once")]
+    #[error(
+        "the order of the columns of weight `{name}` does not name each of its {in_features} inputs once"
+    )]
     WeightOrder {
         /// Tensor name.
         name: String,
@@ -73,9 +75,8 @@ pub enum KernelError {
 pub(crate) fn check_order(name: &str, weight: &WeightView<'_>, order: &[u32]) -> Result<(), KernelError> {
     weight.check(name)?;
     let mut seen = vec![false; weight.in_features];
-    let fresh = |input: &u32| {
-        seen.get_mut(*input as usize).is_some_and(|seen| !std::mem::replace(seen, true))
-    };
+    let fresh =
+        |input: &u32| seen.get_mut(*input as usize).is_some_and(|seen| !std::mem::replace(seen, true));
     if order.len() == weight.in_features && order.iter().all(fresh) {
         return Ok(());
     }

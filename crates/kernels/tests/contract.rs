@@ -3,8 +3,8 @@
 
 use draftsmith_kernels::testing::infer::{AttentionCase, DTYPES, Random, append, matmul, stored, stored_as};
 use draftsmith_kernels::{
-    Cpu, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView,
-    quant, reference, testing,
+    Cpu, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
+    WeightView, quant, reference, testing,
 };
 
 #[test]
@@ -194,7 +194,12 @@ fn columns_in_another_order_take_the_inputs_in_that_order() {
             let wanted = matmul(&cpu, &turned, rows, &w, PackMode::Stored);
             let direct = matmul(&cpu, &x, rows, &w, PackMode::Stored);
             let mut ys: Vec<_> = (0..4).map(|_| cpu.scratch(rows * out)).collect();
-            cpu.matmuls(&x, rows, &[(&packed, None), (&packed, None), (&plain, None), (&packed, None)], &mut ys);
+            cpu.matmuls(
+                &x,
+                rows,
+                &[(&packed, None), (&packed, None), (&plain, None), (&packed, None)],
+                &mut ys,
+            );
             assert_eq!((&ys[0], &ys[1], &ys[3], &ys[2]), (&wanted, &wanted, &wanted, &direct), "{dtype:?}");
             assert_eq!(cpu.argmax(&x, rows, &packed), cpu.argmax(&turned, rows, &plain));
             let mut values = cpu.zeros(inputs);

@@ -317,7 +317,15 @@ impl Source {
         // biases of layers without any, as older tools of GPTQ write them.
         let beside = |name: &str| match &self.container {
             Container::Safetensors { dir, scheme: Some(_), .. } => {
-                let scale = ["k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point"];
+                let scale = [
+                    "k_scale",
+                    "v_scale",
+                    "kv_scale",
+                    "q_scale",
+                    "prob_scale",
+                    "k_zero_point",
+                    "v_zero_point",
+                ];
                 let blank = |name| dir.find(name).is_some_and(|t| t.bytes.iter().all(|b| *b == 0));
                 name.rsplit('.').next().is_some_and(|end| scale.contains(&end))
                     || name.ends_with("_proj.bias") && blank(name)

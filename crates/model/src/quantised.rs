@@ -175,11 +175,8 @@ pub fn quantised_layers(path: &Path) -> Result<Vec<QuantisedLayer>, ModelError> 
         Err(SafetensorsError::NoWeights { .. }) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
-    let layer = |found: Found<'_>| QuantisedLayer {
-        form: found.form(),
-        shape: found.shape,
-        tensor: found.main,
-    };
+    let layer =
+        |found: Found<'_>| QuantisedLayer { form: found.form(), shape: found.shape, tensor: found.main };
     found_in(&scheme, &dir).map(|found| found.map(layer)).collect()
 }
 
@@ -213,7 +210,8 @@ fn found_in<'a>(
     dir: &'a SafetensorsDir,
 ) -> impl Iterator<Item = Result<Found<'a>, ModelError>> {
     dir.names().filter_map(move |name| {
-        let layer = [".qweight", ".weight_packed", ".weight"].iter().find_map(|end| name.strip_suffix(end))?;
+        let layer =
+            [".qweight", ".weight_packed", ".weight"].iter().find_map(|end| name.strip_suffix(end))?;
         let found = Found::new(scheme, dir, layer).transpose()?;
         match found {
             Ok(found) if found.main != name => None,

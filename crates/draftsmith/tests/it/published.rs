@@ -297,7 +297,9 @@ fn quantised_folders_are_named_for_what_they_are() {
 
 /// Every projection of the tiny target in bytes with a scale per output.
 fn in_bytes(name: &str, data: TensorData) -> Vec<TensorData> {
-    let Some(base) = name.strip_suffix("weight").filter(|base| base.contains("_proj.")) else { return vec![data] };
+    let Some(base) = name.strip_suffix("weight").filter(|base| base.contains("_proj.")) else {
+        return vec![data];
+    };
     let [rows, columns] = data.shape[..] else { panic!("a matrix") };
     let values: Vec<f32> = data
         .bytes
@@ -386,7 +388,11 @@ fn shards_and_types_that_do_not_exist_are_named() {
     let absent = index(&|map| {
         map.insert("model.norm.bias".into(), json!("a.safetensors"));
     });
-    refused(&absent, "tensor `model.norm.bias` is not in `m/a.safetensors`, where the index puts it", "download");
+    refused(
+        &absent,
+        "tensor `model.norm.bias` is not in `m/a.safetensors`, where the index puts it",
+        "download",
+    );
     let left_out = index(&|map| {
         map.remove("model.norm.weight");
     });

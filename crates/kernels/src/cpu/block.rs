@@ -275,10 +275,9 @@ unsafe fn factors<D: Dot, W: Records>(record: *const u8, b: usize, part: usize) 
             }
         };
         let zero = match layout.zeros {
-            true => D::V::mul(
-                D::to_f(D::load_i8(record.add(layout.vector_bytes() + first))),
-                D::V::splat(-1.0),
-            ),
+            true => {
+                D::V::mul(D::to_f(D::load_i8(record.add(layout.vector_bytes() + first))), D::V::splat(-1.0))
+            }
             false => zero,
         };
         Factors { scales, mins, zero }
@@ -457,7 +456,8 @@ unsafe fn panels_body<I: Isa + Dot, W: Records>(a: PanelArgs) {
                         let y = a.y.add((row + r) * a.y_stride + p * LANES + part * I::V::COUNT);
                         macro_rules! run {
                             ($n:literal) => {{
-                                let values = rows::<I, W, $n>(blocks, a.group, panel, part, tile, height, first);
+                                let values =
+                                    rows::<I, W, $n>(blocks, a.group, panel, part, tile, height, first);
                                 for (i, v) in values.into_iter().enumerate() {
                                     I::V::store_first(y.add(i * a.y_stride), lanes, v);
                                 }

@@ -330,7 +330,8 @@ pub(crate) fn matmuls(
         .collect();
     let all: usize = weights.iter().map(|w| w.panels()).sum();
     // A multiple of four panels keeps the float path wide.
-    let wide = if weights.iter().any(|w| matches!(w.body, Body::Float(_) | Body::Fp8 { .. })) { 4 } else { 1 };
+    let wide =
+        if weights.iter().any(|w| matches!(w.body, Body::Float(_) | Body::Fp8 { .. })) { 4 } else { 1 };
     let step = balanced_step(all, pool.threads(), wide);
     let tasks = weights.iter().map(|w| w.panels().div_ceil(step)).sum();
     with_input(level, pool, x, rows, weights, |input| {

@@ -18,16 +18,28 @@ pub(crate) struct Pattern(Node);
 #[derive(Clone, Debug)]
 enum Node {
     /// One character: in the ranges, or not in them.
-    One { ranges: Vec<(char, char)>, not: bool },
+    One {
+        ranges: Vec<(char, char)>,
+        not: bool,
+    },
     Start,
     End,
     /// `\b`, or `\B` if `not`.
-    Border { not: bool },
+    Border {
+        not: bool,
+    },
     All(Vec<Node>),
     Any(Vec<Node>),
-    Repeat { node: Box<Node>, min: u32, max: Option<u32> },
+    Repeat {
+        node: Box<Node>,
+        min: u32,
+        max: Option<u32>,
+    },
     /// Looks ahead and stays.
-    Ahead { node: Box<Node>, not: bool },
+    Ahead {
+        node: Box<Node>,
+        not: bool,
+    },
 }
 
 /// Positions `0..=length` of a text.

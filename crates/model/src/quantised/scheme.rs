@@ -131,7 +131,9 @@ impl Reader<'_> {
             match self.table.get(key) {
                 None => {}
                 Some(value) => {
-                    let n = value.as_i64().ok_or_else(|| self.wrong(key, format!("is {value}, no whole number")))?;
+                    let n = value
+                        .as_i64()
+                        .ok_or_else(|| self.wrong(key, format!("is {value}, no whole number")))?;
                     return Ok(Some(n));
                 }
             }
@@ -145,7 +147,9 @@ impl Reader<'_> {
             None => Ok(None),
             Some(-1) => Ok(Some(None)),
             Some(n @ 1..=0xff_ffff) => Ok(Some(Some(n as usize))),
-            Some(n) => Err(self.wrong(keys[0], format!("is {n}, expected a group size, or -1 for whole rows"))),
+            Some(n) => {
+                Err(self.wrong(keys[0], format!("is {n}, expected a group size, or -1 for whole rows")))
+            }
         }
     }
 
@@ -181,7 +185,11 @@ impl Scheme {
         for (table, key, prefix) in [
             (Some(root), "quantization_config", "quantization_config."),
             (Some(root), "compression_config", "compression_config."),
-            (root.find_table("text_config")?.as_ref(), "quantization_config", "text_config.quantization_config."),
+            (
+                root.find_table("text_config")?.as_ref(),
+                "quantization_config",
+                "text_config.quantization_config.",
+            ),
         ] {
             if let Some(table) = table.map(|t| t.find_table(key)).transpose()?.flatten() {
                 found = Some((table, prefix));
@@ -226,7 +234,9 @@ impl Scheme {
             "gptq" => gptq(&reader)?,
             "fp8" | "fbgemm_fp8" => {
                 if let Some(format @ ("e5m2" | "e3m4")) = table.find_str("fmt")? {
-                    return Err(reader.wrong("fmt", format!("is `{format}`; 8-bit floats are read as `e4m3`")));
+                    return Err(
+                        reader.wrong("fmt", format!("is `{format}`; 8-bit floats are read as `e4m3`"))
+                    );
                 }
                 Method::Fp8 { block: reader.block("weight_block_size")?.unwrap_or([128, 128]) }
             }
@@ -321,7 +331,8 @@ fn compressed(reader: &Reader<'_>) -> Result<Option<Vec<Form>>, ModelError> {
     };
     let mut forms = Vec::new();
     for key in groups.map().keys() {
-        let wrong = |name: &str, problem: String| reader.wrong(&format!("config_groups.{key}.{name}"), problem);
+        let wrong =
+            |name: &str, problem: String| reader.wrong(&format!("config_groups.{key}.{name}"), problem);
         let Some(table) = groups.find_table(key)? else { continue };
         if table.find_str("format")?.is_some_and(|format| !READ.contains(&format)) {
             return Ok(None);
@@ -329,7 +340,9 @@ fn compressed(reader: &Reader<'_>) -> Result<Option<Vec<Form>>, ModelError> {
         let Some(weights) = table.find_table("weights")? else { continue };
         let own = Reader { place: reader.place.clone(), prefix: "", table: &weights };
         let place = |e: ModelError| match e {
-            ModelError::QuantisedConfig { key: name, problem, .. } => wrong(&format!("weights.{name}"), problem),
+            ModelError::QuantisedConfig { key: name, problem, .. } => {
+                wrong(&format!("weights.{name}"), problem)
+            }
             other => other,
         };
         let float = match weights.find_str("type")?.unwrap_or("int") {

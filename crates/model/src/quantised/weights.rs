@@ -184,7 +184,9 @@ impl<'a> Found<'a> {
         let packed = match scheme.method {
             Method::Awq { .. } | Method::Gptq { .. } => "qweight",
             Method::Fp8 { .. } => "weight",
-            Method::Compressed { .. } if dir.find(&tensors.full("weight_packed")).is_some() => "weight_packed",
+            Method::Compressed { .. } if dir.find(&tensors.full("weight_packed")).is_some() => {
+                "weight_packed"
+            }
             Method::Compressed { .. } => "weight",
         };
         let Some(main) = dir.find(&tensors.full(packed)) else { return Ok(None) };
@@ -195,7 +197,8 @@ impl<'a> Found<'a> {
         }
         if let Some((key, entry)) = scheme.skips(layer) {
             let (place, prefix) = (&scheme.place, scheme.prefix);
-            let problem = format!("is quantised, but `{prefix}{key}` of `{place}` leaves it out by `{entry}`");
+            let problem =
+                format!("is quantised, but `{prefix}{key}` of `{place}` leaves it out by `{entry}`");
             return Err(wrong(&main, problem));
         }
         tensors.find(packed);
@@ -208,7 +211,9 @@ impl<'a> Found<'a> {
             Method::Compressed { forms } => {
                 let Some(form) = scheme.form(forms, layer) else {
                     let (place, prefix) = (&scheme.place, scheme.prefix);
-                    let problem = format!("is quantised, but no target of `{prefix}config_groups` of `{place}` names it");
+                    let problem = format!(
+                        "is quantised, but no target of `{prefix}config_groups` of `{place}` names it"
+                    );
                     return Err(wrong(&main, problem));
                 };
                 let key = format!("{}config_groups.{}", scheme.prefix, form.key);
@@ -225,7 +230,8 @@ impl<'a> Found<'a> {
                     }
                     (_, dtype, float) => {
                         let what = if float { "floats" } else { "whole numbers" };
-                        let problem = format!("is stored as {dtype:?}, but `{key}` says {} bits, {what}", form.bits);
+                        let problem =
+                            format!("is stored as {dtype:?}, but `{key}` says {} bits, {what}", form.bits);
                         Err(wrong(&main, problem))
                     }
                 }
@@ -329,7 +335,8 @@ impl<'a> Found<'a> {
         let scale = |g: usize| self.scales.values[self.scales.at(o, g)];
         let zero = |g: usize| self.zeros.as_ref().map(|zeros| zeros[self.scales.at(o, g)]);
         let column = |k: usize| self.order.as_ref().map_or(k, |order| order[k] as usize);
-        let (WeightDtype::Int4(groups) | WeightDtype::Int8(groups) | WeightDtype::Fp8(groups)) = self.dtype else {
+        let (WeightDtype::Int4(groups) | WeightDtype::Int8(groups) | WeightDtype::Fp8(groups)) = self.dtype
+        else {
             // No group fits: the values themselves.
             for (k, out) in row.chunks_exact_mut(4).enumerate() {
                 let g = self.group_of.as_ref().map_or(k / self.scales.wide, |of| of[k] as usize);
@@ -380,11 +387,7 @@ fn whole<'a>(
     let middle = if bits == 4 { 8 } else { 0 };
     let zeros = zeros.filter(|zeros| zeros.iter().any(|z| *z != middle));
     let exact = |s: &f32| half::f16::from_f32(*s).to_f32().to_bits() == s.to_bits();
-    let groups = Groups {
-        len: len as u32,
-        single: !scales.values.iter().all(exact),
-        zeros: zeros.is_some(),
-    };
+    let groups = Groups { len: len as u32, single: !scales.values.iter().all(exact), zeros: zeros.is_some() };
     let group_of = group_of.filter(|of| of.iter().enumerate().any(|(k, g)| *g as usize != k / len));
     // Inputs of a group beside each other, if all groups are full.
     let order = group_of.as_ref().and_then(|of| {
@@ -393,7 +396,8 @@ fn whole<'a>(
         let full = order.iter().enumerate().all(|(at, k)| of[*k as usize] as usize == at / len);
         full.then_some(order)
     });
-    let fits = len.is_multiple_of(32) && inputs.is_multiple_of(len) && (group_of.is_none() || order.is_some());
+    let fits =
+        len.is_multiple_of(32) && inputs.is_multiple_of(len) && (group_of.is_none() || order.is_some());
     let dtype = match (fits, bits) {
         (false, _) => WeightDtype::F32,
         (true, 4) => WeightDtype::Int4(groups),
@@ -485,14 +489,21 @@ fn group_ids(g_idx: &Tensor<'_>, inputs: usize, groups: usize) -> Result<Option<
     shaped(g_idx, &[inputs], "for as many inputs")?;
     let ids = g_idx.to_i64()?;
     if let Some(at) = ids.iter().position(|g| !(0..groups as i64).contains(g)) {
-        return Err(wrong(g_idx, format!("has group {} at input {at}, but there are {groups} groups", ids[at])));
+        return Err(wrong(
+            g_idx,
+            format!("has group {} at input {at}, but there are {groups} groups", ids[at]),
+        ));
     }
     let blank = groups > 1 && ids.iter().all(|g| *g == 0);
     Ok((!blank).then(|| ids.into_iter().map(|g| g as u32).collect()))
 }
 
 /// Checks the shape of scales, and says how they stand.
-fn scales_of(tensor: &Tensor<'_>, strategy: Strategy, [out, inputs]: [usize; 2]) -> Result<Scales, ModelError> {
+fn scales_of(
+    tensor: &Tensor<'_>,
+    strategy: Strategy,
+    [out, inputs]: [usize; 2],
+) -> Result<Scales, ModelError> {
     let (rows, columns, high, wide, why) = match strategy {
         Strategy::Tensor => (1, 1, out, inputs, "for one scale of the whole weight".to_owned()),
         Strategy::Channel => (out, 1, 1, inputs, format!("for {out} outputs")),
@@ -524,11 +535,16 @@ fn packed_rows<'a>(
     shaped(&sizes, &[2], "for two sizes")?;
     let sizes_said = sizes.to_i64()?;
     let inputs = match sizes_said[..] {
-        [o, i] if o == out as i64 && i > 0 && (i as u64).saturating_mul(bits as u64).div_ceil(32) == words as u64 => {
+        [o, i]
+            if o == out as i64
+                && i > 0
+                && (i as u64).saturating_mul(bits as u64).div_ceil(32) == words as u64 =>
+        {
             i as usize
         }
         _ => {
-            let problem = format!("is {sizes_said:?}, but `{}` has {out} x {words} words of {bits} bits", main.name);
+            let problem =
+                format!("is {sizes_said:?}, but `{}` has {out} x {words} words of {bits} bits", main.name);
             return Err(wrong(&sizes, problem));
         }
     };
@@ -542,7 +558,9 @@ fn packed_rows<'a>(
     };
     let zeros = match zeros {
         None => None,
-        Some(zeros) if zeros.dtype == Dtype::I32 && matches!(strategy, Strategy::Group(_) | Strategy::Channel) => {
+        Some(zeros)
+            if zeros.dtype == Dtype::I32 && matches!(strategy, Strategy::Group(_) | Strategy::Channel) =>
+        {
             let rows = (out * bits).div_ceil(32);
             shaped(&zeros, &[rows, groups], &format!("for {out} outputs in words and {groups} groups"))?;
             let numbers = (0..out).flat_map(|o| (0..groups).map(move |g| (o, g)));
@@ -560,7 +578,8 @@ fn packed_rows<'a>(
 fn byte_zeros(zeros: &Tensor<'_>, scales: &Scales, middle: i8) -> Result<Vec<i8>, ModelError> {
     let zeros = typed(*zeros, Dtype::I8)?;
     if zeros.elements() != scales.values.len() {
-        let problem = format!("has shape {:?}, expected one for each of {} scales", zeros.shape, scales.values.len());
+        let problem =
+            format!("has shape {:?}, expected one for each of {} scales", zeros.shape, scales.values.len());
         return Err(wrong(&zeros, problem));
     }
     Ok(zeros.bytes.iter().map(|z| (*z as i8).wrapping_add(middle)).collect())
@@ -586,7 +605,9 @@ fn bytes<'a>(
 
 /// Scales for activations in 8 bits are of no use here: they stay in f32, or are quantised by what they are.
 fn activation_scales(layer: &mut Layer<'_, '_>) {
-    for part in ["input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "activation_scale_ub"] {
+    for part in
+        ["input_scale", "input_zero_point", "input_scale_ub", "activation_scale", "activation_scale_ub"]
+    {
         layer.find(part);
     }
 }
