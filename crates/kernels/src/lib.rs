@@ -25,7 +25,19 @@ pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use train::TrainKernels;
-pub use weight::{KernelError, KvDtype, PackMode, WeightDtype, WeightView};
+pub use weight::{Groups, KernelError, KvDtype, PackMode, WeightDtype, WeightView};
+
+/// Checks a weight and that `order` names every input once.
+pub(crate) fn check_order(name: &str, weight: &WeightView<'_>, order: &[u32]) -> Result<(), KernelError> {
+    weight.check(name)?;
+    let mut seen = vec![false; weight.in_features];
+    let fresh =
+        |input: &u32| seen.get_mut(*input as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+    if order.len() == weight.in_features && order.iter().all(fresh) {
+        return Ok(());
+    }
+    Err(KernelError::WeightOrder { name: name.into(), in_features: weight.in_features })
+}
 
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,6 +121,24 @@ pub trait Kernels: Send + Sync + 'static {
     fn download(&self, buf: &Self::Buf, offset: usize, out: &mut [f32]);
     /// Repacks a weight once at load.
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
+    /// Like [`Kernels::pack`] for a weight whose column `k` belongs to input `order[k]`. Values are kept; a backend that
+    /// cannot take the inputs in another order widens them to f32.
+    fn pack_ordered(
+        &self,
+        name: &str,
+        weight: &WeightView<'_>,
+        order: &[u32],
+        mode: PackMode,
+    ) -> Result<Self::Packed, KernelError> {
+        check_order(name, weight, order)?;
+        let mut values = vec![0.0; weight.out_features * weight.in_features];
+        let mut columns = vec![0.0; weight.in_features];
+        for (o, row) in values.chunks_exact_mut(weight.in_features.max(1)).enumerate() {
+            quant::dequantize_row(weight, o, &mut columns);
+            order.iter().zip(&columns).for_each(|(input, v)| row[*input as usize] = *v);
+        }
+        self.pack(name, &WeightView::f32(&values, weight.out_features, weight.in_features), mode)
+    }
     /// Several linear layers of one input: `ys[i][R, Oᵢ] = x[R, I] · Wᵢᵀ`, plus `bias[Oᵢ]` if given.
     fn matmuls(
         &self,

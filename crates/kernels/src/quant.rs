@@ -5,7 +5,7 @@
 
 use half::f16;
 
-use crate::{WeightDtype, WeightView};
+use crate::{Groups, WeightDtype, WeightView};
 
 /// Values that the indices of IQ4_NL and IQ4_XS stand for.
 pub(crate) const IQ4_VALUES: [i8; 16] =
@@ -13,7 +13,7 @@ pub(crate) const IQ4_VALUES: [i8; 16] =
 /// Values that the indices of MXFP4 and NVFP4 stand for, doubled.
 pub(crate) const FP4_VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// One block of 32 values in a uniform form: `value[i] = scale[i / 16] * quant[i] + min[i / 16]`.
+/// One block of 32 values in a uniform form: `value[i] = scale[i / 16] * (quant[i] - zero) + min[i / 16]`.
 ///
 /// The products are rounded to f32 as written here; every path uses the same. Without minima `min` is -0.0, which
 /// changes no bit of a value.
@@ -22,6 +22,7 @@ pub(crate) struct Block32 {
     pub quants: [i8; 32],
     pub scales: [f32; 2],
     pub mins: [f32; 2],
+    pub zero: i8,
     pub parts: Parts,
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct Parts {
 impl Parts {
     fn block(self, quants: [i8; 32]) -> Block32 {
         let scales = self.scales.map(|s| self.scale * f32::from(s));
-        Block32 { quants, scales, mins: [-0.0; 2], parts: self }
+        Block32 { quants, scales, mins: [-0.0; 2], zero: 0, parts: self }
     }
 
     fn block_with_mins(self, quants: [i8; 32]) -> Block32 {
@@ -51,13 +52,13 @@ impl Parts {
 impl Block32 {
     /// Scales of its own.
     fn plain(quants: [i8; 32], scales: [f32; 2], min: f32) -> Block32 {
-        Block32 { quants, scales, mins: [min; 2], parts: Parts::default() }
+        Block32 { quants, scales, mins: [min; 2], zero: 0, parts: Parts::default() }
     }
 
     /// The values.
     pub(crate) fn values(&self, out: &mut [f32]) {
         for (i, (v, q)) in out.iter_mut().zip(&self.quants).enumerate() {
-            *v = self.scales[i / 16] * f32::from(*q) + self.mins[i / 16];
+            *v = self.scales[i / 16] * f32::from(i16::from(*q) - i16::from(self.zero)) + self.mins[i / 16];
         }
     }
 }
@@ -368,8 +369,52 @@ pub(crate) fn block32(dtype: WeightDtype, row: &[u8], b: usize) -> Block32 {
             };
             Block32::plain(quants, [scale(0), scale(1)], -0.0)
         }
-        WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => unreachable!("float types have no blocks"),
+        WeightDtype::Int4(g) => {
+            let (scale, zero, stored) = group_head(g, block);
+            for (i, q) in quants.iter_mut().enumerate() {
+                *q = (stored[16 * sub + i / 2] >> (i % 2 * 4) & 15) as i8;
+            }
+            let mut zero = zero.unwrap_or(8);
+            // A form of its own, which has the zero in its layout.
+            if !g.zeros && !g.single {
+                quants.iter_mut().for_each(|q| *q -= 8);
+                zero = 0;
+            }
+            Block32 { zero, ..Block32::plain(quants, [scale; 2], -0.0) }
+        }
+        WeightDtype::Int8(g) => {
+            let (scale, zero, stored) = group_head(g, block);
+            for (q, byte) in quants.iter_mut().zip(&stored[32 * sub..]) {
+                *q = *byte as i8;
+            }
+            Block32 { zero: zero.unwrap_or(0), ..Block32::plain(quants, [scale; 2], -0.0) }
+        }
+        WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 | WeightDtype::Fp8(_) => {
+            unreachable!("float types have no blocks")
+        }
     }
+}
+
+/// Scale and zero of a group, and its values as they are stored.
+pub(crate) fn group_head(g: Groups, group: &[u8]) -> (f32, Option<i8>, &[u8]) {
+    let scale = match g.single {
+        true => f32::from_bits(u32_at(group, 0)),
+        false => half_at(group, 0),
+    };
+    let stored = g.head_bytes();
+    (scale, g.zeros.then(|| group[stored - 1] as i8), &group[stored..])
+}
+
+/// An 8-bit float (E4M3, not NaN) divided by 256: its bits as an f16 of a larger exponent.
+#[inline]
+pub(crate) fn f8_part(bits: u8) -> f32 {
+    let bits = u16::from(bits);
+    f16::from_bits((bits & 0x7f) << 7 | (bits & 0x80) << 8).to_f32()
+}
+
+/// The value of an 8-bit float (E4M3): four bits of exponent, no infinities, NaN where all bits but the sign are set.
+pub fn f8_value(bits: u8) -> f32 {
+    if bits & 0x7f == 0x7f { f32::NAN } else { f8_part(bits) * 256.0 }
 }
 
 /// 32 nibbles of 16 bytes: value `i` in the low half of byte `i`, value `i + 16` in its high half.
@@ -418,6 +463,15 @@ pub fn dequantize_row(w: &WeightView<'_>, o: usize, out: &mut [f32]) {
         WeightDtype::Bf16 => {
             for (v, b) in out.iter_mut().zip(row.chunks_exact(2)) {
                 *v = f32::from_bits(u32::from(u16_at(b, 0)) << 16);
+            }
+        }
+        WeightDtype::Fp8(g) => {
+            let (len, bytes) = w.dtype.block();
+            for (values, group) in out.chunks_exact_mut(len).zip(row.chunks_exact(bytes)) {
+                let (scale, _, stored) = group_head(g, group);
+                for (v, byte) in values.iter_mut().zip(stored) {
+                    *v = scale * f8_value(*byte);
+                }
             }
         }
         block_type => {

@@ -55,10 +55,38 @@ pub enum WeightDtype {
     Iq1S,
     /// GGUF vectors of a grid, 1.75 bits.
     Iq1M,
+    /// 4-bit numbers with a scale per group, as AWQ, GPTQ and compressed-tensors have them; see [`Groups`].
+    Int4(Groups),
+    /// The same with 8 bits.
+    Int8(Groups),
+    /// 8-bit floats (E4M3) with a scale per group.
+    Fp8(Groups),
+}
+
+/// How the values of a row share scales, in [`WeightDtype::Int4`], [`WeightDtype::Int8`] and [`WeightDtype::Fp8`].
+///
+/// A row is one record per group: the scale, the zero as one signed byte if there are any, then the values: bytes,
+/// or pairs of nibbles of which the low one comes first. `value = scale * (number - zero)`, rounded to f32 once. A
+/// nibble stands for 0 to 15 and has the zero 8 where none is stored; a byte of an `Int8` is signed. No float is NaN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Groups {
+    /// Values of a group: a multiple of 32 for whole numbers.
+    pub len: u32,
+    /// Scales are f32, not f16; those of floats always are.
+    pub single: bool,
+    /// Each group has a zero of its own; floats have none.
+    pub zeros: bool,
+}
+
+impl Groups {
+    /// Bytes in front of the values of a group.
+    pub fn head_bytes(self) -> usize {
+        2 + 2 * usize::from(self.single) + usize::from(self.zeros)
+    }
 }
 
 impl WeightDtype {
-    /// Every type.
+    /// Every type that GGUF files have.
     pub const ALL: [WeightDtype; 26] = [
         WeightDtype::F32,
         WeightDtype::F16,
@@ -115,6 +143,8 @@ impl WeightDtype {
             WeightDtype::Iq3S => (256, 110),
             WeightDtype::Iq1S => (256, 50),
             WeightDtype::Iq1M => (256, 56),
+            WeightDtype::Int4(g) => (g.len as usize, g.head_bytes() + g.len as usize / 2),
+            WeightDtype::Int8(g) | WeightDtype::Fp8(g) => (g.len as usize, g.head_bytes() + g.len as usize),
         }
     }
 
@@ -143,7 +173,10 @@ impl WeightDtype {
             | WeightDtype::Q6K
             | WeightDtype::Iq4Nl
             | WeightDtype::Iq4Xs
-            | WeightDtype::Mxfp4 => None,
+            | WeightDtype::Mxfp4
+            | WeightDtype::Int4(_)
+            | WeightDtype::Int8(_)
+            | WeightDtype::Fp8(_) => None,
         }
     }
 }
@@ -176,7 +209,12 @@ impl<'a> WeightView<'a> {
     /// Checks that rows are whole blocks and that the bytes are all there.
     pub fn check(&self, name: &str) -> Result<(), KernelError> {
         let (block, _) = self.dtype.block();
-        if !self.in_features.is_multiple_of(block) {
+        let whole = match self.dtype {
+            WeightDtype::Int4(g) | WeightDtype::Int8(g) => g.len > 0 && g.len.is_multiple_of(32),
+            WeightDtype::Fp8(g) => g.len > 0 && g.single && !g.zeros,
+            _ => true,
+        };
+        if !whole || !self.in_features.is_multiple_of(block) {
             return Err(KernelError::WeightBlock {
                 name: name.into(),
                 in_features: self.in_features,
@@ -272,5 +310,15 @@ pub enum KernelError {
         block: usize,
         /// Stored type.
         dtype: WeightDtype,
+    },
+    /// An order of columns that is no permutation.
+    #[error(
+        "the order of the columns of weight `{name}` does not name each of its {in_features} inputs once"
+    )]
+    WeightOrder {
+        /// Tensor name.
+        name: String,
+        /// Columns.
+        in_features: usize,
     },
 }

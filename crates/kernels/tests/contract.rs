@@ -6,8 +6,8 @@ use draftsmith_kernels::testing::infer::{
     AttentionCase, DTYPES, ExpertsCase, Random, append, matmul, stored, stored_as,
 };
 use draftsmith_kernels::{
-    Cpu, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype, WeightView,
-    quant, reference, testing,
+    Cpu, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
+    WeightView, quant, reference, testing,
 };
 
 #[test]
@@ -176,6 +176,79 @@ fn the_largest_output_of_a_vocabulary_is_that_of_the_products() {
             let all = quant::dequantize(&w);
             assert_eq!(values, [&all[..inputs], &all[(out - 1) * inputs..]].concat());
         }
+    }
+}
+
+/// A weight with the columns of `w` in another order: products, largest outputs and rows are those of the inputs' order.
+#[test]
+fn columns_in_another_order_take_the_inputs_in_that_order() {
+    let mut random = Random(51);
+    let (inputs, out, rows) = (256, 40, 5);
+    let order: Vec<u32> = (0..inputs as u32).map(|k| (k * 37 + 11) % inputs as u32).collect();
+    for dtype in DTYPES {
+        let data = stored(&mut random, dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        let x = random.floats(rows * inputs);
+        let turned: Vec<f32> =
+            x.chunks_exact(inputs).flat_map(|x| order.iter().map(|k| x[*k as usize])).collect();
+        for cpu in Cpu::all_paths(2) {
+            let plain = cpu.pack("w", &w, PackMode::Stored).unwrap();
+            let packed = cpu.pack_ordered("w", &w, &order, PackMode::Stored).unwrap();
+            let wanted = matmul(&cpu, &turned, rows, &w, PackMode::Stored);
+            let direct = matmul(&cpu, &x, rows, &w, PackMode::Stored);
+            let mut ys: Vec<_> = (0..4).map(|_| cpu.scratch(rows * out)).collect();
+            cpu.matmuls(
+                &x,
+                rows,
+                &[(&packed, None), (&packed, None), (&plain, None), (&packed, None)],
+                &mut ys,
+            );
+            assert_eq!((&ys[0], &ys[1], &ys[3], &ys[2]), (&wanted, &wanted, &wanted, &direct), "{dtype:?}");
+            assert_eq!(cpu.argmax(&x, rows, &packed), cpu.argmax(&turned, rows, &plain));
+            let mut values = cpu.zeros(inputs);
+            cpu.embed(&packed, &[7], 1.0, &mut values);
+            let row = &quant::dequantize(&w)[7 * inputs..8 * inputs];
+            for (k, v) in order.iter().zip(row) {
+                let found = values[*k as usize];
+                assert!(found.to_bits() == v.to_bits(), "{dtype:?}: {found} at {k}, not {v}");
+            }
+        }
+    }
+    let data = stored(&mut random, WeightDtype::F32, 3, 4);
+    let w = WeightView { dtype: WeightDtype::F32, out_features: 3, in_features: 4, data: &data };
+    for order in [&[0, 1, 2][..], &[0, 1, 2, 2], &[0, 1, 2, 4]] {
+        let error = Cpu::new(1).pack_ordered("w", &w, order, PackMode::F32).err().unwrap();
+        assert!(error.to_string().contains("does not name each of its 4 inputs once"), "{error}");
+    }
+}
+
+/// All 8-bit floats against their definition, and on every path the products of each with one.
+#[test]
+fn eight_bit_floats_have_their_values() {
+    let mut data = Vec::new();
+    let mut wanted = Vec::new();
+    for bits in 0..=255u8 {
+        let (sign, exponent, mantissa) = (bits >> 7, i32::from(bits >> 3 & 15), f32::from(bits & 7));
+        let size = match exponent {
+            0 => mantissa * 2f32.powi(-9),
+            _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+        };
+        let value = if sign == 1 { -size } else { size };
+        if bits & 0x7f == 0x7f {
+            assert!(quant::f8_value(bits).is_nan());
+            continue;
+        }
+        assert_eq!(quant::f8_value(bits).to_bits(), value.to_bits(), "{bits:#x}");
+        data.extend(0.37f32.to_le_bytes());
+        data.extend([bits; 16]);
+        wanted.push(0.37 * value);
+    }
+    let dtype = WeightDtype::Fp8(Groups { len: 16, single: true, zeros: false });
+    let w = WeightView { dtype, out_features: wanted.len(), in_features: 16, data: &data };
+    let mut x = [0.0; 16];
+    x[5] = 1.0;
+    for cpu in Cpu::all_paths(1) {
+        assert_eq!(matmul(&cpu, &x, 1, &w, PackMode::Stored), wanted, "{}", cpu.features().path);
     }
 }
 

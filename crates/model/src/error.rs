@@ -45,6 +45,26 @@ pub enum ModelError {
         /// By which method, as people spell it.
         method: String,
     },
+    /// What a configuration says about quantised weights is not read, or contradicts itself.
+    #[error("`{key}` of `{place}` {problem}")]
+    QuantisedConfig {
+        /// File of the configuration.
+        place: String,
+        /// Dotted key.
+        key: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A tensor of a quantised layer does not fit the others, or the configuration.
+    #[error("tensor `{name}` of `{place}` {problem}")]
+    QuantisedTensor {
+        /// File.
+        place: String,
+        /// Tensor.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// A folder with an adapter only.
     #[error("`{place}` holds an adapter, not a model")]
     Adapter {
@@ -124,6 +144,16 @@ impl ModelError {
                 Some(format!("choose a model of a family that is read: {}", families()))
             }
             ModelError::Quantised { place, .. } => Some(quantised::advice(place)),
+            ModelError::QuantisedConfig { .. } => Some(
+                "correct the key, or use another quantisation of the model: AWQ (`gemm`), GPTQ, FP8 (`e4m3`) and \
+                 compressed-tensors are read, and GGUF files"
+                    .into(),
+            ),
+            ModelError::QuantisedTensor { .. } => Some(
+                "the file is damaged, or from another quantisation than config.json: take both from one repository \
+                 and revision"
+                    .into(),
+            ),
             ModelError::Adapter { .. } => {
                 Some("merge it into the model that it was trained for, and give the merged folder".into())
             }

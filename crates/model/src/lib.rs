@@ -27,4 +27,5 @@ pub use load::{rope_halves_from_pairs, rope_pairs_from_halves};
 pub use mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
 pub use moe::ExpertsConfig;
 pub use ops::{Attend, Ops};
+pub use quantised::{QuantisedLayer, quantised_layers, quantised_values};
 pub use target::{LayerWeights, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer};

@@ -16,7 +16,7 @@ use crate::config::TargetConfig;
 use crate::dtype::weight_dtype;
 use crate::family::{Family, Norm, RopeRows};
 use crate::infer::Linear;
-use crate::quantised;
+use crate::quantised::{self, Found, Scheme};
 use crate::{ModelError, Precision};
 
 /// One tensor of a decoder layer, or of the model.
@@ -52,7 +52,7 @@ pub(crate) enum Part {
 
 enum Container {
     Gguf(GgufFile<'static>),
-    Safetensors { dir: SafetensorsDir, prefix: &'static str },
+    Safetensors { dir: SafetensorsDir, prefix: &'static str, scheme: Option<Scheme> },
 }
 
 /// An opened model whose tensors are handed out once each.
@@ -68,6 +68,8 @@ struct Stored<'a> {
     dtype: WeightDtype,
     shape: [usize; 2],
     data: Cow<'a, [u8]>,
+    /// Input of each column where that is another one.
+    order: Option<Vec<u32>>,
 }
 
 impl Source {
@@ -96,7 +98,13 @@ impl Source {
             })?;
             // Checkpoints of gpt-oss have their experts in 4-bit floats, which the kernels read as they are.
             let native = config.experts.is_some() && config.family == Family::GptOss;
-            if let Some(shown) = quantised::shown(&dir).filter(|shown| !(native && *shown == "MXFP4")) {
+            let shown = quantised::shown(&dir).filter(|shown| !(native && *shown == "MXFP4"));
+            let scheme = match shown {
+                // Experts are read as floats and as gpt-oss has them.
+                Some(_) if config.experts.is_none() => Scheme::read(&hf, Some(path))?,
+                _ => None,
+            };
+            if let (Some(shown), None) = (shown, &scheme) {
                 return Err(named(method.as_deref().unwrap_or(shown)));
             }
             let prefix = ["model.", "language_model.model.", "model.language_model.", ""]
@@ -104,7 +112,7 @@ impl Source {
                 .find(|p| dir.find(&format!("{p}embed_tokens.weight")).is_some())
                 .unwrap_or("model.");
             return Ok(Source {
-                container: Container::Safetensors { dir, prefix },
+                container: Container::Safetensors { dir, prefix, scheme },
                 place,
                 config,
                 used: BTreeSet::new(),
@@ -144,10 +152,24 @@ impl Source {
                 }
                 self.used.insert(name);
                 let data = ordered(cut(file.data(info)), spec.gguf_rows);
-                Ok(Stored { dtype, shape, data })
+                Ok(Stored { dtype, shape, data, order: None })
             }
-            Container::Safetensors { dir, prefix } => {
+            Container::Safetensors { dir, prefix, scheme } => {
                 let name = spec.hf_name(part, layer, prefix);
+                if let (Some(scheme), Some(layer)) = (scheme, name.strip_suffix(".weight"))
+                    && let Some(found) = Found::new(scheme, dir, layer)?
+                {
+                    if found.shape != whole {
+                        let found = found.shape.to_vec();
+                        return Err(ModelError::TensorShape { place, name, found, wanted: whole.to_vec() });
+                    }
+                    let all = found.rows();
+                    let data = rows_between(&all, rows, first..first + shape[0]);
+                    let data = rope_ordered(config, part, data, shape, spec.hf_rows).into_owned().into();
+                    let Found { dtype, order, tensors, .. } = found;
+                    self.used.extend(tensors);
+                    return Ok(Stored { dtype, shape, data, order });
+                }
                 let tensor = dir
                     .find(&name)
                     .ok_or_else(|| ModelError::MissingTensor { place: place.clone(), name: name.clone() })?;
@@ -164,7 +186,7 @@ impl Source {
                 }
                 let data = ordered(cut(tensor.bytes), spec.hf_rows);
                 self.used.insert(name);
-                Ok(Stored { dtype, shape, data })
+                Ok(Stored { dtype, shape, data, order: None })
             }
         }
     }
@@ -176,8 +198,12 @@ impl Source {
                     file.release(info);
                 }
             }
-            Container::Safetensors { dir, prefix } => {
-                dir.release(&self.config.family.spec().hf_name(part, layer, prefix));
+            Container::Safetensors { dir, prefix, scheme } => {
+                let name = self.config.family.spec().hf_name(part, layer, prefix);
+                dir.release(&name);
+                if let (Some(_), Some(layer)) = (scheme, name.strip_suffix("weight")) {
+                    ["qweight", "weight_packed"].iter().for_each(|end| dir.release(&format!("{layer}{end}")));
+                }
             }
         }
     }
@@ -198,9 +224,12 @@ impl Source {
             in_features: stored.shape[1],
             data: &stored.data,
         };
-        let packed = kernels
-            .pack(&format!("{part:?} of layer {layer}"), &view, precision.pack_mode())
-            .map_err(|source| ModelError::Kernel { place, source })?;
+        let name = format!("{part:?} of layer {layer}");
+        let packed = match &stored.order {
+            None => kernels.pack(&name, &view, precision.pack_mode()),
+            Some(order) => kernels.pack_ordered(&name, &view, order, precision.pack_mode()),
+        };
+        let packed = packed.map_err(|source| ModelError::Kernel { place, source })?;
         drop(stored);
         // The packed copy is what decoding reads.
         self.release(part, layer);
@@ -223,7 +252,7 @@ impl Source {
             data: &stored.data,
         };
         view.check(&format!("{part:?}")).map_err(|source| ModelError::Kernel { place, source })?;
-        Ok(quant::dequantize(&view))
+        Ok(quantised::in_input_order(quant::dequantize(&view), shape[1], stored.order.as_deref()))
     }
 
     /// A norm weight, with Gemma's one added.
@@ -247,11 +276,30 @@ impl Source {
                     .iter()
                     .any(|p| name.starts_with(p))
         };
+        // What quantised folders hold beside weights: scales for keys and values in 8 bits, which stay in more here, and
+        // biases of layers without any, as older tools of GPTQ write them.
+        let beside = |name: &str| match &self.container {
+            Container::Safetensors { dir, scheme: Some(_), .. } => {
+                let scale = [
+                    "k_scale",
+                    "v_scale",
+                    "kv_scale",
+                    "q_scale",
+                    "prob_scale",
+                    "k_zero_point",
+                    "v_zero_point",
+                ];
+                let blank = |name| dir.find(name).is_some_and(|t| t.bytes.iter().all(|b| *b == 0));
+                name.rsplit('.').next().is_some_and(|end| scale.contains(&end))
+                    || name.ends_with("_proj.bias") && blank(name)
+            }
+            _ => false,
+        };
         let names: Vec<String> = match &self.container {
             Container::Gguf(file) => file.tensors().iter().map(|t| t.name.clone()).collect(),
             Container::Safetensors { dir, .. } => dir.names().map(str::to_owned).collect(),
         };
-        match names.into_iter().find(|n| !self.used.contains(n) && !ignorable(n)) {
+        match names.into_iter().find(|n| !self.used.contains(n) && !ignorable(n) && !beside(n)) {
             Some(name) => Err(ModelError::UnexpectedTensor { place: self.place, name }),
             None => Ok(self.config),
         }

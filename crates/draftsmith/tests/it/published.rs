@@ -218,32 +218,14 @@ type Case<'a> = (&'a str, Option<Value>, &'a [(&'a str, Dtype, usize)], &'a str)
 #[test]
 fn quantised_folders_are_named_for_what_they_are() {
     let home = Home::new();
-    let cases: [Case; 12] = [
-        (
-            "awq",
-            Some(json!({ "quant_method": "awq", "bits": 4 })),
-            &[("qweight", Dtype::I32, 4), ("qzeros", Dtype::I32, 4), ("scales", Dtype::F16, 2)],
-            "AWQ",
-        ),
-        (
-            "gptq",
-            Some(json!({ "quant_method": "gptq" })),
-            &[("qweight", Dtype::I32, 4), ("g_idx", Dtype::I32, 4)],
-            "GPTQ",
-        ),
+    let cases: [Case; 9] = [
         ("no-word", None, &[("qweight", Dtype::I32, 4), ("qzeros", Dtype::I32, 4)], "AWQ or GPTQ"),
         ("no-word-g", None, &[("qweight", Dtype::I32, 4), ("g_idx", Dtype::I32, 4)], "GPTQ"),
-        (
-            "fp8",
-            Some(json!({ "quant_method": "fp8" })),
-            &[("weight", Dtype::F8_E4M3, 1), ("weight_scale_inv", Dtype::F32, 4)],
-            "FP8",
-        ),
         ("fp8-no-word", None, &[("weight", Dtype::F8_E4M3, 1)], "FP8"),
         (
             "packed",
-            Some(json!({ "quant_method": "compressed-tensors" })),
-            &[("weight_packed", Dtype::I32, 4), ("weight_scale", Dtype::BF16, 2)],
+            Some(json!({ "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized" })),
+            &[("weight_packed", Dtype::U8, 1), ("weight_scale", Dtype::BF16, 2)],
             "compressed-tensors",
         ),
         (
@@ -285,9 +267,9 @@ fn quantised_folders_are_named_for_what_they_are() {
         folder(
             &home,
             name,
-            |c| c["quantization_config"] = json!({ "quant_method": "awq" }),
+            |c| c["quantization_config"] = json!({ "quant_method": "hqq" }),
             |name, data| match name.strip_suffix("weight") {
-                Some(base) if name.contains("q_proj") => added(base, &[("qweight", Dtype::I32, 4)]),
+                Some(base) if name.contains("q_proj") => added(base, &[("W_q", Dtype::U8, 1)]),
                 _ => vec![data],
             },
         );
@@ -310,7 +292,127 @@ fn quantised_folders_are_named_for_what_they_are() {
     assert_eq!(pickled.code, Some(2));
     std::fs::remove_file(home.path().join("old/model.safetensors")).unwrap();
     home.write("old/pytorch_model.bin", "PK");
-    refused(&generate(&home, "old"), "is quantised with AWQ", "GGUF");
+    refused(&generate(&home, "old"), "is quantised with HQQ", "GGUF");
+}
+
+/// Every projection of the tiny target in bytes with a scale per output.
+fn in_bytes(name: &str, data: TensorData) -> Vec<TensorData> {
+    let Some(base) = name.strip_suffix("weight").filter(|base| base.contains("_proj.")) else {
+        return vec![data];
+    };
+    let [rows, columns] = data.shape[..] else { panic!("a matrix") };
+    let values: Vec<f32> = data
+        .bytes
+        .chunks_exact(2)
+        .map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16))
+        .collect();
+    let (mut bytes, mut scales) = (Vec::new(), Vec::new());
+    for row in values.chunks_exact(columns) {
+        let scale = row.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+        bytes.extend(row.iter().map(|v| (v / scale).round() as i8 as u8));
+        scales.push(scale);
+    }
+    let weight = TensorData { dtype: Dtype::I8, shape: vec![rows, columns], name: name.into(), bytes };
+    vec![weight, TensorData::f32(&format!("{base}weight_scale"), &[rows, 1], &scales)]
+}
+
+fn bytes_config(config: &mut Value) {
+    config["quantization_config"] = json!({
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": { "group_0": {
+            "targets": ["Linear"],
+            "weights": { "num_bits": 8, "type": "int", "strategy": "channel", "symmetric": true },
+        } },
+    });
+}
+
+#[test]
+fn a_quantised_folder_answers_shows_its_forms_and_drafts_without_loss() {
+    let home = Home::new();
+    folder(&home, "q", bytes_config, in_bytes);
+    let whole = generate(&home, &tiny().display().to_string());
+    let answer = generate(&home, "q");
+    assert_eq!((answer.code, &answer.stdout), (Some(0), &whole.stdout), "{}", answer.stderr);
+    let shown = home.run(&["inspect", "q"]);
+    assert!(shown.stdout.contains("runs_as = 8 bits, f32 and zero per group"), "{}", shown.stdout);
+    // A tensor that does not fit: one line that names file and tensor.
+    let broken = |name: &str, data: TensorData| {
+        let mut made = in_bytes(name, data);
+        if name.contains("layers.3.mlp.up_proj") {
+            made.pop();
+        }
+        made
+    };
+    folder(&home, "broken", bytes_config, broken);
+    for command in [&["inspect", "broken"][..], &["generate", "-q", "--target", "broken", "--prompt", "x"]] {
+        refused(
+            &home.run(command),
+            "error: tensor `model.layers.3.mlp.up_proj.weight` of `broken/model.safetensors` needs \
+             `model.layers.3.mlp.up_proj.weight_scale`, which is missing\n",
+            "from one repository and revision",
+        );
+    }
+    let odd = |config: &mut Value| {
+        bytes_config(config);
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = json!(6);
+    };
+    folder(&home, "odd", odd, in_bytes);
+    refused(
+        &generate(&home, "odd"),
+        "error: `quantization_config.config_groups.group_0.weights.num_bits` of `odd/config.json` is 6; ",
+        "another quantisation of the model",
+    );
+}
+
+#[test]
+fn shards_and_types_that_do_not_exist_are_named() {
+    let home = Home::new();
+    folder(&home, "m", |_| {}, |_, data| vec![data]);
+    let model = home.path().join("m/model.safetensors");
+    std::fs::rename(&model, home.path().join("m/a.safetensors")).unwrap();
+    let index = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let open = SafetensorsDir::open(home.path().join("m/a.safetensors")).unwrap();
+        let mut map: serde_json::Map<String, Value> =
+            open.names().map(|name| (name.to_owned(), json!("a.safetensors"))).collect();
+        change(&mut map);
+        home.write("m/model.safetensors.index.json", json!({ "weight_map": map }).to_string());
+        generate(&home, "m")
+    };
+    assert_eq!(index(&|_| {}).code, Some(0));
+    let missing = index(&|map| {
+        map.insert("model.norm.weight".into(), json!("b.safetensors"));
+    });
+    refused(&missing, "m/b.safetensors`", "put it beside the others");
+    let absent = index(&|map| {
+        map.insert("model.norm.bias".into(), json!("a.safetensors"));
+    });
+    refused(
+        &absent,
+        "tensor `model.norm.bias` is not in `m/a.safetensors`, where the index puts it",
+        "download",
+    );
+    let left_out = index(&|map| {
+        map.remove("model.norm.weight");
+    });
+    refused(&left_out, "`m` has no tensor `model.norm.weight`", "from one repository and revision");
+    let odd = index(&|map| {
+        map.insert("model.norm.weight".into(), json!(7));
+    });
+    refused(&odd, "shard index `m/model.safetensors.index.json`", "download it again");
+
+    // A type of a GGUF tensor that nobody has defined.
+    let parts = split_target(&home.path().join("g"), 2);
+    let mut bytes = std::fs::read(&parts[1]).unwrap();
+    let name = b"output_norm.weight";
+    let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len();
+    // Number of dimensions, one dimension, type.
+    bytes[at + 4 + 8..at + 4 + 8 + 4].copy_from_slice(&99u32.to_le_bytes());
+    std::fs::write(&parts[1], bytes).unwrap();
+    let unknown = generate(&home, "g");
+    refused(&unknown, "g/tiny-00002-of-00002.gguf`: tensor `output_norm.weight`", "");
+    assert!(unknown.stderr.contains("99"), "{}", unknown.stderr);
 }
 
 #[test]

@@ -236,6 +236,8 @@ const IQ4_BYTES: [u8; 16] = {
 struct Factors<V> {
     scales: [V; 2],
     mins: [V; 2],
+    /// Less than nothing: what the sum of the activations is multiplied with, of groups with zeros.
+    zero: V,
 }
 
 /// The factors of block `b` of a record, for outputs `part * D::V::COUNT..`: what [`super::pack::PackedWeight::row`]
@@ -310,7 +312,13 @@ unsafe fn factors<D: Dot, W: Records>(record: *const u8, b: usize, part: usize) 
                 (six.map(|x| D::V::mul(d, D::to_f(D::sub(x, 32)))), [zero; 2])
             }
         };
-        Factors { scales, mins }
+        let zero = match layout.zeros {
+            true => {
+                D::V::mul(D::to_f(D::load_i8(record.add(layout.vector_bytes() + first))), D::V::splat(-1.0))
+            }
+            false => zero,
+        };
+        Factors { scales, mins, zero }
     }
 }
 
@@ -345,6 +353,7 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: u
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
     blocks: usize,
+    group: usize,
     (panel, low): (*const u8, *const u8),
     part: usize,
     tile: TilePtr,
@@ -352,6 +361,8 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
     ahead: bool,
 ) -> [D::V; R] {
     let layout = const { W::LAYOUT };
+    // Where a record of a group stands and which of its blocks is next.
+    let (mut group_record, mut group_sub) = (panel, 0);
     // What a signed sum is too large by, per unit of the activation sum; the same for unsigned ones.
     let zero = if layout.quants.signed() { D::BIAS8 } else { layout.zero };
     // Groups whose sum is taken at once: a half if the halves have scales of their own, fewer if sums are narrow.
@@ -369,8 +380,17 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
     unsafe {
         let mut acc = [D::V::splat(0.0); R];
         for b in 0..blocks {
-            let (record, sub) = (b / layout.blocks(), b % layout.blocks());
-            let record = panel.add(record * layout.record_bytes());
+            let (record, sub) = if layout.grouped {
+                if group_sub == group {
+                    group_record = group_record.add(layout.record_of(group));
+                    group_sub = 0;
+                }
+                group_sub += 1;
+                (group_record, group_sub - 1)
+            } else {
+                let record = panel.add(b / layout.blocks() * layout.record_bytes());
+                (record, b % layout.blocks())
+            };
             let quants = record.add(layout.header_bytes() + sub * layout.quants.bytes());
             let quants = quants.add(part * D::V::COUNT * 4);
             let low_bytes = layout.quants.low_bytes();
@@ -391,7 +411,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                     offset += 64;
                 }
             }
-            let Factors { scales, mins } = factors::<D, W>(record, sub, part);
+            let Factors { scales, mins, zero: lane_zero } = factors::<D, W>(record, sub, part);
             let mut dots = [[D::zero_i(); R]; 2];
             if layout.quants.signed() {
                 for group in 0..8 {
@@ -420,7 +440,12 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                 let [sum0, sum1] = *here.sums.add(r);
                 let product = |scale: D::V, dot: D::I, sum: i32, acc: D::V| {
                     let dot = if zero == 0 { dot } else { D::sub(dot, zero * sum) };
-                    D::V::fma(D::V::mul(scale, act_scale), D::to_f(dot), acc)
+                    let mut dot = D::to_f(dot);
+                    if layout.zeros {
+                        // Whole numbers below 2^21: exact.
+                        dot = D::V::fma(lane_zero, D::V::splat(sum as f32), dot);
+                    }
+                    D::V::fma(D::V::mul(scale, act_scale), dot, acc)
                 };
                 if layout.halves {
                     *acc = product(scales[0], dots[0][r], sum0, *acc);
@@ -469,7 +494,8 @@ unsafe fn panels_body<I: Isa + Dot, W: Records>(a: PanelArgs) {
                         let y = a.y.add((row + r) * a.y_stride + p * LANES + part * I::V::COUNT);
                         macro_rules! run {
                             ($n:literal) => {{
-                                let values = rows::<I, W, $n>(blocks, panel, part, tile, height, first);
+                                let values =
+                                    rows::<I, W, $n>(blocks, a.group, panel, part, tile, height, first);
                                 for (i, v) in values.into_iter().enumerate() {
                                     I::V::store_first(y.add(i * a.y_stride), lanes, v);
                                 }
@@ -543,6 +569,11 @@ formats! {
     iq4nl: Iq4Nl;
     iq4xs: Iq4Xs;
     mxfp4: Mxfp4;
+    int4: Int4;
+    int4_zeros: Int4Zeros;
+    int4_single: Int4Single;
+    int8: Int8;
+    int8_single: Int8Single;
 }
 
 /// Panels of a weight in two planes, whose first plane is read, times rows.

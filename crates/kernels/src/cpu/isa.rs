@@ -14,6 +14,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_f16(p: *const u16) -> Self;
     unsafe fn load_bf16(p: *const u16) -> Self;
+    /// 8-bit floats (E4M3), none of them NaN, divided by 256: their bits shifted into those of an f16.
+    unsafe fn load_f8(p: *const u8) -> Self;
     unsafe fn store(p: *mut f32, v: Self);
     /// `a * b + c` with one rounding.
     unsafe fn fma(a: Self, b: Self, c: Self) -> Self;
@@ -59,6 +61,11 @@ impl<T: Lanes> Lanes for (T, T) {
     unsafe fn load_bf16(p: *const u16) -> Self {
         // SAFETY: as above.
         unsafe { (T::load_bf16(p), T::load_bf16(p.add(T::COUNT))) }
+    }
+    #[inline(always)]
+    unsafe fn load_f8(p: *const u8) -> Self {
+        // SAFETY: as above.
+        unsafe { (T::load_f8(p), T::load_f8(p.add(T::COUNT))) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: Self) {
@@ -125,6 +132,12 @@ impl Lanes for [f32; 16] {
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
     }
     #[inline(always)]
+    unsafe fn load_f8(p: *const u8) -> [f32; 16] {
+        // SAFETY: module rule.
+        let bits = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        bits.map(crate::quant::f8_part)
+    }
+    #[inline(always)]
     unsafe fn store(p: *mut f32, v: [f32; 16]) {
         // SAFETY: module rule.
         unsafe { p.cast::<[f32; 16]>().write_unaligned(v) }
@@ -180,6 +193,14 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_f8(p: *const u8) -> __m256 {
+            unsafe {
+                // The sign is drawn out over the new bit of the exponent, which is then cleared.
+                let wide = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
+                _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(0xbfffu16 as i16)))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(p: *mut f32, v: __m256) {
             unsafe { _mm256_storeu_ps(p, v) }
         }
@@ -224,6 +245,14 @@ mod x86 {
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f8(p: *const u8) -> __m512 {
+            unsafe {
+                // As with AVX2.
+                let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+                _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(0xbfffu16 as i16)))
             }
         }
         #[inline(always)]

@@ -27,6 +27,10 @@ pub(crate) struct PanelArgs {
     /// Panels side by side from `w` on.
     pub panels: usize,
     pub in_features: usize,
+    /// Blocks of a record, for layouts of groups; values of a group, for 8-bit floats.
+    pub group: usize,
+    /// Scales of a group, of 8-bit floats.
+    pub scales: usize,
     /// Activations, read by float weights.
     pub x: *const f32,
     /// The same quantised, read by block weights.
@@ -132,6 +136,83 @@ unsafe fn bf16_body<I: Isa>(a: PanelArgs) {
     // SAFETY: passed on.
     unsafe { float_body::<I, BF16>(a) }
 }
+
+/// The same for 8-bit floats: a chain per group, then one fused multiply-add with the scale of the group.
+#[inline(always)]
+unsafe fn fp8_rows<I: Isa, const R: usize, const P: usize>(a: &PanelArgs, panel: usize, row: usize) {
+    // SAFETY: module rule of `isa`; `P` panels from `panel` on and `R` rows from `row` on exist.
+    unsafe {
+        let mut acc = [[I::F::splat(0.0); P]; R];
+        let w = a.w.add(panel * a.panel_bytes);
+        for group in 0..a.in_features / a.group {
+            let mut sum = [[I::F::splat(0.0); P]; R];
+            for k in group * a.group..(group + 1) * a.group {
+                let mut columns = [I::F::splat(0.0); P];
+                for (p, c) in columns.iter_mut().enumerate() {
+                    *c = I::F::load_f8(w.add(p * a.panel_bytes + k * LANES));
+                }
+                for r in 0..R {
+                    let x = I::F::splat(*a.x.add((row + r) * a.in_features + k));
+                    for p in 0..P {
+                        sum[r][p] = I::F::fma(columns[p], x, sum[r][p]);
+                    }
+                }
+            }
+            for p in 0..P {
+                let heads = w.add(p * a.panel_bytes + a.in_features * LANES).cast::<f32>();
+                let scale = match a.scales {
+                    1 => I::F::splat(heads.add(group).read_unaligned()),
+                    _ => I::F::load(heads.add(group * LANES)),
+                };
+                // What was divided by 256 above.
+                let scale = I::F::mul(scale, I::F::splat(256.0));
+                for r in 0..R {
+                    acc[r][p] = I::F::fma(scale, sum[r][p], acc[r][p]);
+                }
+            }
+        }
+        for (r, values) in acc.into_iter().enumerate() {
+            for (p, v) in values.into_iter().enumerate() {
+                let at = (panel + p) * LANES;
+                I::F::store_first(a.y.add((row + r) * a.y_stride + at), a.outputs - at, v);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn fp8_body<I: Isa>(a: PanelArgs) {
+    let mut panel = 0;
+    while panel < a.panels {
+        let wide = a.panels - panel >= 4;
+        let mut row = 0;
+        while row < a.rows {
+            // SAFETY: rows and panels are in range by the loop conditions.
+            unsafe {
+                match (a.rows - row, wide) {
+                    (2.., true) => {
+                        fp8_rows::<I, 2, 4>(&a, panel, row);
+                        row += 2;
+                    }
+                    (_, true) => {
+                        fp8_rows::<I, 1, 4>(&a, panel, row);
+                        row += 1;
+                    }
+                    (4.., false) => {
+                        fp8_rows::<I, 4, 1>(&a, panel, row);
+                        row += 4;
+                    }
+                    (_, false) => {
+                        fp8_rows::<I, 1, 1>(&a, panel, row);
+                        row += 1;
+                    }
+                }
+            }
+        }
+        panel += if wide { 4 } else { 1 };
+    }
+}
+dispatch! { unsafe fn fp8_panels(a: PanelArgs) = fp8_body }
 dispatch! { unsafe fn f32_panels(a: PanelArgs) = f32_body }
 dispatch! { unsafe fn f16_panels(a: PanelArgs) = f16_body }
 dispatch! { unsafe fn bf16_panels(a: PanelArgs) = bf16_body }
@@ -170,6 +251,7 @@ impl Input<'_> {
         y_stride: usize,
     ) {
         let (panel_bytes, in_features) = (w.panel_bytes(), w.in_features);
+        let scales = if let Body::Fp8 { scales } = w.body { scales } else { 0 };
         for row in (0..self.rows).step_by(ROW_TILE) {
             let args = PanelArgs {
                 w: w.data()[from * panel_bytes..].as_ptr(),
@@ -178,6 +260,8 @@ impl Input<'_> {
                 low_bytes: w.low_bytes(),
                 panels: to - from,
                 in_features,
+                group: if scales > 0 { w.group } else { w.record_blocks() },
+                scales,
                 x: self.x[row * in_features..].as_ptr(),
                 tiles: self.quant.map_or(TilePtr::NONE, |q| q.tiles(self.first, row, in_features)),
                 rows: ROW_TILE.min(self.rows - row),
@@ -193,6 +277,7 @@ impl Input<'_> {
                     Body::Float(FloatKind::F16) => f16_panels(self.level, args),
                     Body::Float(FloatKind::Bf16) => bf16_panels(self.level, args),
                     Body::Block(format) => block::panels(self.level, format, args),
+                    Body::Fp8 { .. } => fp8_panels(self.level, args),
                 }
             }
         }
@@ -254,7 +339,8 @@ pub(crate) fn matmuls(
         .collect();
     let all: usize = weights.iter().map(|w| w.panels()).sum();
     // A multiple of four panels keeps the float path wide.
-    let wide = if weights.iter().any(|w| matches!(w.body, Body::Float(_))) { 4 } else { 1 };
+    let wide =
+        if weights.iter().any(|w| matches!(w.body, Body::Float(_) | Body::Fp8 { .. })) { 4 } else { 1 };
     let step = balanced_step(all, pool.threads(), wide);
     let tasks = weights.iter().map(|w| w.panels().div_ceil(step)).sum();
     with_input(level, pool, x, rows, weights, |input| {

@@ -22,7 +22,8 @@ pub use pack::PackedWeight;
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
 use crate::{
-    Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, scratch,
+    Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, check_order,
+    scratch,
 };
 use isa::Level;
 
@@ -115,6 +116,11 @@ impl Cpu {
     }
 }
 
+/// Activations in the order of a weight's columns.
+fn in_order(x: &[f32], rows: usize, order: &[u32]) -> Vec<f32> {
+    x.chunks_exact(order.len()).take(rows).flat_map(|x| order.iter().map(|k| x[*k as usize])).collect()
+}
+
 impl Kernels for Cpu {
     type Buf = Vec<f32>;
     type Packed = PackedWeight;
@@ -142,6 +148,19 @@ impl Kernels for Cpu {
         PackedWeight::pack(&self.pool, name, weight, mode)
     }
 
+    fn pack_ordered(
+        &self,
+        name: &str,
+        weight: &WeightView<'_>,
+        order: &[u32],
+        mode: PackMode,
+    ) -> Result<PackedWeight, KernelError> {
+        check_order(name, weight, order)?;
+        let mut packed = PackedWeight::pack(&self.pool, name, weight, mode)?;
+        packed.order = Some(order.into());
+        Ok(packed)
+    }
+
     fn matmuls(
         &self,
         x: &Vec<f32>,
@@ -151,7 +170,18 @@ impl Kernels for Cpu {
     ) {
         let packed: Vec<&PackedWeight> = weights.iter().map(|(w, _)| *w).collect();
         let mut outputs: Vec<&mut [f32]> = ys.iter_mut().map(Vec::as_mut_slice).collect();
-        matmul::matmuls(self.level, &self.pool, x, rows, &packed, &mut outputs);
+        // Layers of one order together; nearly always that is all of them.
+        let mut from = 0;
+        while from < packed.len() {
+            let same = packed[from..].iter().take_while(|w| w.order == packed[from].order).count();
+            let (weights, outputs) = (&packed[from..from + same], &mut outputs[from..from + same]);
+            let mut run = |x: &[f32]| matmul::matmuls(self.level, &self.pool, x, rows, weights, outputs);
+            match &packed[from].order {
+                None => run(x),
+                Some(order) => run(&in_order(x, rows, order)),
+            }
+            from += same;
+        }
         for ((w, bias), y) in weights.iter().zip(ys) {
             let Some(bias) = bias else { continue };
             for row in y[..rows * w.out_features].chunks_exact_mut(w.out_features) {
@@ -163,7 +193,10 @@ impl Kernels for Cpu {
     }
 
     fn argmax(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight) -> Vec<u32> {
-        matmul::argmax(self.level, &self.pool, x, rows, w)
+        match &w.order {
+            None => matmul::argmax(self.level, &self.pool, x, rows, w),
+            Some(order) => matmul::argmax(self.level, &self.pool, &in_order(x, rows, order), rows, w),
+        }
     }
 
     fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {

@@ -46,6 +46,18 @@ impl Lanes for float32x4_t {
         }
     }
     #[inline(always)]
+    unsafe fn load_f8(p: *const u8) -> float32x4_t {
+        unsafe {
+            // The sign is drawn out over the new bit of the exponent, which is then cleared.
+            let bytes = vcreate_s8(u64::from(p.cast::<u32>().read_unaligned()));
+            let wide = vshlq_n_s16::<7>(vmovl_s8(bytes));
+            let bits = vand_u16(vget_low_u16(vreinterpretq_u16_s16(wide)), vdup_n_u16(0xbfff));
+            let out: float32x4_t;
+            asm!("fcvtl {o:v}.4s, {i:v}.4h", o = out(vreg) out, i = in(vreg) bits, options(pure, nomem, nostack));
+            out
+        }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> float32x4_t {
         unsafe {
             let bits = vmovl_u16(p.cast::<uint16x4_t>().read_unaligned());

@@ -3,14 +3,15 @@
 //! * Float panels: `[panel][k][16]` values in their stored type.
 //! * Block panels: per panel one record per block of 32 inputs, or per super-block of 256 where blocks share a scale,
 //!   so that a pass over the weight is one forward stream: first the scales and minima of the 16 outputs, as small as
-//!   in the file, then the quants block by block ([`Quants`]).
+//!   in the file, then the quants block by block ([`Quants`]). Groups of any number of blocks have a record each.
+//! * Panels of 8-bit floats: `[panel][k][16]` bytes, then the scales of the panel: per group one, or one per output.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::pages::Pages;
 use crate::pool::SendPtr;
 use crate::quant::{self, Block32, FP4_VALUES, IQ4_VALUES};
-use crate::{KernelError, PackMode, Pool, WeightDtype, WeightView};
+use crate::{Groups, KernelError, PackMode, Pool, WeightDtype, WeightView};
 
 /// Outputs per panel.
 pub(crate) const LANES: usize = 16;
@@ -238,6 +239,10 @@ pub(crate) struct Layout {
     /// Two scales (and minima) per block, one for each 16 inputs.
     pub halves: bool,
     pub mins: bool,
+    /// A record holds a group: as many blocks as the weight says, not the layout.
+    pub grouped: bool,
+    /// Behind the scales stands a signed byte x16: a zero that is subtracted from every quant.
+    pub zeros: bool,
 }
 
 /// The stored forms.
@@ -264,6 +269,16 @@ pub(crate) enum BlockFormat {
     Iq4Nl,
     Iq4Xs,
     Mxfp4,
+    /// Groups of nibbles around 8 with an f16 scale.
+    Int4,
+    /// Groups of nibbles with an f16 scale and a zero.
+    Int4Zeros,
+    /// The same with an f32 scale.
+    Int4Single,
+    /// Groups of signed bytes with an f16 scale and a zero.
+    Int8,
+    /// The same with an f32 scale.
+    Int8Single,
 }
 
 impl BlockFormat {
@@ -286,10 +301,17 @@ impl BlockFormat {
             B::Iq4Nl => (Quants::Iq4, Scales::Half, 0),
             B::Iq4Xs => (Quants::Iq4, Scales::SignedBytes, 0),
             B::Mxfp4 => (Quants::Fp4, Scales::Exponent, 12),
+            B::Int4 => (Quants::Four, Scales::Half, 8),
+            B::Int4Zeros => (Quants::Four, Scales::Half, 0),
+            B::Int4Single => (Quants::Four, Scales::Single, 0),
+            B::Int8 => (Quants::Eight, Scales::Half, 0),
+            B::Int8Single => (Quants::Eight, Scales::Single, 0),
         };
         let halves = matches!(self, B::Q8Halves | B::Q2K | B::Q3K | B::Q6K);
         let mins = matches!(self, B::Q4_1 | B::Q5_1 | B::Q2K | B::Q4K | B::Q5K);
-        Layout { quants, scales, zero, halves, mins }
+        let zeros = matches!(self, B::Int4Zeros | B::Int4Single | B::Int8 | B::Int8Single);
+        let grouped = zeros || matches!(self, B::Int4);
+        Layout { quants, scales, zero, halves, mins, grouped, zeros }
     }
 
     fn name(self) -> &'static str {
@@ -311,6 +333,11 @@ impl BlockFormat {
             BlockFormat::Iq4Nl => "IQ4_NL",
             BlockFormat::Iq4Xs => "IQ4_XS",
             BlockFormat::Mxfp4 => "MXFP4",
+            BlockFormat::Int4 => "4 bits, f16 per group",
+            BlockFormat::Int4Zeros => "4 bits, f16 and zero per group",
+            BlockFormat::Int4Single => "4 bits, f32 and zero per group",
+            BlockFormat::Int8 => "8 bits, f16 and zero per group",
+            BlockFormat::Int8Single => "8 bits, f32 and zero per group",
         }
     }
 
@@ -331,6 +358,12 @@ impl BlockFormat {
             WeightDtype::Iq4Xs => BlockFormat::Iq4Xs,
             WeightDtype::Mxfp4 => BlockFormat::Mxfp4,
             WeightDtype::Tq1_0 | WeightDtype::Tq2_0 => BlockFormat::Ternary,
+            WeightDtype::Int4(Groups { single: true, .. }) => BlockFormat::Int4Single,
+            WeightDtype::Int4(Groups { zeros: true, .. }) => BlockFormat::Int4Zeros,
+            WeightDtype::Int4(_) => BlockFormat::Int4,
+            WeightDtype::Int8(Groups { single: true, .. }) => BlockFormat::Int8Single,
+            WeightDtype::Int8(_) => BlockFormat::Int8,
+            WeightDtype::Fp8(_) => unreachable!("8-bit floats have panels of their own"),
             WeightDtype::F32
             | WeightDtype::F16
             | WeightDtype::Bf16
@@ -346,7 +379,7 @@ impl BlockFormat {
 }
 
 impl Layout {
-    /// Blocks of 32 inputs per record.
+    /// Blocks of 32 inputs per record; of groups, what a weight says.
     pub(crate) const fn blocks(self) -> usize {
         match self.scales {
             Scales::Half | Scales::HalfLength | Scales::Single | Scales::Exponent => 1,
@@ -386,9 +419,9 @@ impl Layout {
     /// Where the quants begin; those of super-blocks on a cache line.
     pub(crate) const fn header_bytes(self) -> usize {
         let bytes = match self.scales {
-            Scales::Half => self.vector_bytes() * (1 + self.mins as usize),
+            Scales::Half => self.vector_bytes() * (1 + self.mins as usize) + LANES * self.zeros as usize,
             Scales::HalfLength => self.vector_bytes() + LANES,
-            Scales::Single => self.vector_bytes() * (1 + self.halves as usize),
+            Scales::Single => self.vector_bytes() * (1 + self.halves as usize) + LANES * self.zeros as usize,
             Scales::Exponent => LANES,
             Scales::Bytes | Scales::SignedBytes => {
                 self.bytes_at() + 8 * LANES * (1 + self.halves as usize + self.mins as usize)
@@ -400,7 +433,12 @@ impl Layout {
     }
 
     pub(crate) const fn record_bytes(self) -> usize {
-        self.header_bytes() + self.blocks() * self.quants.bytes()
+        self.record_of(self.blocks())
+    }
+
+    /// Bytes of a record of so many blocks.
+    pub(crate) const fn record_of(self, blocks: usize) -> usize {
+        self.header_bytes() + blocks * self.quants.bytes()
     }
 
     /// Writes the scales of output `lane` in block `b` of a record.
@@ -410,6 +448,9 @@ impl Layout {
             record[at..at + 2].copy_from_slice(&half::f16::from_f32(v).to_bits().to_ne_bytes());
         }
         let parts = &block.parts;
+        if self.zeros {
+            record[self.vector_bytes() + lane] = block.zero as u8;
+        }
         match self.scales {
             Scales::Half => {
                 put16(record, lane * 2, block.scales[0]);
@@ -461,6 +502,11 @@ impl Layout {
         if self.mins {
             put16(record, 2 * LANES + lane * 2, parts.min);
         }
+    }
+
+    /// The zero of output `lane` in a record.
+    fn lane_zero(self, record: &[u8], lane: usize) -> i8 {
+        if self.zeros { record[self.vector_bytes() + lane] as i8 } else { 0 }
     }
 
     /// Scales and minima of output `lane` in block `b` of a record: those of [`Block32`].
@@ -521,23 +567,31 @@ const SPLIT_OUTPUTS: usize = 16384;
 pub(crate) enum Body {
     Float(FloatKind),
     Block(BlockFormat),
+    /// 8-bit floats.
+    Fp8 {
+        /// Scales of a group: one, or one per output of the panel.
+        scales: usize,
+    },
 }
 
 impl Body {
-    fn panel_bytes(&self, in_features: usize) -> usize {
+    /// `group`: values of a group, where the body does not know.
+    fn panel_bytes(&self, in_features: usize, group: usize) -> usize {
         match self {
             Body::Float(kind) => in_features * LANES * kind.bytes(),
             Body::Block(format) => {
                 let layout = format.layout();
-                in_features / (32 * layout.blocks()) * layout.record_bytes()
+                let blocks = if layout.grouped { group / 32 } else { layout.blocks() };
+                in_features / (32 * blocks) * layout.record_of(blocks)
             }
+            Body::Fp8 { scales } => in_features * LANES + in_features / group * scales * 4,
         }
     }
 
     /// Bytes of a panel in the second plane.
     fn low_bytes(&self, in_features: usize) -> usize {
         match self {
-            Body::Float(_) => 0,
+            Body::Float(_) | Body::Fp8 { .. } => 0,
             Body::Block(format) => in_features / 32 * format.layout().quants.low_bytes(),
         }
     }
@@ -579,6 +633,10 @@ pub struct PackedWeight {
     pub(crate) out_features: usize,
     pub(crate) in_features: usize,
     pub(crate) body: Body,
+    /// Values of a group that shares a scale, where the type leaves that open.
+    pub(crate) group: usize,
+    /// Where column `k` does not belong to input `k`: the input that it belongs to.
+    pub(crate) order: Option<Box<[u32]>>,
     /// Largest scale of a weight in two planes.
     pub(crate) largest_scale: f32,
     /// Whether the first plane of two was enough lately.
@@ -604,6 +662,7 @@ impl PackedWeight {
             Body::Float(FloatKind::F16) => "F16",
             Body::Float(FloatKind::Bf16) => "BF16",
             Body::Block(format) => format.name(),
+            Body::Fp8 { .. } => "FP8, f32 per group",
         }
     }
 
@@ -621,7 +680,15 @@ impl PackedWeight {
     }
 
     pub(crate) fn panel_bytes(&self) -> usize {
-        self.body.panel_bytes(self.in_features)
+        self.body.panel_bytes(self.in_features, self.group)
+    }
+
+    /// Blocks of 32 inputs per record.
+    pub(crate) fn record_blocks(&self) -> usize {
+        match self.body {
+            Body::Block(format) if !format.layout().grouped => format.layout().blocks(),
+            _ => self.group / 32,
+        }
     }
 
     /// Bytes of a panel in the second plane.
@@ -634,10 +701,13 @@ impl PackedWeight {
         &self.data[self.panels() * self.panel_bytes() + panel * self.low_bytes()..]
     }
 
-    fn new(out_features: usize, in_features: usize, body: Body) -> PackedWeight {
-        let panel_bytes = body.panel_bytes(in_features) + body.low_bytes(in_features);
+    fn new(w: &WeightView<'_>, body: Body) -> PackedWeight {
+        let (out_features, in_features) = (w.out_features, w.in_features);
+        let group = w.dtype.block().0;
+        let panel_bytes = body.panel_bytes(in_features, group) + body.low_bytes(in_features);
         let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
-        PackedWeight { out_features, in_features, body, largest_scale: 0.0, doubts: Doubts::default(), data }
+        let (largest_scale, doubts) = (0.0, Doubts::default());
+        PackedWeight { out_features, in_features, body, group, order: None, largest_scale, doubts, data }
     }
 
     pub(crate) fn pack(
@@ -649,6 +719,7 @@ impl PackedWeight {
         w.check(name)?;
         let blocks = match (mode, w.dtype) {
             (PackMode::F32, _) => false,
+            (_, WeightDtype::Fp8(groups)) => return Ok(Self::pack_fp8(pool, w, groups)),
             (PackMode::Stored, WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16) => false,
             (PackMode::Stored, _) => true,
             // Rows that are not whole blocks stay floats.
@@ -684,7 +755,7 @@ impl PackedWeight {
             (PackMode::Stored, WeightDtype::Bf16) => FloatKind::Bf16,
             _ => FloatKind::F32,
         };
-        let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Float(kind));
+        let mut packed = PackedWeight::new(w, Body::Float(kind));
         let (in_features, size) = (w.in_features, kind.bytes());
         packed.fill_panels(pool, &|first, panel, _| {
             let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
@@ -707,6 +778,37 @@ impl PackedWeight {
         packed
     }
 
+    fn pack_fp8(pool: &Pool, w: &WeightView<'_>, groups: Groups) -> PackedWeight {
+        let (len, bytes) = w.dtype.block();
+        let row_bytes = w.row_bytes();
+        let scale = |o: usize, g: usize| quant::group_head(groups, &w.data[o * row_bytes + g * bytes..]).0;
+        let count = w.in_features / len;
+        // Blocks of a matrix are higher than a panel: all of its outputs have the scales of the first.
+        let alike = |o: usize| {
+            let first = o / LANES * LANES;
+            (0..count).all(|g| scale(o, g).to_bits() == scale(first, g).to_bits())
+        };
+        let scales = if (0..w.out_features).all(alike) { 1 } else { LANES };
+        let mut packed = PackedWeight::new(w, Body::Fp8 { scales });
+        packed.fill_panels(pool, &|first, panel, _| {
+            let (values, heads) = panel.split_at_mut(w.in_features * LANES);
+            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
+                for g in 0..count {
+                    let group = &w.data[o * row_bytes + g * bytes..][..bytes];
+                    let (scale, _, stored) = quant::group_head(groups, group);
+                    for (k, byte) in stored.iter().enumerate() {
+                        values[(g * len + k) * LANES + lane] = *byte;
+                    }
+                    if lane < scales {
+                        let at = (g * scales + lane) * 4;
+                        heads[at..at + 4].copy_from_slice(&scale.to_ne_bytes());
+                    }
+                }
+            }
+        });
+        packed
+    }
+
     fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
         let mut format = BlockFormat::of(w.dtype);
         let mut largest_scale = None;
@@ -718,7 +820,8 @@ impl PackedWeight {
         }
         let layout = format.layout();
         let is_float = w.dtype.block().0 == 1;
-        let mut packed = PackedWeight::new(w.out_features, w.in_features, Body::Block(format));
+        let mut packed = PackedWeight::new(w, Body::Block(format));
+        let per_record = packed.record_blocks();
         packed.largest_scale = largest_scale.unwrap_or_default();
         let row_bytes = w.row_bytes();
         packed.fill_panels(pool, &|first, panel, low| {
@@ -730,9 +833,9 @@ impl PackedWeight {
                 }
             }
             let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
-            for (at, record) in panel.chunks_exact_mut(layout.record_bytes()).enumerate() {
-                for sub in 0..layout.blocks() {
-                    let b = at * layout.blocks() + sub;
+            for (at, record) in panel.chunks_exact_mut(layout.record_of(per_record)).enumerate() {
+                for sub in 0..per_record {
+                    let b = at * per_record + sub;
                     // Outputs that are not there stay zero.
                     let mut groups = [[0u8; 64]; 8];
                     for lane in 0..lanes {
@@ -763,6 +866,18 @@ impl PackedWeight {
 
     /// Row `o` as f32, the same values that [`quant::dequantize_row`] gives for the stored weight.
     pub(crate) fn row(&self, o: usize, out: &mut [f32]) {
+        match &self.order {
+            None => self.columns(o, out),
+            Some(order) => {
+                let mut columns = vec![0.0; out.len()];
+                self.columns(o, &mut columns);
+                order.iter().zip(columns).for_each(|(input, v)| out[*input as usize] = v);
+            }
+        }
+    }
+
+    /// Row `o` in the order of the columns.
+    fn columns(&self, o: usize, out: &mut [f32]) {
         let panel = &self.data()[o / LANES * self.panel_bytes()..(o / LANES + 1) * self.panel_bytes()];
         let lane = o % LANES;
         match self.body {
@@ -781,16 +896,27 @@ impl PackedWeight {
                 let layout = format.layout();
                 let low_bytes = layout.quants.low_bytes();
                 let low = self.low(o / LANES);
+                let per_record = self.record_blocks();
+                let record_bytes = layout.record_of(per_record);
                 for (b, values) in out.chunks_exact_mut(32).enumerate() {
-                    let (record, sub) = (b / layout.blocks(), b % layout.blocks());
-                    let record = &panel[record * layout.record_bytes()..][..layout.record_bytes()];
+                    let (record, sub) = (b / per_record, b % per_record);
+                    let record = &panel[record * record_bytes..][..record_bytes];
                     let [scales, mins] = layout.scales(record, sub, lane);
+                    let zero = i16::from(layout.lane_zero(record, lane));
                     let quants = &record[layout.header_bytes() + sub * layout.quants.bytes()..];
                     for (k, v) in values.iter_mut().enumerate() {
                         let level = layout.quants.read(quants, &low[b * low_bytes..], lane, k);
                         let q = layout.quants.value(level, layout.zero);
-                        *v = scales[k / 16] * f32::from(q) + mins[k / 16];
+                        *v = scales[k / 16] * f32::from(i16::from(q) - zero) + mins[k / 16];
                     }
+                }
+            }
+            Body::Fp8 { scales } => {
+                let (values, heads) = panel.split_at(self.in_features * LANES);
+                for (k, v) in out.iter_mut().enumerate() {
+                    let at = (k / self.group * scales + lane % scales) * 4;
+                    let scale = f32::from_ne_bytes([heads[at], heads[at + 1], heads[at + 2], heads[at + 3]]);
+                    *v = scale * quant::f8_value(values[k * LANES + lane]);
                 }
             }
         }

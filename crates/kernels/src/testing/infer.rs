@@ -5,7 +5,7 @@
 use super::{CLAMPED, close, host};
 use crate::experts::{Expert, Experts, Routing};
 use crate::{
-    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
+    Activation, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
     WeightView, quant, reference,
 };
 
@@ -32,8 +32,32 @@ impl Random {
     }
 }
 
-/// Every type that a weight can be stored in.
-pub const DTYPES: [WeightDtype; 26] = WeightDtype::ALL;
+/// Every type that a weight can be stored in; of those with groups, some of each kind.
+pub const DTYPES: [WeightDtype; 36] = {
+    const fn groups(len: u32, single: bool, zeros: bool) -> Groups {
+        Groups { len, single, zeros }
+    }
+    let grouped = [
+        WeightDtype::Int4(groups(32, false, true)),
+        WeightDtype::Int4(groups(64, false, false)),
+        WeightDtype::Int4(groups(128, false, true)),
+        WeightDtype::Int4(groups(256, false, false)),
+        WeightDtype::Int4(groups(128, true, true)),
+        WeightDtype::Int4(groups(64, true, false)),
+        WeightDtype::Int8(groups(128, false, true)),
+        WeightDtype::Int8(groups(256, true, false)),
+        WeightDtype::Fp8(groups(128, true, false)),
+        WeightDtype::Fp8(groups(256, true, false)),
+    ];
+    let mut all = [WeightDtype::F32; 36];
+    let mut i = 0;
+    while i < all.len() {
+        let gguf = WeightDtype::ALL.len();
+        all[i] = if i < gguf { WeightDtype::ALL[i] } else { grouped[i - gguf] };
+        i += 1;
+    }
+    all
+};
 
 /// Random stored bytes of a weight whose scales are small normal numbers.
 pub fn stored(random: &mut Random, dtype: WeightDtype, out: usize, inputs: usize) -> Vec<u8> {
@@ -87,6 +111,20 @@ pub fn stored_as(
                 for i in 0..4 {
                     let high = &mut b[49 + 2 * i];
                     *high = *high & 15 | ((d >> (4 * i) & 15) << 4) as u8;
+                }
+            }
+            WeightDtype::Int4(g) | WeightDtype::Int8(g) | WeightDtype::Fp8(g) => {
+                match g.single {
+                    true => b[..4].copy_from_slice(&(random.float() * 0.1).to_le_bytes()),
+                    false => b[..2].copy_from_slice(&half(random)),
+                }
+                let head = g.head_bytes();
+                if matches!(dtype, WeightDtype::Int4(_)) && g.zeros {
+                    b[head - 1] &= 15;
+                }
+                if matches!(dtype, WeightDtype::Fp8(_)) {
+                    // All bits but the sign are no number.
+                    b[head..].iter_mut().for_each(|v| *v -= u8::from(*v & 0x7f == 0x7f));
                 }
             }
         }

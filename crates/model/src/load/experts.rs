@@ -210,7 +210,7 @@ impl Layer<'_> {
                 let (dtype, data) = self.gguf(file, &name, &[experts, outputs, inputs], used)?;
                 return Ok((dtype, Cow::Borrowed(part_of(data, expert, experts))));
             }
-            Container::Safetensors { dir, prefix } => (dir, self.prefix(prefix)),
+            Container::Safetensors { dir, prefix, .. } => (dir, self.prefix(prefix)),
         };
         if self.config.files == ExpertFiles::Single {
             let name = format!("{prefix}{expert}.{}.weight", projection.single());
@@ -260,7 +260,7 @@ impl Layer<'_> {
                     let (dtype, data) = self.gguf(file, &name, &[experts, outputs], used)?;
                     (dtype, data, outputs, 1, 0)
                 }
-                Container::Safetensors { dir, prefix } => {
+                Container::Safetensors { dir, prefix, .. } => {
                     let name = format!("{}{name}_bias", self.prefix(prefix));
                     let tensor = self.tensor(dir, &name, &[experts, outputs * step], used)?;
                     (self.float(&name, tensor.dtype)?, tensor.bytes, outputs * step, step, from)
@@ -281,7 +281,7 @@ impl Layer<'_> {
 
     /// Fails on the tensor of an expert that the configuration does not count.
     fn no_more(&self, experts: usize) -> Result<(), ModelError> {
-        let Container::Safetensors { dir, prefix } = &self.source.container else { return Ok(()) };
+        let Container::Safetensors { dir, prefix, .. } = &self.source.container else { return Ok(()) };
         let prefix = self.prefix(prefix);
         let beyond = |name: &&str| {
             let number = name.strip_prefix(&prefix).and_then(|rest| rest.split('.').next());
