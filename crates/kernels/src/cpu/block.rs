@@ -3,6 +3,10 @@
 //! The reduction of one output runs over the blocks in order: an exact integer sum per block (per half for two
 //! scales) and one fused multiply-add, then the same for the minima. Tiles and registers only decide which outputs are
 //! computed together.
+#![expect(
+    clippy::needless_range_loop,
+    reason = "rows of several arrays run together; their number is a constant"
+)]
 
 use super::dot::Dot;
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch, prefetch_ahead};
@@ -25,11 +29,17 @@ pub(crate) struct QuantRows {
     scales: Vec<f32>,
     /// Sums of the quants of each half of a block.
     sums: Vec<[i32; 2]>,
+    /// The same times -[`FROM_ZERO`].
+    starts: Vec<[i32; 2]>,
     /// Scale times sum: what a minimum is multiplied with.
     offsets: Vec<f32>,
     /// Scale times the length of the quants, rounded up; filled for bounds alone.
     lengths: Vec<f32>,
 }
+
+/// The zero of six-bit quants: what their products are too large by is what their sums start from, so that it costs a
+/// load where a subtraction would follow each half.
+const FROM_ZERO: i32 = 32;
 
 #[derive(Clone, Copy)]
 struct QuantizeArgs {
@@ -37,6 +47,7 @@ struct QuantizeArgs {
     quants: *mut i8,
     scales: *mut f32,
     sums: *mut [i32; 2],
+    starts: *mut [i32; 2],
     offsets: *mut f32,
     in_features: usize,
     rows: usize,
@@ -58,6 +69,7 @@ unsafe fn quantize_body<I: Isa + Dot>(a: QuantizeArgs) {
                         I::quantize(a.x.add((row + r) * a.in_features + b * 32), a.quants.add(at * 32));
                     *a.scales.add(at) = scale;
                     *a.sums.add(at) = sums;
+                    *a.starts.add(at) = sums.map(|sum| -FROM_ZERO * sum);
                     *a.offsets.add(at) = scale * (sums[0] + sums[1]) as f32;
                 }
             }
@@ -76,12 +88,14 @@ impl QuantRows {
             self.quants.resize(rows * in_features, 0);
             self.scales.resize(rows * blocks, 0.0);
             self.sums.resize(rows * blocks, [0; 2]);
+            self.starts.resize(rows * blocks, [0; 2]);
             self.offsets.resize(rows * blocks, 0.0);
         }
-        let (quants, scales, sums, offsets) = (
+        let (quants, scales, sums, starts, offsets) = (
             SendPtr(self.quants.as_mut_ptr()),
             SendPtr(self.scales.as_mut_ptr()),
             SendPtr(self.sums.as_mut_ptr()),
+            SendPtr(self.starts.as_mut_ptr()),
             SendPtr(self.offsets.as_mut_ptr()),
         );
         let run = |from: usize, to: usize| {
@@ -94,6 +108,7 @@ impl QuantRows {
                         quants: quants.get().add(from * in_features),
                         scales: scales.get().add(from * blocks),
                         sums: sums.get().add(from * blocks),
+                        starts: starts.get().add(from * blocks),
                         offsets: offsets.get().add(from * blocks),
                         in_features,
                         rows: to - from,
@@ -117,6 +132,7 @@ impl QuantRows {
             quants: self.quants[row * in_features..].as_ptr(),
             scales: self.scales[row * blocks..].as_ptr(),
             sums: self.sums[row * blocks..].as_ptr(),
+            starts: self.starts[row * blocks..].as_ptr(),
             offsets: self.offsets[row * blocks..].as_ptr(),
         }
     }
@@ -151,6 +167,7 @@ pub(crate) struct TilePtr {
     quants: *const i8,
     scales: *const f32,
     sums: *const [i32; 2],
+    starts: *const [i32; 2],
     offsets: *const f32,
 }
 
@@ -160,6 +177,7 @@ impl TilePtr {
         quants: std::ptr::null(),
         scales: std::ptr::null(),
         sums: std::ptr::null(),
+        starts: std::ptr::null(),
         offsets: std::ptr::null(),
     };
 
@@ -172,6 +190,7 @@ impl TilePtr {
                 quants: self.quants.add(count * 32),
                 scales: self.scales.add(count),
                 sums: self.sums.add(count),
+                starts: self.starts.add(count),
                 offsets: self.offsets.add(count),
             }
         }
@@ -303,6 +322,12 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: u
     }
 }
 
+/// The half of a step, and whether its sums are finished then: one half after the other, or all sums first.
+#[inline(always)]
+const fn order_of(step: usize, halves: usize, in_turn: bool) -> (usize, bool) {
+    if in_turn { (step / 2, step % 2 == 1) } else { (step % halves, step >= halves) }
+}
+
 /// `R` rows of a tile of `height` rows against outputs `part * D::V::COUNT..` of one panel.
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
@@ -327,6 +352,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
         if D::NARROW && narrow < half { narrow } else { half }
     };
     let per_half = if layout.halves { 4 } else { 8 };
+    let from_start = layout.halves && !layout.quants.signed() && zero == FROM_ZERO;
     // SAFETY: module rule of `isa`; the panel has the records of `blocks` blocks, the tile `blocks * height` blocks.
     unsafe {
         let mut acc = [D::V::splat(0.0); R];
@@ -354,41 +380,53 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                 }
             }
             let Factors { scales, mins } = factors::<D, W>(record, sub, part);
+            // Sums of both halves and then what they are multiplied with; but half by half where sums start from a number, as
+            // they are in too many registers otherwise. The order of the additions is the same.
+            let halves = 8 / per_half;
             let mut dots = [[D::zero_i(); R]; 2];
-            if layout.quants.signed() {
-                for group in 0..8 {
-                    let bytes = D::signed(weights::<D, W>(quants, low, group));
-                    for (r, dot) in dots[group / per_half].iter_mut().enumerate() {
-                        *dot = D::dot8(*dot, bytes, act(r, group));
+            for step in 0..2 * halves {
+                let (half, finish) = order_of(step, halves, from_start);
+                let dots = &mut dots[half];
+                if finish {
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let act_scale = D::V::splat(*here.scales.add(r));
+                        let [sum0, sum1] = *here.sums.add(r);
+                        let sum = if layout.halves { [sum0, sum1][half] } else { sum0 + sum1 };
+                        let dot = if zero == 0 || from_start { dots[r] } else { D::sub(dots[r], zero * sum) };
+                        *acc = D::V::fma(D::V::mul(scales[half], act_scale), D::to_f(dot), *acc);
+                    }
+                    continue;
+                }
+                if from_start {
+                    for (r, dot) in dots.iter_mut().enumerate() {
+                        *dot = D::splat_i(here.starts.cast::<i32>().add(r * 2 + half));
                     }
                 }
-            } else {
-                for first in (0..8).step_by(chunk) {
-                    let mut sums = [D::zero4(); R];
-                    for group in first..first + chunk {
-                        let bytes = weights::<D, W>(quants, low, group);
-                        for (r, sum) in sums.iter_mut().enumerate() {
-                            *sum = D::dot4(*sum, bytes, act(r, group));
+                let groups = half * per_half..(half + 1) * per_half;
+                if layout.quants.signed() {
+                    for group in groups {
+                        let bytes = D::signed(weights::<D, W>(quants, low, group));
+                        for (r, dot) in dots.iter_mut().enumerate() {
+                            *dot = D::dot8(*dot, bytes, act(r, group));
                         }
                     }
-                    for (dot, sum) in dots[first / per_half].iter_mut().zip(sums) {
-                        *dot = D::add4(*dot, sum);
-                    }
-                }
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let scale = *here.scales.add(r);
-                let act_scale = D::V::splat(scale);
-                let [sum0, sum1] = *here.sums.add(r);
-                let product = |scale: D::V, dot: D::I, sum: i32, acc: D::V| {
-                    let dot = if zero == 0 { dot } else { D::sub(dot, zero * sum) };
-                    D::V::fma(D::V::mul(scale, act_scale), D::to_f(dot), acc)
-                };
-                if layout.halves {
-                    *acc = product(scales[0], dots[0][r], sum0, *acc);
-                    *acc = product(scales[1], dots[1][r], sum1, *acc);
                 } else {
-                    *acc = product(scales[0], dots[0][r], sum0 + sum1, *acc);
+                    for first in groups.step_by(chunk) {
+                        let mut sums = [D::zero4(); R];
+                        let mut rests = [D::zero_i(); R];
+                        for r in 0..R {
+                            (sums[r], rests[r]) = D::open4(dots[r]);
+                        }
+                        for group in first..first + chunk {
+                            let bytes = weights::<D, W>(quants, low, group);
+                            for (r, sum) in sums.iter_mut().enumerate() {
+                                *sum = D::dot4(*sum, bytes, act(r, group));
+                            }
+                        }
+                        for r in 0..R {
+                            dots[r] = D::add4(rests[r], sums[r]);
+                        }
+                    }
                 }
             }
             if layout.mins {

@@ -146,21 +146,27 @@ impl Kernels for Cpu {
         weights: &[(&PackedWeight, Option<&Vec<f32>>)],
         ys: &mut [Vec<f32>],
     ) {
-        let packed: Vec<&PackedWeight> = weights.iter().map(|(w, _)| *w).collect();
+        let weights: Vec<matmul::Layer<'_>> = weights
+            .iter()
+            .map(|(weight, bias)| matmul::Layer { weight, bias: bias.map(Vec::as_slice) })
+            .collect();
         let mut outputs: Vec<&mut [f32]> = ys.iter_mut().map(Vec::as_mut_slice).collect();
-        matmul::matmuls(self.level, &self.pool, x, rows, &packed, &mut outputs);
-        for ((w, bias), y) in weights.iter().zip(ys) {
-            let Some(bias) = bias else { continue };
-            for row in y[..rows * w.out_features].chunks_exact_mut(w.out_features) {
-                for (y, b) in row.iter_mut().zip(*bias) {
-                    *y += b;
-                }
-            }
-        }
+        matmul::matmuls(self.level, &self.pool, x, rows, &weights, &mut outputs);
     }
 
     fn argmax(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight) -> Vec<u32> {
         matmul::argmax(self.level, &self.pool, x, rows, w)
+    }
+
+    fn argmax_and_outputs(
+        &self,
+        x: &Vec<f32>,
+        (rows, _): (usize, usize),
+        w: &PackedWeight,
+        whole: &[u32],
+        y: &mut Vec<f32>,
+    ) -> Vec<u32> {
+        matmul::argmax_and_outputs(self.level, &self.pool, x, rows, w, (whole, y))
     }
 
     fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {
@@ -283,14 +289,7 @@ impl Kernels for Cpu {
         segments: &mut [Segment<'_, KvLayer>],
         y: &mut Vec<f32>,
     ) {
-        let mut first_row = 0;
-        for segment in segments.iter_mut() {
-            let rows = segment.mask.new_rows;
-            let width = segment.kv.width();
-            let part = first_row * width..(first_row + rows) * width;
-            segment.kv.write(segment.mask.first_slot(), rows, &k[part.clone()], &v[part]);
-            first_row += rows;
-        }
+        attention::append(&self.pool, segments, k, v);
         let mut first_row = 0;
         let parts: Vec<attention::Part<'_>> = segments
             .iter()
