@@ -322,12 +322,6 @@ unsafe fn weights<D: Dot, W: Records>(block: *const u8, low: *const u8, group: u
     }
 }
 
-/// The half of a step, and whether its sums are finished then: one half after the other, or all sums first.
-#[inline(always)]
-const fn order_of(step: usize, halves: usize, in_turn: bool) -> (usize, bool) {
-    if in_turn { (step / 2, step % 2 == 1) } else { (step % halves, step >= halves) }
-}
-
 /// `R` rows of a tile of `height` rows against outputs `part * D::V::COUNT..` of one panel.
 #[inline(always)]
 unsafe fn rows<D: Dot, W: Records, const R: usize>(
@@ -380,52 +374,69 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                 }
             }
             let Factors { scales, mins } = factors::<D, W>(record, sub, part);
-            // Sums of both halves and then what they are multiplied with; but half by half where sums start from a number, as
-            // they are in too many registers otherwise. The order of the additions is the same.
-            let halves = 8 / per_half;
             let mut dots = [[D::zero_i(); R]; 2];
-            for step in 0..2 * halves {
-                let (half, finish) = order_of(step, halves, from_start);
-                let dots = &mut dots[half];
-                if finish {
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let act_scale = D::V::splat(*here.scales.add(r));
-                        let [sum0, sum1] = *here.sums.add(r);
-                        let sum = if layout.halves { [sum0, sum1][half] } else { sum0 + sum1 };
-                        let dot = if zero == 0 || from_start { dots[r] } else { D::sub(dots[r], zero * sum) };
-                        *acc = D::V::fma(D::V::mul(scales[half], act_scale), D::to_f(dot), *acc);
-                    }
-                    continue;
-                }
-                if from_start {
-                    for (r, dot) in dots.iter_mut().enumerate() {
-                        *dot = D::splat_i(here.starts.cast::<i32>().add(r * 2 + half));
-                    }
-                }
-                let groups = half * per_half..(half + 1) * per_half;
-                if layout.quants.signed() {
-                    for group in groups {
-                        let bytes = D::signed(weights::<D, W>(quants, low, group));
+            // Written out, as the number of a half must be a constant.
+            macro_rules! sum {
+                ($half:literal) => {
+                    let dots = &mut dots[$half];
+                    if from_start {
                         for (r, dot) in dots.iter_mut().enumerate() {
-                            *dot = D::dot8(*dot, bytes, act(r, group));
+                            *dot = D::splat_i(here.starts.cast::<i32>().add(r * 2 + $half));
                         }
                     }
-                } else {
-                    for first in groups.step_by(chunk) {
-                        let mut sums = [D::zero4(); R];
-                        let mut rests = [D::zero_i(); R];
-                        for r in 0..R {
-                            (sums[r], rests[r]) = D::open4(dots[r]);
-                        }
-                        for group in first..first + chunk {
-                            let bytes = weights::<D, W>(quants, low, group);
-                            for (r, sum) in sums.iter_mut().enumerate() {
-                                *sum = D::dot4(*sum, bytes, act(r, group));
+                    let groups = $half * per_half..($half + 1) * per_half;
+                    if layout.quants.signed() {
+                        for group in groups {
+                            let bytes = D::signed(weights::<D, W>(quants, low, group));
+                            for (r, dot) in dots.iter_mut().enumerate() {
+                                *dot = D::dot8(*dot, bytes, act(r, group));
                             }
                         }
-                        for r in 0..R {
-                            dots[r] = D::add4(rests[r], sums[r]);
+                    } else {
+                        for first in groups.step_by(chunk) {
+                            let mut sums = [D::zero4(); R];
+                            let mut rests = [D::zero_i(); R];
+                            for r in 0..R {
+                                (sums[r], rests[r]) = D::open4(dots[r]);
+                            }
+                            for group in first..first + chunk {
+                                let bytes = weights::<D, W>(quants, low, group);
+                                for (r, sum) in sums.iter_mut().enumerate() {
+                                    *sum = D::dot4(*sum, bytes, act(r, group));
+                                }
+                            }
+                            for r in 0..R {
+                                dots[r] = D::add4(rests[r], sums[r]);
+                            }
                         }
+                    }
+                };
+            }
+            let finish = |acc: &mut D::V, r: usize, half: usize, dot: D::I| {
+                let act_scale = D::V::splat(*here.scales.add(r));
+                let [sum0, sum1] = *here.sums.add(r);
+                let sum = if layout.halves { [sum0, sum1][half] } else { sum0 + sum1 };
+                let dot = if zero == 0 || from_start { dot } else { D::sub(dot, zero * sum) };
+                *acc = D::V::fma(D::V::mul(scales[half], act_scale), D::to_f(dot), *acc);
+            };
+            sum!(0);
+            if layout.halves && !from_start {
+                sum!(1);
+            }
+            if from_start {
+                // One half after the other: the sums of both would not leave registers for the rest.
+                for r in 0..R {
+                    finish(&mut acc[r], r, 0, dots[0][r]);
+                }
+                sum!(1);
+                for r in 0..R {
+                    finish(&mut acc[r], r, 1, dots[1][r]);
+                }
+            } else {
+                for r in 0..R {
+                    finish(&mut acc[r], r, 0, dots[0][r]);
+                    if layout.halves {
+                        finish(&mut acc[r], r, 1, dots[1][r]);
                     }
                 }
             }
