@@ -3,10 +3,6 @@
 //! The reduction of one output runs over the blocks in order: an exact integer sum per block (per half for two
 //! scales) and one fused multiply-add, then the same for the minima. Tiles and registers only decide which outputs are
 //! computed together.
-#![expect(
-    clippy::needless_range_loop,
-    reason = "rows of several arrays run together; their number is a constant"
-)]
 
 use super::dot::Dot;
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch, prefetch_ahead};
