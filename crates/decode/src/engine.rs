@@ -40,6 +40,8 @@ pub struct Engine<K: Kernels> {
     /// What the last automatic sequence learnt about its proposals.
     rates: Mutex<Rates>,
     prefixes: Mutex<Prefixes<K>>,
+    /// Memory for the logits of a step.
+    logits: Mutex<Vec<f32>>,
 }
 
 impl<K: Kernels> Engine<K> {
@@ -55,6 +57,7 @@ impl<K: Kernels> Engine<K> {
             costs_off: None,
             rates: Mutex::default(),
             prefixes: Mutex::new(Prefixes::new(0)),
+            logits: Mutex::default(),
         }
     }
 
@@ -286,25 +289,28 @@ impl<K: Kernels> Engine<K> {
         wanted: &[u32],
         argmax_only: impl Fn(usize) -> bool,
     ) -> Choices {
-        let (mut greedy, mut whole, mut rows) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, row) in wanted.iter().enumerate() {
+        let mut whole = Vec::new();
+        let mut rows = Vec::with_capacity(wanted.len());
+        for i in 0..wanted.len() {
             if argmax_only(i) {
                 rows.push(Choice::Greedy(0));
-                greedy.push(*row);
             } else {
                 rows.push(Choice::Logits(whole.len()));
-                whole.push(*row);
+                whole.push(i as u32);
             }
         }
-        if !greedy.is_empty() {
-            let mut ids = self.target.argmax(output, &greedy).into_iter();
-            for row in &mut rows {
+        // The memory of the step before: fresh pages for a few rows of a large vocabulary take as long as choosing from them.
+        let mut logits = std::mem::take(&mut *self.logits.lock().unwrap_or_else(PoisonError::into_inner));
+        if wanted.is_empty() {
+            logits.clear();
+        } else {
+            let best = self.target.argmax_and_logits(output, wanted, &whole, &mut logits);
+            for (row, best) in rows.iter_mut().zip(best) {
                 if let Choice::Greedy(id) = row {
-                    *id = ids.next().expect("one arg-max per greedy row");
+                    *id = best;
                 }
             }
         }
-        let logits = if whole.is_empty() { Vec::new() } else { self.target.logits(output, &whole) };
         Choices { rows, logits, vocab: self.target.config().vocab_size }
     }
 
@@ -483,6 +489,7 @@ impl<K: Kernels> Engine<K> {
             let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
             session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next, Fed::Step);
         }
+        *self.logits.lock().unwrap_or_else(PoisonError::into_inner) = choices.logits;
     }
 }
 

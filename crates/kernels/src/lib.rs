@@ -150,6 +150,22 @@ pub trait Kernels: Send + Sync + 'static {
     /// Per row the output of `x[R, I] · Wᵀ` with the largest value, the lowest among equals, without the outputs
     /// being written anywhere; NaN never wins.
     fn argmax(&self, x: &Self::Buf, rows: usize, w: &Self::Packed) -> Vec<u32>;
+    /// [`Kernels::argmax`] of rows of `width` values, and of the rows `whole` the outputs as well: `y[whole.len(), O]`.
+    /// What the two calls give, from one pass over the weight where a backend can.
+    fn argmax_and_outputs(
+        &self,
+        x: &Self::Buf,
+        (rows, width): (usize, usize),
+        w: &Self::Packed,
+        whole: &[u32],
+        y: &mut Self::Buf,
+    ) -> Vec<u32> {
+        let mut chosen = self.scratch(whole.len() * width);
+        self.gather_rows(x, width, whole, &mut chosen);
+        self.matmuls(&chosen, whole.len(), &[(w, None)], std::slice::from_mut(y));
+        chosen.give_back();
+        self.argmax(x, rows, w)
+    }
     /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
     fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
     /// `y = x * rsqrt(mean(x²) + eps) * weight`, over groups of `width` values: whole rows, or heads for q/k norms.

@@ -252,6 +252,114 @@ fn eight_bit_floats_have_their_values() {
     }
 }
 
+/// One pass over a head for rows of both kinds gives what two give.
+#[test]
+fn the_largest_outputs_and_whole_rows_are_those_of_two_calls() {
+    let mut random = Random(43);
+    for (dtype, out) in [(WeightDtype::Q8_0, 16384 + 7), (WeightDtype::Q6K, 700), (WeightDtype::F16, 33)] {
+        let inputs = 256;
+        let data = stored(&mut random, dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        for cpu in Cpu::all_paths(2) {
+            let packed = cpu.pack("w", &w, PackMode::Stored).unwrap();
+            for (rows, whole) in [
+                (1, vec![0u32]),
+                (3, vec![1]),
+                (9, vec![8, 0, 3]),
+                (33, (0..33).collect()),
+                (70, vec![69, 64]),
+            ] {
+                let x = random.floats(rows * inputs);
+                let mut y = cpu.scratch(whole.len() * out);
+                let best = cpu.argmax_and_outputs(&x, (rows, inputs), &packed, &whole, &mut y);
+                assert_eq!(best, cpu.argmax(&x, rows, &packed), "{dtype:?}, {rows} rows");
+                let mut all = [cpu.scratch(rows * out)];
+                cpu.matmuls(&x, rows, &[(&packed, None)], &mut all);
+                for (row, y) in whole.iter().zip(y.chunks_exact(out)) {
+                    let at = *row as usize * out;
+                    assert_eq!(y, &all[0][at..at + out], "{dtype:?}, row {row} of {rows}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn biases_are_added_to_the_finished_products() {
+    let mut random = Random(44);
+    let (inputs, out, rows) = (256, 150, 13);
+    let data = stored(&mut random, WeightDtype::Q5_0, out, inputs);
+    let w = WeightView { dtype: WeightDtype::Q5_0, out_features: out, in_features: inputs, data: &data };
+    let (x, bias) = (random.floats(rows * inputs), random.floats(out));
+    for cpu in Cpu::all_paths(2) {
+        let packed = cpu.pack("w", &w, PackMode::Stored).unwrap();
+        let run = |bias| {
+            let mut y = [cpu.scratch(rows * out)];
+            cpu.matmuls(&x, rows, &[(&packed, bias)], &mut y);
+            std::mem::take(&mut y[0])
+        };
+        let mut wanted = run(None);
+        wanted.chunks_exact_mut(out).for_each(|row| row.iter_mut().zip(&bias).for_each(|(y, b)| *y += b));
+        assert_eq!(run(Some(&bias)), wanted);
+    }
+}
+
+/// Rows of many sequences are written into their caches by several threads.
+#[test]
+fn many_sequences_at_once_leave_the_caches_that_each_alone_leaves() {
+    let mut random = Random(45);
+    let (kv_heads, heads, sequences) = (3, 6, 20);
+    for (kv_dtype, dim) in [(KvDtype::F16, 64), (KvDtype::F32, 24), (KvDtype::F16, 80)] {
+        let (width, kv_width) = (heads * dim, kv_heads * dim);
+        for cpu in [1, 2, 3].into_iter().flat_map(Cpu::all_paths) {
+            let mut together: Vec<_> = (0..sequences).map(|_| cpu.kv_new(kv_heads, dim, kv_dtype)).collect();
+            let mut alone: Vec<_> = (0..sequences).map(|_| cpu.kv_new(kv_heads, dim, kv_dtype)).collect();
+            // Every sequence has a length of its own: a prompt first, then one row each.
+            let mut base = vec![0; sequences];
+            for step in 0..3 {
+                let counts: Vec<usize> = (0..sequences).map(|i| if step == 0 { 1 + i } else { 1 }).collect();
+                let rows: usize = counts.iter().sum();
+                let (q, k, v) = (
+                    random.floats(rows * width),
+                    random.floats(rows * kv_width),
+                    random.floats(rows * kv_width),
+                );
+                let parents: Vec<Vec<Option<u32>>> =
+                    counts.iter().map(|n| (0..*n as u32).map(|i| i.checked_sub(1)).collect()).collect();
+                let mut segments: Vec<_> = together
+                    .iter_mut()
+                    .zip(&parents)
+                    .zip(&base)
+                    .map(|((kv, parents), base)| Segment {
+                        kv,
+                        mask: StepMask::step(*base, parents, None, 0.2),
+                    })
+                    .collect();
+                let mut y = cpu.zeros(rows * width);
+                cpu.attend(&q, &k, &v, heads, &mut segments, &mut y);
+                let mut from = 0;
+                for (i, kv) in alone.iter_mut().enumerate() {
+                    let to = from + counts[i];
+                    let mut own = cpu.zeros((to - from) * width);
+                    let mask = StepMask::step(base[i], &parents[i], None, 0.2);
+                    let part = from * kv_width..to * kv_width;
+                    cpu.attend(
+                        &q[from * width..to * width].to_vec(),
+                        &k[part.clone()].to_vec(),
+                        &v[part].to_vec(),
+                        heads,
+                        &mut [Segment { kv, mask }],
+                        &mut own,
+                    );
+                    assert_eq!(own, y[from * width..to * width], "sequence {i} in step {step}");
+                    base[i] += counts[i];
+                    from = to;
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn packed_weights_are_as_small_as_in_the_file() {
     for dtype in DTYPES {

@@ -555,6 +555,28 @@ impl<K: Kernels> Target<K> {
         self.kernels.argmax(&chosen.buf, rows.len(), &self.head.packed)
     }
 
+    /// The same, and the logits `[whole.len(), V]` of the rows at the places `whole` of `rows` in `logits`, whatever it
+    /// held before: one pass over the head.
+    pub fn argmax_and_logits(
+        &self,
+        output: &StepOutput<K::Buf>,
+        rows: &[u32],
+        whole: &[u32],
+        logits: &mut Vec<f32>,
+    ) -> Vec<u32> {
+        logits.resize(whole.len() * self.config.vocab_size, 0.0);
+        if whole.is_empty() {
+            return self.argmax(output, rows);
+        }
+        let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);
+        let mut y = self.kernels.scratch(logits.len());
+        let shape = (rows.len(), chosen.width);
+        let best = self.kernels.argmax_and_outputs(&chosen.buf, shape, &self.head.packed, whole, &mut y);
+        self.kernels.download(&y, 0, logits);
+        y.give_back();
+        best
+    }
+
     /// Logits `[rows.len(), V]` of chosen rows of a step, on the host.
     pub fn logits(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<f32> {
         let mut ops = Infer::new(self.kernels.as_ref());

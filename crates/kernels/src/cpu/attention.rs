@@ -15,7 +15,7 @@ use half::slice::HalfFloatSliceExt;
 use super::isa::{Isa, Lanes, Level, dispatch, prefetch_ahead};
 use super::math::{capped, exp, sum_lanes};
 use crate::pool::SendPtr;
-use crate::{KvDtype, Pool, StepMask};
+use crate::{KvDtype, Pool, Segment, StepMask};
 
 const BLOCK: usize = 16;
 
@@ -70,8 +70,22 @@ struct Heads<T> {
     keys: Vec<Vec<T>>,
     /// Per head `[slot][padded]`.
     values: Vec<Vec<T>>,
-    /// A row under way.
-    row: Vec<T>,
+}
+
+/// Values that are rounded at once on their way into the cache.
+const AT_ONCE: usize = 64;
+
+/// Rows on their way into the slots of a head.
+#[derive(Clone, Copy)]
+struct NewRows<'a> {
+    /// First slot.
+    base: usize,
+    count: usize,
+    head: usize,
+    /// Values of a row.
+    width: usize,
+    k: &'a [f32],
+    v: &'a [f32],
 }
 
 fn padded(head_dim: usize) -> usize {
@@ -80,7 +94,7 @@ fn padded(head_dim: usize) -> usize {
 
 impl<T: Stored> Heads<T> {
     fn new(kv_heads: usize) -> Heads<T> {
-        Heads { keys: vec![Vec::new(); kv_heads], values: vec![Vec::new(); kv_heads], row: Vec::new() }
+        Heads { keys: vec![Vec::new(); kv_heads], values: vec![Vec::new(); kv_heads] }
     }
 
     fn bytes(&self) -> usize {
@@ -88,28 +102,27 @@ impl<T: Stored> Heads<T> {
         count * size_of::<T>()
     }
 
-    fn write(&mut self, dim: usize, base: usize, rows: usize, k: &[f32], v: &[f32]) {
-        let (padded, width) = (padded(dim), self.keys.len() * dim);
-        let blocks = (base + rows).div_ceil(BLOCK);
-        if self.keys.first().is_some_and(|keys| keys.len() < blocks * dim * BLOCK) {
-            self.keys.iter_mut().for_each(|keys| keys.resize(blocks * dim * BLOCK, T::default()));
-            self.values.iter_mut().for_each(|values| values.resize(blocks * BLOCK * padded, T::default()));
+    /// Columns `head * dim..` of rows of `width` values as slots `base..` of a head.
+    fn write(keys: &mut Vec<T>, values: &mut Vec<T>, dim: usize, rows: NewRows<'_>) {
+        let padded = padded(dim);
+        let blocks = (rows.base + rows.count).div_ceil(BLOCK);
+        if keys.len() < blocks * dim * BLOCK {
+            keys.resize(blocks * dim * BLOCK, T::default());
+            values.resize(blocks * BLOCK * padded, T::default());
         }
-        self.row.resize(width, T::default());
-        for row in 0..rows {
-            let slot = base + row;
-            let at = row * width..(row + 1) * width;
-            T::round(&k[at.clone()], &mut self.row);
+        for row in 0..rows.count {
+            let slot = rows.base + row;
+            let from = row * rows.width + rows.head * dim;
             let block = slot / BLOCK * dim * BLOCK + slot % BLOCK;
-            for (keys, head) in self.keys.iter_mut().zip(self.row.chunks_exact(dim)) {
-                for (d, key) in head.iter().enumerate() {
-                    keys[block + d * BLOCK] = *key;
+            for (at, part) in rows.k[from..from + dim].chunks(AT_ONCE).enumerate() {
+                let mut rounded = [T::default(); AT_ONCE];
+                T::round(part, &mut rounded[..part.len()]);
+                let keys = &mut keys[block + at * AT_ONCE * BLOCK..];
+                for (key, rounded) in keys.iter_mut().step_by(BLOCK).zip(&rounded[..part.len()]) {
+                    *key = *rounded;
                 }
             }
-            T::round(&v[at], &mut self.row);
-            for (values, head) in self.values.iter_mut().zip(self.row.chunks_exact(dim)) {
-                values[slot * padded..slot * padded + dim].copy_from_slice(head);
-            }
+            T::round(&rows.v[from..from + dim], &mut values[slot * padded..slot * padded + dim]);
         }
     }
 
@@ -164,15 +177,6 @@ impl KvLayer {
         }
     }
 
-    pub(crate) fn write(&mut self, base: usize, rows: usize, k: &[f32], v: &[f32]) {
-        assert!(base <= self.len, "slots before {base} are not all written (cache has {})", self.len);
-        match &mut self.slots {
-            Slots::F32(heads) => heads.write(self.head_dim, base, rows, k, v),
-            Slots::F16(heads) => heads.write(self.head_dim, base, rows, k, v),
-        }
-        self.len = base + rows;
-    }
-
     pub(crate) fn compact(&mut self, base: usize, from: &[usize]) {
         for (i, &slot) in from.iter().enumerate() {
             let to = base + i;
@@ -186,6 +190,63 @@ impl KvLayer {
         }
         self.len = base + from.len();
     }
+}
+
+/// Values from which writing is shared out among threads.
+const PARALLEL_VALUES: usize = 1 << 11;
+
+/// Writes the rows of `segments`, which stand one after the other in `k` and `v`, into their caches.
+pub(crate) fn append(pool: &Pool, segments: &mut [Segment<'_, KvLayer>], k: &[f32], v: &[f32]) {
+    let mut writes: Vec<Write<'_>> = Vec::new();
+    let mut at = 0;
+    for segment in segments {
+        let (base, count) = (segment.mask.first_slot(), segment.mask.new_rows);
+        let kv = &mut *segment.kv;
+        assert!(base <= kv.len, "slots before {base} are not all written (cache has {})", kv.len);
+        let (width, dim) = (kv.width(), kv.head_dim);
+        let part = at..at + count * width;
+        at = part.end;
+        let (k, v) = (&k[part.clone()], &v[part]);
+        kv.len = base + count;
+        let rows = NewRows { base, count, head: 0, width, k, v };
+        let mut add = |head: usize, slots| writes.push(Write { slots, dim, rows: NewRows { head, ..rows } });
+        match &mut kv.slots {
+            Slots::F32(heads) => {
+                let heads = heads.keys.iter_mut().zip(&mut heads.values).enumerate();
+                heads.for_each(|(head, (keys, values))| add(head, HeadSlots::F32(keys, values)));
+            }
+            Slots::F16(heads) => {
+                let heads = heads.keys.iter_mut().zip(&mut heads.values).enumerate();
+                heads.for_each(|(head, (keys, values))| add(head, HeadSlots::F16(keys, values)));
+            }
+        }
+    }
+    let run = if at < PARALLEL_VALUES { writes.len() } else { writes.len().div_ceil(pool.threads() * 2) };
+    let len = writes.len();
+    let all = SendPtr(writes.as_mut_ptr());
+    pool.run(len.div_ceil(run.max(1)), &|task| {
+        for i in task * run..((task + 1) * run).min(len) {
+            // SAFETY: one of the writes, which all go to different heads; tasks take disjoint ones.
+            let write = unsafe { &mut *all.get().add(i) };
+            match &mut write.slots {
+                HeadSlots::F32(keys, values) => Heads::write(keys, values, write.dim, write.rows),
+                HeadSlots::F16(keys, values) => Heads::write(keys, values, write.dim, write.rows),
+            }
+        }
+    });
+}
+
+/// What is to be written into one head.
+struct Write<'a> {
+    slots: HeadSlots<'a>,
+    dim: usize,
+    rows: NewRows<'a>,
+}
+
+/// Keys and values of one head.
+enum HeadSlots<'a> {
+    F32(&'a mut Vec<f32>, &'a mut Vec<f32>),
+    F16(&'a mut Vec<f16>, &'a mut Vec<f16>),
 }
 
 /// Queries (rows, and heads that share a key head) that share one pass over keys and values.

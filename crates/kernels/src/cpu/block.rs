@@ -25,11 +25,17 @@ pub(crate) struct QuantRows {
     scales: Vec<f32>,
     /// Sums of the quants of each half of a block.
     sums: Vec<[i32; 2]>,
+    /// The same times -[`FROM_ZERO`].
+    starts: Vec<[i32; 2]>,
     /// Scale times sum: what a minimum is multiplied with.
     offsets: Vec<f32>,
     /// Scale times the length of the quants, rounded up; filled for bounds alone.
     lengths: Vec<f32>,
 }
+
+/// The zero of six-bit quants: what their products are too large by is what their sums start from, so that it costs a
+/// load where a subtraction would follow each half.
+const FROM_ZERO: i32 = 32;
 
 #[derive(Clone, Copy)]
 struct QuantizeArgs {
@@ -37,6 +43,7 @@ struct QuantizeArgs {
     quants: *mut i8,
     scales: *mut f32,
     sums: *mut [i32; 2],
+    starts: *mut [i32; 2],
     offsets: *mut f32,
     in_features: usize,
     rows: usize,
@@ -58,6 +65,7 @@ unsafe fn quantize_body<I: Isa + Dot>(a: QuantizeArgs) {
                         I::quantize(a.x.add((row + r) * a.in_features + b * 32), a.quants.add(at * 32));
                     *a.scales.add(at) = scale;
                     *a.sums.add(at) = sums;
+                    *a.starts.add(at) = sums.map(|sum| -FROM_ZERO * sum);
                     *a.offsets.add(at) = scale * (sums[0] + sums[1]) as f32;
                 }
             }
@@ -113,12 +121,14 @@ impl QuantRows {
             self.quants.resize(rows * in_features, 0);
             self.scales.resize(rows * blocks, 0.0);
             self.sums.resize(rows * blocks, [0; 2]);
+            self.starts.resize(rows * blocks, [0; 2]);
             self.offsets.resize(rows * blocks, 0.0);
         }
-        let (quants, scales, sums, offsets) = (
+        let (quants, scales, sums, starts, offsets) = (
             SendPtr(self.quants.as_mut_ptr()),
             SendPtr(self.scales.as_mut_ptr()),
             SendPtr(self.sums.as_mut_ptr()),
+            SendPtr(self.starts.as_mut_ptr()),
             SendPtr(self.offsets.as_mut_ptr()),
         );
         let run = |(from, to): (usize, usize)| {
@@ -131,6 +141,7 @@ impl QuantRows {
                         quants: quants.get().add(from * in_features),
                         scales: scales.get().add(from * blocks),
                         sums: sums.get().add(from * blocks),
+                        starts: starts.get().add(from * blocks),
                         offsets: offsets.get().add(from * blocks),
                         in_features,
                         rows: to - from,
@@ -155,6 +166,7 @@ impl QuantRows {
             quants: self.quants[row * in_features..].as_ptr(),
             scales: self.scales[row * blocks..].as_ptr(),
             sums: self.sums[row * blocks..].as_ptr(),
+            starts: self.starts[row * blocks..].as_ptr(),
             offsets: self.offsets[row * blocks..].as_ptr(),
         }
     }
@@ -189,6 +201,7 @@ pub(crate) struct TilePtr {
     quants: *const i8,
     scales: *const f32,
     sums: *const [i32; 2],
+    starts: *const [i32; 2],
     offsets: *const f32,
 }
 
@@ -198,6 +211,7 @@ impl TilePtr {
         quants: std::ptr::null(),
         scales: std::ptr::null(),
         sums: std::ptr::null(),
+        starts: std::ptr::null(),
         offsets: std::ptr::null(),
     };
 
@@ -210,6 +224,7 @@ impl TilePtr {
                 quants: self.quants.add(count * 32),
                 scales: self.scales.add(count),
                 sums: self.sums.add(count),
+                starts: self.starts.add(count),
                 offsets: self.offsets.add(count),
             }
         }
@@ -376,6 +391,7 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
         if D::NARROW && narrow < half { narrow } else { half }
     };
     let per_half = if layout.halves { 4 } else { 8 };
+    let from_start = layout.halves && !layout.quants.signed() && zero == FROM_ZERO;
     // SAFETY: module rule of `isa`; the panel has the records of `blocks` blocks, the tile `blocks * height` blocks.
     unsafe {
         let mut acc = [D::V::splat(0.0); R];
@@ -413,45 +429,74 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             }
             let Factors { scales, mins, zero: lane_zero } = factors::<D, W>(record, sub, part);
             let mut dots = [[D::zero_i(); R]; 2];
-            if layout.quants.signed() {
-                for group in 0..8 {
-                    let bytes = D::signed(weights::<D, W>(quants, low, group));
-                    for (r, dot) in dots[group / per_half].iter_mut().enumerate() {
-                        *dot = D::dot8(*dot, bytes, act(r, group));
-                    }
-                }
-            } else {
-                for first in (0..8).step_by(chunk) {
-                    let mut sums = [D::zero4(); R];
-                    for group in first..first + chunk {
-                        let bytes = weights::<D, W>(quants, low, group);
-                        for (r, sum) in sums.iter_mut().enumerate() {
-                            *sum = D::dot4(*sum, bytes, act(r, group));
+            // Written out, as the number of a half must be a constant.
+            macro_rules! sum {
+                ($half:literal) => {
+                    let dots = &mut dots[$half];
+                    if from_start {
+                        for (r, dot) in dots.iter_mut().enumerate() {
+                            *dot = D::splat_i(here.starts.cast::<i32>().add(r * 2 + $half));
                         }
                     }
-                    for (dot, sum) in dots[first / per_half].iter_mut().zip(sums) {
-                        *dot = D::add4(*dot, sum);
+                    let groups = $half * per_half..($half + 1) * per_half;
+                    if layout.quants.signed() {
+                        for group in groups {
+                            let bytes = D::signed(weights::<D, W>(quants, low, group));
+                            for (r, dot) in dots.iter_mut().enumerate() {
+                                *dot = D::dot8(*dot, bytes, act(r, group));
+                            }
+                        }
+                    } else {
+                        for first in groups.step_by(chunk) {
+                            let mut sums = [D::zero4(); R];
+                            let mut rests = [D::zero_i(); R];
+                            for r in 0..R {
+                                (sums[r], rests[r]) = D::open4(dots[r]);
+                            }
+                            for group in first..first + chunk {
+                                let bytes = weights::<D, W>(quants, low, group);
+                                for (r, sum) in sums.iter_mut().enumerate() {
+                                    *sum = D::dot4(*sum, bytes, act(r, group));
+                                }
+                            }
+                            for r in 0..R {
+                                dots[r] = D::add4(rests[r], sums[r]);
+                            }
+                        }
                     }
-                }
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let scale = *here.scales.add(r);
-                let act_scale = D::V::splat(scale);
-                let [sum0, sum1] = *here.sums.add(r);
-                let product = |scale: D::V, dot: D::I, sum: i32, acc: D::V| {
-                    let dot = if zero == 0 { dot } else { D::sub(dot, zero * sum) };
-                    let mut dot = D::to_f(dot);
-                    if layout.zeros {
-                        // Whole numbers below 2^21: exact.
-                        dot = D::V::fma(lane_zero, D::V::splat(sum as f32), dot);
-                    }
-                    D::V::fma(D::V::mul(scale, act_scale), dot, acc)
                 };
-                if layout.halves {
-                    *acc = product(scales[0], dots[0][r], sum0, *acc);
-                    *acc = product(scales[1], dots[1][r], sum1, *acc);
-                } else {
-                    *acc = product(scales[0], dots[0][r], sum0 + sum1, *acc);
+            }
+            let finish = |acc: &mut D::V, r: usize, half: usize, dot: D::I| {
+                let act_scale = D::V::splat(*here.scales.add(r));
+                let [sum0, sum1] = *here.sums.add(r);
+                let sum = if layout.halves { [sum0, sum1][half] } else { sum0 + sum1 };
+                let dot = if zero == 0 || from_start { dot } else { D::sub(dot, zero * sum) };
+                let mut dot = D::to_f(dot);
+                if layout.zeros {
+                    // Whole numbers below 2^21: exact.
+                    dot = D::V::fma(lane_zero, D::V::splat(sum as f32), dot);
+                }
+                *acc = D::V::fma(D::V::mul(scales[half], act_scale), dot, *acc);
+            };
+            sum!(0);
+            if layout.halves && !from_start {
+                sum!(1);
+            }
+            if from_start {
+                // One half after the other: the sums of both would not leave registers for the rest.
+                for r in 0..R {
+                    finish(&mut acc[r], r, 0, dots[0][r]);
+                }
+                sum!(1);
+                for r in 0..R {
+                    finish(&mut acc[r], r, 1, dots[1][r]);
+                }
+            } else {
+                for r in 0..R {
+                    finish(&mut acc[r], r, 0, dots[0][r]);
+                    if layout.halves {
+                        finish(&mut acc[r], r, 1, dots[1][r]);
+                    }
                 }
             }
             if layout.mins {

@@ -27,6 +27,8 @@ pub(crate) trait Dot: Copy {
     type W8: Copy;
 
     unsafe fn zero_i() -> Self::I;
+    /// The number at `v` in every lane.
+    unsafe fn splat_i(v: *const i32) -> Self::I;
     unsafe fn to_f(v: Self::I) -> Self::V;
     /// The bits of numbers as f32.
     unsafe fn bits_f(v: Self::I) -> Self::V;
@@ -52,6 +54,8 @@ pub(crate) trait Dot: Copy {
     unsafe fn table(w: Self::W, table: &[u8; 16]) -> Self::W;
 
     unsafe fn zero4() -> Self::Sum4;
+    /// A sum under way that goes on from `acc`, and what is to be added to it at its end.
+    unsafe fn open4(acc: Self::I) -> (Self::Sum4, Self::I);
     /// Adds each lane's four unsigned weights (at most 63) times the four activations at `a`. [`Dot::NARROW`] sums hold
     /// eight steps of weights up to 15, four of 31, two of 63.
     unsafe fn dot4(acc: Self::Sum4, w: Self::W, a: *const i8) -> Self::Sum4;
@@ -89,6 +93,11 @@ impl Dot for Portable {
     #[inline(always)]
     unsafe fn zero_i() -> [i32; 16] {
         [0; 16]
+    }
+    #[inline(always)]
+    unsafe fn splat_i(v: *const i32) -> [i32; 16] {
+        // SAFETY: module rule.
+        unsafe { [*v; 16] }
     }
     #[inline(always)]
     unsafe fn to_f(v: [i32; 16]) -> [f32; 16] {
@@ -154,6 +163,10 @@ impl Dot for Portable {
         [0; 16]
     }
     #[inline(always)]
+    unsafe fn open4(acc: [i32; 16]) -> ([i32; 16], [i32; 16]) {
+        (acc, [0; 16])
+    }
+    #[inline(always)]
     unsafe fn dot4(acc: [i32; 16], w: [u8; 64], a: *const i8) -> [i32; 16] {
         // SAFETY: module rule.
         unsafe { dot_fours(acc, w, a) }
@@ -205,6 +218,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn zero_i() -> __m256i {
             unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        unsafe fn splat_i(v: *const i32) -> __m256i {
+            unsafe { _mm256_set1_epi32(*v) }
         }
         #[inline(always)]
         unsafe fn to_f(v: __m256i) -> __m256 {
@@ -276,6 +293,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn zero4() -> __m256i {
             unsafe { _mm256_setzero_si256() }
+        }
+        #[inline(always)]
+        unsafe fn open4(acc: __m256i) -> (__m256i, __m256i) {
+            // Too narrow for what was summed before.
+            unsafe { (Self::zero4(), acc) }
         }
         #[inline(always)]
         unsafe fn dot4(acc: __m256i, w: __m256i, a: *const i8) -> __m256i {
@@ -353,6 +375,10 @@ mod x86 {
             unsafe { _mm512_setzero_si512() }
         }
         #[inline(always)]
+        unsafe fn splat_i(v: *const i32) -> __m512i {
+            unsafe { _mm512_set1_epi32(*v) }
+        }
+        #[inline(always)]
         unsafe fn to_f(v: __m512i) -> __m512 {
             unsafe { _mm512_cvtepi32_ps(v) }
         }
@@ -422,6 +448,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn zero4() -> __m512i {
             unsafe { _mm512_setzero_si512() }
+        }
+        #[inline(always)]
+        unsafe fn open4(acc: __m512i) -> (__m512i, __m512i) {
+            unsafe { (acc, Self::zero_i()) }
         }
         #[inline(always)]
         unsafe fn dot4(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {

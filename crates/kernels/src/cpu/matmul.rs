@@ -316,19 +316,32 @@ pub(crate) fn balanced_step(panels: usize, threads: usize, multiple: usize) -> u
         .unwrap_or(1)
 }
 
-/// Several products of one input: `ys[i][R, Oᵢ] = x[R, I] · Wᵢᵀ`.
+/// A weight, and what is added to its products.
+#[derive(Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub weight: &'a PackedWeight,
+    /// `[O]`
+    pub bias: Option<&'a [f32]>,
+}
+
+/// Several layers of one input: `ys[i][R, Oᵢ] = x[R, I] · Wᵢᵀ`, plus the bias.
 pub(crate) fn matmuls(
     level: Level,
     pool: &Pool,
     x: &[f32],
     rows: usize,
-    weights: &[&PackedWeight],
+    layers: &[Layer<'_>],
     ys: &mut [&mut [f32]],
 ) {
-    assert!(weights.len() == ys.len(), "one output per weight");
-    if weights.is_empty() || rows == 0 {
+    assert!(layers.len() == ys.len(), "one output per weight");
+    if layers.is_empty() || rows == 0 {
         return;
     }
+    let weights: Vec<&PackedWeight> = layers.iter().map(|l| l.weight).collect();
+    assert!(
+        layers.iter().all(|l| l.bias.is_none_or(|b| b.len() >= l.weight.out_features)),
+        "biases have the outputs of their weights"
+    );
     let outputs: Vec<SendPtr<f32>> = weights
         .iter()
         .zip(ys)
@@ -343,14 +356,25 @@ pub(crate) fn matmuls(
         if weights.iter().any(|w| matches!(w.body, Body::Float(_) | Body::Fp8 { .. })) { 4 } else { 1 };
     let step = balanced_step(all, pool.threads(), wide);
     let tasks = weights.iter().map(|w| w.panels().div_ceil(step)).sum();
-    with_input(level, pool, x, rows, weights, |input| {
+    with_input(level, pool, x, rows, &weights, |input| {
         pool.run(tasks, &|mut task| {
-            for (w, y) in weights.iter().zip(&outputs) {
+            for (Layer { weight: w, bias }, y) in layers.iter().zip(&outputs) {
                 let own = w.panels().div_ceil(step);
                 if task < own {
                     let (from, to) = (task * step, ((task + 1) * step).min(w.panels()));
                     // SAFETY: `y` was checked to have `rows` rows of outputs; tasks write disjoint ones.
-                    unsafe { input.panels(w, from, to, y.get().add(from * LANES), w.out_features) };
+                    unsafe {
+                        let y = y.get().add(from * LANES);
+                        input.panels(w, from, to, y, w.out_features);
+                        if let Some(bias) = bias {
+                            let bias = &bias[from * LANES..(to * LANES).min(w.out_features)];
+                            for row in 0..rows {
+                                let y = y.add(row * w.out_features);
+                                let y = std::slice::from_raw_parts_mut(y, bias.len());
+                                y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                            }
+                        }
+                    }
                     return;
                 }
                 task -= own;
@@ -379,10 +403,33 @@ pub(crate) fn argmax(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &Pack
             return found;
         }
     }
-    with_input(level, pool, x, rows, &[w], |input| {
-        let all = || (0..w.panels()).step_by(ARGMAX_PANELS).map(|p| (p, (p + ARGMAX_PANELS).min(w.panels())));
-        argmax_of(&input, pool, w, &all().collect::<Vec<_>>())
-    })
+    with_input(level, pool, x, rows, &[w], |input| argmax_of(&input, pool, w, &all_spans(w), None))
+}
+
+/// All panels of a weight, as many side by side as a task of [`argmax`] takes.
+fn all_spans(w: &PackedWeight) -> Vec<(usize, usize)> {
+    (0..w.panels()).step_by(ARGMAX_PANELS).map(|p| (p, (p + ARGMAX_PANELS).min(w.panels()))).collect()
+}
+
+/// [`argmax`], and the outputs of some rows in `y`, one after the other.
+pub(crate) fn argmax_and_outputs(
+    level: Level,
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    w: &PackedWeight,
+    (whole, y): (&[u32], &mut [f32]),
+) -> Vec<u32> {
+    assert!(whole.iter().all(|row| (*row as usize) < rows), "rows of the input");
+    assert!(y.len() >= whole.len() * w.out_features, "output buffer too short");
+    let whole = Whole { rows: whole, y: SendPtr(y.as_mut_ptr()) };
+    with_input(level, pool, x, rows, &[w], |input| argmax_of(&input, pool, w, &all_spans(w), Some(&whole)))
+}
+
+/// Rows whose outputs are wanted, and where they go: `[rows.len(), O]`.
+struct Whole<'a> {
+    rows: &'a [u32],
+    y: SendPtr<f32>,
 }
 
 /// The same where weights stand in two planes: what [`argmax`] gives, from little more than the first plane.
@@ -448,13 +495,20 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
             }
         }
         // Where the bound says little, one stream over everything is faster.
-        (left <= w.panels() / 3)
-            .then(|| argmax_of(&Input { level, x, quant: Some(&*quant), first: 0, rows }, pool, w, &spans))
+        (left <= w.panels() / 3).then(|| {
+            argmax_of(&Input { level, x, quant: Some(&*quant), first: 0, rows }, pool, w, &spans, None)
+        })
     })
 }
 
 /// [`argmax`] among the outputs of some panels, in ascending order; at most [`ARGMAX_PANELS`] side by side.
-fn argmax_of(input: &Input<'_>, pool: &Pool, w: &PackedWeight, spans: &[(usize, usize)]) -> Vec<u32> {
+fn argmax_of(
+    input: &Input<'_>,
+    pool: &Pool,
+    w: &PackedWeight,
+    spans: &[(usize, usize)],
+    whole: Option<&Whole<'_>>,
+) -> Vec<u32> {
     let rows = input.rows;
     let mut best = vec![(f32::NEG_INFINITY, 0u32); spans.len() * rows];
     let out = SendPtr(best.as_mut_ptr());
@@ -468,6 +522,16 @@ fn argmax_of(input: &Input<'_>, pool: &Pool, w: &PackedWeight, spans: &[(usize, 
             }
             // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
             unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
+            if let Some(whole) = whole {
+                for (i, row) in whole.rows.iter().enumerate() {
+                    let values = &values[*row as usize * stride..][..count];
+                    // SAFETY: `y` was checked to have that many rows of outputs; tasks write disjoint ones.
+                    unsafe {
+                        let y = whole.y.get().add(i * w.out_features + from * LANES);
+                        std::ptr::copy_nonoverlapping(values.as_ptr(), y, count);
+                    }
+                }
+            }
             for (row, values) in values.chunks_exact(stride).take(rows).enumerate() {
                 let values = &values[..count];
                 let mut lanes = [f32::NEG_INFINITY; LANES];

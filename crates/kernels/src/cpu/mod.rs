@@ -168,27 +168,23 @@ impl Kernels for Cpu {
         weights: &[(&PackedWeight, Option<&Vec<f32>>)],
         ys: &mut [Vec<f32>],
     ) {
-        let packed: Vec<&PackedWeight> = weights.iter().map(|(w, _)| *w).collect();
+        let weights: Vec<matmul::Layer<'_>> = weights
+            .iter()
+            .map(|(weight, bias)| matmul::Layer { weight, bias: bias.map(Vec::as_slice) })
+            .collect();
         let mut outputs: Vec<&mut [f32]> = ys.iter_mut().map(Vec::as_mut_slice).collect();
         // Layers of one order together; nearly always that is all of them.
         let mut from = 0;
-        while from < packed.len() {
-            let same = packed[from..].iter().take_while(|w| w.order == packed[from].order).count();
-            let (weights, outputs) = (&packed[from..from + same], &mut outputs[from..from + same]);
+        while from < weights.len() {
+            let order = &weights[from].weight.order;
+            let same = weights[from..].iter().take_while(|w| w.weight.order == *order).count();
+            let (weights, outputs) = (&weights[from..from + same], &mut outputs[from..from + same]);
             let mut run = |x: &[f32]| matmul::matmuls(self.level, &self.pool, x, rows, weights, outputs);
-            match &packed[from].order {
+            match order {
                 None => run(x),
                 Some(order) => run(&in_order(x, rows, order)),
             }
             from += same;
-        }
-        for ((w, bias), y) in weights.iter().zip(ys) {
-            let Some(bias) = bias else { continue };
-            for row in y[..rows * w.out_features].chunks_exact_mut(w.out_features) {
-                for (y, b) in row.iter_mut().zip(*bias) {
-                    *y += b;
-                }
-            }
         }
     }
 
@@ -196,6 +192,21 @@ impl Kernels for Cpu {
         match &w.order {
             None => matmul::argmax(self.level, &self.pool, x, rows, w),
             Some(order) => matmul::argmax(self.level, &self.pool, &in_order(x, rows, order), rows, w),
+        }
+    }
+
+    fn argmax_and_outputs(
+        &self,
+        x: &Vec<f32>,
+        (rows, _): (usize, usize),
+        w: &PackedWeight,
+        whole: &[u32],
+        y: &mut Vec<f32>,
+    ) -> Vec<u32> {
+        let run = |x: &[f32], y| matmul::argmax_and_outputs(self.level, &self.pool, x, rows, w, (whole, y));
+        match &w.order {
+            None => run(x, y),
+            Some(order) => run(&in_order(x, rows, order), y),
         }
     }
 
@@ -346,14 +357,7 @@ impl Kernels for Cpu {
         segments: &mut [Segment<'_, KvLayer>],
         y: &mut Vec<f32>,
     ) {
-        let mut first_row = 0;
-        for segment in segments.iter_mut() {
-            let rows = segment.mask.new_rows;
-            let width = segment.kv.width();
-            let part = first_row * width..(first_row + rows) * width;
-            segment.kv.write(segment.mask.first_slot(), rows, &k[part.clone()], &v[part]);
-            first_row += rows;
-        }
+        attention::append(&self.pool, segments, k, v);
         let mut first_row = 0;
         let parts: Vec<attention::Part<'_>> = segments
             .iter()

@@ -111,6 +111,10 @@ impl Dot for Neon {
         unsafe { vdupq_n_s32(0) }
     }
     #[inline(always)]
+    unsafe fn splat_i(v: *const i32) -> int32x4_t {
+        unsafe { vld1q_dup_s32(v) }
+    }
+    #[inline(always)]
     unsafe fn to_f(v: int32x4_t) -> float32x4_t {
         unsafe { vcvtq_f32_s32(v) }
     }
@@ -179,6 +183,10 @@ impl Dot for Neon {
     #[inline(always)]
     unsafe fn zero4() -> int32x4_t {
         unsafe { vdupq_n_s32(0) }
+    }
+    #[inline(always)]
+    unsafe fn open4(acc: int32x4_t) -> (int32x4_t, int32x4_t) {
+        unsafe { (acc, Self::zero_i()) }
     }
     #[inline(always)]
     unsafe fn dot4(acc: int32x4_t, w: uint8x16_t, a: *const i8) -> int32x4_t {

@@ -80,7 +80,8 @@ impl Cpu {
         let threads = self.threads();
         let x = vec![0.5f32; rows * inputs];
         // Several products in one call, as many as threads share.
-        let weights: Vec<_> = (0..threads * 4).map(|_| &weight).collect();
+        let weights: Vec<_> =
+            (0..threads * 4).map(|_| matmul::Layer { weight: &weight, bias: None }).collect();
         let mut outputs = vec![vec![0.0f32; rows * out]; weights.len()];
         let mut best = f64::INFINITY;
         for _ in 0..4 * PASSES {
