@@ -236,7 +236,7 @@ pub fn rowwise<K: Kernels>(k: &K, rounding: f64) {
         let mut scaled = k.upload(&x);
         k.scale(&mut scaled, -3.0);
         for (s, x) in host(k, &scaled, x.len()).iter().zip(&x) {
-            close(*s, -3.0 * f64::from(*x), rounding);
+            close(*s, -3.0 * f64::from(*x), rounding.max(1e-6));
         }
         // From where the cap does nothing to where it is all that is left.
         for cap in [0.01, 0.7, 50.0] {
