@@ -156,6 +156,11 @@ impl TargetConfig {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Values that a cache keeps of one position: keys and values of all layers, of LongRoPE models in both kinds.
+    pub fn kv_values(&self) -> usize {
+        2 * self.kv_width() * self.num_layers * if self.rope_long.is_some() { 2 } else { 1 }
+    }
+
     /// Values of one row of queries.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim

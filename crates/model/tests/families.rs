@@ -92,10 +92,11 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
 
     // Two sequences in one step, one of them a tree whose second branch repeats the first: the same bits.
     let (mut a, mut b) = (target.new_kv(), target.new_kv());
-    let half = ids.len() / 2;
+    // Where LongRoPE changes its angles, the tree has rows on both sides.
+    let half = target.config().rope_long.as_ref().map_or(ids.len() / 2, |(original, _)| original - 1);
     let step = |kv: &mut _, tokens: &[u32]| {
         let rows = chain(tokens.len());
-        target.forward(&mut [StepItem { kv, tokens, parents: &rows }], &[]);
+        target.forward(&mut [StepItem { kv, tokens, parents: &rows }], &[])
     };
     step(&mut a, &ids[..half]);
     step(&mut b, &ids[..half + 1]);
@@ -128,6 +129,22 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
         assert!(found[..] == logits[(half + 2) * vocab..], "{model}: after commit or rollback");
         a.rollback_to(half + 2);
     }
+    // Back to before the tree, and on in two steps.
+    a.rollback_to(half - 1);
+    let mut again = Vec::new();
+    for part in [&ids[half - 1..half + 1], &ids[half + 1..]] {
+        let rows = chain(part.len());
+        let output = target.forward(&mut [StepItem { kv: &mut a, tokens: part, parents: &rows }], &[]);
+        again.extend(target.logits(&output, &all[..part.len()]));
+    }
+    assert!(again[..] == logits[(half - 1) * vocab..], "{model}: after a longer rollback");
+    // The greedy choice is that of the logits.
+    let output = step(&mut target.new_kv(), &ids);
+    let best: Vec<u32> = logits
+        .chunks_exact(vocab)
+        .map(|row| (0..vocab).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32)
+        .collect();
+    assert_eq!(target.argmax(&output, &all), best, "{model}: greedy choices");
 }
 
 /// Folders of `fixtures/families`.

@@ -212,7 +212,7 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
     let config = target.target.config();
     let engine = engine(&target, draft.as_ref());
     // Keys and values, as 16-bit floats, and those of the draft.
-    let token_bytes = 2 * 2 * config.kv_width() * config.num_layers + engine.draft_bytes_per_token();
+    let token_bytes = 2 * config.kv_values() + engine.draft_bytes_per_token();
     // Features that wait for the draft, where every sequence holds as many as it may.
     let waiting_bytes = args.max_running as usize * engine.draft_bytes_per_sequence();
     let cache_slots = cache_slots(args, &target, token_bytes, waiting_bytes)?;

@@ -37,7 +37,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let p = (-5.704_986_3e-3f32).mul_add(z, 2.063_908_7e-2);
     let p = p.mul_add(z, -5.373_971_5e-2);
     let p = p.mul_add(z, 1.333_144_2e-1);
-    let p = p.mul_add(z, -3.333_328_2e-1);
+    let p = p.mul_add(z, -3.333_328e-1);
     let small = (p * z).mul_add(a, a);
     let large = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
     (if a < 0.625 { small } else { large }).copysign(x)
