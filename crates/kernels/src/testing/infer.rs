@@ -402,6 +402,7 @@ pub struct AttentionCase {
     pub kv_dtype: KvDtype,
     /// See [`StepMask`].
     pub sinks: Option<Vec<f32>>,
+    /// See [`StepMask`].
     pub softcap: Option<f32>,
 }
 
