@@ -137,7 +137,8 @@ pub fn experts(
     let mut y = Vec::new();
     for (x, logits) in x.chunks_exact(hidden).zip(logits.chunks_exact(routing.experts)) {
         let mut order: Vec<usize> = (0..routing.experts).collect();
-        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        // Adding zero makes both zeros one.
+        order.sort_by(|a, b| (logits[*b] + 0.0).total_cmp(&(logits[*a] + 0.0)).then(a.cmp(b)));
         let share = |e: usize| f64::from(logits[e]).exp();
         let chosen = &order[..routing.used];
         let total: f64 = if routing.normalised { chosen } else { &order }.iter().map(|e| share(*e)).sum();

@@ -239,7 +239,7 @@ fn a_missing_expert_and_one_too_many_are_named() {
         let out = tempfile::tempdir().unwrap();
         std::fs::copy(fixture("qwen3_moe/config.json"), out.path().join("config.json")).unwrap();
         let data: Vec<TensorData> = tensors.iter().map(|(n, s, v)| TensorData::bf16(n, s, v)).collect();
-        write(&out.path().join("model.safetensors"), &data, &Default::default()).unwrap();
+        write(out.path().join("model.safetensors"), &data, &Default::default()).unwrap();
         out
     };
     let gone = "model.layers.1.mlp.experts.6.up_proj.weight";

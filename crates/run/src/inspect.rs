@@ -264,7 +264,11 @@ fn file(path: &Path, name: String, hashes: bool) -> Result<Node, Error> {
 
 /// A GGUF model's metadata and tensors, added to what is known of its file.
 fn gguf(file: &GgufFile<'_>, base: Node, hashes: bool) -> Node {
-    let facts = file.metadata().iter().map(|(key, value)| (key.clone(), gguf_fact(value))).collect();
+    let mut facts: Map<String, Value> =
+        file.metadata().iter().map(|(key, value)| (key.clone(), gguf_fact(value))).collect();
+    if let Some(bytes) = bytes_per_token(file) {
+        facts.insert("bytes_per_token".into(), bytes.into());
+    }
     let tensors = file
         .tensors()
         .iter()
@@ -278,6 +282,24 @@ fn gguf(file: &GgufFile<'_>, base: Node, hashes: bool) -> Node {
         })
         .collect();
     Node { kind: "gguf", facts, children: grouped(tensors, NAME_DEPTH), ..base }
+}
+
+/// Bytes of the weights that compute a token of a model with experts: of those the share that is chosen, and not the
+/// embedding, of which a row is read, unless it is the head, too.
+fn bytes_per_token(file: &GgufFile<'_>) -> Option<u64> {
+    let arch = file.get_str("general.architecture").ok()?;
+    let count = |key: &str| file.find_u64(&format!("{arch}.{key}")).ok().flatten();
+    let (experts, used) = (count("expert_count")?, count("expert_used_count")?);
+    if used == 0 || used > experts {
+        return None;
+    }
+    let tied = file.find_tensor("output.weight").is_none();
+    let read = file.tensors().iter().filter(|t| tied || t.name != "token_embd.weight").map(|t| {
+        let bytes = t.byte_len as u64;
+        // A tensor of all experts holds equal parts.
+        if t.name.contains("_exps.") { bytes / experts * used } else { bytes }
+    });
+    Some(read.sum())
 }
 
 /// A metadata value; of an array only what it is, for vocabularies have many thousand entries.

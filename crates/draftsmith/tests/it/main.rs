@@ -5,6 +5,7 @@ mod capture_servers;
 mod cli;
 mod decode;
 mod device;
+mod experts;
 mod fake_capture;
 mod fake_http;
 mod fake_openai;
