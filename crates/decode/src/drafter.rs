@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Rows, StepOutput};
+use draftsmith_model::{Draft, Rows, StepOutput, Target};
+
+use crate::DecodeError;
+use crate::eagle::EagleDrafter;
 
 /// How much to draft per step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +88,19 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     fn bytes_per_session(&self) -> usize {
         0
     }
+}
+
+/// What proposes with a draft, beside the target that it was made for.
+///
+/// # Errors
+/// [`DecodeError::DraftMismatch`] if their shapes disagree.
+pub fn drafter<K: Kernels>(
+    target: &Target<K>,
+    draft: Draft<K>,
+) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
+    Ok(match draft {
+        Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, Arc::new(draft))?),
+    })
 }
 
 /// The drafter's view of one sequence.

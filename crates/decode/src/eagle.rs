@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use draftsmith_core::{DraftTokenId, LayerId, Sampling, TokenTree, gumbel_noise};
 use draftsmith_kernels::{Kernels, StepMask};
-use draftsmith_model::{CacheAttend, Draft, Infer, Linear, Rows, Target};
+use draftsmith_model::eagle3::Eagle3Draft;
+use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Rows, Target};
 
 use crate::DecodeError;
 use crate::drafter::{DraftPlan, Drafter, DrafterSession, Features};
@@ -19,7 +20,7 @@ const DEFERRED_ROWS: usize = 256;
 /// An EAGLE-3 draft beside the target it was made for.
 pub struct EagleDrafter<K: Kernels> {
     kernels: Arc<K>,
-    draft: Arc<Draft<K>>,
+    draft: Arc<Eagle3Draft<K>>,
     embedding: Arc<Linear<K::Packed>>,
     embed_scale: f32,
     layers: Vec<LayerId>,
@@ -30,7 +31,7 @@ impl<K: Kernels> EagleDrafter<K> {
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree.
-    pub fn new(target: &Target<K>, draft: Arc<Draft<K>>) -> Result<EagleDrafter<K>, DecodeError> {
+    pub fn new(target: &Target<K>, draft: Arc<Eagle3Draft<K>>) -> Result<EagleDrafter<K>, DecodeError> {
         let (d, t) = (&draft.network.config, target.config());
         for (what, draft, target) in [
             ("target hidden size", d.target_hidden_size, t.hidden_size),
@@ -62,7 +63,7 @@ impl<K: Kernels> EagleDrafter<K> {
     }
 
     /// The draft.
-    pub fn draft(&self) -> &Arc<Draft<K>> {
+    pub fn draft(&self) -> &Arc<Eagle3Draft<K>> {
         &self.draft
     }
 }

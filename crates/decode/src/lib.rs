@@ -20,8 +20,7 @@ mod session;
 
 pub use batch::Batch;
 pub use costs::{Calibration, Costs, CostsOff};
-pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
-pub use eagle::EagleDrafter;
+pub use drafter::{DraftPlan, Drafter, DrafterSession, Features, drafter};
 pub use engine::{BatchOptions, Engine, GenerateOptions};
 pub use grammar::{Grammar, GrammarState};
 pub use isolate::Survived;

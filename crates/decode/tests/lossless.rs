@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
-    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine,
+    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, Engine,
     Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, TokenEvent,
 };
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
-use draftsmith_model::{Draft, DraftTensors, Precision, StepItem, Target};
+use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, StepItem, Target};
 
 fn target() -> Arc<Target<Cpu>> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
@@ -52,7 +52,7 @@ fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Gener
 }
 
 /// A draft with random weights on a third of the vocabulary.
-fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Arc<Draft<Cpu>> {
+fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Draft<Cpu> {
     let t = target.config();
     let (h, vocab) = (t.hidden_size, t.vocab_size);
     let config = Eagle3Config {
@@ -96,7 +96,8 @@ fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bo
     let ids: Vec<u32> = (0..vocab as u32 / 3).map(|i| i * 3).collect();
     let map = VocabMap::from_target_ids(&ids, vocab).unwrap();
     let kernels = target.kernels();
-    Arc::new(Draft::from_tensors(kernels.as_ref(), config, &tensors, map, PackMode::Q8, "test").unwrap())
+    let config = DraftConfig::Eagle3(config);
+    Draft::from_tensors(kernels.as_ref(), config, &tensors, Some(map), PackMode::Q8, "test").unwrap()
 }
 
 const PLANS: [DraftPlan; 9] = [
@@ -142,7 +143,7 @@ fn any_eagle_draft_gives_the_same_text() {
     let plain = Engine::new(Arc::clone(&target), None);
     for (seed, feedback, fc_norm) in [(1, Feedback::PreNorm, false), (2, Feedback::PostNorm, true)] {
         let draft = random_draft(&target, seed, feedback, fc_norm);
-        let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+        let drafter = drafter(&target, draft).unwrap();
         let engine = Engine::new(Arc::clone(&target), Some(drafter));
         for sampling in
             [Sampling::GREEDY, SEEDED, Sampling { temperature: 1.5, top_k: 40, seed: 5, ..Sampling::GREEDY }]
@@ -165,7 +166,7 @@ fn an_automatic_plan_gives_the_same_text_with_a_draft_and_from_repetitions_alone
     let target = target();
     let plain = Engine::new(Arc::clone(&target), None);
     let draft = random_draft(&target, 4, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let (mut proposed, mut accepted) = (0, 0);
     for costs in [cheap(), fair()] {
         for drafter in [None, Some(Arc::clone(&drafter))] {
@@ -203,7 +204,7 @@ fn an_automatic_plan_goes_deep_when_the_draft_is_right_and_rows_are_cheap() {
 fn costs_are_measured_once_and_plausible() {
     let target = target();
     let draft = random_draft(&target, 5, Feedback::PreNorm, false);
-    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(EagleDrafter::new(&target, draft).unwrap())));
+    let engine = Engine::new(Arc::clone(&target), Some(drafter(&target, draft).unwrap()));
     let costs = engine.costs().clone();
     assert_eq!(&costs, engine.costs());
     assert_eq!(costs.verify_ms[0].0, 1);
@@ -301,7 +302,7 @@ fn a_draft_that_is_always_wrong_costs_steps_but_not_text() {
 fn requests_in_a_batch_get_the_text_they_get_alone() {
     let target = target();
     let draft = random_draft(&target, 3, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let engine = Engine::new(target, Some(drafter)).with_costs(cheap());
     let requests: Vec<(Vec<u32>, GenerateOptions)> = rows()
         .into_iter()
@@ -458,7 +459,7 @@ fn penalties_grammars_and_log_probabilities_do_not_see_the_draft() {
     let target = target();
     let plain = Engine::new(Arc::clone(&target), None);
     let draft = random_draft(&target, 6, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let eagle = Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap());
     let penalties = Shaping {
         repetition_penalty: 1.3,
@@ -512,7 +513,7 @@ fn penalties_grammars_and_log_probabilities_do_not_see_the_draft() {
 fn a_batch_takes_requests_in_and_out_between_steps() {
     let target = target();
     let draft = random_draft(&target, 3, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let engine = || Arc::new(Engine::new(Arc::clone(&target), Some(Arc::clone(&drafter))));
     let plain = Engine::new(Arc::clone(&target), None);
     let rows = rows();
@@ -562,7 +563,7 @@ fn a_batch_takes_requests_in_and_out_between_steps() {
 fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let text: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(901).collect();
     let mut kv = target.new_kv();
     let parents = TokenTree::chain_parents(900);
@@ -602,7 +603,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
 fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     // No row is worth its time: all of them rest.
     let dear = Costs { verify_ms: vec![(1, 1.0), (32, 64.0)], draft_step_ms: 5.0, extend_ms: 5.0 };
     let plain = Engine::new(Arc::clone(&target), None);
@@ -630,7 +631,7 @@ fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
 fn steps_correct_measured_costs_and_not_the_text() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let plain = Engine::new(Arc::clone(&target), None);
     // Nothing takes as long as this.
     let wrong = Costs { verify_ms: vec![(1, 1e6), (32, 1e6)], draft_step_ms: 1e5, extend_ms: 1e5 };

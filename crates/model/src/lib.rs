@@ -3,6 +3,7 @@
 mod classes;
 mod config;
 mod draft;
+mod draft_config;
 pub mod eagle3;
 mod error;
 mod infer;
@@ -11,9 +12,13 @@ mod ops;
 mod quantised;
 pub mod tape;
 mod target;
+mod weights;
 
 pub use config::{Family, TargetConfig};
-pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
+pub use draft::{
+    Draft, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, DraftTensors, read_draft,
+};
+pub use draft_config::{DraftConfig, DraftConfigError, DraftShape, DraftSpec, DraftWork};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
@@ -21,3 +26,4 @@ pub use ops::{Attend, Ops};
 pub use target::{
     LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,
 };
+pub use weights::BuildWeights;

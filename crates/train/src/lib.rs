@@ -16,6 +16,7 @@ pub mod eagle3;
 mod error;
 mod log;
 mod method;
+mod methods;
 mod optimizer;
 mod rng;
 mod trainer;
@@ -28,6 +29,7 @@ pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
 pub use error::TrainError;
 pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};
+pub use methods::{MadeUpShape, made_up, method};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
 pub use rng::Rng;
 pub use trainer::{

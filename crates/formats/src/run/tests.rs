@@ -21,7 +21,7 @@ fn the_smallest_file_gets_all_defaults() {
     assert_eq!(run.dir(), Path::new("runs/run"));
     assert_eq!(run.bundle_dir(), Path::new("runs/run/bundle"));
     assert_eq!(run.train.seed, Some(42));
-    assert_eq!((run.train.ttt_length, run.train.step_decay), (7, 0.8));
+    assert_eq!((run.train.eagle3.ttt_length, run.train.eagle3.step_decay), (7, 0.8));
     assert_eq!((run.data.max_length, run.data.sources[0].weight), (2048, 1.0));
     assert_eq!(run.draft.vocab_size, 8192);
 }
@@ -167,7 +167,7 @@ fn misspelt_keys_name_line_and_suggestion() {
         &with("[train]\nlr = 1e-4\nttt_lenght = 5\n"),
         &[],
         "run file `run.toml`, line 7: unknown key `train.ttt_lenght`",
-        Some("did you mean `train.ttt_length`?"),
+        Some("did you mean `train.eagle3.ttt_length`?"),
     );
     check_refused(
         &with("wieght = 2.0\n"),
@@ -185,7 +185,7 @@ fn misspelt_keys_name_line_and_suggestion() {
         &with("[draft]\nttt_length = 5\n"),
         &[],
         "run file `run.toml`, line 6: unknown key `draft.ttt_length`",
-        Some("did you mean `train.ttt_length`?"),
+        Some("did you mean `train.eagle3.ttt_length`?"),
     );
     check_refused(
         &with("[bench]\ntree = { depth = 1, width = 2, nodes = 3 }\n"),
@@ -314,7 +314,7 @@ fn values_are_checked_against_each_other() {
         ("train.lr=nan", "is NaN, expected a number above 0"),
         ("train.beta2=1", "is 1, expected a number from 0 to below 1"),
         ("train.warmup_ratio=1.5", "is 1.5, expected a number from 0 to 1"),
-        ("train.ttt_length=0", "is 0, expected at least 1"),
+        ("train.eagle3.ttt_length=0", "is 0, expected at least 1"),
         ("train.pack_length=512", "is 512, but rows can be as long as `data.max_length` = 2048"),
         ("train.max_steps=0", "is 0, expected at least 1"),
         ("regenerate.top_p=0", "is 0, expected a number above 0 and at most 1"),
