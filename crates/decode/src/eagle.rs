@@ -18,7 +18,7 @@ use crate::drafter::{DraftPlan, Drafter, DrafterSession, Features};
 const DEFERRED_ROWS: usize = 256;
 
 /// An EAGLE-3 draft beside the target it was made for.
-pub struct EagleDrafter<K: Kernels> {
+pub(crate) struct EagleDrafter<K: Kernels> {
     kernels: Arc<K>,
     draft: Arc<Eagle3Draft<K>>,
     embedding: Arc<Linear<K::Packed>>,
@@ -31,7 +31,7 @@ impl<K: Kernels> EagleDrafter<K> {
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree.
-    pub fn new(target: &Target<K>, draft: Arc<Eagle3Draft<K>>) -> Result<EagleDrafter<K>, DecodeError> {
+    pub(crate) fn new(target: &Target<K>, draft: Arc<Eagle3Draft<K>>) -> Result<EagleDrafter<K>, DecodeError> {
         let (d, t) = (&draft.network.config, target.config());
         for (what, draft, target) in [
             ("target hidden size", d.target_hidden_size, t.hidden_size),
@@ -60,11 +60,6 @@ impl<K: Kernels> EagleDrafter<K> {
             embed_scale: t.embed_scale,
             layers,
         })
-    }
-
-    /// The draft.
-    pub fn draft(&self) -> &Arc<Eagle3Draft<K>> {
-        &self.draft
     }
 }
 

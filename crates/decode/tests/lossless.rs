@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
-    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, Engine,
+    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, Engine, drafter,
     Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, TokenEvent,
 };
 use draftsmith_kernels::{Cpu, PackMode};
