@@ -3,13 +3,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use draftsmith_bundle::{
     ProbeInput, Problem, Status, TargetInfo, answer_beside, check_alone, check_with_target, run_draft,
 };
 use draftsmith_core::{LayerId, Sampling};
-use draftsmith_decode::{DraftPlan, Features, drafter};
+use draftsmith_decode::{Ask, Committed, Features, Shape, drafter};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, write};
 use draftsmith_kernels::PackMode;
 use draftsmith_model::{Draft, Infer, StepItem};
@@ -33,10 +32,15 @@ fn the_probe_sees_what_the_drafter_proposes() {
             let rows: Vec<u32> = (0..context.len() as u32).collect();
             let features = Features { output: &output, rows: &rows };
 
-            let mut session = Arc::clone(&drafter).begin();
-            session.extend(&features, &next);
-            let tree =
-                session.propose(&DraftPlan::Chain { depth: 5 }, 5, &Sampling::GREEDY, context.len() as u64);
+            let mut session = drafter.begin();
+            drafter.take_in(&mut [Committed {
+                session: session.as_mut(),
+                features,
+                next_tokens: &next,
+            }]);
+            let (sampling, position) = (&Sampling::GREEDY, context.len() as u64);
+            let mut asks = [Ask { session: session.as_mut(), sampling, position, k: 1 }];
+            let tree = drafter.propose(&mut asks, &[Shape { depth: 5, top_k: 1, nodes: 5 }]).remove(0);
             let proposed: Vec<u32> = tree.tokens.iter().map(|t| t.0).collect();
 
             let kernels = target.kernels().as_ref();

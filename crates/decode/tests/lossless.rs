@@ -2,14 +2,16 @@
 //! alone and in a batch, with penalties and under a grammar. The target is the small trained one of the repo; drafts have random weights, are always
 //! wrong, or are always right.
 
+use std::any::Any;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
-    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, Engine, drafter,
-    Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, TokenEvent,
+    Ask, Batch, BatchOptions, Children, Committed, Costs, DecodeError, DraftPlan, Drafter, DrafterSession,
+    Engine, Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, Node, Shape,
+    TokenEvent, drafter,
 };
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
@@ -217,43 +219,51 @@ fn costs_are_measured_once_and_plausible() {
 /// Proposes what a function of the committed tokens says.
 struct Scripted<F>(F);
 
-struct ScriptedSession<F> {
-    drafter: Arc<Scripted<F>>,
-    len: usize,
+/// Positions that were handed over.
+struct ScriptedSession(usize);
+
+impl DrafterSession<Cpu> for ScriptedSession {
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
 }
 
 impl<F: Fn(usize) -> TokenTree + Send + Sync + 'static> Drafter<Cpu> for Scripted<F> {
     fn target_layers(&self) -> &[LayerId] {
         &[]
     }
-    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<Cpu>> {
-        Box::new(ScriptedSession { drafter: self, len: 0 })
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        Box::new(ScriptedSession(0))
     }
-}
-
-impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<F> {
-    fn extend(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        assert_eq!(features.rows.len(), next_tokens.len());
-        self.len += next_tokens.len();
+    fn take_in(&self, committed: &mut [Committed<'_, Cpu>]) {
+        for Committed { session, features, next_tokens } in committed {
+            assert_eq!(features.rows.len(), next_tokens.len());
+            session.as_any_mut().downcast_mut::<ScriptedSession>().unwrap().0 += next_tokens.len();
+        }
     }
-    fn defer(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        self.extend(features, next_tokens);
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        let children = |ask: &mut Ask<'_, Cpu>| {
+            let tree = (self.0)(ask.position as usize + 1);
+            let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
+            roots.take(ask.k).map(|(token, _)| (token.0, 0.9f32.ln())).collect()
+        };
+        asks.iter_mut().map(children).collect()
     }
-    fn children(&mut self, _: Option<u32>, k: usize, _: &Sampling, position: u64) -> Vec<(u32, f32)> {
-        let tree = (self.drafter.0)(position as usize + 1);
-        let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
-        roots.take(k).map(|(token, _)| (token.0, 0.9)).collect()
+    fn expand(&self, _: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        nodes.iter().map(|_| (0, Vec::new())).collect()
     }
-    fn expand(&mut self, _: Option<u32>, _: u32, _: usize) -> u32 {
-        0
-    }
-    fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
-        assert_eq!(self.len as u64, position, "every committed position was handed over once");
-        let mut tree = (self.drafter.0)(position as usize + 1);
-        let keep = tree.depths().iter().take_while(|d| (**d as usize) < room).count();
-        tree.tokens.truncate(keep);
-        tree.parents.truncate(keep);
-        tree
+    fn propose(&self, asks: &mut [Ask<'_, Cpu>], shapes: &[Shape]) -> Vec<TokenTree> {
+        let mut trees = Vec::new();
+        for (ask, shape) in asks.iter_mut().zip(shapes) {
+            let seen = ask.session.as_any_mut().downcast_mut::<ScriptedSession>().unwrap().0;
+            assert_eq!(seen as u64, ask.position, "every committed position was handed over once");
+            let mut tree = (self.0)(ask.position as usize + 1);
+            let keep = tree.depths().iter().take_while(|d| (**d as usize) < shape.depth).count();
+            tree.tokens.truncate(keep);
+            tree.parents.truncate(keep);
+            trees.push(tree);
+        }
+        trees
     }
 }
 
@@ -569,34 +579,62 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
     let parents = TokenTree::chain_parents(900);
     let item = StepItem { kv: &mut kv, tokens: &text[..900], parents: &parents };
     let output = target.forward(&mut [item], drafter.target_layers());
-    // A position at a time, each taken in at once.
-    let mut plain = Arc::clone(&drafter).begin();
-    for row in 0..900u32 {
-        plain.extend(&Features { output: &output, rows: &[row] }, &text[row as usize + 1..row as usize + 2]);
-    }
-    let says = |session: &mut Box<dyn DrafterSession<Cpu>>| {
-        let first = session.children(None, 5, &Sampling::GREEDY, 900);
-        let handle = session.expand(None, first[0].0, 0);
-        let second = session.children(Some(handle), 5, &Sampling::GREEDY, 901);
-        let bits =
-            |list: Vec<(u32, f32)>| list.into_iter().map(|(t, p)| (t, p.to_bits())).collect::<Vec<_>>();
-        (bits(first), bits(second))
+    let take_in = |session: &mut Box<dyn DrafterSession<Cpu>>, rows: &[u32]| {
+        let next_tokens: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
+        let features = Features { output: &output, rows };
+        drafter.take_in(&mut [Committed {
+            session: session.as_mut(),
+            features,
+            next_tokens: &next_tokens,
+        }]);
     };
-    let wanted = says(&mut plain);
+    let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
+    let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {
+        let sampling = &Sampling::GREEDY;
+        let ask = |session| Ask { session, sampling, position: 900, k: 5 };
+        let mut asks: Vec<Ask<'_, Cpu>> = sessions.iter_mut().map(|s| ask(s.as_mut())).collect();
+        let first = drafter.roots(&mut asks);
+        // Two levels, of each sequence two nodes: the second hangs below the first.
+        let node = |of: usize, parent, token, depth| Node { of, parent, token, depth };
+        let below = |of: usize| node(of, None, first[of][0].0, 0);
+        let second = drafter.expand(&mut asks, &(0..first.len()).map(below).collect::<Vec<_>>());
+        let further = |of: usize| node(of, Some(second[of].0), second[of].1[0].0, 1);
+        let other = |of: usize| node(of, None, first[of][1].0, 0);
+        let nodes: Vec<Node> = (0..first.len()).flat_map(|of| [further(of), other(of)]).collect();
+        let third = drafter.expand(&mut asks, &nodes);
+        let third = third.chunks(2).map(|pair| [bits(&pair[0].1), bits(&pair[1].1)]);
+        let levels = first.iter().zip(&second).zip(third);
+        levels.map(|((a, (_, b)), c)| (bits(a), bits(b), c)).collect::<Vec<_>>()
+    };
+    // A position at a time, each taken in at once.
+    let mut plain = [drafter.begin()];
+    for row in 0..900u32 {
+        take_in(&mut plain[0], &[row]);
+        drafter.roots(&mut [Ask {
+            session: plain[0].as_mut(),
+            sampling: &Sampling::GREEDY,
+            position: 0,
+            k: 1,
+        }]);
+    }
     let (per_token, per_session) = (drafter.bytes_per_token(), drafter.bytes_per_session());
-    assert!(per_token > 0 && plain.held_bytes() == 900 * per_token);
+    assert!(per_token > 0 && plain[0].held_bytes() == 900 * per_token);
+    let wanted = says(&mut plain).remove(0);
+    let mut late: Vec<Box<dyn DrafterSession<Cpu>>> = Vec::new();
     for piece in [1, 100, 256, 257, 900] {
-        let mut late = Arc::clone(&drafter).begin();
+        let mut session = drafter.begin();
         let all: Vec<u32> = (0..900).collect();
         for rows in all.chunks(piece) {
-            let next: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
-            late.defer(&Features { output: &output, rows }, &next);
-            let held = late.held_bytes();
+            take_in(&mut session, rows);
+            let held = session.held_bytes();
             assert!(held <= 900 * per_token + per_session, "{held} bytes in pieces of {piece}");
         }
-        assert!(late.held_bytes() > 600 * per_token, "what waits is counted, too");
-        assert_eq!(says(&mut late), wanted, "pieces of {piece}");
+        assert!(session.held_bytes() > 600 * per_token, "what waits is counted, too");
+        late.push(session);
     }
+    // One alone, and the others side by side in one pass.
+    assert_eq!(says(&mut late[..1]), std::slice::from_ref(&wanted));
+    assert_eq!(says(&mut late), vec![wanted; 5]);
 }
 
 #[test]
