@@ -603,6 +603,7 @@ impl Pacer {
     }
 
     /// True while the draft is left out; its features are only collected.
+    #[cfg(test)]
     pub(crate) fn is_paused(&self) -> bool {
         self.rates.paused > 0
     }
@@ -780,7 +781,7 @@ mod tests {
     #[test]
     fn a_draft_rests_where_a_sure_token_would_not_pay_beside_the_others() {
         let grown = |others: usize| {
-            let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 0.3);
+            let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 1.2);
             let mut pacer = awake();
             let load = Load { rows: others + 1, sequences: others + 1 };
             let nodes = grow(&costs, load, Some(&Sure(0.99)), vec![seed(&mut pacer, &mut SureSession, 4)])[0]

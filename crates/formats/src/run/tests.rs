@@ -124,6 +124,41 @@ fn a_key_at_its_default_is_no_input_of_a_stage() {
     assert_ne!(inputs(&["regenerate.server={ url = \"http://a/v1\" }"], Stage::Regenerate).len(), 2);
 }
 
+/// Keys of `eagle3` stood beside the others once: files that have them there mean the same, and work done under either
+/// spelling is recognised.
+#[test]
+fn keys_at_their_older_places_mean_the_same() {
+    let with = |tail: &str| format!("{SMALL}{tail}");
+    let old = "[draft]\nfc_norm = true\n[train]\nttt_length = 3\nloss = \"lk_alpha\"\n";
+    let new = "[draft.eagle3]\nfc_norm = true\n[train.eagle3]\nttt_length = 3\nloss = \"lk_alpha\"\n";
+    let (old, new) = (parse(&with(old), &[]).unwrap(), parse(&with(new), &[]).unwrap());
+    assert_eq!(old, new);
+    assert_eq!((old.train.eagle3.ttt_length, old.draft.eagle3.fc_norm), (3, true));
+    assert!(old.to_toml().contains("[train.eagle3]\nttt_length = 3\n"), "{}", old.to_toml());
+    for stage in Stage::ALL {
+        assert_eq!(old.stage_inputs(stage), new.stage_inputs(stage));
+        assert_eq!(old.stage_hash_v1(stage), new.stage_hash_v1(stage));
+    }
+    assert_eq!(old.stage_inputs(Stage::Train)["train.ttt_length"], "3");
+    // The last override holds, whatever the file calls the key.
+    for (file, over) in [("[train]", "train.eagle3"), ("[train.eagle3]", "train")] {
+        let run = parse(&with(&format!("{file}\nttt_length = 3\n")), &[&format!("{over}.ttt_length=5")]).unwrap();
+        assert_eq!(run.train.eagle3.ttt_length, 5, "{file} and {over}");
+    }
+    check_refused(
+        &with("[train]\nstep_decay = 0.9\n[train.eagle3]\nstep_decay = 0.8\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.step_decay` is given beside `train.eagle3.step_decay`, its newer name",
+        Some("remove `train.step_decay`"),
+    );
+    check_refused(
+        &with("[train]\nttt_length = 0\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.eagle3.ttt_length` is 0, expected at least 1",
+        None,
+    );
+}
+
 #[test]
 fn overrides_are_toml_values_or_bare_words() {
     let run = parse(
@@ -380,7 +415,7 @@ fn every_key_is_documented() {
     }
     let find = |name: &str| keys.iter().find(|k| k.key == name).unwrap_or_else(|| panic!("{name}"));
     assert_eq!(find("train.lr").default.as_deref(), Some("0.0001"));
-    assert_eq!(find("train.loss").kind, "\"kl\" or \"lk_alpha\" or \"lk_lambda\"");
+    assert_eq!(find("train.eagle3.loss").kind, "\"kl\" or \"lk_alpha\" or \"lk_lambda\"");
     assert_eq!(find("data.max_length").default.as_deref(), Some("2048"));
     assert_eq!(find("data.sources").kind, "list of tables");
     assert!(find("data.sources.N.path").required && !find("data.sources.N.weight").required);
