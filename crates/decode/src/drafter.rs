@@ -85,12 +85,17 @@ impl<K: Kernels> Features<'_, K> {
 }
 
 /// A sequence's state inside a drafter: what is known of its committed tokens, and nodes grown below the last one.
-pub trait DrafterSession<K: Kernels>: Any {
+pub trait DrafterSession<K: Kernels>: Any + Send {
     /// For the drafter that began it, which knows the type.
     fn as_any_mut(&mut self) -> &mut dyn Any;
 
     /// Bytes that it holds now: what committed positions keep, and what waits to be taken in.
     fn held_bytes(&self) -> usize {
+        0
+    }
+
+    /// Committed positions that it was handed and can go back to ([`Drafter::rollback_to`]).
+    fn positions(&self) -> usize {
         0
     }
 }
@@ -172,6 +177,10 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     /// Anything that a session computed from its own proposals is replaced by what follows from these features
     /// [eagle3 §9].
     fn take_in(&self, committed: &mut [Committed<'_, K>]);
+
+    /// Goes back to the first `positions` of what a session was handed, at most [`DrafterSession::positions`]: another
+    /// text goes on from there. Positions behind are handed over before the next proposal.
+    fn rollback_to(&self, _session: &mut dyn DrafterSession<K>, _positions: usize) {}
 
     /// What may follow the last committed token of each sequence. Forgets the nodes grown before.
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children>;

@@ -329,6 +329,25 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
         }
     }
 
+    fn rollback_to(&self, session: &mut dyn DrafterSession<K>, positions: usize) {
+        let session = EagleSession::of(session);
+        let mut waiting = positions.saturating_sub(session.len);
+        session.len = session.len.min(positions);
+        session.last = None;
+        session.rollback(&self.kernels);
+        session.pending_tokens.truncate(waiting);
+        let mut pending = Vec::new();
+        for piece in session.pending.drain(..) {
+            match waiting {
+                0 => break,
+                all if all >= piece.rows => pending.push(piece),
+                some => pending.push(self.ops().gather(&piece, &(0..some as u32).collect::<Vec<_>>())),
+            }
+            waiting -= waiting.min(pending.last().map_or(0, |p| p.rows));
+        }
+        session.pending = pending;
+    }
+
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children> {
         let choices: Vec<Choice<'_>> = asks
             .iter()
@@ -424,5 +443,9 @@ impl<K: Kernels> DrafterSession<K> for EagleSession<K> {
     fn held_bytes(&self) -> usize {
         let waiting: usize = self.pending.iter().map(|p| p.rows * p.width * size_of::<f32>()).sum();
         waiting + self.len * self.bytes_per_token
+    }
+
+    fn positions(&self) -> usize {
+        self.len + self.pending_tokens.len()
     }
 }

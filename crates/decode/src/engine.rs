@@ -90,7 +90,10 @@ pub struct Engine<K: Kernels> {
 impl<K: Kernels> Engine<K> {
     /// An engine on this target.
     pub fn new(target: Arc<Target<K>>, drafter: Option<Arc<dyn Drafter<K>>>) -> Engine<K> {
-        let max_context = target.config().max_position;
+        let config = target.config();
+        let max_context = config.max_position;
+        // Keys and values as 16-bit floats.
+        let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
         Engine {
             target,
             drafter,
@@ -99,7 +102,7 @@ impl<K: Kernels> Engine<K> {
             ledger: Some(Mutex::default()),
             costs_off: None,
             rates: Mutex::default(),
-            prefixes: Mutex::new(Prefixes::new(0)),
+            prefixes: Mutex::new(Prefixes::new(0, token_bytes)),
         }
     }
 
@@ -125,6 +128,7 @@ impl<K: Kernels> Engine<K> {
         self.costs = OnceLock::new();
         self.ledger = Some(Mutex::default());
         self.rates = Mutex::default();
+        self.prefixes().drop_drafts();
     }
 
     /// Sets costs that hold whatever the steps say.
@@ -150,12 +154,21 @@ impl<K: Kernels> Engine<K> {
     }
 
     /// Keeps the caches of finished sequences, up to `bytes` in all, for requests that begin with the same tokens.
-    /// Sequences with a draft neither use nor leave one: the draft would miss the features of the shared part.
-    pub fn with_prefix_cache(mut self, bytes: usize) -> Engine<K> {
+    /// Those of sequences with a draft hold what the draft knows, too.
+    pub fn with_prefix_cache(self, bytes: usize) -> Engine<K> {
         let config = self.target.config();
         let per_token = 2 * size_of::<f32>() * config.kv_width() * config.num_layers;
-        self.prefixes = Mutex::new(Prefixes::new(bytes / per_token.max(1)));
+        self.limit_prefix_cache(bytes / per_token.max(1));
         self
+    }
+
+    /// Keeps as much as `tokens` take in the target's cache, what drafts hold counted in; the oldest make room.
+    pub fn limit_prefix_cache(&self, tokens: usize) {
+        self.prefixes().limit(tokens);
+    }
+
+    fn prefixes(&self) -> MutexGuard<'_, Prefixes<K>> {
+        self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What passes cost here, as measured; at the first call, in about a second, if they are not set.
@@ -286,14 +299,16 @@ impl<K: Kernels> Engine<K> {
                 fed: false,
             }
         });
-        let shared = match &drafter {
+        let with = self.drafter.as_deref().filter(|_| drafter.is_some());
+        let shared = match options.prompt_logprobs {
             // Kept rows of a prompt say nothing about its tokens any more.
-            _ if options.prompt_logprobs.is_some() => None,
-            None => self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).take(prompt_ids),
             Some(_) => None,
+            None => self.prefixes().take(prompt_ids, with),
         };
+        let (kv, known) = shared.unzip();
+        let drafter = known.flatten().or(drafter);
         Ok(Session {
-            kv: shared.unwrap_or_else(|| self.target.new_kv()),
+            kv: kv.unwrap_or_else(|| self.target.new_kv()),
             drafter,
             auto,
             tokens: prompt_ids.to_vec(),
@@ -316,11 +331,8 @@ impl<K: Kernels> Engine<K> {
         if let Some(auto) = &session.auto {
             *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
         }
-        let alone = session.drafter.is_none();
-        let (generation, tokens, kv) = session.finish();
-        if alone {
-            self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).keep(tokens, kv);
-        }
+        let (generation, tokens, kv, draft) = session.finish();
+        self.prefixes().keep(tokens, kv, self.drafter.as_deref().zip(draft));
         generation
     }
 
@@ -528,11 +540,13 @@ impl<K: Kernels> Engine<K> {
         fed: &[(usize, Vec<u32>, Vec<u32>)],
     ) {
         let Some(drafter) = &self.drafter else { return };
+        // What ends may be gone on with.
+        let keeps = self.prefixes().is_on();
         let mut fed = fed.iter().peekable();
         let mut committed = Vec::new();
         for (index, session) in sessions.iter_mut().enumerate() {
             let Some((_, rows, next_tokens)) = fed.next_if(|(of, ..)| *of == index) else { continue };
-            if let Some(own) = session.drafter.as_deref_mut().filter(|_| session.finish.is_none()) {
+            if let Some(own) = session.drafter.as_deref_mut().filter(|_| keeps || session.finish.is_none()) {
                 committed.push(Committed { session: own, features: Features { output, rows }, next_tokens });
             }
         }

@@ -149,8 +149,8 @@ impl<K: Kernels> Session<K> {
         by_limit.min(context.saturating_sub(self.tokens.len()))
     }
 
-    /// The answer, and the tokens and cache of the sequence.
-    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>) {
+    /// The answer, and what is known of the sequence.
+    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>, Option<Box<dyn DrafterSession<K>>>) {
         let now = std::time::Instant::now();
         let generation = Generation {
             token_ids: self.tokens[self.prompt_len..].to_vec(),
@@ -160,6 +160,6 @@ impl<K: Kernels> Session<K> {
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
             prompt_logprobs: self.prompt_logprobs,
         };
-        (generation, self.tokens, self.kv)
+        (generation, self.tokens, self.kv, self.drafter)
     }
 }

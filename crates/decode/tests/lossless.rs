@@ -5,6 +5,7 @@
 use std::any::Any;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
@@ -567,6 +568,86 @@ fn a_batch_takes_requests_in_and_out_between_steps() {
     assert!(wanted[1].starts_with(&cut.token_ids) && cut.token_ids.len() < 20);
     let other = Arc::new(Engine::new(crate::target(), None));
     assert_eq!(batch.replace_engine(other).unwrap_err(), DecodeError::AnotherTarget);
+}
+
+/// Counts the positions that an EAGLE-3 drafter is handed.
+struct Counting {
+    inner: Arc<dyn Drafter<Cpu>>,
+    handed: AtomicUsize,
+}
+
+impl Drafter<Cpu> for Counting {
+    fn target_layers(&self) -> &[LayerId] {
+        self.inner.target_layers()
+    }
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        self.inner.begin()
+    }
+    fn take_in(&self, committed: &mut [Committed<'_, Cpu>]) {
+        let rows: usize = committed.iter().map(|c| c.next_tokens.len()).sum();
+        self.handed.fetch_add(rows, Ordering::Relaxed);
+        self.inner.take_in(committed);
+    }
+    fn rollback_to(&self, session: &mut dyn DrafterSession<Cpu>, positions: usize) {
+        self.inner.rollback_to(session, positions);
+    }
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        self.inner.roots(asks)
+    }
+    fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        self.inner.expand(asks, nodes)
+    }
+}
+
+#[test]
+fn a_turn_with_a_draft_reads_only_what_is_new_and_proposes_what_a_fresh_one_would() {
+    let target = target();
+    let new_drafter = || drafter(&target, random_draft(&target, 8, Feedback::PreNorm, false)).unwrap();
+    let fresh = Engine::new(Arc::clone(&target), Some(new_drafter())).with_costs(cheap());
+    let counting = Arc::new(Counting { inner: new_drafter(), handed: AtomicUsize::new(0) });
+    let drafter: Arc<dyn Drafter<Cpu>> = Arc::clone(&counting) as _;
+    let keeping =
+        Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap()).with_prefix_cache(64 << 20);
+    for sampling in [Sampling::GREEDY, SEEDED] {
+        for plan in [
+            DraftPlan::Chain { depth: 3 },
+            DraftPlan::Tree { depth: 3, top_k: 2, num_draft_tokens: 6 },
+            DraftPlan::Auto,
+        ] {
+            let mut text: Vec<u32> = rows()[0].prompt.iter().copied().cycle().take(300).collect();
+            let mut known = 0;
+            for turn in 0..4 {
+                // Another plan each turn leaves nothing that another cannot go on with.
+                let asked = options(if turn == 2 { DraftPlan::None } else { plan }, sampling, 12);
+                let wanted = run(&fresh, &text, &asked);
+                counting.handed.store(0, Ordering::Relaxed);
+                let found = run(&keeping, &text, &asked);
+                assert_eq!(found.token_ids, wanted.token_ids, "{plan:?}, turn {turn}");
+                let handed = counting.handed.load(Ordering::Relaxed);
+                if plan != DraftPlan::Auto && turn != 2 {
+                    assert_eq!(found.stats, wanted.stats, "the same was proposed and accepted");
+                }
+                match turn {
+                    // What the last answer was, and what was asked since, is all that is new; one position is read twice.
+                    1 => assert!(handed <= text.len() + 12 - known + 1, "{handed} of {}", text.len()),
+                    2 => assert_eq!(handed, 0, "without a draft"),
+                    // The turn before took the cache and left none for a draft.
+                    _ => assert!(handed + 1 >= text.len(), "{handed} of {}", text.len()),
+                }
+                // The last token of an answer is not in any cache.
+                known = text.len() + wanted.token_ids.len() - 1;
+                text.extend(&wanted.token_ids);
+                text.extend([7, 8, 9]);
+            }
+            // Inside the answer something else is said: what is shared ends there.
+            let at = text.len() - 8;
+            text[at] = 5;
+            let asked = options(plan, sampling, 12);
+            counting.handed.store(0, Ordering::Relaxed);
+            assert_eq!(run(&keeping, &text, &asked).token_ids, run(&fresh, &text, &asked).token_ids);
+            assert!(counting.handed.load(Ordering::Relaxed) < 60);
+        }
+    }
 }
 
 #[test]
