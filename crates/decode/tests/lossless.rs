@@ -604,16 +604,16 @@ fn a_turn_with_a_draft_reads_only_what_is_new_and_proposes_what_a_fresh_one_woul
     let target = target();
     let new_drafter = || drafter(&target, random_draft(&target, 8, Feedback::PreNorm, false)).unwrap();
     let fresh = Engine::new(Arc::clone(&target), Some(new_drafter())).with_costs(cheap());
-    let counting = Arc::new(Counting { inner: new_drafter(), handed: AtomicUsize::new(0) });
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::clone(&counting) as _;
-    let keeping =
-        Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap()).with_prefix_cache(64 << 20);
     for sampling in [Sampling::GREEDY, SEEDED] {
         for plan in [
             DraftPlan::Chain { depth: 3 },
             DraftPlan::Tree { depth: 3, top_k: 2, num_draft_tokens: 6 },
             DraftPlan::Auto,
         ] {
+            let counting = Arc::new(Counting { inner: new_drafter(), handed: AtomicUsize::new(0) });
+            let drafter: Arc<dyn Drafter<Cpu>> = Arc::clone(&counting) as _;
+            let keeping = Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap());
+            let keeping = keeping.with_prefix_cache(64 << 20);
             let mut text: Vec<u32> = rows()[0].prompt.iter().copied().cycle().take(300).collect();
             let mut known = 0;
             for turn in 0..4 {
@@ -628,8 +628,8 @@ fn a_turn_with_a_draft_reads_only_what_is_new_and_proposes_what_a_fresh_one_woul
                     assert_eq!(found.stats, wanted.stats, "the same was proposed and accepted");
                 }
                 match turn {
-                    // What the last answer was, and what was asked since, is all that is new; one position is read twice.
-                    1 => assert!(handed <= text.len() + 12 - known + 1, "{handed} of {}", text.len()),
+                    // What was asked since the last answer is new, and this one; the last step may have been cut.
+                    1 => assert!(handed <= text.len() + 12 - known + 5, "{handed} of {}", text.len()),
                     2 => assert_eq!(handed, 0, "without a draft"),
                     // The turn before took the cache and left none for a draft.
                     _ => assert!(handed + 1 >= text.len(), "{handed} of {}", text.len()),
