@@ -158,15 +158,19 @@ pub(crate) fn readme(manifest: &Manifest, config: &DraftConfig, results: &[Measu
     for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
         let unserved = unserved(config, layout);
         remarks.extend(unserved);
-        lines.extend(launch(config, manifest, layout, folder).into_iter().filter(|_| unserved.is_none()).map(|mut line| {
-            let name = layout.name();
-            let target = if layout == Layout::Gguf { " --target TARGET.gguf" } else { "" };
-            line.command = format!(
-                "draftsmith bundle export DIR --format {name} --out {folder}{target}\n{}",
-                line.command
-            );
-            line
-        }));
+        lines.extend(
+            launch(config, manifest, layout, folder).into_iter().filter(|_| unserved.is_none()).map(
+                |mut line| {
+                    let name = layout.name();
+                    let target = if layout == Layout::Gguf { " --target TARGET.gguf" } else { "" };
+                    line.command = format!(
+                        "draftsmith bundle export DIR --format {name} --out {folder}{target}\n{}",
+                        line.command
+                    );
+                    line
+                },
+            ),
+        );
     }
     let _ = write!(out, "{}{}", commands(&lines), NOT_RUN);
     for remark in remarks {

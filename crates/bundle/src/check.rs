@@ -193,11 +193,7 @@ fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<DraftConfig>) {
             problems.push(Problem::ManifestDisagrees { key, manifest, config });
         }
     };
-    same(
-        "target.hidden_size",
-        manifest.target.hidden_size.to_string(),
-        shape.target_hidden_size.to_string(),
-    );
+    same("target.hidden_size", manifest.target.hidden_size.to_string(), shape.target_hidden_size.to_string());
     same("target.vocab_size", manifest.target.vocab_size.to_string(), shape.vocab_size.to_string());
     same("draft.hidden_size", manifest.draft.hidden_size.to_string(), shape.hidden_size.to_string());
     same(

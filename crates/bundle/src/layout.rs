@@ -175,10 +175,7 @@ pub(crate) fn weight_problems(
 
 /// The vocabulary map of the weights, or what contradicts in it. `None` if the kind has none, or a tensor is unusable,
 /// which [`weight_problems`] has told.
-pub(crate) fn vocab_map(
-    config: &DraftConfig,
-    weights: &SafetensorsDir,
-) -> Option<Result<VocabMap, Problem>> {
+pub(crate) fn vocab_map(config: &DraftConfig, weights: &SafetensorsDir) -> Option<Result<VocabMap, Problem>> {
     let shape = config.shape();
     if !shape.has_vocab_map {
         return None;

@@ -62,12 +62,7 @@ pub fn answer_beside<K: Kernels>(
     }
     let answer = run(target.kernels().as_ref(), draft, input, Embedding::Target(target))?;
     let (features, depth) = (input.features.clone(), input.depth);
-    let input = ProbeInput {
-        token_ids: answer.token_ids,
-        features,
-        depth,
-        embeddings: answer.embeddings,
-    };
+    let input = ProbeInput { token_ids: answer.token_ids, features, depth, embeddings: answer.embeddings };
     Ok(Probe { input, logits: answer.logits })
 }
 

@@ -829,7 +829,7 @@ mod tests {
             let (mut pacer, draft) = (Pacer::new(rates), Sure(0.9));
             for _ in 0..16 {
                 let grown =
-                grow(&costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]).remove(0);
+                    grow(&costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]).remove(0);
                 proposed += usize::from(!grown.tree.is_empty());
                 let pass_ms = costs.verify(grown.tree.len() + 1);
                 let elapsed_ms = pass_ms + grown.draft_steps * 0.3;

@@ -214,10 +214,7 @@ pub trait Drafter<K: Kernels>: Send + Sync {
 ///
 /// # Errors
 /// [`DecodeError::DraftMismatch`] if their shapes disagree.
-pub fn drafter<K: Kernels>(
-    target: &Target<K>,
-    draft: Draft<K>,
-) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
+pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
     Ok(match draft {
         Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
     })

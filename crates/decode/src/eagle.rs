@@ -255,8 +255,7 @@ impl<K: Kernels> EagleDrafter<K> {
         let greedy = pick(&|c| c.sampling.is_greedy() && c.k > 1);
         if let Some(most) = greedy.iter().map(|row| choices[*row as usize].k).max() {
             let input = some(&greedy);
-            let best =
-                self.kernels.top_k(&input.buf, greedy.len(), (&head.packed, head.out_features), most);
+            let best = self.kernels.top_k(&input.buf, greedy.len(), (&head.packed, head.out_features), most);
             for (row, TopK { best, log_sum }) in greedy.iter().zip(best) {
                 let most = best.first().map_or(0.0, |b| b.1);
                 let children = best.into_iter().take(choices[*row as usize].k);

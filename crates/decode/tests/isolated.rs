@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenLogprobs, TokenTree};
 use draftsmith_decode::{
-    Ask, Batch, Children, Committed, DraftPlan, Drafter, DrafterSession, Engine, FinishReason, GenerateOptions,
-    Grammar, GrammarState, Node, Shape,
+    Ask, Batch, Children, Committed, DraftPlan, Drafter, DrafterSession, Engine, FinishReason,
+    GenerateOptions, Grammar, GrammarState, Node, Shape,
 };
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, StepItem, Target};

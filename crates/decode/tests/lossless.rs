@@ -663,11 +663,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
     let take_in = |session: &mut Box<dyn DrafterSession<Cpu>>, rows: &[u32]| {
         let next_tokens: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
         let features = Features { output: &output, rows };
-        drafter.take_in(&mut [Committed {
-            session: session.as_mut(),
-            features,
-            next_tokens: &next_tokens,
-        }]);
+        drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next_tokens }]);
     };
     let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
     let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {

@@ -162,13 +162,7 @@ pub trait Kernels: Send + Sync + 'static {
     fn argmax(&self, x: &Self::Buf, rows: usize, w: &Self::Packed) -> Vec<u32>;
     /// Per row the `k` best outputs of `x[R, I] · Wᵀ`, of which there are `outputs`, and what all of them come to: what a
     /// draft is asked for, without the outputs leaving the device.
-    fn top_k(
-        &self,
-        x: &Self::Buf,
-        rows: usize,
-        (w, outputs): (&Self::Packed, usize),
-        k: usize,
-    ) -> Vec<TopK> {
+    fn top_k(&self, x: &Self::Buf, rows: usize, (w, outputs): (&Self::Packed, usize), k: usize) -> Vec<TopK> {
         let mut y = [self.scratch(rows * outputs)];
         self.matmuls(x, rows, &[(w, None)], &mut y);
         let mut values = vec![0.0; rows * outputs];

@@ -92,8 +92,7 @@ pub const LAYERS_HINT: &str = "say which layers the draft reads with `draftsmith
 pub const LAYERS_KEY: &str = "eagle_aux_hidden_state_layer_ids";
 
 /// What `architectures` of such drafts holds: SpecForge's name, vLLM's, and that of the `speculators` library.
-pub const ARCHITECTURES: [&str; 3] =
-    ["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator"];
+pub const ARCHITECTURES: [&str; 3] = ["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator"];
 
 /// Layers that it reads.
 const CAPTURED: usize = 3;
@@ -212,8 +211,7 @@ impl Eagle3Config {
             Some(rope) => rope.float_or("rope_theta", beside)?,
             None => beside,
         };
-        let rope_scaling =
-            rope.map_or(Ok(RopeScaling::None), |r| r.rope_scaling(max_position_embeddings))?;
+        let rope_scaling = rope.map_or(Ok(RopeScaling::None), |r| r.rope_scaling(max_position_embeddings))?;
         let config = Eagle3Config {
             vocab_size,
             draft_vocab_size: keys.size_or("draft_vocab_size", vocab_size)?,

@@ -15,9 +15,7 @@ mod target;
 mod weights;
 
 pub use config::{Family, TargetConfig};
-pub use draft::{
-    Draft, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, DraftTensors, read_draft,
-};
+pub use draft::{Draft, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, DraftTensors, read_draft};
 pub use draft_config::{DraftConfig, DraftConfigError, DraftShape, DraftSpec, DraftWork};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};

@@ -355,7 +355,11 @@ struct Validation<'a, 'h> {
 
 impl Validation<'_, '_> {
     /// The draft as it is now.
-    fn trained<M: Method + ?Sized>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+    fn trained<M: Method + ?Sized>(
+        &mut self,
+        method: &M,
+        state: &mut TrainState,
+    ) -> Result<Flow, TrainError> {
         // What is measured is what is saved: weights rounded to bfloat16.
         let draft = method.draft()?.rounded();
         let (found, flow) = self.measure(&draft, state, Vec::new())?;

@@ -32,9 +32,9 @@ use draftsmith_formats::run::GpuDtype;
 use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, Stage};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
-use draftsmith_model::{DraftConfig, Precision};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
+use draftsmith_model::{DraftConfig, Precision};
 use serde::Serialize;
 
 use aside::Aside;

@@ -126,9 +126,9 @@ fn layers(written: &[String]) -> Result<Vec<u32>, Failure> {
     let layers = layers?;
     match layers.windows(2).all(|pair| pair[0] < pair[1]) {
         true => Ok(layers),
-        false => Err(refused(format!(
-            "`--layers` is {layers:?}, expected different layers in ascending order"
-        ))),
+        false => {
+            Err(refused(format!("`--layers` is {layers:?}, expected different layers in ascending order")))
+        }
     }
 }
 

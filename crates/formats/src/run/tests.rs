@@ -142,7 +142,8 @@ fn keys_at_their_older_places_mean_the_same() {
     assert_eq!(old.stage_inputs(Stage::Train)["train.ttt_length"], "3");
     // The last override holds, whatever the file calls the key.
     for (file, over) in [("[train]", "train.eagle3"), ("[train.eagle3]", "train")] {
-        let run = parse(&with(&format!("{file}\nttt_length = 3\n")), &[&format!("{over}.ttt_length=5")]).unwrap();
+        let run =
+            parse(&with(&format!("{file}\nttt_length = 3\n")), &[&format!("{over}.ttt_length=5")]).unwrap();
         assert_eq!(run.train.eagle3.ttt_length, 5, "{file} and {over}");
     }
     check_refused(

@@ -19,7 +19,8 @@ pub use pack::PackedWeight;
 
 use crate::pool::SendPtr;
 use crate::{
-    Activation, Buffer, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, TopK, WeightView, scratch,
+    Activation, Buffer, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, TopK, WeightView,
+    scratch,
 };
 use isa::Level;
 
@@ -163,13 +164,7 @@ impl Kernels for Cpu {
         matmul::argmax(self.level, &self.pool, x, rows, w)
     }
 
-    fn top_k(
-        &self,
-        x: &Vec<f32>,
-        rows: usize,
-        (w, outputs): (&PackedWeight, usize),
-        k: usize,
-    ) -> Vec<TopK> {
+    fn top_k(&self, x: &Vec<f32>, rows: usize, (w, outputs): (&PackedWeight, usize), k: usize) -> Vec<TopK> {
         let mut y = [self.scratch(rows * outputs)];
         self.matmuls(x, rows, &[(w, None)], &mut y);
         let found: Vec<OnceLock<TopK>> = (0..rows).map(|_| OnceLock::new()).collect();

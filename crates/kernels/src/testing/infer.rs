@@ -4,8 +4,8 @@
 
 use super::{close, host};
 use crate::{
-    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, TopK,
-    WeightDtype, WeightView, quant, reference,
+    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, TopK, WeightDtype,
+    WeightView, quant, reference,
 };
 
 /// A small deterministic generator; the tests need variety, not quality.

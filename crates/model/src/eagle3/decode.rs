@@ -90,7 +90,8 @@ impl<K: Kernels> DraftNetwork<K> for Eagle3Draft<K> {
             answer.hidden = ops.values(&last_output);
             let (logits, fed) = (&answer.logits, slots + step);
             tokens = vec![token_ids.get(fed).copied().unwrap_or_else(|| {
-                let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
+                let best =
+                    (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
                 self.vocab_map.to_target(DraftTokenId(best as u32)).0
             })];
             let feedback = network.feedback(&output, &head_input);

@@ -12,8 +12,8 @@ use draftsmith_model::{DraftConfig, DraftConfigError, DraftTensors, rope_halves_
 use serde_json::{Map, Value};
 
 use super::{gguf, tensor_name};
-use crate::foreign::import::{EMBEDDING, Imported};
 use crate::foreign::Layout;
+use crate::foreign::import::{EMBEDDING, Imported};
 use crate::layout::expected_tensors;
 use crate::manifest::CONFIG_FILE;
 use crate::{BundleError, Problem};
@@ -64,8 +64,8 @@ pub(crate) fn from_safetensors(
     let bad = |e: DraftConfigError| {
         refused(vec![Problem::Config { message: format!("`{CONFIG_FILE}`: {e}"), hint: e.hint() }])
     };
-    let written: Map<String, Value> = serde_json::from_slice(config)
-        .map_err(|e| bad(DraftConfigError::Json { message: e.to_string() }))?;
+    let written: Map<String, Value> =
+        serde_json::from_slice(config).map_err(|e| bad(DraftConfigError::Json { message: e.to_string() }))?;
 
     let mut problems = Vec::new();
     let mut found: BTreeMap<String, Found> = BTreeMap::new();
@@ -160,7 +160,11 @@ fn flattened(written: Map<String, Value>) -> Result<Map<String, Value>, Problem>
 }
 
 /// Reads a draft from an opened GGUF file.
-pub(crate) fn from_gguf(path: &Path, file: &GgufFile<'_>, layers: Option<&[u32]>) -> Result<Imported, BundleError> {
+pub(crate) fn from_gguf(
+    path: &Path,
+    file: &GgufFile<'_>,
+    layers: Option<&[u32]>,
+) -> Result<Imported, BundleError> {
     let layers = three(layers)?;
     let refused = |problem| BundleError::draft(path, "imported", vec![problem]);
     let architecture = file.get_str("general.architecture")?;
@@ -417,4 +421,3 @@ fn drop_layers(config: &mut Map<String, Value>) {
         None => {}
     }
 }
-
