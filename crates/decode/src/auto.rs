@@ -405,10 +405,8 @@ fn expand<K: Kernels>(
     for (of, ..) in &wanted {
         asking[*of] = Some(0);
     }
-    let mut of_ask = 0;
-    for asking in asking.iter_mut().flatten() {
+    for (of_ask, asking) in asking.iter_mut().flatten().enumerate() {
         *asking = of_ask;
-        of_ask += 1;
     }
     let nodes: Vec<Node> = wanted
         .iter()

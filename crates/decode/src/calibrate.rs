@@ -11,7 +11,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target, TargetKv};
 
 use crate::costs::{Calibration, Costs};
-use crate::drafter::{Ask, Committed, Drafter, DrafterSession, Features, Node};
+use crate::drafter::{Ask, BoxedSession, Committed, Drafter, Features, Node};
 
 /// Rows that are measured on every machine, however slow: a curve with less says nothing about a proposal.
 const NEEDED: [usize; 5] = [1, 2, 4, 8, 16];
@@ -135,7 +135,7 @@ struct Machine<'a, K: Kernels> {
     kv: TargetKv<K>,
     context: usize,
     layers: &'a [LayerId],
-    draft: Option<(&'a dyn Drafter<K>, Box<dyn DrafterSession<K>>)>,
+    draft: Option<(&'a dyn Drafter<K>, BoxedSession<K>)>,
     /// Of the last piece of context.
     features: StepOutput<K::Buf>,
     rows: usize,

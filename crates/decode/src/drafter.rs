@@ -100,6 +100,9 @@ pub trait DrafterSession<K: Kernels>: Any + Send {
     }
 }
 
+/// A sequence's state, owned.
+pub(crate) type BoxedSession<K> = Box<dyn DrafterSession<K>>;
+
 /// Committed positions of a sequence that its drafter has not seen.
 pub struct Committed<'a, K: Kernels> {
     /// The sequence.

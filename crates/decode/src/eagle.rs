@@ -60,7 +60,7 @@ struct EagleSession<K: Kernels> {
 }
 
 impl<K: Kernels> EagleSession<K> {
-    fn of<'s>(session: &'s mut dyn DrafterSession<K>) -> &'s mut EagleSession<K> {
+    fn of(session: &mut dyn DrafterSession<K>) -> &mut EagleSession<K> {
         session.as_any_mut().downcast_mut().expect("a session goes back to the drafter that began it")
     }
 

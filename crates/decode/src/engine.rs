@@ -20,7 +20,7 @@ use crate::drafter::{Committed, DraftPlan, Drafter, Features};
 use crate::grammar::Grammar;
 use crate::lookup::Lookup;
 use crate::prefix::Prefixes;
-use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
+use crate::session::{Auto, FinishReason, Finished, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
 /// are decoding wait for it. Does not change any bit of the result.
@@ -331,8 +331,8 @@ impl<K: Kernels> Engine<K> {
         if let Some(auto) = &session.auto {
             *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
         }
-        let (generation, tokens, kv, draft) = session.finish();
-        self.prefixes().keep(tokens, kv, self.drafter.as_deref().zip(draft));
+        let Finished { generation, tokens, kv, drafter } = session.finish();
+        self.prefixes().keep(tokens, kv, self.drafter.as_deref().zip(drafter));
         generation
     }
 

@@ -8,19 +8,16 @@
 use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
-use crate::drafter::{Drafter, DrafterSession};
+use crate::drafter::{BoxedSession, Drafter};
 
 /// Tokens from which reuse is worth looking for.
 const SHORTEST: usize = 16;
-
-/// A draft's part of a sequence.
-type DraftPart<K> = Box<dyn DrafterSession<K>>;
 
 struct Kept<K: Kernels> {
     /// The tokens in the cache.
     tokens: Vec<u32>,
     kv: TargetKv<K>,
-    draft: Option<DraftPart<K>>,
+    draft: Option<BoxedSession<K>>,
 }
 
 /// Kept caches, oldest first.
@@ -67,7 +64,7 @@ impl<K: Kernels> Prefixes<K> {
         &mut self,
         prompt: &[u32],
         drafter: Option<&dyn Drafter<K>>,
-    ) -> Option<(TargetKv<K>, Option<DraftPart<K>>)> {
+    ) -> Option<(TargetKv<K>, Option<BoxedSession<K>>)> {
         let usable = &prompt[..prompt.len().saturating_sub(1)];
         let shared = |kept: &Kept<K>| {
             let shared = kept.tokens.iter().zip(usable).take_while(|(a, b)| a == b).count();
@@ -99,7 +96,7 @@ impl<K: Kernels> Prefixes<K> {
         &mut self,
         mut tokens: Vec<u32>,
         kv: TargetKv<K>,
-        drafted: Option<(&dyn Drafter<K>, DraftPart<K>)>,
+        drafted: Option<(&dyn Drafter<K>, BoxedSession<K>)>,
     ) {
         tokens.truncate(kv.len());
         if tokens.len() < SHORTEST || tokens.len() > self.limit {

@@ -7,7 +7,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
 use crate::auto::{Grown, Pacer};
-use crate::drafter::{DraftPlan, DrafterSession};
+use crate::drafter::{BoxedSession, DraftPlan};
 use crate::engine::GenerateOptions;
 use crate::grammar::GrammarState;
 use crate::lookup::Lookup;
@@ -89,10 +89,18 @@ pub(crate) struct Auto {
     pub fed: bool,
 }
 
+/// What a sequence leaves.
+pub(crate) struct Finished<K: Kernels> {
+    pub generation: Generation,
+    pub tokens: Vec<u32>,
+    pub kv: TargetKv<K>,
+    pub drafter: Option<BoxedSession<K>>,
+}
+
 /// State of one request inside the engine.
 pub(crate) struct Session<K: Kernels> {
     pub kv: TargetKv<K>,
-    pub drafter: Option<Box<dyn DrafterSession<K>>>,
+    pub drafter: Option<BoxedSession<K>>,
     /// Set for an automatic plan.
     pub auto: Option<Auto>,
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
@@ -150,7 +158,7 @@ impl<K: Kernels> Session<K> {
     }
 
     /// The answer, and what is known of the sequence.
-    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>, Option<Box<dyn DrafterSession<K>>>) {
+    pub(crate) fn finish(self) -> Finished<K> {
         let now = std::time::Instant::now();
         let generation = Generation {
             token_ids: self.tokens[self.prompt_len..].to_vec(),
@@ -160,6 +168,6 @@ impl<K: Kernels> Session<K> {
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
             prompt_logprobs: self.prompt_logprobs,
         };
-        (generation, self.tokens, self.kv, self.drafter)
+        Finished { generation, tokens: self.tokens, kv: self.kv, drafter: self.drafter }
     }
 }
