@@ -3,6 +3,7 @@
 mod classes;
 mod config;
 mod draft;
+mod draft_config;
 mod dtype;
 pub mod eagle3;
 mod error;
@@ -16,9 +17,11 @@ mod ops;
 mod quantised;
 pub mod tape;
 mod target;
+mod weights;
 
 pub use config::TargetConfig;
-pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
+pub use draft::{Draft, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, DraftTensors, read_draft};
+pub use draft_config::{DraftConfig, DraftConfigError, DraftShape, DraftSpec, DraftWork};
 pub use dtype::{Precision, weight_dtype};
 pub use error::ModelError;
 pub use family::{Family, Norm, Norms, QkNorm};
@@ -29,3 +32,4 @@ pub use moe::ExpertsConfig;
 pub use ops::{Attend, Ops};
 pub use quantised::{QuantisedLayer, quantised_layers, quantised_values};
 pub use target::{LayerWeights, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer};
+pub use weights::BuildWeights;

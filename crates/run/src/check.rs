@@ -8,9 +8,8 @@ use draftsmith_bench::Workload;
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key};
-use draftsmith_model::{ModelError, TargetConfig};
+use draftsmith_model::{DraftConfig, ModelError, TargetConfig};
 use draftsmith_pull::Places;
-use draftsmith_train::eagle3::draft_config;
 
 use crate::Error;
 use crate::disk::writable;
@@ -348,7 +347,7 @@ fn draft_shapes(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
     }
     let size = (draft.vocab_size as usize).min(target.vocab_size);
     if faults.0.len() == before
-        && let Err(error) = draft_config(draft, target, size)
+        && let Err(error) = DraftConfig::from_table(draft, target, size)
     {
         faults.add(
             "draft",

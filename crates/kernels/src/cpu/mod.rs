@@ -13,7 +13,7 @@ mod pack;
 mod pages;
 mod peaks;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use attention::KvLayer;
 pub(crate) use math::exp;
@@ -22,8 +22,8 @@ pub use pack::PackedWeight;
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
 use crate::{
-    Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, check_order,
-    scratch,
+    Activation, Buffer, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, TopK, WeightView,
+    check_order, scratch,
 };
 use isa::Level;
 
@@ -208,6 +208,21 @@ impl Kernels for Cpu {
             None => run(x, y),
             Some(order) => run(&in_order(x, rows, order), y),
         }
+    }
+
+    fn top_k(&self, x: &Vec<f32>, rows: usize, (w, outputs): (&PackedWeight, usize), k: usize) -> Vec<TopK> {
+        let mut y = [self.scratch(rows * outputs)];
+        self.matmuls(x, rows, &[(w, None)], &mut y);
+        let found: Vec<OnceLock<TopK>> = (0..rows).map(|_| OnceLock::new()).collect();
+        // An exponential is worth several simple operations.
+        self.split(rows, 8 * outputs, &|from, to| {
+            for row in from..to {
+                let values = &y[0][row * outputs..(row + 1) * outputs];
+                found[row].get_or_init(|| TopK::of(values, k));
+            }
+        });
+        y[0].give_back();
+        found.into_iter().map(|row| row.into_inner().expect("every row was looked at")).collect()
     }
 
     fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {
