@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use serde::Serialize;
 
+use crate::packs::Copies;
 use crate::pull::Places;
 
 /// Everything `doctor` found.
@@ -26,6 +27,8 @@ pub struct Doctor {
     pub devices: Vec<String>,
     /// Folders we write to or read from.
     pub folders: Vec<Folder>,
+    /// Packed weights that starts have kept.
+    pub packed_copies: Copies,
     /// The user's Python, needed for `pip:` references only.
     pub python: Python,
     /// Variables that change what `pull` does, if set. Tokens are shown as `set`.
@@ -135,6 +138,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
             look_at("files unpacked from packages", &places.cache),
             look_at("model hub cache", &places.hf_cache),
         ],
+        packed_copies: crate::packs::copies(places),
         python: python(places),
         variables: Vec::new(),
         findings: Vec::new(),

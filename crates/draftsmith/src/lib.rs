@@ -13,6 +13,7 @@ mod error;
 pub mod imports;
 pub mod inspect;
 pub mod measure;
+pub mod packs;
 pub mod peer;
 pub mod pull;
 pub mod report;

@@ -16,7 +16,7 @@ pub use config::{Family, TargetConfig};
 pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
-pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
+pub use load::{Packing, rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};
 pub use ops::{Attend, Ops};
 pub use target::{
     LayerWeights, Precision, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,

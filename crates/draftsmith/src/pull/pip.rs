@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
-use draftsmith_formats::hash::{self, Hasher};
+use draftsmith_formats::hash::Hasher;
 
 use super::{Context, PullError, Pulled, Reference, check_hash};
 use crate::report::Unit;
@@ -59,7 +59,7 @@ pub(super) fn cached(
     if !target.is_file() {
         return Ok(None);
     }
-    let found = hash::sha256_file(target)?;
+    let found = context.places.hash_records().sha256_file(target)?;
     match check_hash(reference, &found, sha256) {
         Err(_) if !context.places.offline => return Ok(None),
         checked => checked?,

@@ -15,7 +15,7 @@ mod peaks;
 use std::sync::Arc;
 
 pub use attention::KvLayer;
-pub use pack::PackedWeight;
+pub use pack::{KeptPanels, PANEL_VERSION, PackedWeight, SharedBytes};
 
 use crate::pool::SendPtr;
 use crate::{
