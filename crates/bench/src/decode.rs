@@ -325,7 +325,10 @@ fn costs_text(report: &DecodeReport, width: usize, out: &mut String) {
     if report.sides.iter().all(|s| s.costs.load_s.is_none() && s.costs.peak_memory_bytes.is_none()) {
         return;
     }
-    out.push_str(&format!("\n{:width$}  {:>10}  {:>14}  {:>14}\n", "side", "load s", "peak MB", "MB per token"));
+    out.push_str(&format!(
+        "\n{:width$}  {:>10}  {:>14}  {:>14}\n",
+        "side", "load s", "peak MB", "MB per token"
+    ));
     for side in &report.sides {
         let load = side.costs.load_s.map_or_else(|| "–".into(), |s| format!("{s:.2}"));
         let (peak, bytes) = (mb(side.costs.peak_memory_bytes), mb(side.costs.weight_bytes_per_token));

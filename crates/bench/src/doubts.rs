@@ -240,7 +240,8 @@ pub fn decode_doubts(machine: &Machine, threads: u32, rows: &[(f64, f64)]) -> Ve
         found.push(Doubt::TooFewSamples { rows: rows.len(), wanted: ROWS_WANTED });
     }
     machine_doubts(machine, threads, &mut found);
-    let ms: Vec<f64> = rows.iter().filter(|(tokens, _)| *tokens > 0.0).map(|(tokens, ms)| ms / tokens).collect();
+    let ms: Vec<f64> =
+        rows.iter().filter(|(tokens, _)| *tokens > 0.0).map(|(tokens, ms)| ms / tokens).collect();
     time_doubts(&ms, &mut found);
     found
 }

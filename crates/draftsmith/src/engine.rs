@@ -259,8 +259,7 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
         None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
     };
     let weights = dir.join("model.safetensors");
-    let sha256 =
-        if weights.is_file() { Some(hash::sha256_file(&weights)?) } else { None };
+    let sha256 = if weights.is_file() { Some(hash::sha256_file(&weights)?) } else { None };
     let trained_beside =
         manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
     let artifact = ArtifactInfo { name, sha256, kind: "eagle3".to_string(), trained_beside };

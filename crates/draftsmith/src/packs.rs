@@ -17,7 +17,7 @@ use draftsmith_formats::atomic::{AtomicError, is_being_written};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::packed::{PackedError, PackedFile, PackedKey, PackedWriter};
 use draftsmith_kernels::{
-    Cpu, KernelError, Kernels, KeptPanels, PANEL_VERSION, PackMode, PackedWeight, SharedBytes, WeightView,
+    Cpu, KeptPanels, KernelError, Kernels, PANEL_VERSION, PackMode, PackedWeight, SharedBytes, WeightView,
 };
 use draftsmith_model::{ModelError, Packing, Precision, Target};
 
@@ -79,7 +79,10 @@ fn listed(folder: &Path) -> Vec<Copy> {
 /// Which copies go, `new` having just been written.
 fn superfluous(copies: &[Copy], new: &Path, now: SystemTime, most: u64) -> Vec<PathBuf> {
     let model = |path: &Path| {
-        path.file_name().and_then(|n| n.to_str()).and_then(|n| n.split_once('-')).map(|(model, _)| model.to_owned())
+        path.file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.split_once('-'))
+            .map(|(model, _)| model.to_owned())
     };
     let unused = |copy: &Copy| now.duration_since(copy.used).unwrap_or_default();
     let mut others: Vec<&Copy> = copies.iter().filter(|copy| copy.path != new).collect();
@@ -166,7 +169,12 @@ impl PackCache<'_> {
     }
 
     /// The target over a mapped copy, or `None` if that does not fit it.
-    fn mapped(&self, kernels: &Arc<Cpu>, path: &Path, file: PackedFile) -> Result<Option<Target<Cpu>>, ModelError> {
+    fn mapped(
+        &self,
+        kernels: &Arc<Cpu>,
+        path: &Path,
+        file: PackedFile,
+    ) -> Result<Option<Target<Cpu>>, ModelError> {
         let bytes: SharedBytes = Arc::new(file.bytes().clone());
         let from = FromCopy { kernels, file, bytes, next: AtomicUsize::new(0), fits: AtomicBool::new(true) };
         let target = Target::load_with(Arc::clone(kernels), path, Precision::Stored, &from)?;
@@ -197,7 +205,8 @@ impl PackCache<'_> {
         let (writer, failed) = keep.writer.into_inner().unwrap_or_else(PoisonError::into_inner);
         match (writer.map(PackedWriter::finish).transpose(), failed) {
             (Err(error), _) | (_, Some(error)) => {
-                self.report.note(&format!("packed weights are not kept, the next start packs again: {error}"));
+                self.report
+                    .note(&format!("packed weights are not kept, the next start packs again: {error}"));
             }
             (Ok(Some(bytes)), None) => {
                 if is_first {
@@ -351,7 +360,8 @@ mod tests {
         }
         // The copy of another model under this name.
         load(&folder, &b);
-        let other = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).find(|p| *p != copy).unwrap();
+        let other =
+            std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).find(|p| *p != copy).unwrap();
         std::fs::rename(other, &copy).unwrap();
         assert_eq!(load(&folder, &a), (LoadedFrom::Packing, 1));
         assert_eq!(load(&folder, &a), (LoadedFrom::Copy, 0));
@@ -365,7 +375,10 @@ mod tests {
         load(&folder, &sha256);
         let copy = only(&folder);
         let whole = std::fs::read(&copy).unwrap();
-        let layout = format!("draftsmith {}, panels {PANEL_VERSION}, stored, little-endian", env!("CARGO_PKG_VERSION"));
+        let layout = format!(
+            "draftsmith {}, panels {PANEL_VERSION}, stored, little-endian",
+            env!("CARGO_PKG_VERSION")
+        );
         let key = PackedKey { weights_sha256: sha256.clone(), layout };
         // Whole, of the right key, and every checksum holds: a form or a panel is another, or a weight is missing.
         for wrong in 0..4 {

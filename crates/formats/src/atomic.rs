@@ -129,7 +129,9 @@ fn temporaries_of(path: &Path, kind: &str) -> Vec<PathBuf> {
 
 /// Whether somebody is writing `path` right now.
 pub fn is_being_written(path: &Path) -> bool {
-    let held = |entry: &PathBuf| File::open(entry).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
+    let held = |entry: &PathBuf| {
+        File::open(entry).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+    };
     temporaries_of(path, "tmp").iter().any(held)
 }
 

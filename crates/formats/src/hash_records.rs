@@ -164,7 +164,12 @@ mod tests {
     #[test]
     fn a_record_holds_for_the_file_that_was_hashed_and_for_no_other() {
         let put_back = |path: &Path, time| {
-            File::options().write(true).open(path).unwrap().set_times(FileTimes::new().set_modified(time)).unwrap();
+            File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_times(FileTimes::new().set_modified(time))
+                .unwrap();
         };
         check(|_, _| {}, true);
         check(|path, _| drop(std::fs::read(path).unwrap()), true);

@@ -253,7 +253,13 @@ impl PackedWriter {
     ) -> Result<(), AtomicError> {
         self.put(&[0; ALIGN][..self.at.next_multiple_of(ALIGN) - self.at])?;
         let (name, form) = (name.to_owned(), form.to_owned());
-        self.trailer.weights.push(PackedEntry { name, form, largest_scale_bits, at: self.at, len: bytes.len() });
+        self.trailer.weights.push(PackedEntry {
+            name,
+            form,
+            largest_scale_bits,
+            at: self.at,
+            len: bytes.len(),
+        });
         self.put(bytes)
     }
 

@@ -55,7 +55,10 @@ fn page(doctor: &Doctor) -> String {
         );
     }
     let copies = &doctor.packed_copies;
-    row("packed", format!("weights of {} models kept for the next start, {}", copies.count, human(copies.bytes)));
+    row(
+        "packed",
+        format!("weights of {} models kept for the next start, {}", copies.count, human(copies.bytes)),
+    );
     let python = doctor.python.version.as_deref().unwrap_or("not found");
     row("python", format!("{python}, {}", doctor.python.pip.as_deref().unwrap_or("no pip")));
     for (name, value) in &doctor.variables {

@@ -677,7 +677,13 @@ impl PackedWeight {
     }
 
     /// Lets `fill` write every panel of a weight.
-    fn fill(pool: &Pool, w: &WeightView<'_>, body: Body, largest_scale: f32, fill: &FillPanel<'_>) -> PackedWeight {
+    fn fill(
+        pool: &Pool,
+        w: &WeightView<'_>,
+        body: Body,
+        largest_scale: f32,
+        fill: &FillPanel<'_>,
+    ) -> PackedWeight {
         let (panel_bytes, low_bytes) = (body.panel_bytes(w.in_features), body.low_bytes(w.in_features));
         let panels = w.out_features.div_ceil(LANES);
         let mut pages = Pages::new(panels * (panel_bytes + low_bytes));
@@ -741,7 +747,9 @@ impl PackedWeight {
         }
         let largest_scale = largest_scale.unwrap_or_default();
         Ok(match body {
-            Body::Float(kind) => Self::fill(pool, w, body, 0.0, &|first, panel, _| fill_floats(w, kind, first, panel)),
+            Body::Float(kind) => {
+                Self::fill(pool, w, body, 0.0, &|first, panel, _| fill_floats(w, kind, first, panel))
+            }
             Body::Block(format) => Self::fill(pool, w, body, largest_scale, &|first, panel, low| {
                 fill_blocks(w, format, first, panel, low);
             }),
@@ -789,7 +797,8 @@ impl PackedWeight {
             doubts: Doubts::default(),
             data: Data::Shared(Arc::clone(&kept.bytes), kept.range.clone()),
         };
-        let same = packed.form() == kept.form && [0, panels / 2, panels - 1].iter().all(|p| packed.is_panel_of(w, *p));
+        let same = packed.form() == kept.form
+            && [0, panels / 2, panels - 1].iter().all(|p| packed.is_panel_of(w, *p));
         Ok(same.then_some(packed))
     }
 
