@@ -111,7 +111,12 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
     }
     let mut rows = Vec::new();
     for row in &workload.rows {
-        rows.push(DecodeRow { id: row.id.clone(), prompt_ids: first_prompt(&target.text, row)? });
+        let prompt_ids = match (&target.text.template, row.turns.first()) {
+            // Every side reads the same ids, so a model without a template is measured on the bare text.
+            (None, Some(turn)) => target.text.tokenizer.encode(turn, true).map_err(Error::from)?,
+            _ => first_prompt(&target.text, row)?,
+        };
+        rows.push(DecodeRow { id: row.id.clone(), prompt_ids });
     }
     let new_tokens = args.new_tokens as usize;
     let longest = rows.iter().map(|r| r.prompt_ids.len()).max().unwrap_or(0) + new_tokens;
