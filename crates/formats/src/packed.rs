@@ -113,7 +113,9 @@ impl PackedFile {
     /// [`PackedError`].
     pub fn open(path: &Path, key: &PackedKey, threads: usize) -> Result<PackedFile, PackedError> {
         let bytes = Mapped::open(path).map_err(|e| match e.source.kind() {
-            io::ErrorKind::NotFound => PackedError::Absent { path: path.to_path_buf() },
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                PackedError::Absent { path: path.to_path_buf() }
+            }
             _ => PackedError::Open { path: path.to_path_buf(), source: e.source },
         })?;
         let damaged = |problem| PackedError::Damaged { path: path.to_path_buf(), problem };
