@@ -22,7 +22,7 @@ mod top_k;
 pub mod train;
 mod weight;
 
-pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
+pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use top_k::TopK;

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
-use draftsmith_formats::hash::{self, Hasher};
+use draftsmith_formats::hash::Hasher;
 
 use crate::error::{PipCause, PullError};
 use crate::found::{Context, Pulled, check_hash};
@@ -65,7 +65,7 @@ pub(super) fn cached(
     if !target.is_file() {
         return Ok(None);
     }
-    let found = hash::sha256_file(target)?;
+    let found = context.places.hash_records().sha256_file(target)?;
     match check_hash(reference, &found, sha256) {
         Err(_) if !context.places.offline => return Ok(None),
         checked => checked?,
