@@ -57,18 +57,6 @@ pub trait Packing<P> {
     /// # Errors
     /// As [`Kernels::pack`].
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<P, KernelError>;
-
-    /// Packs a weight whose column `k` belongs to input `order[k]`.
-    ///
-    /// # Errors
-    /// As [`Kernels::pack_ordered`].
-    fn pack_ordered(
-        &self,
-        name: &str,
-        weight: &WeightView<'_>,
-        order: &[u32],
-        mode: PackMode,
-    ) -> Result<P, KernelError>;
 }
 
 /// Packs every weight.
@@ -77,16 +65,6 @@ pub(crate) struct PackEach<'a, K>(pub(crate) &'a K);
 impl<K: Kernels> Packing<K::Packed> for PackEach<'_, K> {
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<K::Packed, KernelError> {
         self.0.pack(name, weight, mode)
-    }
-
-    fn pack_ordered(
-        &self,
-        name: &str,
-        weight: &WeightView<'_>,
-        order: &[u32],
-        mode: PackMode,
-    ) -> Result<K::Packed, KernelError> {
-        self.0.pack_ordered(name, weight, order, mode)
     }
 }
 
@@ -253,14 +231,14 @@ impl Source {
         }
     }
 
-    pub(crate) fn linear<P>(
+    pub(crate) fn linear<K: Kernels>(
         &mut self,
-        packing: &dyn Packing<P>,
+        (kernels, packing): (&K, &dyn Packing<K::Packed>),
         precision: Precision,
         part: Part,
         layer: usize,
         shape: [usize; 2],
-    ) -> Result<Arc<Linear<P>>, ModelError> {
+    ) -> Result<Arc<Linear<K::Packed>>, ModelError> {
         let place = self.place.clone();
         let stored = self.stored(part, layer, shape)?;
         let view = WeightView {
@@ -272,7 +250,8 @@ impl Source {
         let name = format!("{part:?} of layer {layer}");
         let packed = match &stored.order {
             None => packing.pack(&name, &view, precision.pack_mode()),
-            Some(order) => packing.pack_ordered(&name, &view, order, precision.pack_mode()),
+            // Of a quantised folder, of which nothing is kept.
+            Some(order) => kernels.pack_ordered(&name, &view, order, precision.pack_mode()),
         };
         let packed = packed.map_err(|source| ModelError::Kernel { place, source })?;
         drop(stored);

@@ -265,7 +265,7 @@ impl<K: Kernels> Target<K> {
     ) -> Result<Target<K>, ModelError> {
         let mut source = Source::open(path)?;
         let each = PackEach(kernels.as_ref());
-        let k = if source.is_quantised_folder() { &each } else { k };
+        let k = (kernels.as_ref(), if source.is_quantised_folder() { &each } else { k });
         let c = source.config.clone();
         let (h, q, kv, i) = (c.hidden_size, c.q_width(), c.kv_width(), c.intermediate_size);
         let upload = |values: Vec<f32>| Arc::new(kernels.upload(&values));
@@ -296,7 +296,7 @@ impl<K: Kernels> Target<K> {
                         router,
                         router_bias,
                         routing: experts.routing,
-                        experts: source.experts((kernels.as_ref(), k), precision, l, experts)?,
+                        experts: source.experts(k, precision, l, experts)?,
                     })
                 }
                 _ => Mlp::Gated(GatedMlp {

@@ -271,18 +271,6 @@ impl Packing<PackedWeight> for FromCopy<'_> {
         self.fits.store(false, Ordering::Relaxed);
         self.kernels.pack(name, weight, mode)
     }
-
-    fn pack_ordered(
-        &self,
-        name: &str,
-        weight: &WeightView<'_>,
-        order: &[u32],
-        mode: PackMode,
-    ) -> Result<PackedWeight, KernelError> {
-        // No copy has such weights.
-        self.fits.store(false, Ordering::Relaxed);
-        self.kernels.pack_ordered(name, weight, order, mode)
-    }
 }
 
 /// Packs, and writes what it packs. A write that fails ends the writing, not the packing.
@@ -308,18 +296,6 @@ impl Packing<PackedWeight> for Keep<'_> {
             }
         }
         Ok(packed)
-    }
-
-    fn pack_ordered(
-        &self,
-        name: &str,
-        weight: &WeightView<'_>,
-        order: &[u32],
-        mode: PackMode,
-    ) -> Result<PackedWeight, KernelError> {
-        // Panels do not tell the order.
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner).0 = None;
-        self.kernels.pack_ordered(name, weight, order, mode)
     }
 }
 
