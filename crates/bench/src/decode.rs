@@ -209,6 +209,8 @@ pub fn run_decode(
         for (number, m) in options.step_rows.iter().enumerate() {
             for turn in 0..count {
                 let at = (round + number + turn) % count;
+                // Not timed: threads of the side before may still look for work, and a pass is over before they rest.
+                sides[at].step(options.step_context, *m).map_err(failed)?;
                 if let Some(time) = sides[at].step(options.step_context, *m).map_err(failed)? {
                     step_ns[at].entry(*m).or_default().push(time.as_nanos() as u64);
                 }
@@ -371,6 +373,7 @@ mod tests {
     struct Fixed {
         ms_per_token: u64,
         calls: usize,
+        steps: u64,
     }
 
     impl Side for Fixed {
@@ -387,7 +390,10 @@ mod tests {
         }
         fn step(&mut self, context: usize, rows: usize) -> Result<Option<Duration>, BoxError> {
             assert_eq!(context, 64);
-            Ok(Some(Duration::from_millis(self.ms_per_token * rows as u64)))
+            // The first of two pays for what the other side left running.
+            self.steps += 1;
+            let paid = 1 + (self.steps % 2);
+            Ok(Some(Duration::from_millis(paid * self.ms_per_token * rows as u64)))
         }
         fn costs(&mut self) -> Result<SideCosts, BoxError> {
             let peak = Some(1_000_000 * self.ms_per_token);
@@ -398,7 +404,7 @@ mod tests {
     #[test]
     fn rates_and_ratios_follow_from_the_times() {
         let (mut fast, mut slow) =
-            (Fixed { ms_per_token: 5, calls: 0 }, Fixed { ms_per_token: 10, calls: 0 });
+            (Fixed { ms_per_token: 5, calls: 0, steps: 0 }, Fixed { ms_per_token: 10, calls: 0, steps: 0 });
         let rows: Vec<DecodeRow> =
             (0..3).map(|i| DecodeRow { id: i.to_string(), prompt_ids: vec![1; 4 + i] }).collect();
         let options = DecodeOptions {

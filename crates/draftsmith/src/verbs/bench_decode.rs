@@ -30,7 +30,7 @@ use crate::printer;
 const PREFILL_ROUNDS: usize = 5;
 
 /// Rounds of the passes, their rows, and the context in front of them.
-const STEP_ROUNDS: usize = 7;
+const STEP_ROUNDS: usize = 9;
 const STEP_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 const STEP_CONTEXT: usize = 256;
 
