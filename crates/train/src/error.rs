@@ -105,6 +105,9 @@ pub enum TrainError {
     /// The draft's configuration is refused.
     #[error(transparent)]
     Config(#[from] Eagle3ConfigError),
+    /// The configuration of a draft of another kind is refused.
+    #[error(transparent)]
+    DraftConfig(#[from] draftsmith_model::DraftConfigError),
     /// A tensor file could not be read or written.
     #[error(transparent)]
     Safetensors(#[from] SafetensorsError),
@@ -138,6 +141,7 @@ impl TrainError {
                 Some(format!("remove `{}`; training resumes from the one before it", path.display()))
             }
             TrainError::Config(e) => e.hint(),
+            TrainError::DraftConfig(e) => e.hint(),
             TrainError::Safetensors(e) => e.hint(),
             TrainError::Atomic(e) => e.hint(),
             TrainError::Rows { .. }

@@ -9,6 +9,7 @@
 //! uninterrupted one bit for bit.
 
 mod average;
+pub mod block;
 mod checkpoint;
 mod data;
 mod draft;
@@ -17,9 +18,13 @@ mod error;
 mod log;
 mod method;
 mod optimizer;
+pub mod peagle;
 mod rng;
+mod teacher;
+mod to_tape;
 mod trainer;
 
+pub use block::{BlockLoss, BlockOptions, BlockTrain};
 pub use checkpoint::{Best, TrainState};
 pub use data::{Order, Pack, RowStore};
 pub use draft::{DraftTensor, DraftWeights};
@@ -29,6 +34,7 @@ pub use error::TrainError;
 pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
+pub use peagle::{PEagleOptions, PEagleTrain};
 pub use rng::Rng;
 pub use trainer::{
     Event, Flow, Hooks, Outcome, StepReport, TrainOptions, ValidationResult, Validator, train,
