@@ -317,6 +317,10 @@ impl DraftSpec for PEagleConfig {
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut list = TensorList::default();
         let Ok(_) = PEagleWeights::build(self, &mut list);
+        // Stored with one more dimension, as the reference has it.
+        for (_, shape) in list.0.iter_mut().filter(|(name, _)| name == "mask_hidden") {
+            shape.insert(0, 1);
+        }
         list.0
     }
 

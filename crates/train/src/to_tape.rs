@@ -59,13 +59,16 @@ pub(crate) fn check_tensors(
     Ok(())
 }
 
-/// All trained parameters.
-pub(crate) fn trained_tensors<K: TrainKernels>(tape: &Tape<K>) -> Vec<DraftTensor> {
-    let tensor = |id: ParamId| {
-        let p = tape.param(id);
-        DraftTensor { name: p.name.clone(), shape: p.shape.clone(), values: tape.param_values(id) }
+/// All trained parameters, in the shapes that a file has them in.
+pub(crate) fn trained_tensors<K: TrainKernels>(
+    tape: &Tape<K>,
+    shapes: Vec<(String, Vec<usize>)>,
+) -> Vec<DraftTensor> {
+    let tensor = |(id, (name, shape)): (ParamId, (String, Vec<usize>))| {
+        debug_assert_eq!(tape.param(id).name, name);
+        DraftTensor { name, shape, values: tape.param_values(id) }
     };
-    tape.trained().into_iter().map(tensor).collect()
+    tape.trained().into_iter().zip(shapes).map(tensor).collect()
 }
 
 /// Rows of a head `[V, width]` that belong to a draft vocabulary.

@@ -164,3 +164,83 @@ impl Default for PEagleTrainTable {
         PEagleTrainTable { down_sample_ratio: 0.8, down_sample_ratio_min: 0.2 }
     }
 }
+
+/// Slots of a block, and tokens of a proposal, that make sense.
+const MAX_SLOTS: u64 = 64;
+
+impl RunFile {
+    /// Fills in what the kind has published for the keys of `[train]` that a run file and its overrides leave out.
+    pub(super) fn take_train_defaults(&mut self, written: &toml::Table) {
+        let train = written.get("train").and_then(toml::Value::as_table);
+        for (key, value) in self.draft.method.train_defaults() {
+            if train.is_some_and(|train| train.contains_key(*key)) {
+                continue;
+            }
+            match *key {
+                "lr" => self.train.lr = *value,
+                "warmup_ratio" => self.train.warmup_ratio = *value,
+                "max_grad_norm" => self.train.max_grad_norm = *value,
+                other => unreachable!("`{other}` has no default of a kind"),
+            }
+        }
+    }
+
+    pub(super) fn check_block_drafts(&self) -> Result<(), Broken> {
+        let draft = &self.draft;
+        let (f, s, p) = (&draft.dflash, &draft.dspark, &draft.p_eagle);
+        if draft.method != Method::Eagle3 && draft.hidden.is_some() {
+            let problem = format!("is set, but a draft of the kind `{}` has the target's width", draft.method.name());
+            return broken("draft.hidden", problem);
+        }
+        for (key, layers) in [
+            ("draft.dflash.layers", f.layers),
+            ("draft.dspark.layers", s.layers),
+            ("draft.p-eagle.layers", p.layers),
+        ] {
+            positive(key, u64::from(layers))?;
+            at_most(key, u64::from(layers), MAX_SLOTS)?;
+        }
+        for (key, size, least) in [
+            ("draft.dflash.block_size", f.block_size, 2),
+            ("draft.dspark.block_size", s.block_size, 2),
+            ("draft.p-eagle.depths", p.depths, 1),
+        ] {
+            if size < least {
+                return broken(key, format!("is {size}, expected at least {least}"));
+            }
+            at_most(key, u64::from(size), MAX_SLOTS)?;
+        }
+        for (key, window, block) in [
+            ("draft.dflash.window", f.window, f.block_size),
+            ("draft.dspark.window", s.window, s.block_size),
+        ] {
+            if let Some(window) = window.filter(|window| *window < block) {
+                return broken(key, format!("is {window}, shorter than a block of {block}"));
+            }
+        }
+        at_most("draft.dspark.markov_rank", u64::from(s.markov_rank), 1 << 16)
+    }
+
+    pub(super) fn check_block_training(&self) -> Result<(), Broken> {
+        let (f, s, p) = (&self.train.dflash, &self.train.dspark, &self.train.p_eagle);
+        positive("train.dflash.num_anchors", u64::from(f.num_anchors))?;
+        positive("train.dspark.num_anchors", u64::from(s.num_anchors))?;
+        for (key, value) in [
+            ("train.dflash.gamma", f.gamma),
+            ("train.dspark.gamma", s.gamma),
+            ("train.dspark.ce", s.ce),
+            ("train.dspark.l1", s.l1),
+            ("train.dspark.confidence", s.confidence),
+        ] {
+            number(key, value, value >= 0.0, "a number of at least 0")?;
+        }
+        for (key, value) in [
+            ("train.dflash.dpace_alpha", f.dpace_alpha),
+            ("train.p-eagle.down_sample_ratio", p.down_sample_ratio),
+            ("train.p-eagle.down_sample_ratio_min", p.down_sample_ratio_min),
+        ] {
+            number(key, value, (0.0..=1.0).contains(&value), "a number from 0 to 1")?;
+        }
+        Ok(())
+    }
+}

