@@ -73,7 +73,8 @@ impl<'a> Spans<'a> {
             let to: Vec<u32> = spans.iter().map(|s| s.to).collect();
             gpu.behind(&from, keys).bool_not().bool_or(gpu.behind(&to, keys))
         };
-        let context = || outside(sights.iter().map(|s| s.context.inside(t.context)).collect(), t.context.len());
+        let context =
+            || outside(sights.iter().map(|s| s.context.inside(t.context)).collect(), t.context.len());
         let own = || outside(sights.iter().map(|s| s.own.inside(t.own)).collect(), t.own.len());
         match (t.context.is_empty(), t.own.is_empty()) {
             (false, false) => Tensor::cat(vec![context(), own()], 1),
@@ -104,8 +105,7 @@ impl Gpu {
         let (mut outs, mut sums) = (Vec::new(), Vec::new());
         for t in x.tiles() {
             if t.keys() == 0 {
-                let zeros =
-                    |width: usize| Tensor::zeros([t.rows, width], (&self.device, DType::F32));
+                let zeros = |width: usize| Tensor::zeros([t.rows, width], (&self.device, DType::F32));
                 outs.push(zeros(shape.heads * shape.head_dim));
                 sums.push(zeros(shape.heads));
                 continue;
@@ -167,7 +167,9 @@ impl Gpu {
             for (which, part) in [dk, dv].into_iter().enumerate() {
                 let width = part.dims()[1];
                 let split = t.context.len();
-                for (all, span, from) in [(&mut context[which], t.context, 0), (&mut own[which], t.own, split)] {
+                for (all, span, from) in
+                    [(&mut context[which], t.context, 0), (&mut own[which], t.own, split)]
+                {
                     if span.is_empty() {
                         continue;
                     }

@@ -35,7 +35,8 @@ impl Gpu {
         let q = e / sum.clone();
         let found_ce = (sum.clone().log() - at_label) * has.clone();
         let ce = column(ce) * has;
-        let all = Tensor::<1, Int>::arange(0..vocab as i64, &self.device).reshape([1, vocab]).expand([n, vocab]);
+        let all =
+            Tensor::<1, Int>::arange(0..vocab as i64, &self.device).reshape([1, vocab]).expand([n, vocab]);
         let one_hot = all.equal(ids.expand([n, vocab])).float().cast(FloatDType::F32);
         let float = |x: Tensor<2, Int>| x.float().cast(FloatDType::F32);
         let mut numbers = vec![found_ce];
@@ -79,8 +80,10 @@ impl Gpu {
         }
         let operands: Vec<(Tensor<2>, Tensor<2>)> =
             parts.iter().map(|p| (self.stored(p.x, rows, p.inp), self.stored(p.w, vocab, p.inp))).collect();
-        let teacher =
-            targets.teacher.as_ref().map(|t| (self.stored(t.x, rows, t.inp), self.stored(t.head, vocab, t.inp)));
+        let teacher = targets
+            .teacher
+            .as_ref()
+            .map(|t| (self.stored(t.x, rows, t.inp), self.stored(t.head, vocab, t.inp)));
         let lse = targets.teacher.as_ref().and_then(|t| t.lse);
         let chunk = (LOGITS / vocab).max(1);
         let mut dx: Vec<Vec<Tensor<2>>> = parts.iter().map(|_| Vec::new()).collect();
@@ -88,9 +91,8 @@ impl Gpu {
         for first in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - first);
             let here = first..first + n;
-            let product = |(x, w): &(Tensor<2>, Tensor<2>)| {
-                self.product(self.rows(x, first, n), w.clone().transpose())
-            };
+            let product =
+                |(x, w): &(Tensor<2>, Tensor<2>)| self.product(self.rows(x, first, n), w.clone().transpose());
             let z = operands.iter().map(product).reduce(|a, b| a + b).expect("logits come from somewhere");
             let p = teacher.as_ref().map(product);
             let factors = (&targets.ce[here.clone()], &targets.l1[here.clone()]);

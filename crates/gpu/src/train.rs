@@ -6,8 +6,8 @@ use burn_tensor::activation::sigmoid;
 use burn_tensor::{FloatDType, Int, Tensor};
 use draftsmith_kernels::train::soft_ce::{RowGrad, weigh};
 use draftsmith_kernels::train::{
-    AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation, SoftLoss,
-    SoftScale, SoftSums, Teacher, TokenRow, TokenTargets, TttShape,
+    AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
+    SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets, TttShape,
 };
 use draftsmith_kernels::{Activation, Cell, RopeTable, TrainKernels};
 

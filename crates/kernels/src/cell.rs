@@ -79,7 +79,8 @@ pub fn backward(
                 let dy = &dy[row * 2 * width..][..2 * width];
                 let (da, db) = (&mut da[row * 3 * width..][..3 * width], &mut db[row * width..][..width]);
                 for i in 0..width {
-                    let (gate, candidate, output) = (sigmoid(a[i]), a[width + i].tanh(), a[2 * width + i].tanh());
+                    let (gate, candidate, output) =
+                        (sigmoid(a[i]), a[width + i].tanh(), a[2 * width + i].tanh());
                     da[i] = dy[i] * (b[i] - candidate) * gate * (1.0 - gate);
                     da[width + i] = dy[i] * (1.0 - gate) * (1.0 - candidate * candidate);
                     da[2 * width + i] = dy[width + i] * (1.0 - output * output);

@@ -241,7 +241,8 @@ impl BlockConfig {
             }
         };
         let mask = either("mask_token_id");
-        let mask_token_id = mask.id("mask_token_id")?.ok_or_else(|| mask.bad("mask_token_id", "a token id"))?;
+        let mask_token_id =
+            mask.id("mask_token_id")?.ok_or_else(|| mask.bad("mask_token_id", "a token id"))?;
         let config = BlockConfig {
             vocab_size,
             draft_vocab_size: keys.size_or("draft_vocab_size", vocab_size)?,
@@ -351,7 +352,9 @@ fn sliding_from(keys: &Keys<'_>, layers: usize) -> Result<(Vec<bool>, Option<usi
     }
     match window {
         Some(window) => Ok((sliding, Some(window))),
-        None => Err(keys.bad("sliding_window", "a positive integer, for `layer_types` names a sliding layer")),
+        None => {
+            Err(keys.bad("sliding_window", "a positive integer, for `layer_types` names a sliding layer"))
+        }
     }
 }
 
@@ -648,8 +651,7 @@ pub struct BlockNet {
 impl BlockNet {
     /// The network of a checked configuration.
     pub fn new(config: BlockConfig) -> BlockNet {
-        let rope =
-            Arc::new(RopeTable::new(config.layer.head_dim, config.rope_theta, &config.rope_scaling));
+        let rope = Arc::new(RopeTable::new(config.layer.head_dim, config.rope_theta, &config.rope_scaling));
         BlockNet { config, rope }
     }
 
@@ -801,7 +803,11 @@ mod tests {
                 r#""block_size": 16, "layer_types": ["full_attention", "sliding_attention"]"#,
                 "use_sliding_window",
             ),
-            (r#""mask_token_id""#, r#""projector_type": "domino", "mask_token_id""#, "dflash_config.projector_type"),
+            (
+                r#""mask_token_id""#,
+                r#""projector_type": "domino", "mask_token_id""#,
+                "dflash_config.projector_type",
+            ),
         ] {
             let text = QWEN.replacen(from, to, 1);
             assert_ne!(text, QWEN);
@@ -809,9 +815,11 @@ mod tests {
             assert!(error.to_string().contains(key), "{error}");
             assert!(error.hint().is_some());
         }
-        for (from, to) in
-            [(r#""block_size": 16"#, r#""block_size": 1"#), ("151669", "151936"), (r#""head_dim": 128"#, r#""head_dim": 127"#)]
-        {
+        for (from, to) in [
+            (r#""block_size": 16"#, r#""block_size": 1"#),
+            ("151669", "151936"),
+            (r#""head_dim": 128"#, r#""head_dim": 127"#),
+        ] {
             assert!(read(&QWEN.replacen(from, to, 1)).is_err(), "{to}");
         }
     }

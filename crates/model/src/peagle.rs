@@ -157,7 +157,8 @@ impl PEagleConfig {
             num_layers: keys.size_or("num_hidden_layers", 4)?,
             num_depths: keys.size_or("num_depths", DEPTHS)?,
             rope_theta,
-            max_position_embeddings: keys.size_or("max_position_embeddings", class.max_position_embeddings)?,
+            max_position_embeddings: keys
+                .size_or("max_position_embeddings", class.max_position_embeddings)?,
             norm_before_residual: keys.flag("norm_before_residual")?,
             mask_token_id,
             target_layer_ids: layers_from(&keys)?,

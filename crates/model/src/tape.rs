@@ -722,7 +722,8 @@ impl<K: TrainKernels> Tape<K> {
             Op::Bias { ones, bias } => {
                 let shape = LinearShape { rows, out: width, inp: 1 };
                 if let Some(dbias) = &mut self.params[bias.0].grad {
-                    let ones = self.nodes[ones.0].value.as_ref().expect("inputs are released after their users");
+                    let ones =
+                        self.nodes[ones.0].value.as_ref().expect("inputs are released after their users");
                     self.kernels.linear_dw(&grad, ones, shape, dbias);
                 }
             }

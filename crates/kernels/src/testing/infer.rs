@@ -413,7 +413,13 @@ pub fn blocks<K: Kernels>(kernels: &K, rounding: f64) {
         let split = case.base / 3;
         for (from, to) in [(0, split), (split, case.base)] {
             let at = from * kv_width..to * kv_width;
-            kernels.kv_write(&mut kv, from, to - from, &kernels.upload(&k[at.clone()]), &kernels.upload(&v[at]));
+            kernels.kv_write(
+                &mut kv,
+                from,
+                to - from,
+                &kernels.upload(&k[at.clone()]),
+                &kernels.upload(&v[at]),
+            );
         }
         let behind = case.base * kv_width..;
         let first = case.attend(kernels, &mut kv, mask.clone(), (&q, &k[behind.clone()], &v[behind.clone()]));

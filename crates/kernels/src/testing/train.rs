@@ -8,7 +8,8 @@ pub use block::{cells, spans, token_loss};
 
 use super::{close, directional, host, noise, wide};
 use crate::train::{
-    AdamStep, AttentionMask, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher, TttShape,
+    AdamStep, AttentionMask, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher,
+    TttShape,
 };
 use crate::{Activation, RopeScaling, RopeTable, TrainKernels};
 

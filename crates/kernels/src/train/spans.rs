@@ -136,7 +136,10 @@ impl SpanShape<'_> {
     /// If one does not.
     pub fn check(&self, context: usize, own: usize) {
         for sight in self.sights {
-            assert!(sight.context.is_empty() || sight.context.to as usize <= context, "context inside its slots");
+            assert!(
+                sight.context.is_empty() || sight.context.to as usize <= context,
+                "context inside its slots"
+            );
             assert!(sight.own.is_empty() || sight.own.to as usize <= own, "own rows are there");
         }
     }
@@ -185,7 +188,10 @@ impl Strip {
             rhs: (1, bw as isize),
             accumulate: false,
         };
-        assert!(a.len() >= (self.rows - 1) * aw + hd && b.len() >= (self.keys - 1) * bw + hd, "complete operands");
+        assert!(
+            a.len() >= (self.rows - 1) * aw + hd && b.len() >= (self.keys - 1) * bw + hd,
+            "complete operands"
+        );
         assert!(panel.len() >= (self.rows - 1) * self.stride + self.keys, "panel holds the strip");
         // SAFETY: bounds checked just above.
         unsafe { product.run(panel.as_mut_ptr(), a.as_ptr(), b.as_ptr(), Parallelism::None) };
@@ -285,7 +291,12 @@ pub fn span_attention(
             let at = |span: Span| span.from as usize * kvw + kv * hd;
             with_scratch(t.rows * keys, |panel| {
                 let q = &x.q[t.first * qw + head * hd..];
-                context.against(hd, (q, qw), (&x.context.0[at(t.context).min(x.context.0.len())..], kvw), panel);
+                context.against(
+                    hd,
+                    (q, qw),
+                    (&x.context.0[at(t.context).min(x.context.0.len())..], kvw),
+                    panel,
+                );
                 let rest = split.min(panel.len());
                 own.against(hd, (q, qw), (&x.own.0[at(t.own).min(x.own.0.len())..], kvw), &mut panel[rest..]);
                 let mut sums = [0.0f32; TILE];
@@ -317,14 +328,28 @@ pub fn span_attention(
                 }
                 for i in 0..t.rows {
                     // SAFETY: this task alone writes these rows of this head.
-                    unsafe { out.range((t.first + i) * qw + head * hd..(t.first + i) * qw + (head + 1) * hd) }
-                        .fill(0.0);
+                    unsafe {
+                        out.range((t.first + i) * qw + head * hd..(t.first + i) * qw + (head + 1) * hd)
+                    }
+                    .fill(0.0);
                 }
                 let dst = out.at(t.first * qw + head * hd);
                 // SAFETY: as above; the rows exist.
                 unsafe {
-                    context.mix(hd, panel, (&x.context.1[at(t.context).min(x.context.1.len())..], kvw), (dst, qw), true);
-                    own.mix(hd, &panel[rest..], (&x.own.1[at(t.own).min(x.own.1.len())..], kvw), (dst, qw), true);
+                    context.mix(
+                        hd,
+                        panel,
+                        (&x.context.1[at(t.context).min(x.context.1.len())..], kvw),
+                        (dst, qw),
+                        true,
+                    );
+                    own.mix(
+                        hd,
+                        &panel[rest..],
+                        (&x.own.1[at(t.own).min(x.own.1.len())..], kvw),
+                        (dst, qw),
+                        true,
+                    );
                 }
                 for (i, sum) in sums[..t.rows].iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
                     let from = (t.first + i) * qw + head * hd;
@@ -485,7 +510,9 @@ mod tests {
         let mut sights = Vec::new();
         let mut block = |start: u32, anchor: u32| {
             let own = sights.len() as u32;
-            sights.extend((0..4).map(|_| Sight { context: Span::new(start, anchor), own: Span::new(own, own + 4) }));
+            sights.extend(
+                (0..4).map(|_| Sight { context: Span::new(start, anchor), own: Span::new(own, own + 4) }),
+            );
         };
         block(0, 3);
         block(0, 9);
@@ -517,7 +544,13 @@ mod tests {
         let run = |threads| {
             let (mut out, mut lse) = (vec![f32::NAN; rows * 16], vec![f32::NAN; rows * 4]);
             span_attention(threads, shape, x, &mut out, &mut lse);
-            let mut g = [vec![0.0; rows * 16], vec![0.0; 600], vec![0.0; 600], vec![0.0; rows * 8], vec![0.0; rows * 8]];
+            let mut g = [
+                vec![0.0; rows * 16],
+                vec![0.0; 600],
+                vec![0.0; 600],
+                vec![0.0; rows * 8],
+                vec![0.0; rows * 8],
+            ];
             let [dq, dkc, dvc, dko, dvo] = &mut g;
             let grads = SpanGrads { dq, context: (dkc, dvc), own: (dko, dvo) };
             span_attention_grad(threads, shape, x, (&out, &lse), &dout, grads);

@@ -95,7 +95,13 @@ fn teacher_row(t: &mut [f32], lse: Option<f32>) -> (f32, u32, f32) {
 
 /// `logits[V]` → their gradient.
 #[inline(always)]
-fn token_row(z: &mut [f32], p: Option<&mut [f32]>, label: u32, (ce, l1): (f32, f32), lse: Option<f32>) -> TokenRow {
+fn token_row(
+    z: &mut [f32],
+    p: Option<&mut [f32]>,
+    label: u32,
+    (ce, l1): (f32, f32),
+    lse: Option<f32>,
+) -> TokenRow {
     let top = max(z);
     let mut row = TokenRow { top: position(z, top) as u32, ..TokenRow::default() };
     let at_label = if label == NO_LABEL { top } else { z[label as usize] };

@@ -379,8 +379,7 @@ impl<K: TrainKernels> BlockTrain<K> {
             positions.extend((0..size as u32).map(|j| pack.positions[anchor] + j));
         }
         let embedded = self.tape.embed(&self.embed, &tokens, 1.0); // [N Bk, H]
-        let output =
-            self.net.block(&mut self.tape, &self.weights, embedded, &positions, &mut attend); // [N Bk, H]
+        let output = self.net.block(&mut self.tape, &self.weights, embedded, &positions, &mut attend); // [N Bk, H]
         if let Some(trace) = trace.as_deref_mut() {
             trace.hidden = self.tape.values(output);
             let logits = self.tape.linear(&output, &self.head, None);
@@ -443,8 +442,7 @@ impl<K: TrainKernels> BlockTrain<K> {
                 let states: Vec<f32> = rows.iter().flat_map(state).copied().collect();
                 let teacher = Some((&states[..], self.head, full_lse.as_deref()));
                 let factors = (times(ce), times(l1));
-                let found =
-                    self.tape.token_loss(&parts, &labels, (&factors.0, &factors.1), teacher, grads);
+                let found = self.tape.token_loss(&parts, &labels, (&factors.0, &factors.1), teacher, grads);
                 stats.weight = weights.iter().map(|w| f64::from(*w)).sum();
                 for (f, w) in found.iter().zip(&weights) {
                     stats.loss += f64::from(*w) * (ce * f64::from(f.ce) + l1 * f64::from(f.l1));

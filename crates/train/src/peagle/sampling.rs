@@ -74,7 +74,13 @@ mod tests {
             start += len;
         }
         let rows = (0..lengths.len() as u64).collect();
-        Pack { docs, rows, loss_mask: vec![true; start as usize], ids: vec![0; start as usize], ..Pack::default() }
+        Pack {
+            docs,
+            rows,
+            loss_mask: vec![true; start as usize],
+            ids: vec![0; start as usize],
+            ..Pack::default()
+        }
     }
 
     #[test]
@@ -93,7 +99,9 @@ mod tests {
         let at = |depth: u32| found.iter().filter(|e| e.depth == depth).count();
         assert_eq!(at(1), (99.0 * 0.8) as usize);
         for depth in 2..5 {
-            assert!(at(depth) <= ((100 - depth) as f64 * 0.8f64.powi(depth as i32)) as usize && at(depth) > 20);
+            assert!(
+                at(depth) <= ((100 - depth) as f64 * 0.8f64.powi(depth as i32)) as usize && at(depth) > 20
+            );
         }
         for e in found.iter().filter(|e| e.depth > 1) {
             assert!(found.contains(&Element { depth: e.depth - 1, ..*e }), "{e:?}");

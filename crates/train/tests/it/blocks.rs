@@ -130,7 +130,10 @@ fn check_quotients<M: Method>(mut method: M, pack: &Pack, skip: &[&str]) {
         let found: f64 = grad.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
         let norm = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
         assert!(norm > 0.0, "`{name}` has a gradient");
-        assert!((found - wanted).abs() <= 2e-2 * norm.max(0.25), "`{name}`: {found}, quotient {wanted}, norm {norm}");
+        assert!(
+            (found - wanted).abs() <= 2e-2 * norm.max(0.25),
+            "`{name}`: {found}, quotient {wanted}, norm {norm}"
+        );
         compared += 1;
     }
     assert!(compared > 20);
@@ -165,7 +168,11 @@ fn gradients_of_the_confidence_are_the_difference_quotients() {
     let loss = BlockLoss::Spark { gamma: None, ce: 0.0, l1: 0.0, confidence: 1.0 };
     let mut method = block(2, &value, loss);
     method.micro_batch(&pack, Mode::Train).unwrap();
-    let id = method.tape().trained().into_iter().find(|id| method.tape().param(*id).name == "confidence_head.proj.bias");
+    let id = method
+        .tape()
+        .trained()
+        .into_iter()
+        .find(|id| method.tape().param(*id).name == "confidence_head.proj.bias");
     let (id, h) = (id.unwrap(), 1e-2);
     let (grad, at) = (method.tape().grad_values(id).unwrap()[0], method.tape().param_values(id)[0]);
     let mut loss_at = |x: f32| {

@@ -95,7 +95,12 @@ fn batch(case: &Case, prefix: &str) -> Batch {
 }
 
 /// The rows of a trace as `[N recorded, Bk]`, zero where there is none.
-fn spread(batch: &Batch, trace: &BlockTrace, (all, size): (usize, usize), of: impl Fn(usize) -> f32) -> Vec<f32> {
+fn spread(
+    batch: &Batch,
+    trace: &BlockTrace,
+    (all, size): (usize, usize),
+    of: impl Fn(usize) -> f32,
+) -> Vec<f32> {
     let mut out = vec![0.0; all * size];
     for (i, row) in trace.rows.iter().enumerate() {
         out[batch.recorded[row.block] * size + row.slot] = of(i);
@@ -124,7 +129,13 @@ fn check_forward<K: TrainKernels>(
     for (i, at) in batch.recorded.iter().enumerate() {
         let (w, r) = (size * h, size * v);
         errors.check("hidden", &trace.hidden[i * w..(i + 1) * w], &hidden[at * w..(at + 1) * w], 2e-5, 1e-4);
-        errors.check("logits", &trace.base_logits[i * r..(i + 1) * r], &logits[at * r..(at + 1) * r], 2e-5, 1e-4);
+        errors.check(
+            "logits",
+            &trace.base_logits[i * r..(i + 1) * r],
+            &logits[at * r..(at + 1) * r],
+            2e-5,
+            1e-4,
+        );
     }
     // What has a loss, and how much.
     let mask = spread(&batch, &trace, (all, size), |_| 1.0);
@@ -149,7 +160,13 @@ fn check_forward<K: TrainKernels>(
             errors.check("weights", &weights, &case.floats(&name("loss.weights")), 1e-6, 1e-5);
         }
         errors.check("numerator", &[stats.loss as f32], &case.floats(&name("loss.numerator")), 1e-6, 1e-5);
-        errors.check("denominator", &[stats.weight as f32], &case.floats(&name("loss.denominator")), 1e-6, 1e-5);
+        errors.check(
+            "denominator",
+            &[stats.weight as f32],
+            &case.floats(&name("loss.denominator")),
+            1e-6,
+            1e-5,
+        );
         let (correct, slots) = totals(&stats);
         assert_eq!(slots as f32, case.floats(&name("accuracy_denom"))[0]);
         let accuracy = (correct as f64 / slots as f64) as f32;
@@ -178,12 +195,8 @@ fn check_spark(
     let accepted = |i: usize| (1.0 - trace.found[i].l1 / 2.0).clamp(0.0, 1.0);
     let found = spread(batch, trace, (all, size), accepted);
     let mask = case.bools("loss.eval_mask");
-    let wanted: Vec<f32> = case
-        .floats("loss.accept_prob")
-        .iter()
-        .zip(&mask)
-        .map(|(a, m)| if *m { *a } else { 0.0 })
-        .collect();
+    let wanted: Vec<f32> =
+        case.floats("loss.accept_prob").iter().zip(&mask).map(|(a, m)| if *m { *a } else { 0.0 }).collect();
     errors.check("acceptance", &found, &wanted, 1e-6, 1e-5);
     if case.has("fwd.confidence_logits") && !trace.confidence.is_empty() {
         let found = spread(batch, trace, (all, size), |i| trace.confidence[i]);
@@ -220,10 +233,10 @@ fn check_spark(
     assert_eq!(column(&|d| d.slots as f64), case.floats("metric_den.ce_position"));
     assert_eq!(column(&|d| d.correct as f64), case.floats("metric_num.accuracy_position"));
     let (correct, slots) = totals(stats);
-    assert_eq!(vec![correct as f32, slots as f32], [
-        case.floats("metric_num.acc")[0],
-        case.floats("metric_den.acc")[0]
-    ]);
+    assert_eq!(
+        vec![correct as f32, slots as f32],
+        [case.floats("metric_num.acc")[0], case.floats("metric_den.acc")[0]]
+    );
     let tau = case.floats("metric_num.tau_probabilistic");
     errors.check("tau", &[stats.sim_accepted as f32], &tau, 1e-6, 1e-5);
     assert_eq!(stats.blocks as f32, case.floats("metric_den.tau_probabilistic")[0]);

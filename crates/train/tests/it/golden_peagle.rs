@@ -29,7 +29,8 @@ impl Case {
         };
         let weights: Vec<DraftTensor> = config.tensors().into_iter().map(tensor).collect();
         let head = self.floats("frozen.target_lm_head.weight");
-        PEagleTrain::new(kernels, config, PEagleOptions::PUBLISHED, self.vocab_map(), &head, &weights).unwrap()
+        PEagleTrain::new(kernels, config, PEagleOptions::PUBLISHED, self.vocab_map(), &head, &weights)
+            .unwrap()
     }
 
     /// The recorded row, documents beside each other, without padding; positions run on.
@@ -112,7 +113,9 @@ fn check(name: &str) {
 fn check_mask(case: &Case) {
     let (elements, recorded) = (case.elements(), case.bools("mask.elements"));
     let pack = case.peagle_pack();
-    let doc = |e: &Element| pack.docs.iter().position(|d| (d.start as usize..d.end()).contains(&(e.anchor as usize)));
+    let doc = |e: &Element| {
+        pack.docs.iter().position(|d| (d.start as usize..d.end()).contains(&(e.anchor as usize)))
+    };
     for (i, q) in elements.iter().enumerate() {
         for (j, kv) in elements.iter().enumerate() {
             if doc(q).is_none() {

@@ -50,7 +50,8 @@ impl Spans {
                     let at = |c: usize| x.q[r * qw + head * hd + c] * keys[i * kvw + kv * hd + c];
                     (0..hd).map(at).sum::<f64>() / (hd as f64).sqrt()
                 };
-                let context = (sight.context.from..sight.context.to).map(|i| (of(&x.kc, i as usize), &x.vc, i));
+                let context =
+                    (sight.context.from..sight.context.to).map(|i| (of(&x.kc, i as usize), &x.vc, i));
                 let own = (sight.own.from..sight.own.to).map(|i| (of(&x.ko, i as usize), &x.vo, i));
                 let seen: Vec<(f64, &Vec<f64>, u32)> = context.chain(own).collect();
                 let top = seen.iter().map(|s| s.0).fold(f64::MIN, f64::max);
@@ -133,7 +134,9 @@ pub fn spans<K: TrainKernels>(k: &K, rounding: f64) {
         }
     }
     let own = blocks.len() as u32;
-    blocks.extend((0..70).map(|i| Sight { context: Span::new(20, 22 + i % 13), own: Span::new(own, own + i + 1) }));
+    blocks.extend(
+        (0..70).map(|i| Sight { context: Span::new(20, 22 + i % 13), own: Span::new(own, own + i + 1) }),
+    );
     blocks.extend([Sight::default(); 2]);
     let rows = blocks.len();
     Spans { sights: blocks, keys: (40, rows), heads: 4, kv_heads: 2, head_dim: 6 }.check(k, rounding);
@@ -150,7 +153,8 @@ pub fn spans<K: TrainKernels>(k: &K, rounding: f64) {
         }));
         first += depths;
     }
-    Spans { sights: rollouts, keys: (9, first as usize), heads: 3, kv_heads: 1, head_dim: 4 }.check(k, rounding);
+    Spans { sights: rollouts, keys: (9, first as usize), heads: 3, kv_heads: 1, head_dim: 4 }
+        .check(k, rounding);
 }
 
 /// A case of the losses against tokens.
@@ -166,7 +170,13 @@ const RANK: usize = 3;
 
 impl Tokens {
     /// The loss and its rows in double precision.
-    fn plain(&self, x: [&[f64]; 4], t: (&[f64], &[f64]), targets: &TokenTargets<'_, ()>, partial: bool) -> f64 {
+    fn plain(
+        &self,
+        x: [&[f64]; 4],
+        t: (&[f64], &[f64]),
+        targets: &TokenTargets<'_, ()>,
+        partial: bool,
+    ) -> f64 {
         (0..self.rows)
             .map(|r| {
                 let row = self.row(x, t, r, targets.labels[r], partial);
@@ -208,16 +218,19 @@ impl Tokens {
         let (states, full) = (noise(5, n * WIDTH), noise(6, self.full * WIDTH));
         let labels: Vec<u32> =
             (0..n).map(|r| if r % 5 == 4 { NO_LABEL } else { (r * 7 % v) as u32 }).collect();
-        let (ce, l1): (Vec<f32>, Vec<f32>) = (0..n).map(|r| (0.3 + r as f32 * 0.1, 0.9 - r as f32 * 0.05)).unzip();
+        let (ce, l1): (Vec<f32>, Vec<f32>) =
+            (0..n).map(|r| (0.3 + r as f32 * 0.1, 0.9 - r as f32 * 0.05)).unzip();
         let (ws, wf) = (wide(&states), wide(&full));
         let lse: Vec<f32> = (0..n)
-            .map(|r| logits(&ws[r * WIDTH..(r + 1) * WIDTH], &wf, WIDTH).iter().map(|z| z.exp()).sum::<f64>().ln() as f32)
+            .map(|r| {
+                logits(&ws[r * WIDTH..(r + 1) * WIDTH], &wf, WIDTH).iter().map(|z| z.exp()).sum::<f64>().ln()
+                    as f32
+            })
             .collect();
         let up = |x: &[f32]| k.upload(x);
         let (bx, bw, bs, bm) = (up(&hidden), up(&head), up(&state), up(&markov));
         let (bt, bf) = (up(&states), up(&full[..v * WIDTH]));
-        let parts =
-            [LogitPart { x: &bx, w: &bw, inp: WIDTH }, LogitPart { x: &bs, w: &bm, inp: RANK }];
+        let parts = [LogitPart { x: &bx, w: &bw, inp: WIDTH }, LogitPart { x: &bs, w: &bm, inp: RANK }];
         let teacher = TokenTeacher { x: &bt, head: &bf, inp: WIDTH, lse: partial.then_some(&lse[..]) };
         let targets = TokenTargets { labels: &labels, ce: &ce, l1: &l1, teacher: Some(teacher) };
         let (mut dx, mut ds) = (up(&vec![f32::NAN; n * WIDTH]), up(&vec![f32::NAN; n * RANK]));
@@ -299,7 +312,8 @@ pub fn cells<K: TrainKernels>(k: &K, rounding: f64) {
                     match kind {
                         Cell::Gate => y[r * width + i] = sigmoid(at(0)) * state,
                         Cell::Recurrent => {
-                            y[r * wide_out + i] = sigmoid(at(0)) * state + (1.0 - sigmoid(at(0))) * at(1).tanh();
+                            y[r * wide_out + i] =
+                                sigmoid(at(0)) * state + (1.0 - sigmoid(at(0))) * at(1).tanh();
                             y[r * wide_out + width + i] = at(2).tanh();
                         }
                     }
@@ -317,8 +331,9 @@ pub fn cells<K: TrainKernels>(k: &K, rounding: f64) {
         }
         let (mut da, mut db) = (k.scratch(rows * wide_in), k.scratch(rows * width));
         k.cell_grad(kind, (&ba, &bb), &k.upload(&dy), (rows, width), (&mut da, &mut db));
-        let total =
-            |a: &[f64], b: &[f64]| -> f64 { plain(a, b).iter().zip(&dy).map(|(y, d)| y * f64::from(*d)).sum() };
+        let total = |a: &[f64], b: &[f64]| -> f64 {
+            plain(a, b).iter().zip(&dy).map(|(y, d)| y * f64::from(*d)).sum()
+        };
         let tolerance = rounding.max(1e-4);
         directional(&a, &host(k, &da, rows * wide_in), tolerance, |a| total(a, &wide(&b)));
         directional(&b, &host(k, &db, rows * width), tolerance, |b| total(&wide(&a), b));
