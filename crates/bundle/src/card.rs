@@ -5,10 +5,10 @@
 
 use std::fmt::Write as _;
 
-use draftsmith_model::eagle3::{Eagle3Config, Feedback};
+use draftsmith_model::DraftConfig;
 
-use crate::engines::{Launch, launch};
-use crate::foreign::Layout;
+use crate::engines::Launch;
+use crate::foreign::{Layout, launch, unserved};
 use crate::make::{Measured, MeasuredResult, record_files};
 use crate::manifest::{Manifest, Recommended};
 
@@ -136,8 +136,8 @@ pub(crate) fn results(manifest: &Manifest, results: &[MeasuredResult]) -> String
 }
 
 /// `README.md` of a bundle.
-pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[MeasuredResult]) -> String {
-    let mut out = opening(manifest);
+pub(crate) fn readme(manifest: &Manifest, config: &DraftConfig, results: &[MeasuredResult]) -> String {
+    let mut out = opening(manifest, config);
     if !results.is_empty() {
         let _ = write!(
             out,
@@ -153,10 +153,12 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         recommended(manifest, results),
         own_command(manifest)
     );
-    let mut lines = launch(manifest, Layout::Sglang, "DIR");
+    let mut lines = launch(config, manifest, Layout::Sglang, "DIR");
+    let mut remarks = Vec::new();
     for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
-        let served = layout != Layout::Gguf || !(config.fc_norm || config.feedback == Feedback::PostNorm);
-        lines.extend(launch(manifest, layout, folder).into_iter().filter(|_| served).map(|mut line| {
+        let unserved = unserved(config, layout);
+        remarks.extend(unserved);
+        lines.extend(launch(config, manifest, layout, folder).into_iter().filter(|_| unserved.is_none()).map(|mut line| {
             let name = layout.name();
             let target = if layout == Layout::Gguf { " --target TARGET.gguf" } else { "" };
             line.command = format!(
@@ -167,8 +169,8 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
         }));
     }
     let _ = write!(out, "{}{}", commands(&lines), NOT_RUN);
-    if config.fc_norm || config.feedback == Feedback::PostNorm {
-        out.push_str(" llama.cpp has no network for this variant of EAGLE-3 (norms before the fusion, or fed-back normed states).");
+    for remark in remarks {
+        let _ = write!(out, " {remark}");
     }
     let _ = write!(out, "\n\n{}{}", facts(manifest), training(manifest));
     let _ = write!(
@@ -180,12 +182,12 @@ pub(crate) fn readme(manifest: &Manifest, config: &Eagle3Config, results: &[Meas
 }
 
 /// `README.md` of an export.
-pub(crate) fn export_readme(manifest: &Manifest, layout: Layout) -> String {
+pub(crate) fn export_readme(manifest: &Manifest, config: &DraftConfig, layout: Layout) -> String {
     format!(
         "{}## Use\n\n{}\n\n{}{NOT_RUN}\n\n{}{}{}",
-        opening(manifest),
+        opening(manifest, config),
         recommended(manifest, &[]),
-        commands(&launch(manifest, layout, "DIR")),
+        commands(&launch(config, manifest, layout, "DIR")),
         facts(manifest),
         training(manifest),
         licence(manifest)
@@ -195,18 +197,24 @@ pub(crate) fn export_readme(manifest: &Manifest, layout: Layout) -> String {
 const NOT_RUN: &str = "These commands follow the engines' documentation and were not run for this card; measured numbers here are from draftsmith.";
 
 /// Front matter, title and what it is for.
-fn opening(manifest: &Manifest) -> String {
+fn opening(manifest: &Manifest, config: &DraftConfig) -> String {
     let target = &manifest.target;
     let mut out = String::from("---\n");
     if let Some(hub) = &target.hub_name {
         let _ = writeln!(out, "base_model: {}", yaml(hub));
     }
     let _ = writeln!(out, "license: {}", yaml(&manifest.license.to_lowercase()));
-    out.push_str("library_name: draftsmith\npipeline_tag: text-generation\ntags:\n- speculative-decoding\n- eagle3\n- draft-model\n");
     let _ = write!(
         out,
-        "---\n\n# {}\n\nAn EAGLE-3 draft for **{}**. It proposes tokens, the target verifies them: the target decodes faster and its output does not change. The draft is of no use without its target.\n\n",
-        manifest.name, target.name
+        "library_name: draftsmith\npipeline_tag: text-generation\ntags:\n- speculative-decoding\n- {}\n- draft-model\n",
+        config.name()
+    );
+    let _ = write!(
+        out,
+        "---\n\n# {}\n\n{} for **{}**. It proposes tokens, the target verifies them: the target decodes faster and its output does not change. The draft is of no use without its target.\n\n",
+        manifest.name,
+        config.title(),
+        target.name
     );
     out
 }
@@ -299,9 +307,9 @@ fn training(manifest: &Manifest) -> String {
     }
     let training = &manifest.training;
     let mut out = format!(
-        "## How it was trained\n\nWith draftsmith {} (training-time test of {} steps): {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
+        "## How it was trained\n\nWith draftsmith {}{}: {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
         manifest.draftsmith_version,
-        training.ttt_length,
+        training.ttt_length.map_or_else(String::new, |n| format!(" (training-time test of {n} steps)")),
         grouped(training.steps),
         grouped(training.trained_tokens_seen),
         training.lr_peak,

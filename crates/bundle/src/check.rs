@@ -5,10 +5,11 @@ use std::path::{Component, Path};
 
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::DraftConfig;
 use serde::Serialize;
 
-use crate::layout::{WeightTypes, config_problems, read_config, vocab_map, weight_problems};
+use crate::foreign::config_problems;
+use crate::layout::{WeightTypes, read_config, vocab_map, weight_problems};
 use crate::manifest::{CONFIG_FILE, MANIFEST_FILE, Manifest, PROBE_FILE, TargetInfo, WEIGHTS_FILE};
 use crate::probe::{self, EmbedFn, ProbeFn};
 use crate::{BundleError, Problem};
@@ -180,11 +181,12 @@ fn files(dir: &Path, manifest: &Manifest) -> Result<CheckLine, BundleError> {
     Ok(line("files", format!("{} files, {bytes} bytes, sizes and hashes", manifest.files.len()), problems))
 }
 
-fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<Eagle3Config>) {
+fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<DraftConfig>) {
     let (object, config) = match read_config(&dir.join(CONFIG_FILE)) {
         Ok(read) => read,
         Err(problem) => return (line("config", "config.json".into(), vec![problem]), None),
     };
+    let shape = config.shape();
     let mut problems = config_problems(&object, &config, Some(manifest.target.num_layers));
     let mut same = |key: &'static str, manifest: String, config: String| {
         if manifest != config {
@@ -194,22 +196,22 @@ fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<Eagle3Config>) 
     same(
         "target.hidden_size",
         manifest.target.hidden_size.to_string(),
-        config.target_hidden_size.to_string(),
+        shape.target_hidden_size.to_string(),
     );
-    same("target.vocab_size", manifest.target.vocab_size.to_string(), config.vocab_size.to_string());
-    same("draft.hidden_size", manifest.draft.hidden_size.to_string(), config.hidden_size.to_string());
+    same("target.vocab_size", manifest.target.vocab_size.to_string(), shape.vocab_size.to_string());
+    same("draft.hidden_size", manifest.draft.hidden_size.to_string(), shape.hidden_size.to_string());
     same(
         "draft.draft_vocab_size",
         manifest.draft.draft_vocab_size.to_string(),
-        config.draft_vocab_size.to_string(),
+        shape.draft_vocab_size.to_string(),
     );
-    let ids = config.target_layer_ids.map_or_else(Vec::new, |ids| ids.to_vec());
+    let ids = config.target_layers().unwrap_or_default();
     same("draft.target_layer_ids", format!("{:?}", manifest.draft.target_layer_ids), format!("{ids:?}"));
     let mut line = line("config", format!("{} keys, for SGLang and vLLM", object.len()), problems);
     if let Some(context) = manifest.target.context_len
-        && (config.max_position_embeddings as u64) < context
+        && (shape.max_position_embeddings as u64) < context
     {
-        line.problems.push(Problem::ShortContext { found: config.max_position_embeddings, context });
+        line.problems.push(Problem::ShortContext { found: shape.max_position_embeddings, context });
         if line.status == Status::Held {
             line.status = Status::Warned;
         }
@@ -217,7 +219,7 @@ fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<Eagle3Config>) 
     (line, Some(config))
 }
 
-fn tensors(dir: &Path, config: Option<&Eagle3Config>) -> [CheckLine; 2] {
+fn tensors(dir: &Path, config: Option<&DraftConfig>) -> [CheckLine; 2] {
     let Some(config) = config else {
         return [
             skipped("tensors", "config.json cannot be read"),
@@ -238,6 +240,9 @@ fn tensors(dir: &Path, config: Option<&Eagle3Config>) -> [CheckLine; 2] {
         problems,
     );
     let map = match vocab_map(config, &weights) {
+        None if !config.shape().has_vocab_map => {
+            line("vocab_map", "the draft proposes target ids".into(), Vec::new())
+        }
         None => skipped("vocab_map", "`d2t` or `t2d` is unusable"),
         Some(Err(problem)) => line("vocab_map", "`d2t` against `t2d`".into(), vec![problem]),
         Some(Ok(map)) => line(
@@ -253,7 +258,7 @@ fn tensors(dir: &Path, config: Option<&Eagle3Config>) -> [CheckLine; 2] {
     [tensors, map]
 }
 
-fn target(manifest: &Manifest, config: Option<&Eagle3Config>, found: Option<&TargetInfo>) -> CheckLine {
+fn target(manifest: &Manifest, config: Option<&DraftConfig>, found: Option<&TargetInfo>) -> CheckLine {
     let Some(found) = found else { return skipped("target", "no target was given to compare with") };
     let trained = &manifest.target;
     let mut problems = target_problems(trained, found);
@@ -270,8 +275,8 @@ fn target(manifest: &Manifest, config: Option<&Eagle3Config>, found: Option<&Tar
                 });
             }
         };
-        same("hidden size", found.hidden_size, config.target_hidden_size);
-        same("vocabulary", found.vocab_size, config.vocab_size);
+        same("hidden size", found.hidden_size, config.shape().target_hidden_size);
+        same("vocabulary", found.vocab_size, config.shape().vocab_size);
     }
     let mut line = line("target", format!("`{}`: sizes, tokenizer and template", found.name), problems);
     if line.status == Status::Held && trained.weights_sha256 != found.weights_sha256 {
@@ -305,7 +310,7 @@ pub fn target_problems(trained: &TargetInfo, found: &TargetInfo) -> Vec<Problem>
 /// Runs the probe. `usable`: the tensors hold; `same_weights`: what is known of the target at hand.
 fn numbers(
     dir: &Path,
-    config: Option<&Eagle3Config>,
+    config: Option<&DraftConfig>,
     usable: bool,
     same_weights: Option<bool>,
     options: CheckOptions<'_>,

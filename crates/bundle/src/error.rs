@@ -7,7 +7,7 @@ use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{ContentError, GgufError};
 use draftsmith_formats::mapped::OpenError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
-use draftsmith_model::eagle3::Eagle3ConfigError;
+use draftsmith_model::DraftConfigError;
 
 use crate::Problem;
 
@@ -47,7 +47,7 @@ pub enum BundleError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: Eagle3ConfigError,
+        source: DraftConfigError,
     },
     /// A draft that is not what its configuration says, or that has no place where it should go.
     #[error("draft `{}` cannot be {action}: {problem}{}", path.display(), more_text(*more))]
@@ -60,6 +60,14 @@ pub enum BundleError {
         problem: Box<Problem>,
         /// How many others there are.
         more: usize,
+    },
+    /// Captured layers that were given for a draft that reads another number of them.
+    #[error("`--layers` has {found} numbers, expected {wanted}")]
+    LayerCount {
+        /// How many were given.
+        found: usize,
+        /// How many the draft reads.
+        wanted: usize,
     },
     /// A path without a draft in any layout that is known.
     #[error("`{}` is no draft: neither a folder with `config.json` and safetensors, nor one GGUF file", path.display())]
@@ -150,6 +158,9 @@ impl BundleError {
                  (`.bin`, `.pt`) must be converted to safetensors first"
                     .into(),
             ),
+            BundleError::LayerCount { .. } => {
+                Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into())
+            }
             BundleError::NoTokenizer => Some("name the target with `--target`".into()),
             BundleError::Gguf(e) => e.hint(),
             BundleError::MissingField { field } => {

@@ -1,18 +1,17 @@
 //! The draft folder: `config.json` and `model.safetensors` in the layout that SpecForge, SGLang and vLLM read
 //! [formats, draft folder], with every tensor accounted for.
 //!
-//! The wanted names and shapes come from the network itself ([`Eagle3Config::tensors`]), so that what is checked
-//! is what is run; `d2t` and `t2d` are added here.
+//! The wanted names and shapes come from the network itself ([`draftsmith_model::DraftSpec::tensors`]), so that what is
+//! checked is what is run; `d2t` and `t2d` are added here, for kinds that have a map.
 
 use std::path::Path;
 
-use draftsmith_core::{LayerId, VocabMap, default_target_layers};
+use draftsmith_core::VocabMap;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, Tensor};
-use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::DraftConfig;
 use serde_json::{Map, Value};
 
 use crate::Problem;
-use crate::problem::layer_problem;
 
 /// Which element types a place allows for trained weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,14 +34,15 @@ pub struct TensorSpec {
 }
 
 /// Every tensor of a bundled draft: no more, no less.
-pub fn expected_tensors(config: &Eagle3Config) -> Vec<TensorSpec> {
+pub fn expected_tensors(config: &DraftConfig) -> Vec<TensorSpec> {
     let trained =
         config.tensors().into_iter().map(|(name, shape)| TensorSpec { name, shape, dtype: Dtype::BF16 });
+    let shape = config.shape();
     let map = [
-        TensorSpec { name: "d2t".into(), shape: vec![config.draft_vocab_size], dtype: Dtype::I64 },
-        TensorSpec { name: "t2d".into(), shape: vec![config.vocab_size], dtype: Dtype::BOOL },
+        TensorSpec { name: "d2t".into(), shape: vec![shape.draft_vocab_size], dtype: Dtype::I64 },
+        TensorSpec { name: "t2d".into(), shape: vec![shape.vocab_size], dtype: Dtype::BOOL },
     ];
-    trained.chain(map).collect()
+    trained.chain(map.into_iter().filter(|_| shape.has_vocab_map)).collect()
 }
 
 fn dtype_name(dtype: Dtype) -> &'static str {
@@ -93,7 +93,7 @@ const UNTRAINED_NUMBERS_MIN: usize = 4096;
 
 /// Compares the weights with what the configuration asks for; problems in a fixed order, tensors named.
 pub(crate) fn weight_problems(
-    config: &Eagle3Config,
+    config: &DraftConfig,
     weights: &SafetensorsDir,
     types: WeightTypes,
 ) -> Vec<Problem> {
@@ -149,7 +149,7 @@ pub(crate) fn weight_problems(
             norms_are_one &= spread.constant == Some(1.0);
         } else if values.len() >= UNTRAINED_NUMBERS_MIN {
             matrices_judged += 1;
-            let initial = f64::from(config.initializer_range);
+            let initial = f64::from(config.shape().initializer_range);
             initial_spreads &= (spread.standard_deviation / initial - 1.0).abs() < UNTRAINED_SHARE;
         }
         // A norm may stay at exactly one: near 1 a bf16 step is 0.008.
@@ -168,132 +168,31 @@ pub(crate) fn weight_problems(
         }
     }
     if problems.is_empty() && matrices_judged > 0 && norms_are_one && initial_spreads {
-        problems.push(Problem::Untrained { initializer_range: config.initializer_range });
+        problems.push(Problem::Untrained { initializer_range: config.shape().initializer_range });
     }
     problems
 }
 
-/// The vocabulary map of the weights, or what contradicts in it. `None` if a tensor is unusable, which
-/// [`weight_problems`] has told.
+/// The vocabulary map of the weights, or what contradicts in it. `None` if the kind has none, or a tensor is unusable,
+/// which [`weight_problems`] has told.
 pub(crate) fn vocab_map(
-    config: &Eagle3Config,
+    config: &DraftConfig,
     weights: &SafetensorsDir,
 ) -> Option<Result<VocabMap, Problem>> {
+    let shape = config.shape();
+    if !shape.has_vocab_map {
+        return None;
+    }
     let usable = |name: &str, dtype: Dtype, len: usize| -> Option<Tensor<'_>> {
         weights.find(name).filter(|t| t.dtype == dtype && t.shape == [len])
     };
-    let d2t = usable("d2t", Dtype::I64, config.draft_vocab_size)?.to_i64().ok()?;
-    let t2d = usable("t2d", Dtype::BOOL, config.vocab_size)?.to_bool().ok()?;
+    let d2t = usable("d2t", Dtype::I64, shape.draft_vocab_size)?.to_i64().ok()?;
+    let t2d = usable("t2d", Dtype::BOOL, shape.vocab_size)?.to_bool().ok()?;
     Some(VocabMap::from_tensors(&d2t, &t2d).map_err(|e| Problem::VocabMap { contradiction: e.to_string() }))
 }
 
-/// What SGLang and vLLM need of `config.json` beyond what the network needs [formats, draft folder; eagle3 §1.1].
-pub(crate) fn config_problems(
-    object: &Map<String, Value>,
-    config: &Eagle3Config,
-    num_layers: Option<u64>,
-) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let text = |v: Option<&Value>| {
-        v.map_or_else(|| "absent".to_owned(), |v| v.to_string().chars().take(60).collect())
-    };
-    let mut need = |key: &str, holds: bool, engine: &'static str, wanted: String| {
-        if !holds {
-            let found = key.split('.').try_fold(None, |at: Option<&Value>, part| match at {
-                None => Ok(object.get(part)),
-                Some(value) => value.get(part).map(Some).ok_or(()),
-            });
-            problems.push(Problem::ConfigKey {
-                key: key.to_owned(),
-                found: text(found.unwrap_or(None)),
-                engine,
-                wanted,
-            });
-        }
-    };
-    const BOTH: &str = "every engine";
-    let architectures: Vec<&str> = object
-        .get("architectures")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .collect();
-    need(
-        "architectures",
-        architectures == ["LlamaForCausalLMEagle3"],
-        BOTH,
-        "[\"LlamaForCausalLMEagle3\"]".into(),
-    );
-    need(
-        "model_type",
-        object.get("model_type").and_then(Value::as_str) == Some("llama"),
-        BOTH,
-        "\"llama\"".into(),
-    );
-    // `null` in a typed field breaks loaders that do not expect it, so these keys must be numbers.
-    for key in [
-        "vocab_size",
-        "draft_vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "num_hidden_layers",
-        "max_position_embeddings",
-    ] {
-        need(
-            key,
-            object.get(key).is_some_and(|v| v.as_u64().is_some_and(|n| n > 0)),
-            BOTH,
-            "a positive integer".into(),
-        );
-    }
-    for key in ["rms_norm_eps", "rope_theta"] {
-        need(
-            key,
-            object.get(key).is_some_and(|v| v.as_f64().is_some_and(|n| n > 0.0)),
-            BOTH,
-            "a positive number".into(),
-        );
-    }
-    need(
-        "tie_word_embeddings",
-        object.get("tie_word_embeddings") == Some(&Value::Bool(false)),
-        BOTH,
-        "false: the head is the draft's own".into(),
-    );
-    let dtype = object.get("torch_dtype").or_else(|| object.get("dtype")).and_then(Value::as_str);
-    need("torch_dtype", dtype == Some("bfloat16"), BOTH, "\"bfloat16\"".into());
-
-    // Defaults differ from engine to engine, so the layers are always written, in each engine's numbering.
-    let list = |v: Option<&Value>| -> Option<Vec<u64>> { v?.as_array()?.iter().map(Value::as_u64).collect() };
-    let ids: Option<[u32; 3]> = config
-        .target_layer_ids
-        .or_else(|| num_layers.map(|l| default_target_layers(l as u32).map(|LayerId(id)| id)));
-    if let Some(ids) = ids {
-        let wanted = |offset: u32| ids.map(|id| u64::from(id + offset)).to_vec();
-        let nested = object.get("eagle_config").and_then(|e| e.get("eagle_aux_hidden_state_layer_ids"));
-        need(
-            "eagle_config.eagle_aux_hidden_state_layer_ids",
-            list(nested) == Some(wanted(0)),
-            "SGLang",
-            format!("{:?} (output of layer, from 0)", wanted(0)),
-        );
-        need(
-            "eagle_aux_hidden_state_layer_ids",
-            list(object.get("eagle_aux_hidden_state_layer_ids")) == Some(wanted(1)),
-            "vLLM",
-            format!("{:?} (input of layer)", wanted(1)),
-        );
-        problems.extend(num_layers.and_then(|layers| layer_problem(ids, layers as u32)));
-    }
-    problems
-}
-
 /// Reads `config.json` of a folder: the object and the draft's shape.
-pub(crate) fn read_config(path: &Path) -> Result<(Map<String, Value>, Eagle3Config), Problem> {
+pub(crate) fn read_config(path: &Path) -> Result<(Map<String, Value>, DraftConfig), Problem> {
     let bad = |message: String, hint: Option<String>| Problem::Config {
         message: format!("`{}`: {message}", path.display()),
         hint,
@@ -302,7 +201,7 @@ pub(crate) fn read_config(path: &Path) -> Result<(Map<String, Value>, Eagle3Conf
     let bytes = draftsmith_formats::atomic::read(path)
         .map_err(|e| Problem::Config { message: e.to_string(), hint: e.hint() })?;
     let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string(), Some(JSON.into())))?;
-    let config = Eagle3Config::from_value(&value).map_err(|e| bad(e.to_string(), e.hint()))?;
+    let config = DraftConfig::from_value(&value).map_err(|e| bad(e.to_string(), e.hint()))?;
     match value {
         Value::Object(object) => Ok((object, config)),
         _ => Err(bad("it is no object".into(), Some(JSON.into()))),

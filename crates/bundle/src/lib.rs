@@ -19,11 +19,11 @@ mod probe;
 mod problem;
 
 pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, check, target_problems};
-pub use engines::{Launch, launch};
+pub use engines::Launch;
 pub use error::{BoxError, BundleError};
 pub use foreign::{
     ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, import_gguf,
-    import_safetensors, import_with, verify_export,
+    import_safetensors, import_with, launch, verify_export,
 };
 pub use layout::{TensorSpec, expected_tensors};
 pub use make::{Existing, Made, MakeInput, Measured, MeasuredResult, input_of, make, remake};

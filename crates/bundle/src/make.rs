@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
+use draftsmith_model::DraftConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::card;
@@ -154,16 +155,18 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     // Engines have different defaults: the layers are always written.
     let num_layers = input.target.num_layers as u32;
     let layers = config.layers(num_layers);
-    config.target_layer_ids = Some(layers);
+    let bad = |source| BundleError::Config { path: input.checkpoint.join(CONFIG_FILE), source };
+    config.set_target_layers(&layers).map_err(bad)?;
+    let shape = config.shape();
     let weights = SafetensorsDir::open(&input.checkpoint)?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
-    problems.extend(layer_problem(layers, num_layers));
+    problems.extend(layer_problem(&config, num_layers));
     if let Some(Err(problem)) = vocab_map(&config, &weights) {
         problems.push(problem);
     }
     for (what, trained, found) in [
-        ("hidden size", config.target_hidden_size as u64, input.target.hidden_size),
-        ("vocabulary", config.vocab_size as u64, input.target.vocab_size),
+        ("hidden size", shape.target_hidden_size as u64, input.target.hidden_size),
+        ("vocabulary", shape.vocab_size as u64, input.target.vocab_size),
     ] {
         if trained != found {
             problems.push(Problem::WrongTarget {
@@ -178,17 +181,15 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     }
 
     let (tensors, parameters) = bundled_tensors(&config, &weights)?;
-    let config_value = config
-        .to_value()
-        .map_err(|source| BundleError::Config { path: input.checkpoint.join(CONFIG_FILE), source })?;
+    let config_value = config.to_value().map_err(bad)?;
     let questions = match input.probe_inputs.as_slice() {
-        [] => ProbeInput::made_up(config.features_width(), config.vocab_size),
+        [] => ProbeInput::made_up(shape.features_width(), shape.vocab_size),
         given => given.to_vec(),
     };
     let mut probes = Vec::with_capacity(questions.len());
     for (index, question) in questions.into_iter().enumerate() {
         let probe = network(question).map_err(|source| BundleError::Probe { index, source })?;
-        let (found, wanted) = (probe.logits.len(), config.draft_vocab_size);
+        let (found, wanted) = (probe.logits.len(), shape.draft_vocab_size);
         if found != wanted || probe.logits.iter().any(|v| !v.is_finite()) {
             let source = format!("{found} logits, wanted {wanted} finite ones").into();
             return Err(BundleError::Probe { index, source });
@@ -201,15 +202,15 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
         format: BUNDLE_FORMAT.into(),
         version: BUNDLE_VERSION,
         name: input.name.clone(),
-        method: "eagle3".into(),
+        method: config.name().into(),
         created_unix_s: input.created_unix_s,
         draftsmith_version: env!("CARGO_PKG_VERSION").into(),
         license: input.license.clone(),
         target: input.target.clone(),
         draft: DraftInfo {
-            hidden_size: config.hidden_size as u64,
-            draft_vocab_size: config.draft_vocab_size as u64,
-            target_layer_ids: config.target_layer_ids.map_or_else(Vec::new, |ids| ids.to_vec()),
+            hidden_size: shape.hidden_size as u64,
+            draft_vocab_size: shape.draft_vocab_size as u64,
+            target_layer_ids: layers,
             parameters,
             dtype: "bfloat16".into(),
         },
@@ -226,7 +227,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     let one = BTreeMap::from([("format".to_owned(), "pt".to_owned())]); // what the Python loaders look for
     files.insert(CONFIG_FILE.into(), json(&config_value)?.into());
     files.insert(WEIGHTS_FILE.into(), to_bytes(&tensors, &one));
-    files.insert(PROBE_FILE.into(), to_file(&probes, config.features_width()));
+    files.insert(PROBE_FILE.into(), to_file(&probes, shape.features_width()));
     files.insert("run.toml".into(), input.run_toml.clone().into());
     files.insert("LICENSE".into(), input.license_text.clone().into());
     files.insert("NOTICE".into(), input.notice.clone().into());
@@ -309,7 +310,7 @@ pub fn remake(input: &MakeInput) -> Result<Made, BundleError> {
 
 /// The tensors of the bundle in its types, and the count of trained numbers.
 fn bundled_tensors(
-    config: &draftsmith_model::eagle3::Eagle3Config,
+    config: &DraftConfig,
     weights: &SafetensorsDir,
 ) -> Result<(Vec<TensorData>, u64), BundleError> {
     let mut parameters = 0;

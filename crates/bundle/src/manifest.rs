@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use draftsmith_formats::atomic;
+use draftsmith_formats::run::Method;
 use serde::{Deserialize, Serialize};
 
 use crate::BundleError;
@@ -32,7 +33,7 @@ pub struct Manifest {
     pub version: u32,
     /// Name of the draft.
     pub name: String,
-    /// Method: `eagle3`.
+    /// Kind of draft, as run files name it.
     pub method: String,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
@@ -131,8 +132,9 @@ pub struct TrainingInfo {
     pub steps: u64,
     /// Trained tokens seen up to there, repeats counted.
     pub trained_tokens_seen: u64,
-    /// Draft steps unrolled per position (training-time test).
-    pub ttt_length: u32,
+    /// Draft steps unrolled per position (training-time test), for a kind that is trained so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttt_length: Option<u32>,
     /// Largest learning rate.
     pub lr_peak: f64,
     /// Key of all randomness.
@@ -295,7 +297,7 @@ impl Manifest {
         }
         // From the text again, so that a wrong key is told with its line.
         let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        if manifest.method != "eagle3" {
+        if Method::from_name(&manifest.method).is_none() {
             return Err(bad(format!("method `{}` is not known here", manifest.method)));
         }
         Ok(manifest)

@@ -1,14 +1,13 @@
 //! The real draft network, run on a probe: the same functions of `model` that training and decoding call, with
 //! f32 weights.
 //!
-//! Shape legend: `N` slots of a probe, `H` draft width, `Ht` target width, `Vd` draft vocabulary.
+//! Shape legend: `H` draft width, `Vd` draft vocabulary.
 
 use std::path::Path;
 
-use draftsmith_core::DraftTokenId;
 use draftsmith_formats::safetensors_dir::TensorData;
-use draftsmith_kernels::{Kernels, PackMode, StepMask};
-use draftsmith_model::{CacheAttend, Draft, Infer, Ops, Target, read_draft};
+use draftsmith_kernels::{Kernels, PackMode};
+use draftsmith_model::{Draft, DraftAnswer, DraftQuestion, Infer, Ops, Target, read_draft};
 
 use crate::BundleError;
 use crate::check::{CheckOptions, CheckReport, check};
@@ -38,7 +37,7 @@ pub fn run_draft<K: Kernels>(
     if input.embeddings.is_empty() {
         return Err("the question has no embeddings: the target must be asked".into());
     }
-    Ok(run(kernels, draft, input, Embedding::Stored)?.probe.logits)
+    Ok(run(kernels, draft, input, Embedding::Stored)?.logits)
 }
 
 /// Logits that the draft gives for a probe with the target's own embedding, and the question with the tokens that
@@ -51,7 +50,7 @@ pub fn answer_beside<K: Kernels>(
     draft: &Draft<K>,
     input: &ProbeInput,
 ) -> Result<Probe, BoxError> {
-    let config = &draft.network.config;
+    let config = draft.config().shape();
     for (what, draft, target) in [
         ("width", config.hidden_size, target.config().hidden_size),
         ("target width", config.target_hidden_size, target.config().hidden_size),
@@ -61,7 +60,15 @@ pub fn answer_beside<K: Kernels>(
             return Err(format!("the draft has {what} {draft}, the target {target}").into());
         }
     }
-    Ok(run(target.kernels().as_ref(), draft, input, Embedding::Target(target))?.probe)
+    let answer = run(target.kernels().as_ref(), draft, input, Embedding::Target(target))?;
+    let (features, depth) = (input.features.clone(), input.depth);
+    let input = ProbeInput {
+        token_ids: answer.token_ids,
+        features,
+        depth,
+        embeddings: answer.embeddings,
+    };
+    Ok(Probe { input, logits: answer.logits })
 }
 
 /// Output `[H]` of the layer at the last slot, before the final norm, for a probe with stored embeddings.
@@ -73,70 +80,25 @@ pub(crate) fn hidden_state<K: Kernels>(
     Ok(run(kernels, draft, input, Embedding::Stored)?.hidden)
 }
 
-/// What one run of the network gives.
-struct Answer {
-    probe: Probe,
-    /// `[H]` layer output of the last slot.
-    hidden: Vec<f32>,
-}
-
 fn run<K: Kernels>(
     kernels: &K,
     draft: &Draft<K>,
     input: &ProbeInput,
     embedding: Embedding<'_, K>,
-) -> Result<Answer, BoxError> {
-    let config = &draft.network.config;
-    fits(input, config)?;
-    let (network, weights) = (&draft.network, &draft.weights);
-    let slots = input.features.len() / config.features_width();
-    let scale = 1.0 / (config.head_dim as f32).sqrt();
-    let mut kv = draft.new_kv(kernels);
-    let mut ops = Infer::new(kernels);
-
-    let features = ops.input(&input.features, config.features_width()); // [N, 3 Ht]
-    let mut hidden = network.project(&mut ops, weights, &features); // [N, H]
-    let mut tokens = input.token_ids[..slots].to_vec();
-    let (mut fed, mut embeddings) = (Vec::new(), Vec::new());
-    // All rows stay uncommitted: one chain, as a proposal behind an empty cache.
-    let mut parents: Vec<Option<u32>> = Vec::new();
-    for depth in 0.. {
-        let first = parents.len();
-        parents.extend((first as u32..(first + tokens.len()) as u32).map(|row| row.checked_sub(1)));
-        // The feature of a drafted token stands one position behind the token itself, so rows and positions agree.
-        let positions: Vec<u32> = (first as u32..parents.len() as u32).collect();
-        let mask = StepMask { new_rows: tokens.len(), ..StepMask::step(0, &parents, None, scale) };
-        let embedded = match embedding {
-            Embedding::Target(target) => ops.embed(target.embedding(), &tokens, target.config().embed_scale),
-            Embedding::Stored => {
-                let rows = first * config.hidden_size..parents.len() * config.hidden_size;
-                ops.input(&input.embeddings[rows], config.hidden_size)
-            }
-        }; // [R, H]
-        embeddings.extend(ops.values(&embedded));
-        fed.extend_from_slice(&tokens);
-        let mut attend = CacheAttend::one(&mut kv, mask, config.head_dim);
-        let output = network.step(&mut ops, weights, &embedded, &hidden, &positions, &mut attend); // [R, H]
-        let head_input = network.head_input(&mut ops, weights, &output); // [R, H]
-        let last = [tokens.len() as u32 - 1];
-        let head_row = ops.gather(&head_input, &last); // [1, H]
-        let logits_row = network.logits(&mut ops, weights, &head_row); // [1, Vd]
-        let logits = ops.values(&logits_row);
-        if depth == input.depth {
-            let (features, depth) = (input.features.clone(), input.depth);
-            let last_output = ops.gather(&output, &last); // [1, H]
-            let hidden = ops.values(&last_output);
-            let input = ProbeInput { token_ids: fed, features, depth, embeddings };
-            return Ok(Answer { probe: Probe { input, logits }, hidden });
+) -> Result<DraftAnswer, BoxError> {
+    let config = draft.config();
+    fits(input, &config)?;
+    let width = config.shape().hidden_size;
+    let mut embed = |first: usize, tokens: &[u32]| match embedding {
+        Embedding::Target(target) => {
+            let mut ops = Infer::new(kernels);
+            let rows = ops.embed(target.embedding(), tokens, target.config().embed_scale);
+            ops.values(&rows)
         }
-        tokens = vec![input.token_ids.get(slots + depth as usize).copied().unwrap_or_else(|| {
-            let best = (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
-            draft.vocab_map.to_target(DraftTokenId(best as u32)).0
-        })];
-        let feedback = network.feedback(&output, &head_input);
-        hidden = ops.gather(&feedback, &last); // [1, H]
-    }
-    unreachable!("the loop ends at the question's depth")
+        Embedding::Stored => input.embeddings[first * width..(first + tokens.len()) * width].to_vec(),
+    };
+    let (token_ids, features, depth) = (&input.token_ids, &input.features, input.depth as usize);
+    Ok(draft.answer(kernels, DraftQuestion { token_ids, features, depth, embed: &mut embed }))
 }
 
 /// [`make`] with the real draft network beside this target.

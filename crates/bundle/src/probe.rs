@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
-use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::DraftConfig;
 
 use crate::error::BoxError;
 use crate::{BundleError, Problem};
@@ -39,7 +39,7 @@ pub struct ProbeInput {
     /// `[N]` the token that follows each feature's position; then `[D]` the tokens fed at the later depths. Without
     /// these the network feeds its own arg-max.
     pub token_ids: Vec<u32>,
-    /// `[N, 3 Ht]` captured hidden states, low, mid, high side by side.
+    /// `[N, captured layers * Ht]` captured hidden states, side by side from low to high.
     pub features: Vec<f32>,
     /// `D`: the network's own hidden state is fed back so often; the logits are those of the last row then.
     pub depth: u32,
@@ -109,8 +109,9 @@ pub(crate) fn to_file(probes: &[Probe], features_width: usize) -> Vec<u8> {
 }
 
 /// What is wrong with a question for a draft, in words; `Ok` if it fits.
-pub(crate) fn fits(input: &ProbeInput, config: &Eagle3Config) -> Result<(), String> {
-    let width = config.features_width();
+pub(crate) fn fits(input: &ProbeInput, config: &DraftConfig) -> Result<(), String> {
+    let shape = config.shape();
+    let width = shape.features_width();
     let slots = input.features.len() / width;
     let (ids, depth) = (input.token_ids.len(), input.depth as usize);
     if slots == 0 || slots > SLOTS_MAX || input.features.len() != slots * width {
@@ -122,24 +123,24 @@ pub(crate) fn fits(input: &ProbeInput, config: &Eagle3Config) -> Result<(), Stri
     if ids != slots && ids != slots + depth {
         return Err(format!("{ids} tokens do not fit {slots} slots and a depth of {depth}"));
     }
-    if let Some(outside) = input.token_ids.iter().find(|t| **t as usize >= config.vocab_size) {
-        return Err(format!("token {outside} is outside the vocabulary of {}", config.vocab_size));
+    if let Some(outside) = input.token_ids.iter().find(|t| **t as usize >= shape.vocab_size) {
+        return Err(format!("token {outside} is outside the vocabulary of {}", shape.vocab_size));
     }
     if !input.embeddings.is_empty()
-        && (ids != slots + depth || input.embeddings.len() != ids * config.hidden_size)
+        && (ids != slots + depth || input.embeddings.len() != ids * shape.hidden_size)
     {
         return Err(format!(
             "{} numbers are no embeddings of {} tokens of width {}",
             input.embeddings.len(),
             slots + depth,
-            config.hidden_size
+            shape.hidden_size
         ));
     }
     Ok(())
 }
 
 /// Reads a probe file; every shape is checked against the draft's.
-pub(crate) fn from_file(path: &Path, config: &Eagle3Config) -> Result<Vec<Probe>, BundleError> {
+pub(crate) fn from_file(path: &Path, config: &DraftConfig) -> Result<Vec<Probe>, BundleError> {
     let bad = |problem: String| BundleError::Manifest { path: path.to_owned(), problem };
     let dir = SafetensorsDir::open(path)?;
     let count = (0..PROBES_MAX).take_while(|i| dir.find(&format!("{i}.token_ids")).is_some()).count();
@@ -157,7 +158,7 @@ pub(crate) fn from_file(path: &Path, config: &Eagle3Config) -> Result<Vec<Probe>
     (0..count)
         .map(|i| {
             let logits = dir.get(&format!("{i}.logits"))?;
-            logits.expect_shape(&[config.draft_vocab_size])?;
+            logits.expect_shape(&[config.shape().draft_vocab_size])?;
             let depth = dir.get(&format!("{i}.depth"))?;
             depth.expect_shape(&[1])?;
             let depth = u32::try_from(depth.to_i64()?[0]).unwrap_or(u32::MAX);

@@ -1,5 +1,6 @@
 //! What a check can find: one variant per kind, with what was found and what was wanted.
 
+use draftsmith_model::DraftConfig;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 /// Something about a bundle that does not hold.
@@ -94,10 +95,10 @@ pub enum Problem {
         found: f64,
     },
     /// Two keys of a foreign configuration name different layers.
-    #[error(
-        "`eagle_config` captures what layers {written_by:?} write, `eagle_aux_hidden_state_layer_ids` what layers {read_by:?} read"
-    )]
+    #[error("`{}` captures what layers {written_by:?} write, `{}` what layers {read_by:?} read", keys[0], keys[1])]
     LayersDisagree {
+        /// The two keys.
+        keys: [&'static str; 2],
         /// Counted from 0.
         written_by: Vec<i64>,
         /// Of the layer behind.
@@ -219,11 +220,11 @@ pub enum Problem {
         /// Of the target.
         num_layers: u32,
     },
-    /// Captured layers that are not three in the order in which a target computes them.
-    #[error("the draft reads layers {layers:?}, expected three different ones in ascending order")]
+    /// Captured layers that are not different ones in the order in which a target computes them.
+    #[error("the draft reads layers {layers:?}, expected {} different ones in ascending order", in_words(layers.len()))]
     LayerOrder {
         /// Counted from 0.
-        layers: [u32; 3],
+        layers: Vec<u32>,
     },
     /// `config.json` lacks what an engine needs.
     #[error("`config.json`: `{key}` is {found}, but {engine} needs {wanted}")]
@@ -429,15 +430,21 @@ impl Problem {
     }
 }
 
+/// A small number as a word.
+fn in_words(n: usize) -> String {
+    const WORDS: [&str; 9] = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"];
+    WORDS.get(n).map_or_else(|| n.to_string(), |word| (*word).to_owned())
+}
+
 /// What is wrong with the captured layers of a draft for a target with so many layers. The default layers of a target
-/// too shallow for three different ones are fine.
-pub fn layer_problem(layers: [u32; 3], num_layers: u32) -> Option<Problem> {
-    if let Some(layer) = layers.into_iter().find(|layer| *layer >= num_layers) {
+/// too shallow for different ones are fine.
+pub fn layer_problem(draft: &DraftConfig, num_layers: u32) -> Option<Problem> {
+    let layers = draft.layers(num_layers);
+    if let Some(layer) = layers.iter().copied().find(|layer| *layer >= num_layers) {
         return Some(Problem::LayerOutside { layer, num_layers });
     }
-    let default = draftsmith_core::default_target_layers(num_layers).map(|id| id.0);
     let ascending = layers.windows(2).all(|pair| pair[0] < pair[1]);
-    (!ascending && layers != default).then_some(Problem::LayerOrder { layers })
+    (!ascending && layers != draft.default_layers(num_layers)).then_some(Problem::LayerOrder { layers })
 }
 
 impl Serialize for Problem {

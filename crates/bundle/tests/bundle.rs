@@ -10,7 +10,7 @@ use draftsmith_bundle::{
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
-use draftsmith_model::eagle3::Eagle3Config;
+use draftsmith_model::DraftConfig;
 use serde_json::{Value, json};
 
 const V: usize = 40;
@@ -27,8 +27,8 @@ fn config_value() -> Value {
     })
 }
 
-fn config() -> Eagle3Config {
-    Eagle3Config::from_value(&config_value()).unwrap()
+fn config() -> DraftConfig {
+    DraftConfig::from_value(&config_value()).unwrap()
 }
 
 /// Numbers around 0 that depend on the tensor's name; norms around 1.
@@ -141,7 +141,7 @@ fn input(root: &Path) -> MakeInput {
             on_policy: true,
             steps: 1500,
             trained_tokens_seen: 1_200_000,
-            ttt_length: 7,
+            ttt_length: Some(7),
             lr_peak: 1e-4,
             seed: 7,
             chosen_by: "accept length on held-out prompts".into(),

@@ -12,7 +12,7 @@ use draftsmith_bundle::{
     TargetFacts, export, import, verify_export,
 };
 use draftsmith_core::{Sampling, VocabMap};
-use draftsmith_decode::{DraftPlan, EagleDrafter, Engine, GenerateOptions, Generation};
+use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, Generation, drafter};
 use draftsmith_formats::gguf::{GgmlType, GgufArray, GgufFile, GgufValue, GgufWriter};
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
 use draftsmith_kernels::{Cpu, PackMode};
@@ -429,8 +429,7 @@ fn a_folder_with_specforges_key_set_imports_and_decodes_losslessly() {
 
 fn engine_with(target: &Arc<Target<Cpu>>, draft: &Path) -> Engine<Cpu> {
     let draft = Draft::load(target.kernels().as_ref(), draft, PackMode::Q8).unwrap();
-    let drafter = EagleDrafter::new(target, Arc::new(draft)).unwrap();
-    Engine::new(Arc::clone(target), Some(Arc::new(drafter)))
+    Engine::new(Arc::clone(target), Some(drafter(target, draft).unwrap()))
 }
 
 fn decode(engine: &Engine<Cpu>, draft: DraftPlan, sampling: Sampling) -> Generation {
@@ -485,7 +484,7 @@ fn wrong_maps_are_refused_and_a_missing_one_means_the_whole_vocabulary() {
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     config.as_object_mut().unwrap().remove("draft_vocab_size");
     std::fs::write(&path, config.to_string()).unwrap();
-    assert_eq!(import(&dir).unwrap().vocab_map, VocabMap::identity(1024));
+    assert_eq!(import(&dir).unwrap().vocab_map, Some(VocabMap::identity(1024)));
 }
 
 #[test]
@@ -555,9 +554,9 @@ fn keys_that_name_different_layers_are_refused_until_somebody_decides() {
         if let Err(error) = result {
             assert!(error.to_string().contains("[1, 3, 4]"), "{error}");
             assert!(error.hint().unwrap().contains("--layers"));
-            draft.set_layers([0, 2, 3]);
+            draft.set_layers(&[0, 2, 3]).unwrap();
             let dir = imported_bundle(&draft, &bundle, &target).unwrap();
-            assert_eq!(read_draft(&dir).unwrap().0.target_layer_ids, Some([0, 2, 3]));
+            assert_eq!(read_draft(&dir).unwrap().0.target_layers(), Some(vec![0, 2, 3]));
         }
     }
 }

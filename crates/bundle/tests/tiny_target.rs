@@ -3,13 +3,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use draftsmith_bundle::{
     ProbeInput, Problem, Status, TargetInfo, answer_beside, check_alone, check_with_target, run_draft,
 };
 use draftsmith_core::{LayerId, Sampling};
-use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Features};
+use draftsmith_decode::{Ask, Committed, Features, Shape, drafter};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, write};
 use draftsmith_kernels::PackMode;
 use draftsmith_model::{Draft, Infer, StepItem};
@@ -21,8 +20,8 @@ use crate::support::{VD, facts, made};
 fn the_probe_sees_what_the_drafter_proposes() {
     for variant in [json!({}), json!({"fc_norm": true, "norm_output": true})] {
         let (_root, dir, target) = made(&variant);
-        let draft = Arc::new(Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap());
-        let drafter = Arc::new(EagleDrafter::new(&target, Arc::clone(&draft)).unwrap());
+        let load = || Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap();
+        let (draft, drafter) = (load(), drafter(&target, load()).unwrap());
         let layers: Vec<LayerId> = drafter.target_layers().to_vec();
         for prompt in [vec![1, 300, 17, 42, 42, 901], vec![5], (0..40).map(|i| i * 23 % 1024).collect()] {
             let (context, next) = (&prompt[..], [&prompt[1..], &[77]].concat());
@@ -33,10 +32,15 @@ fn the_probe_sees_what_the_drafter_proposes() {
             let rows: Vec<u32> = (0..context.len() as u32).collect();
             let features = Features { output: &output, rows: &rows };
 
-            let mut session = Arc::clone(&drafter).begin();
-            session.extend(&features, &next);
-            let tree =
-                session.propose(&DraftPlan::Chain { depth: 5 }, 5, &Sampling::GREEDY, context.len() as u64);
+            let mut session = drafter.begin();
+            drafter.take_in(&mut [Committed {
+                session: session.as_mut(),
+                features,
+                next_tokens: &next,
+            }]);
+            let (sampling, position) = (&Sampling::GREEDY, context.len() as u64);
+            let mut asks = [Ask { session: session.as_mut(), sampling, position, k: 1 }];
+            let tree = drafter.propose(&mut asks, &[Shape { depth: 5, top_k: 1, nodes: 5 }]).remove(0);
             let proposed: Vec<u32> = tree.tokens.iter().map(|t| t.0).collect();
 
             let kernels = target.kernels().as_ref();
@@ -175,7 +179,7 @@ fn a_transposed_square_matrix_is_found_by_the_probe_alone() {
 fn a_question_that_does_not_fit_is_an_error_not_a_panic() {
     let (_root, dir, target) = made(&json!({}));
     let draft = Draft::load(target.kernels().as_ref(), &dir, PackMode::F32).unwrap();
-    let width = draft.network.config.features_width();
+    let width = draft.config().shape().features_width();
     let ask = |token_ids: Vec<u32>, features: usize| {
         let input = ProbeInput { token_ids, features: vec![0.1; features], depth: 0, embeddings: vec![] };
         answer_beside(&target, &draft, &input).map(|answer| answer.logits)

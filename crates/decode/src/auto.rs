@@ -16,7 +16,7 @@ use draftsmith_core::{Sampling, TargetTokenId, TokenTree};
 use draftsmith_kernels::Kernels;
 
 use crate::costs::{Costs, Recent};
-use crate::drafter::DrafterSession;
+use crate::drafter::{Ask, Children, Drafter, DrafterSession, Node};
 use crate::lookup::Match;
 
 /// What made a node be proposed, as a class whose acceptance is counted.
@@ -145,11 +145,13 @@ pub(crate) struct Grown {
     classes: Vec<[Option<Class>; 2]>,
     /// Nodes (`None`: the root) whose children the draft was asked for.
     expanded: Vec<Option<u32>>,
-    /// Draft steps taken, beside the features of the committed tokens.
-    pub draft_steps: usize,
-    /// Milliseconds of those steps, and of the draft's first proposals.
-    pub draft_ms: f32,
+    /// Draft steps taken beside the features of the committed tokens, a pass over several rows shared among them.
+    pub draft_steps: f32,
+    /// Milliseconds of such a step alone, as the last one shows, and of the draft's first proposals.
+    pub draft_step_ms: Option<f32>,
     pub root_ms: Option<f32>,
+    /// Share in the pass of those.
+    root_share: f32,
     /// Tokens that are likely to be accepted.
     expected: f32,
     /// What its rows add to the time of the pass.
@@ -195,8 +197,6 @@ const LONG_WINDOW: f32 = 96.0;
 const FIRST_LOOK: usize = 4;
 /// Steps with a draft after which the next sequence begins with a plain one: it shows what the others are worth.
 const LOOK_EVERY: usize = 128;
-/// A pause of so many steps is no reason to put a prompt's features off: they are needed soon.
-const SOON: usize = 8;
 /// First pause of an unprofitable draft, in steps; doubles each time up to [`LONGEST_PAUSE`].
 const PAUSE: usize = 48;
 const LONGEST_PAUSE: usize = 1024;
@@ -213,12 +213,12 @@ pub(crate) struct Pacer {
     rates: Rates,
 }
 
-/// A node that may be added.
+/// A node that may be proposed.
 struct Candidate {
     token: u32,
-    parent: Option<u32>,
-    /// Handle of the parent inside the drafter; `None` is the root.
-    parent_handle: Option<u32>,
+    parent: Option<usize>,
+    /// Name inside the drafter, once the draft ran on it.
+    handle: Option<u32>,
     /// The draft proposed it (or knows its parent), so it can be expanded.
     drafted: bool,
     depth: usize,
@@ -227,12 +227,14 @@ struct Candidate {
     classes: [Option<Class>; 2],
     /// Place in the text of the repetition that goes on with this token, and its length.
     repeats: Option<Match>,
+    /// Its children, once they are known.
+    children: Option<Vec<usize>>,
 }
 
 /// A sequence that wants a proposal.
 pub(crate) struct Seed<'a, K: Kernels> {
     pub pacer: &'a mut Pacer,
-    pub drafter: Option<&'a mut (dyn DrafterSession<K> + 'static)>,
+    pub session: Option<&'a mut dyn DrafterSession<K>>,
     pub repetition: Option<Match>,
     pub text: &'a [u32],
     /// Levels at most.
@@ -246,25 +248,71 @@ struct Growing<'a, K: Kernels> {
     /// Milliseconds that an accepted token saves.
     price: f32,
     candidates: Vec<Candidate>,
-    /// Path of each node.
-    paths: Vec<f32>,
+    /// Candidates of the first level.
+    roots: Vec<usize>,
     grown: Grown,
 }
 
-/// Proposals for the sequences of a pass that decode with an automatic plan.
-pub(crate) fn grow<K: Kernels>(costs: &Costs, load: Load, seeds: Vec<Seed<'_, K>>) -> Vec<Grown> {
+/// What a further row costs of a draft pass, as a share of what the first one costs.
+const DRAFT_ROW: f32 = 0.2;
+
+/// A draft pass of so many rows, in passes of one.
+fn draft_pass(rows: usize) -> f32 {
+    1.0 + DRAFT_ROW * (rows.max(1) - 1) as f32
+}
+
+/// Proposals for the sequences of a pass that decode with an automatic plan. `drafter` is that of all sessions.
+///
+/// The plan is made anew with what each pass of the draft shows: nodes are chosen best first among those that are
+/// known, over all sequences; the children of chosen ones, where asking for them pays, are asked for in one pass.
+pub(crate) fn grow<K: Kernels>(
+    costs: &Costs,
+    load: Load,
+    drafter: Option<&dyn Drafter<K>>,
+    seeds: Vec<Seed<'_, K>>,
+) -> Vec<Grown> {
     let mut growing: Vec<Growing<'_, K>> =
         seeds.into_iter().map(|seed| Growing::begin(seed, costs, load)).collect();
-    // Sequence of each node, in the order of adding.
-    let mut order: Vec<usize> = Vec::new();
-    let mut value = 0.0f32;
-    // Per number of nodes: expected gain of the proposals.
-    let mut best = (0.0f32, 0usize);
+    if let Some(drafter) = drafter {
+        ask_for_roots(drafter, &mut growing);
+    }
+    for one in &mut growing {
+        one.repeat(one.seed.repetition, None, 0, 1.0);
+    }
     loop {
-        let rows = load.rows + order.len();
+        let chosen = choose(costs, load, &mut growing, drafter.map_or(1, |d| d.levels_per_pass()));
+        match drafter {
+            Some(drafter) if !chosen.wanted.is_empty() => expand(drafter, costs, &mut growing, chosen.wanted),
+            _ => return end(costs, load, growing, &chosen.order[..chosen.best]),
+        }
+    }
+}
+
+/// What is proposed if no more becomes known.
+struct Chosen {
+    /// Sequence and candidate of each node, in the order of adding.
+    order: Vec<(usize, usize)>,
+    /// So many of them are worth their rows.
+    best: usize,
+    /// Nodes whose children are worth asking for, with what that is worth.
+    wanted: Vec<(usize, usize, f32)>,
+}
+
+fn choose<K: Kernels>(
+    costs: &Costs,
+    load: Load,
+    growing: &mut [Growing<'_, K>],
+    levels_per_pass: usize,
+) -> Chosen {
+    let mut open: Vec<Vec<usize>> = growing.iter().map(|one| one.roots.clone()).collect();
+    let mut nodes = vec![0usize; growing.len()];
+    let mut chosen = Chosen { order: Vec::new(), best: 0, wanted: Vec::new() };
+    let (mut value, mut best_value) = (0.0f32, 0.0f32);
+    loop {
+        let rows = load.rows + chosen.order.len();
         let mut next: Option<(usize, usize, f32)> = None;
-        for (of, one) in growing.iter().enumerate() {
-            if let Some((at, worth)) = one.best()
+        for (of, one) in growing.iter().enumerate().filter(|(of, _)| nodes[*of] < MOST_NODES) {
+            if let Some((at, worth)) = one.best(&open[of])
                 && next.is_none_or(|(_, _, most)| worth > most)
             {
                 next = Some((of, at, worth));
@@ -277,22 +325,134 @@ pub(crate) fn grow<K: Kernels>(costs: &Costs, load: Load, seeds: Vec<Seed<'_, K>
             break;
         }
         value += worth - (costs.verify(rows + 1) - costs.verify(rows));
-        growing[of].add(at, costs, cheapest);
-        order.push(of);
-        if value > best.0 {
-            best = (value, order.len());
+        chosen.order.push((of, at));
+        nodes[of] += 1;
+        if value > best_value {
+            (best_value, chosen.best) = (value, chosen.order.len());
+        }
+        open[of].retain(|other| *other != at);
+        let one = &mut growing[of];
+        if one.candidates[at].children.is_none() {
+            let c = &one.candidates[at];
+            if c.depth + 1 < one.seed.room {
+                let rates = &one.seed.pacer.rates;
+                let gain = c.path * rates.child.0 / rates.child.1 * one.price - cheapest;
+                // The first level came of a pass of its own.
+                let is_free = !(c.depth + 1).is_multiple_of(levels_per_pass);
+                if one.seed.session.is_some() && c.drafted && (is_free || gain > 0.0) {
+                    chosen.wanted.push((of, at, if is_free { f32::INFINITY } else { gain }));
+                    continue;
+                }
+            }
+            one.go_on(at, None);
+        }
+        open[of].extend(one.candidates[at].children.iter().flatten());
+    }
+    chosen
+}
+
+/// First levels of all sequences whose draft is awake.
+fn ask_for_roots<K: Kernels>(drafter: &dyn Drafter<K>, growing: &mut [Growing<'_, K>]) {
+    let start = Instant::now();
+    let mut asking: Vec<usize> = Vec::new();
+    let mut asks: Vec<Ask<'_, K>> = Vec::new();
+    for (of, one) in growing.iter_mut().enumerate().filter(|(_, one)| one.seed.room > 0) {
+        if let Some(ask) = one.ask() {
+            asking.push(of);
+            asks.push(ask);
         }
     }
-    let all = best.1;
-    let added_ms = costs.verify(load.rows + all) - costs.verify(load.rows);
-    let count = |of: usize| order[..all].iter().filter(|o| **o == of).count();
-    let kept: Vec<usize> = (0..growing.len()).map(count).collect();
-    growing
-        .into_iter()
-        .zip(kept)
+    if asks.is_empty() {
+        return;
+    }
+    let found = drafter.roots(&mut asks);
+    drop(asks);
+    let (count, ms) = (asking.len(), ms_since(start));
+    for (of, children) in asking.into_iter().zip(found) {
+        let one = &mut growing[of];
+        one.grown.root_ms = Some(ms / draft_pass(count));
+        one.grown.root_share = draft_pass(count) / count as f32;
+        if !children.is_empty() {
+            one.grown.expanded.push(None);
+        }
+        one.offer(&children, None, 0, 1.0);
+    }
+}
+
+/// Asks for the children of those nodes that are worth a share of a pass; the others go on without.
+fn expand<K: Kernels>(
+    drafter: &dyn Drafter<K>,
+    costs: &Costs,
+    growing: &mut [Growing<'_, K>],
+    mut wanted: Vec<(usize, usize, f32)>,
+) {
+    wanted.sort_by(|a, b| b.2.total_cmp(&a.2));
+    let free = wanted.partition_point(|(.., gain)| gain.is_infinite());
+    let row = DRAFT_ROW * costs.draft_step_ms;
+    let mut paid = wanted[free..].iter().take_while(|(.., gain)| *gain > row).count();
+    let gains: f32 = wanted[free..free + paid].iter().map(|(.., gain)| gain).sum();
+    if gains <= costs.draft_step_ms * draft_pass(paid) {
+        paid = 0;
+    }
+    for (of, at, _) in wanted.drain(free + paid..) {
+        growing[of].go_on(at, None);
+    }
+    if wanted.is_empty() {
+        return;
+    }
+    let start = Instant::now();
+    let mut asking: Vec<Option<usize>> = vec![None; growing.len()];
+    for (of, ..) in &wanted {
+        asking[*of] = Some(0);
+    }
+    let mut of_ask = 0;
+    for asking in asking.iter_mut().flatten() {
+        *asking = of_ask;
+        of_ask += 1;
+    }
+    let nodes: Vec<Node> = wanted
+        .iter()
+        .map(|(of, at, _)| {
+            let candidates = &growing[*of].candidates;
+            let Candidate { token, parent, depth, .. } = candidates[*at];
+            let parent = parent.and_then(|p| candidates[p].handle);
+            Node { of: asking[*of].expect("it asks"), parent, token, depth }
+        })
+        .collect();
+    let mut asks: Vec<Ask<'_, K>> = growing
+        .iter_mut()
+        .zip(&asking)
+        .filter(|(_, asking)| asking.is_some())
+        .map(|(one, _)| one.ask().expect("only drafted nodes are expanded"))
+        .collect();
+    let found = drafter.expand(&mut asks, &nodes);
+    drop(asks);
+    let ms = ms_since(start) / draft_pass(paid);
+    for ((of, at, gain), (handle, children)) in wanted.into_iter().zip(found) {
+        let one = &mut growing[of];
+        if gain.is_finite() {
+            one.grown.draft_steps += draft_pass(paid) / paid as f32;
+            one.grown.draft_step_ms = Some(ms);
+        }
+        one.candidates[at].handle = Some(handle);
+        one.go_on(at, Some(&children));
+    }
+}
+
+/// The chosen nodes as proposals.
+fn end<K: Kernels>(
+    costs: &Costs,
+    load: Load,
+    growing: Vec<Growing<'_, K>>,
+    order: &[(usize, usize)],
+) -> Vec<Grown> {
+    let added_ms = costs.verify(load.rows + order.len()) - costs.verify(load.rows);
+    let end = |(of, one): (usize, Growing<'_, K>)| {
         // Nodes were added best first and parents before children, so a prefix is a proposal of its own.
-        .map(|(one, nodes)| one.end(nodes, added_ms * nodes as f32 / all.max(1) as f32))
-        .collect()
+        let own: Vec<usize> = order.iter().filter(|(o, _)| *o == of).map(|(_, at)| *at).collect();
+        one.end(&own, added_ms * own.len() as f32 / order.len().max(1) as f32)
+    };
+    growing.into_iter().enumerate().map(end).collect()
 }
 
 fn ms_since(start: Instant) -> f32 {
@@ -304,110 +464,96 @@ impl<'a, K: Kernels> Growing<'a, K> {
         let rates = &mut seed.pacer.rates;
         let plain = rates.plain_token(costs, load);
         let price = if load.is_alone() { plain * (rates.pace.0 / rates.pace.1).min(1.0) } else { plain };
-        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + costs.draft_step_ms {
+        let share = draft_pass(load.sequences) / load.sequences.max(1) as f32;
+        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + share * costs.draft_step_ms {
             // At this load not even a sure token would pay: rest until the next look.
             rates.paused = rates.paused.max(2);
         }
         if rates.paused > 0 {
-            seed.drafter = None;
+            seed.session = None;
         }
         let grown = Grown { load, ..Grown::default() };
-        let mut one = Growing { seed, price, candidates: Vec::new(), paths: Vec::new(), grown };
-        if one.seed.room > 0 {
-            let position = one.seed.text.len() as u64 - 1;
-            let start = Instant::now();
-            let children = match one.seed.drafter.as_deref_mut() {
-                Some(d) => d.children(None, CHILDREN, one.seed.sampling, position),
-                None => Vec::new(),
-            };
-            if one.seed.drafter.is_some() {
-                one.grown.root_ms = Some(ms_since(start));
-            }
-            if !children.is_empty() {
-                one.grown.expanded.push(None);
-            }
-            one.offer(&children, None, None, 0, 1.0);
-            one.repeat(one.seed.repetition, None, 0, 1.0);
-        }
-        one
+        Growing { seed, price, candidates: Vec::new(), roots: Vec::new(), grown }
     }
 
-    /// The most probable candidate and what it is worth.
-    fn best(&self) -> Option<(usize, f32)> {
-        if self.grown.tree.len() >= MOST_NODES {
-            return None;
-        }
+    /// What the drafter is asked for this sequence; `None` while its draft rests.
+    fn ask(&mut self) -> Option<Ask<'_, K>> {
+        let position = self.seed.text.len() as u64 - 1;
+        let session = self.seed.session.as_deref_mut()?;
+        Some(Ask { session, sampling: self.seed.sampling, position, k: CHILDREN })
+    }
+
+    /// The most probable of some candidates and what it is worth.
+    fn best(&self, open: &[usize]) -> Option<(usize, f32)> {
         let path = |at: usize| self.candidates[at].path;
-        let at = (0..self.candidates.len()).max_by(|a, b| path(*a).total_cmp(&path(*b)).then(b.cmp(a)))?;
+        let at = open.iter().copied().max_by(|a, b| path(*a).total_cmp(&path(*b)).then(b.cmp(a)))?;
         Some((at, path(at) * self.price))
     }
 
-    /// Adds a candidate, and its children to the candidates.
-    fn add(&mut self, at: usize, costs: &Costs, cheapest: f32) {
-        let c = self.candidates.swap_remove(at);
-        let node = self.grown.tree.push(TargetTokenId(c.token), c.parent);
-        self.grown.classes.push(c.classes);
-        self.paths.push(c.path);
-        if c.depth + 1 >= self.seed.room {
+    /// Makes a candidate's children known: the draft's, if it was asked, and the repetition's.
+    fn go_on(&mut self, at: usize, children: Option<&Children>) {
+        let Candidate { depth, path, repeats, .. } = self.candidates[at];
+        self.candidates[at].children = Some(Vec::new());
+        if depth + 1 >= self.seed.room {
             return;
         }
-        let rates = &self.seed.pacer.rates;
-        let child = c.path * rates.child.0 / rates.child.1;
-        let worth_a_step = child * self.price > costs.draft_step_ms + cheapest;
-        let position = self.seed.text.len() as u64 - 1;
-        if let (Some(d), true, true) = (self.seed.drafter.as_deref_mut(), c.drafted, worth_a_step) {
-            let start = Instant::now();
-            let handle = d.expand(c.parent_handle, c.token, c.depth);
-            let children =
-                d.children(Some(handle), CHILDREN, self.seed.sampling, position + c.depth as u64 + 1);
-            self.grown.draft_ms += ms_since(start);
-            self.grown.draft_steps += 1;
-            self.grown.expanded.push(Some(node));
-            self.offer(&children, Some(node), Some(handle), c.depth + 1, c.path);
+        if let Some(children) = children {
+            self.offer(children, Some(at), depth + 1, path);
         }
-        let next = c.repeats.map(|m| Match { at: m.at + 1, ..m });
-        self.repeat(next, Some(node), c.depth + 1, c.path);
+        let next = repeats.map(|m| Match { at: m.at + 1, ..m });
+        self.repeat(next, Some(at), depth + 1, path);
     }
 
-    /// The proposal: the first `nodes` of it, whose rows take `rows_ms`.
-    fn end(mut self, nodes: usize, rows_ms: f32) -> Grown {
-        self.grown.tree.tokens.truncate(nodes);
-        self.grown.tree.parents.truncate(nodes);
-        self.grown.classes.truncate(nodes);
-        self.grown.expanded.retain(|n| n.is_none_or(|n| (n as usize) < nodes));
-        self.grown.expected = self.paths[..nodes].iter().sum();
+    /// The proposal of these nodes, whose rows take `rows_ms`.
+    fn end(mut self, nodes: &[usize], rows_ms: f32) -> Grown {
+        let mut place: Vec<Option<u32>> = vec![None; self.candidates.len()];
+        for at in nodes {
+            let c = &self.candidates[*at];
+            let parent = c.parent.and_then(|p| place[p]);
+            place[*at] = Some(self.grown.tree.push(TargetTokenId(c.token), parent));
+            self.grown.classes.push(c.classes);
+            self.grown.expected += c.path;
+        }
+        let expanded = nodes.iter().filter(|at| self.candidates[**at].handle.is_some());
+        self.grown.expanded.extend(expanded.map(|at| place[*at]));
         self.grown.rows_ms = rows_ms;
         self.grown
     }
 
+    fn push(&mut self, candidate: Candidate) {
+        let at = self.candidates.len();
+        match candidate.parent {
+            None => self.roots.push(at),
+            Some(p) => self.candidates[p].children.get_or_insert_default().push(at),
+        }
+        self.candidates.push(candidate);
+    }
+
     /// Adds the draft's children of a node.
-    fn offer(
-        &mut self,
-        children: &[(u32, f32)],
-        parent: Option<u32>,
-        parent_handle: Option<u32>,
-        depth: usize,
-        path: f32,
-    ) {
-        for (token, probability) in children {
-            let class = draft_class(*probability, depth);
-            self.candidates.push(Candidate {
+    fn offer(&mut self, children: &Children, parent: Option<usize>, depth: usize, path: f32) {
+        for (token, log_probability) in children {
+            let class = draft_class(log_probability.exp(), depth);
+            self.push(Candidate {
                 token: *token,
                 parent,
-                parent_handle,
+                handle: None,
                 drafted: true,
                 depth,
                 path: path * self.seed.pacer.rates.rate(class),
                 classes: [Some(class), None],
                 repeats: None,
+                children: None,
             });
         }
     }
 
     /// Adds the token that a repetition goes on with; joined to the draft's node if both propose it.
-    fn repeat(&mut self, repetition: Option<Match>, parent: Option<u32>, depth: usize, path: f32) {
+    fn repeat(&mut self, repetition: Option<Match>, parent: Option<usize>, depth: usize, path: f32) {
         let text = self.seed.text;
         let Some((m, token)) = repetition.and_then(|m| Some((m, *text.get(m.at)?))) else { return };
+        if depth >= self.seed.room {
+            return;
+        }
         let class = lookup_class(m.length, depth == 0);
         let rate = self.seed.pacer.rates.rate(class);
         if let Some(same) = self.candidates.iter_mut().find(|c| c.parent == parent && c.token == token) {
@@ -416,15 +562,16 @@ impl<'a, K: Kernels> Growing<'a, K> {
             same.classes[1] = Some(class);
             same.repeats = Some(m);
         } else {
-            self.candidates.push(Candidate {
+            self.push(Candidate {
                 token,
                 parent,
-                parent_handle: None,
+                handle: None,
                 drafted: false,
                 depth,
                 path: path * rate,
                 classes: [None, Some(class)],
                 repeats: Some(m),
+                children: None,
             });
         }
     }
@@ -456,13 +603,9 @@ impl Pacer {
     }
 
     /// True while the draft is left out; its features are only collected.
+    #[cfg(test)]
     pub(crate) fn is_paused(&self) -> bool {
         self.rates.paused > 0
-    }
-
-    /// True if it is left out for longer than it takes to look at plain steps.
-    pub(crate) fn is_resting(&self) -> bool {
-        self.rates.paused > SOON
     }
 
     /// Learns from the step that verified `grown` and committed `committed` tokens.
@@ -484,7 +627,7 @@ impl Pacer {
         }
         let drafting = match paused {
             true => 0.0,
-            false => costs.extend_ms + grown.draft_steps as f32 * costs.draft_step_ms,
+            false => grown.root_share * costs.extend_ms + grown.draft_steps * costs.draft_step_ms,
         };
         // The pass counts as costs say, which know passes like it under this load; a single one says little.
         let mut extra = grown.rows_ms + drafting;
@@ -533,17 +676,27 @@ mod tests {
     /// Proposes 10, 11, 12, … with one probability.
     struct Sure(f32);
 
-    impl DrafterSession<Cpu> for Sure {
-        fn extend(&mut self, _: &crate::Features<'_, Cpu>, _: &[u32]) {}
-        fn defer(&mut self, _: &crate::Features<'_, Cpu>, _: &[u32]) {}
-        fn propose(&mut self, _: &crate::DraftPlan, _: usize, _: &Sampling, _: u64) -> TokenTree {
-            TokenTree::default()
+    struct SureSession;
+
+    impl DrafterSession<Cpu> for SureSession {
+        fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
+            self
         }
-        fn children(&mut self, node: Option<u32>, _: usize, _: &Sampling, _: u64) -> Vec<(u32, f32)> {
-            vec![(10 + node.map_or(0, |n| n + 1), self.0)]
+    }
+
+    impl Drafter<Cpu> for Sure {
+        fn target_layers(&self) -> &[draftsmith_core::LayerId] {
+            &[]
         }
-        fn expand(&mut self, parent: Option<u32>, _: u32, _: usize) -> u32 {
-            parent.map_or(0, |p| p + 1)
+        fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+            Box::new(SureSession)
+        }
+        fn take_in(&self, _: &mut [crate::Committed<'_, Cpu>]) {}
+        fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+            vec![vec![(10, self.0.ln())]; asks.len()]
+        }
+        fn expand(&self, _: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+            nodes.iter().map(|node| (node.token - 10, vec![(node.token + 1, self.0.ln())])).collect()
         }
     }
 
@@ -554,10 +707,10 @@ mod tests {
         Pacer::new(Rates { looked: Some(0), paused: 0, ..Rates::default() })
     }
 
-    fn seed<'a>(pacer: &'a mut Pacer, draft: &'a mut Sure, room: usize) -> Seed<'a, Cpu> {
+    fn seed<'a>(pacer: &'a mut Pacer, session: &'a mut SureSession, room: usize) -> Seed<'a, Cpu> {
         Seed {
             pacer,
-            drafter: Some(draft),
+            session: Some(session),
             repetition: None,
             text: &[1, 2, 3],
             room,
@@ -566,8 +719,8 @@ mod tests {
     }
 
     fn grown(costs: &Costs, probability: f32, room: usize) -> usize {
-        let (mut pacer, mut draft) = (awake(), Sure(probability));
-        grow(costs, ALONE, vec![seed(&mut pacer, &mut draft, room)])[0].tree.len()
+        let (mut pacer, draft) = (awake(), Sure(probability));
+        grow(costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, room)])[0].tree.len()
     }
 
     #[test]
@@ -585,15 +738,16 @@ mod tests {
     #[test]
     fn rejections_end_the_drafting_and_it_is_tried_again_later() {
         let costs = costs(&[(1, 4.0), (2, 5.0), (8, 8.0)], 0.3);
-        let (mut pacer, mut draft) = (awake(), Sure(0.9));
+        let (mut pacer, draft) = (awake(), Sure(0.9));
         let (mut proposed, mut paused) = (0, 0);
         for _ in 0..1000 {
-            let grown = grow(&costs, ALONE, vec![seed(&mut pacer, &mut draft, 8)]).remove(0);
+            let grown =
+                grow(&costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]).remove(0);
             proposed += usize::from(!grown.tree.is_empty());
             paused += usize::from(pacer.is_paused());
             let pass_ms = costs.verify(grown.tree.len() + 1);
             let extend_ms = if pacer.is_paused() { 0.0 } else { 0.3 };
-            let elapsed_ms = pass_ms + extend_ms + grown.draft_steps as f32 * 0.3;
+            let elapsed_ms = pass_ms + extend_ms + grown.draft_steps * 0.3;
             pacer.learn(&costs, &grown, &[], 1, StepTime { elapsed_ms, pass_ms });
         }
         assert!(proposed < 100, "{proposed} proposals of a draft that is always wrong");
@@ -603,12 +757,13 @@ mod tests {
     #[test]
     fn a_repetition_is_joined_to_the_draft_and_followed_alone() {
         let costs = costs(&[(1, 4.0), (8, 4.4), (32, 8.0)], 0.1);
-        let (mut pacer, mut draft) = (awake(), Sure(0.9));
+        let (mut pacer, draft) = (awake(), Sure(0.9));
         // After 7, 8 came 10, 50, 51; the draft says 10 as well, then 11.
         let text = [7, 8, 10, 50, 51, 9, 7, 8];
         let m = Match { at: 2, length: 4 };
-        let with_text = Seed { repetition: Some(m), text: &text, ..seed(&mut pacer, &mut draft, 8) };
-        let grown = grow(&costs, ALONE, vec![with_text]).remove(0);
+        let mut session = SureSession;
+        let with_text = Seed { repetition: Some(m), text: &text, ..seed(&mut pacer, &mut session, 8) };
+        let grown = grow(&costs, ALONE, Some(&draft), vec![with_text]).remove(0);
         let tree = &grown.tree;
         assert_eq!(tree.tokens.iter().filter(|t| t.0 == 10).count(), 1);
         let branch = tree.tokens.iter().position(|t| t.0 == 50).expect("the repetition goes on");
@@ -617,8 +772,8 @@ mod tests {
         assert!(tree.validate().is_ok());
         // Without a draft the repetition is a chain.
         let alone =
-            Seed { repetition: Some(m), text: &text, drafter: None, ..seed(&mut pacer, &mut draft, 8) };
-        let grown = grow(&costs, ALONE, vec![alone]).remove(0);
+            Seed { repetition: Some(m), text: &text, session: None, ..seed(&mut pacer, &mut session, 8) };
+        let grown = grow(&costs, ALONE, Some(&draft), vec![alone]).remove(0);
         assert_eq!(grown.tree.tokens[0].0, 10);
         assert_eq!(grown.tree.parents, TokenTree::chain_parents(grown.tree.len()));
     }
@@ -626,10 +781,12 @@ mod tests {
     #[test]
     fn a_draft_rests_where_a_sure_token_would_not_pay_beside_the_others() {
         let grown = |others: usize| {
-            let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 0.3);
-            let (mut pacer, mut sure) = (awake(), Sure(0.99));
+            let costs = costs(&[(1, 3.0), (2, 3.3), (8, 6.3), (16, 11.4), (32, 22.0)], 1.2);
+            let mut pacer = awake();
             let load = Load { rows: others + 1, sequences: others + 1 };
-            let nodes = grow(&costs, load, vec![seed(&mut pacer, &mut sure, 4)])[0].tree.len();
+            let nodes = grow(&costs, load, Some(&Sure(0.99)), vec![seed(&mut pacer, &mut SureSession, 4)])[0]
+                .tree
+                .len();
             (nodes, pacer.is_paused())
         };
         assert_eq!(grown(7), (0, true));
@@ -640,10 +797,10 @@ mod tests {
     /// Nodes of each of so many sequences that are planned together, beside other rows.
     fn nodes(costs: &Costs, sequences: usize, other_rows: usize, probability: f32) -> Vec<usize> {
         let mut pacers: Vec<Pacer> = (0..sequences).map(|_| awake()).collect();
-        let mut drafts: Vec<Sure> = (0..sequences).map(|_| Sure(probability)).collect();
+        let mut sessions: Vec<SureSession> = (0..sequences).map(|_| SureSession).collect();
         let load = Load { rows: sequences + other_rows, sequences };
-        let seeds = pacers.iter_mut().zip(&mut drafts).map(|(p, d)| seed(p, d, 8)).collect();
-        grow(costs, load, seeds).iter().map(|g| g.tree.len()).collect()
+        let seeds = pacers.iter_mut().zip(&mut sessions).map(|(p, s)| seed(p, s, 8)).collect();
+        grow(costs, load, Some(&Sure(probability)), seeds).iter().map(|g| g.tree.len()).collect()
     }
 
     #[test]
@@ -669,12 +826,13 @@ mod tests {
         let mut rates = Rates::default();
         let mut proposed = 0;
         for sequence in 0..40 {
-            let (mut pacer, mut draft) = (Pacer::new(rates), Sure(0.9));
+            let (mut pacer, draft) = (Pacer::new(rates), Sure(0.9));
             for _ in 0..16 {
-                let grown = grow(&costs, ALONE, vec![seed(&mut pacer, &mut draft, 8)]).remove(0);
+                let grown =
+                grow(&costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]).remove(0);
                 proposed += usize::from(!grown.tree.is_empty());
                 let pass_ms = costs.verify(grown.tree.len() + 1);
-                let elapsed_ms = pass_ms + grown.draft_steps as f32 * 0.3;
+                let elapsed_ms = pass_ms + grown.draft_steps * 0.3;
                 pacer.learn(&costs, &grown, &[], 1, StepTime { elapsed_ms, pass_ms });
             }
             assert!(sequence == 0 || pacer.rates.paused <= LONGEST_PAUSE);

@@ -11,7 +11,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target, TargetKv};
 
 use crate::costs::{Calibration, Costs};
-use crate::drafter::{Drafter, DrafterSession, Features};
+use crate::drafter::{Ask, Committed, Drafter, DrafterSession, Features, Node};
 
 /// Rows that are measured on every machine, however slow: a curve with less says nothing about a proposal.
 const NEEDED: [usize; 5] = [1, 2, 4, 8, 16];
@@ -135,7 +135,7 @@ struct Machine<'a, K: Kernels> {
     kv: TargetKv<K>,
     context: usize,
     layers: &'a [LayerId],
-    draft: Option<Box<dyn DrafterSession<K>>>,
+    draft: Option<(&'a dyn Drafter<K>, Box<dyn DrafterSession<K>>)>,
     /// Of the last piece of context.
     features: StepOutput<K::Buf>,
     rows: usize,
@@ -177,17 +177,20 @@ impl<K: Kernels> Probe for Machine<'_, K> {
     }
 
     fn draft(&mut self) -> Option<(f32, f32)> {
-        let draft = self.draft.as_deref_mut()?;
+        let (drafter, session) = self.draft.as_mut()?;
         // About what one step commits.
         let rows: Vec<u32> = (0..self.rows.min(2) as u32).collect();
         let next = tokens(self.target, 1, rows.len());
         let start = Instant::now();
-        draft.extend(&Features { output: &self.features, rows: &rows }, &next);
-        let best = draft.children(None, 4, &Sampling::GREEDY, 0);
+        let features = Features { output: &self.features, rows: &rows };
+        drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next }]);
+        let sampling = &Sampling::GREEDY;
+        let mut asks = [Ask { session: session.as_mut(), sampling, position: 0, k: 4 }];
+        let best = drafter.roots(&mut asks);
         let extend = ms(start.elapsed());
         let start = Instant::now();
-        let handle = draft.expand(None, best.first().map_or(0, |b| b.0), 0);
-        draft.children(Some(handle), 4, &Sampling::GREEDY, 1);
+        let token = best[0].first().map_or(0, |b| b.0);
+        drafter.expand(&mut asks, &[Node { of: 0, parent: None, token, depth: 0 }]);
         Some((extend, ms(start.elapsed())))
     }
 }
@@ -201,14 +204,16 @@ pub(crate) fn measure<K: Kernels>(
     let context = CONTEXT.min(target.config().max_position / 4).max(1);
     let layers = drafter.map_or(&[][..], |d| d.target_layers());
     let mut kv = target.new_kv();
-    let mut draft = drafter.map(|d| Arc::clone(d).begin());
+    let mut draft = drafter.map(|d| (d.as_ref(), d.begin()));
     let began = Instant::now();
     let (features, rows) = loop {
         let rows = CONTEXT_CHUNK.min(context - kv.len());
         let output = pass(target, &mut kv, rows, layers);
-        if let Some(draft) = &mut draft {
+        if let Some((drafter, session)) = &mut draft {
             let all: Vec<u32> = (0..rows as u32).collect();
-            draft.extend(&Features { output: &output, rows: &all }, &tokens(target, kv.len(), rows));
+            let next_tokens = &tokens(target, kv.len(), rows);
+            let features = Features { output: &output, rows: &all };
+            drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens }]);
         }
         if kv.len() == context || began.elapsed() > CONTEXT_LIMIT {
             break (output, rows);

@@ -1,10 +1,15 @@
-//! Anything that proposes tokens.
+//! Anything that proposes tokens, for all sequences of a step at once.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Rows, StepOutput};
+use draftsmith_model::{Draft, Rows, StepOutput, Target};
+
+use crate::DecodeError;
+use crate::eagle::EagleDrafter;
+use crate::tree;
 
 /// How much to draft per step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +54,14 @@ pub struct Features<'a, K: Kernels> {
     pub rows: &'a [u32],
 }
 
+impl<K: Kernels> Clone for Features<'_, K> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<K: Kernels> Copy for Features<'_, K> {}
+
 impl<K: Kernels> Features<'_, K> {
     /// Captured layers side by side, for the chosen rows: `[R, layers * Ht]`.
     pub fn concat(&self, kernels: &K) -> Rows<K::Buf> {
@@ -71,53 +84,141 @@ impl<K: Kernels> Features<'_, K> {
     }
 }
 
-/// A method that proposes tokens. One value serves many sequences; each has its own session.
+/// A sequence's state inside a drafter: what is known of its committed tokens, and nodes grown below the last one.
+pub trait DrafterSession<K: Kernels>: Any + Send {
+    /// For the drafter that began it, which knows the type.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+
+    /// Bytes that it holds now: what committed positions keep, and what waits to be taken in.
+    fn held_bytes(&self) -> usize {
+        0
+    }
+
+    /// Committed positions that it was handed and can go back to ([`Drafter::rollback_to`]).
+    fn positions(&self) -> usize {
+        0
+    }
+}
+
+/// Committed positions of a sequence that its drafter has not seen.
+pub struct Committed<'a, K: Kernels> {
+    /// The sequence.
+    pub session: &'a mut dyn DrafterSession<K>,
+    /// Their captured states, in order of position.
+    pub features: Features<'a, K>,
+    /// For each the token that follows it.
+    pub next_tokens: &'a [u32],
+}
+
+/// A sequence that wants a proposal.
+pub struct Ask<'a, K: Kernels> {
+    /// The sequence.
+    pub session: &'a mut dyn DrafterSession<K>,
+    /// How its tokens are chosen.
+    pub sampling: &'a Sampling,
+    /// Where its last committed token stands.
+    pub position: u64,
+    /// Children of a node that are wanted.
+    pub k: usize,
+}
+
+/// What may follow a node: tokens and their log-probabilities, best first. Of a node's only child the log-probability
+/// need not be right.
+pub type Children = Vec<(u32, f32)>;
+
+/// A drafted token whose children are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Which of the asking sequences it belongs to.
+    pub of: usize,
+    /// Handle of the node that it is a child of; `None`: it follows the last committed token.
+    pub parent: Option<u32>,
+    /// The token.
+    pub token: u32,
+    /// Levels above it: 0 right below the committed text.
+    pub depth: usize,
+}
+
+/// Shape of a proposal that is not planned by cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Levels.
+    pub depth: usize,
+    /// Children per node, and nodes expanded per level.
+    pub top_k: usize,
+    /// Nodes at most.
+    pub nodes: usize,
+}
+
+impl Shape {
+    /// What a fixed plan asks for, with so many levels left; `None` for a plan that is not fixed.
+    pub(crate) fn of(plan: &DraftPlan, room: usize) -> Option<Shape> {
+        match *plan {
+            DraftPlan::None | DraftPlan::Auto => None,
+            DraftPlan::Chain { depth } => Some(Shape { depth: depth.min(room), top_k: 1, nodes: depth }),
+            DraftPlan::Tree { depth, top_k, num_draft_tokens } => {
+                Some(Shape { depth: depth.min(room), top_k: top_k.max(1), nodes: num_draft_tokens })
+            }
+        }
+    }
+}
+
+/// A method that proposes tokens. One value serves many sequences, whose sessions it is handed side by side: a call is
+/// one pass of the draft over the rows of all of them.
 pub trait Drafter<K: Kernels>: Send + Sync {
-    /// Target layers whose output the sessions want to see.
+    /// Target layers whose output it wants to see.
     fn target_layers(&self) -> &[LayerId];
     /// Starts a sequence.
-    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<K>>;
+    fn begin(&self) -> Box<dyn DrafterSession<K>>;
+
+    /// Takes note of committed positions, which arrive in order, each once. The work may wait until the next proposal;
+    /// what waits is bounded.
+    ///
+    /// Anything that a session computed from its own proposals is replaced by what follows from these features
+    /// [eagle3 §9].
+    fn take_in(&self, committed: &mut [Committed<'_, K>]);
+
+    /// Goes back to the first `positions` of what a session was handed, at most [`DrafterSession::positions`]: another
+    /// text goes on from there. Positions behind are handed over before the next proposal.
+    fn rollback_to(&self, _session: &mut dyn DrafterSession<K>, _positions: usize) {}
+
+    /// What may follow the last committed token of each sequence. Forgets the nodes grown before.
+    fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children>;
+
+    /// What may follow drafted tokens, and the handle of each for its own children. The sequences are those of the last
+    /// [`Drafter::roots`], or some of them.
+    fn expand(&self, asks: &mut [Ask<'_, K>], nodes: &[Node]) -> Vec<(u32, Children)>;
+
+    /// Levels that one pass of the draft computes: so deep, asking for children costs nothing further.
+    fn levels_per_pass(&self) -> usize {
+        1
+    }
+
+    /// Proposals of fixed shapes.
+    fn propose(&self, asks: &mut [Ask<'_, K>], shapes: &[Shape]) -> Vec<TokenTree> {
+        tree::propose(self, asks, shapes)
+    }
+
     /// Bytes that a session keeps for each committed position.
     fn bytes_per_token(&self) -> usize {
         0
     }
+
     /// Bytes that a session holds at most beside those, between two steps.
     fn bytes_per_session(&self) -> usize {
         0
     }
 }
 
-/// The drafter's view of one sequence.
-pub trait DrafterSession<K: Kernels> {
-    /// Takes in committed positions: their features and, for each, the token that follows it.
-    ///
-    /// Positions arrive in order, each once. Anything the session computed from its own proposals is replaced by
-    /// what follows from these features [eagle3 §9].
-    fn extend(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
-
-    /// As [`DrafterSession::extend`], but the work may wait until the next proposal. What waits is bounded: the session
-    /// takes it in by pieces when it becomes too much.
-    fn defer(&mut self, features: &Features<'_, K>, next_tokens: &[u32]);
-
-    /// The `k` most probable tokens after a node (`None`: after the last committed token), which stands at `position`,
-    /// best first, with their probabilities. Asking for the root forgets all nodes expanded before.
-    fn children(
-        &mut self,
-        node: Option<u32>,
-        k: usize,
-        sampling: &Sampling,
-        position: u64,
-    ) -> Vec<(u32, f32)>;
-
-    /// Runs the draft on `token`, a child of `parent` in level `depth` (0: below the root), and returns its handle for
-    /// [`DrafterSession::children`].
-    fn expand(&mut self, parent: Option<u32>, token: u32, depth: usize) -> u32;
-
-    /// Proposes tokens after the last committed one, which stands at `position`, at most `room` levels deep.
-    fn propose(&mut self, plan: &DraftPlan, room: usize, sampling: &Sampling, position: u64) -> TokenTree;
-
-    /// Bytes that it holds now: what committed positions keep, and what waits.
-    fn held_bytes(&self) -> usize {
-        0
-    }
+/// What proposes with a draft, beside the target that it was made for.
+///
+/// # Errors
+/// [`DecodeError::DraftMismatch`] if their shapes disagree.
+pub fn drafter<K: Kernels>(
+    target: &Target<K>,
+    draft: Draft<K>,
+) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
+    Ok(match draft {
+        Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
+    })
 }

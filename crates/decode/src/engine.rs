@@ -12,15 +12,15 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
-use crate::auto::{Grown, Load, Pacer, Rates, Seed, StepTime, grow};
+use crate::auto::{Grown, Pacer, Rates, StepTime};
 use crate::batch::Batch;
 use crate::calibrate;
 use crate::costs::{Calibration, Costs, CostsOff, Ledger};
-use crate::drafter::{DraftPlan, Drafter, Features};
+use crate::drafter::{Committed, DraftPlan, Drafter, Features};
 use crate::grammar::Grammar;
 use crate::lookup::Lookup;
 use crate::prefix::Prefixes;
-use crate::session::{Auto, Fed, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
+use crate::session::{Auto, FinishReason, Generation, Session, TokenEvent, TokenOrigin};
 
 /// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
 /// are decoding wait for it. Does not change any bit of the result.
@@ -75,9 +75,9 @@ type CostsOffHook = Box<dyn Fn(&CostsOff) + Send + Sync>;
 /// A target with an optional drafter.
 pub struct Engine<K: Kernels> {
     target: Arc<Target<K>>,
-    drafter: Option<Arc<dyn Drafter<K>>>,
-    max_context: usize,
-    costs: OnceLock<Costs>,
+    pub(crate) drafter: Option<Arc<dyn Drafter<K>>>,
+    pub(crate) max_context: usize,
+    pub(crate) costs: OnceLock<Costs>,
     /// What the steps say about the costs; `None` if they hold whatever happens.
     ledger: Option<Mutex<Ledger>>,
     /// Told when the steps contradict the costs.
@@ -90,7 +90,10 @@ pub struct Engine<K: Kernels> {
 impl<K: Kernels> Engine<K> {
     /// An engine on this target.
     pub fn new(target: Arc<Target<K>>, drafter: Option<Arc<dyn Drafter<K>>>) -> Engine<K> {
-        let max_context = target.config().max_position;
+        let config = target.config();
+        let max_context = config.max_position;
+        // Keys and values as 16-bit floats.
+        let token_bytes = 2 * 2 * config.kv_width() * config.num_layers;
         Engine {
             target,
             drafter,
@@ -99,7 +102,7 @@ impl<K: Kernels> Engine<K> {
             ledger: Some(Mutex::default()),
             costs_off: None,
             rates: Mutex::default(),
-            prefixes: Mutex::new(Prefixes::new(0)),
+            prefixes: Mutex::new(Prefixes::new(0, token_bytes)),
         }
     }
 
@@ -125,6 +128,7 @@ impl<K: Kernels> Engine<K> {
         self.costs = OnceLock::new();
         self.ledger = Some(Mutex::default());
         self.rates = Mutex::default();
+        self.prefixes().drop_drafts();
     }
 
     /// Sets costs that hold whatever the steps say.
@@ -150,12 +154,21 @@ impl<K: Kernels> Engine<K> {
     }
 
     /// Keeps the caches of finished sequences, up to `bytes` in all, for requests that begin with the same tokens.
-    /// Sequences with a draft neither use nor leave one: the draft would miss the features of the shared part.
-    pub fn with_prefix_cache(mut self, bytes: usize) -> Engine<K> {
+    /// Those of sequences with a draft hold what the draft knows, too.
+    pub fn with_prefix_cache(self, bytes: usize) -> Engine<K> {
         let config = self.target.config();
         let per_token = 2 * size_of::<f32>() * config.kv_width() * config.num_layers;
-        self.prefixes = Mutex::new(Prefixes::new(bytes / per_token.max(1)));
+        self.limit_prefix_cache(bytes / per_token.max(1));
         self
+    }
+
+    /// Keeps as much as `tokens` take in the target's cache, what drafts hold counted in; the oldest make room.
+    pub fn limit_prefix_cache(&self, tokens: usize) {
+        self.prefixes().limit(tokens);
+    }
+
+    fn prefixes(&self) -> MutexGuard<'_, Prefixes<K>> {
+        self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What passes cost here, as measured; at the first call, in about a second, if they are not set.
@@ -188,7 +201,7 @@ impl<K: Kernels> Engine<K> {
         self.drafter.as_ref().map_or(0, |d| d.bytes_per_session())
     }
 
-    fn ledger(&self) -> Option<MutexGuard<'_, Ledger>> {
+    pub(crate) fn ledger(&self) -> Option<MutexGuard<'_, Ledger>> {
         Some(self.ledger.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -199,39 +212,6 @@ impl<K: Kernels> Engine<K> {
         if let (Some(off), Some(told)) = (off, &self.costs_off) {
             told(&off);
         }
-    }
-
-    /// Holds the draft's part of a proposal against the costs; `fed_ms` is what taking in the step before it took.
-    fn learn_draft(&self, grown: &Grown, fed_ms: Option<f32>) {
-        let (Some(costs), Some(mut ledger)) = (self.costs.get(), self.ledger()) else { return };
-        if grown.draft_steps > 0 {
-            ledger.draft_step(costs, grown.draft_ms / grown.draft_steps as f32);
-        }
-        if let (Some(fed), Some(root)) = (fed_ms, grown.root_ms) {
-            ledger.extend(costs, fed + root);
-        }
-    }
-
-    /// Proposals of the sequences with an automatic plan; `load` is what else is in the pass, their own roots included.
-    fn grow(&self, sessions: &mut [Session<K>], chosen: &[usize], load: Load) -> Vec<Grown> {
-        if chosen.is_empty() {
-            return Vec::new();
-        }
-        let mut seeds = Vec::new();
-        for (_, session) in sessions.iter_mut().enumerate().filter(|(i, _)| chosen.contains(i)) {
-            // The target adds one token itself, so a proposal may be one shorter than the room.
-            let room = session.room(self.max_context) - 1;
-            let Some(auto) = &mut session.auto else { continue };
-            seeds.push(Seed {
-                pacer: &mut auto.pacer,
-                drafter: session.drafter.as_deref_mut(),
-                repetition: auto.lookup.find(&session.tokens),
-                text: &session.tokens,
-                room,
-                sampling: &session.options.sampling,
-            });
-        }
-        grow(&self.current_costs(), load, seeds)
     }
 
     /// Generates one answer. `on_token` sees each committed token and may end the generation.
@@ -305,7 +285,7 @@ impl<K: Kernels> Engine<K> {
         let drafter = match (options.draft, &self.drafter) {
             (DraftPlan::None, _) | (DraftPlan::Auto, None) => None,
             (_, None) => return Err(DecodeError::NoDraft),
-            (_, Some(drafter)) => Some(Arc::clone(drafter).begin()),
+            (_, Some(drafter)) => Some(drafter.begin()),
         };
         let auto = (options.draft == DraftPlan::Auto).then(|| {
             let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -316,17 +296,19 @@ impl<K: Kernels> Engine<K> {
                 lookup: Lookup::default(),
                 grown: Grown::default(),
                 clock: Instant::now(),
-                fed_ms: None,
+                fed: false,
             }
         });
-        let shared = match &drafter {
+        let with = self.drafter.as_deref().filter(|_| drafter.is_some());
+        let shared = match options.prompt_logprobs {
             // Kept rows of a prompt say nothing about its tokens any more.
-            _ if options.prompt_logprobs.is_some() => None,
-            None => self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).take(prompt_ids),
             Some(_) => None,
+            None => self.prefixes().take(prompt_ids, with),
         };
+        let (kv, known) = shared.unzip();
+        let drafter = known.flatten().or(drafter);
         Ok(Session {
-            kv: shared.unwrap_or_else(|| self.target.new_kv()),
+            kv: kv.unwrap_or_else(|| self.target.new_kv()),
             drafter,
             auto,
             tokens: prompt_ids.to_vec(),
@@ -349,11 +331,8 @@ impl<K: Kernels> Engine<K> {
         if let Some(auto) = &session.auto {
             *self.rates.lock().unwrap_or_else(PoisonError::into_inner) = auto.pacer.rates().clone();
         }
-        let alone = session.drafter.is_none();
-        let (generation, tokens, kv) = session.finish();
-        if alone {
-            self.prefixes.lock().unwrap_or_else(PoisonError::into_inner).keep(tokens, kv);
-        }
+        let (generation, tokens, kv, draft) = session.finish();
+        self.prefixes().keep(tokens, kv, self.drafter.as_deref().zip(draft));
         generation
     }
 
@@ -395,50 +374,34 @@ impl<K: Kernels> Engine<K> {
         if sessions.iter().all(|s| s.finish.is_some()) {
             return;
         }
-        // Propose. What is planned by cost comes last: it counts the rows of everything else.
+        // Propose.
         let mut prefill_left = PREFILL_CHUNK;
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
-        let mut load = Load::default();
-        let mut automatic: Vec<usize> = Vec::new();
-        for (index, session) in sessions.iter_mut().enumerate().filter(|(_, s)| s.finish.is_none()) {
+        let mut decoding: Vec<usize> = Vec::new();
+        for (index, session) in sessions.iter().enumerate().filter(|(_, s)| s.finish.is_none()) {
             let left = session.prompt_left();
-            if left > 0 {
-                let from = session.kv.len();
-                let chunk = session.tokens[from..from + left.min(prefill_left)].to_vec();
-                prefill_left -= chunk.len();
-                if !chunk.is_empty() {
-                    load.rows += chunk.len();
-                    work.push((index, chunk, TokenTree::default()));
+            let rows = match left {
+                0 => {
+                    decoding.push(index);
+                    vec![*session.tokens.last().expect("a session has tokens")]
                 }
-                continue;
-            }
-            // The target adds one token itself, so a proposal may be one shorter than the room.
-            let room = session.room(self.max_context) - 1;
-            let position = session.tokens.len() as u64 - 1;
-            let sampling = &session.options.sampling;
-            let tree = match (&session.auto, &mut session.drafter) {
-                (Some(_), _) => {
-                    automatic.push(index);
-                    TokenTree::default()
+                _ => {
+                    let from = session.kv.len();
+                    session.tokens[from..from + left.min(prefill_left)].to_vec()
                 }
-                (None, None) => TokenTree::default(),
-                (None, Some(d)) => d.propose(&session.options.draft, room, sampling, position),
             };
-            let mut rows = vec![*session.tokens.last().expect("a session has tokens")];
-            rows.extend(tree.tokens.iter().map(|t| t.0));
-            load.rows += rows.len();
-            load.sequences += 1;
-            work.push((index, rows, tree));
-        }
-        for (index, grown) in automatic.iter().zip(self.grow(sessions, &automatic, load)) {
-            let own = work.iter_mut().find(|(i, ..)| i == index);
-            let (_, rows, tree) = own.expect("every sequence that decodes is in the step");
-            rows.extend(grown.tree.tokens.iter().map(|t| t.0));
-            tree.clone_from(&grown.tree);
-            if let Some(auto) = &mut sessions[*index].auto {
-                self.learn_draft(&grown, auto.fed_ms.take());
-                auto.grown = grown;
+            if left > 0 {
+                prefill_left -= rows.len();
             }
+            if !rows.is_empty() {
+                work.push((index, rows, TokenTree::default()));
+            }
+        }
+        let rows: usize = work.iter().map(|(_, rows, _)| rows.len()).sum();
+        let mut trees = self.propose(sessions, &decoding, rows - decoding.len()).into_iter();
+        for (_, rows, tree) in work.iter_mut().filter(|(index, ..)| decoding.contains(index)) {
+            *tree = trees.next().expect("one for every sequence that decodes");
+            rows.extend(tree.tokens.iter().map(|t| t.0));
         }
         // Verify: the root row, then the tree below it.
         let parents: Vec<Vec<Option<u32>>> = work
@@ -499,6 +462,7 @@ impl<K: Kernels> Engine<K> {
         }
         // Commit or roll back.
         let mut costs: Option<Costs> = None;
+        let mut fed: Vec<(usize, Vec<u32>, Vec<u32>)> = Vec::new();
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
             let prefilled = *base < session.fill_to;
@@ -523,7 +487,7 @@ impl<K: Kernels> Engine<K> {
                     commit(session, vec![(chosen, TokenOrigin::Plain)], self.max_context, emit);
                 }
                 let rows: Vec<u32> = (*first_row..first_row + next.len() as u32).collect();
-                session.feed_drafter(&Features { output: &output, rows: &rows }, &next, Fed::Prompt);
+                fed.push((*index, rows, next));
                 continue;
             }
             // What the target chooses along the path, its own last token included.
@@ -559,8 +523,34 @@ impl<K: Kernels> Engine<K> {
                 std::iter::once(0).chain(verdict.accepted_path.iter().map(|n| n + 1)).collect();
             session.kv.commit(self.target.kernels(), *base, &keep);
             let feature_rows: Vec<u32> = keep.iter().map(|r| first_row + r).collect();
-            session.feed_drafter(&Features { output: &output, rows: &feature_rows }, &next, Fed::Step);
+            if let Some(auto) = &mut session.auto {
+                auto.fed = auto.grown.root_ms.is_some();
+            }
+            fed.push((*index, feature_rows, next));
         }
+        self.feed_drafter(sessions, &output, &fed);
+    }
+
+    /// Hands committed positions to the drafter, of sequences that have one and go on: rows of the step, and the tokens
+    /// that follow them.
+    fn feed_drafter(
+        &self,
+        sessions: &mut [Session<K>],
+        output: &StepOutput<K::Buf>,
+        fed: &[(usize, Vec<u32>, Vec<u32>)],
+    ) {
+        let Some(drafter) = &self.drafter else { return };
+        // What ends may be gone on with.
+        let keeps = self.prefixes().is_on();
+        let mut fed = fed.iter().peekable();
+        let mut committed = Vec::new();
+        for (index, session) in sessions.iter_mut().enumerate() {
+            let Some((_, rows, next_tokens)) = fed.next_if(|(of, ..)| *of == index) else { continue };
+            if let Some(own) = session.drafter.as_deref_mut().filter(|_| keeps || session.finish.is_none()) {
+                committed.push(Committed { session: own, features: Features { output, rows }, next_tokens });
+            }
+        }
+        drafter.take_in(&mut committed);
     }
 }
 

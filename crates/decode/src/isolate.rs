@@ -81,6 +81,8 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
                 if session.finish.is_some() {
                     // Rows of a proposal may stand in its cache as they were offered, and the cache may be kept.
                     session.kv.rollback_to(base);
+                    // What its draft was handed of the step is not known.
+                    session.drop_drafter();
                     continue;
                 }
                 let alone = catch_unwind(AssertUnwindSafe(|| {

@@ -15,13 +15,16 @@ mod grammar;
 mod isolate;
 mod lookup;
 mod prefix;
+mod propose;
 mod score;
 mod session;
+mod tree;
 
 pub use batch::Batch;
 pub use costs::{Calibration, Costs, CostsOff};
-pub use drafter::{DraftPlan, Drafter, DrafterSession, Features};
-pub use eagle::EagleDrafter;
+pub use drafter::{
+    Ask, Children, Committed, DraftPlan, Drafter, DrafterSession, Features, Node, Shape, drafter,
+};
 pub use engine::{BatchOptions, Engine, GenerateOptions};
 pub use grammar::{Grammar, GrammarState};
 pub use isolate::Survived;

@@ -7,7 +7,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
 use crate::auto::{Grown, Pacer};
-use crate::drafter::{DraftPlan, DrafterSession, Features};
+use crate::drafter::{DraftPlan, DrafterSession};
 use crate::engine::GenerateOptions;
 use crate::grammar::GrammarState;
 use crate::lookup::Lookup;
@@ -85,17 +85,8 @@ pub(crate) struct Auto {
     pub grown: Grown,
     /// When the step before was verified.
     pub clock: std::time::Instant,
-    /// Milliseconds that the draft took to take that step in; `None` if it was put off, or more than a step.
-    pub fed_ms: Option<f32>,
-}
-
-/// Which positions a drafter is handed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fed {
-    /// Of the prompt.
-    Prompt,
-    /// What a verify step committed.
-    Step,
+    /// The draft was handed that step and nothing before it waits.
+    pub fed: bool,
 }
 
 /// State of one request inside the engine.
@@ -137,24 +128,6 @@ impl<K: Kernels> Session<K> {
         options.sampling.is_greedy() && untouched && options.logprobs.is_none()
     }
 
-    /// Hands committed positions to the drafter, if there is one and the answer goes on.
-    pub(crate) fn feed_drafter(&mut self, features: &Features<'_, K>, next_tokens: &[u32], fed: Fed) {
-        let later = self.auto.as_ref().is_some_and(|a| match fed {
-            Fed::Prompt => a.pacer.is_resting(),
-            Fed::Step => a.pacer.is_paused(),
-        });
-        let began = std::time::Instant::now();
-        match &mut self.drafter {
-            Some(drafter) if self.finish.is_none() && later => drafter.defer(features, next_tokens),
-            Some(drafter) if self.finish.is_none() => drafter.extend(features, next_tokens),
-            _ => {}
-        }
-        if let Some(auto) = &mut self.auto {
-            let is_step = fed == Fed::Step && !later && self.drafter.is_some();
-            auto.fed_ms = is_step.then(|| began.elapsed().as_secs_f32() * 1e3);
-        }
-    }
-
     /// Bytes that its drafter holds: keys and values, and features that wait to be taken in.
     pub(crate) fn drafter_bytes(&self) -> usize {
         self.drafter.as_ref().map_or(0, |d| d.held_bytes())
@@ -176,8 +149,8 @@ impl<K: Kernels> Session<K> {
         by_limit.min(context.saturating_sub(self.tokens.len()))
     }
 
-    /// The answer, and the tokens and cache of the sequence.
-    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>) {
+    /// The answer, and what is known of the sequence.
+    pub(crate) fn finish(self) -> (Generation, Vec<u32>, TargetKv<K>, Option<Box<dyn DrafterSession<K>>>) {
         let now = std::time::Instant::now();
         let generation = Generation {
             token_ids: self.tokens[self.prompt_len..].to_vec(),
@@ -187,6 +160,6 @@ impl<K: Kernels> Session<K> {
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
             prompt_logprobs: self.prompt_logprobs,
         };
-        (generation, self.tokens, self.kv)
+        (generation, self.tokens, self.kv, self.drafter)
     }
 }

@@ -1,5 +1,6 @@
 //! A panic costs the request that it comes from, and log-probabilities of prompts are those of the target's own rows.
 
+use std::any::Any;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenLogprobs, TokenTree};
 use draftsmith_decode::{
-    Batch, DraftPlan, Drafter, DrafterSession, Engine, Features, FinishReason, GenerateOptions, Grammar,
-    GrammarState,
+    Ask, Batch, Children, Committed, DraftPlan, Drafter, DrafterSession, Engine, FinishReason, GenerateOptions,
+    Grammar, GrammarState, Node, Shape,
 };
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, StepItem, Target};
@@ -62,39 +63,47 @@ struct Shaky {
     fired: AtomicBool,
 }
 
-struct ShakySession {
-    drafter: Arc<Shaky>,
-    seen: Vec<u32>,
+/// Tokens that were handed over.
+struct ShakySession(Vec<u32>);
+
+impl DrafterSession<Cpu> for ShakySession {
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+fn seen<'s>(session: &'s mut dyn DrafterSession<Cpu>) -> &'s mut Vec<u32> {
+    &mut session.as_any_mut().downcast_mut::<ShakySession>().unwrap().0
 }
 
 impl Drafter<Cpu> for Shaky {
     fn target_layers(&self) -> &[LayerId] {
         &[]
     }
-    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<Cpu>> {
-        Box::new(ShakySession { drafter: self, seen: Vec::new() })
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        Box::new(ShakySession(Vec::new()))
     }
-}
-
-impl DrafterSession<Cpu> for ShakySession {
-    fn extend(&mut self, _: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        self.seen.extend(next_tokens);
-        if self.seen.len() >= self.drafter.at && !self.drafter.fired.swap(true, Ordering::SeqCst) {
-            panic!("a drafter's fault");
+    fn take_in(&self, committed: &mut [Committed<'_, Cpu>]) {
+        for Committed { session, next_tokens, .. } in committed {
+            let seen = seen(*session);
+            seen.extend(*next_tokens);
+            if seen.len() >= self.at && !self.fired.swap(true, Ordering::SeqCst) {
+                panic!("a drafter's fault");
+            }
         }
     }
-    fn defer(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        self.extend(features, next_tokens);
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        vec![Vec::new(); asks.len()]
     }
-    fn children(&mut self, _: Option<u32>, _: usize, _: &Sampling, _: u64) -> Vec<(u32, f32)> {
-        Vec::new()
+    fn expand(&self, _: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        nodes.iter().map(|_| (0, Vec::new())).collect()
     }
-    fn expand(&mut self, _: Option<u32>, _: u32, _: usize) -> u32 {
-        0
-    }
-    fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, _: u64) -> TokenTree {
-        let last = self.seen.last().copied().unwrap_or(3);
-        TokenTree::chain((0..room.min(3) as u32).map(|i| TargetTokenId((last + i * 5) % 1024)))
+    fn propose(&self, asks: &mut [Ask<'_, Cpu>], shapes: &[Shape]) -> Vec<TokenTree> {
+        let one = |(ask, shape): (&mut Ask<'_, Cpu>, &Shape)| {
+            let last = seen(ask.session).last().copied().unwrap_or(3);
+            TokenTree::chain((0..shape.depth.min(3) as u32).map(|i| TargetTokenId((last + i * 5) % 1024)))
+        };
+        asks.iter_mut().zip(shapes).map(one).collect()
     }
 }
 

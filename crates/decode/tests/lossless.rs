@@ -2,18 +2,21 @@
 //! alone and in a batch, with penalties and under a grammar. The target is the small trained one of the repo; drafts have random weights, are always
 //! wrong, or are always right.
 
+use std::any::Any;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
 use draftsmith_decode::{
-    Batch, BatchOptions, Costs, DecodeError, DraftPlan, Drafter, DrafterSession, EagleDrafter, Engine,
-    Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, TokenEvent,
+    Ask, Batch, BatchOptions, Children, Committed, Costs, DecodeError, DraftPlan, Drafter, DrafterSession,
+    Engine, Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, Node, Shape,
+    TokenEvent, drafter,
 };
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
-use draftsmith_model::{Draft, DraftTensors, Precision, StepItem, Target};
+use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, StepItem, Target};
 
 fn target() -> Arc<Target<Cpu>> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
@@ -52,7 +55,7 @@ fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Gener
 }
 
 /// A draft with random weights on a third of the vocabulary.
-fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Arc<Draft<Cpu>> {
+fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Draft<Cpu> {
     let t = target.config();
     let (h, vocab) = (t.hidden_size, t.vocab_size);
     let config = Eagle3Config {
@@ -96,7 +99,8 @@ fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bo
     let ids: Vec<u32> = (0..vocab as u32 / 3).map(|i| i * 3).collect();
     let map = VocabMap::from_target_ids(&ids, vocab).unwrap();
     let kernels = target.kernels();
-    Arc::new(Draft::from_tensors(kernels.as_ref(), config, &tensors, map, PackMode::Q8, "test").unwrap())
+    let config = DraftConfig::Eagle3(config);
+    Draft::from_tensors(kernels.as_ref(), config, &tensors, Some(map), PackMode::Q8, "test").unwrap()
 }
 
 const PLANS: [DraftPlan; 9] = [
@@ -142,7 +146,7 @@ fn any_eagle_draft_gives_the_same_text() {
     let plain = Engine::new(Arc::clone(&target), None);
     for (seed, feedback, fc_norm) in [(1, Feedback::PreNorm, false), (2, Feedback::PostNorm, true)] {
         let draft = random_draft(&target, seed, feedback, fc_norm);
-        let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+        let drafter = drafter(&target, draft).unwrap();
         let engine = Engine::new(Arc::clone(&target), Some(drafter));
         for sampling in
             [Sampling::GREEDY, SEEDED, Sampling { temperature: 1.5, top_k: 40, seed: 5, ..Sampling::GREEDY }]
@@ -165,7 +169,7 @@ fn an_automatic_plan_gives_the_same_text_with_a_draft_and_from_repetitions_alone
     let target = target();
     let plain = Engine::new(Arc::clone(&target), None);
     let draft = random_draft(&target, 4, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let (mut proposed, mut accepted) = (0, 0);
     for costs in [cheap(), fair()] {
         for drafter in [None, Some(Arc::clone(&drafter))] {
@@ -203,7 +207,7 @@ fn an_automatic_plan_goes_deep_when_the_draft_is_right_and_rows_are_cheap() {
 fn costs_are_measured_once_and_plausible() {
     let target = target();
     let draft = random_draft(&target, 5, Feedback::PreNorm, false);
-    let engine = Engine::new(Arc::clone(&target), Some(Arc::new(EagleDrafter::new(&target, draft).unwrap())));
+    let engine = Engine::new(Arc::clone(&target), Some(drafter(&target, draft).unwrap()));
     let costs = engine.costs().clone();
     assert_eq!(&costs, engine.costs());
     assert_eq!(costs.verify_ms[0].0, 1);
@@ -216,43 +220,51 @@ fn costs_are_measured_once_and_plausible() {
 /// Proposes what a function of the committed tokens says.
 struct Scripted<F>(F);
 
-struct ScriptedSession<F> {
-    drafter: Arc<Scripted<F>>,
-    len: usize,
+/// Positions that were handed over.
+struct ScriptedSession(usize);
+
+impl DrafterSession<Cpu> for ScriptedSession {
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
 }
 
 impl<F: Fn(usize) -> TokenTree + Send + Sync + 'static> Drafter<Cpu> for Scripted<F> {
     fn target_layers(&self) -> &[LayerId] {
         &[]
     }
-    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<Cpu>> {
-        Box::new(ScriptedSession { drafter: self, len: 0 })
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        Box::new(ScriptedSession(0))
     }
-}
-
-impl<F: Fn(usize) -> TokenTree> DrafterSession<Cpu> for ScriptedSession<F> {
-    fn extend(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        assert_eq!(features.rows.len(), next_tokens.len());
-        self.len += next_tokens.len();
+    fn take_in(&self, committed: &mut [Committed<'_, Cpu>]) {
+        for Committed { session, features, next_tokens } in committed {
+            assert_eq!(features.rows.len(), next_tokens.len());
+            session.as_any_mut().downcast_mut::<ScriptedSession>().unwrap().0 += next_tokens.len();
+        }
     }
-    fn defer(&mut self, features: &Features<'_, Cpu>, next_tokens: &[u32]) {
-        self.extend(features, next_tokens);
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        let children = |ask: &mut Ask<'_, Cpu>| {
+            let tree = (self.0)(ask.position as usize + 1);
+            let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
+            roots.take(ask.k).map(|(token, _)| (token.0, 0.9f32.ln())).collect()
+        };
+        asks.iter_mut().map(children).collect()
     }
-    fn children(&mut self, _: Option<u32>, k: usize, _: &Sampling, position: u64) -> Vec<(u32, f32)> {
-        let tree = (self.drafter.0)(position as usize + 1);
-        let roots = tree.tokens.iter().zip(&tree.parents).filter(|(_, parent)| parent.is_none());
-        roots.take(k).map(|(token, _)| (token.0, 0.9)).collect()
+    fn expand(&self, _: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        nodes.iter().map(|_| (0, Vec::new())).collect()
     }
-    fn expand(&mut self, _: Option<u32>, _: u32, _: usize) -> u32 {
-        0
-    }
-    fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
-        assert_eq!(self.len as u64, position, "every committed position was handed over once");
-        let mut tree = (self.drafter.0)(position as usize + 1);
-        let keep = tree.depths().iter().take_while(|d| (**d as usize) < room).count();
-        tree.tokens.truncate(keep);
-        tree.parents.truncate(keep);
-        tree
+    fn propose(&self, asks: &mut [Ask<'_, Cpu>], shapes: &[Shape]) -> Vec<TokenTree> {
+        let mut trees = Vec::new();
+        for (ask, shape) in asks.iter_mut().zip(shapes) {
+            let seen = ask.session.as_any_mut().downcast_mut::<ScriptedSession>().unwrap().0;
+            assert_eq!(seen as u64, ask.position, "every committed position was handed over once");
+            let mut tree = (self.0)(ask.position as usize + 1);
+            let keep = tree.depths().iter().take_while(|d| (**d as usize) < shape.depth).count();
+            tree.tokens.truncate(keep);
+            tree.parents.truncate(keep);
+            trees.push(tree);
+        }
+        trees
     }
 }
 
@@ -301,7 +313,7 @@ fn a_draft_that_is_always_wrong_costs_steps_but_not_text() {
 fn requests_in_a_batch_get_the_text_they_get_alone() {
     let target = target();
     let draft = random_draft(&target, 3, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let engine = Engine::new(target, Some(drafter)).with_costs(cheap());
     let requests: Vec<(Vec<u32>, GenerateOptions)> = rows()
         .into_iter()
@@ -458,7 +470,7 @@ fn penalties_grammars_and_log_probabilities_do_not_see_the_draft() {
     let target = target();
     let plain = Engine::new(Arc::clone(&target), None);
     let draft = random_draft(&target, 6, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let eagle = Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap());
     let penalties = Shaping {
         repetition_penalty: 1.3,
@@ -512,7 +524,7 @@ fn penalties_grammars_and_log_probabilities_do_not_see_the_draft() {
 fn a_batch_takes_requests_in_and_out_between_steps() {
     let target = target();
     let draft = random_draft(&target, 3, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let engine = || Arc::new(Engine::new(Arc::clone(&target), Some(Arc::clone(&drafter))));
     let plain = Engine::new(Arc::clone(&target), None);
     let rows = rows();
@@ -558,51 +570,159 @@ fn a_batch_takes_requests_in_and_out_between_steps() {
     assert_eq!(batch.replace_engine(other).unwrap_err(), DecodeError::AnotherTarget);
 }
 
+/// Counts the positions that an EAGLE-3 drafter is handed.
+struct Counting {
+    inner: Arc<dyn Drafter<Cpu>>,
+    handed: AtomicUsize,
+}
+
+impl Drafter<Cpu> for Counting {
+    fn target_layers(&self) -> &[LayerId] {
+        self.inner.target_layers()
+    }
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        self.inner.begin()
+    }
+    fn take_in(&self, committed: &mut [Committed<'_, Cpu>]) {
+        let rows: usize = committed.iter().map(|c| c.next_tokens.len()).sum();
+        self.handed.fetch_add(rows, Ordering::Relaxed);
+        self.inner.take_in(committed);
+    }
+    fn rollback_to(&self, session: &mut dyn DrafterSession<Cpu>, positions: usize) {
+        self.inner.rollback_to(session, positions);
+    }
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        self.inner.roots(asks)
+    }
+    fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        self.inner.expand(asks, nodes)
+    }
+}
+
+#[test]
+fn a_turn_with_a_draft_reads_only_what_is_new_and_proposes_what_a_fresh_one_would() {
+    let target = target();
+    let new_drafter = || drafter(&target, random_draft(&target, 8, Feedback::PreNorm, false)).unwrap();
+    let fresh = Engine::new(Arc::clone(&target), Some(new_drafter())).with_costs(cheap());
+    for sampling in [Sampling::GREEDY, SEEDED] {
+        for plan in [
+            DraftPlan::Chain { depth: 3 },
+            DraftPlan::Tree { depth: 3, top_k: 2, num_draft_tokens: 6 },
+            DraftPlan::Auto,
+        ] {
+            let counting = Arc::new(Counting { inner: new_drafter(), handed: AtomicUsize::new(0) });
+            let drafter: Arc<dyn Drafter<Cpu>> = Arc::clone(&counting) as _;
+            let keeping = Engine::new(Arc::clone(&target), Some(drafter)).with_costs(cheap());
+            let keeping = keeping.with_prefix_cache(64 << 20);
+            let mut text: Vec<u32> = rows()[0].prompt.iter().copied().cycle().take(300).collect();
+            let mut known = 0;
+            for turn in 0..4 {
+                // Another plan each turn leaves nothing that another cannot go on with.
+                let asked = options(if turn == 2 { DraftPlan::None } else { plan }, sampling, 12);
+                let wanted = run(&fresh, &text, &asked);
+                counting.handed.store(0, Ordering::Relaxed);
+                let found = run(&keeping, &text, &asked);
+                assert_eq!(found.token_ids, wanted.token_ids, "{plan:?}, turn {turn}");
+                let handed = counting.handed.load(Ordering::Relaxed);
+                if plan != DraftPlan::Auto && turn != 2 {
+                    assert_eq!(found.stats, wanted.stats, "the same was proposed and accepted");
+                }
+                match turn {
+                    // What was asked since the last answer is new, and this one; the last step may have been cut.
+                    1 => assert!(handed <= text.len() + 12 - known + 5, "{handed} of {}", text.len()),
+                    2 => assert_eq!(handed, 0, "without a draft"),
+                    // The turn before took the cache and left none for a draft.
+                    _ => assert!(handed + 1 >= text.len(), "{handed} of {}", text.len()),
+                }
+                // The last token of an answer is not in any cache.
+                known = text.len() + wanted.token_ids.len() - 1;
+                text.extend(&wanted.token_ids);
+                text.extend([7, 8, 9]);
+            }
+            // Inside the answer something else is said: what is shared ends there.
+            let at = text.len() - 8;
+            text[at] = 5;
+            let asked = options(plan, sampling, 12);
+            counting.handed.store(0, Ordering::Relaxed);
+            assert_eq!(run(&keeping, &text, &asked).token_ids, run(&fresh, &text, &asked).token_ids);
+            assert!(counting.handed.load(Ordering::Relaxed) < 60);
+        }
+    }
+}
+
 #[test]
 fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let text: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(901).collect();
     let mut kv = target.new_kv();
     let parents = TokenTree::chain_parents(900);
     let item = StepItem { kv: &mut kv, tokens: &text[..900], parents: &parents };
     let output = target.forward(&mut [item], drafter.target_layers());
-    // A position at a time, each taken in at once.
-    let mut plain = Arc::clone(&drafter).begin();
-    for row in 0..900u32 {
-        plain.extend(&Features { output: &output, rows: &[row] }, &text[row as usize + 1..row as usize + 2]);
-    }
-    let says = |session: &mut Box<dyn DrafterSession<Cpu>>| {
-        let first = session.children(None, 5, &Sampling::GREEDY, 900);
-        let handle = session.expand(None, first[0].0, 0);
-        let second = session.children(Some(handle), 5, &Sampling::GREEDY, 901);
-        let bits =
-            |list: Vec<(u32, f32)>| list.into_iter().map(|(t, p)| (t, p.to_bits())).collect::<Vec<_>>();
-        (bits(first), bits(second))
+    let take_in = |session: &mut Box<dyn DrafterSession<Cpu>>, rows: &[u32]| {
+        let next_tokens: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
+        let features = Features { output: &output, rows };
+        drafter.take_in(&mut [Committed {
+            session: session.as_mut(),
+            features,
+            next_tokens: &next_tokens,
+        }]);
     };
-    let wanted = says(&mut plain);
+    let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
+    let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {
+        let sampling = &Sampling::GREEDY;
+        let ask = |session| Ask { session, sampling, position: 900, k: 5 };
+        let mut asks: Vec<Ask<'_, Cpu>> = sessions.iter_mut().map(|s| ask(s.as_mut())).collect();
+        let first = drafter.roots(&mut asks);
+        // Two levels, of each sequence two nodes: the second hangs below the first.
+        let node = |of: usize, parent, token, depth| Node { of, parent, token, depth };
+        let below = |of: usize| node(of, None, first[of][0].0, 0);
+        let second = drafter.expand(&mut asks, &(0..first.len()).map(below).collect::<Vec<_>>());
+        let further = |of: usize| node(of, Some(second[of].0), second[of].1[0].0, 1);
+        let other = |of: usize| node(of, None, first[of][1].0, 0);
+        let nodes: Vec<Node> = (0..first.len()).flat_map(|of| [further(of), other(of)]).collect();
+        let third = drafter.expand(&mut asks, &nodes);
+        let third = third.chunks(2).map(|pair| [bits(&pair[0].1), bits(&pair[1].1)]);
+        let levels = first.iter().zip(&second).zip(third);
+        levels.map(|((a, (_, b)), c)| (bits(a), bits(b), c)).collect::<Vec<_>>()
+    };
+    // A position at a time, each taken in at once.
+    let mut plain = [drafter.begin()];
+    for row in 0..900u32 {
+        take_in(&mut plain[0], &[row]);
+        drafter.roots(&mut [Ask {
+            session: plain[0].as_mut(),
+            sampling: &Sampling::GREEDY,
+            position: 0,
+            k: 1,
+        }]);
+    }
     let (per_token, per_session) = (drafter.bytes_per_token(), drafter.bytes_per_session());
-    assert!(per_token > 0 && plain.held_bytes() == 900 * per_token);
+    assert!(per_token > 0 && plain[0].held_bytes() == 900 * per_token);
+    let wanted = says(&mut plain).remove(0);
+    let mut late: Vec<Box<dyn DrafterSession<Cpu>>> = Vec::new();
     for piece in [1, 100, 256, 257, 900] {
-        let mut late = Arc::clone(&drafter).begin();
+        let mut session = drafter.begin();
         let all: Vec<u32> = (0..900).collect();
         for rows in all.chunks(piece) {
-            let next: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
-            late.defer(&Features { output: &output, rows }, &next);
-            let held = late.held_bytes();
+            take_in(&mut session, rows);
+            let held = session.held_bytes();
             assert!(held <= 900 * per_token + per_session, "{held} bytes in pieces of {piece}");
         }
-        assert!(late.held_bytes() > 600 * per_token, "what waits is counted, too");
-        assert_eq!(says(&mut late), wanted, "pieces of {piece}");
+        assert!(session.held_bytes() > 600 * per_token, "what waits is counted, too");
+        late.push(session);
     }
+    // One alone, and the others side by side in one pass.
+    assert_eq!(says(&mut late[..1]), std::slice::from_ref(&wanted));
+    assert_eq!(says(&mut late), vec![wanted; 5]);
 }
 
 #[test]
 fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     // No row is worth its time: all of them rest.
     let dear = Costs { verify_ms: vec![(1, 1.0), (32, 64.0)], draft_step_ms: 5.0, extend_ms: 5.0 };
     let plain = Engine::new(Arc::clone(&target), None);
@@ -630,7 +750,7 @@ fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
 fn steps_correct_measured_costs_and_not_the_text() {
     let target = target();
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target, draft).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let plain = Engine::new(Arc::clone(&target), None);
     // Nothing takes as long as this.
     let wrong = Costs { verify_ms: vec![(1, 1e6), (32, 1e6)], draft_step_ms: 1e5, extend_ms: 1e5 };

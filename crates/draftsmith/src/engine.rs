@@ -6,7 +6,7 @@ use std::sync::Arc;
 use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
 use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
-use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine};
+use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter};
 use draftsmith_formats::gguf::{GgufFile, SplitName};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
@@ -180,7 +180,7 @@ fn weight_format(path: &Path) -> String {
 /// A draft folder joined to its target.
 pub struct LoadedDraft {
     /// Proposes tokens.
-    pub drafter: Arc<EagleDrafter<Cpu>>,
+    pub drafter: Arc<dyn Drafter<Cpu>>,
     /// What the bundle says, if it is one.
     pub manifest: Option<Manifest>,
     /// For records.
@@ -215,14 +215,14 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
         });
     }
     let draft = Draft::load(target.target.kernels().as_ref(), dir, mode)?;
-    let num_layers = target.target.config().num_layers as u32;
-    if let Some(problem) = layer_problem(draft.network.config.layers(num_layers), num_layers) {
+    let config = draft.config();
+    if let Some(problem) = layer_problem(&config, target.target.config().num_layers as u32) {
         return Err(Error::Input {
             message: format!("draft `{}` does not fit target `{}`: {problem}", dir.display(), target.name()),
             hint: problem.hint(),
         });
     }
-    let drafter = Arc::new(EagleDrafter::new(&target.target, Arc::new(draft))?);
+    let drafter = drafter(&target.target, draft)?;
     let name = match &manifest {
         Some(manifest) => manifest.name.clone(),
         None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
@@ -232,7 +232,7 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
         if weights.is_file() { Some(draftsmith_formats::hash::sha256_file(&weights)?) } else { None };
     let trained_beside =
         manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
-    let artifact = ArtifactInfo { name, sha256, kind: "eagle3".to_string(), trained_beside };
+    let artifact = ArtifactInfo { name, sha256, kind: config.name().to_string(), trained_beside };
     Ok(LoadedDraft { drafter, manifest, artifact })
 }
 
@@ -245,7 +245,7 @@ pub fn weights_warning(draft: &LoadedDraft, target: &LoadedTarget) -> Option<Str
 
 /// An engine over a target, with a drafter if there is one.
 pub fn engine(target: &LoadedTarget, draft: Option<&LoadedDraft>) -> Engine<Cpu> {
-    let drafter = draft.map(|d| Arc::clone(&d.drafter) as Arc<dyn Drafter<Cpu>>);
+    let drafter = draft.map(|d| Arc::clone(&d.drafter));
     Engine::new(Arc::clone(&target.target), drafter)
 }
 

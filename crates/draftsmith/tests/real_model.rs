@@ -15,7 +15,7 @@ use draftsmith::measure::prompt_ids;
 use draftsmith::target::TargetText;
 use draftsmith_core::{AcceptStats, Sampling};
 use draftsmith_data::read_workload;
-use draftsmith_decode::{DraftPlan, EagleDrafter, Engine, GenerateOptions};
+use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, drafter};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 use draftsmith_text::{Message, RenderOptions};
@@ -41,7 +41,7 @@ fn real_model_speculation_gives_the_same_text() {
     let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &model, Precision::Stored).unwrap());
     let bundle = repo("bundles/smollm2-135m-instruct-eagle3");
     let draft = Draft::load(target.kernels().as_ref(), &bundle, PackMode::Q8).unwrap();
-    let drafter = Arc::new(EagleDrafter::new(&target, Arc::new(draft)).unwrap());
+    let drafter = drafter(&target, draft).unwrap();
     let engine = Engine::new(Arc::clone(&target), Some(drafter));
 
     let (math, chat) = (repo("recipes/data/eval/gsm8k.jsonl"), repo("recipes/data/eval/mtbench.jsonl"));

@@ -18,6 +18,7 @@ pub mod reference;
 mod rope;
 mod scratch;
 pub mod testing;
+mod top_k;
 pub mod train;
 mod weight;
 
@@ -25,6 +26,7 @@ pub use cell::Cell;
 pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
+pub use top_k::TopK;
 pub use train::TrainKernels;
 pub use weight::{PackMode, WeightDtype, WeightView};
 
@@ -167,6 +169,22 @@ pub trait Kernels: Send + Sync + 'static {
     /// Per row the output of `x[R, I] · Wᵀ` with the largest value, the lowest among equals, without the outputs
     /// being written anywhere; NaN never wins.
     fn argmax(&self, x: &Self::Buf, rows: usize, w: &Self::Packed) -> Vec<u32>;
+    /// Per row the `k` best outputs of `x[R, I] · Wᵀ`, of which there are `outputs`, and what all of them come to: what a
+    /// draft is asked for, without the outputs leaving the device.
+    fn top_k(
+        &self,
+        x: &Self::Buf,
+        rows: usize,
+        (w, outputs): (&Self::Packed, usize),
+        k: usize,
+    ) -> Vec<TopK> {
+        let mut y = [self.scratch(rows * outputs)];
+        self.matmuls(x, rows, &[(w, None)], &mut y);
+        let mut values = vec![0.0; rows * outputs];
+        self.download(&y[0], 0, &mut values);
+        y[0].give_back();
+        values.chunks_exact(outputs).map(|row| TopK::of(row, k)).collect()
+    }
     /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
     fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
     /// `y = x * rsqrt(mean(x²) + eps) * weight`, over groups of `width` values: whole rows, or heads for q/k norms.

@@ -1,15 +1,19 @@
-//! A draft loaded for decoding: configuration, packed weights and vocabulary map from one folder or from memory.
+//! A draft loaded for decoding, whatever its kind: configuration, packed weights and vocabulary map from one folder or
+//! from memory.
 
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::{VocabMap, VocabMapError};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
-use draftsmith_kernels::{KernelError, Kernels, KvDtype, PackMode, WeightView};
+use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightView};
 
-use crate::eagle3::{BuildWeights, Eagle3, Eagle3Config, Eagle3ConfigError, Eagle3Weights};
+use crate::draft_config::{DraftConfig, DraftConfigError};
+use crate::eagle3::Eagle3Draft;
 use crate::infer::Linear;
+use crate::weights::BuildWeights;
 
 /// A draft that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +32,7 @@ pub enum DraftError {
         /// File.
         place: String,
         /// Cause.
-        source: Eagle3ConfigError,
+        source: DraftConfigError,
     },
     /// The weights file is broken.
     #[error(transparent)]
@@ -105,21 +109,62 @@ impl DraftError {
 /// Values of a draft by tensor name, `[out, in]` row-major.
 pub type DraftTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-/// Packed weights of an EAGLE-3 draft.
-pub type PackedEagle3<K> = Eagle3Weights<Arc<Linear<<K as Kernels>::Packed>>, Arc<<K as Kernels>::Buf>>;
-
-/// An EAGLE-3 draft ready to decode.
-pub struct Draft<K: Kernels> {
-    /// The network.
-    pub network: Eagle3,
-    /// Its weights.
-    pub weights: PackedEagle3<K>,
-    /// Draft ids to target ids.
-    pub vocab_map: VocabMap,
-    kv_dtype: KvDtype,
+/// A draft ready to decode.
+pub enum Draft<K: Kernels> {
+    /// One decoder layer over fused target states that is fed its own output.
+    Eagle3(Eagle3Draft<K>),
 }
 
-struct Packing<'a, K> {
+/// What the network is asked, by hand.
+pub struct DraftQuestion<'a> {
+    /// `[N]` the token that follows each feature's position; then the tokens fed at later steps. Where these end the
+    /// network feeds its own arg-max.
+    pub token_ids: &'a [u32],
+    /// `[N, captured layers * Ht]` captured states side by side.
+    pub features: &'a [f32],
+    /// Steps after the first.
+    pub depth: usize,
+    /// Rows `[R, H]` of the target's embedding for tokens that stand from this one on among those fed.
+    pub embed: &'a mut dyn FnMut(usize, &[u32]) -> Vec<f32>,
+}
+
+/// What it answers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DraftAnswer {
+    /// The tokens that were fed.
+    pub token_ids: Vec<u32>,
+    /// Their embeddings, one below the other.
+    pub embeddings: Vec<f32>,
+    /// `[H]` output of the last layer at the last slot, before the final norm.
+    pub hidden: Vec<f32>,
+    /// `[Vd]` logits there.
+    pub logits: Vec<f32>,
+}
+
+/// What all others need of a loaded draft.
+pub trait DraftNetwork<K: Kernels> {
+    /// Shapes and switches.
+    fn config(&self) -> DraftConfig;
+    /// Draft ids to target ids; `None` if it proposes target ids.
+    fn vocab_map(&self) -> Option<&VocabMap>;
+    /// Bytes of keys and values that it keeps for each position.
+    fn kv_bytes_per_token(&self) -> usize;
+    /// Runs the network on a question that fits it.
+    fn answer(&self, kernels: &K, question: DraftQuestion<'_>) -> DraftAnswer;
+}
+
+impl<K: Kernels> Deref for Draft<K> {
+    type Target = dyn DraftNetwork<K>;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Draft::Eagle3(draft) => draft,
+        }
+    }
+}
+
+/// Takes weights by name, in the shapes that a network asks for, and packs them.
+pub(crate) struct Packing<'a, K> {
     kernels: &'a K,
     tensors: &'a DraftTensors,
     mode: PackMode,
@@ -164,7 +209,7 @@ impl<K: Kernels> BuildWeights for Packing<'_, K> {
 }
 
 impl<K: Kernels> Draft<K> {
-    /// Packs a draft from values in memory.
+    /// Packs a draft from values in memory; `vocab_map` is `None` if it proposes target ids.
     ///
     /// `mode` is normally [`PackMode::Q8`]: the draft then stays in the caches of the CPU; [`PackMode::F32`] is
     /// the specification.
@@ -173,52 +218,51 @@ impl<K: Kernels> Draft<K> {
     /// A missing, extra or misshapen tensor, named.
     pub fn from_tensors(
         kernels: &K,
-        config: Eagle3Config,
+        config: DraftConfig,
         tensors: &DraftTensors,
-        vocab_map: VocabMap,
+        vocab_map: Option<VocabMap>,
         mode: PackMode,
         place: &str,
     ) -> Result<Draft<K>, DraftError> {
         let mut source = Packing { kernels, tensors, mode, place, used: 0 };
-        let weights = Eagle3Weights::build(&config, &mut source)?;
+        let known = config.tensors();
+        let draft = match config {
+            DraftConfig::Eagle3(config) => {
+                Draft::Eagle3(Eagle3Draft::pack(config, vocab_map, &mut source, mode)?)
+            }
+        };
         if source.used != tensors.len() {
-            let known = config.tensors();
             let extra = tensors.keys().find(|name| !known.iter().any(|(k, _)| k == *name));
             if let Some(name) = extra {
                 return Err(DraftError::Unexpected { place: place.to_owned(), name: name.clone() });
             }
         }
-        Ok(Draft { network: Eagle3::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
-    }
-
-    /// An empty cache of its layer.
-    pub fn new_kv(&self, kernels: &K) -> K::Kv {
-        let config = &self.network.config;
-        kernels.kv_new(config.num_key_value_heads, config.head_dim, self.kv_dtype)
-    }
-
-    /// Bytes of keys and values that [`Draft::new_kv`] keeps for each position.
-    pub fn kv_bytes_per_token(&self) -> usize {
-        let config = &self.network.config;
-        2 * config.num_key_value_heads * config.head_dim * self.kv_dtype.bytes()
+        Ok(draft)
     }
 
     /// Loads a draft folder: `config.json` and `model.safetensors` [formats §2.1].
+    ///
+    /// # Errors
+    /// As [`read_draft`] and [`Draft::from_tensors`].
     pub fn load(kernels: &K, dir: &Path, mode: PackMode) -> Result<Draft<K>, DraftError> {
         let (config, tensors, vocab_map) = read_draft(dir)?;
         Draft::from_tensors(kernels, config, &tensors, vocab_map, mode, &dir.display().to_string())
     }
 }
 
-/// Reads a draft folder into memory: configuration, float tensors, vocabulary map. `embed_tokens.weight` is
-/// skipped: the target's embedding is used.
-pub fn read_draft(dir: &Path) -> Result<(Eagle3Config, DraftTensors, VocabMap), DraftError> {
+/// Reads a draft folder into memory: configuration, float tensors, vocabulary map if the kind has one.
+/// `embed_tokens.weight` is skipped: the target's embedding is used.
+///
+/// # Errors
+/// A file that is missing or damaged, named.
+pub fn read_draft(dir: &Path) -> Result<(DraftConfig, DraftTensors, Option<VocabMap>), DraftError> {
     let place = dir.display().to_string();
     let config_path = dir.join("config.json");
     let text = std::fs::read_to_string(&config_path)
         .map_err(|source| DraftError::Read { path: config_path.display().to_string(), source })?;
-    let config = Eagle3Config::from_json(&text)
+    let config = DraftConfig::from_json(&text)
         .map_err(|source| DraftError::Config { place: config_path.display().to_string(), source })?;
+    let shape = config.shape();
     let file = SafetensorsDir::open(dir)?;
     let mut tensors = DraftTensors::new();
     for name in file.names() {
@@ -228,15 +272,18 @@ pub fn read_draft(dir: &Path) -> Result<(Eagle3Config, DraftTensors, VocabMap), 
         let tensor = file.get(name)?;
         tensors.insert(name.to_owned(), (tensor.shape.to_vec(), tensor.to_f32()?));
     }
-    let vocab_map = if file.find("d2t").is_none() && config.draft_vocab_size == config.vocab_size {
-        VocabMap::identity(config.vocab_size)
+    let whole = shape.draft_vocab_size == shape.vocab_size;
+    let vocab_map = if !shape.has_vocab_map {
+        None
+    } else if file.find("d2t").is_none() && whole {
+        Some(VocabMap::identity(shape.vocab_size))
     } else {
         let d2t = file.get("d2t")?;
-        d2t.expect_shape(&[config.draft_vocab_size])?;
+        d2t.expect_shape(&[shape.draft_vocab_size])?;
         let t2d = file.get("t2d")?;
-        t2d.expect_shape(&[config.vocab_size])?;
-        VocabMap::from_tensors(&d2t.to_i64()?, &t2d.to_bool()?)
-            .map_err(|source| DraftError::Vocab { place, source })?
+        t2d.expect_shape(&[shape.vocab_size])?;
+        let map = VocabMap::from_tensors(&d2t.to_i64()?, &t2d.to_bool()?);
+        Some(map.map_err(|source| DraftError::Vocab { place, source })?)
     };
     Ok((config, tensors, vocab_map))
 }

@@ -1,7 +1,22 @@
-//! The configuration of a draft, whatever its kind: what all kinds read and write alike.
+//! The configuration of a draft, whatever its kind: one enum, and what the others need to know of a kind.
+//!
+//! A new kind is a variant of [`DraftConfig`] and of [`crate::Draft`], and a module that implements [`DraftSpec`].
 
+use std::ops::{Deref, DerefMut};
+
+use draftsmith_formats::run::{DraftTable, Method};
 use draftsmith_kernels::{PackMode, RopeScaling};
 use serde_json::{Map, Value, json};
+
+use crate::config::TargetConfig;
+use crate::eagle3::{self, Eagle3Config};
+
+/// Shapes and switches of a draft, as in its `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DraftConfig {
+    /// One decoder layer over fused target states that is fed its own output.
+    Eagle3(Eagle3Config),
+}
 
 /// Numbers that every kind of draft has.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,6 +108,80 @@ pub trait DraftSpec {
     fn layers(&self, num_layers: u32) -> Vec<u32> {
         self.target_layers().unwrap_or_else(|| self.default_layers(num_layers))
     }
+}
+
+impl Deref for DraftConfig {
+    type Target = dyn DraftSpec;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            DraftConfig::Eagle3(config) => config,
+        }
+    }
+}
+
+impl DerefMut for DraftConfig {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        match self {
+            DraftConfig::Eagle3(config) => config,
+        }
+    }
+}
+
+impl DraftConfig {
+    /// The draft that a target gets when nobody says otherwise.
+    pub fn for_target(method: Method, target: &TargetConfig, draft_vocab_size: usize) -> DraftConfig {
+        match method {
+            Method::Eagle3 => DraftConfig::Eagle3(Eagle3Config::for_target(target, draft_vocab_size)),
+        }
+    }
+
+    /// The draft that a run file's `[draft]` table asks for: the target's shapes where it says nothing.
+    ///
+    /// # Errors
+    /// If the numbers do not fit together.
+    pub fn from_table(
+        table: &DraftTable,
+        target: &TargetConfig,
+        draft_vocab_size: usize,
+    ) -> Result<DraftConfig, DraftConfigError> {
+        match table.method {
+            Method::Eagle3 => {
+                Eagle3Config::from_table(table, target, draft_vocab_size).map(DraftConfig::Eagle3)
+            }
+        }
+    }
+
+    /// Reads a draft's `config.json`.
+    ///
+    /// # Errors
+    /// What is wrong with it, key named.
+    pub fn from_json(text: &str) -> Result<DraftConfig, DraftConfigError> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| DraftConfigError::Json { message: e.to_string() })?;
+        DraftConfig::from_value(&value)
+    }
+
+    /// Reads the parsed `config.json`.
+    ///
+    /// # Errors
+    /// What is wrong with it, key named.
+    pub fn from_value(value: &Value) -> Result<DraftConfig, DraftConfigError> {
+        match kind_of(value) {
+            Method::Eagle3 => Eagle3Config::from_value(value).map(DraftConfig::Eagle3),
+        }
+    }
+}
+
+/// Architectures by kind.
+const ARCHITECTURES: [(&[&str], Method); 1] = [(&eagle3::ARCHITECTURES, Method::Eagle3)];
+
+/// The kind that a configuration is of, by its first architecture. One that names none, or none that is known, is read
+/// as the first kind there was: what does not fit is then told key by key.
+fn kind_of(config: &Value) -> Method {
+    let named = config["architectures"][0].as_str().unwrap_or_default();
+    let known = ARCHITECTURES.iter().find(|(names, _)| names.contains(&named));
+    known.map_or(ARCHITECTURES[0].1, |(_, method)| *method)
 }
 
 /// What a draft's `config.json` can be refused for.

@@ -10,12 +10,19 @@
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, default_target_layers};
-use draftsmith_kernels::{Activation, RopeScaling, RopeTable};
-use serde_json::{Map, Value, json};
+use draftsmith_formats::run::{DraftTable, Method};
+use draftsmith_kernels::{Activation, PackMode, RopeScaling, RopeTable};
+use serde_json::{Value, json};
 
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
+use crate::draft_config::{
+    DraftConfigError, DraftShape, DraftSpec, DraftWork, Keys, eos_value, plain, rope_scaling_value,
+};
 use crate::ops::{Attend, Ops};
+use crate::weights::{BuildWeights, TensorList};
+
+pub use decode::Eagle3Draft;
 
 /// What the next draft step receives from this one [eagle3 §7].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,72 +80,9 @@ pub struct Eagle3Config {
     pub pad_token_id: Option<u32>,
 }
 
-/// What a draft's `config.json` can be refused for.
-#[derive(Debug, thiserror::Error)]
-pub enum Eagle3ConfigError {
-    /// Not JSON at all.
-    #[error("draft configuration is not JSON: {message}")]
-    Json {
-        /// The parser's words.
-        message: String,
-    },
-    /// A key is missing or has the wrong type.
-    #[error("draft configuration key `{key}` should be {wanted}, found `{found}`")]
-    Key {
-        /// Dotted key.
-        key: String,
-        /// Expected type or range.
-        wanted: &'static str,
-        /// JSON text found, `null` if absent.
-        found: String,
-    },
-    /// A value that this implementation has no network for.
-    #[error("draft configuration key `{key}` = `{found}` is not supported")]
-    Unsupported {
-        /// Dotted key.
-        key: String,
-        /// JSON text found.
-        found: String,
-    },
-    /// Captured layers that are not three layers.
-    #[error("draft configuration key `{key}` should be {wanted}, found `{found}`")]
-    Layers {
-        /// Dotted key.
-        key: String,
-        /// What stands there otherwise.
-        wanted: &'static str,
-        /// JSON text found.
-        found: String,
-    },
-    /// Numbers that contradict each other.
-    #[error("draft configuration does not fit together: {what}")]
-    Shapes {
-        /// Which.
-        what: String,
-    },
-}
-
-impl Eagle3ConfigError {
-    /// Advice for the person who wrote the file.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Eagle3ConfigError::Unsupported { .. } => Some(
-                "use an EAGLE-3 draft with one Llama layer: SiLU, no biases, RoPE plain, linear or llama3"
-                    .into(),
-            ),
-            Eagle3ConfigError::Layers { .. } => Some(LAYERS_HINT.into()),
-            Eagle3ConfigError::Json { .. } => {
-                Some("correct the file, or take it from the draft's repository again".into())
-            }
-            Eagle3ConfigError::Key { key, wanted, .. } => Some(format!(
-                "set `{key}` to {wanted}, or take the `config.json` of the repository that the weights are from"
-            )),
-            Eagle3ConfigError::Shapes { .. } => {
-                Some("take `config.json` and weights from the same repository and revision".into())
-            }
-        }
-    }
-}
+/// What this network covers, as advice for a configuration that asks for more.
+pub const SUPPORTED: &str =
+    "use an EAGLE-3 draft with one Llama layer: SiLU, no biases, RoPE plain, linear or llama3";
 
 /// How captured layers are put right.
 pub const LAYERS_HINT: &str = "say which layers the draft reads with `draftsmith bundle import DRAFT --target TARGET --layers LOW,MID,HIGH`, \
@@ -147,49 +91,12 @@ pub const LAYERS_HINT: &str = "say which layers the draft reads with `draftsmith
 /// The key of the captured layers: nested under `eagle_config` counted from 0, at the top level from 1.
 pub const LAYERS_KEY: &str = "eagle_aux_hidden_state_layer_ids";
 
-/// Reads typed keys of one JSON object.
-struct Keys<'a>(&'a Map<String, Value>);
+/// What `architectures` of such drafts holds: SpecForge's name, vLLM's, and that of the `speculators` library.
+pub const ARCHITECTURES: [&str; 3] =
+    ["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator"];
 
-impl Keys<'_> {
-    fn bad(&self, key: &str, wanted: &'static str) -> Eagle3ConfigError {
-        let found = self.0.get(key).map_or_else(|| "null".to_owned(), Value::to_string);
-        Eagle3ConfigError::Key { key: key.to_owned(), wanted, found: found.chars().take(80).collect() }
-    }
-    fn present(&self, key: &str) -> Option<&Value> {
-        self.0.get(key).filter(|v| !v.is_null())
-    }
-    /// Sizes are bounded so that products of two fit `usize` with room to spare.
-    fn size(&self, key: &str) -> Result<usize, Eagle3ConfigError> {
-        let n = self.0.get(key).and_then(Value::as_u64).filter(|n| (1..=1 << 28).contains(n));
-        n.map(|n| n as usize).ok_or_else(|| self.bad(key, "a positive integer"))
-    }
-    fn size_or(&self, key: &str, default: usize) -> Result<usize, Eagle3ConfigError> {
-        if self.present(key).is_none() { Ok(default) } else { self.size(key) }
-    }
-    fn float(&self, key: &str) -> Result<f32, Eagle3ConfigError> {
-        let x = self.0.get(key).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
-        x.map(|x| x as f32).ok_or_else(|| self.bad(key, "a positive number"))
-    }
-    fn float_or(&self, key: &str, default: f32) -> Result<f32, Eagle3ConfigError> {
-        if self.present(key).is_none() { Ok(default) } else { self.float(key) }
-    }
-    fn flag(&self, key: &str) -> Result<bool, Eagle3ConfigError> {
-        match self.present(key) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(_) => Err(self.bad(key, "true or false")),
-        }
-    }
-    fn id(&self, key: &str) -> Result<Option<u32>, Eagle3ConfigError> {
-        match self.present(key) {
-            None => Ok(None),
-            Some(v) => {
-                let id = v.as_u64().and_then(|n| u32::try_from(n).ok());
-                id.map(Some).ok_or_else(|| self.bad(key, "a token id"))
-            }
-        }
-    }
-}
+/// Layers that it reads.
+const CAPTURED: usize = 3;
 
 impl Eagle3Config {
     /// The draft that a target gets when nobody says otherwise: the shapes of one of its own layers
@@ -226,34 +133,52 @@ impl Eagle3Config {
         }
     }
 
+    /// The shapes that a run file's `[draft]` table asks for: the target's where it says nothing.
+    ///
+    /// # Errors
+    /// If the numbers do not fit together.
+    pub fn from_table(
+        table: &DraftTable,
+        target: &TargetConfig,
+        draft_vocab_size: usize,
+    ) -> Result<Eagle3Config, DraftConfigError> {
+        let mut config = Eagle3Config::for_target(target, draft_vocab_size);
+        let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
+        set(&mut config.hidden_size, table.hidden);
+        set(&mut config.intermediate_size, table.intermediate);
+        set(&mut config.num_attention_heads, table.heads);
+        set(&mut config.num_key_value_heads, table.kv_heads);
+        config.fc_norm = table.eagle3.fc_norm;
+        config.feedback = if table.eagle3.norm_output { Feedback::PostNorm } else { Feedback::PreNorm };
+        config.check()?;
+        Ok(config)
+    }
+
     /// Reads a draft's `config.json`.
-    pub fn from_json(text: &str) -> Result<Eagle3Config, Eagle3ConfigError> {
+    pub fn from_json(text: &str) -> Result<Eagle3Config, DraftConfigError> {
         let value: Value =
-            serde_json::from_str(text).map_err(|e| Eagle3ConfigError::Json { message: e.to_string() })?;
+            serde_json::from_str(text).map_err(|e| DraftConfigError::Json { message: e.to_string() })?;
         Eagle3Config::from_value(&value)
     }
 
     /// Reads the parsed `config.json`.
-    pub fn from_value(value: &Value) -> Result<Eagle3Config, Eagle3ConfigError> {
-        let object = value.as_object().ok_or_else(|| Eagle3ConfigError::Json {
+    pub fn from_value(value: &Value) -> Result<Eagle3Config, DraftConfigError> {
+        let object = value.as_object().ok_or_else(|| DraftConfigError::Json {
             message: "the outermost value is not an object".into(),
         })?;
-        let keys = Keys(object);
+        let keys = Keys::new(object, SUPPORTED);
         for key in ["attention_bias", "tie_word_embeddings"] {
             if keys.flag(key)? {
-                return Err(Eagle3ConfigError::Unsupported { key: key.into(), found: "true".into() });
+                return Err(keys.unsupported(key, "true".into()));
             }
         }
         if keys.size_or("num_hidden_layers", 1)? != 1 {
-            return Err(Eagle3ConfigError::Unsupported {
-                key: "num_hidden_layers".into(),
-                found: object["num_hidden_layers"].to_string(),
-            });
+            return Err(keys.unsupported("num_hidden_layers", object["num_hidden_layers"].to_string()));
         }
         if let Some(act) = keys.present("hidden_act")
             && act != "silu"
         {
-            return Err(Eagle3ConfigError::Unsupported { key: "hidden_act".into(), found: act.to_string() });
+            return Err(keys.unsupported("hidden_act", act.to_string()));
         }
         // What is left out has the defaults of the layer's own class.
         let model_type = keys.present("model_type").and_then(Value::as_str);
@@ -275,7 +200,7 @@ impl Eagle3Config {
         // New transformers write `rope_parameters` with the base inside, older ones `rope_scaling` beside it.
         let table = |key: &str| match keys.present(key) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Keys(map)).filter(|_| !map.is_empty())),
+            Some(Value::Object(map)) => Ok(Some(keys.inside(map)).filter(|_| !map.is_empty())),
             Some(_) => Err(keys.bad(key, "an object or null")),
         };
         let rope = match table("rope_scaling")? {
@@ -288,7 +213,7 @@ impl Eagle3Config {
             None => beside,
         };
         let rope_scaling =
-            rope.map_or(Ok(RopeScaling::None), |r| rope_scaling_from(&r, max_position_embeddings))?;
+            rope.map_or(Ok(RopeScaling::None), |r| r.rope_scaling(max_position_embeddings))?;
         let config = Eagle3Config {
             vocab_size,
             draft_vocab_size: keys.size_or("draft_vocab_size", vocab_size)?,
@@ -313,7 +238,7 @@ impl Eagle3Config {
                 false => class.bos_token_id,
             },
             eos_token_ids: match object.contains_key("eos_token_id") {
-                true => eos_from(&keys)?,
+                true => keys.eos()?,
                 false => class.eos_token_id.into_iter().collect(),
             },
             pad_token_id: keys.id("pad_token_id")?,
@@ -323,8 +248,8 @@ impl Eagle3Config {
     }
 
     /// Checks that the numbers fit together.
-    pub fn check(&self) -> Result<(), Eagle3ConfigError> {
-        let bad = |what: String| Err(Eagle3ConfigError::Shapes { what });
+    pub fn check(&self) -> Result<(), DraftConfigError> {
+        let bad = |what: String| Err(DraftConfigError::Shapes { what });
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return bad(format!(
                 "{} query heads cannot share {} key heads",
@@ -355,33 +280,10 @@ impl Eagle3Config {
     ///
     /// # Errors
     /// Explicit RoPE factors have no key there.
-    pub fn to_value(&self) -> Result<Value, Eagle3ConfigError> {
-        let rope_scaling = match &self.rope_scaling {
-            RopeScaling::None => Value::Null,
-            RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
-                json!({
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": low_freq_factor,
-                    "high_freq_factor": high_freq_factor,
-                    "original_max_position_embeddings": original_max_position,
-                })
-            }
-            RopeScaling::Factors(_) => {
-                return Err(Eagle3ConfigError::Unsupported {
-                    key: "rope_scaling".into(),
-                    found: "explicit factors per frequency".into(),
-                });
-            }
-        };
-        let eos = match self.eos_token_ids.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            many => json!(many),
-        };
+    pub fn to_value(&self) -> Result<Value, DraftConfigError> {
+        let rope_scaling = rope_scaling_value(&self.rope_scaling, SUPPORTED)?;
         let mut value = json!({
-            "architectures": ["LlamaForCausalLMEagle3"],
+            "architectures": [ARCHITECTURES[0]],
             "model_type": "llama",
             "vocab_size": self.vocab_size,
             "draft_vocab_size": self.draft_vocab_size,
@@ -400,7 +302,7 @@ impl Eagle3Config {
             "attention_dropout": 0.0,
             "tie_word_embeddings": false,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos,
+            "eos_token_id": eos_value(&self.eos_token_ids),
             "pad_token_id": self.pad_token_id,
             "initializer_range": plain(self.initializer_range),
             "torch_dtype": "bfloat16",
@@ -453,71 +355,89 @@ impl Eagle3Config {
 
     /// Every trained tensor in the order of [`Eagle3Weights::build`]: name, shape (`[O, I]` or `[width]`).
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        struct List(Vec<(String, Vec<usize>)>);
-        impl BuildWeights for List {
-            type W = ();
-            type N = ();
-            type Error = std::convert::Infallible;
-            fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<(), Self::Error> {
-                self.0.push((name.to_owned(), vec![out, inp]));
-                Ok(())
-            }
-            fn norm(&mut self, name: &str, width: usize) -> Result<(), Self::Error> {
-                self.0.push((name.to_owned(), vec![width]));
-                Ok(())
-            }
-        }
-        let mut list = List(Vec::new());
+        let mut list = TensorList::default();
         let Ok(_) = Eagle3Weights::build(self, &mut list);
         list.0
     }
 }
 
-/// f32 as the shortest decimal number, so that `1e-5` is not written as `9.999999747378752e-6`.
-fn plain(x: f32) -> Value {
-    x.to_string().parse::<f64>().map_or(Value::Null, |x| json!(x))
-}
-
-fn rope_scaling_from(rope: &Keys<'_>, max_position: usize) -> Result<RopeScaling, Eagle3ConfigError> {
-    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
-    match kind {
-        None | Some("default") => Ok(RopeScaling::None),
-        Some("linear") => Ok(RopeScaling::Linear { factor: rope.float("factor")? }),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: rope.float("factor")?,
-            low_freq_factor: rope.float("low_freq_factor")?,
-            high_freq_factor: rope.float("high_freq_factor")?,
-            original_max_position: rope.size_or("original_max_position_embeddings", max_position)? as u32,
-        }),
-        Some(other) => Err(Eagle3ConfigError::Unsupported {
-            key: "rope_scaling.rope_type".into(),
-            found: other.to_owned(),
-        }),
+impl DraftSpec for Eagle3Config {
+    fn name(&self) -> &'static str {
+        Method::Eagle3.name()
     }
-}
 
-fn eos_from(keys: &Keys<'_>) -> Result<Vec<u32>, Eagle3ConfigError> {
-    match keys.present("eos_token_id") {
-        Some(Value::Array(list)) => list
-            .iter()
-            .map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok()))
-            .collect::<Option<Vec<u32>>>()
-            .ok_or_else(|| keys.bad("eos_token_id", "a token id or a list of them")),
-        _ => Ok(keys.id("eos_token_id")?.into_iter().collect()),
+    fn title(&self) -> &'static str {
+        "An EAGLE-3 draft"
+    }
+
+    fn shape(&self) -> DraftShape {
+        DraftShape {
+            vocab_size: self.vocab_size,
+            draft_vocab_size: self.draft_vocab_size,
+            hidden_size: self.hidden_size,
+            target_hidden_size: self.target_hidden_size,
+            head_dim: self.head_dim,
+            max_position_embeddings: self.max_position_embeddings,
+            initializer_range: self.initializer_range,
+            captured_layers: CAPTURED,
+            has_vocab_map: true,
+        }
+    }
+
+    fn target_layers(&self) -> Option<Vec<u32>> {
+        self.target_layer_ids.map(|ids| ids.to_vec())
+    }
+
+    fn default_layers(&self, num_layers: u32) -> Vec<u32> {
+        default_target_layers(num_layers).map(|LayerId(id)| id).to_vec()
+    }
+
+    fn set_target_layers(&mut self, layers: &[u32]) -> Result<(), DraftConfigError> {
+        let three = layers.try_into().map_err(|_| DraftConfigError::Shapes {
+            what: format!("it reads {CAPTURED} layers, not {}", layers.len()),
+        })?;
+        self.target_layer_ids = Some(three);
+        Ok(())
+    }
+
+    fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {
+        (self.bos_token_id, self.pad_token_id) = (bos, pad);
+        self.eos_token_ids = eos.to_vec();
+    }
+
+    fn check(&self) -> Result<(), DraftConfigError> {
+        Eagle3Config::check(self)
+    }
+
+    fn to_value(&self) -> Result<Value, DraftConfigError> {
+        Eagle3Config::to_value(self)
+    }
+
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        Eagle3Config::tensors(self)
+    }
+
+    /// A chain: the features once, then layer and head for every token.
+    fn work(&self, tokens: usize, mode: PackMode) -> DraftWork {
+        let features = (self.hidden_size * self.features_width()) as u64;
+        let matrices = self.tensors().into_iter().filter(|(_, shape)| shape.len() > 1);
+        let all: u64 = matrices.map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        DraftWork::of(features + tokens as u64 * (all - features), mode)
     }
 }
 
 /// The captured layers; `None` where no key says any: absent, `null` and an empty list all leave the default.
-fn layer_ids_from(keys: &Keys<'_>) -> Result<Option<[u32; 3]>, Eagle3ConfigError> {
+fn layer_ids_from(keys: &Keys<'_>) -> Result<Option<[u32; 3]>, DraftConfigError> {
     let some = |list: &&Value| list.as_array().is_none_or(|list| !list.is_empty());
-    let layers = |key: String, wanted, list: &Value| Eagle3ConfigError::Layers {
+    let layers = |key: String, wanted, list: &Value| DraftConfigError::Layers {
         key,
         wanted,
         found: list.to_string().chars().take(80).collect(),
+        hint: LAYERS_HINT,
     };
     let nested = match keys.present("eagle_config") {
         None => None,
-        Some(Value::Object(map)) => Some(Keys(map)),
+        Some(Value::Object(map)) => Some(keys.inside(map)),
         Some(other) => return Err(layers("eagle_config".into(), "an object", other)),
     };
     if let Some(list) = nested.as_ref().and_then(|n| n.present(LAYERS_KEY)).filter(some) {
@@ -574,20 +494,6 @@ pub struct Eagle3Weights<W, N> {
     pub norm: N,
     /// `lm_head.weight` `[Vd, H]`
     pub lm_head: W,
-}
-
-/// Where weights come from, by the tensor names of a SpecForge checkpoint.
-pub trait BuildWeights {
-    /// Linear weight.
-    type W;
-    /// Norm weight.
-    type N;
-    /// Failure.
-    type Error;
-    /// A linear weight `[out, inp]`.
-    fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<Self::W, Self::Error>;
-    /// A norm weight `[width]`.
-    fn norm(&mut self, name: &str, width: usize) -> Result<Self::N, Self::Error>;
 }
 
 impl<W, N> Eagle3Weights<W, N> {
@@ -722,6 +628,8 @@ impl Eagle3 {
         }
     }
 }
+
+mod decode;
 
 #[cfg(test)]
 mod tests {

@@ -18,8 +18,10 @@ mod target;
 mod weights;
 
 pub use config::{Family, TargetConfig};
-pub use draft::{Draft, DraftError, DraftTensors, PackedEagle3, read_draft};
-pub use draft_config::{DraftConfigError, DraftShape, DraftSpec, DraftWork};
+pub use draft::{
+    Draft, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, DraftTensors, read_draft,
+};
+pub use draft_config::{DraftConfig, DraftConfigError, DraftShape, DraftSpec, DraftWork};
 pub use error::ModelError;
 pub use infer::{CacheAttend, Infer, Linear, Rows};
 pub use load::{rope_halves_from_pairs, rope_pairs_from_halves, weight_dtype};

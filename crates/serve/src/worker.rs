@@ -228,6 +228,7 @@ impl Worker {
                 Running { job, era: self.era, last, tokens: 0, owes_prompt, fresh: Fresh::default() };
             self.running.insert(id, running);
         }
+        self.make_room();
         self.show_load();
     }
 
@@ -239,6 +240,8 @@ impl Worker {
     }
 
     fn step(&mut self) {
+        // What ends in this step may be kept in the place that it had.
+        self.batch.engine().limit_prefix_cache(self.room.slots);
         let Worker { batch, running, shared, .. } = self;
         let Survived { mut finished, failed, panics } =
             batch.step_isolated(&mut |id, event| match running.get_mut(&id) {
@@ -292,6 +295,12 @@ impl Worker {
         for (id, generation) in finished {
             self.finish(id, generation, None);
         }
+        self.make_room();
+    }
+
+    /// Caches of finished sequences are kept in what those under way leave of the slots.
+    fn make_room(&self) {
+        self.batch.engine().limit_prefix_cache(self.room.slots - self.reserved);
     }
 
     /// Ends a request that made the engine panic.

@@ -1,5 +1,6 @@
 //! A draft that panics, over real HTTP: one request, at most, is answered with 500.
 
+use std::any::Any;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -7,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use draftsmith_core::{LayerId, Sampling, TargetTokenId, TokenTree};
-use draftsmith_decode::{DraftPlan, Drafter, DrafterSession, Engine, Features};
+use draftsmith_core::{LayerId, TargetTokenId, TokenTree};
+use draftsmith_decode::{Ask, Children, Committed, Drafter, DrafterSession, Engine, Node, Shape};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, Target};
 use draftsmith_serve::{DraftInfo, Drafts, Limits, Loaded, Model, Options, Refused, Server};
@@ -21,7 +22,7 @@ struct Shaky {
     steps: AtomicU32,
 }
 
-struct ShakySession(Arc<Shaky>);
+struct ShakySession;
 
 fn due(faults: &AtomicU32) -> bool {
     faults.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
@@ -31,24 +32,29 @@ impl Drafter<Cpu> for Shaky {
     fn target_layers(&self) -> &[LayerId] {
         &[]
     }
-    fn begin(self: Arc<Self>) -> Box<dyn DrafterSession<Cpu>> {
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
         assert!(!due(&self.begins), "a fault at the begin");
-        Box::new(ShakySession(self))
+        Box::new(ShakySession)
+    }
+    fn take_in(&self, _: &mut [Committed<'_, Cpu>]) {}
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        vec![Vec::new(); asks.len()]
+    }
+    fn expand(&self, _: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        nodes.iter().map(|_| (0, Vec::new())).collect()
+    }
+    fn propose(&self, asks: &mut [Ask<'_, Cpu>], shapes: &[Shape]) -> Vec<TokenTree> {
+        let one = |(ask, shape): (&Ask<'_, Cpu>, &Shape)| {
+            assert!(ask.position < 10 || !due(&self.steps), "a fault in the middle");
+            TokenTree::chain((0..shape.depth.min(2) as u32).map(|i| TargetTokenId(300 + i)))
+        };
+        asks.iter().zip(shapes).map(one).collect()
     }
 }
 
 impl DrafterSession<Cpu> for ShakySession {
-    fn extend(&mut self, _: &Features<'_, Cpu>, _: &[u32]) {}
-    fn defer(&mut self, _: &Features<'_, Cpu>, _: &[u32]) {}
-    fn children(&mut self, _: Option<u32>, _: usize, _: &Sampling, _: u64) -> Vec<(u32, f32)> {
-        Vec::new()
-    }
-    fn expand(&mut self, _: Option<u32>, _: u32, _: usize) -> u32 {
-        0
-    }
-    fn propose(&mut self, _: &DraftPlan, room: usize, _: &Sampling, position: u64) -> TokenTree {
-        assert!(position < 10 || !due(&self.0.steps), "a fault in the middle");
-        TokenTree::chain((0..room.min(2) as u32).map(|i| TargetTokenId(300 + i)))
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
     }
 }
 

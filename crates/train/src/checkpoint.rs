@@ -99,7 +99,7 @@ pub(crate) fn list(root: &Path) -> Vec<(u64, PathBuf)> {
 }
 
 /// Writes a checkpoint and removes all but the newest `keep`.
-pub(crate) fn save<M: Method>(
+pub(crate) fn save<M: Method + ?Sized>(
     root: &Path,
     method: &M,
     optimizer: &AdamW<M::Kernels>,
@@ -136,7 +136,7 @@ pub(crate) fn save<M: Method>(
 ///
 /// # Errors
 /// If it belongs to another run or is damaged: training then does not start silently from the beginning.
-pub(crate) fn resume<M: Method>(
+pub(crate) fn resume<M: Method + ?Sized>(
     root: &Path,
     method: &mut M,
     optimizer: &mut AdamW<M::Kernels>,

@@ -30,8 +30,8 @@ pub struct DraftWeights {
     pub config: Value,
     /// Trained tensors.
     pub tensors: Vec<DraftTensor>,
-    /// Draft ids to target ids.
-    pub vocab_map: VocabMap,
+    /// Draft ids to target ids; `None` if it proposes target ids.
+    pub vocab_map: Option<VocabMap>,
 }
 
 impl DraftWeights {
@@ -53,9 +53,11 @@ impl DraftWeights {
     pub fn save(&self, folder: &Path) -> Result<(), TrainError> {
         let mut tensors: Vec<TensorData> =
             self.tensors.iter().map(|t| TensorData::bf16(&t.name, &t.shape, &t.values)).collect();
-        let (d2t, t2d) = (self.vocab_map.d2t(), self.vocab_map.t2d());
-        tensors.push(TensorData::i64("d2t", &[d2t.len()], &d2t));
-        tensors.push(TensorData::bool("t2d", &[t2d.len()], &t2d));
+        if let Some(map) = &self.vocab_map {
+            let (d2t, t2d) = (map.d2t(), map.t2d());
+            tensors.push(TensorData::i64("d2t", &[d2t.len()], &d2t));
+            tensors.push(TensorData::bool("t2d", &[t2d.len()], &t2d));
+        }
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         let dir = AtomicDir::create(folder)?;
         dir.write("model.safetensors", to_bytes(&tensors, &metadata))?;

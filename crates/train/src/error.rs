@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::safetensors_dir::SafetensorsError;
-use draftsmith_model::eagle3::Eagle3ConfigError;
+use draftsmith_model::DraftConfigError;
 
 /// Why training stopped or did not start.
 #[derive(Debug, thiserror::Error)]
@@ -104,10 +104,7 @@ pub enum TrainError {
     },
     /// The draft's configuration is refused.
     #[error(transparent)]
-    Config(#[from] Eagle3ConfigError),
-    /// The configuration of a draft of another kind is refused.
-    #[error(transparent)]
-    DraftConfig(#[from] draftsmith_model::DraftConfigError),
+    Config(#[from] DraftConfigError),
     /// A tensor file could not be read or written.
     #[error(transparent)]
     Safetensors(#[from] SafetensorsError),
@@ -141,7 +138,6 @@ impl TrainError {
                 Some(format!("remove `{}`; training resumes from the one before it", path.display()))
             }
             TrainError::Config(e) => e.hint(),
-            TrainError::DraftConfig(e) => e.hint(),
             TrainError::Safetensors(e) => e.hint(),
             TrainError::Atomic(e) => e.hint(),
             TrainError::Rows { .. }

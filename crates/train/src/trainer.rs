@@ -241,7 +241,7 @@ fn ratio(n: f64, d: u64) -> Option<f64> {
 ///
 /// # Errors
 /// See [`TrainError`]. After an error the newest checkpoint is still good.
-pub fn train<M: Method>(
+pub fn train<M: Method + ?Sized>(
     method: &mut M,
     store: &mut dyn RowStore,
     options: &TrainOptions,
@@ -358,7 +358,7 @@ struct Validation<'a, 'h> {
 
 impl Validation<'_, '_> {
     /// The draft as it is now.
-    fn trained<M: Method>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+    fn trained<M: Method + ?Sized>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
         // What is measured is what is saved: weights rounded to bfloat16.
         let draft = method.draft()?.rounded();
         let (found, flow) = self.measure(&draft, state, Vec::new())?;
@@ -368,7 +368,7 @@ impl Validation<'_, '_> {
     }
 
     /// The means of the best drafts so far.
-    fn means<M: Method>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+    fn means<M: Method + ?Sized>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
         for count in 2..=state.candidates.len() {
             let of = &state.candidates[..count];
             let steps = of.iter().map(|b| b.step).collect();

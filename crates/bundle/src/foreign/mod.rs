@@ -4,35 +4,37 @@
 //! output of a layer). Every layout is a renaming of it, so each tensor is accounted for on both ways: what has no
 //! place is an error that names it, never a number left as it was.
 
+mod eagle3;
 mod export;
-mod gguf;
 mod import;
-mod lint;
-mod plain;
 mod verify;
 
 pub use export::{ExportInput, Exported, export};
 pub use import::{Imported, import, import_gguf, import_safetensors, import_with};
 pub use verify::verify_export;
 
-use std::borrow::Cow;
-
 use draftsmith_formats::gguf::GgufValue;
-use draftsmith_model::TargetConfig;
+use draftsmith_model::{DraftConfig, TargetConfig};
+use serde_json::{Map, Value};
+
+use crate::Problem;
+use crate::engines::Launch;
+use crate::manifest::Manifest;
+use crate::problem::layer_problem;
 
 /// Name of the file in an exported GGUF folder.
 pub const GGUF_FILE: &str = "draft.gguf";
 
-/// A published way to store an EAGLE-3 draft.
+/// A published way to store a draft.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// SpecForge's, which SGLang and TensorRT-LLM load: `midlayer.*`, layer ids from 0 under `eagle_config`.
+    /// SpecForge's, which SGLang and TensorRT-LLM load.
     Sglang,
-    /// vLLM's: `layers.0.*`, layer numbers from 1 at the top level.
+    /// vLLM's.
     Vllm,
     /// The `speculators` library's: vLLM's tensors, a configuration that names the target.
     Speculators,
-    /// One llama.cpp file of architecture `eagle3`, with the target's tokenizer.
+    /// One llama.cpp file, with the target's tokenizer.
     Gguf,
 }
 
@@ -46,18 +48,6 @@ impl Layout {
             Layout::Gguf => "gguf",
         }
     }
-
-    /// What a tensor of the internal form is called here; `None` if the layout has no place for it.
-    pub(crate) fn tensor_name(self, name: &str) -> Option<Cow<'_, str>> {
-        match self {
-            Layout::Sglang => Some(name.into()),
-            Layout::Vllm | Layout::Speculators => Some(match name.strip_prefix("midlayer.") {
-                Some(rest) => format!("layers.0.{rest}").into(),
-                None => name.into(),
-            }),
-            Layout::Gguf => gguf::tensor_name(name).map(Cow::Borrowed),
-        }
-    }
 }
 
 /// What an export may need of the target at hand.
@@ -66,4 +56,43 @@ pub struct TargetFacts<'a> {
     pub config: &'a TargetConfig,
     /// `tokenizer.*` of a GGUF file; only [`Layout::Gguf`] needs it.
     pub tokenizer: &'a [(String, GgufValue)],
+}
+
+/// Problems that the engines of a layout have with a draft, fatal and other.
+pub(crate) fn lint(
+    config: &DraftConfig,
+    layout: Layout,
+    manifest: &Manifest,
+    target: Option<&TargetFacts<'_>>,
+) -> Vec<Problem> {
+    match config {
+        DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target),
+    }
+}
+
+/// What engines that load a bundle as it is need of its `config.json`, beyond what the network needs.
+pub(crate) fn config_problems(
+    object: &Map<String, Value>,
+    config: &DraftConfig,
+    num_layers: Option<u64>,
+) -> Vec<Problem> {
+    let mut problems = match config {
+        DraftConfig::Eagle3(config) => eagle3::config_problems(object, config, num_layers),
+    };
+    problems.extend(num_layers.and_then(|layers| layer_problem(config, layers as u32)));
+    problems
+}
+
+/// Commands for the engines that read a layout; `dir` is the folder of the draft.
+pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
+    match config {
+        DraftConfig::Eagle3(_) => eagle3::launch(manifest, layout, dir),
+    }
+}
+
+/// Why no engine of a layout serves a draft, as a sentence for its card; `None` if one does.
+pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static str> {
+    match config {
+        DraftConfig::Eagle3(config) => eagle3::unserved(config, layout),
+    }
 }

@@ -46,23 +46,20 @@ fn token(place: u64, right: bool) -> u32 {
 struct Drafting {
     made: Made,
     root: u64,
+}
+
+struct DraftingSession {
     nodes: Vec<(u64, bool)>,
 }
 
-impl DrafterSession<Cpu> for Drafting {
-    fn extend(&mut self, _: &crate::Features<'_, Cpu>, _: &[u32]) {}
-    fn defer(&mut self, _: &crate::Features<'_, Cpu>, _: &[u32]) {}
-    fn propose(&mut self, _: &crate::DraftPlan, _: usize, _: &Sampling, _: u64) -> TokenTree {
-        TokenTree::default()
+impl DrafterSession<Cpu> for DraftingSession {
+    fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
+        self
     }
-    fn children(&mut self, node: Option<u32>, _: usize, _: &Sampling, _: u64) -> Vec<(u32, f32)> {
-        let (place, on_text) = match node {
-            Some(n) => self.nodes[n as usize],
-            None => {
-                self.nodes.clear();
-                (self.root, true)
-            }
-        };
+}
+
+impl Drafting {
+    fn children(&self, place: u64, on_text: bool) -> Children {
         let next = place + 1;
         let depth = (place - self.root) as usize;
         let sure = self.made.sure(next, depth);
@@ -70,14 +67,33 @@ impl DrafterSession<Cpu> for Drafting {
         // The second guess is right in a third of what is left.
         let second = on_text && !right && drawn(&[self.made.seed, next, 9]) < 1.0 / 3.0;
         vec![
-            (token(next, right), sure),
-            (token(next, second) + 1_000_000 * u32::from(!second), (1.0 - sure) / 3.0),
+            (token(next, right), sure.ln()),
+            (token(next, second) + 1_000_000 * u32::from(!second), ((1.0 - sure) / 3.0).ln()),
         ]
     }
-    fn expand(&mut self, parent: Option<u32>, token: u32, _: usize) -> u32 {
-        let (place, on_text) = parent.map_or((self.root, true), |p| self.nodes[p as usize]);
-        self.nodes.push((place + 1, on_text && token == super::simulated::token(place + 1, true)));
-        self.nodes.len() as u32 - 1
+}
+
+impl Drafter<Cpu> for Drafting {
+    fn target_layers(&self) -> &[draftsmith_core::LayerId] {
+        &[]
+    }
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        Box::new(DraftingSession { nodes: Vec::new() })
+    }
+    fn take_in(&self, _: &mut [crate::Committed<'_, Cpu>]) {}
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        asks.iter().map(|_| self.children(self.root, true)).collect()
+    }
+    fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        let mut found = Vec::new();
+        for node in nodes {
+            let session = asks[node.of].session.as_any_mut().downcast_mut::<DraftingSession>().unwrap();
+            let (place, on_text) = node.parent.map_or((self.root, true), |p| session.nodes[p as usize]);
+            let right = on_text && node.token == token(place + 1, true);
+            session.nodes.push((place + 1, right));
+            found.push((session.nodes.len() as u32 - 1, self.children(place + 1, right)));
+        }
+        found
     }
 }
 
@@ -127,17 +143,19 @@ impl Sim {
             let end = place + ANSWER;
             while place < end {
                 let costs = ledger.corrected(measured);
-                let mut drafting = Drafting { made: self.made, root: place, nodes: Vec::new() };
+                let drafting = Drafting { made: self.made, root: place };
+                let mut session = DraftingSession { nodes: Vec::new() };
                 let slept = pacer.is_paused();
                 let seed = Seed {
                     pacer: &mut pacer,
-                    drafter: Some(&mut drafting),
+                    session: Some(&mut session),
                     repetition: None,
                     text: &[1],
                     room: 31,
                     sampling: &Sampling::GREEDY,
                 };
-                let grown = grow(&costs, Load { rows: 1, sequences: 1 }, vec![seed]).remove(0);
+                let load = Load { rows: 1, sequences: 1 };
+                let grown = grow(&costs, load, Some(&drafting), vec![seed]).remove(0);
                 let (mut accepted, mut node) = (Vec::new(), None);
                 while let Some(next) = (0..grown.tree.len()).find(|i| {
                     grown.tree.parents[*i] == node
@@ -150,9 +168,9 @@ impl Sim {
                 let pass_ms = self.pass(rows, place, step);
                 let load = (self.load)(place);
                 let extend = if slept { 0.0 } else { self.real.extend_ms * load };
-                let elapsed_ms = pass_ms + extend + grown.draft_steps as f32 * self.real.draft_step_ms * load;
+                let elapsed_ms = pass_ms + extend + grown.draft_steps * self.real.draft_step_ms * load;
                 off |= ledger.pass(measured, rows, pass_ms).is_some();
-                if grown.draft_steps > 0 {
+                if grown.draft_steps > 0.0 {
                     ledger.draft_step(measured, self.real.draft_step_ms * load);
                 }
                 if !slept {

@@ -9,8 +9,7 @@ use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key};
 use draftsmith_kernels::Activation;
-use draftsmith_model::{ModelError, TargetConfig};
-use draftsmith_train::eagle3::draft_config;
+use draftsmith_model::{DraftConfig, ModelError, TargetConfig};
 
 use super::state::RunFolder;
 use super::{Env, bundle};
@@ -341,7 +340,7 @@ fn draft_shapes(file: &RunFile, target: &TargetConfig, faults: &mut Faults) {
     }
     let size = (draft.vocab_size as usize).min(target.vocab_size);
     if faults.0.len() == before
-        && let Err(error) = draft_config(draft, target, size)
+        && let Err(error) = DraftConfig::from_table(draft, target, size)
     {
         faults.add(
             "draft",

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
 
-use draftsmith_core::{LayerId, default_target_layers};
+use draftsmith_core::LayerId;
 use draftsmith_data::SourceSpec;
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::{Hasher, sha256_file};
@@ -32,7 +32,7 @@ use draftsmith_formats::run::GpuDtype;
 use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, Stage};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
-use draftsmith_model::Precision;
+use draftsmith_model::{DraftConfig, Precision};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
 use serde::Serialize;
@@ -524,12 +524,16 @@ impl<'a> Run<'a> {
 
     /// Captured layers: those of the run file, or the default ones of the target.
     fn layers(&self) -> Result<Vec<LayerId>, Error> {
-        let num_layers = self.target()?.target.config().num_layers as u32;
-        Ok(match &self.file.capture.layers {
-            None => default_target_layers(num_layers).to_vec(),
+        let target = self.target()?.target.config();
+        let layers = match &self.file.capture.layers {
             // They were held against the target when the run was opened.
-            Some(layers) => layers.iter().map(|l| LayerId(*l)).collect(),
-        })
+            Some(layers) => layers.clone(),
+            None => {
+                let draft = DraftConfig::for_target(self.file.draft.method, target, target.vocab_size);
+                draft.layers(target.num_layers as u32)
+            }
+        };
+        Ok(layers.into_iter().map(LayerId).collect())
     }
 
     /// A path for a stage file: relative to the folder of the run where it lies inside.

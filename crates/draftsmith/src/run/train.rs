@@ -13,16 +13,14 @@ use std::sync::Arc;
 use draftsmith_bench::stats;
 use draftsmith_core::VocabMap;
 use draftsmith_data::{Row as DataRow, TokenCounts};
-use draftsmith_decode::{DraftPlan, Drafter, EagleDrafter, Engine, GenerateOptions};
-use draftsmith_formats::run::{Method, Stage};
+use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, drafter};
+use draftsmith_formats::run::Stage;
 use draftsmith_formats::tokens::TokenFile;
-use draftsmith_kernels::{Cpu, PackMode, TrainKernels};
-use draftsmith_model::eagle3::Eagle3Config;
-use draftsmith_model::{Draft, DraftTensors, TargetTensors};
+use draftsmith_kernels::{PackMode, TrainKernels};
+use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
-use draftsmith_train::eagle3::draft_config;
 use draftsmith_train::{
-    DraftWeights, Eagle3Options, Eagle3Train, Event, Flow, Hooks, StepReport, TrainOptions, ValidationResult,
+    DraftWeights, Event, Flow, Hooks, Method, StepReport, TrainError, TrainOptions, ValidationResult, method,
     train,
 };
 use serde_json::{Value, json};
@@ -47,19 +45,17 @@ struct ValidationPrompt {
 
 impl Run<'_> {
     pub(super) fn train(&self, dir: &Path, key: &str, report: &dyn Report) -> Result<Value, Error> {
-        match self.file.draft.method {
-            Method::Eagle3 => match &self.compute {
-                Compute::Cpu => {
-                    let kernels = self.target()?.target.kernels().as_ref().clone();
-                    self.train_eagle3(kernels, dir, key, report)
-                }
-                #[cfg(feature = "gpu-flex")]
-                Compute::Gpu(gpu) => self.train_eagle3(gpu.clone(), dir, key, report),
-            },
+        match &self.compute {
+            Compute::Cpu => {
+                let kernels = self.target()?.target.kernels().as_ref().clone();
+                self.train_on(kernels, dir, key, report)
+            }
+            #[cfg(feature = "gpu-flex")]
+            Compute::Gpu(gpu) => self.train_on(gpu.clone(), dir, key, report),
         }
     }
 
-    fn train_eagle3<K: TrainKernels>(
+    fn train_on<K: TrainKernels>(
         &self,
         kernels: K,
         dir: &Path,
@@ -79,7 +75,7 @@ impl Run<'_> {
         }
         drop(tokens);
         let prompts = self.validation_prompts()?;
-        let mut method = self.eagle3(kernels, vocab_map)?;
+        let mut method = self.method(kernels, vocab_map)?;
         let mut store = self.row_store()?;
         let options = TrainOptions::from_run(&self.file, dir.to_path_buf(), key.to_string());
         let stop = self.env.stop;
@@ -121,7 +117,7 @@ impl Run<'_> {
         };
         let validates = self.file.validate.every > 0;
         let hooks = Hooks { on_event: &mut on_event, validate: validates.then_some(&mut measure) };
-        let outcome = train(&mut method, store.as_mut(), &options, hooks)?;
+        let outcome = train(method.as_mut(), store.as_mut(), &options, hooks)?;
         report.end();
         let Some(draft) = outcome.draft.filter(|_| outcome.finished) else {
             return Err(self.interrupted(Stage::Train));
@@ -160,34 +156,26 @@ impl Run<'_> {
         Ok((map, coverage))
     }
 
-    fn eagle3<K: TrainKernels>(&self, kernels: K, vocab_map: VocabMap) -> Result<Eagle3Train<K>, Error> {
+    fn method<K: TrainKernels>(
+        &self,
+        kernels: K,
+        vocab_map: VocabMap,
+    ) -> Result<Box<dyn Method<Kernels = K>>, Error> {
         let target = self.target()?;
         let t = target.target.config();
-        let mut config = draft_config(&self.file.draft, t, vocab_map.draft_vocab())?;
+        let mut config = DraftConfig::from_table(&self.file.draft, t, vocab_map.draft_vocab())
+            .map_err(TrainError::from)?;
         let layers: Vec<u32> = self.layers()?.iter().map(|l| l.0).collect();
-        let ids = <[u32; 3]>::try_from(layers).map_err(|_| {
-            Error::input("`capture.layers` must name three layers", "leave it out for the default")
-        })?;
-        config.target_layer_ids = Some(ids);
+        config.set_target_layers(&layers).map_err(TrainError::from)?;
         let special = target.text.tokenizer.special();
-        (config.bos_token_id, config.pad_token_id) = (special.bos, special.pad);
-        config.eos_token_ids.clone_from(&special.eos);
+        config.set_token_ids(special.bos, &special.eos, special.pad);
         let mut tensors = TargetTensors::load(&target.path)?;
         // The network sees scaled embeddings (Gemma); the head is the table as it is.
         if t.embed_scale != 1.0 {
             tensors.head.get_or_insert_with(|| tensors.embed.clone());
             tensors.embed.iter_mut().for_each(|x| *x *= t.embed_scale);
         }
-        let table = &self.file.train;
-        Ok(Eagle3Train::for_target(
-            kernels,
-            config,
-            Eagle3Options::from_table(table),
-            vocab_map,
-            &tensors,
-            self.file.draft.init,
-            table.seed.unwrap_or(self.file.run.seed),
-        )?)
+        Ok(method(kernels, config, &self.file, vocab_map, &tensors)?)
     }
 
     /// First turns of the held-out rows with what their template gets, by domain; beside each domain how many of it are
@@ -300,7 +288,7 @@ fn measure_draft(
     max_new_tokens: usize,
     stop: &Stop,
 ) -> Result<ValidationResult, BoxError> {
-    let config = Eagle3Config::from_value(&weights.config)?;
+    let config = DraftConfig::from_value(&weights.config)?;
     let tensors: DraftTensors =
         weights.tensors.iter().map(|t| (t.name.clone(), (t.shape.clone(), t.values.clone()))).collect();
     let kernels = target.target.kernels();
@@ -312,7 +300,7 @@ fn measure_draft(
         PackMode::Q8,
         "in training",
     )?;
-    let drafter: Arc<dyn Drafter<Cpu>> = Arc::new(EagleDrafter::new(&target.target, Arc::new(draft))?);
+    let drafter = drafter(&target.target, draft)?;
     let engine = Engine::new(Arc::clone(&target.target), Some(drafter));
     let options = GenerateOptions {
         max_new_tokens,

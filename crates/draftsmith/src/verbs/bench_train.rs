@@ -5,20 +5,13 @@ use std::time::Instant;
 
 use draftsmith::bench::BoxError;
 use draftsmith::bench::train::{StepShape, StepTime, Trainer, run_train, train_text};
-use draftsmith::core::VocabMap;
 use draftsmith::engine::default_threads;
-use draftsmith::formats::cache::CaptureRow;
 use draftsmith::kernels::Cpu;
 use draftsmith::measure::{machine, peak_memory_bytes};
-use draftsmith::model::eagle3::Eagle3Config;
 use draftsmith::peer::TorchPeer;
 use draftsmith::report::{Report, Unit};
-use draftsmith::train::eagle3::{TargetSide, random_weights};
-use draftsmith::train::{
-    AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng, TrainError,
-};
+use draftsmith::train::{AdamW, AdamWOptions, MadeUpShape, Method, Mode, Pack, TrainError, made_up};
 use draftsmith::{Error, cli};
-use serde_json::json;
 
 use super::Session;
 use super::bench::write_json;
@@ -30,38 +23,26 @@ const LR: f64 = 1e-4;
 
 /// Our trainer as a side: one row of made-up features, every slot trained.
 struct Ours {
-    method: Eagle3Train<Cpu>,
+    method: Box<dyn Method<Kernels = Cpu>>,
     optimizer: AdamW<Cpu>,
     pack: Pack,
 }
 
 impl Ours {
     fn new(shape: StepShape, kernels: Cpu) -> Result<Ours, TrainError> {
-        let StepShape { slots, hidden, draft_vocab: vocab, .. } = shape;
-        let config = Eagle3Config::from_value(&json!({
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": shape.intermediate,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "rms_norm_eps": shape.eps,
-            "rope_theta": shape.rope_theta,
-        }))?;
-        let mut rng = Rng::new(1, &[]);
-        let embed = rng.normal(vocab * hidden, 0.1);
-        let row = CaptureRow {
-            ids: (0..slots).map(|_| rng.below(vocab as u64) as u32).collect(),
-            loss_mask: vec![true; slots],
-            features: rng.normal(slots * 3 * hidden, 1.0),
-            last: rng.normal(slots * hidden, 1.0),
+        let shape = MadeUpShape {
+            slots: shape.slots,
+            hidden: shape.hidden,
+            intermediate: shape.intermediate,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            vocab: shape.draft_vocab,
+            eps: shape.eps,
+            rope_theta: shape.rope_theta,
+            unrolled_steps: shape.ttt_length,
         };
-        let mut pack = Pack::default();
-        pack.push(0, &row, slots, 3 * hidden, hidden)?;
-        let weights = random_weights(&config, 1);
-        let options = Eagle3Options { ttt_length: shape.ttt_length, ..Eagle3Options::default() };
-        let side = TargetSide { embed: &embed, head: None };
-        let method = Eagle3Train::new(kernels, config, options, VocabMap::identity(vocab), &side, &weights)?;
+        let (method, pack) = made_up(kernels, shape)?;
         let optimizer = AdamW::new(AdamWOptions::default(), method.tape());
         Ok(Ours { method, optimizer, pack })
     }

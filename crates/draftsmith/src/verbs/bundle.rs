@@ -109,8 +109,8 @@ pub(crate) fn verify_export(args: &cli::BundleVerifyExport) -> Result<u8, Failur
     tell(&report, args.json)
 }
 
-/// The three layers of `--layers`.
-fn three_layers(written: &[String]) -> Result<[u32; 3], Failure> {
+/// The layers of `--layers`; how many a draft reads is known when it was read.
+fn layers(written: &[String]) -> Result<Vec<u32>, Failure> {
     let refused = |message: String| {
         let hint = "give the layers low, mid, high, counted from 0: `--layers 1,14,26`";
         Failure::input(message, Some(hint.into()))
@@ -123,13 +123,11 @@ fn three_layers(written: &[String]) -> Result<[u32; 3], Failure> {
             })
         })
         .collect();
-    let three: [u32; 3] = layers?.try_into().map_err(|layers: Vec<u32>| {
-        refused(format!("`--layers` has {} numbers, expected 3", layers.len()))
-    })?;
-    match three.windows(2).all(|pair| pair[0] < pair[1]) {
-        true => Ok(three),
+    let layers = layers?;
+    match layers.windows(2).all(|pair| pair[0] < pair[1]) {
+        true => Ok(layers),
         false => Err(refused(format!(
-            "`--layers` is {three:?}, expected three different layers in ascending order"
+            "`--layers` is {layers:?}, expected different layers in ascending order"
         ))),
     }
 }
@@ -138,9 +136,9 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
     let places = &session.places;
     let pulled = locate(std::slice::from_ref(&args.draft), None, places, &session.printer, &session.stop)?;
     // The command line decides before the draft's own word is read: it may be wrong.
-    let layers = args.layers.as_ref().map(|layers| three_layers(layers)).transpose()?;
+    let layers = args.layers.as_ref().map(|written| layers(written)).transpose()?;
     // What cannot be read is told before the target is fetched.
-    let draft = draftsmith::bundle::import_with(&pulled.path, layers).map_err(Error::from)?;
+    let draft = draftsmith::bundle::import_with(&pulled.path, layers.as_deref()).map_err(Error::from)?;
     let target = load(&args.target, session)?;
     let made = import_draft(
         &draft,
@@ -173,14 +171,14 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
         }))?;
         return Ok(0);
     }
-    let map = &draft.vocab_map;
+    let shape = draft.config.shape();
     printer::out(&format!(
         "{}\n  {} layout, {} tensors, {} of {} token ids, layers {:?}\n{}",
         made.path.display(),
         draft.layout.name(),
         draft.tensors.len(),
-        map.draft_vocab(),
-        map.target_vocab(),
+        shape.draft_vocab_size,
+        shape.vocab_size,
         made.manifest.draft.target_layer_ids,
         warnings(&made.warnings)
     ))?;

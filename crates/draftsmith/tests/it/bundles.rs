@@ -33,7 +33,7 @@ pub(crate) fn foreign_draft(home: &Home, change: impl FnOnce(&mut Eagle3Config))
         method: "eagle3",
         config: config.to_value().unwrap(),
         tensors,
-        vocab_map: VocabMap::from_target_ids(&ids, config.vocab_size).unwrap(),
+        vocab_map: Some(VocabMap::from_target_ids(&ids, config.vocab_size).unwrap()),
     };
     weights.save(&home.path().join("theirs")).unwrap();
 }

@@ -187,7 +187,7 @@ fn draft(folder: &Path, change: impl FnOnce(&mut Eagle3Config)) {
         method: "eagle3",
         config: config.to_value().unwrap(),
         tensors: random_weights(&config, 1),
-        vocab_map: VocabMap::from_target_ids(&ids, config.vocab_size).unwrap(),
+        vocab_map: Some(VocabMap::from_target_ids(&ids, config.vocab_size).unwrap()),
     };
     weights.save(folder).unwrap();
 }

@@ -1,6 +1,6 @@
 //! Rules between the keys of a run file that types alone do not express.
 
-use super::{CaptureServerKind, CaptureServerTable, Method, RunFile, ServerTable};
+use super::{CaptureServerKind, CaptureServerTable, RunFile, ServerTable};
 use crate::hash::is_sha256_hex;
 
 /// A broken rule: dotted key, what is wrong, and advice where there is any.
@@ -211,9 +211,7 @@ impl RunFile {
         }
         let draft = &self.draft;
         if let Some(layers) = &self.capture.layers {
-            let wanted = match draft.method {
-                Method::Eagle3 => 3,
-            };
+            let wanted = draft.method.captured_layers();
             if layers.len() != wanted || !layers.windows(2).all(|w| w[0] < w[1]) {
                 let problem = format!("is {layers:?}, expected {wanted} layers in ascending order");
                 return broken("capture.layers", problem);
@@ -251,11 +249,13 @@ impl RunFile {
 
     fn check_train(&self) -> Result<(), Broken> {
         let t = &self.train;
-        positive("train.ttt_length", u64::from(t.ttt_length))?;
-        at_most("train.ttt_length", u64::from(t.ttt_length), MAX_DEPTH)?;
-        number("train.step_decay", t.step_decay, t.step_decay > 0.0, "a number above 0")?;
-        number("train.kl_scale", t.kl_scale, (0.0..=1.0).contains(&t.kl_scale), "a number from 0 to 1")?;
-        number("train.kl_decay", t.kl_decay, t.kl_decay >= 0.0, "a number of at least 0")?;
+        let e = &t.eagle3;
+        positive("train.eagle3.ttt_length", u64::from(e.ttt_length))?;
+        at_most("train.eagle3.ttt_length", u64::from(e.ttt_length), MAX_DEPTH)?;
+        number("train.eagle3.step_decay", e.step_decay, e.step_decay > 0.0, "a number above 0")?;
+        let scale = e.kl_scale;
+        number("train.eagle3.kl_scale", scale, (0.0..=1.0).contains(&scale), "a number from 0 to 1")?;
+        number("train.eagle3.kl_decay", e.kl_decay, e.kl_decay >= 0.0, "a number of at least 0")?;
         number("train.lr", t.lr, t.lr > 0.0, "a number above 0")?;
         let ratio = t.warmup_ratio;
         number("train.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a number from 0 to 1")?;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use super::{RunFile, Stage, flatten};
+use super::{RunFile, Stage, eagle3, flatten};
 use crate::hash;
 
 /// Keys that the first version of run folders put into a stage's hash, defaults included. `N` is any index, a last `*`
@@ -102,8 +102,10 @@ fn defaults() -> &'static BTreeMap<String, String> {
     DEFAULTS.get_or_init(|| {
         let text = "[target]\nsource = \"-\"\n[data]\nsources = [{ path = \"-\" }]\n";
         let file = RunFile::parse(Path::new("defaults"), text, &[]).expect("the smallest run file is one");
+        let mut table = file.to_table();
+        eagle3::to_old_places(&mut table);
         let mut flat = BTreeMap::new();
-        flatten("", &toml::Value::Table(file.to_table()), &mut flat);
+        flatten("", &toml::Value::Table(table), &mut flat);
         let mut out: BTreeMap<String, String> =
             flat.into_iter().map(|(key, value)| (without_indices(&key), value)).collect();
         ALWAYS.iter().for_each(|key| drop(out.remove(*key)));

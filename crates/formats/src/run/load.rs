@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use super::{RunFile, reference};
+use super::{RunFile, eagle3, reference};
 
 /// Where in the input something is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,7 +109,9 @@ impl RunError {
                 let (table, last) = key.rsplit_once('.').unwrap_or(("", key));
                 let full = |k: &str| if table.is_empty() { k.to_string() } else { format!("{table}.{k}") };
                 if let Some(meant) = closest(last, known.iter().map(String::as_str)) {
-                    return Some(format!("did you mean `{}`?", full(meant)));
+                    let meant = full(meant);
+                    let meant = eagle3::newer_place(&meant).unwrap_or(meant);
+                    return Some(format!("did you mean `{meant}`?"));
                 }
                 let elsewhere: Vec<String> = reference()
                     .into_iter()
@@ -117,7 +119,11 @@ impl RunError {
                     .map(|k| k.key)
                     .collect();
                 match elsewhere.as_slice() {
-                    [] => Some(format!("known keys here: {}", known.join(", "))),
+                    [] => {
+                        let current = known.iter().filter(|k| eagle3::newer_place(&full(k)).is_none());
+                        let current: Vec<&str> = current.map(String::as_str).collect();
+                        Some(format!("known keys here: {}", current.join(", ")))
+                    }
                     keys => Some(format!("did you mean `{}`?", keys.join("` or `"))),
                 }
             }
@@ -156,6 +162,16 @@ impl RunFile {
         }
         let mut table: toml::Table = toml::from_str(text).map_err(|e| source.explain(&e))?;
         state = source.deserialize(&table);
+        let twice = |table: &toml::Table| match eagle3::given_twice(table) {
+            None => Ok(()),
+            Some((old, new)) => Err(RunError::Value {
+                place: source.place_of_key(&old, overrides),
+                problem: format!("is given beside `{new}`, its newer name"),
+                advice: Some(format!("remove `{old}`")),
+                key: old,
+            }),
+        };
+        twice(&table)?;
         for text in overrides {
             state = source.apply(&mut table, text)?;
         }
@@ -221,11 +237,18 @@ impl<'t> Source<'t> {
 
     /// The override that set the key, or else its line in the file.
     fn place_of_key(&self, key: &str, overrides: &[String]) -> Place {
-        let sets = |text: &&String| text.split('=').next().is_some_and(|k| k.trim() == key);
+        let other = eagle3::other_place(key);
+        let is_it = |k: &str| k == key || other.as_deref() == Some(k);
+        let sets = |text: &&String| text.split('=').next().is_some_and(|k| is_it(k.trim()));
         if let Some(text) = overrides.iter().rev().find(sets) {
             return Place::Override { text: text.clone() };
         }
-        let mut name = key;
+        // By one of its names it may stand there; the tables around it are asked after both.
+        let there = |name: &str| self.entries.iter().any(|e| e.key == name);
+        let mut name = match other.as_deref() {
+            Some(other) if !there(key) && there(other) => other,
+            _ => key,
+        };
         loop {
             if let Some(entry) = self.entries.iter().find(|e| e.key == name) {
                 return self.at(Some(entry.key_span.start));
@@ -323,6 +346,10 @@ impl<'t> Source<'t> {
         let mut first_error = None;
         for candidate in [Some(value), as_text].into_iter().flatten() {
             let mut changed = table.clone();
+            // An override holds, by whatever name the file has its key.
+            if let Some(other) = eagle3::other_place(key) {
+                unset(&mut changed, &other);
+            }
             set(&mut changed, key, candidate).map_err(|problem| syntax(&problem))?;
             let result = self.deserialize(&changed);
             let fault = match &result {
@@ -405,6 +432,18 @@ fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), Str
         _ => return Err(format!("`{last}` is below a plain value")),
     }
     Ok(())
+}
+
+/// Removes a dotted key, if it is there.
+fn unset(table: &mut toml::Table, key: &str) {
+    match key.split_once('.') {
+        None => drop(table.remove(key)),
+        Some((first, rest)) => {
+            if let Some(toml::Value::Table(inner)) = table.get_mut(first) {
+                unset(inner, rest);
+            }
+        }
+    }
 }
 
 fn element<'a>(items: &'a mut [toml::Value], part: &str) -> Result<&'a mut toml::Value, String> {

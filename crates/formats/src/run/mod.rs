@@ -10,6 +10,7 @@
 //! Relative paths start at the working directory.
 
 mod check;
+mod eagle3;
 mod inputs;
 mod load;
 mod reference;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash;
 
+pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
 
@@ -478,10 +480,16 @@ pub struct DraftTable {
     pub kv_heads: Option<u32>,
     /// `target`: start the head from the target's rows; `random`: start it from noise.
     pub init: DraftInit,
-    /// Normalise each captured layer before they are joined (EAGLE-3.1).
-    pub fc_norm: bool,
-    /// Feed back the normalised state (EAGLE-3.1).
-    pub norm_output: bool,
+    /// What `eagle3` alone has.
+    pub eagle3: Eagle3DraftTable,
+    /// Older place of `draft.eagle3.fc_norm`.
+    #[serde(skip_serializing, rename = "fc_norm")]
+    #[schemars(skip)]
+    old_fc_norm: Option<bool>,
+    /// Older place of `draft.eagle3.norm_output`.
+    #[serde(skip_serializing, rename = "norm_output")]
+    #[schemars(skip)]
+    old_norm_output: Option<bool>,
 }
 
 impl Default for DraftTable {
@@ -494,8 +502,9 @@ impl Default for DraftTable {
             heads: None,
             kv_heads: None,
             init: DraftInit::Target,
-            fc_norm: false,
-            norm_output: false,
+            eagle3: Eagle3DraftTable::default(),
+            old_fc_norm: None,
+            old_norm_output: None,
         }
     }
 }
@@ -506,6 +515,39 @@ impl Default for DraftTable {
 pub enum Method {
     /// EAGLE-3: one decoder layer over fused target states, trained with training-time test.
     Eagle3,
+}
+
+impl Method {
+    /// All kinds.
+    pub const ALL: [Method; 1] = [Method::Eagle3];
+
+    /// The word in run files, manifests and records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Eagle3 => "eagle3",
+        }
+    }
+
+    /// The kind that a word means.
+    pub fn from_name(name: &str) -> Option<Method> {
+        Method::ALL.into_iter().find(|method| method.name() == name)
+    }
+
+    /// Target layers that such a draft reads.
+    pub fn captured_layers(self) -> usize {
+        match self {
+            Method::Eagle3 => 3,
+        }
+    }
+}
+
+impl RunFile {
+    /// Draft steps that training unrolls per position, for a kind that does.
+    pub fn unrolled_steps(&self) -> Option<u32> {
+        match self.draft.method {
+            Method::Eagle3 => Some(self.train.eagle3.ttt_length),
+        }
+    }
 }
 
 /// How weights start that the target has too.
@@ -522,16 +564,6 @@ pub enum DraftInit {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainTable {
-    /// Draft steps unrolled per position (training-time test).
-    pub ttt_length: u32,
-    /// Step `k` counts `step_decay^k` in the loss.
-    pub step_decay: f64,
-    /// `kl`: cross entropy with the target's distribution; `lk_alpha`, `lk_lambda`: expected acceptance.
-    pub loss: Loss,
-    /// Weight of cross entropy in `lk_lambda` at acceptance 0.
-    pub kl_scale: f64,
-    /// How fast that weight falls as acceptance grows.
-    pub kl_decay: f64,
     /// Highest learning rate.
     pub lr: f64,
     /// Share of the steps in which the learning rate rises.
@@ -562,16 +594,33 @@ pub struct TrainTable {
     pub keep_checkpoints: u32,
     /// Seed of initial weights and data order. Default: `run.seed`.
     pub seed: Option<u64>,
+    /// What `eagle3` alone has.
+    pub eagle3: Eagle3TrainTable,
+    /// Older place of `train.eagle3.ttt_length`.
+    #[serde(skip_serializing, rename = "ttt_length")]
+    #[schemars(skip)]
+    old_ttt_length: Option<u32>,
+    /// Older place of `train.eagle3.step_decay`.
+    #[serde(skip_serializing, rename = "step_decay")]
+    #[schemars(skip)]
+    old_step_decay: Option<f64>,
+    /// Older place of `train.eagle3.loss`.
+    #[serde(skip_serializing, rename = "loss")]
+    #[schemars(skip)]
+    old_loss: Option<Loss>,
+    /// Older place of `train.eagle3.kl_scale`.
+    #[serde(skip_serializing, rename = "kl_scale")]
+    #[schemars(skip)]
+    old_kl_scale: Option<f64>,
+    /// Older place of `train.eagle3.kl_decay`.
+    #[serde(skip_serializing, rename = "kl_decay")]
+    #[schemars(skip)]
+    old_kl_decay: Option<f64>,
 }
 
 impl Default for TrainTable {
     fn default() -> Self {
         TrainTable {
-            ttt_length: 7,
-            step_decay: 0.8,
-            loss: Loss::Kl,
-            kl_scale: 1.0,
-            kl_decay: 1.0,
             lr: 1e-4,
             warmup_ratio: 0.015,
             schedule: Schedule::Cosine,
@@ -587,20 +636,14 @@ impl Default for TrainTable {
             checkpoint_every: 100,
             keep_checkpoints: 2,
             seed: None,
+            eagle3: Eagle3TrainTable::default(),
+            old_ttt_length: None,
+            old_step_decay: None,
+            old_loss: None,
+            old_kl_scale: None,
+            old_kl_decay: None,
         }
     }
-}
-
-/// What training minimises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Loss {
-    /// Soft cross entropy with the target's distribution on the draft vocabulary [eagle3 §4.3].
-    Kl,
-    /// Minus the logarithm of the expected acceptance [eagle3 §4.4].
-    LkAlpha,
-    /// A mix of both that moves to acceptance as it grows [eagle3 §4.4].
-    LkLambda,
 }
 
 /// Learning rate after the rise.
@@ -759,6 +802,7 @@ impl RunFile {
         self.bundle.name.get_or_insert_with(|| self.run.name.clone());
         self.regenerate.seed.get_or_insert(self.run.seed);
         self.train.seed.get_or_insert(self.run.seed);
+        self.take_old_places();
         self
     }
 
@@ -819,6 +863,7 @@ impl RunFile {
         if stage >= Stage::Bench {
             keep("bench", &[]);
         }
+        eagle3::to_old_places(&mut kept);
         kept
     }
 

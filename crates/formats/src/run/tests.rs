@@ -21,7 +21,7 @@ fn the_smallest_file_gets_all_defaults() {
     assert_eq!(run.dir(), Path::new("runs/run"));
     assert_eq!(run.bundle_dir(), Path::new("runs/run/bundle"));
     assert_eq!(run.train.seed, Some(42));
-    assert_eq!((run.train.ttt_length, run.train.step_decay), (7, 0.8));
+    assert_eq!((run.train.eagle3.ttt_length, run.train.eagle3.step_decay), (7, 0.8));
     assert_eq!((run.data.max_length, run.data.sources[0].weight), (2048, 1.0));
     assert_eq!(run.draft.vocab_size, 8192);
 }
@@ -124,6 +124,41 @@ fn a_key_at_its_default_is_no_input_of_a_stage() {
     assert_ne!(inputs(&["regenerate.server={ url = \"http://a/v1\" }"], Stage::Regenerate).len(), 2);
 }
 
+/// Keys of `eagle3` stood beside the others once: files that have them there mean the same, and work done under either
+/// spelling is recognised.
+#[test]
+fn keys_at_their_older_places_mean_the_same() {
+    let with = |tail: &str| format!("{SMALL}{tail}");
+    let old = "[draft]\nfc_norm = true\n[train]\nttt_length = 3\nloss = \"lk_alpha\"\n";
+    let new = "[draft.eagle3]\nfc_norm = true\n[train.eagle3]\nttt_length = 3\nloss = \"lk_alpha\"\n";
+    let (old, new) = (parse(&with(old), &[]).unwrap(), parse(&with(new), &[]).unwrap());
+    assert_eq!(old, new);
+    assert_eq!((old.train.eagle3.ttt_length, old.draft.eagle3.fc_norm), (3, true));
+    assert!(old.to_toml().contains("[train.eagle3]\nttt_length = 3\n"), "{}", old.to_toml());
+    for stage in Stage::ALL {
+        assert_eq!(old.stage_inputs(stage), new.stage_inputs(stage));
+        assert_eq!(old.stage_hash_v1(stage), new.stage_hash_v1(stage));
+    }
+    assert_eq!(old.stage_inputs(Stage::Train)["train.ttt_length"], "3");
+    // The last override holds, whatever the file calls the key.
+    for (file, over) in [("[train]", "train.eagle3"), ("[train.eagle3]", "train")] {
+        let run = parse(&with(&format!("{file}\nttt_length = 3\n")), &[&format!("{over}.ttt_length=5")]).unwrap();
+        assert_eq!(run.train.eagle3.ttt_length, 5, "{file} and {over}");
+    }
+    check_refused(
+        &with("[train]\nstep_decay = 0.9\n[train.eagle3]\nstep_decay = 0.8\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.step_decay` is given beside `train.eagle3.step_decay`, its newer name",
+        Some("remove `train.step_decay`"),
+    );
+    check_refused(
+        &with("[train]\nttt_length = 0\n"),
+        &[],
+        "run file `run.toml`, line 6: `train.eagle3.ttt_length` is 0, expected at least 1",
+        None,
+    );
+}
+
 #[test]
 fn overrides_are_toml_values_or_bare_words() {
     let run = parse(
@@ -167,7 +202,7 @@ fn misspelt_keys_name_line_and_suggestion() {
         &with("[train]\nlr = 1e-4\nttt_lenght = 5\n"),
         &[],
         "run file `run.toml`, line 7: unknown key `train.ttt_lenght`",
-        Some("did you mean `train.ttt_length`?"),
+        Some("did you mean `train.eagle3.ttt_length`?"),
     );
     check_refused(
         &with("wieght = 2.0\n"),
@@ -185,7 +220,7 @@ fn misspelt_keys_name_line_and_suggestion() {
         &with("[draft]\nttt_length = 5\n"),
         &[],
         "run file `run.toml`, line 6: unknown key `draft.ttt_length`",
-        Some("did you mean `train.ttt_length`?"),
+        Some("did you mean `train.eagle3.ttt_length`?"),
     );
     check_refused(
         &with("[bench]\ntree = { depth = 1, width = 2, nodes = 3 }\n"),
@@ -314,7 +349,7 @@ fn values_are_checked_against_each_other() {
         ("train.lr=nan", "is NaN, expected a number above 0"),
         ("train.beta2=1", "is 1, expected a number from 0 to below 1"),
         ("train.warmup_ratio=1.5", "is 1.5, expected a number from 0 to 1"),
-        ("train.ttt_length=0", "is 0, expected at least 1"),
+        ("train.eagle3.ttt_length=0", "is 0, expected at least 1"),
         ("train.pack_length=512", "is 512, but rows can be as long as `data.max_length` = 2048"),
         ("train.max_steps=0", "is 0, expected at least 1"),
         ("regenerate.top_p=0", "is 0, expected a number above 0 and at most 1"),
@@ -380,7 +415,7 @@ fn every_key_is_documented() {
     }
     let find = |name: &str| keys.iter().find(|k| k.key == name).unwrap_or_else(|| panic!("{name}"));
     assert_eq!(find("train.lr").default.as_deref(), Some("0.0001"));
-    assert_eq!(find("train.loss").kind, "\"kl\" or \"lk_alpha\" or \"lk_lambda\"");
+    assert_eq!(find("train.eagle3.loss").kind, "\"kl\" or \"lk_alpha\" or \"lk_lambda\"");
     assert_eq!(find("data.max_length").default.as_deref(), Some("2048"));
     assert_eq!(find("data.sources").kind, "list of tables");
     assert!(find("data.sources.N.path").required && !find("data.sources.N.weight").required);

@@ -12,14 +12,14 @@ mod pack;
 mod pages;
 mod peaks;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use attention::KvLayer;
 pub use pack::PackedWeight;
 
 use crate::pool::SendPtr;
 use crate::{
-    Activation, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, WeightView, scratch,
+    Activation, Buffer, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, TopK, WeightView, scratch,
 };
 use isa::Level;
 
@@ -161,6 +161,27 @@ impl Kernels for Cpu {
 
     fn argmax(&self, x: &Vec<f32>, rows: usize, w: &PackedWeight) -> Vec<u32> {
         matmul::argmax(self.level, &self.pool, x, rows, w)
+    }
+
+    fn top_k(
+        &self,
+        x: &Vec<f32>,
+        rows: usize,
+        (w, outputs): (&PackedWeight, usize),
+        k: usize,
+    ) -> Vec<TopK> {
+        let mut y = [self.scratch(rows * outputs)];
+        self.matmuls(x, rows, &[(w, None)], &mut y);
+        let found: Vec<OnceLock<TopK>> = (0..rows).map(|_| OnceLock::new()).collect();
+        // An exponential is worth several simple operations.
+        self.split(rows, 8 * outputs, &|from, to| {
+            for row in from..to {
+                let values = &y[0][row * outputs..(row + 1) * outputs];
+                found[row].get_or_init(|| TopK::of(values, k));
+            }
+        });
+        y[0].give_back();
+        found.into_iter().map(|row| row.into_inner().expect("every row was looked at")).collect()
     }
 
     fn embed(&self, table: &PackedWeight, ids: &[u32], scale: f32, y: &mut Vec<f32>) {

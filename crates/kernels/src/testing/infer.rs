@@ -4,8 +4,8 @@
 
 use super::{close, host};
 use crate::{
-    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
-    WeightView, quant, reference,
+    Activation, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, TopK,
+    WeightDtype, WeightView, quant, reference,
 };
 
 /// A small deterministic generator; the tests need variety, not quality.
@@ -101,6 +101,12 @@ pub fn matmul<K: Kernels>(k: &K, x: &[f32], rows: usize, w: &WeightView<'_>, mod
     let mut y = [k.scratch(rows * w.out_features)];
     k.matmuls(&k.upload(x), rows, &[(&packed, None)], &mut y);
     let y = host(k, &y[0], rows * w.out_features);
+    let best = k.top_k(&k.upload(x), rows, (&packed, w.out_features), 3);
+    for (row, found) in y.chunks_exact(w.out_features).zip(best) {
+        let wanted = TopK::of(row, 3);
+        assert_eq!(found.best, wanted.best, "the best of the outputs themselves");
+        assert!((found.log_sum - wanted.log_sum).abs() <= 1e-4 || wanted.log_sum.is_nan());
+    }
     for (row, best) in y.chunks_exact(w.out_features).zip(k.argmax(&k.upload(x), rows, &packed)) {
         let first = (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best });
         // Outputs may be stored more coarsely than they are compared.

@@ -11,20 +11,22 @@
 //! `H`/`Ht` draft/target width, `V`/`Vd` vocabularies.
 
 mod init;
+mod made_up;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 
 use draftsmith_core::{TargetTokenId, VocabMap};
-use draftsmith_formats::run::{DraftInit, DraftTable, Loss, TrainTable};
+use draftsmith_formats::run::{DraftInit, Eagle3TrainTable, Loss};
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums, Teacher};
-use draftsmith_model::eagle3::{BuildWeights, Eagle3, Eagle3Config, Eagle3Weights, Feedback};
+use draftsmith_model::eagle3::{Eagle3, Eagle3Config, Eagle3Weights, Feedback};
 use draftsmith_model::tape::{ParamId, Tape, TttAttend, TttLayout};
-use draftsmith_model::{Ops, TargetConfig, TargetTensors};
+use draftsmith_model::{BuildWeights, Ops, TargetTensors};
 
 pub use init::{TargetStart, random_weights, warm_weights};
+pub(crate) use made_up::made_up;
 
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
 
@@ -156,30 +158,9 @@ fn expect_len(name: &str, found: usize, wanted: usize) -> Result<(), TrainError>
     }
 }
 
-/// The shapes of a draft as a run file's `[draft]` table asks for them: the target's where it says nothing.
-///
-/// # Errors
-/// If the numbers do not fit together.
-pub fn draft_config(
-    table: &DraftTable,
-    target: &TargetConfig,
-    draft_vocab_size: usize,
-) -> Result<Eagle3Config, TrainError> {
-    let mut config = Eagle3Config::for_target(target, draft_vocab_size);
-    let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
-    set(&mut config.hidden_size, table.hidden);
-    set(&mut config.intermediate_size, table.intermediate);
-    set(&mut config.num_attention_heads, table.heads);
-    set(&mut config.num_key_value_heads, table.kv_heads);
-    config.fc_norm = table.fc_norm;
-    config.feedback = if table.norm_output { Feedback::PostNorm } else { Feedback::PreNorm };
-    config.check()?;
-    Ok(config)
-}
-
 impl Eagle3Options {
-    /// The settings of a run file's `[train]` table, normalised by trained tokens.
-    pub fn from_table(table: &TrainTable) -> Eagle3Options {
+    /// The settings of a run file, normalised by trained tokens.
+    pub fn from_table(table: &Eagle3TrainTable) -> Eagle3Options {
         let loss = match table.loss {
             Loss::Kl => SoftLoss::Kl,
             Loss::LkAlpha => SoftLoss::LkAlpha,
@@ -542,7 +523,7 @@ impl<K: TrainKernels> Method for Eagle3Train<K> {
             method: self.name(),
             config: self.net.config.to_value()?,
             tensors,
-            vocab_map: self.vocab_map.clone(),
+            vocab_map: Some(self.vocab_map.clone()),
         })
     }
 }

@@ -7,7 +7,7 @@ use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::{Cpu, Kernels, PackMode, StepMask, WeightView};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_model::tape::Tape;
-use draftsmith_model::{CacheAttend, Draft, Infer, Linear, Ops};
+use draftsmith_model::{CacheAttend, Draft, DraftConfig, Infer, Linear, Ops};
 use draftsmith_train::eagle3::{TargetSide, random_weights};
 use draftsmith_train::{DraftTensor, Eagle3Options, Eagle3Train, Pack, Rng};
 
@@ -28,8 +28,9 @@ fn decode(
     let tensors: BTreeMap<_, _> =
         weights.iter().map(|t| (t.name.clone(), (t.shape.clone(), t.values.clone()))).collect();
     let vocab_map = VocabMap::identity(config.draft_vocab_size);
-    let draft =
-        Draft::from_tensors(&kernels, config.clone(), &tensors, vocab_map, PackMode::F32, "test").unwrap();
+    let any = DraftConfig::Eagle3(config.clone());
+    let Draft::Eagle3(draft) =
+        Draft::from_tensors(&kernels, any, &tensors, Some(vocab_map), PackMode::F32, "test").unwrap();
     let view = WeightView::f32(embed, config.vocab_size, config.hidden_size);
     let packed = kernels.pack("embed", &view, PackMode::F32).unwrap();
     let table = std::sync::Arc::new(Linear {

@@ -6,7 +6,8 @@
 use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
 use draftsmith_kernels::{RopeScaling, RopeTable};
-use draftsmith_model::eagle3::{Eagle3Config, Eagle3ConfigError, Feedback};
+use draftsmith_model::DraftConfigError;
+use draftsmith_model::eagle3::{Eagle3Config, Feedback, LAYERS_HINT, SUPPORTED};
 
 use crate::Problem;
 
@@ -126,9 +127,9 @@ pub(crate) fn config(
     let key = |name: &str| format!("{ARCHITECTURE}.{name}");
     let size = |name: &str| file.get_u32(&key(name)).map(|n| n as usize);
     let problem =
-        |source: Eagle3ConfigError| Problem::Config { message: source.to_string(), hint: source.hint() };
+        |source: DraftConfigError| Problem::Config { message: source.to_string(), hint: source.hint() };
     let unsupported = |name: &str, found: String| {
-        Ok(Err(problem(Eagle3ConfigError::Unsupported { key: key(name), found })))
+        Ok(Err(problem(DraftConfigError::Unsupported { key: key(name), found, supported: SUPPORTED })))
     };
     let (hidden_size, heads) = (size("embedding_length")?, size("attention.head_count")?);
     let head_dim = match file.find_u32(&key("attention.key_length"))? {
@@ -151,10 +152,11 @@ pub(crate) fn config(
                 match ids.and_then(|ids| <[u32; 3]>::try_from(ids).ok()) {
                     Some(ids) => Some(ids),
                     None => {
-                        return Ok(Err(problem(Eagle3ConfigError::Layers {
+                        return Ok(Err(problem(DraftConfigError::Layers {
                             key: key("target_layers"),
                             wanted: "three layer numbers, counted from 1",
                             found: format!("{numbers:?}"),
+                            hint: LAYERS_HINT,
                         })));
                     }
                 }

@@ -2,8 +2,8 @@
 
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 
-use super::{Layout, TargetFacts};
 use crate::Problem;
+use crate::foreign::{Layout, TargetFacts};
 use crate::manifest::Manifest;
 
 const SGLANG: &str = "SGLang";

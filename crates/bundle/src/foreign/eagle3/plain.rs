@@ -14,8 +14,8 @@ use draftsmith_formats::gguf::{GgmlType, GgufFile};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use serde_json::Value;
 
-use super::{GGUF_FILE, Layout};
 use crate::BundleError;
+use crate::foreign::{GGUF_FILE, Layout};
 use crate::probe::ProbeInput;
 
 /// Which two numbers of a head turn together.
