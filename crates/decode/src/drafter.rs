@@ -8,6 +8,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{Draft, Rows, StepOutput, Target};
 
 use crate::DecodeError;
+use crate::block::{BlockDrafter, Net};
 use crate::eagle::EagleDrafter;
 use crate::tree;
 
@@ -220,5 +221,7 @@ pub fn drafter<K: Kernels>(
 ) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
     Ok(match draft {
         Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
+        Draft::Block(draft) => Arc::new(BlockDrafter::new(target, Net::Block(draft))?),
+        Draft::PEagle(draft) => Arc::new(BlockDrafter::new(target, Net::PEagle(draft))?),
     })
 }

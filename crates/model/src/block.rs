@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use draftsmith_formats::run::{DraftTable, MarkovHead, Method};
 use draftsmith_kernels::{Cell, PackMode, RopeScaling, RopeTable};
 use serde_json::{Map, Value, json};
 
@@ -168,6 +169,39 @@ impl BlockConfig {
             eos_token_ids: target.eos_ids.clone(),
             pad_token_id: None,
         }
+    }
+
+    /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
+    /// one is named.
+    pub(crate) fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> BlockConfig {
+        let last = target.vocab_size as u32 - 1;
+        let (layers, block_size, mask, window, spark) = match table.method {
+            Method::Dspark => {
+                let t = &table.dspark;
+                let kind = match t.markov_head {
+                    MarkovHead::Vanilla => MarkovKind::Vanilla,
+                    MarkovHead::Gated => MarkovKind::Gated,
+                    MarkovHead::Rnn => MarkovKind::Rnn,
+                };
+                let rank = t.markov_rank as usize;
+                let spark = SparkConfig {
+                    markov: (rank > 0).then_some(MarkovConfig { rank, kind }),
+                    confidence: t.confidence.then_some(t.confidence_with_markov && rank > 0),
+                };
+                (t.layers, t.block_size, t.mask_token_id, t.window, Some(spark))
+            }
+            _ => {
+                let t = &table.dflash;
+                (t.layers, t.block_size, t.mask_token_id, t.window, None)
+            }
+        };
+        let (layers, block_size) = (layers as usize, block_size as usize);
+        let mut config =
+            BlockConfig::for_target(target, draft_vocab_size, layers, block_size, mask.unwrap_or(last), spark);
+        config.layer.take_table(table);
+        config.sliding_window = window.map(|window| window as usize);
+        config.sliding = vec![window.is_some(); layers];
+        config
     }
 
     /// Reads the parsed `config.json`.
@@ -424,6 +458,8 @@ impl DraftSpec for BlockConfig {
             initializer_range: self.initializer_range,
             captured_layers: self.captured_layers(),
             has_vocab_map: self.draft_vocab_size < self.vocab_size,
+            has_embedding: false,
+            answer_width: self.layer.hidden_size + self.markov().map_or(0, |m| m.rank),
         }
     }
 
@@ -441,6 +477,10 @@ impl DraftSpec for BlockConfig {
         }
         self.target_layer_ids = Some(layers.to_vec());
         Ok(())
+    }
+
+    fn set_mask_token(&mut self, id: u32) {
+        self.mask_token_id = id;
     }
 
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {
@@ -742,6 +782,10 @@ impl BlockNet {
         }
     }
 }
+
+mod decode;
+
+pub use decode::{BlockDraft, BlockKv};
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use draftsmith_formats::run::DraftTable;
 use draftsmith_kernels::{Activation, RopeTable};
 
 use crate::ops::{Attend, Ops};
@@ -40,6 +41,14 @@ impl LayerShape {
     /// Logit scale.
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// Takes what a run file says; the width is the target's, whose embedding and head read it.
+    pub(crate) fn take_table(&mut self, table: &DraftTable) {
+        let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
+        set(&mut self.intermediate_size, table.intermediate);
+        set(&mut self.num_attention_heads, table.heads);
+        set(&mut self.num_key_value_heads, table.kv_heads);
     }
 
     /// What does not fit together, in words.

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, default_target_layers};
+use draftsmith_formats::run::DraftTable;
 use draftsmith_kernels::{PackMode, RopeScaling, RopeTable};
 use serde_json::{Value, json};
 
@@ -98,6 +99,17 @@ impl PEagleConfig {
             eos_token_ids: target.eos_ids.clone(),
             pad_token_id: None,
         }
+    }
+
+    /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
+    /// one is named.
+    pub(crate) fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> PEagleConfig {
+        let t = &table.p_eagle;
+        let mask = t.mask_token_id.unwrap_or(target.vocab_size as u32 - 1);
+        let (layers, depths) = (t.layers as usize, t.depths as usize);
+        let mut config = PEagleConfig::for_target(target, draft_vocab_size, layers, depths, mask);
+        config.layer.take_table(table);
+        config
     }
 
     /// Reads the parsed `config.json`.
@@ -223,6 +235,8 @@ impl DraftSpec for PEagleConfig {
             initializer_range: self.initializer_range,
             captured_layers: CAPTURED,
             has_vocab_map: true,
+            has_embedding: true,
+            answer_width: self.draft_vocab_size,
         }
     }
 
@@ -240,6 +254,10 @@ impl DraftSpec for PEagleConfig {
         })?;
         self.target_layer_ids = Some(three);
         Ok(())
+    }
+
+    fn set_mask_token(&mut self, id: u32) {
+        self.mask_token_id = id;
     }
 
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {
@@ -464,6 +482,10 @@ impl PEagleNet {
         ops.linear(head_input, &w.lm_head, None)
     }
 }
+
+mod decode;
+
+pub use decode::{PEagleDraft, PEagleKv, PEaglePart};
 
 #[cfg(test)]
 mod tests {

@@ -35,6 +35,8 @@ pub struct Param<B> {
     value: B,
     /// `None` for frozen weights.
     grad: Option<B>,
+    /// A row of a trained embedding that is left as it is.
+    fixed_row: Option<u32>,
 }
 
 impl<B> Param<B> {
@@ -235,8 +237,13 @@ impl<K: TrainKernels> Tape<K> {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values of `{name}` fill its shape");
         let value = self.kernels.upload(values);
         let grad = trained.then(|| self.kernels.zeros(values.len()));
-        self.params.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, grad });
+        self.params.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, grad, fixed_row: None });
         ParamId(self.params.len() - 1)
+    }
+
+    /// Leaves a row of an embedding out of its gradient: that of padding.
+    pub fn fix_row(&mut self, id: ParamId, row: u32) {
+        self.params[id.0].fixed_row = Some(row);
     }
 
     /// All parameters in the order they were added.
@@ -715,8 +722,20 @@ impl<K: TrainKernels> Tape<K> {
                 }
             }
             Op::Embed { table, ids, scale } => {
-                if let Some(dtable) = &mut self.params[table.0].grad {
-                    self.kernels.gather_grad(&grad, width, ids, *scale, dtable);
+                let table = &mut self.params[table.0];
+                let moves = |id: &u32| table.fixed_row != Some(*id);
+                if let Some(dtable) = &mut table.grad {
+                    if ids.iter().all(moves) {
+                        self.kernels.gather_grad(&grad, width, ids, *scale, dtable);
+                    } else {
+                        let kept: Vec<u32> = (0..rows as u32).filter(|row| moves(&ids[*row as usize])).collect();
+                        let ids: Vec<u32> = kept.iter().map(|row| ids[*row as usize]).collect();
+                        let mut some = self.pool.take(&self.kernels, kept.len() * width);
+                        self.kernels.gather(&grad, width, &kept, 1.0, &mut some);
+                        self.kernels.gather_grad(&some, width, &ids, *scale, dtable);
+                        self.kernels.retire(&mut some);
+                        self.pool.put(&self.kernels, some);
+                    }
                 }
             }
             Op::Bias { ones, bias } => {

@@ -323,6 +323,11 @@ impl<K: Kernels> Target<K> {
         ops.values(&last)
     }
 
+    /// The head.
+    pub fn head(&self) -> &Arc<Linear<K::Packed>> {
+        &self.head
+    }
+
     /// The most probable token of chosen rows of a step, the lowest id among equals.
     pub fn argmax(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<u32> {
         let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);

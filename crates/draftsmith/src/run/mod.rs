@@ -33,6 +33,7 @@ use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, S
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
 use draftsmith_model::{DraftConfig, Precision};
+use draftsmith_train::TrainError;
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
 use serde::Serialize;
@@ -529,8 +530,8 @@ impl<'a> Run<'a> {
             // They were held against the target when the run was opened.
             Some(layers) => layers.clone(),
             None => {
-                let draft = DraftConfig::for_target(self.file.draft.method, target, target.vocab_size);
-                draft.layers(target.num_layers as u32)
+                let draft = DraftConfig::from_table(&self.file.draft, target, target.vocab_size);
+                draft.map_err(TrainError::from)?.layers(target.num_layers as u32)
             }
         };
         Ok(layers.into_iter().map(LayerId).collect())

@@ -16,16 +16,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use draftsmith_core::{TargetTokenId, VocabMap};
+use draftsmith_formats::run::{BlockLossKind, DflashTrainTable, DraftInit, DsparkTrainTable};
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{NO_LABEL, Sight, Span, TokenRow};
 use draftsmith_model::block::{BlockConfig, BlockNet, BlockWeights, MarkovKind};
 use draftsmith_model::tape::{BlockAttend, HeadLayout, MaskLayout, ParamId, Tape, Var};
-use draftsmith_model::{DraftSpec, Ops};
+use draftsmith_model::{DraftSpec, Ops, TargetTensors};
 
 pub use init::{random_weights, warm_weights};
 pub use weights::DpaceKind;
 
-use crate::eagle3::TargetSide;
+use crate::eagle3::{TargetSide, TargetStart};
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
 
@@ -78,6 +79,31 @@ impl BlockOptions {
         loss: BlockLoss::Spark { gamma: Some(4.0), ce: 0.1, l1: 0.9, confidence: 1.0 },
         seed: 0,
     };
+}
+
+impl BlockOptions {
+    /// The settings of a run file for DFlash.
+    pub fn from_dflash(table: &DflashTrainTable, seed: u64) -> BlockOptions {
+        let dpace = |kind| BlockLoss::Dpace { kind, alpha: table.dpace_alpha };
+        let loss = match table.loss {
+            BlockLossKind::Tokens => BlockLoss::Tokens { gamma: (table.gamma > 0.0).then_some(table.gamma) },
+            BlockLossKind::Dpace => dpace(DpaceKind::Full),
+            BlockLossKind::DpaceConfidence => dpace(DpaceKind::Confidence),
+            BlockLossKind::DpaceContinuation => dpace(DpaceKind::Continuation),
+        };
+        BlockOptions { num_anchors: table.num_anchors as usize, loss, seed }
+    }
+
+    /// The settings of a run file for DSpark.
+    pub fn from_dspark(table: &DsparkTrainTable, seed: u64) -> BlockOptions {
+        let loss = BlockLoss::Spark {
+            gamma: (table.gamma > 0.0).then_some(table.gamma),
+            ce: table.ce,
+            l1: table.l1,
+            confidence: table.confidence,
+        };
+        BlockOptions { num_anchors: table.num_anchors as usize, loss, seed }
+    }
 }
 
 /// One row with a loss.
@@ -135,6 +161,26 @@ pub struct BlockTrain<K: TrainKernels> {
 }
 
 impl<K: TrainKernels> BlockTrain<K> {
+    /// A draft for a loaded target, started from it or at random.
+    ///
+    /// # Errors
+    /// As [`BlockTrain::new`]; a start from the target also needs a draft of its shapes.
+    pub fn for_target(
+        kernels: K,
+        config: BlockConfig,
+        options: BlockOptions,
+        vocab_map: VocabMap,
+        target: &TargetTensors,
+        init: DraftInit,
+    ) -> Result<BlockTrain<K>, TrainError> {
+        let weights = match init {
+            DraftInit::Target => warm_weights(&config, &TargetStart::of(target), options.seed)?,
+            DraftInit::Random => random_weights(&config, options.seed),
+        };
+        let side = TargetSide { embed: &target.embed, head: target.head.as_deref() };
+        BlockTrain::new(kernels, config, options, vocab_map, &side, &weights)
+    }
+
     /// A draft with the given initial weights (all of its configuration's tensors, by name).
     ///
     /// # Errors
@@ -573,7 +619,7 @@ impl<K: TrainKernels> Method for BlockTrain<K> {
             method: self.name(),
             config: self.net.config.to_value()?,
             tensors: trained_tensors(&self.tape, self.net.config.tensors()),
-            vocab_map: self.vocab_map.clone(),
+            vocab_map: (!self.vocab_map.is_identity()).then(|| self.vocab_map.clone()),
         })
     }
 }

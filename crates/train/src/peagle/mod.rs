@@ -11,15 +11,17 @@ mod init;
 mod sampling;
 
 use draftsmith_core::VocabMap;
+use draftsmith_formats::run::{DraftInit, PEagleTrainTable};
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{Sight, SoftLoss, SoftScale, Span};
 use draftsmith_model::peagle::{PEagleConfig, PEagleNet, PEagleWeights};
 use draftsmith_model::tape::{HeadLayout, ParamId, RolloutAttend, Tape};
-use draftsmith_model::{DraftSpec, Ops};
+use draftsmith_model::{DraftSpec, Ops, TargetTensors};
 
 pub use init::{random_weights, warm_weights};
 pub use sampling::{Element, Thinning};
 
+use crate::eagle3::TargetStart;
 use crate::teacher::TargetHeads;
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
@@ -37,6 +39,12 @@ impl PEagleOptions {
     /// The published settings.
     pub const PUBLISHED: PEagleOptions =
         PEagleOptions { thinning: Thinning { num_depths: 5, ratio: 0.8, least: 0.2 }, seed: 0 };
+
+    /// The settings of a run file.
+    pub fn from_table(table: &PEagleTrainTable, num_depths: usize, seed: u64) -> PEagleOptions {
+        let (ratio, least) = (table.down_sample_ratio, table.down_sample_ratio_min);
+        PEagleOptions { thinning: Thinning { num_depths, ratio, least }, seed }
+    }
 }
 
 /// Intermediate results, for tests that compare them.
@@ -65,6 +73,28 @@ pub struct PEagleTrain<K: TrainKernels> {
 }
 
 impl<K: TrainKernels> PEagleTrain<K> {
+    /// A draft for a loaded target, started from it or at random.
+    ///
+    /// # Errors
+    /// As [`PEagleTrain::new`]; a start from the target also needs a draft of its shapes.
+    pub fn for_target(
+        kernels: K,
+        config: PEagleConfig,
+        options: PEagleOptions,
+        vocab_map: VocabMap,
+        target: &TargetTensors,
+        init: DraftInit,
+    ) -> Result<PEagleTrain<K>, TrainError> {
+        let weights = match init {
+            DraftInit::Target => {
+                warm_weights(&config, &vocab_map, &TargetStart::of(target), &target.embed, options.seed)?
+            }
+            DraftInit::Random => random_weights(&config, &target.embed, options.seed),
+        };
+        let head = target.head.as_ref().unwrap_or(&target.embed);
+        PEagleTrain::new(kernels, config, options, vocab_map, head, &weights)
+    }
+
     /// A draft with the given initial weights (all of its configuration's tensors, by name). `head` is the target's
     /// `[V, Ht]`.
     ///
@@ -86,6 +116,9 @@ impl<K: TrainKernels> PEagleTrain<K> {
         check_tensors(config.tensors(), weights)?;
         let mut tape = Tape::new(kernels);
         let Ok(ids) = PEagleWeights::build(&config, &mut ToTape::new(&mut tape, weights));
+        if let Some(pad) = config.pad_token_id {
+            tape.fix_row(ids.embed, pad);
+        }
         let whole = tape.add_param("target lm_head.weight", &[v, ht], head, false);
         let part = match vocab_map.is_identity() {
             true => whole,
@@ -268,7 +301,7 @@ impl<K: TrainKernels> Method for PEagleTrain<K> {
             method: self.name(),
             config: self.net.config.to_value()?,
             tensors: trained_tensors(&self.tape, self.net.config.tensors()),
-            vocab_map: self.vocab_map.clone(),
+            vocab_map: Some(self.vocab_map.clone()),
         })
     }
 }

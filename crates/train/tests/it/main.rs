@@ -1,5 +1,6 @@
 //! Training against reference vectors, against decoding, and against itself.
 
+mod block_infer;
 mod blocks;
 mod golden;
 mod golden_block;
