@@ -420,7 +420,7 @@ impl<K: TrainKernels> Tape<K> {
     /// Losses against tokens through several heads, and gradients of their inputs and of those heads that are trained;
     /// see [`draftsmith_kernels::train::token_loss`]. `states` are the target's final states of the rows with its head, if
     /// the rows are compared with it, and the log-sum-exp of its full logits, if that head is a part of it.
-    #[allow(clippy::too_many_arguments, reason = "the operands of one fused operation")]
+    #[allow(clippy::too_many_arguments, clippy::type_complexity, reason = "the operands of one fused operation")]
     pub fn token_loss(
         &mut self,
         parts: &[(Var, ParamId)],

@@ -19,6 +19,9 @@ struct Spans {
     head_dim: usize,
 }
 
+/// Replaces one of the operands.
+type Set<'a> = &'a dyn Fn(&mut Operands<Vec<f64>>, Vec<f64>);
+
 /// Every value of the operands: queries, keys and values of context and rows.
 struct Operands<T> {
     q: T,
@@ -103,7 +106,7 @@ impl Spans {
             self.dense(x).iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum()
         };
         let tolerance = rounding.max(1e-4);
-        let against = |at: &Vec<f32>, grad: &K::Buf, set: &dyn Fn(&mut Operands<Vec<f64>>, Vec<f64>)| {
+        let against = |at: &Vec<f32>, grad: &K::Buf, set: Set<'_>| {
             let mut grad = host(k, grad, at.len());
             grad.iter_mut().for_each(|x| *x -= THERE);
             directional(at, &grad, tolerance, |moved| {
