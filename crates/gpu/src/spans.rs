@@ -182,11 +182,24 @@ impl Gpu {
         }
         self.keep_or_add(dq, Tensor::cat(dqs, 0), true);
         let [dk, dv] = context;
-        self.keep_or_add(dcontext.0, dk, true);
-        self.keep_or_add(dcontext.1, dv, true);
+        self.add_first(dcontext.0, dk);
+        self.add_first(dcontext.1, dv);
         let (to_k, to_v) = down.into_iter().next().expect("one gradient per pair");
         let [dk, dv] = own;
-        self.keep_or_add(to_k, dk, true);
-        self.keep_or_add(to_v, dv, true);
+        self.add_first(to_k, dk);
+        self.add_first(to_v, dv);
+    }
+
+    /// Adds to the first rows of a gradient; those behind them, which no row sees, stay as they are.
+    fn add_first(&self, sum: &mut Buf, values: Tensor<2>) {
+        let [rows, width] = values.dims();
+        if rows == 0 {
+            return;
+        }
+        let all = sum.capacity() / width;
+        let old = self.take(sum, all, width).cast(FloatDType::F32);
+        let place = [0..rows, 0..width];
+        let first = old.clone().slice(place.clone()) + values;
+        self.keep(sum, old.slice_assign(place, first));
     }
 }
