@@ -140,7 +140,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
         pack: &Pack,
         rollouts: &[Element],
         mode: Mode,
-        mut trace: Option<&mut PEagleTrace>,
+        trace: Option<&mut PEagleTrace>,
     ) -> Result<BatchStats, TrainError> {
         pack.check_ids(self.net.config.vocab_size)?;
         let slots = pack.len();
@@ -199,7 +199,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
         }
         let mut attend = RolloutAttend::new(heads, sights.into(), slots);
         let output = net.layers(tape, w, &tokens, &hidden, &positions, &mut attend); // [E, H]
-        if let Some(trace) = trace.as_deref_mut() {
+        if let Some(trace) = trace {
             trace.hidden = tape.values(output);
             let normed = net.head_input(tape, w, &output);
             let logits = net.logits(tape, w, &normed);
