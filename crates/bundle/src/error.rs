@@ -69,6 +69,14 @@ pub enum BundleError {
         /// How many the draft reads.
         wanted: usize,
     },
+    /// A kind of draft that has no place in a layout yet.
+    #[error("a draft of the kind `{method}` has no place in the layout `{layout}`")]
+    NoLayout {
+        /// The kind.
+        method: &'static str,
+        /// The layout.
+        layout: &'static str,
+    },
     /// A path without a draft in any layout that is known.
     #[error("`{}` is no draft: neither a folder with `config.json` and safetensors, nor one GGUF file", path.display())]
     NoDraft {
@@ -160,6 +168,9 @@ impl BundleError {
             ),
             BundleError::LayerCount { .. } => {
                 Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into())
+            }
+            BundleError::NoLayout { .. } => {
+                Some("use the bundle's own folder: its weights and `config.json` carry the published names".into())
             }
             BundleError::NoTokenizer => Some("name the target with `--target`".into()),
             BundleError::Gguf(e) => e.hint(),

@@ -8,6 +8,7 @@ use draftsmith_kernels::Kernels;
 use draftsmith_model::{Draft, Rows, StepOutput, Target};
 
 use crate::DecodeError;
+use crate::block::{BlockDrafter, Net};
 use crate::eagle::EagleDrafter;
 use crate::tree;
 
@@ -223,5 +224,7 @@ pub trait Drafter<K: Kernels>: Send + Sync {
 pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
     Ok(match draft {
         Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
+        Draft::Block(draft) => Arc::new(BlockDrafter::new(target, Net::Block(draft))?),
+        Draft::PEagle(draft) => Arc::new(BlockDrafter::new(target, Net::PEagle(draft))?),
     })
 }
