@@ -329,11 +329,7 @@ struct Corrected<'a, K: Kernels> {
 }
 
 /// Rows of the target's head that proposals are chosen from, packed like the draft.
-fn part_of_head<K: Kernels>(
-    kernels: &K,
-    head: &Linear<K::Packed>,
-    map: &VocabMap,
-) -> Arc<Linear<K::Packed>> {
+fn part_of_head<K: Kernels>(kernels: &K, head: &Linear<K::Packed>, map: &VocabMap) -> Arc<Linear<K::Packed>> {
     let width = head.in_features;
     let mut rows = kernels.scratch(map.draft_vocab() * width);
     kernels.embed(&head.packed, map.target_ids(), 1.0, &mut rows);
@@ -393,7 +389,8 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             session.states.clear();
             session.root_state = None;
         }
-        let new: Vec<usize> = (0..sessions.len()).filter(|i| !sessions[*i].pending_tokens.is_empty()).collect();
+        let new: Vec<usize> =
+            (0..sessions.len()).filter(|i| !sessions[*i].pending_tokens.is_empty()).collect();
         if !new.is_empty() {
             let mut fresh: Vec<&mut BlockSession<K>> = sessions
                 .iter_mut()
@@ -425,7 +422,10 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
                 (Some(Levels::Open { output, logits }), Some(token)) => {
                     let position = position + 1;
                     let state = None;
-                    open.push((i, Corrected { output, logits, level: 0, token, state, k, sampling, position }));
+                    open.push((
+                        i,
+                        Corrected { output, logits, level: 0, token, state, k, sampling, position },
+                    ));
                 }
                 // A sequence of which nothing was seen has nothing to offer.
                 _ => {}
@@ -446,7 +446,8 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             asks.iter().map(|ask| (ask.k, ask.sampling, ask.position)).collect();
         let mut sessions: Vec<&mut BlockSession<K>> =
             asks.iter_mut().map(|ask| BlockSession::of(&mut *ask.session)).collect();
-        let mut found: Vec<(Option<Shared<K>>, Children)> = nodes.iter().map(|_| (None, Vec::new())).collect();
+        let mut found: Vec<(Option<Shared<K>>, Children)> =
+            nodes.iter().map(|_| (None, Vec::new())).collect();
         let mut open: Vec<(usize, Corrected<'_, K>)> = Vec::new();
         for (i, node) in nodes.iter().enumerate() {
             let session = &sessions[node.of];

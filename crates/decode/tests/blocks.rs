@@ -7,9 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use draftsmith_core::{Sampling, VocabMap};
-use draftsmith_decode::{
-    BatchOptions, Costs, DraftPlan, Engine, GenerateOptions, Generation, drafter,
-};
+use draftsmith_decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions, Generation, drafter};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::block::BlockConfig;
 use draftsmith_model::peagle::PEagleConfig;

@@ -173,7 +173,11 @@ impl BlockConfig {
 
     /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
     /// one is named.
-    pub(crate) fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> BlockConfig {
+    pub(crate) fn of_table(
+        table: &DraftTable,
+        target: &TargetConfig,
+        draft_vocab_size: usize,
+    ) -> BlockConfig {
         let last = target.vocab_size as u32 - 1;
         let (layers, block_size, mask, window, spark) = match table.method {
             Method::Dspark => {
@@ -196,8 +200,14 @@ impl BlockConfig {
             }
         };
         let (layers, block_size) = (layers as usize, block_size as usize);
-        let mut config =
-            BlockConfig::for_target(target, draft_vocab_size, layers, block_size, mask.unwrap_or(last), spark);
+        let mut config = BlockConfig::for_target(
+            target,
+            draft_vocab_size,
+            layers,
+            block_size,
+            mask.unwrap_or(last),
+            spark,
+        );
         config.layer.take_table(table);
         config.sliding_window = window.map(|window| window as usize);
         config.sliding = vec![window.is_some(); layers];

@@ -103,7 +103,11 @@ impl PEagleConfig {
 
     /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
     /// one is named.
-    pub(crate) fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> PEagleConfig {
+    pub(crate) fn of_table(
+        table: &DraftTable,
+        target: &TargetConfig,
+        draft_vocab_size: usize,
+    ) -> PEagleConfig {
         let t = &table.p_eagle;
         let mask = t.mask_token_id.unwrap_or(target.vocab_size as u32 - 1);
         let (layers, depths) = (t.layers as usize, t.depths as usize);

@@ -238,7 +238,13 @@ impl<K: TrainKernels> Tape<K> {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values of `{name}` fill its shape");
         let value = self.kernels.upload(values);
         let grad = trained.then(|| self.kernels.zeros(values.len()));
-        self.params.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, grad, fixed_row: None });
+        self.params.push(Param {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            value,
+            grad,
+            fixed_row: None,
+        });
         ParamId(self.params.len() - 1)
     }
 
@@ -428,7 +434,11 @@ impl<K: TrainKernels> Tape<K> {
     /// Losses against tokens through several heads, and gradients of their inputs and of those heads that are trained;
     /// see [`draftsmith_kernels::train::token_loss`]. `states` are the target's final states of the rows with its head, if
     /// the rows are compared with it, and the log-sum-exp of its full logits, if that head is a part of it.
-    #[allow(clippy::too_many_arguments, clippy::type_complexity, reason = "the operands of one fused operation")]
+    #[allow(
+        clippy::too_many_arguments,
+        clippy::type_complexity,
+        reason = "the operands of one fused operation"
+    )]
     pub fn token_loss(
         &mut self,
         parts: &[(Var, ParamId)],
@@ -729,7 +739,8 @@ impl<K: TrainKernels> Tape<K> {
                     if ids.iter().all(moves) {
                         self.kernels.gather_grad(&grad, width, ids, *scale, dtable);
                     } else {
-                        let kept: Vec<u32> = (0..rows as u32).filter(|row| moves(&ids[*row as usize])).collect();
+                        let kept: Vec<u32> =
+                            (0..rows as u32).filter(|row| moves(&ids[*row as usize])).collect();
                         let ids: Vec<u32> = kept.iter().map(|row| ids[*row as usize]).collect();
                         let mut some = self.pool.take(&self.kernels, kept.len() * width);
                         self.kernels.gather(&grad, width, &kept, 1.0, &mut some);

@@ -98,7 +98,8 @@ pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static 
     match config {
         DraftConfig::Eagle3(config) => eagle3::unserved(config, layout),
         DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            Some("Other engines' layouts of this kind are not written yet.").filter(|_| layout == Layout::Sglang)
+            Some("Other engines' layouts of this kind are not written yet.")
+                .filter(|_| layout == Layout::Sglang)
         }
     }
 }

@@ -43,7 +43,8 @@ fn from_run_file_to_text(method: &str) {
     let checked = home.run(&["bundle", "check", &bundle, "--target", &target, "--json"]);
     assert_eq!(checked.code, Some(0), "{}", checked.stderr);
     for depth in ["1", "3"] {
-        let prompt = ["generate", "--target", &target, "--prompt", "Calculate 22 + 20.", "--max-new-tokens", "24"];
+        let prompt =
+            ["generate", "--target", &target, "--prompt", "Calculate 22 + 20.", "--max-new-tokens", "24"];
         let plain = home.run(&[prompt.as_slice(), &["--json"]].concat()).json();
         let with = [prompt.as_slice(), &["--bundle", &bundle, "--depth", depth, "--json"]].concat();
         assert_eq!(home.run(&with).json()["text"], plain["text"], "{method}, depth {depth}");
@@ -60,7 +61,8 @@ fn from_run_file_to_text(method: &str) {
         let out = home.path().join(format).display().to_string();
         let args = ["bundle", "export", &bundle, "--format", format, "--out", &out, "--target", &target];
         let ended = home.run(&args);
-        let wanted = format!("error: a draft of the kind `{method}` has no place in the layout `{format}`\nhint: ");
+        let wanted =
+            format!("error: a draft of the kind `{method}` has no place in the layout `{format}`\nhint: ");
         assert!(ended.code == Some(2) && ended.stderr.contains(&wanted), "{:?} {}", ended.code, ended.stderr);
         assert!(!home.path().join(format).exists());
     }

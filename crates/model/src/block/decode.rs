@@ -131,8 +131,7 @@ impl<K: Kernels> BlockDraft<K> {
         let config = &self.network.config;
         let size = (embedded.rows / kvs.len().max(1)) as u32;
         let mut ops = Infer::new(kernels);
-        let positions: Vec<u32> =
-            kvs.iter().flat_map(|kv| (0..size).map(|j| kv.len as u32 + j)).collect();
+        let positions: Vec<u32> = kvs.iter().flat_map(|kv| (0..size).map(|j| kv.len as u32 + j)).collect();
         let parents = (0..size).map(|row| row.checked_sub(1)).collect();
         let mut attend = BlockCaches { config, kvs, parents, layer: 0 };
         let output = self.network.block(&mut ops, &self.weights, embedded, &positions, &mut attend);
@@ -146,7 +145,9 @@ impl<K: Kernels> BlockDraft<K> {
     /// Tokens of a block: the last token of the text, and mask tokens.
     pub fn block_tokens(&self, last: u32) -> Vec<u32> {
         let config = &self.network.config;
-        std::iter::once(last).chain(std::iter::repeat_n(config.mask_token_id, config.block_size - 1)).collect()
+        std::iter::once(last)
+            .chain(std::iter::repeat_n(config.mask_token_id, config.block_size - 1))
+            .collect()
     }
 }
 

@@ -120,7 +120,8 @@ impl<K: Kernels> PEagleDraft<K> {
             projected
         };
         let stand_in = features.rows as u32;
-        let (mut order, mut tokens, mut positions, mut parents) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut order, mut tokens, mut positions, mut parents) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut from = 0u32;
         for part in parts.iter() {
             let (real, unknown) = (part.next_tokens.len(), part.unknown);
@@ -165,11 +166,8 @@ impl<K: Kernels> DraftNetwork<K> for PEagleDraft<K> {
         let mut ops = Infer::new(kernels);
         let features = ops.input(features, config.features_width()); // [N, 3 Ht]
         let next_tokens = &token_ids[..slots];
-        let output = self.run(
-            kernels,
-            &features,
-            &mut [PEaglePart { kv: &mut kv, next_tokens, unknown: depth }],
-        );
+        let output =
+            self.run(kernels, &features, &mut [PEaglePart { kv: &mut kv, next_tokens, unknown: depth }]);
         let last = ops.gather(&output, &[(slots + depth) as u32 - 1]); // [1, H]
         let head_input = self.network.head_input(&mut ops, &self.weights, &last);
         let logits = self.network.logits(&mut ops, &self.weights, &head_input); // [1, Vd]
@@ -177,11 +175,6 @@ impl<K: Kernels> DraftNetwork<K> for PEagleDraft<K> {
         let mut fed = next_tokens.to_vec();
         fed.extend(std::iter::repeat_n(config.mask_token_id, depth));
         let embeddings = embed(0, &fed);
-        DraftAnswer {
-            token_ids: fed,
-            embeddings,
-            hidden: ops.values(&last),
-            logits: ops.values(&logits),
-        }
+        DraftAnswer { token_ids: fed, embeddings, hidden: ops.values(&last), logits: ops.values(&logits) }
     }
 }

@@ -10,9 +10,7 @@ use draftsmith_model::{Draft, DraftConfig, DraftTensors, Infer, Linear, Ops};
 use draftsmith_train::block::random_weights;
 use draftsmith_train::eagle3::TargetSide;
 use draftsmith_train::peagle::{self, Element, Thinning};
-use draftsmith_train::{
-    BlockLoss, BlockOptions, BlockTrain, DraftTensor, PEagleOptions, PEagleTrain,
-};
+use draftsmith_train::{BlockLoss, BlockOptions, BlockTrain, DraftTensor, PEagleOptions, PEagleTrain};
 use serde_json::{Value, json};
 
 use crate::blocks::{VOCAB, WIDTH, block_value, pack, peagle_value, shaken, spark, target, vocab_map};
@@ -52,8 +50,12 @@ fn check_block<K: TrainKernels + Clone>(kernels: &K, value: &Value, loss: BlockL
     );
     let Draft::Block(draft) = draft.unwrap() else { panic!("a block draft") };
     let table = linear(kernels, &embed, WIDTH);
-    let rows: Vec<f32> =
-        map.target_ids().iter().flat_map(|id| &head[*id as usize * WIDTH..(*id as usize + 1) * WIDTH]).copied().collect();
+    let rows: Vec<f32> = map
+        .target_ids()
+        .iter()
+        .flat_map(|id| &head[*id as usize * WIDTH..(*id as usize + 1) * WIDTH])
+        .copied()
+        .collect();
     let part = linear(kernels, &rows, WIDTH);
     let mut ops = Infer::new(kernels);
     let mut errors = Errors::default();
@@ -89,7 +91,9 @@ fn check_block<K: TrainKernels + Clone>(kernels: &K, value: &Value, loss: BlockL
             let mut state = None;
             // Slot by slot, as decoding goes.
             for slot in 0..size {
-                let Some(at) = trace.rows.iter().position(|r| r.block == number && r.slot == slot) else { break };
+                let Some(at) = trace.rows.iter().position(|r| r.block == number && r.slot == slot) else {
+                    break;
+                };
                 let token = pack.ids[trace.rows[at].label_slot as usize - 1];
                 let z = ops.gather(&output, &[slot as u32]);
                 let before = draft.network.before(&mut ops, w, &[token]);
@@ -172,7 +176,13 @@ fn check_rollouts<K: TrainKernels + Clone>(kernels: &K) {
                 let Some(at) = trace.elements.iter().position(|e| *e == element) else { continue };
                 let row = real - 1 + depth as usize;
                 let part = |v: &[f32], i: usize, w: usize| v[i * w..(i + 1) * w].to_vec();
-                errors.check("hidden", &part(&hidden, row, WIDTH), &part(&trace.hidden, at, WIDTH), 2e-5, 1e-4);
+                errors.check(
+                    "hidden",
+                    &part(&hidden, row, WIDTH),
+                    &part(&trace.hidden, at, WIDTH),
+                    2e-5,
+                    1e-4,
+                );
                 errors.check("logits", &part(&logits, row, 40), &part(&trace.logits, at, 40), 4e-5, 1e-4);
                 compared += 1;
             }
