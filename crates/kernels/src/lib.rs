@@ -88,7 +88,16 @@ pub struct StepMask<'a> {
 impl<'a> StepMask<'a> {
     /// All uncommitted rows are new.
     pub fn step(base: usize, parents: &'a [Option<u32>], window: Option<usize>, scale: f32) -> StepMask<'a> {
-        StepMask { base, parents, new_rows: parents.len(), window, whole_block: false, scale, sinks: None, softcap: None }
+        StepMask {
+            base,
+            parents,
+            new_rows: parents.len(),
+            window,
+            whole_block: false,
+            scale,
+            sinks: None,
+            softcap: None,
+        }
     }
 
     /// The same with capped logits.

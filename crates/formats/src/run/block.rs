@@ -192,7 +192,8 @@ impl RunFile {
         let draft = &self.draft;
         let (f, s, p) = (&draft.dflash, &draft.dspark, &draft.p_eagle);
         if draft.method != Method::Eagle3 && draft.hidden.is_some() {
-            let problem = format!("is set, but a draft of the kind `{}` has the target's width", draft.method.name());
+            let problem =
+                format!("is set, but a draft of the kind `{}` has the target's width", draft.method.name());
             return broken("draft.hidden", problem);
         }
         for (key, layers) in [
@@ -213,10 +214,9 @@ impl RunFile {
             }
             at_most(key, u64::from(size), MAX_SLOTS)?;
         }
-        for (key, window, block) in [
-            ("draft.dflash.window", f.window, f.block_size),
-            ("draft.dspark.window", s.window, s.block_size),
-        ] {
+        for (key, window, block) in
+            [("draft.dflash.window", f.window, f.block_size), ("draft.dspark.window", s.window, s.block_size)]
+        {
             if let Some(window) = window.filter(|window| *window < block) {
                 return broken(key, format!("is {window}, shorter than a block of {block}"));
             }

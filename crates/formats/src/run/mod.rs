@@ -27,8 +27,8 @@ use serde::{Deserialize, Serialize};
 use crate::hash;
 
 pub use block::{
-    BlockLossKind, DflashDraftTable, DflashTrainTable, DsparkDraftTable, DsparkTrainTable, MarkovHead, PEagleDraftTable,
-    PEagleTrainTable,
+    BlockLossKind, DflashDraftTable, DflashTrainTable, DsparkDraftTable, DsparkTrainTable, MarkovHead,
+    PEagleDraftTable, PEagleTrainTable,
 };
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use load::{Place, RunError, place_of_key};
