@@ -10,14 +10,29 @@ use crate::source::{Source, closing, line, words};
 use crate::tree::{Findings, Tree};
 
 /// Circles that stay: where all their files lie, and why.
-const KEPT: [(&[&str], &str); 3] = [
+const KEPT: [(&[&str], &str); 8] = [
     (
         &["crates/text/src/jinja/", "crates/text/src/python_json.rs"],
         "an interpreter: values hold macros and loops, filters call the evaluation that calls filters",
     ),
     (
-        &["crates/kernels/src/cpu/"],
-        "one implementation of a trait: its type stands beside the paths that its operations choose from",
+        &["crates/kernels/src/"],
+        "the trait names the plain form of an operation, which is written over the trait; its implementation on the CPU \
+         stands beside the paths that its operations choose from",
+    ),
+    (
+        &["crates/model/src/"],
+        "a family is a row of a table that names the reader of its parts, and the readers ask the table",
+    ),
+    (
+        &["crates/bundle/src/foreign/"],
+        "what is chosen by the kind of a draft names the kinds, whose layouts use its types",
+    ),
+    (&["crates/decode/src/"], "the choice of a drafter names the drafters, which stand over its traits"),
+    (&["crates/train/src/"], "the choice of a method names the methods, which stand over its trait"),
+    (
+        &["crates/formats/src/run/"],
+        "a run file holds the tables of its kinds, which check themselves against it",
     ),
     (
         &["crates/serve/src/"],

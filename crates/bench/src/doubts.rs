@@ -3,7 +3,7 @@
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
-use crate::record::{ArtifactInfo, Record, Sample};
+use crate::record::{ArtifactInfo, Machine, Record, Sample};
 use crate::stats::median;
 
 /// Fewer rows than this and intervals are wide and quantiles of little meaning.
@@ -223,7 +223,30 @@ pub fn doubts(record: &Record) -> Vec<Doubt> {
     if let Some(first) = record.skipped.first() {
         found.push(Doubt::RowsSkipped { turns: record.skipped.len(), first: first.reason.clone() });
     }
-    let machine = &record.machine;
+    machine_doubts(&record.machine, record.settings.threads, &mut found);
+    let ms: Vec<f64> = samples
+        .iter()
+        .filter(|s| s.plain.decode_tokens > 0)
+        .map(|s| s.plain.decode_ns as f64 / f64::from(s.plain.decode_tokens) / 1e6)
+        .collect();
+    time_doubts(&ms, &mut found);
+    found
+}
+
+/// All doubts about a comparison of engines; `rows` are tokens and milliseconds of the first side.
+pub fn decode_doubts(machine: &Machine, threads: u32, rows: &[(f64, f64)]) -> Vec<Doubt> {
+    let mut found = Vec::new();
+    if rows.len() < ROWS_WANTED {
+        found.push(Doubt::TooFewSamples { rows: rows.len(), wanted: ROWS_WANTED });
+    }
+    machine_doubts(machine, threads, &mut found);
+    let ms: Vec<f64> =
+        rows.iter().filter(|(tokens, _)| *tokens > 0.0).map(|(tokens, ms)| ms / tokens).collect();
+    time_doubts(&ms, &mut found);
+    found
+}
+
+fn machine_doubts(machine: &Machine, threads: u32, found: &mut Vec<Doubt>) {
     match (machine.others_busy_share, machine.load_average_1m) {
         (Some(share), _) if share > OTHERS_SHARE_MAX => found.push(Doubt::OthersBusy { share }),
         (Some(_), _) => {}
@@ -232,17 +255,13 @@ pub fn doubts(record: &Record) -> Vec<Doubt> {
         }
         (None, _) => {}
     }
-    if machine.logical_cpus > 0 && record.settings.threads > machine.logical_cpus {
-        found.push(Doubt::TooManyThreads {
-            threads: record.settings.threads,
-            logical_cpus: machine.logical_cpus,
-        });
+    if machine.logical_cpus > 0 && threads > machine.logical_cpus {
+        found.push(Doubt::TooManyThreads { threads, logical_cpus: machine.logical_cpus });
     }
-    let ms: Vec<f64> = samples
-        .iter()
-        .filter(|s| s.plain.decode_tokens > 0)
-        .map(|s| s.plain.decode_ns as f64 / f64::from(s.plain.decode_tokens) / 1e6)
-        .collect();
+}
+
+/// Doubts about times per token, in milliseconds, in the order in which they were taken.
+fn time_doubts(ms: &[f64], found: &mut Vec<Doubt>) {
     if let Some((first_ms, rest)) = ms.split_first()
         && rest.len() >= 2
         && let Some(median_ms) = median(rest)
@@ -258,5 +277,4 @@ pub fn doubts(record: &Record) -> Vec<Doubt> {
             found.push(Doubt::ClockDrift { first_half_ms, second_half_ms });
         }
     }
-    found
 }

@@ -1,5 +1,5 @@
 //! What passes of a target and steps of its draft cost on this machine, measured with made-up tokens: the cost of a
-//! pass depends on their number alone.
+//! pass depends on their number alone, but for experts, of which tokens that are all different choose about as many as can be.
 //!
 //! What is measured is a [`Probe`], so that the plan of the measurement can be tested with made-up times.
 

@@ -72,7 +72,7 @@ impl DrafterSession<Cpu> for ShakySession {
     }
 }
 
-fn seen<'s>(session: &'s mut dyn DrafterSession<Cpu>) -> &'s mut Vec<u32> {
+fn seen(session: &mut dyn DrafterSession<Cpu>) -> &mut Vec<u32> {
     &mut session.as_any_mut().downcast_mut::<ShakySession>().unwrap().0
 }
 

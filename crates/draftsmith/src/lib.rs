@@ -6,7 +6,8 @@
 pub mod cli;
 
 pub use draftsmith_run::{
-    Error, costs, device, disk, doctor, engine, imports, inspect, measure, peer, serve_gap, server, target,
+    Error, costs, device, disk, doctor, engine, imports, inspect, measure, packs, peer, serve_gap, server,
+    target,
 };
 
 pub use draftsmith_bench as bench;

@@ -127,6 +127,14 @@ fn temporaries_of(path: &Path, kind: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Whether somebody is writing `path` right now.
+pub fn is_being_written(path: &Path) -> bool {
+    let held = |entry: &PathBuf| {
+        File::open(entry).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+    };
+    temporaries_of(path, "tmp").iter().any(held)
+}
+
 /// Removes temporary files and folders that killed writers of `path` left behind.
 ///
 /// Called by every writer here; failures are ignored, since a leftover only costs space.
@@ -201,20 +209,32 @@ impl AtomicFile {
     }
 
     /// Flushes to the device and renames to the final path, replacing a file that stands there.
-    pub fn commit(mut self) -> Result<(), AtomicError> {
-        let done = self.finish();
+    pub fn commit(self) -> Result<(), AtomicError> {
+        self.commit_with(true)
+    }
+
+    /// The same without waiting for the device: after a power cut the file may hold anything. For what can be made anew
+    /// and whose readers check every byte.
+    pub fn commit_unflushed(self) -> Result<(), AtomicError> {
+        self.commit_with(false)
+    }
+
+    fn commit_with(mut self, flush: bool) -> Result<(), AtomicError> {
+        let done = self.finish(flush);
         done.map_err(|e| AtomicError::from_io("write", &self.path, e))
         // On failure `drop` removes the temporary file.
     }
 
-    fn finish(&mut self) -> io::Result<()> {
+    fn finish(&mut self, flush: bool) -> io::Result<()> {
         let writer = self.file.as_mut().expect("a file is committed once");
         writer.flush()?;
-        writer.get_ref().sync_all()?;
+        if flush {
+            writer.get_ref().sync_all()?;
+        }
         // The lock stays held through the rename: an unlocked temporary could be cleaned away in between.
         fs::rename(&self.temporary, &self.path)?;
         self.file = None;
-        sync_dir(parent_of(&self.path))
+        if flush { sync_dir(parent_of(&self.path)) } else { Ok(()) }
     }
 }
 

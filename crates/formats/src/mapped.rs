@@ -78,6 +78,12 @@ impl From<Vec<u8>> for Mapped {
     }
 }
 
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
 impl std::ops::Deref for Mapped {
     type Target = [u8];
 

@@ -24,7 +24,7 @@ pub mod train;
 mod weight;
 
 pub use cell::Cell;
-pub use cpu::{Cpu, CpuFeatures, KvLayer, PackedWeight};
+pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use top_k::TopK;

@@ -6,8 +6,8 @@ use draftsmith_kernels::testing::infer::{
     AttentionCase, DTYPES, ExpertsCase, Random, append, matmul, stored, stored_as,
 };
 use draftsmith_kernels::{
-    Cpu, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, WeightDtype,
-    WeightView, quant, reference, testing,
+    Cpu, Groups, KeptPanels, Kernels, KvDtype, PackMode, PackedWeight, RopeScaling, RopeTable, Segment,
+    StepMask, WeightDtype, WeightView, quant, reference, testing,
 };
 
 #[test]
@@ -580,5 +580,59 @@ fn experts_give_the_same_bits_one_by_one_grouped_and_at_once() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn kept_panels_of_every_form_are_the_packed_weight_and_changed_ones_are_refused() {
+    /// Bytes that begin at a multiple of 64, as those of a mapped file do.
+    struct Aligned(Vec<u8>, usize);
+    impl AsRef<[u8]> for Aligned {
+        fn as_ref(&self) -> &[u8] {
+            &self.0[self.1..]
+        }
+    }
+    let aligned = |bytes: &[u8]| {
+        let mut all = vec![0; bytes.len() + 64];
+        let from = all.as_ptr().align_offset(64);
+        all[from..from + bytes.len()].copy_from_slice(bytes);
+        std::sync::Arc::new(Aligned(all, from))
+    };
+    let mut random = Random(61);
+    let cpu = Cpu::new(2);
+    // All rows of a matrix of 8-bit floats with one scale, beside rows with their own.
+    let fp8 = Groups { len: 128, single: true, zeros: false };
+    let one = [0.02f32.to_le_bytes().to_vec(), vec![0x31; 128]].concat().repeat(2 * 37);
+    let mut cases: Vec<_> = DTYPES
+        .iter()
+        .flat_map(|dtype| [PackMode::Stored, PackMode::Q8].map(|mode| (*dtype, mode)))
+        .map(|(dtype, mode)| (dtype, mode, stored(&mut random, dtype, 37, 256), 37))
+        .collect();
+    cases.push((WeightDtype::Fp8(fp8), PackMode::Stored, one, 37));
+    let head = stored(&mut random, WeightDtype::Q8_0, 16384, 256);
+    cases.push((WeightDtype::Q8_0, PackMode::Stored, head, 16384));
+    for (dtype, mode, data, out) in &cases {
+        let w = WeightView { dtype: *dtype, out_features: *out, in_features: 256, data };
+        let packed = cpu.pack("w", &w, *mode).unwrap();
+        let (form, largest_scale) = (packed.form(), packed.largest_scale());
+        let kept = |bytes: &[u8], form| {
+            let len = bytes.len();
+            let kept = KeptPanels { form, largest_scale, bytes: aligned(bytes), range: 0..len };
+            PackedWeight::from_kept("w", &w, *mode, &kept).unwrap()
+        };
+        let panels = packed.panel_bytes_all();
+        let again = kept(panels, form).unwrap_or_else(|| panic!("{dtype:?} {mode:?} is refused"));
+        let x = random.floats(3 * 256);
+        let run = |weight: &PackedWeight| {
+            let mut y = [cpu.scratch(3 * out)];
+            cpu.matmuls(&x, 3, &[(weight, None)], &mut y);
+            y[0].iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        assert_eq!(run(&again), run(&packed), "{dtype:?} {mode:?}");
+        let mut other = panels.to_vec();
+        other[5] ^= 4;
+        assert!(kept(&other, form).is_none(), "{dtype:?} {mode:?}");
+        assert!(kept(&panels[..panels.len() - 1], form).is_none(), "{dtype:?} {mode:?}");
+        assert!(kept(panels, "another form").is_none(), "{dtype:?} {mode:?}");
     }
 }

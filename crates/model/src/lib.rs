@@ -29,7 +29,7 @@ pub use dtype::{Precision, weight_dtype};
 pub use error::ModelError;
 pub use family::{Family, Norm, Norms, QkNorm};
 pub use infer::{CacheAttend, Infer, Linear, Rows};
-pub use load::{rope_halves_from_pairs, rope_pairs_from_halves};
+pub use load::{Packing, rope_halves_from_pairs, rope_pairs_from_halves};
 pub use mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
 pub use moe::ExpertsConfig;
 pub use ops::{Attend, Ops};

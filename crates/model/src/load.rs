@@ -10,7 +10,7 @@ use std::sync::Arc;
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsError};
-use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
+use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightDtype, WeightView, quant};
 
 use crate::config::TargetConfig;
 use crate::dtype::weight_dtype;
@@ -48,6 +48,24 @@ pub(crate) enum Part {
     MlpPostNorm,
     Router,
     RouterBias,
+}
+
+/// Where packed weights come from while a target is loaded: from packing, or from what was kept of it.
+pub trait Packing<P> {
+    /// Packs a weight; `name` says which one it is inside the model.
+    ///
+    /// # Errors
+    /// As [`Kernels::pack`].
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<P, KernelError>;
+}
+
+/// Packs every weight.
+pub(crate) struct PackEach<'a, K>(pub(crate) &'a K);
+
+impl<K: Kernels> Packing<K::Packed> for PackEach<'_, K> {
+    fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<K::Packed, KernelError> {
+        self.0.pack(name, weight, mode)
+    }
 }
 
 enum Container {
@@ -191,6 +209,11 @@ impl Source {
         }
     }
 
+    /// Whether its layers are those of a quantised folder, which become groups when they are read.
+    pub(crate) fn is_quantised_folder(&self) -> bool {
+        matches!(self.container, Container::Safetensors { scheme: Some(_), .. })
+    }
+
     fn release(&self, part: Part, layer: usize) {
         match &self.container {
             Container::Gguf(file) => {
@@ -210,7 +233,7 @@ impl Source {
 
     pub(crate) fn linear<K: Kernels>(
         &mut self,
-        kernels: &K,
+        (kernels, packing): (&K, &dyn Packing<K::Packed>),
         precision: Precision,
         part: Part,
         layer: usize,
@@ -226,7 +249,8 @@ impl Source {
         };
         let name = format!("{part:?} of layer {layer}");
         let packed = match &stored.order {
-            None => kernels.pack(&name, &view, precision.pack_mode()),
+            None => packing.pack(&name, &view, precision.pack_mode()),
+            // Of a quantised folder, of which nothing is kept.
             Some(order) => kernels.pack_ordered(&name, &view, order, precision.pack_mode()),
         };
         let packed = packed.map_err(|source| ModelError::Kernel { place, source })?;

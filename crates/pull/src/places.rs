@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use draftsmith_formats::hash_records::HashRecords;
+
 /// Where fetched things live and how they are fetched. Read from the environment by the caller.
 #[derive(Debug, Clone)]
 pub struct Places {
@@ -17,6 +19,8 @@ pub struct Places {
     pub offline: bool,
     /// Interpreter whose `-m pip` is used.
     pub python: PathBuf,
+    /// Keep and use packed weights and hashes of large files, so that a start need not read them.
+    pub pack_cache: bool,
 }
 
 impl Places {
@@ -49,6 +53,12 @@ impl Places {
             hf_token: token,
             offline: var("HF_HUB_OFFLINE").is_some_and(is_true),
             python: PathBuf::from(var("DRAFTSMITH_PYTHON").unwrap_or_else(|| "python3".to_string())),
+            pack_cache: true,
         }
+    }
+
+    /// Hashes of large files that are known.
+    pub fn hash_records(&self) -> HashRecords {
+        HashRecords::new(self.pack_cache.then(|| self.cache.join("hashes")))
     }
 }

@@ -9,6 +9,7 @@ use draftsmith_pull::Places;
 use serde::Serialize;
 
 use crate::disk::{free_bytes, human, writable};
+use crate::packs::Copies;
 
 /// Everything `doctor` found.
 #[derive(Debug, Serialize)]
@@ -27,6 +28,8 @@ pub struct Doctor {
     pub devices: Vec<String>,
     /// Folders we write to or read from.
     pub folders: Vec<Folder>,
+    /// Packed weights that starts have kept.
+    pub packed_copies: Copies,
     /// The user's Python, needed for `pip:` references only.
     pub python: Python,
     /// Variables that change what `pull` does, if set. Tokens are shown as `set`.
@@ -136,6 +139,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
             look_at("files unpacked from packages", &places.cache),
             look_at("model hub cache", &places.hf_cache),
         ],
+        packed_copies: crate::packs::copies(places),
         python: python(places),
         variables: Vec::new(),
         findings: Vec::new(),

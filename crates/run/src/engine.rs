@@ -2,19 +2,24 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
 use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter};
+use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{GgufFile, SplitName};
+use draftsmith_formats::hash;
+use draftsmith_formats::hash_records::HashRecords;
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 use draftsmith_pull::{Places, Pulled, Reference, pull};
 
 use crate::Error;
-use crate::target::{TargetText, model_hash};
+use crate::packs::{self, LoadedFrom, PackCache};
+use crate::target::{TargetText, model_hash_with};
 
 /// Threads to compute with when nobody says: as many as the process may use.
 pub fn default_threads() -> usize {
@@ -52,6 +57,10 @@ pub struct LoadedTarget {
     pub threads: usize,
     /// In which arithmetic it runs.
     pub precision: Precision,
+    /// Where its packed weights came from.
+    pub loaded_from: LoadedFrom,
+    /// From the reference to a target that can decode.
+    pub load_time: Duration,
 }
 
 /// Finds a target on this machine or fetches it.
@@ -69,6 +78,16 @@ pub fn locate(
     Ok(pull(&references, sha256, places, report, stop)?)
 }
 
+/// The hash of a model folder, if it need not be read for it.
+fn known_hash(path: &Path, records: &HashRecords) -> Option<String> {
+    let known = |file: &Path| match records.find(file) {
+        Some(sha256) => Ok(sha256),
+        None if std::fs::metadata(file).is_ok_and(|meta| meta.len() < 1 << 20) => hash::sha256_file(file),
+        None => Err(AtomicError::BadPath { path: file.to_path_buf() }),
+    };
+    model_hash_with(path, &known).ok()
+}
+
 impl LoadedTarget {
     /// Locates and loads a target.
     ///
@@ -80,28 +99,40 @@ impl LoadedTarget {
         report: &dyn Report,
         stop: &Stop,
     ) -> Result<LoadedTarget, Error> {
+        let began = Instant::now();
         let pulled = locate(options.sources, options.sha256, places, report, stop)?;
-        // Weights, text side and hash do not need each other.
+        let records = places.hash_records();
+        let cache = PackCache { folder: packs::folder(places), smallest: packs::SMALLEST, report, stop };
+        let known = pulled.sha256.clone().or_else(|| known_hash(&pulled.path, &records));
+        // Weights, text side and a hash that is not known yet do not need each other.
         let (target, text, sha256) = std::thread::scope(|scope| {
             let text = scope.spawn(|| TargetText::open(&pulled.path, options.template));
-            let hash = scope.spawn(|| match &pulled.sha256 {
+            let hashed = scope.spawn(|| match &known {
                 Some(sha256) => Ok(sha256.clone()),
-                None => model_hash(&pulled.path),
+                None => model_hash_with(&pulled.path, &|file| records.sha256_file(file)),
             });
             let kernels = Arc::new(Cpu::new(options.threads));
-            let target = Target::load(kernels, &pulled.path, options.precision);
+            let target = match &known {
+                Some(sha256) if places.pack_cache => {
+                    cache.load(&kernels, &pulled.path, options.precision, (sha256, pulled.bytes))
+                }
+                _ => Target::load(kernels, &pulled.path, options.precision)
+                    .map(|target| (target, LoadedFrom::Packing)),
+            };
             let joined = "a loader does not panic";
-            (target, text.join().expect(joined), hash.join().expect(joined))
+            (target, text.join().expect(joined), hashed.join().expect(joined))
         });
-        let (target, text, sha256) = (Arc::new(target?), text?, sha256?);
+        let ((target, loaded_from), text, sha256) = (target?, text?, sha256?);
         Ok(LoadedTarget {
-            target,
+            target: Arc::new(target),
             text,
             path: pulled.path,
             reference: pulled.reference,
             sha256,
             threads: options.threads,
             precision: options.precision,
+            loaded_from,
+            load_time: began.elapsed(),
         })
     }
 
@@ -228,8 +259,7 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
         None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
     };
     let weights = dir.join("model.safetensors");
-    let sha256 =
-        if weights.is_file() { Some(draftsmith_formats::hash::sha256_file(&weights)?) } else { None };
+    let sha256 = if weights.is_file() { Some(hash::sha256_file(&weights)?) } else { None };
     let trained_beside =
         manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
     let artifact = ArtifactInfo { name, sha256, kind: config.name().to_string(), trained_beside };

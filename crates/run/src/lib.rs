@@ -22,6 +22,7 @@ pub mod imports;
 pub mod inspect;
 mod license;
 pub mod measure;
+pub mod packs;
 pub mod peer;
 mod regenerate;
 pub mod serve_gap;

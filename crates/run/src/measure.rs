@@ -89,11 +89,25 @@ pub(crate) fn busy_times() -> Option<BusyTimes> {
     // user, nice, system, idle, iowait, irq, softirq, steal; what follows is counted in the first two already.
     let idle = ticks.get(3)? + ticks.get(4)?;
     let total: u64 = ticks.iter().take(8).sum();
-    let own = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let own = process_ticks("self")?;
+    Some(BusyTimes { total, busy: total - idle, own })
+}
+
+/// The same with another process counted as ours.
+pub fn busy_times_with(process: Option<u32>) -> Option<BusyTimes> {
+    let mut times = busy_times()?;
+    if let Some(id) = process {
+        times.own += process_ticks(&id.to_string())?;
+    }
+    Some(times)
+}
+
+/// Processor time of a process, in ticks.
+fn process_ticks(id: &str) -> Option<u64> {
+    let own = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
     // The name in brackets may hold blanks, so fields are counted behind it: the first there is number 3.
     let fields: Vec<&str> = own.rsplit_once(')')?.1.split_whitespace().collect();
-    let own = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    Some(BusyTimes { total, busy: total - idle, own })
+    Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
 }
 
 /// Conversations in the target's own template.

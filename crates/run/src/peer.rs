@@ -7,8 +7,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use draftsmith_bench::BoxError;
-use draftsmith_bench::decode::{Side, Timed};
+use draftsmith_bench::decode::{Side, SideCosts, Timed};
 use draftsmith_bench::train::{StepShape, StepTime, Trainer};
+use draftsmith_formats::gguf::GgufFile;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -79,6 +80,18 @@ impl Drop for Process {
 #[derive(Deserialize)]
 struct Loaded {
     version: String,
+    /// Where loading is what is measured.
+    load_ns: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Passed {
+    step_ns: u64,
+}
+
+#[derive(Deserialize)]
+struct Memory {
+    peak_bytes: u64,
 }
 
 #[derive(Deserialize)]
@@ -92,6 +105,9 @@ struct Answer {
 pub struct Peer {
     name: String,
     process: Process,
+    load_s: Option<f64>,
+    /// Weights that it reads for one token.
+    weight_bytes_per_token: Option<u64>,
 }
 
 impl Peer {
@@ -108,8 +124,30 @@ impl Peer {
         let request = json!({ "model": model, "threads": threads, "context": context });
         let package = ("llama-cpp-python", LLAMA_CPP_PYTHON, "install-llama-cpp-python.sh");
         let (process, loaded) = Process::start(python, package, &request)?;
-        Ok(Peer { name: format!("llama-cpp-python {}", loaded.version), process })
+        Ok(Peer {
+            name: format!("llama-cpp-python {}", loaded.version),
+            process,
+            load_s: loaded.load_ns.map(|ns| ns as f64 / 1e9),
+            weight_bytes_per_token: file_bytes_per_token(model),
+        })
     }
+
+    /// The id of its process.
+    pub fn process_id(&self) -> u32 {
+        self.process.child.id()
+    }
+}
+
+/// Bytes of a GGUF file that a token reads: all tensors, without the embedding unless it is the head as well. `None` for
+/// a mixture of experts, of which a token reads a part.
+fn file_bytes_per_token(model: &Path) -> Option<u64> {
+    let file = GgufFile::open(model).ok()?;
+    if file.tensors().iter().any(|t| t.name.contains("_exps.")) {
+        return None;
+    }
+    let has_head = file.find_tensor("output.weight").is_some();
+    let read = file.tensors().iter().filter(|t| !(has_head && t.name == "token_embd.weight"));
+    Some(read.map(|t| file.data(t).len() as u64).sum())
 }
 
 impl Side for Peer {
@@ -124,6 +162,20 @@ impl Side for Peer {
             token_ids: answer.token_ids,
             prefill: Duration::from_nanos(answer.prefill_ns),
             decode: Duration::from_nanos(answer.decode_ns),
+        })
+    }
+
+    fn step(&mut self, context: usize, rows: usize) -> Result<Option<Duration>, BoxError> {
+        let passed: Passed = self.process.ask(&json!({ "step": rows, "context": context }))?;
+        Ok(Some(Duration::from_nanos(passed.step_ns)))
+    }
+
+    fn costs(&mut self) -> Result<SideCosts, BoxError> {
+        let memory: Memory = self.process.ask(&json!({ "memory": true }))?;
+        Ok(SideCosts {
+            load_s: self.load_s,
+            peak_memory_bytes: Some(memory.peak_bytes),
+            weight_bytes_per_token: self.weight_bytes_per_token,
         })
     }
 }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_formats::atomic::{self, AtomicError};
-use draftsmith_formats::gguf::{ContentError, GgufArray, GgufError, GgufFile, GgufValue, content_sha256};
+use draftsmith_formats::gguf::{
+    ContentError, GgufArray, GgufError, GgufFile, GgufValue, content_sha256_with,
+};
 use draftsmith_formats::hash;
 use draftsmith_text::{ChatTemplate, ChatTemplates, GgufTokenizer, TextError, Tokenizer, TokenizerConfig};
 
@@ -256,15 +258,27 @@ fn folder_templates(folder: &Path) -> Result<ChatTemplates, TargetTextError> {
     Ok(templates)
 }
 
-/// SHA-256 of a model: of the file, over the hashes of the parts of a split GGUF ([`content_sha256`]), or over names and
-/// hashes of the files of a folder that decide what it says.
+/// SHA-256 of a model: of the file, over the hashes of the parts of a split GGUF
+/// ([`draftsmith_formats::gguf::content_sha256`]), or over names and hashes of the files of a folder that decide what
+/// it says.
 ///
 /// # Errors
 /// A file that cannot be read, a part that is missing.
 pub fn model_hash(path: &Path) -> Result<String, ContentError> {
+    model_hash_with(path, &|file| hash::sha256_file(file))
+}
+
+/// [`model_hash`] from hashes of files that `sha256_of` knows.
+///
+/// # Errors
+/// As [`model_hash`] and `sha256_of`.
+pub fn model_hash_with(
+    path: &Path,
+    sha256_of: &dyn Fn(&Path) -> Result<String, AtomicError>,
+) -> Result<String, ContentError> {
     if !path.is_dir() {
         let split = path.extension().is_some_and(|e| e == "gguf");
-        return if split { content_sha256(path) } else { Ok(hash::sha256_file(path)?) };
+        return if split { content_sha256_with(path, sha256_of) } else { Ok(sha256_of(path)?) };
     }
     let entries = std::fs::read_dir(path).map_err(|e| AtomicError::from_io("read", path, e))?;
     let mut files: Vec<PathBuf> = entries
@@ -280,7 +294,7 @@ pub fn model_hash(path: &Path) -> Result<String, ContentError> {
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
         hasher.field(name.as_bytes());
-        hasher.field(hash::sha256_file(&file)?.as_bytes());
+        hasher.field(sha256_of(&file)?.as_bytes());
     }
     Ok(hasher.finish())
 }

@@ -47,6 +47,9 @@ pub struct Cli {
     /// Never touch the network; use what is in the caches.
     #[arg(long, global = true)]
     pub offline: bool,
+    /// Neither use nor keep packed weights and hashes of models in the cache folder: read the model itself.
+    #[arg(long, global = true)]
+    pub no_pack_cache: bool,
 }
 
 /// The verbs, in the order in which a newcomer meets them.

@@ -4,15 +4,18 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, Timed, decode_text, run_decode};
-use draftsmith::bench::{BoxError, RunOptions, Runner, Workload};
+use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, SideCosts, Timed, decode_text, run_decode};
+use draftsmith::bench::kernels::KernelRunner;
+use draftsmith::bench::{BoxError, BusyTimes, RunOptions, Runner, Workload};
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
 use draftsmith::engine::engine;
 use draftsmith::kernels::{Cpu, PackMode};
-use draftsmith::measure::{EngineRunner, first_prompt, machine};
+use draftsmith::measure::{
+    EngineRunner, TargetPasses, busy_times_with, first_prompt, machine, peak_memory_bytes,
+};
 use draftsmith::peer::Peer;
 use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
@@ -26,12 +29,22 @@ use crate::printer;
 /// Rounds of the prefill measurement.
 const PREFILL_ROUNDS: usize = 5;
 
+/// Rounds of the passes, their rows, and the context in front of them.
+const STEP_ROUNDS: usize = 7;
+const STEP_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+const STEP_CONTEXT: usize = 256;
+
 /// Our engine as a side.
-struct Ours<'a>(EngineRunner<'a>);
+struct Ours<'a> {
+    runner: EngineRunner<'a>,
+    /// Passes of the target, for plain decoding.
+    passes: Option<TargetPasses>,
+    load_s: f64,
+}
 
 impl Side for Ours<'_> {
     fn name(&self) -> String {
-        match self.0.plan {
+        match self.runner.plan {
             DraftPlan::None => concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned(),
             _ => concat!("draftsmith ", env!("CARGO_PKG_VERSION"), ", with draft").to_owned(),
         }
@@ -39,8 +52,23 @@ impl Side for Ours<'_> {
 
     fn decode(&mut self, prompt_ids: &[u32], new_tokens: usize) -> Result<Timed, BoxError> {
         let options = RunOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY };
-        let done = self.0.spec(prompt_ids, &options)?;
+        let done = self.runner.spec(prompt_ids, &options)?;
         Ok(Timed { token_ids: done.token_ids, prefill: done.prefill, decode: done.decode })
+    }
+
+    fn step(&mut self, context: usize, rows: usize) -> Result<Option<Duration>, BoxError> {
+        self.passes.as_mut().map(|passes| passes.step(context, rows)).transpose()
+    }
+
+    fn costs(&mut self) -> Result<SideCosts, BoxError> {
+        // The draft is in the same process, and read beside the target.
+        let is_plain = matches!(self.runner.plan, DraftPlan::None);
+        let bytes = self.runner.engine.target().pass_bytes() as u64;
+        Ok(SideCosts {
+            load_s: is_plain.then_some(self.load_s),
+            peak_memory_bytes: if is_plain { peak_memory_bytes() } else { None },
+            weight_bytes_per_token: is_plain.then_some(bytes),
+        })
     }
 }
 
@@ -83,12 +111,18 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
     }
     let mut rows = Vec::new();
     for row in &workload.rows {
-        rows.push(DecodeRow { id: row.id.clone(), prompt_ids: first_prompt(&target.text, row)? });
+        let prompt_ids = match (&target.text.template, row.turns.first()) {
+            // Every side reads the same ids, so a model without a template is measured on the bare text.
+            (None, Some(turn)) => target.text.tokenizer.encode(turn, true).map_err(Error::from)?,
+            _ => first_prompt(&target.text, row)?,
+        };
+        rows.push(DecodeRow { id: row.id.clone(), prompt_ids });
     }
     let new_tokens = args.new_tokens as usize;
     let longest = rows.iter().map(|r| r.prompt_ids.len()).max().unwrap_or(0) + new_tokens;
     let context = target.target.config().max_position;
     let prefill_tokens = (args.prefill_tokens as usize).min(context - 1);
+    let step_context = STEP_CONTEXT.min(context / 2);
     if longest > context {
         return Err(Failure::input(
             format!(
@@ -107,12 +141,18 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
                     Some("name a GGUF file with `--target`".to_string()),
                 ));
             }
-            let needed = longest.max(prefill_tokens + 1);
+            let needed = longest.max(prefill_tokens + 1).max(step_context + STEP_ROWS[STEP_ROWS.len() - 1]);
             Some(Peer::llama_cpp_python(&python, &target.path, target.threads, needed)?)
         }
     };
-    let ours = |plan| Ours(EngineRunner { engine: &engine, plan, stop_ids: Vec::new(), stop: &session.stop });
-    let (mut plain, mut spec) = (ours(DraftPlan::None), ours(DraftPlan::Auto));
+    let ours = |plan, passes| {
+        let runner = EngineRunner { engine: &engine, plan, stop_ids: Vec::new(), stop: &session.stop };
+        Ours { runner, passes, load_s: target.load_time.as_secs_f64() }
+    };
+    let mut plain = ours(DraftPlan::None, Some(TargetPasses::new(&target)));
+    let mut spec = ours(DraftPlan::Auto, None);
+    let peer_process = peer.as_ref().map(Peer::process_id);
+    let busy_before = busy_times_with(peer_process);
     let mut sides: Vec<&mut dyn Side> = vec![&mut plain];
     if draft.is_some() {
         sides.push(&mut spec);
@@ -124,7 +164,14 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
     let report = run_decode(
         &mut sides,
         &rows,
-        &DecodeOptions { new_tokens, prefill_tokens, prefill_rounds: PREFILL_ROUNDS },
+        &DecodeOptions {
+            new_tokens,
+            prefill_tokens,
+            prefill_rounds: PREFILL_ROUNDS,
+            step_rows: STEP_ROWS.into_iter().filter(|m| step_context + m <= context).collect(),
+            step_context,
+            step_rounds: STEP_ROUNDS,
+        },
         (target.artifact(), machine(target.target.kernels()), target.threads as u32),
         &mut |done| session.printer.at(done as u64),
     );
@@ -132,7 +179,9 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
     if session.stop.requested() {
         return Err(Failure::interrupted("interrupted: nothing was written", None));
     }
-    let report = report.map_err(Error::from)?;
+    let mut report = report.map_err(Error::from)?;
+    let busy = busy_before.zip(busy_times_with(peer_process));
+    report.judge(busy.and_then(|(before, after)| BusyTimes::others_share(before, after)));
     let batch = match args.batch.map(|b| b as usize) {
         None => None,
         Some(sequences) => {

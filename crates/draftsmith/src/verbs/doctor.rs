@@ -55,6 +55,11 @@ fn page(doctor: &Doctor) -> String {
             format!("{}: {}, {} free{state}", folder.purpose, folder.path.display(), size(folder.free)),
         );
     }
+    let copies = &doctor.packed_copies;
+    row(
+        "packed",
+        format!("weights of {} models kept for the next start, {}", copies.count, human(copies.bytes)),
+    );
     let python = doctor.python.version.as_deref().unwrap_or("not found");
     row("python", format!("{python}, {}", doctor.python.pip.as_deref().unwrap_or("no pip")));
     for (name, value) in &doctor.variables {

@@ -48,6 +48,8 @@ impl Session {
     pub(crate) fn new(cli: &Cli) -> Session {
         let mut places = Places::from_vars(variable);
         places.offline |= cli.offline;
+        // `pull` is there to check what came.
+        places.pack_cache = !cli.no_pack_cache && !matches!(cli.verb, Verb::Pull(_));
         let (stop, reload) = (Stop::default(), Arc::new(AtomicBool::new(false)));
         let reloads = matches!(cli.verb, Verb::Serve(_)).then(|| Arc::clone(&reload));
         signals::watch(stop.clone(), reloads);

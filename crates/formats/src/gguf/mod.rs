@@ -23,7 +23,9 @@ use std::path::{Path, PathBuf};
 
 use crate::mapped::{Mapped, OpenError};
 
-pub use split::{ContentError, SplitName, content_sha256, joined_sha256, only_model, parts_of};
+pub use split::{
+    ContentError, SplitName, content_sha256, content_sha256_with, joined_sha256, only_model, parts_of,
+};
 pub use write::GgufWriter;
 
 /// Data starts and tensors are aligned to this many bytes when `general.alignment` is absent.

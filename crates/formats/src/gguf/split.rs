@@ -160,11 +160,22 @@ pub fn only_model(folder: &Path) -> std::io::Result<Option<PathBuf>> {
 /// # Errors
 /// As [`parts_of`], or a part that cannot be read.
 pub fn content_sha256(path: &Path) -> Result<String, ContentError> {
+    content_sha256_with(path, &|part| sha256_file(part))
+}
+
+/// [`content_sha256`] from hashes of files that `sha256_of` knows.
+///
+/// # Errors
+/// As [`parts_of`] and `sha256_of`.
+pub fn content_sha256_with(
+    path: &Path,
+    sha256_of: &dyn Fn(&Path) -> Result<String, AtomicError>,
+) -> Result<String, ContentError> {
     let parts = parts_of(path)?;
     if let [one] = parts.as_slice() {
-        return Ok(sha256_file(one)?);
+        return Ok(sha256_of(one)?);
     }
-    let hashes: Result<Vec<String>, AtomicError> = parts.iter().map(sha256_file).collect();
+    let hashes: Result<Vec<String>, AtomicError> = parts.iter().map(|part| sha256_of(part)).collect();
     Ok(joined_sha256(&hashes?))
 }
 

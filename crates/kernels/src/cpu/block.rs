@@ -466,18 +466,21 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
                     }
                 };
             }
-            let finish = |acc: &mut D::V, r: usize, half: usize, dot: D::I| {
-                let act_scale = D::V::splat(*here.scales.add(r));
-                let [sum0, sum1] = *here.sums.add(r);
-                let sum = if layout.halves { [sum0, sum1][half] } else { sum0 + sum1 };
-                let dot = if zero == 0 || from_start { dot } else { D::sub(dot, zero * sum) };
-                let mut dot = D::to_f(dot);
-                if layout.zeros {
-                    // Whole numbers below 2^21: exact.
-                    dot = D::V::fma(lane_zero, D::V::splat(sum as f32), dot);
-                }
-                *acc = D::V::fma(D::V::mul(scales[half], act_scale), dot, *acc);
-            };
+            // A macro, as a closure that is not inlined would lose the instruction set.
+            macro_rules! finish {
+                ($acc:expr, $r:expr, $half:expr, $dot:expr) => {{
+                    let act_scale = D::V::splat(*here.scales.add($r));
+                    let [sum0, sum1] = *here.sums.add($r);
+                    let sum = if layout.halves { [sum0, sum1][$half] } else { sum0 + sum1 };
+                    let dot = if zero == 0 || from_start { $dot } else { D::sub($dot, zero * sum) };
+                    let mut dot = D::to_f(dot);
+                    if layout.zeros {
+                        // Whole numbers below 2^21: exact.
+                        dot = D::V::fma(lane_zero, D::V::splat(sum as f32), dot);
+                    }
+                    $acc = D::V::fma(D::V::mul(scales[$half], act_scale), dot, $acc);
+                }};
+            }
             sum!(0);
             if layout.halves && !from_start {
                 sum!(1);
@@ -485,17 +488,17 @@ unsafe fn rows<D: Dot, W: Records, const R: usize>(
             if from_start {
                 // One half after the other: the sums of both would not leave registers for the rest.
                 for r in 0..R {
-                    finish(&mut acc[r], r, 0, dots[0][r]);
+                    finish!(acc[r], r, 0, dots[0][r]);
                 }
                 sum!(1);
                 for r in 0..R {
-                    finish(&mut acc[r], r, 1, dots[1][r]);
+                    finish!(acc[r], r, 1, dots[1][r]);
                 }
             } else {
                 for r in 0..R {
-                    finish(&mut acc[r], r, 0, dots[0][r]);
+                    finish!(acc[r], r, 0, dots[0][r]);
                     if layout.halves {
-                        finish(&mut acc[r], r, 1, dots[1][r]);
+                        finish!(acc[r], r, 1, dots[1][r]);
                     }
                 }
             }

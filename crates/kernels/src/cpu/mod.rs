@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 pub use attention::KvLayer;
 pub(crate) use math::exp;
-pub use pack::PackedWeight;
+pub use pack::{KeptPanels, PANEL_VERSION, PackedWeight, SharedBytes};
 
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;

@@ -6,6 +6,8 @@
 //!   in the file, then the quants block by block ([`Quants`]). Groups of any number of blocks have a record each.
 //! * Panels of 8-bit floats: `[panel][k][16]` bytes, then the scales of the panel: per group one, or one per output.
 
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::pages::Pages;
@@ -15,6 +17,10 @@ use crate::{Groups, KernelError, PackMode, Pool, WeightDtype, WeightView};
 
 /// Outputs per panel.
 pub(crate) const LANES: usize = 16;
+
+/// Version of the panels' layout, to be raised with every change of it: a copy that was kept with another one is of no
+/// use. [`PackedWeight::from_kept`] does not rely on it, but then the copy is read in vain.
+pub const PANEL_VERSION: u32 = 2;
 
 /// Stored type of a float panel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -564,6 +570,7 @@ fn low_length(quants: &[i8; 32]) -> u8 {
 /// Outputs from which a Q8_0 weight is worth two planes: vocabularies.
 const SPLIT_OUTPUTS: usize = 16384;
 
+#[derive(Clone, Copy)]
 pub(crate) enum Body {
     Float(FloatKind),
     Block(BlockFormat),
@@ -628,6 +635,28 @@ impl Doubts {
 /// Writes a panel: its first output, its bytes and those in the second plane.
 type FillPanel<'a> = dyn Fn(usize, &mut [u8], &mut [u8]) + Sync + 'a;
 
+/// Bytes that others keep in memory, such as a mapped file.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Panels that were kept when a weight was packed: what [`PackedWeight::form`], [`PackedWeight::largest_scale`] and
+/// [`PackedWeight::panel_bytes_all`] gave then.
+pub struct KeptPanels<'a> {
+    /// Name of the stored form.
+    pub form: &'a str,
+    /// Largest scale of a weight in two planes, else 0.
+    pub largest_scale: f32,
+    /// Where the panels are.
+    pub bytes: SharedBytes,
+    /// The panels' place in `bytes`.
+    pub range: Range<usize>,
+}
+
+/// Where the panels are.
+enum Data {
+    Own(Pages),
+    Shared(SharedBytes, Range<usize>),
+}
+
 /// A weight in panel layout.
 pub struct PackedWeight {
     pub(crate) out_features: usize,
@@ -641,7 +670,7 @@ pub struct PackedWeight {
     pub(crate) largest_scale: f32,
     /// Whether the first plane of two was enough lately.
     pub(crate) doubts: Doubts,
-    data: Pages,
+    data: Data,
 }
 
 impl PackedWeight {
@@ -668,7 +697,17 @@ impl PackedWeight {
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.data().len()
+    }
+
+    /// All panels, to be kept for a later [`PackedWeight::from_kept`].
+    pub fn panel_bytes_all(&self) -> &[u8] {
+        self.data()
+    }
+
+    /// Largest scale of a weight in two planes, else 0.
+    pub fn largest_scale(&self) -> f32 {
+        self.largest_scale
     }
 
     pub(crate) fn panels(&self) -> usize {
@@ -676,7 +715,10 @@ impl PackedWeight {
     }
 
     pub(crate) fn data(&self) -> &[u8] {
-        &self.data
+        match &self.data {
+            Data::Own(pages) => pages,
+            Data::Shared(bytes, range) => &bytes.as_ref().as_ref()[range.clone()],
+        }
     }
 
     pub(crate) fn panel_bytes(&self) -> usize {
@@ -698,40 +740,23 @@ impl PackedWeight {
 
     /// The second plane from a panel on.
     pub(crate) fn low(&self, panel: usize) -> &[u8] {
-        &self.data[self.panels() * self.panel_bytes() + panel * self.low_bytes()..]
+        &self.data()[self.panels() * self.panel_bytes() + panel * self.low_bytes()..]
     }
 
-    fn new(w: &WeightView<'_>, body: Body) -> PackedWeight {
-        let (out_features, in_features) = (w.out_features, w.in_features);
-        let group = w.dtype.block().0;
-        let panel_bytes = body.panel_bytes(in_features, group) + body.low_bytes(in_features);
-        let data = Pages::new(out_features.div_ceil(LANES) * panel_bytes);
-        let (largest_scale, doubts) = (0.0, Doubts::default());
-        PackedWeight { out_features, in_features, body, group, order: None, largest_scale, doubts, data }
-    }
-
-    pub(crate) fn pack(
+    /// Lets `fill` write every panel of a weight.
+    fn fill(
         pool: &Pool,
-        name: &str,
         w: &WeightView<'_>,
-        mode: PackMode,
-    ) -> Result<PackedWeight, KernelError> {
-        w.check(name)?;
-        let blocks = match (mode, w.dtype) {
-            (PackMode::F32, _) => false,
-            (_, WeightDtype::Fp8(groups)) => return Ok(Self::pack_fp8(pool, w, groups)),
-            (PackMode::Stored, WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16) => false,
-            (PackMode::Stored, _) => true,
-            // Rows that are not whole blocks stay floats.
-            (PackMode::Q8, _) => w.in_features.is_multiple_of(32),
-        };
-        Ok(if blocks { Self::pack_blocks(pool, w) } else { Self::pack_floats(pool, w, mode) })
-    }
-
-    /// Lets `fill` write every panel.
-    fn fill_panels(&mut self, pool: &Pool, fill: &FillPanel<'_>) {
-        let (panels, panel_bytes, low_bytes) = (self.panels(), self.panel_bytes(), self.low_bytes());
-        let data = SendPtr(self.data.as_mut_ptr());
+        body: Body,
+        largest_scale: f32,
+        fill: &FillPanel<'_>,
+    ) -> PackedWeight {
+        let group = w.dtype.block().0;
+        let (panel_bytes, low_bytes) =
+            (body.panel_bytes(w.in_features, group), body.low_bytes(w.in_features));
+        let panels = w.out_features.div_ceil(LANES);
+        let mut pages = Pages::new(panels * (panel_bytes + low_bytes));
+        let data = SendPtr(pages.as_mut_ptr());
         // Panels in runs, so that a task writes whole pages.
         let run = panels.div_ceil(pool.threads() * 4).max(1);
         pool.run(panels.div_ceil(run), &|task| {
@@ -747,121 +772,126 @@ impl PackedWeight {
                 fill(panel * LANES, bytes, low);
             }
         });
+        PackedWeight {
+            out_features: w.out_features,
+            in_features: w.in_features,
+            body,
+            group,
+            order: None,
+            largest_scale,
+            doubts: Doubts::default(),
+            data: Data::Own(pages),
+        }
     }
 
-    fn pack_floats(pool: &Pool, w: &WeightView<'_>, mode: PackMode) -> PackedWeight {
-        let kind = match (mode, w.dtype) {
-            (PackMode::Stored, WeightDtype::F16) => FloatKind::F16,
-            (PackMode::Stored, WeightDtype::Bf16) => FloatKind::Bf16,
-            _ => FloatKind::F32,
+    /// What a weight becomes; of a head that may stand in two planes, the form in one.
+    fn body(w: &WeightView<'_>, mode: PackMode) -> Body {
+        let blocks = match (mode, w.dtype) {
+            (PackMode::F32, _) => false,
+            (_, WeightDtype::Fp8(groups)) => return Body::Fp8 { scales: fp8_scales(w, groups) },
+            (PackMode::Stored, WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16) => false,
+            (PackMode::Stored, _) => true,
+            // Rows that are not whole blocks stay floats.
+            (PackMode::Q8, _) => w.in_features.is_multiple_of(32),
         };
-        let mut packed = PackedWeight::new(w, Body::Float(kind));
-        let (in_features, size) = (w.in_features, kind.bytes());
-        packed.fill_panels(pool, &|first, panel, _| {
-            let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
-            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
-                if kind == FloatKind::F32 {
-                    quant::dequantize_row(w, o, &mut row);
-                    for (k, v) in row.iter().enumerate() {
-                        let at = (k * LANES + lane) * 4;
-                        panel[at..at + 4].copy_from_slice(&v.to_ne_bytes());
-                    }
-                } else {
-                    let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
-                    for (k, v) in stored.chunks_exact(size).enumerate() {
-                        let at = (k * LANES + lane) * size;
-                        panel[at..at + size].copy_from_slice(v);
-                    }
-                }
-            }
-        });
-        packed
+        match (blocks, mode, w.dtype) {
+            (true, ..) => Body::Block(BlockFormat::of(w.dtype)),
+            (false, PackMode::Stored, WeightDtype::F16) => Body::Float(FloatKind::F16),
+            (false, PackMode::Stored, WeightDtype::Bf16) => Body::Float(FloatKind::Bf16),
+            (false, ..) => Body::Float(FloatKind::F32),
+        }
     }
 
-    fn pack_fp8(pool: &Pool, w: &WeightView<'_>, groups: Groups) -> PackedWeight {
-        let (len, bytes) = w.dtype.block();
-        let row_bytes = w.row_bytes();
-        let scale = |o: usize, g: usize| quant::group_head(groups, &w.data[o * row_bytes + g * bytes..]).0;
-        let count = w.in_features / len;
-        // Blocks of a matrix are higher than a panel: all of its outputs have the scales of the first.
-        let alike = |o: usize| {
-            let first = o / LANES * LANES;
-            (0..count).all(|g| scale(o, g).to_bits() == scale(first, g).to_bits())
-        };
-        let scales = if (0..w.out_features).all(alike) { 1 } else { LANES };
-        let mut packed = PackedWeight::new(w, Body::Fp8 { scales });
-        packed.fill_panels(pool, &|first, panel, _| {
-            let (values, heads) = panel.split_at_mut(w.in_features * LANES);
-            for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
-                for g in 0..count {
-                    let group = &w.data[o * row_bytes + g * bytes..][..bytes];
-                    let (scale, _, stored) = quant::group_head(groups, group);
-                    for (k, byte) in stored.iter().enumerate() {
-                        values[(g * len + k) * LANES + lane] = *byte;
-                    }
-                    if lane < scales {
-                        let at = (g * scales + lane) * 4;
-                        heads[at..at + 4].copy_from_slice(&scale.to_ne_bytes());
-                    }
-                }
-            }
-        });
-        packed
-    }
-
-    fn pack_blocks(pool: &Pool, w: &WeightView<'_>) -> PackedWeight {
-        let mut format = BlockFormat::of(w.dtype);
+    pub(crate) fn pack(
+        pool: &Pool,
+        name: &str,
+        w: &WeightView<'_>,
+        mode: PackMode,
+    ) -> Result<PackedWeight, KernelError> {
+        w.check(name)?;
+        let mut body = Self::body(w, mode);
         let mut largest_scale = None;
-        if format == BlockFormat::Q8_0 && w.out_features >= SPLIT_OUTPUTS {
+        if may_split(&body, w) {
             largest_scale = largest_q8_0_scale(pool, w);
             if largest_scale.is_some() {
-                format = BlockFormat::Q8_0Split;
+                body = Body::Block(BlockFormat::Q8_0Split);
             }
         }
-        let layout = format.layout();
-        let is_float = w.dtype.block().0 == 1;
-        let mut packed = PackedWeight::new(w, Body::Block(format));
-        let per_record = packed.record_blocks();
-        packed.largest_scale = largest_scale.unwrap_or_default();
-        let row_bytes = w.row_bytes();
-        packed.fill_panels(pool, &|first, panel, low| {
-            let lanes = LANES.min(w.out_features - first);
-            let mut values = vec![0.0f32; if is_float { lanes * w.in_features } else { 0 }];
-            if is_float {
-                for (lane, row) in values.chunks_exact_mut(w.in_features).enumerate() {
-                    quant::dequantize_row(w, first + lane, row);
-                }
+        let largest_scale = largest_scale.unwrap_or_default();
+        Ok(match body {
+            Body::Float(kind) => {
+                Self::fill(pool, w, body, 0.0, &|first, panel, _| fill_floats(w, kind, first, panel))
             }
-            let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
-            for (at, record) in panel.chunks_exact_mut(layout.record_of(per_record)).enumerate() {
-                for sub in 0..per_record {
-                    let b = at * per_record + sub;
-                    // Outputs that are not there stay zero.
-                    let mut groups = [[0u8; 64]; 8];
-                    for lane in 0..lanes {
-                        let block = if is_float {
-                            quant::quantized(&values[lane * w.in_features + b * 32..][..32])
-                        } else {
-                            quant::block32(w.dtype, &stored[lane * row_bytes..(lane + 1) * row_bytes], b)
-                        };
-                        layout.put_scales(record, sub, lane, &block);
-                        for (group, quants) in groups.iter_mut().zip(block.quants.chunks_exact(4)) {
-                            for (byte, q) in group[lane * 4..lane * 4 + 4].iter_mut().zip(quants) {
-                                *byte = layout.quants.level(*q, layout.zero);
-                            }
-                        }
-                    }
-                    let quants = layout.header_bytes() + sub * layout.quants.bytes();
-                    let low_bytes = layout.quants.low_bytes();
-                    layout.quants.write(
-                        &groups,
-                        &mut record[quants..quants + layout.quants.bytes()],
-                        &mut low[b * low_bytes..(b + 1) * low_bytes],
-                    );
-                }
+            Body::Block(format) => Self::fill(pool, w, body, largest_scale, &|first, panel, low| {
+                fill_blocks(w, format, first, panel, low);
+            }),
+            Body::Fp8 { scales } => {
+                Self::fill(pool, w, body, 0.0, &|first, panel, _| fill_fp8(w, scales, first, panel))
             }
+        })
+    }
+
+    /// The weight from panels that were kept when it was packed before, in place of packing it again.
+    ///
+    /// `None` if they are not what packing gives: another form or length, or other bytes in one of three panels
+    /// (the first, the last, one between) that are packed anew for this. That the rest is whole is for who keeps them.
+    /// The columns are in the order of the inputs: a weight with another order is not for this.
+    ///
+    /// # Errors
+    /// As of packing: a weight whose bytes do not fit its shape.
+    pub fn from_kept(
+        name: &str,
+        w: &WeightView<'_>,
+        mode: PackMode,
+        kept: &KeptPanels<'_>,
+    ) -> Result<Option<PackedWeight>, KernelError> {
+        w.check(name)?;
+        let mut body = Self::body(w, mode);
+        if may_split(&body, w) && kept.form == BlockFormat::Q8_0Split.name() {
+            body = Body::Block(BlockFormat::Q8_0Split);
+        }
+        let is_split = matches!(body, Body::Block(BlockFormat::Q8_0Split));
+        let scale_fits = if is_split {
+            kept.largest_scale.is_finite() && kept.largest_scale >= 0.0
+        } else {
+            kept.largest_scale == 0.0
+        };
+        let panels = w.out_features.div_ceil(LANES);
+        let group = w.dtype.block().0;
+        let (panel_bytes, low_bytes) =
+            (body.panel_bytes(w.in_features, group), body.low_bytes(w.in_features));
+        let bytes = kept.bytes.as_ref().as_ref().get(kept.range.clone());
+        let fits = bytes.is_some_and(|b| {
+            b.len() == panels * (panel_bytes + low_bytes) && b.as_ptr().addr().is_multiple_of(64)
         });
-        packed
+        if !fits || !scale_fits {
+            return Ok(None);
+        }
+        let packed = PackedWeight {
+            out_features: w.out_features,
+            in_features: w.in_features,
+            body,
+            group,
+            order: None,
+            largest_scale: kept.largest_scale,
+            doubts: Doubts::default(),
+            data: Data::Shared(Arc::clone(&kept.bytes), kept.range.clone()),
+        };
+        let same = packed.form() == kept.form
+            && [0, panels / 2, panels - 1].iter().all(|p| packed.is_panel_of(w, *p));
+        Ok(same.then_some(packed))
+    }
+
+    /// Whether a panel is what packing the weight gives.
+    fn is_panel_of(&self, w: &WeightView<'_>, panel: usize) -> bool {
+        let (panel_bytes, low_bytes) = (self.panel_bytes(), self.low_bytes());
+        let (mut bytes, mut low) = (vec![0; panel_bytes], vec![0; low_bytes]);
+        match self.body {
+            Body::Float(kind) => fill_floats(w, kind, panel * LANES, &mut bytes),
+            Body::Block(format) => fill_blocks(w, format, panel * LANES, &mut bytes, &mut low),
+            Body::Fp8 { scales } => fill_fp8(w, scales, panel * LANES, &mut bytes),
+        }
+        bytes == self.data()[panel * panel_bytes..][..panel_bytes] && low == self.low(panel)[..low_bytes]
     }
 
     /// Row `o` as f32, the same values that [`quant::dequantize_row`] gives for the stored weight.
@@ -919,6 +949,109 @@ impl PackedWeight {
                     *v = scale * quant::f8_value(values[k * LANES + lane]);
                 }
             }
+        }
+    }
+}
+
+/// Whether a weight may stand in two planes.
+fn may_split(body: &Body, w: &WeightView<'_>) -> bool {
+    matches!(body, Body::Block(BlockFormat::Q8_0)) && w.out_features >= SPLIT_OUTPUTS
+}
+
+/// Writes the float panel of the outputs from `first` on.
+fn fill_floats(w: &WeightView<'_>, kind: FloatKind, first: usize, panel: &mut [u8]) {
+    let (in_features, size) = (w.in_features, kind.bytes());
+    let mut row = vec![0.0f32; if kind == FloatKind::F32 { in_features } else { 0 }];
+    for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
+        if kind == FloatKind::F32 {
+            quant::dequantize_row(w, o, &mut row);
+            for (k, v) in row.iter().enumerate() {
+                let at = (k * LANES + lane) * 4;
+                panel[at..at + 4].copy_from_slice(&v.to_ne_bytes());
+            }
+        } else {
+            let stored = &w.data[o * w.row_bytes()..(o + 1) * w.row_bytes()];
+            for (k, v) in stored.chunks_exact(size).enumerate() {
+                let at = (k * LANES + lane) * size;
+                panel[at..at + size].copy_from_slice(v);
+            }
+        }
+    }
+}
+
+/// Scales of a group in a panel of 8-bit floats: one if all outputs of every panel have the same, else one each.
+fn fp8_scales(w: &WeightView<'_>, groups: Groups) -> usize {
+    let (len, bytes) = w.dtype.block();
+    let row_bytes = w.row_bytes();
+    let scale = |o: usize, g: usize| quant::group_head(groups, &w.data[o * row_bytes + g * bytes..]).0;
+    // Blocks of a matrix are higher than a panel: all of its outputs have the scales of the first.
+    let alike = |o: usize| {
+        let first = o / LANES * LANES;
+        (0..w.in_features / len).all(|g| scale(o, g).to_bits() == scale(first, g).to_bits())
+    };
+    if (0..w.out_features).all(alike) { 1 } else { LANES }
+}
+
+/// Writes the panel of 8-bit floats of the outputs from `first` on, zeroed before.
+fn fill_fp8(w: &WeightView<'_>, scales: usize, first: usize, panel: &mut [u8]) {
+    let WeightDtype::Fp8(groups) = w.dtype else { unreachable!("only 8-bit floats become such a panel") };
+    let (len, bytes) = w.dtype.block();
+    let row_bytes = w.row_bytes();
+    let (values, heads) = panel.split_at_mut(w.in_features * LANES);
+    for (lane, o) in (first..w.out_features.min(first + LANES)).enumerate() {
+        for g in 0..w.in_features / len {
+            let group = &w.data[o * row_bytes + g * bytes..][..bytes];
+            let (scale, _, stored) = quant::group_head(groups, group);
+            for (k, byte) in stored.iter().enumerate() {
+                values[(g * len + k) * LANES + lane] = *byte;
+            }
+            if lane < scales {
+                let at = (g * scales + lane) * 4;
+                heads[at..at + 4].copy_from_slice(&scale.to_ne_bytes());
+            }
+        }
+    }
+}
+
+/// Writes the block panel of the outputs from `first` on, zeroed before, and its part of the second plane.
+fn fill_blocks(w: &WeightView<'_>, format: BlockFormat, first: usize, panel: &mut [u8], low: &mut [u8]) {
+    let layout = format.layout();
+    let per_record = if layout.grouped { w.dtype.block().0 / 32 } else { layout.blocks() };
+    let is_float = w.dtype.block().0 == 1;
+    let row_bytes = w.row_bytes();
+    let lanes = LANES.min(w.out_features - first);
+    let mut values = vec![0.0f32; if is_float { lanes * w.in_features } else { 0 }];
+    if is_float {
+        for (lane, row) in values.chunks_exact_mut(w.in_features).enumerate() {
+            quant::dequantize_row(w, first + lane, row);
+        }
+    }
+    let stored = &w.data[first * row_bytes..(first + lanes) * row_bytes];
+    for (at, record) in panel.chunks_exact_mut(layout.record_of(per_record)).enumerate() {
+        for sub in 0..per_record {
+            let b = at * per_record + sub;
+            // Outputs that are not there stay zero.
+            let mut groups = [[0u8; 64]; 8];
+            for lane in 0..lanes {
+                let block = if is_float {
+                    quant::quantized(&values[lane * w.in_features + b * 32..][..32])
+                } else {
+                    quant::block32(w.dtype, &stored[lane * row_bytes..(lane + 1) * row_bytes], b)
+                };
+                layout.put_scales(record, sub, lane, &block);
+                for (group, quants) in groups.iter_mut().zip(block.quants.chunks_exact(4)) {
+                    for (byte, q) in group[lane * 4..lane * 4 + 4].iter_mut().zip(quants) {
+                        *byte = layout.quants.level(*q, layout.zero);
+                    }
+                }
+            }
+            let quants = layout.header_bytes() + sub * layout.quants.bytes();
+            let low_bytes = layout.quants.low_bytes();
+            layout.quants.write(
+                &groups,
+                &mut record[quants..quants + layout.quants.bytes()],
+                &mut low[b * low_bytes..(b + 1) * low_bytes],
+            );
         }
     }
 }

@@ -14,7 +14,7 @@ use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, Tensor};
 use draftsmith_kernels::experts::{Expert, Experts};
 use draftsmith_kernels::{Kernels, WeightDtype, WeightView, quant};
 
-use super::{Container, Source, float_dtype, weight_dtype};
+use super::{Container, Packing, Source, float_dtype, weight_dtype};
 use crate::moe::{ExpertFiles, ExpertsConfig};
 use crate::{ModelError, Precision};
 
@@ -70,7 +70,7 @@ impl Source {
     /// All experts of a layer, packed.
     pub(crate) fn experts<K: Kernels>(
         &mut self,
-        kernels: &K,
+        (kernels, packing): (&K, &dyn Packing<K::Packed>),
         precision: Precision,
         layer: usize,
         config: &ExpertsConfig,
@@ -90,7 +90,7 @@ impl Source {
                 let view = WeightView { dtype, out_features, in_features, data: &data };
                 let name = format!("{} of expert {expert} of layer {layer}", projection.single());
                 packed.push(
-                    kernels
+                    packing
                         .pack(&name, &view, precision.pack_mode())
                         .map_err(|source| ModelError::Kernel { place: self.place.clone(), source })?,
                 );
