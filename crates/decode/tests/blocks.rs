@@ -213,7 +213,10 @@ fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposa
         for row in 0..400 {
             hand(&mut plain[0], row..row + 1);
             let sampling = &Sampling::GREEDY;
-            drafter.roots(&mut [Ask { session: plain[0].as_mut(), sampling, position: 0, k: 1 }]);
+            // The last one is asked below.
+            if row < 399 {
+                drafter.roots(&mut [Ask { session: plain[0].as_mut(), sampling, position: 0, k: 1 }]);
+            }
         }
         assert_eq!(plain[0].positions(), 400);
         let wanted = says(drafter.as_ref(), &mut plain).remove(0);
