@@ -78,7 +78,9 @@ pub enum BundleError {
         layout: &'static str,
     },
     /// An export of a kind of draft that is not exported yet.
-    #[error("there is no export of a draft of the kind `{method}` to compare: other layouts have no place for it")]
+    #[error(
+        "there is no export of a draft of the kind `{method}` to compare: other layouts have no place for it"
+    )]
     NoExport {
         /// The kind.
         method: &'static str,

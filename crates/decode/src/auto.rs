@@ -660,7 +660,8 @@ impl Pacer {
         rates.looked = rates.looked.map(|steps| steps + 1);
         rates.promised += (expected - extra - rates.promised) / WINDOW;
         rates.kept += (committed - 1.0 - extra - rates.kept) / LONG_WINDOW;
-        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms.max(costs.extend_ms) > 0.0 {
+        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms.max(costs.extend_ms) > 0.0
+        {
             rates.paused = rates.next_pause;
             rates.next_pause = (rates.next_pause * 2).min(LONGEST_PAUSE);
             (rates.promised, rates.kept) = (0.0, 0.0);

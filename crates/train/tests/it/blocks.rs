@@ -252,8 +252,7 @@ fn embedding_gradient(pad: Option<u32>, row: usize) -> f32 {
     let [embed, head] = target();
     let weights = peagle::random_weights(&config, &embed, 5);
     let options = PEagleOptions { thinning: Thinning { num_depths: 4, ratio: 0.8, least: 0.2 }, seed: 2 };
-    let mut method =
-        PEagleTrain::new(Cpu::new(1), config, options, vocab_map(40), &head, &weights).unwrap();
+    let mut method = PEagleTrain::new(Cpu::new(1), config, options, vocab_map(40), &head, &weights).unwrap();
     let pack = pack(4, &[26, 9, 14], 3);
     method.micro_batch(&pack, Mode::Train).unwrap();
     let tape = method.tape();
