@@ -69,6 +69,22 @@ pub enum BundleError {
         /// How many the draft reads.
         wanted: usize,
     },
+    /// A kind of draft that has no place in a layout yet.
+    #[error("a draft of the kind `{method}` has no place in the layout `{layout}`")]
+    NoLayout {
+        /// The kind.
+        method: &'static str,
+        /// The layout.
+        layout: &'static str,
+    },
+    /// An export of a kind of draft that is not exported yet.
+    #[error(
+        "there is no export of a draft of the kind `{method}` to compare: other layouts have no place for it"
+    )]
+    NoExport {
+        /// The kind.
+        method: &'static str,
+    },
     /// A path without a draft in any layout that is known.
     #[error("`{}` is no draft: neither a folder with `config.json` and safetensors, nor one GGUF file", path.display())]
     NoDraft {
@@ -160,6 +176,9 @@ impl BundleError {
             ),
             BundleError::LayerCount { .. } => {
                 Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into())
+            }
+            BundleError::NoLayout { .. } | BundleError::NoExport { .. } => {
+                Some("use the bundle's own folder: its weights and `config.json` carry the published names".into())
             }
             BundleError::NoTokenizer => Some("name the target with `--target`".into()),
             BundleError::Gguf(e) => e.hint(),

@@ -161,7 +161,8 @@ pub(crate) fn weight_problems(
         }
     }
     for name in weights.names() {
-        let dropped = types == WeightTypes::Checkpoint && name == "embed_tokens.weight";
+        let copied = !config.shape().has_embedding && name == "embed_tokens.weight";
+        let dropped = types == WeightTypes::Checkpoint && copied;
         if !dropped && !specs.iter().any(|s| s.name == name) {
             let shape = weights.find(name).map_or_else(Vec::new, |t| t.shape.to_vec());
             problems.push(Problem::TensorExtra { name: name.to_owned(), shape });

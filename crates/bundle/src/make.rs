@@ -141,7 +141,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     let mut probes = Vec::with_capacity(questions.len());
     for (index, question) in questions.into_iter().enumerate() {
         let probe = network(question).map_err(|source| BundleError::Probe { index, source })?;
-        let (found, wanted) = (probe.logits.len(), shape.draft_vocab_size);
+        let (found, wanted) = (probe.logits.len(), shape.answer_width);
         if found != wanted || probe.logits.iter().any(|v| !v.is_finite()) {
             let source = format!("{found} logits, wanted {wanted} finite ones").into();
             return Err(BundleError::Probe { index, source });

@@ -158,7 +158,7 @@ pub(crate) fn from_file(path: &Path, config: &DraftConfig) -> Result<Vec<Probe>,
     (0..count)
         .map(|i| {
             let logits = dir.get(&format!("{i}.logits"))?;
-            logits.expect_shape(&[config.shape().draft_vocab_size])?;
+            logits.expect_shape(&[config.shape().answer_width])?;
             let depth = dir.get(&format!("{i}.depth"))?;
             depth.expect_shape(&[1])?;
             let depth = u32::try_from(depth.to_i64()?[0]).unwrap_or(u32::MAX);

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Draft, Rows, StepOutput, Target};
+use draftsmith_model::{Draft, Infer, Rows, StepOutput, Target};
 
 use crate::DecodeError;
+use crate::block::{BlockDrafter, Net};
 use crate::eagle::EagleDrafter;
 use crate::tree;
 
@@ -101,6 +102,27 @@ pub trait DrafterSession<K: Kernels>: Any + Send {
     fn positions(&self) -> usize {
         0
     }
+}
+
+/// The first `rows` rows of pieces that stand one below the other.
+pub(crate) fn first_rows<K: Kernels>(
+    kernels: &K,
+    pieces: Vec<Arc<Rows<K::Buf>>>,
+    mut rows: usize,
+) -> Vec<Arc<Rows<K::Buf>>> {
+    let mut first = Vec::new();
+    for piece in pieces {
+        match rows {
+            0 => break,
+            all if all >= piece.rows => first.push(piece),
+            some => {
+                let kept: Vec<u32> = (0..some as u32).collect();
+                first.push(Infer::new(kernels).gather(&piece, &kept));
+            }
+        }
+        rows -= rows.min(first.last().map_or(0, |p| p.rows));
+    }
+    first
 }
 
 /// A sequence's state, owned.
@@ -200,6 +222,11 @@ pub trait Drafter<K: Kernels>: Send + Sync {
         1
     }
 
+    /// Levels that there are at most: below the last of them, no node has children.
+    fn deepest(&self) -> usize {
+        usize::MAX
+    }
+
     /// Proposals of fixed shapes.
     fn propose(&self, asks: &mut [Ask<'_, K>], shapes: &[Shape]) -> Vec<TokenTree> {
         tree::propose(self, asks, shapes)
@@ -223,5 +250,7 @@ pub trait Drafter<K: Kernels>: Send + Sync {
 pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
     Ok(match draft {
         Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
+        Draft::Block(draft) => Arc::new(BlockDrafter::new(target, Net::Block(draft))?),
+        Draft::PEagle(draft) => Arc::new(BlockDrafter::new(target, Net::PEagle(draft))?),
     })
 }

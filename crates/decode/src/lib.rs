@@ -6,6 +6,7 @@
 
 mod auto;
 mod batch;
+mod block;
 mod calibrate;
 mod costs;
 mod drafter;

@@ -3,7 +3,8 @@
 use burn_tensor::ops::IndexingUpdateOp;
 use burn_tensor::{Bool, DType, FloatDType, Tensor, TensorData, activation};
 use draftsmith_kernels::{
-    Activation, KernelError, Kernels, KvDtype, PackMode, RopeTable, Segment, StepMask, WeightView, quant,
+    Activation, Cell, KernelError, Kernels, KvDtype, PackMode, RopeTable, Segment, StepMask, WeightView,
+    quant,
 };
 
 use crate::attention::{Heads, join};
@@ -67,6 +68,9 @@ impl KvLayer {
 fn hidden_keys(gpu: &Gpu, mask: &StepMask<'_>) -> Tensor<2, Bool> {
     let (earlier, uncommitted) = (mask.first_slot() - mask.base, mask.parents.len());
     let keys = mask.base + uncommitted;
+    if mask.whole_block {
+        return gpu.behind(&vec![keys as u32; mask.new_rows], keys);
+    }
     let chain = mask.parents.iter().enumerate().all(|(i, p)| p.map_or(0, |p| p as usize + 1) == i);
     let (mut first, mut end, mut own) = (Vec::new(), Vec::new(), Vec::new());
     for row in earlier..uncommitted {
@@ -277,6 +281,26 @@ impl Kernels for Gpu {
 
     fn gather_rows(&self, x: &Buf, width: usize, rows: &[u32], y: &mut Buf) {
         y.set(self.stored(x, x.capacity() / width, width).select(0, self.indices(rows)));
+    }
+
+    fn cell(&self, cell: Cell, (a, b): (&Buf, &Buf), rows: usize, width: usize, y: &mut Buf) {
+        let (a, b) = (self.read(a, rows, cell.input_width(width)), self.read(b, rows, width));
+        match cell {
+            Cell::Gate => self.keep(y, activation::sigmoid(a) * b),
+            Cell::Recurrent => {
+                let part = |i: usize| a.clone().slice([0..rows, i * width..(i + 1) * width]);
+                let candidate = part(1).tanh();
+                let state = candidate.clone() + activation::sigmoid(part(0)) * (b - candidate);
+                self.keep(y, Tensor::cat(vec![state, part(2).tanh()], 1));
+            }
+        }
+    }
+
+    fn kv_write(&self, kv: &mut KvLayer, at: usize, rows: usize, k: &Buf, v: &Buf) {
+        if rows > 0 {
+            let width = kv.width();
+            kv.write(self, at, [k, v].map(|x| self.read(x, rows, width)));
+        }
     }
 
     fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> KvLayer {

@@ -24,6 +24,8 @@ mod attention;
 mod buf;
 mod device;
 mod infer;
+mod spans;
+mod token_loss;
 mod train;
 
 pub use buf::{Buf, Packed};

@@ -2,20 +2,21 @@
 //!
 //! Shape legend: `R` rows, `N` rows with a loss, `V` vocabulary, `nh`/`nkv` query/key heads, `hd` head width.
 
+use burn_tensor::activation::sigmoid;
 use burn_tensor::{FloatDType, Int, Tensor};
 use draftsmith_kernels::train::soft_ce::{RowGrad, weigh};
 use draftsmith_kernels::train::{
-    AdamStep, Columns, KeyValue, KeyValueMut, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher,
-    TttShape,
+    AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
+    SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets, TttShape,
 };
-use draftsmith_kernels::{Activation, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, RopeTable, TrainKernels};
 
 use crate::attention::{Heads, join};
 use crate::infer::GELU;
 use crate::{Buf, Gpu};
 
 /// Logits over a vocabulary that exist at once: 256 MiB of f32.
-const LOGITS: usize = 1 << 26;
+pub(crate) const LOGITS: usize = 1 << 26;
 /// Values added up on the device; the sums of these are added in double precision.
 const SUM_BLOCK: usize = 4096;
 
@@ -365,15 +366,21 @@ impl TrainKernels for Gpu {
         self.keep(x, self.add_rows(sum, rows, self.read(y, rows.len(), width)));
     }
 
-    fn ttt_attention(
+    fn attention(
         &self,
-        shape: TttShape<'_>,
+        mask: AttentionMask<'_>,
         q: &Buf,
         block0: KeyValue<'_, Buf>,
         diagonals: &[KeyValue<'_, Buf>],
         out: &mut Buf,
         lse: &mut Buf,
     ) {
+        let shape = match mask {
+            AttentionMask::Ttt(shape) => shape,
+            AttentionMask::Spans(shape) => {
+                return self.span_attention(shape, q, block0, diagonals, (out, lse));
+            }
+        };
         if shape.slots.is_empty() {
             return;
         }
@@ -400,9 +407,9 @@ impl TrainKernels for Gpu {
         lse.set(Tensor::cat(sums, 0));
     }
 
-    fn ttt_attention_grad(
+    fn attention_grad(
         &self,
-        shape: TttShape<'_>,
+        mask: AttentionMask<'_>,
         q: &Buf,
         block0: KeyValue<'_, Buf>,
         diagonals: &[KeyValue<'_, Buf>],
@@ -412,6 +419,13 @@ impl TrainKernels for Gpu {
         (dk0, dv0): KeyValueMut<'_, Buf>,
         ddiagonals: Vec<KeyValueMut<'_, Buf>>,
     ) {
+        let shape = match mask {
+            AttentionMask::Ttt(shape) => shape,
+            AttentionMask::Spans(shape) => {
+                let (inputs, grads) = ((q, block0, diagonals), (dq, (dk0, dv0), ddiagonals));
+                return self.span_attention_grad(shape, inputs, (out, lse), dout, grads);
+            }
+        };
         let (rows, q_width) = (shape.slots.len(), shape.heads * shape.head_dim);
         if rows == 0 {
             return;
@@ -469,6 +483,80 @@ impl TrainKernels for Gpu {
         self.keep_or_add(dv0, dv_all, true);
     }
 
+    fn gather_grad(&self, y: &Buf, width: usize, rows: &[u32], scale: f32, x: &mut Buf) {
+        if rows.is_empty() {
+            return;
+        }
+        // Equal rows are added up first, so that no device adds to one place from two sides.
+        let mut order: Vec<u32> = (0..rows.len() as u32).collect();
+        order.sort_by_key(|i| rows[*i as usize]);
+        let sorted = self.read(y, rows.len(), width).mul_scalar(scale).select(0, self.indices(&order));
+        let groups: Vec<&[u32]> = order.chunk_by(|a, b| rows[*a as usize] == rows[*b as usize]).collect();
+        let places: Vec<u32> = groups.iter().map(|g| rows[g[0] as usize]).collect();
+        let most = groups.iter().map(|g| g.len()).max().unwrap_or(0);
+        // The k-th of every group, for each k: distinct places at a time.
+        let mut sum: Option<Tensor<2>> = None;
+        let mut at = 0;
+        let starts: Vec<u32> = groups
+            .iter()
+            .map(|g| {
+                at += g.len() as u32;
+                at - g.len() as u32
+            })
+            .collect();
+        for k in 0..most {
+            let (numbers, from): (Vec<u32>, Vec<u32>) = groups
+                .iter()
+                .enumerate()
+                .filter(|(_, g)| g.len() > k)
+                .map(|(i, _)| (i as u32, starts[i] + k as u32))
+                .unzip();
+            let part = sorted.clone().select(0, self.indices(&from));
+            sum = Some(match sum {
+                None => part,
+                Some(sum) => self.add_rows(sum, &numbers, part),
+            });
+        }
+        let Some(sum) = sum else { return };
+        let all = x.capacity() / width;
+        let old = self.take(x, all, width);
+        let dtype: FloatDType = old.dtype().into();
+        x.set(self.add_rows(old.cast(FloatDType::F32), &places, sum).cast(dtype));
+    }
+
+    fn cell_grad(
+        &self,
+        cell: Cell,
+        (a, b): KeyValue<'_, Buf>,
+        dy: &Buf,
+        (rows, width): (usize, usize),
+        (da, db): KeyValueMut<'_, Buf>,
+    ) {
+        if rows == 0 {
+            return;
+        }
+        let (a, b) = (self.read(a, rows, cell.input_width(width)), self.read(b, rows, width));
+        let dy = self.read(dy, rows, cell.output_width(width));
+        let columns = |x: &Tensor<2>, i: usize| x.clone().slice([0..rows, i * width..(i + 1) * width]);
+        let gate = sigmoid(columns(&a, 0));
+        let closing = gate.clone().neg().add_scalar(1.0);
+        match cell {
+            Cell::Gate => {
+                self.keep(da, dy.clone() * b * gate.clone() * closing);
+                self.keep(db, dy * gate);
+            }
+            Cell::Recurrent => {
+                let (dstate, doutput) = (columns(&dy, 0), columns(&dy, 1));
+                let (candidate, output) = (columns(&a, 1).tanh(), columns(&a, 2).tanh());
+                let bend = |x: &Tensor<2>| x.clone().square().neg().add_scalar(1.0);
+                let dgate = dstate.clone() * (b - candidate.clone()) * gate.clone() * closing.clone();
+                let dcandidate = dstate.clone() * closing * bend(&candidate);
+                self.keep(da, Tensor::cat(vec![dgate, dcandidate, doutput * bend(&output)], 1));
+                self.keep(db, dstate * gate);
+            }
+        }
+    }
+
     fn stream_head(&self, x: &Buf, head: &Buf, s: LinearShape) -> (Vec<u32>, Vec<f32>) {
         let (x, head) = (self.stored(x, s.rows, s.inp), self.stored(head, s.out, s.inp));
         let chunk = (LOGITS / s.out).max(1);
@@ -519,6 +607,16 @@ impl TrainKernels for Gpu {
         };
         let (kl_weight, grad) = weigh(loss, scale, || run(RowGrad::default(), None).mean_alpha());
         SoftSums { kl_weight, ..run(grad, grads) }
+    }
+
+    fn linear_token_loss(
+        &self,
+        parts: &[LogitPart<'_, Buf>],
+        (rows, vocab): (usize, usize),
+        targets: &TokenTargets<'_, Buf>,
+        grads: Option<Vec<PartGrad<'_, Buf>>>,
+    ) -> Vec<TokenRow> {
+        self.token_loss(parts, (rows, vocab), targets, grads)
     }
 
     fn adamw(&self, s: AdamStep, len: usize, w: &mut Buf, g: &Buf, (m, v): KeyValueMut<'_, Buf>) {

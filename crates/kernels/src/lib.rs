@@ -10,6 +10,7 @@
 //!
 //! Shape legend: `R` rows (tokens) of a call, `I`/`O` input and output features, `S` sequence slots.
 
+pub mod cell;
 mod cpu;
 pub mod experts;
 mod pool;
@@ -22,6 +23,7 @@ mod top_k;
 pub mod train;
 mod weight;
 
+pub use cell::Cell;
 pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
@@ -73,6 +75,8 @@ pub struct StepMask<'a> {
     pub new_rows: usize,
     /// Sliding window in positions, the query's own included; `None` sees everything.
     pub window: Option<usize>,
+    /// Every row sees all uncommitted rows, those behind it too, instead of its path: a block that is drafted at once.
+    pub whole_block: bool,
     /// Logit scale, normally `1 / sqrt(head_dim)`.
     pub scale: f32,
     /// `[heads]`: a logit of each head that takes its share of the softmax and mixes nothing in (gpt-oss).
@@ -84,12 +88,26 @@ pub struct StepMask<'a> {
 impl<'a> StepMask<'a> {
     /// All uncommitted rows are new.
     pub fn step(base: usize, parents: &'a [Option<u32>], window: Option<usize>, scale: f32) -> StepMask<'a> {
-        StepMask { base, parents, new_rows: parents.len(), window, scale, sinks: None, softcap: None }
+        StepMask {
+            base,
+            parents,
+            new_rows: parents.len(),
+            window,
+            whole_block: false,
+            scale,
+            sinks: None,
+            softcap: None,
+        }
     }
 
     /// The same with capped logits.
     pub fn capped(self, softcap: Option<f32>) -> StepMask<'a> {
         StepMask { softcap, ..self }
+    }
+
+    /// A block behind `base` slots whose rows (`parents` gives their number) all see each other.
+    pub fn block(base: usize, parents: &'a [Option<u32>], scale: f32) -> StepMask<'a> {
+        StepMask { whole_block: true, ..StepMask::step(base, parents, None, scale) }
     }
 
     /// Slot of the first new row.
@@ -219,6 +237,19 @@ pub trait Kernels: Send + Sync + 'static {
         experts::grouped(self, x, routes, experts, y);
     }
 
+    /// The gate of a Markov head over rows of `width`: `y[R, _]`, see [`Cell`].
+    fn cell(
+        &self,
+        cell: Cell,
+        inputs: (&Self::Buf, &Self::Buf),
+        rows: usize,
+        width: usize,
+        y: &mut Self::Buf,
+    );
+
+    /// Writes keys and values of `rows` committed positions without asking anything, from slot `at` on, and drops what
+    /// lay behind it.
+    fn kv_write(&self, kv: &mut Self::Kv, at: usize, rows: usize, k: &Self::Buf, v: &Self::Buf);
     /// An empty cache for one layer.
     fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> Self::Kv;
     /// Moves slots `from[i]` (ascending, all at or after `base`) to `base + i` and drops the rest.

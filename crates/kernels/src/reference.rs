@@ -73,6 +73,9 @@ pub fn attention(
             at = mask.parents[p as usize];
         }
         path.reverse();
+        if mask.whole_block {
+            path = (mask.base..mask.base + mask.parents.len()).collect();
+        }
         let mut slots: Vec<usize> = (0..mask.base).chain(path).collect();
         if let Some(window) = mask.window {
             slots.drain(..slots.len().saturating_sub(window));

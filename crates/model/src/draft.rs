@@ -10,9 +10,11 @@ use draftsmith_core::{VocabMap, VocabMapError};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
 use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightView};
 
+use crate::block::BlockDraft;
 use crate::draft_config::{DraftConfig, DraftConfigError};
 use crate::eagle3::Eagle3Draft;
 use crate::infer::Linear;
+use crate::peagle::PEagleDraft;
 use crate::weights::BuildWeights;
 
 /// A draft that cannot be loaded.
@@ -113,6 +115,10 @@ pub type DraftTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 pub enum Draft<K: Kernels> {
     /// One decoder layer over fused target states that is fed its own output.
     Eagle3(Eagle3Draft<K>),
+    /// Layers over target states that propose a block of mask tokens.
+    Block(BlockDraft<K>),
+    /// An EAGLE-3 layer and plain ones that propose several tokens in one pass.
+    PEagle(PEagleDraft<K>),
 }
 
 /// What the network is asked, by hand.
@@ -159,6 +165,8 @@ impl<K: Kernels> Deref for Draft<K> {
     fn deref(&self) -> &Self::Target {
         match self {
             Draft::Eagle3(draft) => draft,
+            Draft::Block(draft) => draft,
+            Draft::PEagle(draft) => draft,
         }
     }
 }
@@ -179,7 +187,9 @@ impl<K: Kernels> Packing<'_, K> {
             .tensors
             .get(name)
             .ok_or_else(|| DraftError::Missing { place: place.clone(), name: name.to_owned() })?;
-        if shape != wanted {
+        // A weight may be stored with more dimensions of one in front.
+        let outer = shape.len().saturating_sub(wanted.len());
+        if shape[outer..] != *wanted || shape[..outer].iter().any(|n| *n != 1) {
             let (found, wanted) = (shape.clone(), wanted.to_vec());
             return Err(DraftError::Shape { place, name: name.to_owned(), found, wanted });
         }
@@ -230,6 +240,12 @@ impl<K: Kernels> Draft<K> {
             DraftConfig::Eagle3(config) => {
                 Draft::Eagle3(Eagle3Draft::pack(config, vocab_map, &mut source, mode)?)
             }
+            DraftConfig::Block(config) => {
+                Draft::Block(BlockDraft::pack(config, vocab_map, &mut source, mode)?)
+            }
+            DraftConfig::PEagle(config) => {
+                Draft::PEagle(PEagleDraft::pack(config, vocab_map, &mut source, mode)?)
+            }
         };
         if source.used != tensors.len() {
             let extra = tensors.keys().find(|name| !known.iter().any(|(k, _)| k == *name));
@@ -251,7 +267,7 @@ impl<K: Kernels> Draft<K> {
 }
 
 /// Reads a draft folder into memory: configuration, float tensors, vocabulary map if the kind has one.
-/// `embed_tokens.weight` is skipped: the target's embedding is used.
+/// `embed_tokens.weight` is skipped where the target's embedding is used.
 ///
 /// # Errors
 /// A file that is missing or damaged, named.
@@ -266,7 +282,7 @@ pub fn read_draft(dir: &Path) -> Result<(DraftConfig, DraftTensors, Option<Vocab
     let file = SafetensorsDir::open(dir)?;
     let mut tensors = DraftTensors::new();
     for name in file.names() {
-        if matches!(name, "d2t" | "t2d" | "embed_tokens.weight") {
+        if matches!(name, "d2t" | "t2d") || name == "embed_tokens.weight" && !shape.has_embedding {
             continue;
         }
         let tensor = file.get(name)?;

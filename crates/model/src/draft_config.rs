@@ -8,14 +8,20 @@ use draftsmith_formats::run::{DraftTable, Method};
 use draftsmith_kernels::{PackMode, RopeScaling};
 use serde_json::{Map, Value, json};
 
+use crate::block::{self, BlockConfig};
 use crate::config::TargetConfig;
 use crate::eagle3::{self, Eagle3Config};
+use crate::peagle::{self, PEagleConfig};
 
 /// Shapes and switches of a draft, as in its `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DraftConfig {
     /// One decoder layer over fused target states that is fed its own output.
     Eagle3(Eagle3Config),
+    /// Layers over target states that propose a block of mask tokens.
+    Block(BlockConfig),
+    /// An EAGLE-3 layer and plain ones that propose several tokens in one pass.
+    PEagle(PEagleConfig),
 }
 
 /// Numbers that every kind of draft has.
@@ -39,6 +45,10 @@ pub struct DraftShape {
     pub captured_layers: usize,
     /// `d2t` and `t2d` stand beside its weights; without them it proposes target ids.
     pub has_vocab_map: bool,
+    /// Its embedding is its own, not the target's.
+    pub has_embedding: bool,
+    /// Numbers that it answers a question by hand with: logits, or what the target's head makes logits of.
+    pub answer_width: usize,
 }
 
 impl DraftShape {
@@ -87,6 +97,8 @@ pub trait DraftSpec {
     /// # Errors
     /// A number of layers that the kind does not take.
     fn set_target_layers(&mut self, layers: &[u32]) -> Result<(), DraftConfigError>;
+    /// Sets the token that stands for one to be proposed, for a kind that has one.
+    fn set_mask_token(&mut self, _id: u32) {}
     /// Sets the ids of special tokens.
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>);
     /// Checks that the numbers fit together.
@@ -116,6 +128,8 @@ impl Deref for DraftConfig {
     fn deref(&self) -> &Self::Target {
         match self {
             DraftConfig::Eagle3(config) => config,
+            DraftConfig::Block(config) => config,
+            DraftConfig::PEagle(config) => config,
         }
     }
 }
@@ -124,6 +138,8 @@ impl DerefMut for DraftConfig {
     fn deref_mut(&mut self) -> &mut Self::Target {
         match self {
             DraftConfig::Eagle3(config) => config,
+            DraftConfig::Block(config) => config,
+            DraftConfig::PEagle(config) => config,
         }
     }
 }
@@ -133,6 +149,20 @@ impl DraftConfig {
     pub fn for_target(method: Method, target: &TargetConfig, draft_vocab_size: usize) -> DraftConfig {
         match method {
             Method::Eagle3 => DraftConfig::Eagle3(Eagle3Config::for_target(target, draft_vocab_size)),
+            Method::Dflash | Method::Dspark | Method::PEagle => {
+                DraftConfig::of_table(&DraftTable::of(method), target, draft_vocab_size)
+            }
+        }
+    }
+
+    /// A draft of a kind that proposes several tokens in one pass, before it is checked.
+    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> DraftConfig {
+        match table.method {
+            Method::Eagle3 => DraftConfig::for_target(table.method, target, draft_vocab_size),
+            Method::Dflash | Method::Dspark => {
+                DraftConfig::Block(BlockConfig::of_table(table, target, draft_vocab_size))
+            }
+            Method::PEagle => DraftConfig::PEagle(PEagleConfig::of_table(table, target, draft_vocab_size)),
         }
     }
 
@@ -148,6 +178,11 @@ impl DraftConfig {
         match table.method {
             Method::Eagle3 => {
                 Eagle3Config::from_table(table, target, draft_vocab_size).map(DraftConfig::Eagle3)
+            }
+            Method::Dflash | Method::Dspark | Method::PEagle => {
+                let config = DraftConfig::of_table(table, target, draft_vocab_size);
+                config.check()?;
+                Ok(config)
             }
         }
     }
@@ -169,12 +204,19 @@ impl DraftConfig {
     pub fn from_value(value: &Value) -> Result<DraftConfig, DraftConfigError> {
         match kind_of(value) {
             Method::Eagle3 => Eagle3Config::from_value(value).map(DraftConfig::Eagle3),
+            Method::Dflash | Method::Dspark => BlockConfig::from_value(value).map(DraftConfig::Block),
+            Method::PEagle => PEagleConfig::from_value(value).map(DraftConfig::PEagle),
         }
     }
 }
 
 /// Architectures by kind.
-const ARCHITECTURES: [(&[&str], Method); 1] = [(&eagle3::ARCHITECTURES, Method::Eagle3)];
+const ARCHITECTURES: [(&[&str], Method); 4] = [
+    (&eagle3::ARCHITECTURES, Method::Eagle3),
+    (&block::DFLASH, Method::Dflash),
+    (&block::DSPARK, Method::Dspark),
+    (&peagle::ARCHITECTURES, Method::PEagle),
+];
 
 /// The kind that a configuration is of, by its first architecture. One that names none, or none that is known, is read
 /// as the first kind there was: what does not fit is then told key by key.

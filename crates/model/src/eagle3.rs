@@ -379,6 +379,8 @@ impl DraftSpec for Eagle3Config {
             initializer_range: self.initializer_range,
             captured_layers: CAPTURED,
             has_vocab_map: true,
+            has_embedding: false,
+            answer_width: self.draft_vocab_size,
         }
     }
 

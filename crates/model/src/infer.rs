@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use draftsmith_kernels::experts::{Experts, Routing};
-use draftsmith_kernels::{Activation, Buffer, Kernels, RopeTable, Segment, StepMask};
+use draftsmith_kernels::{Activation, Buffer, Cell, Kernels, RopeTable, Segment, StepMask};
 
 use crate::ops::{Attend, Ops};
 
@@ -185,6 +185,34 @@ impl<K: Kernels> Ops for Infer<'_, K> {
         let mut y = self.kernels.scratch(x.rows * width);
         self.kernels.slice_cols(&x.buf, x.width, from, width, x.rows, &mut y);
         self.wrap(y, x.rows, width)
+    }
+
+    fn stack(&mut self, parts: &[&Self::T]) -> Self::T {
+        if let [one] = parts {
+            return Arc::clone(one);
+        }
+        // Side by side in one row is the same memory as one below the other.
+        let width = parts.first().map_or(0, |p| p.width);
+        let rows = parts.iter().map(|p| p.rows).sum();
+        let mut y = self.kernels.scratch(rows * width);
+        let list: Vec<_> = parts.iter().map(|p| (&p.buf, p.rows * width)).collect();
+        self.kernels.concat_cols(&list, 1, &mut y);
+        self.wrap(y, rows, width)
+    }
+
+    fn select(&mut self, x: &Self::T, rows: &[u32]) -> Self::T {
+        self.gather(x, rows)
+    }
+
+    fn zeros_like(&mut self, x: &Self::T) -> Self::T {
+        self.wrap(self.kernels.zeros(x.rows * x.width), x.rows, x.width)
+    }
+
+    fn cell(&mut self, cell: Cell, a: &Self::T, b: &Self::T, width: usize) -> Self::T {
+        let out = cell.output_width(width);
+        let mut y = self.kernels.scratch(a.rows * out);
+        self.kernels.cell(cell, (&a.buf, &b.buf), a.rows, width, &mut y);
+        self.wrap(y, a.rows, out)
     }
 
     fn embed(&mut self, table: &Self::W, ids: &[u32], scale: f32) -> Self::T {

@@ -1,9 +1,11 @@
 //! Target and draft networks, written once over the kernels; KV cache with rollback; weight loading; the tape.
 
+pub mod block;
 mod classes;
 mod config;
 mod draft;
 mod draft_config;
+pub mod draft_layer;
 mod dtype;
 pub mod eagle3;
 mod error;
@@ -14,6 +16,7 @@ mod load;
 mod mlp;
 mod moe;
 mod ops;
+pub mod peagle;
 mod quantised;
 pub mod tape;
 mod target;

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use draftsmith_kernels::experts::Routing;
-use draftsmith_kernels::{Activation, RopeTable};
+use draftsmith_kernels::{Activation, Cell, RopeTable};
 
 /// Operations on activations of `[rows, width]`.
 pub trait Ops {
@@ -48,6 +48,14 @@ pub trait Ops {
     fn concat(&mut self, parts: &[&Self::T]) -> Self::T;
     /// Columns `from..from + width` of each row.
     fn slice_cols(&mut self, x: &Self::T, from: usize, width: usize) -> Self::T;
+    /// Rows of all parts, which have one width, below each other.
+    fn stack(&mut self, parts: &[&Self::T]) -> Self::T;
+    /// Chosen rows, in any order and with repeats.
+    fn select(&mut self, x: &Self::T, rows: &[u32]) -> Self::T;
+    /// Zeros of the same shape, without a gradient.
+    fn zeros_like(&mut self, x: &Self::T) -> Self::T;
+    /// The gate of a Markov head with a state of `width`; see [`Cell`].
+    fn cell(&mut self, cell: Cell, a: &Self::T, b: &Self::T, width: usize) -> Self::T;
     /// Rows of an embedding table, times `scale`.
     fn embed(&mut self, table: &Self::W, ids: &[u32], scale: f32) -> Self::T;
 }

@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use draftsmith_kernels::experts::Routing;
 use draftsmith_kernels::train::{
-    AdamStep, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher, TttShape,
+    AdamStep, AttentionMask, Columns, DocSpan, LinearShape, LogitPart, PartGrad, Rotation, Sight, SoftLoss,
+    SoftScale, SoftSums, SpanShape, Teacher, TokenRow, TokenTargets, TokenTeacher, TttShape,
 };
-use draftsmith_kernels::{Activation, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, RopeTable, TrainKernels};
 
 use crate::ops::{Attend, Ops};
 
@@ -35,6 +36,8 @@ pub struct Param<B> {
     value: B,
     /// `None` for frozen weights.
     grad: Option<B>,
+    /// A row of a trained embedding that is left as it is.
+    fixed_row: Option<u32>,
 }
 
 impl<B> Param<B> {
@@ -48,7 +51,48 @@ impl<B> Param<B> {
     }
 }
 
-/// Which slots the queries of a step sit at, for training-time-test attention.
+/// Heads of an attention.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLayout {
+    /// `nh`
+    pub heads: usize,
+    /// `nkv`
+    pub kv_heads: usize,
+    /// `hd`
+    pub head_dim: usize,
+    /// Logit scale.
+    pub scale: f32,
+}
+
+/// What the rows of an attention see.
+#[derive(Clone, Debug)]
+pub enum MaskLayout {
+    /// Training-time test: queries at `slots` of a pack of documents.
+    Ttt {
+        /// Documents of the pack.
+        docs: Arc<[DocSpan]>,
+        /// `[R]`
+        slots: Arc<[u32]>,
+    },
+    /// Blocks and rollouts: `[R]` two spans each.
+    Spans(Arc<[Sight]>),
+}
+
+impl MaskLayout {
+    fn mask<'a>(&'a self, h: HeadLayout) -> AttentionMask<'a> {
+        let HeadLayout { heads, kv_heads, head_dim, scale } = h;
+        match self {
+            MaskLayout::Ttt { docs, slots } => {
+                AttentionMask::Ttt(TttShape { docs, slots, heads, kv_heads, head_dim, scale })
+            }
+            MaskLayout::Spans(sights) => {
+                AttentionMask::Spans(SpanShape { sights, heads, kv_heads, head_dim, scale })
+            }
+        }
+    }
+}
+
+/// Documents and heads of training-time-test attention.
 #[derive(Clone, Debug)]
 pub struct TttLayout {
     /// Documents of the pack.
@@ -61,6 +105,13 @@ pub struct TttLayout {
     pub head_dim: usize,
     /// Logit scale.
     pub scale: f32,
+}
+
+impl TttLayout {
+    fn heads(&self) -> HeadLayout {
+        let TttLayout { heads, kv_heads, head_dim, scale, .. } = *self;
+        HeadLayout { heads, kv_heads, head_dim, scale }
+    }
 }
 
 enum Op<B> {
@@ -101,12 +152,35 @@ enum Op<B> {
         x: Var,
         rows: Vec<u32>,
     },
+    Stack {
+        parts: Vec<Var>,
+    },
+    Select {
+        x: Var,
+        rows: Vec<u32>,
+    },
+    Embed {
+        table: ParamId,
+        ids: Vec<u32>,
+        scale: f32,
+    },
+    /// A bias `[O]` of each row: the product of ones `[R, 1]` with it.
+    Bias {
+        ones: Var,
+        bias: ParamId,
+    },
+    Cell {
+        cell: Cell,
+        a: Var,
+        b: Var,
+        width: usize,
+    },
     Attention {
         q: Var,
-        block0: (Var, Var),
-        diagonals: Vec<(Var, Var)>,
-        layout: TttLayout,
-        slots: Arc<[u32]>,
+        context: (Var, Var),
+        own: Vec<(Var, Var)>,
+        mask: MaskLayout,
+        heads: HeadLayout,
         lse: B,
     },
 }
@@ -164,8 +238,19 @@ impl<K: TrainKernels> Tape<K> {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values of `{name}` fill its shape");
         let value = self.kernels.upload(values);
         let grad = trained.then(|| self.kernels.zeros(values.len()));
-        self.params.push(Param { name: name.to_owned(), shape: shape.to_vec(), value, grad });
+        self.params.push(Param {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            value,
+            grad,
+            fixed_row: None,
+        });
         ParamId(self.params.len() - 1)
+    }
+
+    /// Leaves a row of an embedding out of its gradient: that of padding.
+    pub fn fix_row(&mut self, id: ParamId, row: u32) {
+        self.params[id.0].fixed_row = Some(row);
     }
 
     /// All parameters in the order they were added.
@@ -292,7 +377,10 @@ impl<K: TrainKernels> Tape<K> {
     fn push(&mut self, op: Op<K::Buf>, rows: usize, width: usize, value: K::Buf, inputs: &[Var]) -> Var {
         let wants_grad = match &op {
             Op::Input => false,
-            Op::Linear { w, .. } | Op::Norm { w, .. } => self.params[w.0].is_trained(),
+            Op::Linear { w, .. }
+            | Op::Norm { w, .. }
+            | Op::Embed { table: w, .. }
+            | Op::Bias { bias: w, .. } => self.params[w.0].is_trained(),
             _ => false,
         } || inputs.iter().any(|x| self.nodes[x.0].wants_grad);
         self.nodes.push(Node { op, rows, width, value: Some(value), grad: None, wants_grad });
@@ -322,33 +410,98 @@ impl<K: TrainKernels> Tape<K> {
         self.push(Op::Gather { x, rows: rows.to_vec() }, rows.len(), width, y, &[x])
     }
 
-    /// Training-time-test attention of queries at `slots` over block 0 and diagonals [eagle3 §4.2].
-    pub fn ttt_attention(
+    /// Attention of queries under a mask over the context and the rows' own keys and values.
+    pub fn attention(
         &mut self,
-        layout: &TttLayout,
-        slots: &Arc<[u32]>,
+        mask: &MaskLayout,
+        heads: HeadLayout,
         q: Var,
-        block0: (Var, Var),
-        diagonals: &[(Var, Var)],
+        context: (Var, Var),
+        own: &[(Var, Var)],
     ) -> Var {
         let (rows, width) = self.shape(q);
         let mut out = self.buffer(rows, width);
-        let mut lse = self.buffer(rows, layout.heads);
-        let pairs: Vec<_> = diagonals.iter().map(|(k, v)| (self.value(*k), self.value(*v))).collect();
-        let block = (self.value(block0.0), self.value(block0.1));
-        let shape = layout.shape(slots);
-        self.kernels.ttt_attention(shape, self.value(q), block, &pairs, &mut out, &mut lse);
-        let mut inputs = vec![q, block0.0, block0.1];
-        inputs.extend(diagonals.iter().flat_map(|(k, v)| [*k, *v]));
-        let op = Op::Attention {
-            q,
-            block0,
-            diagonals: diagonals.to_vec(),
-            layout: layout.clone(),
-            slots: Arc::clone(slots),
-            lse,
-        };
+        let mut lse = self.buffer(rows, heads.heads);
+        let pairs: Vec<_> = own.iter().map(|(k, v)| (self.value(*k), self.value(*v))).collect();
+        let block = (self.value(context.0), self.value(context.1));
+        self.kernels.attention(mask.mask(heads), self.value(q), block, &pairs, &mut out, &mut lse);
+        let mut inputs = vec![q, context.0, context.1];
+        inputs.extend(own.iter().flat_map(|(k, v)| [*k, *v]));
+        let op = Op::Attention { q, context, own: own.to_vec(), mask: mask.clone(), heads, lse };
         self.push(op, rows, width, out, &inputs)
+    }
+
+    /// Losses against tokens through several heads, and gradients of their inputs and of those heads that are trained;
+    /// see [`draftsmith_kernels::train::token_loss`]. `states` are the target's final states of the rows with its head, if
+    /// the rows are compared with it, and the log-sum-exp of its full logits, if that head is a part of it.
+    #[allow(
+        clippy::too_many_arguments,
+        clippy::type_complexity,
+        reason = "the operands of one fused operation"
+    )]
+    pub fn token_loss(
+        &mut self,
+        parts: &[(Var, ParamId)],
+        labels: &[u32],
+        (ce, l1): (&[f32], &[f32]),
+        states: Option<(&[f32], ParamId, Option<&[f32]>)>,
+        grads: bool,
+    ) -> Vec<TokenRow> {
+        let rows = labels.len();
+        let vocab = self.params[parts[0].1.0].shape[0];
+        let states = states.map(|(x, head, lse)| (self.upload(x), head, lse));
+        // The gradients leave the parameters for the call: their values stay borrowed.
+        let mut dheads: Vec<Option<K::Buf>> =
+            parts.iter().map(|(_, w)| if grads { self.params[w.0].grad.take() } else { None }).collect();
+        let mut dxs: Vec<K::Buf> = parts
+            .iter()
+            .map(|(x, _)| {
+                let len = if grads { rows * self.nodes[x.0].width } else { 0 };
+                self.pool.take(&self.kernels, len)
+            })
+            .collect();
+        let operands: Vec<LogitPart<'_, K::Buf>> = parts
+            .iter()
+            .map(|(x, w)| LogitPart {
+                x: self.value(*x),
+                w: &self.params[w.0].value,
+                inp: self.nodes[x.0].width,
+            })
+            .collect();
+        let teacher = states.as_ref().map(|(x, head, lse)| {
+            let head = &self.params[head.0];
+            TokenTeacher { x, head: &head.value, inp: head.shape[1], lse: *lse }
+        });
+        let targets = TokenTargets { labels, ce, l1, teacher };
+        let to: Option<Vec<PartGrad<'_, K::Buf>>> =
+            grads.then(|| dxs.iter_mut().zip(dheads.iter_mut().map(Option::as_mut)).collect());
+        let found = self.kernels.linear_token_loss(&operands, (rows, vocab), &targets, to);
+        drop(operands);
+        if let Some((buf, ..)) = states {
+            self.release(buf);
+        }
+        for (((x, w), dx), dhead) in parts.iter().zip(dxs).zip(dheads) {
+            if grads {
+                if dhead.is_some() {
+                    self.params[w.0].grad = dhead;
+                }
+                self.give_grad(*x, dx);
+            } else {
+                self.release(dx);
+            }
+        }
+        found
+    }
+
+    /// Adds host values `[R, C]` to the gradient of an activation.
+    ///
+    /// # Panics
+    /// If the length differs.
+    pub fn add_activation_grad(&mut self, x: Var, values: &[f32]) {
+        let (rows, width) = self.shape(x);
+        assert_eq!(values.len(), rows * width, "one gradient per value");
+        let buf = self.upload(values);
+        self.give_grad(x, buf);
     }
 
     /// Head, loss and gradients in one call: adds to the gradients of `hidden` `[N, H]` and of the head. `rows[N]`
@@ -558,15 +711,70 @@ impl<K: TrainKernels> Tape<K> {
                     self.nodes[x.0].grad = Some(dx);
                 }
             }
-            Op::Attention { q, block0, diagonals, layout, slots, lse } => {
+            Op::Stack { parts } => {
+                let mut from = 0;
+                for part in parts.iter() {
+                    let len = self.nodes[part.0].rows * width;
+                    if wants(self, *part) {
+                        let (mut dx, filled) = self.grad_slot(*part);
+                        let src = (&grad, Columns { stride: rows * width, from });
+                        let dst = (&mut dx, Columns { stride: len, from: 0 });
+                        self.kernels.copy_cols(src, dst, 1, len, filled);
+                        self.nodes[part.0].grad = Some(dx);
+                    }
+                    from += len;
+                }
+            }
+            Op::Select { x, rows: chosen } => {
+                if wants(self, *x) {
+                    let mut dx = self.grad_sum(*x);
+                    self.kernels.gather_grad(&grad, width, chosen, 1.0, &mut dx);
+                    self.nodes[x.0].grad = Some(dx);
+                }
+            }
+            Op::Embed { table, ids, scale } => {
+                let table = &mut self.params[table.0];
+                let moves = |id: &u32| table.fixed_row != Some(*id);
+                if let Some(dtable) = &mut table.grad {
+                    if ids.iter().all(moves) {
+                        self.kernels.gather_grad(&grad, width, ids, *scale, dtable);
+                    } else {
+                        let kept: Vec<u32> =
+                            (0..rows as u32).filter(|row| moves(&ids[*row as usize])).collect();
+                        let ids: Vec<u32> = kept.iter().map(|row| ids[*row as usize]).collect();
+                        let mut some = self.pool.take(&self.kernels, kept.len() * width);
+                        self.kernels.gather(&grad, width, &kept, 1.0, &mut some);
+                        self.kernels.gather_grad(&some, width, &ids, *scale, dtable);
+                        self.kernels.retire(&mut some);
+                        self.pool.put(&self.kernels, some);
+                    }
+                }
+            }
+            Op::Bias { ones, bias } => {
+                let shape = LinearShape { rows, out: width, inp: 1 };
+                if let Some(dbias) = &mut self.params[bias.0].grad {
+                    let ones =
+                        self.nodes[ones.0].value.as_ref().expect("inputs are released after their users");
+                    self.kernels.linear_dw(&grad, ones, shape, dbias);
+                }
+            }
+            Op::Cell { cell, a, b, width: state } => {
+                let inputs = (cell.input_width(*state), *state);
+                let (mut da, mut db) = (self.buffer(rows, inputs.0), self.buffer(rows, inputs.1));
+                let values = (self.value(*a), self.value(*b));
+                self.kernels.cell_grad(*cell, values, &grad, (rows, *state), (&mut da, &mut db));
+                self.give_grad(*a, da);
+                self.give_grad(*b, db);
+            }
+            Op::Attention { q, context: block0, own: diagonals, mask, heads, lse } => {
                 let mut dq = self.grad_sum(*q);
                 let (mut dk0, mut dv0) = (self.grad_sum(block0.0), self.grad_sum(block0.1));
                 let mut dpairs: Vec<(K::Buf, K::Buf)> =
                     diagonals.iter().map(|(k, v)| (self.grad_sum(*k), self.grad_sum(*v))).collect();
                 let pairs: Vec<_> = diagonals.iter().map(|(k, v)| (self.value(*k), self.value(*v))).collect();
                 let out = node.value.as_ref().expect("kept until its own gradient");
-                self.kernels.ttt_attention_grad(
-                    layout.shape(slots),
+                self.kernels.attention_grad(
+                    mask.mask(*heads),
                     self.value(*q),
                     (self.value(block0.0), self.value(block0.1)),
                     &pairs,
@@ -592,19 +800,6 @@ impl<K: TrainKernels> Tape<K> {
     }
 }
 
-impl TttLayout {
-    fn shape<'a>(&'a self, slots: &'a [u32]) -> TttShape<'a> {
-        TttShape {
-            docs: &self.docs,
-            slots,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            scale: self.scale,
-        }
-    }
-}
-
 impl<K: TrainKernels> Ops for Tape<K> {
     type T = Var;
     type W = ParamId;
@@ -612,16 +807,21 @@ impl<K: TrainKernels> Ops for Tape<K> {
     /// No trained draft has experts.
     type E = std::convert::Infallible;
 
-    /// # Panics
-    /// With a bias: no trained layer has one.
     fn linear(&mut self, x: &Var, w: &ParamId, bias: Option<&ParamId>) -> Var {
-        assert!(bias.is_none(), "no layer of a trained draft has a bias");
         let (rows, inp) = self.shape(*x);
         let out = self.params[w.0].shape[0];
         assert_eq!(self.params[w.0].shape, [out, inp], "`{}` fits its input", self.params[w.0].name);
         let mut y = self.buffer(rows, out);
         self.kernels.linear(self.value(*x), &self.params[w.0].value, LinearShape { rows, out, inp }, &mut y);
-        self.push(Op::Linear { x: *x, w: *w }, rows, out, y, &[*x])
+        let product = self.push(Op::Linear { x: *x, w: *w }, rows, out, y, &[*x]);
+        let Some(bias) = bias else { return product };
+        assert_eq!(self.params[bias.0].shape, [out], "`{}` fits its layer", self.params[bias.0].name);
+        let ones = self.input(&vec![1.0; rows], rows, 1);
+        let mut y = self.buffer(rows, out);
+        let shape = LinearShape { rows, out, inp: 1 };
+        self.kernels.linear(self.value(ones), &self.params[bias.0].value, shape, &mut y);
+        let spread = self.push(Op::Bias { ones, bias: *bias }, rows, out, y, &[]);
+        self.add(product, &spread)
     }
 
     fn rms_norm(&mut self, x: &Var, w: &ParamId, eps: f32) -> Var {
@@ -699,16 +899,59 @@ impl<K: TrainKernels> Ops for Tape<K> {
         self.push(Op::Slice { x: *x, from }, rows, width, y, &[*x])
     }
 
-    /// # Panics
-    /// With a trained table: embeddings are the target's and stay frozen.
+    fn stack(&mut self, parts: &[&Var]) -> Var {
+        let width = parts.first().map_or(0, |x| self.nodes[x.0].width);
+        let rows: usize = parts.iter().map(|x| self.nodes[x.0].rows).sum();
+        let mut y = self.buffer(rows, width);
+        // One below the other is the same memory as side by side in one row.
+        let mut from = 0;
+        for x in parts {
+            let (part_rows, part_width) = self.shape(**x);
+            assert_eq!(part_width, width, "stacked parts have one width");
+            let len = part_rows * width;
+            let src = (self.value(**x), Columns { stride: len, from: 0 });
+            self.kernels.copy_cols(src, (&mut y, Columns { stride: rows * width, from }), 1, len, false);
+            from += len;
+        }
+        let parts: Vec<Var> = parts.iter().map(|x| **x).collect();
+        self.push(Op::Stack { parts: parts.clone() }, rows, width, y, &parts)
+    }
+
+    fn select(&mut self, x: &Var, rows: &[u32]) -> Var {
+        let width = self.nodes[x.0].width;
+        let mut y = self.buffer(rows.len(), width);
+        self.kernels.gather(self.value(*x), width, rows, 1.0, &mut y);
+        self.push(Op::Select { x: *x, rows: rows.to_vec() }, rows.len(), width, y, &[*x])
+    }
+
+    fn zeros_like(&mut self, x: &Var) -> Var {
+        let (rows, width) = self.shape(*x);
+        let mut y = self.buffer(rows, width);
+        self.kernels.clear(&mut y, rows * width);
+        self.push(Op::Input, rows, width, y, &[])
+    }
+
+    fn cell(&mut self, cell: Cell, a: &Var, b: &Var, width: usize) -> Var {
+        let rows = self.nodes[a.0].rows;
+        assert_eq!(self.shape(*a), (rows, cell.input_width(width)), "gates fit their state");
+        assert_eq!(self.shape(*b), (rows, width), "states fit their width");
+        let out = cell.output_width(width);
+        let mut y = self.buffer(rows, out);
+        self.kernels.cell(cell, (self.value(*a), self.value(*b)), rows, width, &mut y);
+        self.push(Op::Cell { cell, a: *a, b: *b, width }, rows, out, y, &[*a, *b])
+    }
+
     fn embed(&mut self, table: &ParamId, ids: &[u32], scale: f32) -> Var {
         let p = &self.params[table.0];
-        assert!(!p.is_trained(), "embedding tables are frozen");
-        let (vocab, width) = (p.shape[0], p.shape[1]);
+        let (vocab, width, trained) = (p.shape[0], p.shape[1], p.is_trained());
         assert!(ids.iter().all(|id| (*id as usize) < vocab), "ids inside the vocabulary");
         let mut y = self.pool.take(&self.kernels, ids.len() * width);
         self.kernels.gather(&self.params[table.0].value, width, ids, scale, &mut y);
-        self.push(Op::Input, ids.len(), width, y, &[])
+        let op = match trained {
+            true => Op::Embed { table: *table, ids: ids.to_vec(), scale },
+            false => Op::Input,
+        };
+        self.push(op, ids.len(), width, y, &[])
     }
 }
 
@@ -730,15 +973,66 @@ impl TttAttend {
 
 impl<K: TrainKernels> Attend<Tape<K>> for TttAttend {
     fn attend(&mut self, tape: &mut Tape<K>, q: Var, k: Var, v: Var) -> Var {
+        let mask = |slots: &Arc<[u32]>| MaskLayout::Ttt {
+            docs: Arc::clone(&self.layout.docs),
+            slots: Arc::clone(slots),
+        };
         match self.block0 {
             None => {
                 self.block0 = Some((k, v));
-                tape.ttt_attention(&self.layout, &self.slots[0], q, (k, v), &[])
+                tape.attention(&mask(&self.slots[0]), self.layout.heads(), q, (k, v), &[])
             }
             Some(block0) => {
                 self.diagonals.push((k, v));
-                tape.ttt_attention(&self.layout, &self.slots[1], q, block0, &self.diagonals)
+                tape.attention(&mask(&self.slots[1]), self.layout.heads(), q, block0, &self.diagonals)
             }
         }
+    }
+}
+
+/// The attention of anchored blocks: each call is a layer, which sees the keys and values of the context of its own.
+pub struct BlockAttend {
+    heads: HeadLayout,
+    /// Per layer: what its rows see, and the context.
+    layers: std::vec::IntoIter<(MaskLayout, (Var, Var))>,
+}
+
+impl BlockAttend {
+    /// The layers in order.
+    pub fn new(heads: HeadLayout, layers: Vec<(MaskLayout, (Var, Var))>) -> BlockAttend {
+        BlockAttend { heads, layers: layers.into_iter() }
+    }
+}
+
+impl<K: TrainKernels> Attend<Tape<K>> for BlockAttend {
+    fn attend(&mut self, tape: &mut Tape<K>, q: Var, k: Var, v: Var) -> Var {
+        let (mask, context) = self.layers.next().expect("one context per layer");
+        tape.attention(&mask, self.heads, q, context, &[(k, v)])
+    }
+}
+
+/// The attention of rollouts: the first rows are the context, the others see it up to their anchor, and their own
+/// rollout.
+pub struct RolloutAttend {
+    heads: HeadLayout,
+    mask: MaskLayout,
+    /// Rows of the context, and all others.
+    rows: [Vec<u32>; 2],
+}
+
+impl RolloutAttend {
+    /// Of `sights.len()` rows the first `context` ones are the context.
+    pub fn new(heads: HeadLayout, sights: Arc<[Sight]>, context: usize) -> RolloutAttend {
+        let all = sights.len() as u32;
+        let rows = [(0..context as u32).collect(), (context as u32..all).collect()];
+        RolloutAttend { heads, mask: MaskLayout::Spans(sights), rows }
+    }
+}
+
+impl<K: TrainKernels> Attend<Tape<K>> for RolloutAttend {
+    fn attend(&mut self, tape: &mut Tape<K>, q: Var, k: Var, v: Var) -> Var {
+        let mut part = |x: Var, which: usize| tape.gather_rows(x, &self.rows[which]);
+        let (context, own) = ((part(k, 0), part(v, 0)), (part(k, 1), part(v, 1)));
+        tape.attention(&self.mask, self.heads, q, context, &[own])
     }
 }

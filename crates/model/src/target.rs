@@ -559,6 +559,11 @@ impl<K: Kernels> Target<K> {
         ops.values(&last)
     }
 
+    /// The head.
+    pub fn head(&self) -> &Arc<Linear<K::Packed>> {
+        &self.head
+    }
+
     /// The most probable token of chosen rows of a step, the lowest id among equals.
     pub fn argmax(&self, output: &StepOutput<K::Buf>, rows: &[u32]) -> Vec<u32> {
         // Rounding may make equals of different products.

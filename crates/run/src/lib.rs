@@ -544,8 +544,8 @@ impl<'a> Run<'a> {
             // They were held against the target when the run was opened.
             Some(layers) => layers.clone(),
             None => {
-                let draft = DraftConfig::for_target(self.file.draft.method, target, target.vocab_size);
-                draft.layers(target.num_layers as u32)
+                let draft = DraftConfig::from_table(&self.file.draft, target, target.vocab_size);
+                draft.map_err(draftsmith_train::TrainError::from)?.layers(target.num_layers as u32)
             }
         };
         Ok(layers.into_iter().map(LayerId).collect())

@@ -169,6 +169,13 @@ impl Run<'_> {
         config.set_target_layers(&layers).map_err(TrainError::from)?;
         let special = target.text.tokenizer.special();
         config.set_token_ids(special.bos, &special.eos, special.pad);
+        if self.file.draft.mask_token_id().is_none() {
+            // An id that no text has, or else one that few texts have.
+            let unused = target.text.tokenizer.vocab_size();
+            let unused = (unused < t.vocab_size).then_some(unused as u32);
+            let known = special.pad.or(special.eos.first().copied()).or(special.unk);
+            config.set_mask_token(unused.or(known).unwrap_or(t.vocab_size as u32 - 1));
+        }
         let mut tensors = TargetTensors::load(&target.path)?;
         // The network sees scaled embeddings (Gemma); the head is the table as it is.
         if t.embed_scale != 1.0 {

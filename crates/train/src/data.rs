@@ -49,6 +49,8 @@ pub struct Pack {
     pub features: Vec<f32>,
     /// `[S, Ht]`
     pub last: Vec<f32>,
+    /// Which pass over the data this is: what is drawn from a row differs between passes.
+    pub pass: u64,
     /// Slots that the loss divisor "all slots" counts; more than `S` if the batch was padded elsewhere.
     pub counted_slots: usize,
 }
@@ -62,6 +64,20 @@ impl Pack {
     /// No slots.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
+    }
+
+    /// Checks that every token is one of the target's.
+    ///
+    /// # Errors
+    /// The first that is not.
+    pub fn check_ids(&self, vocab: usize) -> Result<(), TrainError> {
+        for (doc, row) in self.docs.iter().zip(&self.rows) {
+            let ids = &self.ids[doc.start as usize..(doc.start + doc.len) as usize];
+            if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+                return Err(TrainError::TokenId { row: *row, id: *id, vocab });
+            }
+        }
+        Ok(())
     }
 
     /// Appends a row, cut to `max_slots`.

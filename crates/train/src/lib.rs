@@ -9,6 +9,7 @@
 //! uninterrupted one bit for bit.
 
 mod average;
+pub mod block;
 mod checkpoint;
 mod data;
 mod draft;
@@ -18,9 +19,13 @@ mod log;
 mod method;
 mod methods;
 mod optimizer;
+pub mod peagle;
 mod rng;
+mod teacher;
+mod to_tape;
 mod trainer;
 
+pub use block::{BlockLoss, BlockOptions, BlockTrain};
 pub use checkpoint::{Best, TrainState, ValidationResult};
 pub use data::{Order, Pack, RowStore};
 pub use draft::{DraftTensor, DraftWeights};
@@ -31,5 +36,6 @@ pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};
 pub use methods::{MadeUpShape, made_up, method};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
+pub use peagle::{PEagleOptions, PEagleTrain};
 pub use rng::Rng;
 pub use trainer::{Event, Flow, Hooks, Outcome, StepReport, TrainOptions, Validator, train};

@@ -40,6 +40,10 @@ pub struct BatchStats {
     pub slots: u64,
     /// Per depth.
     pub depths: Vec<DepthStats>,
+    /// Tokens of the verify steps that the metrics of proposed blocks come to, the target's own included.
+    pub sim_accepted: f64,
+    /// Such steps: proposed blocks.
+    pub blocks: u64,
 }
 
 impl BatchStats {
@@ -48,6 +52,8 @@ impl BatchStats {
         self.loss += other.loss;
         self.weight += other.weight;
         self.slots += other.slots;
+        self.sim_accepted += other.sim_accepted;
+        self.blocks += other.blocks;
         self.depths.resize(self.depths.len().max(other.depths.len()), DepthStats::default());
         for (sum, d) in self.depths.iter_mut().zip(&other.depths) {
             sum.loss += d.loss;

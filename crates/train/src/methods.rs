@@ -5,7 +5,9 @@ use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::TrainKernels;
 use draftsmith_model::{DraftConfig, TargetTensors};
 
+use crate::block::{BlockOptions, BlockTrain};
 use crate::eagle3::{self, Eagle3Options, Eagle3Train};
+use crate::peagle::{PEagleOptions, PEagleTrain};
 use crate::{Method, Pack, TrainError};
 
 /// The method that trains a draft of this configuration as a run file says, started from a loaded target or at random.
@@ -24,6 +26,17 @@ pub fn method<K: TrainKernels>(
         DraftConfig::Eagle3(config) => {
             let options = Eagle3Options::from_table(&file.train.eagle3);
             Box::new(Eagle3Train::for_target(kernels, config, options, vocab_map, target, init, seed)?)
+        }
+        DraftConfig::Block(config) => {
+            let options = match config.spark {
+                None => BlockOptions::from_dflash(&file.train.dflash, seed),
+                Some(_) => BlockOptions::from_dspark(&file.train.dspark, seed),
+            };
+            Box::new(BlockTrain::for_target(kernels, config, options, vocab_map, target, init)?)
+        }
+        DraftConfig::PEagle(config) => {
+            let options = PEagleOptions::from_table(&file.train.p_eagle, config.num_depths, seed);
+            Box::new(PEagleTrain::for_target(kernels, config, options, vocab_map, target, init)?)
         }
     })
 }

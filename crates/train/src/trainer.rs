@@ -107,6 +107,8 @@ pub struct StepReport {
     pub acc: Vec<Option<f64>>,
     /// Per depth: mean expected acceptance over trained slots.
     pub alpha: Vec<Option<f64>>,
+    /// Accept length that the training metrics come to; `None` for methods that do not say. Not a measured one.
+    pub sim_accept_len: Option<f64>,
     /// Slots of this step.
     pub slots: u64,
     /// Slots trained on so far, all passes counted.
@@ -203,7 +205,7 @@ impl Packs<'_> {
         }
         let numbers = &self.current.1[*pack as usize];
         let rows = self.store.read(numbers).map_err(|source| TrainError::Rows { source })?;
-        let mut out = Pack::default();
+        let mut out = Pack { pass: *epoch, ..Pack::default() };
         for (number, row) in numbers.iter().zip(&rows) {
             out.push(*number as u64, row, self.options.pack_slots, feature_width, last_width)?;
         }
@@ -280,6 +282,7 @@ pub fn train<M: Method + ?Sized>(
             grad_norm,
             acc: stats.depths.iter().map(|d| ratio(d.correct as f64, d.slots)).collect(),
             alpha: stats.depths.iter().map(|d| ratio(d.alpha, d.trained)).collect(),
+            sim_accept_len: ratio(stats.sim_accepted, stats.blocks),
             slots: stats.slots,
             total_slots: state.slots,
             tokens_per_s: (state.slots - slots_before) as f64 / elapsed,
@@ -398,7 +401,7 @@ impl Validation<'_, '_> {
 }
 
 fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Result<(), TrainError> {
-    log.write(&json!({
+    let mut line = json!({
         "event": "step",
         "step": r.step,
         "total_steps": r.total_steps,
@@ -411,15 +414,21 @@ fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Res
         "slots": r.slots,
         "total_slots": r.total_slots,
         "tokens_per_s": r.tokens_per_s,
-    }))?;
+    });
+    if let Some(length) = r.sim_accept_len {
+        line["sim_accept_len"] = json!(length);
+    }
+    log.write(&line)?;
     let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
     let others = [
         ("train/lr".to_owned(), r.lr),
         ("train/grad_norm".to_owned(), r.grad_norm),
         ("train/tokens_per_s".to_owned(), r.tokens_per_s),
     ];
+    let sim = r.sim_accept_len.map(|length| ("train/sim_accept_len".to_owned(), length));
     let names: Vec<(String, f64)> = loss
         .into_iter()
+        .chain(sim)
         .chain(others)
         .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
         .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))

@@ -82,6 +82,9 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
         DraftConfig::Eagle3(config) => {
             eagle3::files(config, input.layout, &manifest, &weights, input.target.as_ref())
         }
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
+            return Err(BundleError::NoLayout { method: config.name(), layout: input.layout.name() });
+        }
     }
     .map_err(|error| match error {
         BundleError::Config { path, source } => BundleError::Config { path: input.bundle.join(path), source },

@@ -67,6 +67,7 @@ pub(crate) fn lint(
 ) -> Vec<Problem> {
     match config {
         DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
     }
 }
 
@@ -78,6 +79,7 @@ pub(crate) fn config_problems(
 ) -> Vec<Problem> {
     let mut problems = match config {
         DraftConfig::Eagle3(config) => eagle3::config_problems(object, config, num_layers),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
     };
     problems.extend(num_layers.and_then(|layers| layer_problem(config, layers as u32)));
     problems
@@ -87,6 +89,7 @@ pub(crate) fn config_problems(
 pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
     match config {
         DraftConfig::Eagle3(_) => eagle3::launch(manifest, layout, dir),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
     }
 }
 
@@ -94,5 +97,9 @@ pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &s
 pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static str> {
     match config {
         DraftConfig::Eagle3(config) => eagle3::unserved(config, layout),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
+            Some("Other engines' layouts of this kind are not written yet.")
+                .filter(|_| layout == Layout::Sglang)
+        }
     }
 }

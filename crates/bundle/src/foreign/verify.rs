@@ -26,6 +26,9 @@ pub fn verify_export<K: Kernels>(
         .map_err(|problem| BundleError::draft(bundle, "compared", vec![problem]))?;
     let (layout, checks) = match &config {
         DraftConfig::Eagle3(config) => eagle3::compare(export, bundle, &manifest, config, kernels)?,
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
+            return Err(BundleError::NoExport { method: config.name() });
+        }
     };
     Ok(CheckReport::new(format!("{} ({} layout)", manifest.name, layout.name()), checks))
 }

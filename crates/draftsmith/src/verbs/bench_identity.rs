@@ -21,7 +21,7 @@ use crate::printer;
 /// Sequences of the batched ways.
 const BATCH: usize = 8;
 
-/// Rows for nothing: repetitions are proposed whenever there are any.
+/// Rows for nothing: whatever is known is proposed.
 fn eager() -> Costs {
     Costs { verify_ms: vec![(1, 1.0), (32, 1.001)], draft_step_ms: 0.001, extend_ms: 0.001 }
 }
@@ -34,12 +34,13 @@ struct Way {
     alone: bool,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
     Way { name: "plain", plan: DraftPlan::None, alone: true },
     Way { name: "n-gram", plan: DraftPlan::Auto, alone: true },
     Way { name: "chain 3", plan: DraftPlan::Chain { depth: 3 }, alone: false },
     Way { name: "chain 7", plan: DraftPlan::Chain { depth: 7 }, alone: false },
     Way { name: "tree 16", plan: DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 }, alone: false },
+    Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
 ];
 
 #[derive(Serialize)]
@@ -133,7 +134,7 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         let draft =
             args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
-        let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
+        let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)).with_costs(eager()));
         let prompts = prompts(&workloads, &target)?;
         target_sha256.clone_from(&target.sha256);
         draft_sha256 = draft.as_ref().and_then(|d| d.artifact.sha256.clone());

@@ -16,7 +16,7 @@ impl Broken {
     }
 }
 
-fn broken(key: &str, problem: impl Into<String>) -> Result<(), Broken> {
+pub(super) fn broken(key: &str, problem: impl Into<String>) -> Result<(), Broken> {
     Err(Broken { key: key.to_string(), problem: problem.into(), advice: None })
 }
 
@@ -25,15 +25,15 @@ fn broken_with(key: &str, problem: impl Into<String>, advice: impl Into<String>)
 }
 
 /// `value` must be finite and inside; the bounds are named in words because some are open.
-fn number(key: &str, value: f64, inside: bool, wanted: &str) -> Result<(), Broken> {
+pub(super) fn number(key: &str, value: f64, inside: bool, wanted: &str) -> Result<(), Broken> {
     if value.is_finite() && inside { Ok(()) } else { broken(key, format!("is {value}, expected {wanted}")) }
 }
 
-fn positive(key: &str, value: u64) -> Result<(), Broken> {
+pub(super) fn positive(key: &str, value: u64) -> Result<(), Broken> {
     if value > 0 { Ok(()) } else { broken(key, "is 0, expected at least 1") }
 }
 
-fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
+pub(super) fn at_most(key: &str, value: u64, limit: u64) -> Result<(), Broken> {
     if value <= limit { Ok(()) } else { broken(key, format!("is {value}, expected at most {limit}")) }
 }
 
@@ -212,12 +212,15 @@ impl RunFile {
         let draft = &self.draft;
         if let Some(layers) = &self.capture.layers {
             let wanted = draft.method.captured_layers();
-            if layers.len() != wanted || !layers.windows(2).all(|w| w[0] < w[1]) {
-                let problem = format!("is {layers:?}, expected {wanted} layers in ascending order");
+            let ascending = layers.windows(2).all(|w| w[0] < w[1]);
+            if layers.is_empty() || wanted.is_some_and(|wanted| layers.len() != wanted) || !ascending {
+                let count = wanted.map_or_else(String::new, |wanted| format!("{wanted} "));
+                let problem = format!("is {layers:?}, expected {count}layers in ascending order");
                 return broken("capture.layers", problem);
             }
         }
         positive("draft.vocab_size", u64::from(draft.vocab_size))?;
+        self.check_block_drafts()?;
         for (key, value) in [
             ("draft.hidden", draft.hidden),
             ("draft.intermediate", draft.intermediate),
@@ -256,6 +259,7 @@ impl RunFile {
         let scale = e.kl_scale;
         number("train.eagle3.kl_scale", scale, (0.0..=1.0).contains(&scale), "a number from 0 to 1")?;
         number("train.eagle3.kl_decay", e.kl_decay, e.kl_decay >= 0.0, "a number of at least 0")?;
+        self.check_block_training()?;
         number("train.lr", t.lr, t.lr > 0.0, "a number above 0")?;
         let ratio = t.warmup_ratio;
         number("train.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a number from 0 to 1")?;

@@ -175,7 +175,8 @@ impl RunFile {
         for text in overrides {
             state = source.apply(&mut table, text)?;
         }
-        let file = state?.resolve();
+        let mut file = state?.resolve();
+        file.take_train_defaults(&table);
         match file.check() {
             Ok(()) => Ok(file),
             Err(broken) => {

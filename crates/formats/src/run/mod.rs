@@ -9,6 +9,7 @@
 //!
 //! Relative paths start at the working directory.
 
+mod block;
 mod check;
 mod eagle3;
 mod inputs;
@@ -25,6 +26,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash;
 
+pub use block::{
+    BlockLossKind, DflashDraftTable, DflashTrainTable, DsparkDraftTable, DsparkTrainTable, MarkovHead,
+    PEagleDraftTable, PEagleTrainTable,
+};
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
@@ -482,6 +487,13 @@ pub struct DraftTable {
     pub init: DraftInit,
     /// What `eagle3` alone has.
     pub eagle3: Eagle3DraftTable,
+    /// What `dflash` alone has.
+    pub dflash: DflashDraftTable,
+    /// What `dspark` alone has.
+    pub dspark: DsparkDraftTable,
+    /// What `p-eagle` alone has.
+    #[serde(rename = "p-eagle")]
+    pub p_eagle: PEagleDraftTable,
     /// Older place of `draft.eagle3.fc_norm`.
     #[serde(skip_serializing, rename = "fc_norm")]
     #[schemars(skip)]
@@ -503,6 +515,9 @@ impl Default for DraftTable {
             kv_heads: None,
             init: DraftInit::Target,
             eagle3: Eagle3DraftTable::default(),
+            dflash: DflashDraftTable::default(),
+            dspark: DsparkDraftTable::default(),
+            p_eagle: PEagleDraftTable::default(),
             old_fc_norm: None,
             old_norm_output: None,
         }
@@ -515,16 +530,26 @@ impl Default for DraftTable {
 pub enum Method {
     /// EAGLE-3: one decoder layer over fused target states, trained with training-time test.
     Eagle3,
+    /// DFlash: layers over target states that propose a block in one pass.
+    Dflash,
+    /// DSpark: DFlash with a head that corrects each token by the one before it, and a confidence.
+    Dspark,
+    /// P-EAGLE: an EAGLE-3 layer and plain ones that propose several tokens in one pass.
+    #[serde(rename = "p-eagle")]
+    PEagle,
 }
 
 impl Method {
     /// All kinds.
-    pub const ALL: [Method; 1] = [Method::Eagle3];
+    pub const ALL: [Method; 4] = [Method::Eagle3, Method::Dflash, Method::Dspark, Method::PEagle];
 
     /// The word in run files, manifests and records.
     pub fn name(self) -> &'static str {
         match self {
             Method::Eagle3 => "eagle3",
+            Method::Dflash => "dflash",
+            Method::Dspark => "dspark",
+            Method::PEagle => "p-eagle",
         }
     }
 
@@ -533,10 +558,50 @@ impl Method {
         Method::ALL.into_iter().find(|method| method.name() == name)
     }
 
-    /// Target layers that such a draft reads.
-    pub fn captured_layers(self) -> usize {
+    /// Target layers that such a draft reads; `None` if it takes any number.
+    pub fn captured_layers(self) -> Option<usize> {
         match self {
-            Method::Eagle3 => 3,
+            Method::Eagle3 | Method::PEagle => Some(3),
+            Method::Dflash | Method::Dspark => None,
+        }
+    }
+
+    /// Published settings of `[train]` that hold where a run file does not say, if they are not those of all kinds.
+    pub(super) fn train_defaults(self) -> &'static [(&'static str, f64)] {
+        match self {
+            Method::Eagle3 => &[],
+            Method::Dflash | Method::Dspark => {
+                &[("lr", 6e-4), ("warmup_ratio", 0.04), ("max_grad_norm", 1.0)]
+            }
+            Method::PEagle => &[("warmup_ratio", 0.0025), ("max_grad_norm", 1.0)],
+        }
+    }
+}
+
+impl DraftTable {
+    /// A kind of draft and nothing else.
+    pub fn of(method: Method) -> DraftTable {
+        DraftTable { method, ..DraftTable::default() }
+    }
+
+    /// The mask token that is named for the kind of draft.
+    pub fn mask_token_id(&self) -> Option<u32> {
+        match self.method {
+            Method::Eagle3 => None,
+            Method::Dflash => self.dflash.mask_token_id,
+            Method::Dspark => self.dspark.mask_token_id,
+            Method::PEagle => self.p_eagle.mask_token_id,
+        }
+    }
+}
+
+impl DraftTable {
+    /// How many layers of the target are read unless they are named, for a kind whose tables say so.
+    pub(super) fn layers_to_read(&self) -> Option<u32> {
+        match self.method {
+            Method::Eagle3 | Method::PEagle => None,
+            Method::Dflash => Some(self.dflash.layers),
+            Method::Dspark => Some(self.dspark.layers),
         }
     }
 }
@@ -546,6 +611,7 @@ impl RunFile {
     pub fn unrolled_steps(&self) -> Option<u32> {
         match self.draft.method {
             Method::Eagle3 => Some(self.train.eagle3.ttt_length),
+            Method::Dflash | Method::Dspark | Method::PEagle => None,
         }
     }
 }
@@ -596,6 +662,13 @@ pub struct TrainTable {
     pub seed: Option<u64>,
     /// What `eagle3` alone has.
     pub eagle3: Eagle3TrainTable,
+    /// What `dflash` alone has.
+    pub dflash: DflashTrainTable,
+    /// What `dspark` alone has.
+    pub dspark: DsparkTrainTable,
+    /// What `p-eagle` alone has.
+    #[serde(rename = "p-eagle")]
+    pub p_eagle: PEagleTrainTable,
     /// Older place of `train.eagle3.ttt_length`.
     #[serde(skip_serializing, rename = "ttt_length")]
     #[schemars(skip)]
@@ -637,6 +710,9 @@ impl Default for TrainTable {
             keep_checkpoints: 2,
             seed: None,
             eagle3: Eagle3TrainTable::default(),
+            dflash: DflashTrainTable::default(),
+            dspark: DsparkTrainTable::default(),
+            p_eagle: PEagleTrainTable::default(),
             old_ttt_length: None,
             old_step_decay: None,
             old_loss: None,
@@ -862,6 +938,20 @@ impl RunFile {
         }
         if stage >= Stage::Bench {
             keep("bench", &[]);
+        }
+        // What another kind of draft alone has is no input of this one.
+        let own = self.draft.method.name();
+        for table in ["draft", "train"] {
+            if let Some(table) = kept.get_mut(table).and_then(toml::Value::as_table_mut) {
+                table.retain(|key, _| key == own || Method::from_name(key).is_none());
+            }
+        }
+        if stage >= Stage::Capture
+            && self.capture.layers.is_none()
+            && let Some(layers) = self.draft.layers_to_read()
+            && let Some(capture) = kept.get_mut("capture").and_then(toml::Value::as_table_mut)
+        {
+            capture.insert("layers_of_draft".to_string(), i64::from(layers).into());
         }
         eagle3::to_old_places(&mut kept);
         kept

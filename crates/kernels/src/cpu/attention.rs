@@ -177,6 +177,24 @@ impl KvLayer {
         }
     }
 
+    /// Writes `count` rows from slot `base` on and drops what lay behind them.
+    pub(crate) fn write(&mut self, base: usize, count: usize, k: &[f32], v: &[f32]) {
+        assert!(base <= self.len, "slots before {base} are not all written (cache has {})", self.len);
+        let (width, dim) = (self.width(), self.head_dim);
+        for head in 0..self.kv_heads {
+            let rows = NewRows { base, count, head, width, k, v };
+            match &mut self.slots {
+                Slots::F32(heads) => {
+                    Heads::write(&mut heads.keys[head], &mut heads.values[head], dim, rows);
+                }
+                Slots::F16(heads) => {
+                    Heads::write(&mut heads.keys[head], &mut heads.values[head], dim, rows);
+                }
+            }
+        }
+        self.len = base + count;
+    }
+
     pub(crate) fn compact(&mut self, base: usize, from: &[usize]) {
         for (i, &slot) in from.iter().enumerate() {
             let to = base + i;
@@ -490,7 +508,7 @@ struct Prepared<'a> {
     /// The rows follow each other.
     chain: bool,
     step_slots: Vec<u32>,
-    /// Slots of each row's path inside the step, itself last; empty for a chain.
+    /// Slots inside the step that each row sees: its path, itself last, or the whole block; empty for a chain.
     paths: Vec<Vec<u32>>,
 }
 
@@ -498,16 +516,20 @@ impl<'a> Prepared<'a> {
     fn new(part: &'a Part<'a>) -> Prepared<'a> {
         let (base, parents) = (part.mask.base, part.mask.parents);
         assert!(part.kv.len == base + parents.len(), "the cache must end with the rows of this step");
-        let chain = parents.iter().enumerate().all(|(i, p)| *p == i.checked_sub(1).map(|p| p as u32));
+        let step_slots: Vec<u32> = (0..parents.len()).map(|i| (base + i) as u32).collect();
+        let block = part.mask.whole_block;
+        let chain =
+            !block && parents.iter().enumerate().all(|(i, p)| *p == i.checked_sub(1).map(|p| p as u32));
         let mut paths: Vec<Vec<u32>> = Vec::new();
-        if !chain {
+        if block {
+            paths = vec![step_slots.clone(); parents.len()];
+        } else if !chain {
             for (i, parent) in parents.iter().enumerate() {
                 let mut path = parent.map_or_else(Vec::new, |p| paths[p as usize].clone());
                 path.push((base + i) as u32);
                 paths.push(path);
             }
         }
-        let step_slots = (0..parents.len()).map(|i| (base + i) as u32).collect();
         Prepared { part, chain, step_slots, paths }
     }
 }
@@ -579,7 +601,8 @@ pub(crate) fn attention(
             // SAFETY: the head's columns of the row exist; tasks write disjoint parts.
             outputs[lane] = unsafe { out.get().add(at) };
         }
-        let slots = mask.base + node_of(count - 1) + 1;
+        let last = if mask.whole_block { mask.parents.len() - 1 } else { node_of(count - 1) };
+        let slots = mask.base + last + 1;
         let stride = slots.next_multiple_of(BLOCK) + 4 * BLOCK;
         SCORES.with_borrow_mut(|scores| {
             if scores.len() < ROWS * stride {

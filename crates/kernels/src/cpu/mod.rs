@@ -355,6 +355,22 @@ impl Kernels for Cpu {
         experts::experts(self, x, routes, experts, y);
     }
 
+    fn cell(
+        &self,
+        cell: crate::Cell,
+        (a, b): (&Vec<f32>, &Vec<f32>),
+        rows: usize,
+        width: usize,
+        y: &mut Vec<f32>,
+    ) {
+        crate::cell::forward(cell, (a, b), rows, width, y);
+    }
+
+    fn kv_write(&self, kv: &mut KvLayer, at: usize, rows: usize, k: &Vec<f32>, v: &Vec<f32>) {
+        let len = rows * kv.width();
+        kv.write(at, rows, &k[..len], &v[..len]);
+    }
+
     fn kv_new(&self, kv_heads: usize, head_dim: usize, dtype: KvDtype) -> KvLayer {
         KvLayer::new(kv_heads, head_dim, dtype)
     }

@@ -170,6 +170,7 @@ pub fn all<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
     experts(k, rounding, quantised);
     columns(k);
     attention(k, rounding);
+    blocks(k, rounding);
     compaction(k, rounding);
     beyond_f16(k);
 }
@@ -580,6 +581,43 @@ pub fn attention<K: Kernels>(kernels: &K, rounding: f64) {
         for (found, wanted) in host(kernels, &y, 2 * rows * width).iter().zip(wanted.iter().cycle()) {
             close(*found, *wanted, tolerance);
         }
+    }
+}
+
+/// A block's rows see each other and the slots that were written before, and what they leave can be dropped.
+pub fn blocks<K: Kernels>(kernels: &K, rounding: f64) {
+    let mut random = Random(6);
+    for i in 0..20 {
+        let mut case = AttentionCase::numbered(&mut random, 2 * i);
+        case.window = None;
+        let (rows, width, kv_width) = (case.parents.len(), case.heads * case.dim, case.kv_width());
+        let slots = case.base + rows;
+        let (k, v) = (random.floats(slots * kv_width), random.floats(slots * kv_width));
+        let q = random.floats(rows * width);
+        let mask = StepMask::block(case.base, &case.parents, case.scale());
+        let wanted = reference::attention(&q, case.heads, case.kv_heads, case.dim, &k, &v, &mask);
+        let tolerance = rounding.max(if case.kv_dtype == KvDtype::F32 { 2e-5 } else { 5e-3 });
+        let mut kv = kernels.kv_new(case.kv_heads, case.dim, case.kv_dtype);
+        let split = case.base / 3;
+        for (from, to) in [(0, split), (split, case.base)] {
+            let at = from * kv_width..to * kv_width;
+            kernels.kv_write(
+                &mut kv,
+                from,
+                to - from,
+                &kernels.upload(&k[at.clone()]),
+                &kernels.upload(&v[at]),
+            );
+        }
+        let behind = case.base * kv_width..;
+        let first = case.attend(kernels, &mut kv, mask.clone(), (&q, &k[behind.clone()], &v[behind.clone()]));
+        for (found, wanted) in first.iter().zip(&wanted) {
+            close(*found, *wanted, tolerance);
+        }
+        // The next block writes over this one.
+        kernels.kv_compact(&mut kv, case.base, &[]);
+        let again = case.attend(kernels, &mut kv, mask, (&q, &k[behind.clone()], &v[behind]));
+        assert_eq!(first, again);
     }
 }
 

@@ -2,10 +2,15 @@
 //!
 //! Shape legend: `R` rows, `S` slots, `N` rows with a loss, `M` teacher rows, `V`/`Vd` target/draft vocabulary.
 
+mod block;
+
+pub use block::{cells, spans, token_loss};
+
 use super::{CLAMPED, close, directional, host, noise, wide};
 use crate::reference::gated;
 use crate::train::{
-    AdamStep, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher, TttShape,
+    AdamStep, AttentionMask, Columns, DocSpan, LinearShape, Rotation, SoftLoss, SoftScale, SoftSums, Teacher,
+    TttShape,
 };
 use crate::{Activation, RopeScaling, RopeTable, TrainKernels};
 
@@ -17,7 +22,10 @@ pub fn all<K: TrainKernels>(k: &K, rounding: f64) {
     gating(k, rounding);
     copies(k);
     attention(k, rounding);
+    spans(k, rounding);
     loss(k, rounding);
+    token_loss(k, rounding);
+    cells(k, rounding);
     adamw(k);
 }
 
@@ -157,6 +165,10 @@ pub fn copies<K: TrainKernels>(k: &K) {
     k.scatter_add(&g, 4, &[0, 2], &mut s);
     k.scatter_add(&g, 4, &[0, 1], &mut s);
     assert_eq!(host(k, &s, 12), [0.0, 4.0, 8.0, 12.0, 16.0, 18.0, 20.0, 22.0, 16.0, 18.0, 20.0, 22.0]);
+    let mut again = k.upload(&[1.0; 12]);
+    k.gather_grad(&x, 4, &[2, 0, 2], 2.0, &mut again);
+    assert_eq!(host(k, &again, 12), [9.0, 11.0, 13.0, 15.0, 1.0, 1.0, 1.0, 1.0, 17.0, 21.0, 25.0, 29.0]);
+    k.gather_grad(&x, 4, &[], 2.0, &mut again);
     k.add_to(&x, 12, true, &mut s);
     assert_eq!(host(k, &s, 12)[8..], [24.0, 27.0, 30.0, 33.0]);
     k.sum(&x, &x, 5, &mut s);
@@ -250,7 +262,8 @@ impl Pack {
         let (bq, bk, bv, bdout) = (kernels.upload(&q), upload(&k), upload(&v), kernels.upload(&dout));
         let diagonals: Vec<_> = (1..=self.diagonals).map(|b| (&bk[b], &bv[b])).collect();
         let (mut out, mut lse) = (kernels.scratch(rows * qw), kernels.scratch(rows * self.heads));
-        kernels.ttt_attention(self.shape(), &bq, (&bk[0], &bv[0]), &diagonals, &mut out, &mut lse);
+        let mask = AttentionMask::Ttt(self.shape());
+        kernels.attention(mask, &bq, (&bk[0], &bv[0]), &diagonals, &mut out, &mut lse);
         let wide_all = |blocks: &[Vec<f32>]| blocks.iter().map(|b| wide(b)).collect::<Vec<_>>();
         let (wk, wv) = (wide_all(&k), wide_all(&v));
         let found = host(kernels, &out, rows * qw);
@@ -265,8 +278,8 @@ impl Pack {
         let mut dv: Vec<_> = v.iter().map(some).collect();
         let (dk0, dks) = dk.split_first_mut().expect("block 0");
         let (dv0, dvs) = dv.split_first_mut().expect("block 0");
-        kernels.ttt_attention_grad(
-            self.shape(),
+        kernels.attention_grad(
+            mask,
             &bq,
             (&bk[0], &bv[0]),
             &diagonals,

@@ -100,6 +100,14 @@ pub fn matmul(threads: usize, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32
     p.run_parallel(threads, y, x, w);
 }
 
+/// `y[R, O] += x[R, I] · w[O, I]ᵀ`
+pub fn matmul_acc(threads: usize, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32]) {
+    let (o, i) = (s.out as isize, s.inp as isize);
+    let p =
+        Product { m: s.rows, n: s.out, k: s.inp, dst: (o, 1), lhs: (i, 1), rhs: (1, i), accumulate: true };
+    p.run_parallel(threads, y, x, w);
+}
+
 /// `dx[R, I] (+)= dy[R, O] · w[O, I]`
 pub fn matmul_dx(threads: usize, dy: &[f32], w: &[f32], s: LinearShape, accumulate: bool, dx: &mut [f32]) {
     let (o, i) = (s.out as isize, s.inp as isize);

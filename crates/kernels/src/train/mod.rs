@@ -12,17 +12,31 @@ pub mod optim;
 mod par;
 pub mod rowwise;
 pub mod soft_ce;
+pub mod spans;
+pub mod token_loss;
 
 pub use attention::{DocSpan, TttShape};
 pub use linear::LinearShape;
 pub use optim::AdamStep;
 pub use rowwise::Columns;
 pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
+pub use spans::{Sight, Span, SpanShape};
+pub use token_loss::{LogitPart, NO_LABEL, PartGrad, TokenRow, TokenTargets, TokenTeacher};
 
-use crate::{Activation, Kernels, RopeTable};
+use crate::{Activation, Cell, Kernels, RopeTable, cell};
 use attention::{TttGrads, TttInputs};
 use rowwise::NormGrad;
 use soft_ce::SoftTargets;
+use spans::{SpanGrads, SpanInputs};
+
+/// What attention in training sees: the one description of a mask.
+#[derive(Clone, Copy, Debug)]
+pub enum AttentionMask<'a> {
+    /// Training-time test: a causal block, then each row's own entry of every later step; see [`mod@attention`].
+    Ttt(TttShape<'a>),
+    /// Per row a span of the context and a span of its own rows: anchored blocks and rollouts; see [`mod@spans`].
+    Spans(SpanShape<'a>),
+}
 
 /// Keys and values of one block of training-time-test attention.
 pub type KeyValue<'a, B> = (&'a B, &'a B);
@@ -120,30 +134,42 @@ pub trait TrainKernels: Kernels {
     fn gather(&self, x: &Self::Buf, width: usize, rows: &[u32], scale: f32, y: &mut Self::Buf);
     /// `x[rows[i]] += y[i]`, rows strictly ascending.
     fn scatter_add(&self, y: &Self::Buf, width: usize, rows: &[u32], x: &mut Self::Buf);
-
-    /// Training-time-test attention: block 0, then diagonals; see [`attention`]. Writes `out` and `lse[R, nh]`.
-    fn ttt_attention(
+    /// `x[rows[i]] += y[i] * scale`, rows in any order and with repeats.
+    fn gather_grad(&self, y: &Self::Buf, width: usize, rows: &[u32], scale: f32, x: &mut Self::Buf);
+    /// Gradient of [`Kernels::cell`] over `(rows, width)`, overwriting.
+    fn cell_grad(
         &self,
-        shape: TttShape<'_>,
+        cell: Cell,
+        inputs: KeyValue<'_, Self::Buf>,
+        dy: &Self::Buf,
+        rows_width: (usize, usize),
+        grads: KeyValueMut<'_, Self::Buf>,
+    );
+
+    /// Attention under a mask. `context` are the keys and values that many rows share, `own` those of the rows: a pair for
+    /// each later step of a training-time test, or the one pair of blocks. Writes `out` and `lse[R, nh]`.
+    fn attention(
+        &self,
+        mask: AttentionMask<'_>,
         q: &Self::Buf,
-        block0: KeyValue<'_, Self::Buf>,
-        diagonals: &[KeyValue<'_, Self::Buf>],
+        context: KeyValue<'_, Self::Buf>,
+        own: &[KeyValue<'_, Self::Buf>],
         out: &mut Self::Buf,
         lse: &mut Self::Buf,
     );
     /// Its gradient; everything is added to.
     #[allow(clippy::too_many_arguments, reason = "the operands of one gradient")]
-    fn ttt_attention_grad(
+    fn attention_grad(
         &self,
-        shape: TttShape<'_>,
+        mask: AttentionMask<'_>,
         q: &Self::Buf,
-        block0: KeyValue<'_, Self::Buf>,
-        diagonals: &[KeyValue<'_, Self::Buf>],
+        context: KeyValue<'_, Self::Buf>,
+        own: &[KeyValue<'_, Self::Buf>],
         forward: KeyValue<'_, Self::Buf>,
         dout: &Self::Buf,
         dq: &mut Self::Buf,
-        dblock0: KeyValueMut<'_, Self::Buf>,
-        ddiagonals: Vec<KeyValueMut<'_, Self::Buf>>,
+        dcontext: KeyValueMut<'_, Self::Buf>,
+        down: Vec<KeyValueMut<'_, Self::Buf>>,
     );
 
     /// Arg-max and log-sum-exp of the target's full logits; see [`soft_ce::stream_head`].
@@ -170,6 +196,15 @@ pub trait TrainKernels: Kernels {
         scale: SoftScale,
         grads: Option<KeyValueMut<'_, Self::Buf>>,
     ) -> SoftSums;
+
+    /// Losses against tokens over `(rows, vocab)`, weighed row by row; see [`token_loss`].
+    fn linear_token_loss(
+        &self,
+        parts: &[LogitPart<'_, Self::Buf>],
+        rows_vocab: (usize, usize),
+        targets: &TokenTargets<'_, Self::Buf>,
+        grads: Option<Vec<PartGrad<'_, Self::Buf>>>,
+    ) -> Vec<TokenRow>;
 
     /// One AdamW step over the first `len` values: weights, gradient, moments.
     fn adamw(
@@ -291,37 +326,71 @@ impl TrainKernels for crate::Cpu {
     fn scatter_add(&self, y: &Vec<f32>, width: usize, rows: &[u32], x: &mut Vec<f32>) {
         rowwise::scatter_add(self.threads(), y, width, rows, x);
     }
-
-    fn ttt_attention(
+    fn gather_grad(&self, y: &Vec<f32>, width: usize, rows: &[u32], scale: f32, x: &mut Vec<f32>) {
+        rowwise::gather_grad(self.threads(), y, width, rows, scale, x);
+    }
+    fn cell_grad(
         &self,
-        shape: TttShape<'_>,
+        cell: Cell,
+        (a, b): KeyValue<'_, Vec<f32>>,
+        dy: &Vec<f32>,
+        (rows, width): (usize, usize),
+        (da, db): KeyValueMut<'_, Vec<f32>>,
+    ) {
+        cell::backward(cell, (a, b), dy, rows, width, (da, db));
+    }
+
+    fn attention(
+        &self,
+        mask: AttentionMask<'_>,
         q: &Vec<f32>,
         (k0, v0): KeyValue<'_, Vec<f32>>,
-        diagonals: &[KeyValue<'_, Vec<f32>>],
+        own: &[KeyValue<'_, Vec<f32>>],
         out: &mut Vec<f32>,
         lse: &mut Vec<f32>,
     ) {
-        let diagonals: Vec<(&[f32], &[f32])> = diagonals.iter().map(|(k, v)| (&k[..], &v[..])).collect();
-        let x = TttInputs { q, k0, v0, diagonals: &diagonals };
-        attention::ttt_attention(self.threads(), shape, x, out, lse);
+        match mask {
+            AttentionMask::Ttt(shape) => {
+                let diagonals: Vec<(&[f32], &[f32])> = own.iter().map(|(k, v)| (&k[..], &v[..])).collect();
+                let x = TttInputs { q, k0, v0, diagonals: &diagonals };
+                attention::ttt_attention(self.threads(), shape, x, out, lse);
+            }
+            AttentionMask::Spans(shape) => {
+                let [(k, v)] = own else { panic!("blocks have one pair of own keys and values") };
+                let x = SpanInputs { q, context: (k0, v0), own: (k, v) };
+                spans::span_attention(self.threads(), shape, x, out, lse);
+            }
+        }
     }
-    fn ttt_attention_grad(
+    fn attention_grad(
         &self,
-        shape: TttShape<'_>,
+        mask: AttentionMask<'_>,
         q: &Vec<f32>,
         (k0, v0): KeyValue<'_, Vec<f32>>,
-        diagonals: &[KeyValue<'_, Vec<f32>>],
+        own: &[KeyValue<'_, Vec<f32>>],
         (out, lse): KeyValue<'_, Vec<f32>>,
         dout: &Vec<f32>,
         dq: &mut Vec<f32>,
         (dk0, dv0): KeyValueMut<'_, Vec<f32>>,
-        ddiagonals: Vec<KeyValueMut<'_, Vec<f32>>>,
+        down: Vec<KeyValueMut<'_, Vec<f32>>>,
     ) {
-        let diagonals: Vec<(&[f32], &[f32])> = diagonals.iter().map(|(k, v)| (&k[..], &v[..])).collect();
-        let x = TttInputs { q, k0, v0, diagonals: &diagonals };
-        let diagonals = ddiagonals.into_iter().map(|(k, v)| (&mut k[..], &mut v[..])).collect();
-        let grads = TttGrads { dq, dk0, dv0, diagonals };
-        attention::ttt_attention_grad(self.threads(), shape, x, (out, lse), dout, grads);
+        match mask {
+            AttentionMask::Ttt(shape) => {
+                let diagonals: Vec<(&[f32], &[f32])> = own.iter().map(|(k, v)| (&k[..], &v[..])).collect();
+                let x = TttInputs { q, k0, v0, diagonals: &diagonals };
+                let diagonals = down.into_iter().map(|(k, v)| (&mut k[..], &mut v[..])).collect();
+                let grads = TttGrads { dq, dk0, dv0, diagonals };
+                attention::ttt_attention_grad(self.threads(), shape, x, (out, lse), dout, grads);
+            }
+            AttentionMask::Spans(shape) => {
+                let [(k, v)] = own else { panic!("blocks have one pair of own keys and values") };
+                let x = SpanInputs { q, context: (k0, v0), own: (k, v) };
+                let mut down = down.into_iter();
+                let (dk, dv) = down.next().expect("one gradient per pair");
+                let grads = SpanGrads { dq, context: (dk0, dv0), own: (dk, dv) };
+                spans::span_attention_grad(self.threads(), shape, x, (out, lse), dout, grads);
+            }
+        }
     }
 
     fn stream_head(&self, x: &Vec<f32>, head: &Vec<f32>, shape: LinearShape) -> (Vec<u32>, Vec<f32>) {
@@ -351,6 +420,16 @@ impl TrainKernels for crate::Cpu {
         let targets = SoftTargets { p: &teacher.p, mass: &teacher.mass, labels: &teacher.labels, rows };
         let grads = grads.map(|(h, w)| (&mut h[..], &mut w[..]));
         soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads)
+    }
+
+    fn linear_token_loss(
+        &self,
+        parts: &[LogitPart<'_, Vec<f32>>],
+        rows_vocab: (usize, usize),
+        targets: &TokenTargets<'_, Vec<f32>>,
+        grads: Option<Vec<PartGrad<'_, Vec<f32>>>>,
+    ) -> Vec<TokenRow> {
+        token_loss::linear_token_loss(self.threads(), parts, rows_vocab, targets, grads)
     }
 
     fn adamw(

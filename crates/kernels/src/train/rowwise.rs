@@ -361,3 +361,24 @@ pub fn scatter_add(threads: usize, y: &[f32], width: usize, rows: &[u32], x: &mu
         }
     });
 }
+
+/// `x[rows[i]] += y[i] * scale`; `rows` in any order and with repeats, added up in the order of `y`.
+pub fn gather_grad(threads: usize, y: &[f32], width: usize, rows: &[u32], scale: f32, x: &mut [f32]) {
+    let mut order: Vec<u32> = (0..rows.len() as u32).collect();
+    order.sort_by_key(|i| rows[*i as usize]);
+    // One group per row of `x`.
+    let groups: Vec<&[u32]> = order.chunk_by(|a, b| rows[*a as usize] == rows[*b as usize]).collect();
+    let x = Shared::new(x);
+    par_ranges(threads, groups.len(), 8, |r| {
+        for group in &groups[r] {
+            let to = rows[group[0] as usize] as usize;
+            // SAFETY: every row is in one group alone.
+            let x = unsafe { x.range(to * width..(to + 1) * width) };
+            for i in *group {
+                for (x, y) in x.iter_mut().zip(&y[*i as usize * width..(*i as usize + 1) * width]) {
+                    *x += y * scale;
+                }
+            }
+        }
+    });
+}

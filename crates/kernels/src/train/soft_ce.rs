@@ -181,7 +181,7 @@ fn soft_row(z: &mut [f32], p: &[f32], mass: f32, label: u32, grad: RowGrad) -> R
 
 /// First place of a value that is there; whole vectors are compared at once.
 #[inline(always)]
-fn position(z: &[f32], value: f32) -> usize {
+pub(super) fn position(z: &[f32], value: f32) -> usize {
     let (chunks, _) = z.as_chunks::<LANES>();
     let found = chunks.iter().position(|c| c.iter().fold(false, |found, x| found | (*x == value)));
     let from = found.unwrap_or(chunks.len()) * LANES;

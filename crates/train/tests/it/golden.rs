@@ -21,7 +21,7 @@ use crate::infer;
 /// One recorded case.
 pub(crate) struct Case {
     pub(crate) json: Value,
-    file: SafetensorsDir,
+    pub(crate) file: SafetensorsDir,
 }
 
 impl Case {
@@ -40,7 +40,10 @@ impl Case {
     pub(crate) fn shape(&self, name: &str) -> Vec<usize> {
         self.file.get(name).unwrap().shape.to_vec()
     }
-    fn has(&self, name: &str) -> bool {
+    pub(crate) fn bools(&self, name: &str) -> Vec<bool> {
+        self.file.get(name).unwrap().to_bool().unwrap()
+    }
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.file.find(name).is_some()
     }
     pub(crate) fn number(&self, path: &str) -> f64 {
@@ -53,7 +56,7 @@ impl Case {
         config.feedback = if post { Feedback::PostNorm } else { Feedback::PreNorm };
         config
     }
-    fn valid_lengths(&self) -> Vec<usize> {
+    pub(crate) fn valid_lengths(&self) -> Vec<usize> {
         self.json["valid_lengths"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect()
     }
     pub(crate) fn vocab_map(&self) -> VocabMap {
@@ -220,14 +223,26 @@ fn check_training<K: TrainKernels>(name: &str, case: &Case, kernels: K) {
         errors.check("loss", &[stats.loss as f32], &case.floats("loss"), 1e-6, 1e-5);
     }
 
+    check_gradients_and_step(case, &mut method, 1.0, &mut errors);
+}
+
+/// Gradients after a training step of everything, divided by `divisor`, and one optimiser step from them.
+#[track_caller]
+pub(crate) fn check_gradients_and_step<M: Method>(
+    case: &Case,
+    method: &mut M,
+    divisor: f64,
+    errors: &mut Errors,
+) {
     // Gradients
-    let norm = method.tape().grad_norm();
+    let norm = method.tape().grad_norm() / divisor;
     errors.check("grad norm", &[norm as f32], &case.floats("grad_norm"), 1e-6, 1e-5);
     let ids = method.tape().trained();
     let mut grads = Vec::new();
     for id in &ids {
         let name = format!("grad.{}", method.tape().param(*id).name);
-        let (found, wanted) = (method.tape().grad_values(*id).unwrap(), case.floats(&name));
+        let (mut found, wanted) = (method.tape().grad_values(*id).unwrap(), case.floats(&name));
+        found.iter_mut().for_each(|g| *g = (f64::from(*g) / divisor) as f32);
         let top = wanted.iter().fold(0.0f32, |a, g| a.max(g.abs()));
         errors.check("gradients", &found, &wanted, 1e-6 + 2e-6 * f64::from(top), 1e-4);
         grads.push(wanted);
@@ -243,7 +258,7 @@ fn check_training<K: TrainKernels>(name: &str, case: &Case, kernels: K) {
     };
     let (lr, clip) = (case.number("/optimizer/lr_used_for_step"), case.number("/optimizer/clip_coef"));
     let mut optimizer = AdamW::new(o, method.tape());
-    optimizer.step(method.tape_mut(), lr, 1.0).unwrap();
+    optimizer.step(method.tape_mut(), lr, divisor).unwrap();
     for (id, grad) in ids.iter().zip(grads) {
         let name = format!("after.{}", method.tape().param(*id).name);
         if !case.has(&name) {

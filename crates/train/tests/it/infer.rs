@@ -30,7 +30,10 @@ fn decode(
     let vocab_map = VocabMap::identity(config.draft_vocab_size);
     let any = DraftConfig::Eagle3(config.clone());
     let Draft::Eagle3(draft) =
-        Draft::from_tensors(&kernels, any, &tensors, Some(vocab_map), PackMode::F32, "test").unwrap();
+        Draft::from_tensors(&kernels, any, &tensors, Some(vocab_map), PackMode::F32, "test").unwrap()
+    else {
+        panic!("another kind of draft")
+    };
     let view = WeightView::f32(embed, config.vocab_size, config.hidden_size);
     let packed = kernels.pack("embed", &view, PackMode::F32).unwrap();
     let table = std::sync::Arc::new(Linear {

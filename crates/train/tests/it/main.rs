@@ -1,6 +1,10 @@
 //! Training against reference vectors, against decoding, and against itself.
 
+mod block_infer;
+mod blocks;
 mod golden;
+mod golden_block;
+mod golden_peagle;
 mod infer;
 mod learning;
 mod optimizer;

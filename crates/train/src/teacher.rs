@@ -1,0 +1,83 @@
+//! The target's distribution at the trained slots of a pack, over a part of its vocabulary.
+
+use std::collections::HashMap;
+
+use draftsmith_core::{TargetTokenId, VocabMap};
+use draftsmith_kernels::TrainKernels;
+use draftsmith_kernels::train::Teacher;
+use draftsmith_model::tape::{ParamId, Tape};
+
+use crate::Pack;
+
+/// The target's heads on the tape, and what they said.
+pub(crate) struct TargetHeads {
+    /// `[V, Ht]`
+    pub(crate) whole: ParamId,
+    /// `[Vd, Ht]` rows of the draft vocabulary.
+    pub(crate) part: ParamId,
+    /// `Ht`
+    pub(crate) width: usize,
+    /// Arg-max and log-sum-exp at the trained slots of each row seen: the target is frozen, so later passes need not ask
+    /// again.
+    memo: HashMap<u64, Vec<(u32, f32)>>,
+}
+
+/// The teacher of a pack.
+pub(crate) struct PackTeacher<B> {
+    pub(crate) rows: Teacher<B>,
+    /// `[S]` teacher row of each slot that is trained, else `u32::MAX`.
+    pub(crate) of_slot: Vec<u32>,
+}
+
+impl TargetHeads {
+    pub(crate) fn new(whole: ParamId, part: ParamId, width: usize) -> TargetHeads {
+        TargetHeads { whole, part, width, memo: HashMap::new() }
+    }
+
+    /// The teacher of every slot with a set loss mask: slot `t` holds the target's distribution at position `t + 1`. Slots
+    /// whose most likely token cannot be proposed are not trained.
+    pub(crate) fn teacher<K: TrainKernels>(
+        &mut self,
+        tape: &mut Tape<K>,
+        pack: &Pack,
+        vocab_map: &VocabMap,
+    ) -> PackTeacher<K::Buf> {
+        let width = self.width;
+        let masked: Vec<Vec<u32>> = pack
+            .docs
+            .iter()
+            .map(|d| {
+                let slots = d.start..(d.start + d.len).saturating_sub(1);
+                slots.filter(|s| pack.loss_mask[*s as usize]).collect()
+            })
+            .collect();
+        // The next position's final hidden state.
+        let state = |s: &u32| &pack.last[(*s as usize + 1) * width..(*s as usize + 2) * width];
+        let states = |slots: &[u32]| -> Vec<f32> { slots.iter().flat_map(state).copied().collect() };
+        let unknown =
+            |d: &usize| self.memo.get(&pack.rows[*d]).is_none_or(|known| known.len() != masked[*d].len());
+        let new: Vec<usize> = (0..pack.docs.len()).filter(unknown).collect();
+        let slots: Vec<u32> = new.iter().flat_map(|d| masked[*d].iter().copied()).collect();
+        if !slots.is_empty() {
+            let (argmax, lse) = tape.stream_head(&states(&slots), self.whole);
+            let mut found = argmax.into_iter().zip(lse);
+            for d in &new {
+                self.memo.insert(pack.rows[*d], found.by_ref().take(masked[*d].len()).collect());
+            }
+        }
+        let mut of_slot = vec![u32::MAX; pack.len()];
+        let (mut trained, mut lse, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for (slots, row) in masked.iter().zip(&pack.rows).filter(|(slots, _)| !slots.is_empty()) {
+            for (slot, (id, full_lse)) in slots.iter().zip(&self.memo[row]) {
+                if let Some(draft) = vocab_map.to_draft(TargetTokenId(*id)) {
+                    of_slot[*slot as usize] = trained.len() as u32;
+                    trained.push(*slot);
+                    lse.push(*full_lse);
+                    labels.push(draft.0);
+                }
+            }
+        }
+        let rows = tape.teacher(&states(&trained), self.part, &lse, labels);
+        PackTeacher { rows, of_slot }
+    }
+}
