@@ -15,6 +15,7 @@ use crate::Error;
 use crate::disk::writable;
 use crate::license::hub_name;
 use crate::server::server_key;
+use crate::size::{self, Decided};
 use crate::state::RunFolder;
 
 /// Where a run file comes from: for errors, and for the command that goes on.
@@ -99,8 +100,12 @@ pub(super) fn check_servers(
     faults.into_result(origin)
 }
 
-/// Keys against the target. Its configuration alone is read, no weights.
-pub(super) fn check_with_target(file: &RunFile, origin: &Origin, target: &Path) -> Result<(), Error> {
+/// Keys against the target. Its configuration alone is read, no weights. Decides the size of a draft that is left to it.
+pub(super) fn check_with_target(
+    file: &mut RunFile,
+    origin: &Origin,
+    target: &Path,
+) -> Result<Option<Decided>, Error> {
     let config = match target_config(target) {
         Ok(config) => config,
         Err(
@@ -109,11 +114,13 @@ pub(super) fn check_with_target(file: &RunFile, origin: &Origin, target: &Path) 
             | ModelError::Shapes { .. }),
         ) => return Err(error.into()),
         // A damaged or odd container: whoever loads the weights has the better words.
-        Err(_) => return Ok(()),
+        Err(_) => return Ok(None),
     };
+    let decided = size::decide(&mut file.draft, &config, size::pass_bytes(target, &config));
     let mut faults = Faults::default();
     against(file, &config, &mut faults);
-    faults.into_result(origin)
+    faults.into_result(origin)?;
+    Ok(decided)
 }
 
 fn target_config(path: &Path) -> Result<TargetConfig, ModelError> {

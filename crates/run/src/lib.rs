@@ -27,6 +27,7 @@ pub mod peer;
 mod regenerate;
 pub mod serve_gap;
 pub mod server;
+mod size;
 pub mod state;
 pub mod target;
 mod train;
@@ -217,12 +218,14 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// As [`Run::open`], without the folder's.
-    pub fn look(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+    pub fn look(mut file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
         check::check_alone(&file, &origin)?;
         let compute = Compute::open(&file.run)?;
         let folder = RunFolder::new(file.dir());
         let inputs = Inputs::find(&file, env)?;
-        check::check_with_target(&file, &origin, &inputs.target_path)?;
+        if let Some(decided) = check::check_with_target(&mut file, &origin, &inputs.target_path)? {
+            env.report.note(&decided.to_string());
+        }
         let saved = RunFile::load(folder.run_file(), &[]).ok();
         Ok(Run { file, folder, env, origin, inputs, compute, target: OnceCell::new(), saved, _lock: None })
     }

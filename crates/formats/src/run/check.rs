@@ -20,7 +20,11 @@ pub(super) fn broken(key: &str, problem: impl Into<String>) -> Result<(), Broken
     Err(Broken { key: key.to_string(), problem: problem.into(), advice: None })
 }
 
-fn broken_with(key: &str, problem: impl Into<String>, advice: impl Into<String>) -> Result<(), Broken> {
+pub(super) fn broken_with(
+    key: &str,
+    problem: impl Into<String>,
+    advice: impl Into<String>,
+) -> Result<(), Broken> {
     Err(Broken { key: key.to_string(), problem: problem.into(), advice: Some(advice.into()) })
 }
 

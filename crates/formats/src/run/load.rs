@@ -177,7 +177,7 @@ impl RunFile {
         }
         let mut file = state?.resolve();
         file.take_train_defaults(&table);
-        match file.check() {
+        match file.check_size(&table).and_then(|()| file.check()) {
             Ok(()) => Ok(file),
             Err(broken) => {
                 let place = source.place_of_key(&broken.key, overrides);

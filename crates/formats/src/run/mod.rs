@@ -15,6 +15,7 @@ mod eagle3;
 mod inputs;
 mod load;
 mod reference;
+mod size;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ pub use block::{
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
+pub use size::DraftSize;
 
 /// A run file with every default that does not depend on the target filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -473,6 +475,9 @@ pub enum CaptureDtype {
 pub struct DraftTable {
     /// Kind of draft.
     pub method: Method,
+    /// `written`: as the keys below say; `auto`: vocabulary, feed-forward width and layers so that a proposal reads at
+    /// most 4 % of what a pass of the target reads, and weights that start from noise.
+    pub size: DraftSize,
     /// Tokens that the draft can propose: the most frequent ones of the data.
     pub vocab_size: u32,
     /// Width of the draft. Default: the target's.
@@ -508,6 +513,7 @@ impl Default for DraftTable {
     fn default() -> Self {
         DraftTable {
             method: Method::Eagle3,
+            size: DraftSize::Written,
             vocab_size: 8192,
             hidden: None,
             intermediate: None,

@@ -470,3 +470,24 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn a_size_that_is_decided_is_not_written_too() {
+    let base = "[target]\nsource = \"-\"\n[data]\nsources = [{ path = \"-\" }]\n[draft]\nsize = \"auto\"\n";
+    let load = |more: &str| RunFile::parse(Path::new("run.toml"), &format!("{base}{more}"), &[]);
+    assert_eq!(load("").unwrap().draft.size, DraftSize::Auto);
+    assert_eq!(load("init = \"random\"\n").unwrap().draft.size, DraftSize::Auto);
+    for (more, key) in [
+        ("vocab_size = 4096\n", "draft.vocab_size"),
+        ("intermediate = 64\n", "draft.intermediate"),
+        ("init = \"target\"\n", "draft.init"),
+        ("method = \"dspark\"\ndspark.layers = 2\n", "draft.dspark.layers"),
+    ] {
+        let error = load(more).unwrap_err();
+        let told = error.to_string();
+        assert!(told.contains(&format!("`{key}`")) && told.contains("line"), "{told}");
+        assert!(error.hint().unwrap().contains(key));
+    }
+    // Another kind's layers are not in the way.
+    assert!(load("method = \"eagle3\"\ndspark.layers = 2\n").is_ok());
+}
