@@ -139,6 +139,8 @@ struct Machine<'a, K: Kernels> {
     /// Of the last piece of context.
     features: StepOutput<K::Buf>,
     rows: usize,
+    /// What the session is told that was committed, the token behind it included.
+    text: Vec<u32>,
 }
 
 fn tokens<K: Kernels>(target: &Target<K>, from: usize, count: usize) -> Vec<u32> {
@@ -184,8 +186,9 @@ impl<K: Kernels> Probe for Machine<'_, K> {
         let start = Instant::now();
         let features = Features { output: &self.features, rows: &rows };
         drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next }]);
-        let sampling = &Sampling::GREEDY;
-        let mut asks = [Ask { session: session.as_mut(), sampling, position: 0, k: 4 }];
+        self.text.extend(tokens(self.target, self.text.len(), rows.len()));
+        let (sampling, text) = (&Sampling::GREEDY, self.text.as_slice());
+        let mut asks = [Ask { session: session.as_mut(), sampling, text, position: 0, k: 4 }];
         let best = drafter.roots(&mut asks);
         let extend = ms(start.elapsed());
         let start = Instant::now();
@@ -220,7 +223,8 @@ pub(crate) fn measure<K: Kernels>(
         }
     };
     let context = kv.len();
-    calibrate(&mut Machine { target, kv, context, layers, draft, features, rows }, progress)
+    let text = tokens(target, 0, context + 1);
+    calibrate(&mut Machine { target, kv, context, layers, draft, features, rows, text }, progress)
 }
 
 #[cfg(test)]

@@ -30,7 +30,8 @@ impl<K: Kernels> Engine<K> {
             if let Some(shape) = Shape::of(&session.options.draft, room).filter(|shape| shape.depth > 0) {
                 let position = session.tokens.len() as u64 - 1;
                 let sampling = &session.options.sampling;
-                asks.push(Ask { session: drafter.as_mut(), sampling, position, k: shape.top_k });
+                let text = &session.tokens;
+                asks.push(Ask { session: drafter.as_mut(), sampling, text, position, k: shape.top_k });
                 shapes.push(shape);
                 of.push(at);
             }

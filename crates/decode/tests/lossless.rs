@@ -668,7 +668,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
     let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
     let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {
         let sampling = &Sampling::GREEDY;
-        let ask = |session| Ask { session, sampling, position: 900, k: 5 };
+        let ask = |session| Ask { session, sampling, text: &[], position: 900, k: 5 };
         let mut asks: Vec<Ask<'_, Cpu>> = sessions.iter_mut().map(|s| ask(s.as_mut())).collect();
         let first = drafter.roots(&mut asks);
         // Two levels, of each sequence two nodes: the second hangs below the first.
@@ -690,6 +690,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
         drafter.roots(&mut [Ask {
             session: plain[0].as_mut(),
             sampling: &Sampling::GREEDY,
+            text: &[],
             position: 0,
             k: 1,
         }]);

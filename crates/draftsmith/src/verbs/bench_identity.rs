@@ -12,9 +12,9 @@ use draftsmith::measure::first_prompt;
 use draftsmith::report::{Report, Unit};
 use serde::Serialize;
 
-use super::Session;
 use super::bench::{read_workloads, write_json};
 use super::generate::sampling;
+use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -34,11 +34,12 @@ struct Way {
     alone: bool,
 }
 
-const WAYS: [Way; 5] = [
+const WAYS: [Way; 6] = [
     Way { name: "plain", plan: DraftPlan::None, alone: true },
     Way { name: "n-gram", plan: DraftPlan::Auto, alone: true },
     Way { name: "chain 3", plan: DraftPlan::Chain { depth: 3 }, alone: false },
     Way { name: "chain 7", plan: DraftPlan::Chain { depth: 7 }, alone: false },
+    Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
     Way { name: "tree 16", plan: DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 }, alone: false },
 ];
 
@@ -126,14 +127,14 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     let mut names: Vec<String> = Vec::new();
     let mut target_sha256 = String::new();
     let mut draft_sha256 = None;
-    let per_thread_count = 2 * if args.bundle.is_some() { WAYS.len() } else { 2 };
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let per_thread_count = 2 * if source.is_some() { WAYS.len() } else { 2 };
     session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
     for threads in &args.threads {
         let target = session.load_target(std::slice::from_ref(&args.target), None, false, Some(*threads))?;
-        let draft =
-            args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
+        let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
-        let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)));
+        let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)).with_costs(eager()));
         let prompts = prompts(&workloads, &target)?;
         target_sha256.clone_from(&target.sha256);
         draft_sha256 = draft.as_ref().and_then(|d| d.artifact.sha256.clone());
