@@ -197,7 +197,7 @@ fn real_model_every_way_to_decode_gives_one_text() {
         .json();
     assert_eq!(output["identical"], true, "{output}");
     assert_eq!(output["prompts"].as_array().map(Vec::len), Some(9), "more than a batch");
-    assert_eq!(output["ways"].as_array().map(Vec::len), Some(20), "{output}");
+    assert_eq!(output["ways"].as_array().map(Vec::len), Some(24), "{output}");
 }
 
 #[test]
