@@ -259,6 +259,16 @@ fn draft_pass(rows: usize) -> f32 {
     1.0 + DRAFT_ROW * (rows.max(1) - 1) as f32
 }
 
+/// What the draft takes for a token of a proposal that it is sure of: a step of its own, and where one pass gives all
+/// levels, its share in that pass.
+fn sure_token<K: Kernels>(costs: &Costs, drafter: Option<&dyn Drafter<K>>) -> f32 {
+    match drafter.map(|d| (d.levels_per_pass(), d.deepest())) {
+        None | Some((_, usize::MAX)) => costs.draft_step_ms,
+        Some((1, deepest)) => costs.draft_step_ms + costs.extend_ms / deepest.max(1) as f32,
+        Some((_, deepest)) => costs.extend_ms / deepest.max(1) as f32,
+    }
+}
+
 /// Proposals for the sequences of a pass that decode with an automatic plan. `drafter` is that of all sessions.
 ///
 /// The plan is made anew with what each pass of the draft shows: nodes are chosen best first among those that are
@@ -270,7 +280,7 @@ pub(crate) fn grow<K: Kernels>(
     seeds: Vec<Seed<'_, K>>,
 ) -> Vec<Grown> {
     let mut growing: Vec<Growing<'_, K>> =
-        seeds.into_iter().map(|seed| Growing::begin(seed, costs, load)).collect();
+        seeds.into_iter().map(|seed| Growing::begin(seed, costs, load, sure_token(costs, drafter))).collect();
     if let Some(drafter) = drafter {
         ask_for_roots(drafter, &mut growing);
     }
@@ -278,7 +288,7 @@ pub(crate) fn grow<K: Kernels>(
         one.repeat(one.seed.repetition, None, 0, 1.0);
     }
     loop {
-        let chosen = choose(costs, load, &mut growing, drafter.map_or(1, |d| d.levels_per_pass()));
+        let chosen = choose(costs, load, &mut growing, drafter);
         match drafter {
             Some(drafter) if !chosen.wanted.is_empty() => expand(drafter, costs, &mut growing, chosen.wanted),
             _ => return end(costs, load, growing, &chosen.order[..chosen.best]),
@@ -300,8 +310,10 @@ fn choose<K: Kernels>(
     costs: &Costs,
     load: Load,
     growing: &mut [Growing<'_, K>],
-    levels_per_pass: usize,
+    drafter: Option<&dyn Drafter<K>>,
 ) -> Chosen {
+    let levels_per_pass = drafter.map_or(1, |d| d.levels_per_pass());
+    let deepest = drafter.map_or(0, |d| d.deepest());
     let mut open: Vec<Vec<usize>> = growing.iter().map(|one| one.roots.clone()).collect();
     let mut nodes = vec![0usize; growing.len()];
     let mut chosen = Chosen { order: Vec::new(), best: 0, wanted: Vec::new() };
@@ -337,7 +349,8 @@ fn choose<K: Kernels>(
                 let gain = c.path * rates.child.0 / rates.child.1 * one.price - cheapest;
                 // The first level came of a pass of its own.
                 let is_free = !(c.depth + 1).is_multiple_of(levels_per_pass);
-                if one.seed.session.is_some() && c.drafted && (is_free || gain > 0.0) {
+                let has_children = one.seed.session.is_some() && c.drafted && c.depth + 1 < deepest;
+                if has_children && (is_free || gain > 0.0) {
                     chosen.wanted.push((of, at, if is_free { f32::INFINITY } else { gain }));
                     continue;
                 }
@@ -456,12 +469,12 @@ fn ms_since(start: Instant) -> f32 {
 }
 
 impl<'a, K: Kernels> Growing<'a, K> {
-    fn begin(mut seed: Seed<'a, K>, costs: &Costs, load: Load) -> Growing<'a, K> {
+    fn begin(mut seed: Seed<'a, K>, costs: &Costs, load: Load, sure_token: f32) -> Growing<'a, K> {
         let rates = &mut seed.pacer.rates;
         let plain = rates.plain_token(costs, load);
         let price = if load.is_alone() { plain * (rates.pace.0 / rates.pace.1).min(1.0) } else { plain };
         let share = draft_pass(load.sequences) / load.sequences.max(1) as f32;
-        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + share * costs.draft_step_ms {
+        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + share * sure_token {
             // At this load not even a sure token would pay: rest until the next look.
             rates.paused = rates.paused.max(2);
         }
@@ -647,7 +660,8 @@ impl Pacer {
         rates.looked = rates.looked.map(|steps| steps + 1);
         rates.promised += (expected - extra - rates.promised) / WINDOW;
         rates.kept += (committed - 1.0 - extra - rates.kept) / LONG_WINDOW;
-        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms > 0.0 {
+        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms.max(costs.extend_ms) > 0.0
+        {
             rates.paused = rates.next_pause;
             rates.next_pause = (rates.next_pause * 2).min(LONGEST_PAUSE);
             (rates.promised, rates.kept) = (0.0, 0.0);
@@ -729,6 +743,49 @@ mod tests {
         assert!(grown(&cheap, 0.99, 8) >= 4);
         assert_eq!(grown(&cheap, 0.99, 2), 2, "never deeper than the room");
         assert_eq!(grown(&cheap, 0.99, 0), 0);
+    }
+
+    /// Its levels come of one pass.
+    struct Block(Sure, usize);
+
+    impl Drafter<Cpu> for Block {
+        fn target_layers(&self) -> &[draftsmith_core::LayerId] {
+            &[]
+        }
+        fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+            self.0.begin()
+        }
+        fn take_in(&self, committed: &mut [crate::Committed<'_, Cpu>]) {
+            self.0.take_in(committed);
+        }
+        fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+            self.0.roots(asks)
+        }
+        fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+            assert!(nodes.iter().all(|node| node.depth + 1 < self.1), "nothing is below the last level");
+            self.0.expand(asks, nodes)
+        }
+        fn levels_per_pass(&self) -> usize {
+            self.1
+        }
+        fn deepest(&self) -> usize {
+            self.1
+        }
+    }
+
+    #[test]
+    fn the_pass_of_a_block_is_paid_once_whatever_is_taken_of_it() {
+        // A step of it would cost more than it brings.
+        let costs = Costs { draft_step_ms: 9.0, ..costs(&[(1, 4.0), (8, 4.4), (32, 8.0)], 1.0) };
+        let (mut pacer, draft) = (awake(), Block(Sure(0.95), 5));
+        let found = grow(&costs, ALONE, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]).remove(0);
+        assert_eq!((found.tree.len(), found.draft_steps, found.root_share), (5, 0.0, 1.0));
+        assert!(found.draft_step_ms.is_none(), "what was free says nothing of a step");
+        // Beside others it does not rest while its share in the pass pays.
+        let load = Load { rows: 2, sequences: 2 };
+        let mut pacer = awake();
+        grow(&costs, load, Some(&draft), vec![seed(&mut pacer, &mut SureSession, 8)]);
+        assert!(!pacer.is_paused());
     }
 
     #[test]

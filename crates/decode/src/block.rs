@@ -9,13 +9,13 @@ use std::any::Any;
 use std::sync::Arc;
 
 use draftsmith_core::{DraftTokenId, LayerId, Sampling, VocabMap, gumbel_noise};
-use draftsmith_kernels::{Kernels, PackMode, WeightView};
+use draftsmith_kernels::{Kernels, PackMode, TopK, WeightView};
 use draftsmith_model::block::{BlockDraft, BlockKv};
 use draftsmith_model::peagle::{PEagleDraft, PEagleKv, PEaglePart};
 use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node};
+use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
 
 /// Positions whose features may wait at most.
 const DEFERRED_ROWS: usize = 256;
@@ -39,6 +39,13 @@ impl<K: Kernels> NetKv<K> {
         match self {
             NetKv::Block(kv) => kv.len(),
             NetKv::PEagle(kv) => kv.len(),
+        }
+    }
+
+    fn rollback_to(&mut self, kernels: &K, len: usize) {
+        match self {
+            NetKv::Block(kv) => kv.rollback_to(kernels, len),
+            NetKv::PEagle(kv) => kv.rollback_to(kernels, len),
         }
     }
 }
@@ -94,6 +101,10 @@ impl<K: Kernels> DrafterSession<K> for BlockSession<K> {
     fn held_bytes(&self) -> usize {
         let waiting: usize = self.pending.iter().map(|p| p.rows * p.width * size_of::<f32>()).sum();
         waiting + self.kv.len() * self.bytes_per_token
+    }
+
+    fn positions(&self) -> usize {
+        self.kv.len() + self.pending_tokens.len()
     }
 }
 
@@ -244,18 +255,17 @@ impl<K: Kernels> BlockDrafter<K> {
             noisy = logits.iter().enumerate().map(|(i, l)| l / sampling.temperature + noise(i)).collect();
             &noisy
         };
-        let k = k.max(1);
-        let mut best: Vec<(usize, f32)> = Vec::with_capacity(k + 1);
-        for (i, score) in scores.iter().enumerate() {
-            if best.len() < k || *score > best[k - 1].1 {
-                let at = best.partition_point(|(_, s)| *s >= *score);
-                best.insert(at, (i, *score));
-                best.truncate(k);
-            }
-        }
+        self.children(match k {
+            0 | 1 => TopK { best: TopK::best(scores, 1), log_sum: 0.0 },
+            _ => TopK::of(scores, k),
+        })
+    }
+
+    /// The best of a row of logits as tokens of the target.
+    fn children(&self, TopK { best, log_sum }: TopK) -> Children {
         let most = best.first().map_or(0.0, |b| b.1);
-        let log_sum = if k == 1 { 0.0 } else { scores.iter().map(|s| (s - most).exp()).sum::<f32>().ln() };
-        best.into_iter().map(|(i, s)| (target(i), s - most - log_sum)).collect()
+        let target = |draft: u32| self.vocab_map.to_target(DraftTokenId(draft)).0;
+        best.into_iter().map(|(draft, value)| (target(draft), value - most - log_sum)).collect()
     }
 
     /// Children of all levels of sequences whose levels do not depend on each other.
@@ -266,15 +276,33 @@ impl<K: Kernels> BlockDrafter<K> {
             let child = |draft: &u32| vec![(self.vocab_map.to_target(DraftTokenId(*draft)).0, 0.0)];
             return best.chunks(self.levels).map(|levels| levels.iter().map(child).collect()).collect();
         }
+        let confidence = self.confidence(output, None);
+        let vocab = self.head.out_features;
+        if asks.iter().all(|(_, sampling, _)| sampling.is_greedy()) {
+            let most = asks.iter().map(|(k, ..)| *k).max().unwrap_or(0);
+            let best = self.kernels.top_k(&output.buf, rows, (&self.head.packed, vocab), most);
+            let mut all: Vec<Children> = best.into_iter().map(|best| self.children(best)).collect();
+            if let Some(confidence) = &confidence {
+                all.iter_mut().zip(confidence).for_each(|(children, c)| trust(children, *c));
+            }
+            let own = |(levels, (k, ..)): (&[Children], &(usize, &Sampling, u64))| {
+                levels.iter().map(|level| level.iter().take((*k).max(1)).copied().collect()).collect()
+            };
+            return all.chunks(self.levels).zip(asks).map(own).collect();
+        }
         let mut ops = self.ops();
         let logits = ops.linear(output, &self.head, None);
         let logits = ops.values(&logits);
-        let vocab = self.head.out_features;
         asks.iter()
             .zip(logits.chunks(self.levels * vocab))
-            .map(|((k, sampling, position), levels)| {
+            .enumerate()
+            .map(|(of, ((k, sampling, position), levels))| {
                 let level = |(level, logits): (usize, &[f32])| {
-                    self.best(logits, *k, sampling, position + 1 + level as u64)
+                    let mut children = self.best(logits, *k, sampling, position + 1 + level as u64);
+                    if let Some(confidence) = confidence.as_ref().filter(|_| *k > 1) {
+                        trust(&mut children, confidence[of * self.levels + level]);
+                    }
+                    children
                 };
                 levels.chunks(vocab).enumerate().map(level).collect()
             })
@@ -303,15 +331,48 @@ impl<K: Kernels> BlockDrafter<K> {
         let added = ops.linear(&correction, &w.w2, None);
         let sum = ops.add(logits, &added);
         let sum = ops.values(&sum);
+        let is_weighed = wanted.iter().any(|c| c.k > 1);
+        let confidence = self.confidence(&output, Some(&before)).filter(|_| is_weighed);
         wanted
             .iter()
             .zip(sum.chunks(self.head.out_features))
             .enumerate()
             .map(|(i, (c, logits))| {
                 let state = next.as_ref().map(|next| ops.gather(next, &[i as u32]));
-                (state, self.best(logits, c.k, c.sampling, c.position))
+                let mut children = self.best(logits, c.k, c.sampling, c.position);
+                if let Some(confidence) = &confidence {
+                    trust(&mut children, confidence[i]);
+                }
+                (state, children)
             })
             .collect()
+    }
+
+    /// Logits of the confidence in the slots whose inputs of the head these are, where the draft has a head for it.
+    fn confidence(&self, output: &Shared<K>, before: Option<&Shared<K>>) -> Option<Vec<f32>> {
+        let Net::Block(draft) = &self.net else { return None };
+        let head = draft.weights.confidence.as_ref()?;
+        let mut ops = self.ops();
+        let logits = draft.network.confidence(&mut ops, head, output, before);
+        Some(ops.values(&logits))
+    }
+}
+
+/// Gives a slot's best token the probability that the confidence head has for it (a logit), and the others what is left
+/// at most. The order stays.
+///
+/// The head was trained on how often the target takes what the slot proposes, which the draft's own probabilities are
+/// only a guess of.
+fn trust(children: &mut Children, confidence: f32) {
+    let Some((_, best)) = children.first() else { return };
+    let best = best.exp();
+    let accepted = 1.0 / (1.0 + (-confidence).exp());
+    for (i, (_, log_probability)) in children.iter_mut().enumerate() {
+        let p = log_probability.exp();
+        let share = accepted * p / best.max(f32::MIN_POSITIVE);
+        let rest = (1.0 - accepted) * p / (1.0 - best).max(f32::EPSILON);
+        let found = if i == 0 { accepted } else { share.min(rest) };
+        *log_probability = found.max(f32::MIN_POSITIVE).ln();
     }
 }
 
@@ -378,6 +439,17 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
                 session.last_token = next_tokens.last().copied();
             }
         }
+    }
+
+    fn rollback_to(&self, session: &mut dyn DrafterSession<K>, positions: usize) {
+        let session = BlockSession::of(session);
+        let waiting = positions.saturating_sub(session.kv.len());
+        session.kv.rollback_to(&self.kernels, positions);
+        session.pending_tokens.truncate(waiting);
+        session.pending = first_rows(self.kernels.as_ref(), std::mem::take(&mut session.pending), waiting);
+        // Known again once the positions behind are handed over.
+        (session.last_token, session.levels, session.root_state) = (None, None, None);
+        session.states.clear();
     }
 
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children> {
@@ -486,7 +558,12 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             .collect()
     }
 
+    /// A Markov head is asked for each token, and by far not for nothing: it has a row for every one.
     fn levels_per_pass(&self) -> usize {
+        if self.has_markov() { 1 } else { self.levels }
+    }
+
+    fn deepest(&self) -> usize {
         self.levels
     }
 
@@ -503,5 +580,29 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             Net::PEagle(draft) => draft.network.config.features_width(),
         };
         DEFERRED_ROWS * width * size_of::<f32>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::trust;
+
+    #[test]
+    fn a_confidence_takes_the_place_of_the_best_probability_and_keeps_the_order() {
+        for probabilities in [[0.5, 0.49, 0.005], [0.9, 0.05, 0.01], [0.2, 0.2, 0.2], [1.0, 0.0, 0.0]] {
+            for confidence in [-20.0f32, -2.0, 0.0, 3.0, 20.0] {
+                let mut children: Vec<(u32, f32)> =
+                    probabilities.iter().zip(7..).map(|(p, token)| (token, f32::ln(*p))).collect();
+                trust(&mut children, confidence);
+                let accepted = 1.0 / (1.0 + (-confidence).exp());
+                assert!((children[0].1.exp() - accepted).abs() < 1e-6, "{probabilities:?} {confidence}");
+                let tokens: Vec<u32> = children.iter().map(|c| c.0).collect();
+                assert_eq!(tokens, [7, 8, 9]);
+                assert!(children.windows(2).all(|pair| pair[0].1 >= pair[1].1), "{children:?}");
+                let rest: f32 = children[1..].iter().map(|c| c.1.exp()).sum();
+                assert!(rest <= 1.0 - accepted + 1e-5, "{children:?} {confidence}");
+            }
+        }
+        trust(&mut Vec::new(), 1.0);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Draft, Rows, StepOutput, Target};
+use draftsmith_model::{Draft, Infer, Rows, StepOutput, Target};
 
 use crate::DecodeError;
 use crate::block::{BlockDrafter, Net};
@@ -106,6 +106,27 @@ pub trait DrafterSession<K: Kernels>: Any + Send {
     }
 }
 
+/// The first `rows` rows of pieces that stand one below the other.
+pub(crate) fn first_rows<K: Kernels>(
+    kernels: &K,
+    pieces: Vec<Arc<Rows<K::Buf>>>,
+    mut rows: usize,
+) -> Vec<Arc<Rows<K::Buf>>> {
+    let mut first = Vec::new();
+    for piece in pieces {
+        match rows {
+            0 => break,
+            all if all >= piece.rows => first.push(piece),
+            some => {
+                let kept: Vec<u32> = (0..some as u32).collect();
+                first.push(Infer::new(kernels).gather(&piece, &kept));
+            }
+        }
+        rows -= rows.min(first.last().map_or(0, |p| p.rows));
+    }
+    first
+}
+
 /// A sequence's state, owned.
 pub(crate) type BoxedSession<K> = Box<dyn DrafterSession<K>>;
 
@@ -203,6 +224,11 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     /// Levels that one pass of the draft computes: so deep, asking for children costs nothing further.
     fn levels_per_pass(&self) -> usize {
         1
+    }
+
+    /// Levels that there are at most: below the last of them, no node has children.
+    fn deepest(&self) -> usize {
+        usize::MAX
     }
 
     /// Proposals of fixed shapes.

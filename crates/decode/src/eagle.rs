@@ -13,7 +13,7 @@ use draftsmith_model::eagle3::Eagle3Draft;
 use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node};
+use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
 
 /// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence
 /// that never drafts would hold those of its whole text; taken in by so many, a position costs the least.
@@ -330,21 +330,12 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
 
     fn rollback_to(&self, session: &mut dyn DrafterSession<K>, positions: usize) {
         let session = EagleSession::of(session);
-        let mut waiting = positions.saturating_sub(session.len);
+        let waiting = positions.saturating_sub(session.len);
         session.len = session.len.min(positions);
         session.last = None;
         session.rollback(&self.kernels);
         session.pending_tokens.truncate(waiting);
-        let mut pending = Vec::new();
-        for piece in session.pending.drain(..) {
-            match waiting {
-                0 => break,
-                all if all >= piece.rows => pending.push(piece),
-                some => pending.push(self.ops().gather(&piece, &(0..some as u32).collect::<Vec<_>>())),
-            }
-            waiting -= waiting.min(pending.last().map_or(0, |p| p.rows));
-        }
-        session.pending = pending;
+        session.pending = first_rows(self.kernels.as_ref(), std::mem::take(&mut session.pending), waiting);
     }
 
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children> {

@@ -6,12 +6,15 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use draftsmith_core::{Sampling, VocabMap};
-use draftsmith_decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions, Generation, drafter};
+use draftsmith_core::{Sampling, TokenTree, VocabMap};
+use draftsmith_decode::{
+    Ask, BatchOptions, Children, Committed, Costs, DraftPlan, Drafter, DrafterSession, Engine, Features,
+    GenerateOptions, Generation, Node, drafter,
+};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::block::BlockConfig;
 use draftsmith_model::peagle::PEagleConfig;
-use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, Target};
+use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, StepItem, Target};
 use serde_json::{Value, json};
 
 fn target(threads: usize) -> Arc<Target<Cpu>> {
@@ -161,4 +164,103 @@ fn a_window_shorter_than_a_block_is_refused() {
     let config = block(&target, &json!({}), target.config().vocab_size, Some(4));
     let error = drafter(&target, draft(&target, config, 3)).err().unwrap();
     assert!(error.to_string().contains("window inside a block"), "{error}");
+}
+
+type Sessions = Vec<Box<dyn DrafterSession<Cpu>>>;
+
+/// What is proposed at three levels of each sequence: the first, below its best, below that one's best, and below the
+/// second best of the first.
+fn says(drafter: &dyn Drafter<Cpu>, sessions: &mut Sessions) -> Vec<[Vec<(u32, u32)>; 4]> {
+    let sampling = &Sampling::GREEDY;
+    let mut asks: Vec<Ask<'_, Cpu>> = sessions
+        .iter_mut()
+        .map(|session| Ask { session: session.as_mut(), sampling, position: 400, k: 3 })
+        .collect();
+    let first = drafter.roots(&mut asks);
+    let node = |of: usize, parent, token, depth| Node { of, parent, token, depth };
+    let below: Vec<Node> = (0..first.len()).map(|of| node(of, None, first[of][0].0, 0)).collect();
+    let second = drafter.expand(&mut asks, &below);
+    let further: Vec<Node> = (0..first.len())
+        .flat_map(|of| {
+            let (handle, children) = &second[of];
+            [node(of, Some(*handle), children[0].0, 1), node(of, None, first[of][1].0, 0)]
+        })
+        .collect();
+    let third = drafter.expand(&mut asks, &further);
+    let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
+    let levels = first.iter().zip(&second).zip(third.chunks(2));
+    levels.map(|((a, (_, b)), c)| [bits(a), bits(b), bits(&c[0].1), bits(&c[1].1)]).collect()
+}
+
+#[test]
+fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposals() {
+    let target = target(2);
+    let text: Vec<u32> = prompts().into_iter().flatten().cycle().take(401).collect();
+    let parents = TokenTree::chain_parents(400);
+    for (kind, config) in kinds(&target) {
+        let drafter = drafter(&target, draft(&target, config, 3)).unwrap();
+        let mut kv = target.new_kv();
+        let item = StepItem { kv: &mut kv, tokens: &text[..400], parents: &parents };
+        let output = target.forward(&mut [item], drafter.target_layers());
+        let hand = |session: &mut Box<dyn DrafterSession<Cpu>>, rows: std::ops::Range<u32>| {
+            let rows: Vec<u32> = rows.collect();
+            let next_tokens: Vec<u32> = rows.iter().map(|r| text[*r as usize + 1]).collect();
+            let features = Features { output: &output, rows: &rows };
+            let session = session.as_mut();
+            drafter.take_in(&mut [Committed { session, features, next_tokens: &next_tokens }]);
+        };
+        let mut plain = vec![drafter.begin()];
+        for row in 0..400 {
+            hand(&mut plain[0], row..row + 1);
+            let sampling = &Sampling::GREEDY;
+            // The last one is asked below.
+            if row < 399 {
+                drafter.roots(&mut [Ask { session: plain[0].as_mut(), sampling, position: 0, k: 1 }]);
+            }
+        }
+        assert_eq!(plain[0].positions(), 400);
+        let wanted = says(drafter.as_ref(), &mut plain).remove(0);
+        assert!(wanted.iter().all(|children| children.len() == 3), "{kind}: {wanted:?}");
+        let (per_token, per_session) = (drafter.bytes_per_token(), drafter.bytes_per_session());
+        let mut others: Sessions = Vec::new();
+        for piece in [7, 256, 257, 400] {
+            let mut session = drafter.begin();
+            for from in (0..400).step_by(piece) {
+                hand(&mut session, from..(from + piece as u32).min(400));
+                assert!(session.held_bytes() <= 400 * per_token + per_session);
+            }
+            others.push(session);
+        }
+        // Back into what waits, into what is in the caches, and to nothing.
+        for (at, to) in [399, 390, 100, 0].into_iter().enumerate() {
+            drafter.rollback_to(others[at].as_mut(), to);
+            assert_eq!(others[at].positions(), to, "{kind}");
+            hand(&mut others[at], to as u32..400);
+        }
+        assert_eq!(says(drafter.as_ref(), &mut others), vec![wanted; 4], "{kind}");
+    }
+}
+
+#[test]
+fn a_turn_that_begins_like_an_earlier_one_proposes_what_a_fresh_engine_would() {
+    let target = target(2);
+    for (kind, config) in kinds(&target) {
+        let new = || drafter(&target, draft(&target, config.clone(), 3)).unwrap();
+        let fresh = Engine::new(Arc::clone(&target), Some(new())).with_costs(cheap());
+        let keeping = Engine::new(Arc::clone(&target), Some(new())).with_costs(cheap());
+        let keeping = keeping.with_prefix_cache(64 << 20);
+        for plan in
+            [DraftPlan::Chain { depth: 3 }, DraftPlan::Tree { depth: 3, top_k: 2, num_draft_tokens: 6 }]
+        {
+            let mut text: Vec<u32> = prompts()[0].iter().copied().cycle().take(300).collect();
+            for turn in 0..3 {
+                let asked = options(plan, Sampling::GREEDY);
+                let (wanted, found) = (run(&fresh, &text, &asked), run(&keeping, &text, &asked));
+                assert_eq!(found.token_ids, wanted.token_ids, "{kind}, turn {turn}");
+                assert_eq!(found.stats, wanted.stats, "{kind}: the same was proposed and accepted");
+                text.extend(&wanted.token_ids);
+                text.extend([7, 8, 9]);
+            }
+        }
+    }
 }

@@ -27,7 +27,7 @@ pub fn verify_export<K: Kernels>(
     let (layout, checks) = match &config {
         DraftConfig::Eagle3(config) => eagle3::compare(export, bundle, &manifest, config, kernels)?,
         DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            return Err(BundleError::NoLayout { method: config.name(), layout: "any" });
+            return Err(BundleError::NoExport { method: config.name() });
         }
     };
     Ok(CheckReport::new(format!("{} ({} layout)", manifest.name, layout.name()), checks))

@@ -21,7 +21,7 @@ use crate::printer;
 /// Sequences of the batched ways.
 const BATCH: usize = 8;
 
-/// Rows for nothing: repetitions are proposed whenever there are any.
+/// Rows for nothing: whatever is known is proposed.
 fn eager() -> Costs {
     Costs { verify_ms: vec![(1, 1.0), (32, 1.001)], draft_step_ms: 0.001, extend_ms: 0.001 }
 }
@@ -41,6 +41,7 @@ const WAYS: [Way; 6] = [
     Way { name: "chain 7", plan: DraftPlan::Chain { depth: 7 }, alone: false },
     Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
     Way { name: "tree 16", plan: DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 }, alone: false },
+    Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
 ];
 
 #[derive(Serialize)]

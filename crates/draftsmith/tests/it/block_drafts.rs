@@ -53,6 +53,13 @@ fn from_run_file_to_text(method: &str) {
         assert_eq!(proved.code, Some(0), "{}", proved.stderr);
     }
     let workload = repository().join("fixtures/tiny-target/eval.jsonl").display().to_string();
+    let identity = ["bench", "identity", "--target", &target, "--bundle", &bundle, "--workload", &workload];
+    let found = home.run(&[identity.as_slice(), &["--limit", "9", "--new-tokens", "16", "--json"]].concat());
+    let found = found.json();
+    assert_eq!(found["identical"], true, "{method}: {}", found["differences"]);
+    let ways = found["ways"].as_array().unwrap();
+    let with_draft = |way: &str| ways.iter().filter(|w| w.as_str().unwrap().starts_with(way)).count();
+    assert_eq!(["chain 3", "chain 7", "tree 16", "automatic"].map(with_draft), [4; 4], "{ways:?}");
     let bench = ["bench", "--bundle", &bundle, "--target", &target, "--workload", &workload, "--limit", "2"];
     let measured = home.run(&[bench.as_slice(), &["--depth", "3", "--max-new-tokens", "8"]].concat());
     assert_eq!(measured.code, Some(0), "{}", measured.stderr);
@@ -66,6 +73,10 @@ fn from_run_file_to_text(method: &str) {
         assert!(ended.code == Some(2) && ended.stderr.contains(&wanted), "{:?} {}", ended.code, ended.stderr);
         assert!(!home.path().join(format).exists());
     }
+    let ended = home.run(&["bundle", "verify-export", &bundle, "--bundle", &bundle]);
+    let wanted = format!("error: there is no export of a draft of the kind `{method}` to compare");
+    assert!(ended.code == Some(2) && ended.stderr.starts_with(&wanted), "{:?} {}", ended.code, ended.stderr);
+    assert!(ended.stderr.contains("\nhint: use the bundle's own folder"), "{}", ended.stderr);
 }
 
 #[test]

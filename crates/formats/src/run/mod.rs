@@ -595,6 +595,17 @@ impl DraftTable {
     }
 }
 
+impl DraftTable {
+    /// How many layers of the target are read unless they are named, for a kind whose tables say so.
+    pub(super) fn layers_to_read(&self) -> Option<u32> {
+        match self.method {
+            Method::Eagle3 | Method::PEagle => None,
+            Method::Dflash => Some(self.dflash.layers),
+            Method::Dspark => Some(self.dspark.layers),
+        }
+    }
+}
+
 impl RunFile {
     /// Draft steps that training unrolls per position, for a kind that does.
     pub fn unrolled_steps(&self) -> Option<u32> {
@@ -927,6 +938,20 @@ impl RunFile {
         }
         if stage >= Stage::Bench {
             keep("bench", &[]);
+        }
+        // What another kind of draft alone has is no input of this one.
+        let own = self.draft.method.name();
+        for table in ["draft", "train"] {
+            if let Some(table) = kept.get_mut(table).and_then(toml::Value::as_table_mut) {
+                table.retain(|key, _| key == own || Method::from_name(key).is_none());
+            }
+        }
+        if stage >= Stage::Capture
+            && self.capture.layers.is_none()
+            && let Some(layers) = self.draft.layers_to_read()
+            && let Some(capture) = kept.get_mut("capture").and_then(toml::Value::as_table_mut)
+        {
+            capture.insert("layers_of_draft".to_string(), i64::from(layers).into());
         }
         eagle3::to_old_places(&mut kept);
         kept

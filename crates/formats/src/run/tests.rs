@@ -124,6 +124,33 @@ fn a_key_at_its_default_is_no_input_of_a_stage() {
     assert_ne!(inputs(&["regenerate.server={ url = \"http://a/v1\" }"], Stage::Regenerate).len(), 2);
 }
 
+#[test]
+fn what_another_kind_of_draft_has_is_no_input_but_the_layers_that_a_block_reads_are() {
+    let inputs = |more: &[&str], stage| parse(SMALL, more).unwrap().stage_inputs(stage);
+    for (method, own, other) in [
+        ("eagle3", "train.eagle3.ttt_length=3", "train.dflash.gamma=2.0"),
+        ("dflash", "train.dflash.gamma=2.0", "train.eagle3.ttt_length=3"),
+        ("dspark", "draft.dspark.markov_rank=8", "draft.p-eagle.depths=3"),
+        ("p-eagle", "draft.p-eagle.depths=3", "draft.dspark.markov_rank=8"),
+    ] {
+        let method = format!("draft.method={method}");
+        let base = inputs(&[&method], Stage::Train);
+        assert_eq!(inputs(&[&method, other], Stage::Train), base, "{method} {other}");
+        assert_ne!(inputs(&[&method, own], Stage::Train), base, "{method} {own}");
+    }
+    // States of the same layers serve every kind.
+    let capture = |more: &[&str]| parse(SMALL, more).unwrap().stage_hash(Stage::Capture);
+    let eagle = capture(&[]);
+    assert_eq!(capture(&["draft.method=p-eagle"]), eagle);
+    assert_ne!(capture(&["draft.method=dflash"]), eagle);
+    assert_eq!(capture(&["draft.method=dflash"]), capture(&["draft.method=dspark", "draft.dflash.layers=9"]));
+    assert_ne!(capture(&["draft.method=dflash"]), capture(&["draft.method=dflash", "draft.dflash.layers=3"]));
+    let named = "capture.layers=[1,2,3]";
+    assert_eq!(capture(&["draft.method=dflash", named]), capture(&[named]));
+    let file = parse(SMALL, &["draft.method=dflash"]).unwrap();
+    assert!(file.stage_hash_v1(Stage::Capture).is_none(), "no older work is of such layers");
+}
+
 /// Keys of `eagle3` stood beside the others once: files that have them there mean the same, and work done under either
 /// spelling is recognised.
 #[test]

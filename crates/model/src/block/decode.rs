@@ -38,6 +38,13 @@ impl<K: Kernels> BlockKv<K> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Goes back to the first `len` positions, if there are more.
+    pub fn rollback_to(&mut self, kernels: &K, len: usize) {
+        self.len = self.len.min(len);
+        let len = self.len;
+        self.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
+    }
 }
 
 /// Attention of the blocks of several sequences, layer by layer.
@@ -137,7 +144,7 @@ impl<K: Kernels> BlockDraft<K> {
         let output = self.network.block(&mut ops, &self.weights, embedded, &positions, &mut attend);
         for kv in kvs.iter_mut() {
             let len = kv.len;
-            kv.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
+            kv.rollback_to(kernels, len);
         }
         output
     }

@@ -38,6 +38,13 @@ impl<K: Kernels> PEagleKv<K> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Goes back to the first `len` positions, if there are more.
+    pub fn rollback_to(&mut self, kernels: &K, len: usize) {
+        self.len = self.len.min(len);
+        let len = self.len;
+        self.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
+    }
 }
 
 /// Rows of one sequence in a pass: real slots, then entries that stand for what is not known.
@@ -138,7 +145,7 @@ impl<K: Kernels> PEagleDraft<K> {
         for part in parts.iter_mut() {
             part.kv.len += part.next_tokens.len();
             let len = part.kv.len;
-            part.kv.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
+            part.kv.rollback_to(kernels, len);
         }
         output
     }

@@ -116,7 +116,8 @@ impl<K: TrainKernels> PEagleTrain<K> {
         check_tensors(config.tensors(), weights)?;
         let mut tape = Tape::new(kernels);
         let Ok(ids) = PEagleWeights::build(&config, &mut ToTape::new(&mut tape, weights));
-        if let Some(pad) = config.pad_token_id {
+        // Where the tokenizer has no token to spare, the mask token is the one of padding, and then it is learnt.
+        if let Some(pad) = config.pad_token_id.filter(|pad| *pad != config.mask_token_id) {
             tape.fix_row(ids.embed, pad);
         }
         let whole = tape.add_param("target lm_head.weight", &[v, ht], head, false);

@@ -244,6 +244,33 @@ fn rows_of_a_pack_are_each_the_row_alone_and_threads_do_not_matter() {
     check_packing(peagle);
 }
 
+/// Length of the gradient of one row of the embedding, with this padding.
+fn embedding_gradient(pad: Option<u32>, row: usize) -> f32 {
+    let mut value = peagle_value();
+    value["pad_token_id"] = json!(pad);
+    let config = PEagleConfig::from_value(&value).unwrap();
+    let [embed, head] = target();
+    let weights = peagle::random_weights(&config, &embed, 5);
+    let options = PEagleOptions { thinning: Thinning { num_depths: 4, ratio: 0.8, least: 0.2 }, seed: 2 };
+    let mut method = PEagleTrain::new(Cpu::new(1), config, options, vocab_map(40), &head, &weights).unwrap();
+    let pack = pack(4, &[26, 9, 14], 3);
+    method.micro_batch(&pack, Mode::Train).unwrap();
+    let tape = method.tape();
+    let id = tape.trained().into_iter().find(|id| tape.param(*id).name == "embed_tokens.weight").unwrap();
+    let grad = tape.grad_values(id).unwrap();
+    grad[row * WIDTH..(row + 1) * WIDTH].iter().map(|g| g * g).sum::<f32>().sqrt()
+}
+
+#[test]
+fn padding_is_not_learnt_unless_it_is_the_mask_token() {
+    let seen = pack(4, &[26, 9, 14], 3).ids[2];
+    let (mask, token) = (89, seen as usize);
+    assert!(embedding_gradient(None, mask) > 0.0 && embedding_gradient(None, token) > 0.0);
+    assert_eq!(embedding_gradient(Some(seen), token), 0.0);
+    assert_eq!(embedding_gradient(Some(seen), mask), embedding_gradient(None, mask));
+    assert_eq!(embedding_gradient(Some(mask as u32), mask), embedding_gradient(None, mask));
+}
+
 #[test]
 fn a_pack_without_trained_slots_has_no_loss_and_no_gradient() {
     let mut nothing = pack(6, &[12], 3);
