@@ -39,7 +39,6 @@ const WAYS: [Way; 6] = [
     Way { name: "n-gram", plan: DraftPlan::Auto, alone: true },
     Way { name: "chain 3", plan: DraftPlan::Chain { depth: 3 }, alone: false },
     Way { name: "chain 7", plan: DraftPlan::Chain { depth: 7 }, alone: false },
-    Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
     Way { name: "tree 16", plan: DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 }, alone: false },
     Way { name: "automatic", plan: DraftPlan::Auto, alone: false },
 ];
