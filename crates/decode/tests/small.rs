@@ -218,7 +218,8 @@ fn ids_that_one_of_the_two_does_not_have_are_never_proposed() {
             let ask = Ask { session: session.as_mut(), sampling: &sampling, text: &prompt, position: 0, k };
             let mut asks = [ask];
             let first = drafter.roots(&mut asks).remove(0);
-            assert_eq!(first.len(), k);
+            // Of what top-p leaves there may be fewer.
+            assert!(first.len() == k || !first.is_empty() && !sampling.is_greedy(), "{first:?}");
             let node = |token| Node { of: 0, parent: None, token, depth: 0 };
             let nodes: Vec<Node> = first.iter().map(|(token, _)| node(*token)).collect();
             let below = drafter.expand(&mut asks, &nodes);

@@ -115,7 +115,7 @@ fn serve_names_a_draft_model_and_reads_it_anew() {
     assert_eq!((&state["draft"]["name"], &state["draft"]["kind"]), (&json!("tiny-target"), &json!("small")));
     assert_eq!(served.counter("draftsmith:draft_info", "draft=\"tiny-target\",kind=\"small\""), 1.0);
     let ask = |draft: Value| {
-        json!({"messages": [{"role": "user", "content": "Calculate 22 + 20."}], "max_tokens": 40,
+        json!({"messages": [{"role": "user", "content": "Calculate 22 + 20."}], "max_tokens": 40, "temperature": 0,
             "draftsmith": {"draft": draft}})
     };
     let plain = served.text_of(&ask(json!("none")));
