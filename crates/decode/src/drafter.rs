@@ -104,6 +104,12 @@ pub trait DrafterSession<K: Kernels>: Any + Send {
     fn positions(&self) -> usize {
         0
     }
+
+    /// Positions of a text of so many tokens that it would have to read by itself before its next proposal; 0 if those
+    /// that a step leaves are all.
+    fn behind(&self, _tokens: usize) -> usize {
+        0
+    }
 }
 
 /// The first `rows` rows of pieces that stand one below the other.

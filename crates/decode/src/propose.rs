@@ -62,10 +62,12 @@ impl<K: Kernels> Engine<K> {
             let room = session.room(self.max_context).saturating_sub(1);
             let (true, Some(auto)) = (decoding.contains(&index), &mut session.auto) else { continue };
             of.push(index);
+            let repetition = auto.lookup.find(&session.tokens);
             seeds.push(Seed {
                 pacer: &mut auto.pacer,
                 session: session.drafter.as_deref_mut(),
-                repetition: auto.lookup.find(&session.tokens),
+                repetition,
+                lookup: Some(&auto.lookup),
                 text: &session.tokens,
                 room,
                 sampling: &session.options.sampling,

@@ -105,6 +105,13 @@ impl<K: Kernels> DrafterSession<K> for SmallSession<K> {
     fn positions(&self) -> usize {
         usize::MAX
     }
+
+    fn behind(&self, tokens: usize) -> usize {
+        match tokens.saturating_sub(self.read.len()) {
+            few if few <= FEW => 0,
+            many => many,
+        }
+    }
 }
 
 /// How a row's children are chosen.

@@ -117,12 +117,17 @@ const PLANS: [DraftPlan; 9] = [
 
 /// Rows almost for nothing: an automatic plan drafts as much as it may.
 fn cheap() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 }
+    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01, ..Costs::default() }
 }
 
 /// Costs of a machine on which it depends.
 fn fair() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)], draft_step_ms: 0.3, extend_ms: 0.4 }
+    Costs {
+        verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)],
+        draft_step_ms: 0.3,
+        extend_ms: 0.4,
+        ..Costs::default()
+    }
 }
 
 const SEEDED: Sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: 17, ..Sampling::GREEDY };
@@ -721,7 +726,12 @@ fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
     let drafter = drafter(&target, draft).unwrap();
     // No row is worth its time: all of them rest.
-    let dear = Costs { verify_ms: vec![(1, 1.0), (32, 64.0)], draft_step_ms: 5.0, extend_ms: 5.0 };
+    let dear = Costs {
+        verify_ms: vec![(1, 1.0), (32, 64.0)],
+        draft_step_ms: 5.0,
+        extend_ms: 5.0,
+        ..Costs::default()
+    };
     let plain = Engine::new(Arc::clone(&target), None);
     let engine = Engine::new(target, Some(drafter)).with_costs(dear);
     let long: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(600).collect();
@@ -750,7 +760,12 @@ fn steps_correct_measured_costs_and_not_the_text() {
     let drafter = drafter(&target, draft).unwrap();
     let plain = Engine::new(Arc::clone(&target), None);
     // Nothing takes as long as this.
-    let wrong = Costs { verify_ms: vec![(1, 1e6), (32, 1e6)], draft_step_ms: 1e5, extend_ms: 1e5 };
+    let wrong = Costs {
+        verify_ms: vec![(1, 1e6), (32, 1e6)],
+        draft_step_ms: 1e5,
+        extend_ms: 1e5,
+        ..Costs::default()
+    };
     let told = Arc::new(Mutex::new(Vec::new()));
     let hears = Arc::clone(&told);
     let engine = Engine::new(target, Some(drafter))

@@ -97,7 +97,7 @@ fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Gener
 }
 
 fn cheap() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 }
+    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01, ..Costs::default() }
 }
 
 #[test]

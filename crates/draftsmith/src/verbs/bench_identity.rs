@@ -23,7 +23,12 @@ const BATCH: usize = 8;
 
 /// Rows for nothing: whatever is known is proposed.
 fn eager() -> Costs {
-    Costs { verify_ms: vec![(1, 1.0), (32, 1.001)], draft_step_ms: 0.001, extend_ms: 0.001 }
+    Costs {
+        verify_ms: vec![(1, 1.0), (32, 1.001)],
+        draft_step_ms: 0.001,
+        extend_ms: 0.001,
+        ..Costs::default()
+    }
 }
 
 /// A way to decode.
