@@ -175,8 +175,17 @@ pub struct PassCosts {
     pub verify_ms: Vec<(u32, f32)>,
     /// One more draft step.
     pub draft_step_ms: f32,
-    /// Taking a step into the draft.
+    /// What each further row adds to it.
+    #[serde(default)]
+    pub draft_row_ms: f32,
+    /// Taking a step into the draft, with its first proposals.
     pub extend_ms: f32,
+    /// What each further sequence adds to that.
+    #[serde(default)]
+    pub extend_row_ms: f32,
+    /// Taking in a position that had to wait, among many.
+    #[serde(default)]
+    pub read_row_ms: f32,
 }
 
 /// Costs that an automatic plan was made by.

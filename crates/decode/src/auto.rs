@@ -6,6 +6,10 @@
 //! such proposals were accepted before ([`Rates`]). All sequences of a pass are planned together ([`grow`]): a row
 //! costs what it adds to the rows that are there, whoever they belong to.
 //!
+//! Sources compete in one tree: the draft, whatever it is, and repetitions, of the text and below drafted tokens. The
+//! draft is asked where its answer is worth what asking takes: its passes, and for a model that reads the text itself
+//! what it would have to read first.
+//!
 //! Gains and prices are kept as shares of a plain step, so that they hold while the load of the machine changes.
 //!
 //! The choice changes time, never the text.
@@ -17,7 +21,7 @@ use draftsmith_kernels::Kernels;
 
 use crate::costs::{Costs, Recent};
 use crate::drafter::{Ask, Children, Drafter, DrafterSession, MOST_NODES, Node};
-use crate::lookup::Match;
+use crate::lookup::{Lookup, Match};
 
 /// What made a node be proposed, as a class whose acceptance is counted.
 type Class = u8;
@@ -66,6 +70,17 @@ pub(crate) struct Rates {
     promised: f32,
     /// The same by what became of them, over a longer time.
     kept: f32,
+    /// What the draft adds where a long repetition goes on beside it, in plain steps.
+    beside_repeat: f32,
+    /// Steps of that kind in which the draft was left out since it was last asked.
+    left_out: usize,
+    /// Time, in plain steps, and tokens of the steps in which the draft was asked.
+    asked: (f32, f32),
+    /// Time that may be spent on reading texts anew for a draft that may not be worth it, in plain steps.
+    spare: f32,
+    /// Tokens of this answer so far, and of an answer on average.
+    tokens: f32,
+    answer: f32,
     /// Steps until the draft is tried again.
     paused: usize,
     next_pause: usize,
@@ -92,6 +107,12 @@ impl Default for Rates {
             pace: (1.0, 1.0),
             promised: 0.0,
             kept: 0.0,
+            beside_repeat: 0.0,
+            left_out: 0,
+            asked: (1.5, 2.0),
+            spare: 0.0,
+            tokens: 0.0,
+            answer: 128.0,
             paused: FIRST_LOOK,
             next_pause: PAUSE,
             looked: None,
@@ -150,8 +171,10 @@ pub(crate) struct Grown {
     /// Milliseconds of such a step alone, as the last one shows, and of the draft's first proposals.
     pub draft_step_ms: Option<f32>,
     pub root_ms: Option<f32>,
-    /// Share in the pass of those.
+    /// Share in the pass of those; 0 where the draft was not asked.
     root_share: f32,
+    /// What the longest repetition promised beside, in plain steps, and whether it is a long one.
+    repeat: Option<(f32, bool)>,
     /// Tokens that are likely to be accepted.
     expected: f32,
     /// What its rows add to the time of the pass.
@@ -202,6 +225,12 @@ const LONGEST_PAUSE: usize = 1024;
 const LOSS: f32 = -0.02;
 /// and what became of the promises: more than chance makes of a draft that neither gains nor loses.
 const LONG_LOSS: f32 = -0.08;
+/// Length from which on a repetition counts as long: the draft may then be left out.
+const LONG_REPEAT: usize = 4;
+/// Steps with a long repetition after which the draft is asked all the same.
+const LOOK_BESIDE: usize = 16;
+/// Share of the time that may go into reading texts anew for a draft that may not be worth it.
+const SPARE: f32 = 0.01;
 /// What is left of a pause goes on in the next sequence up to this: another text may suit the draft better.
 const CARRIED_PAUSE: usize = 48;
 
@@ -234,6 +263,8 @@ pub(crate) struct Seed<'a, K: Kernels> {
     pub pacer: &'a mut Pacer,
     pub session: Option<&'a mut dyn DrafterSession<K>>,
     pub repetition: Option<Match>,
+    /// Where further ones are looked for.
+    pub lookup: Option<&'a Lookup>,
     pub text: &'a [u32],
     /// Levels at most.
     pub room: usize,
@@ -251,23 +282,26 @@ struct Growing<'a, K: Kernels> {
     grown: Grown,
 }
 
-/// What a further row costs of a draft pass, as a share of what the first one costs.
-const DRAFT_ROW: f32 = 0.2;
-
-/// A draft pass of so many rows, in passes of one.
-fn draft_pass(rows: usize) -> f32 {
-    1.0 + DRAFT_ROW * (rows.max(1) - 1) as f32
+/// A time in units of another; one where that is nothing.
+fn in_units(ms: f32, of: f32) -> f32 {
+    if of > 0.0 { ms / of } else { 1.0 }
 }
 
-/// What the draft takes for a token of a proposal that it is sure of: a step of its own, and where one pass gives all
-/// levels, its share in that pass.
-fn sure_token<K: Kernels>(costs: &Costs, drafter: Option<&dyn Drafter<K>>) -> f32 {
-    match drafter.map(|d| (d.levels_per_pass(), d.deepest())) {
-        None | Some((_, usize::MAX)) => costs.draft_step_ms,
-        Some((1, deepest)) => costs.draft_step_ms + costs.extend_ms / deepest.max(1) as f32,
-        Some((_, deepest)) => costs.extend_ms / deepest.max(1) as f32,
-    }
+/// True if the draft cannot pay in such a pass even if it were always right. An accepted token saves `price`.
+fn is_hopeless<K: Kernels>(costs: &Costs, load: Load, drafter: &dyn Drafter<K>, price: f32) -> bool {
+    let sequences = load.sequences.max(1);
+    let share = |ms: f32| ms / sequences as f32;
+    let token = price - costs.cheapest_row(load.rows);
+    let levels = drafter.deepest().min(SURE_LEVELS);
+    let of_first = drafter.levels_per_pass().min(levels);
+    let step = share(costs.draft_pass(sequences));
+    let further = (levels - of_first) as f32 * (token - step).max(0.0);
+    // A draft that is asked for each level by itself pays for the first with its first proposals.
+    of_first as f32 * token + further <= share(costs.root_pass(sequences))
 }
+
+/// Levels of a draft that is always right.
+const SURE_LEVELS: usize = 8;
 
 /// Proposals for the sequences of a pass that decode with an automatic plan. `drafter` is that of all sessions.
 ///
@@ -280,9 +314,9 @@ pub(crate) fn grow<K: Kernels>(
     seeds: Vec<Seed<'_, K>>,
 ) -> Vec<Grown> {
     let mut growing: Vec<Growing<'_, K>> =
-        seeds.into_iter().map(|seed| Growing::begin(seed, costs, load, sure_token(costs, drafter))).collect();
+        seeds.into_iter().map(|seed| Growing::begin(seed, costs, load, drafter)).collect();
     if let Some(drafter) = drafter {
-        ask_for_roots(drafter, &mut growing);
+        ask_for_roots(drafter, costs, &mut growing);
     }
     for one in &mut growing {
         one.repeat(one.seed.repetition, None, 0, 1.0);
@@ -363,7 +397,7 @@ fn choose<K: Kernels>(
 }
 
 /// First levels of all sequences whose draft is awake.
-fn ask_for_roots<K: Kernels>(drafter: &dyn Drafter<K>, growing: &mut [Growing<'_, K>]) {
+fn ask_for_roots<K: Kernels>(drafter: &dyn Drafter<K>, costs: &Costs, growing: &mut [Growing<'_, K>]) {
     let start = Instant::now();
     let mut asking: Vec<usize> = Vec::new();
     let mut asks: Vec<Ask<'_, K>> = Vec::new();
@@ -379,10 +413,13 @@ fn ask_for_roots<K: Kernels>(drafter: &dyn Drafter<K>, growing: &mut [Growing<'_
     let found = drafter.roots(&mut asks);
     drop(asks);
     let (count, ms) = (asking.len(), ms_since(start));
+    let passes = in_units(costs.root_pass(count), costs.extend_ms);
+    // Where one of them is still reading, the time says nothing of a step.
+    let is_step = found.iter().all(|children| !children.is_empty());
     for (of, children) in asking.into_iter().zip(found) {
         let one = &mut growing[of];
-        one.grown.root_ms = Some(ms / draft_pass(count));
-        one.grown.root_share = draft_pass(count) / count as f32;
+        one.grown.root_ms = is_step.then_some(ms / passes);
+        one.grown.root_share = passes / count as f32;
         if !children.is_empty() {
             one.grown.expanded.push(None);
         }
@@ -399,10 +436,9 @@ fn expand<K: Kernels>(
 ) {
     wanted.sort_by(|a, b| b.2.total_cmp(&a.2));
     let free = wanted.partition_point(|(.., gain)| gain.is_infinite());
-    let row = DRAFT_ROW * costs.draft_step_ms;
-    let mut paid = wanted[free..].iter().take_while(|(.., gain)| *gain > row).count();
+    let mut paid = wanted[free..].iter().take_while(|(.., gain)| *gain > costs.draft_row_ms).count();
     let gains: f32 = wanted[free..free + paid].iter().map(|(.., gain)| gain).sum();
-    if gains <= costs.draft_step_ms * draft_pass(paid) {
+    if gains <= costs.draft_pass(paid) {
         paid = 0;
     }
     for (of, at, _) in wanted.drain(free + paid..) {
@@ -436,11 +472,12 @@ fn expand<K: Kernels>(
         .collect();
     let found = drafter.expand(&mut asks, &nodes);
     drop(asks);
-    let ms = ms_since(start) / draft_pass(paid);
+    let steps = in_units(costs.draft_pass(paid), costs.draft_step_ms);
+    let ms = ms_since(start) / steps;
     for ((of, at, gain), (handle, children)) in wanted.into_iter().zip(found) {
         let one = &mut growing[of];
         if gain.is_finite() {
-            one.grown.draft_steps += draft_pass(paid) / paid as f32;
+            one.grown.draft_steps += steps / paid as f32;
             one.grown.draft_step_ms = Some(ms);
         }
         one.candidates[at].handle = Some(handle);
@@ -469,19 +506,31 @@ fn ms_since(start: Instant) -> f32 {
 }
 
 impl<'a, K: Kernels> Growing<'a, K> {
-    fn begin(mut seed: Seed<'a, K>, costs: &Costs, load: Load, sure_token: f32) -> Growing<'a, K> {
+    fn begin(
+        mut seed: Seed<'a, K>,
+        costs: &Costs,
+        load: Load,
+        drafter: Option<&dyn Drafter<K>>,
+    ) -> Growing<'a, K> {
         let rates = &mut seed.pacer.rates;
         let plain = rates.plain_token(costs, load);
         let price = if load.is_alone() { plain * (rates.pace.0 / rates.pace.1).min(1.0) } else { plain };
-        let share = draft_pass(load.sequences) / load.sequences.max(1) as f32;
-        if !load.is_alone() && price <= costs.cheapest_row(load.rows) + share * sure_token {
+        if !load.is_alone() && drafter.is_some_and(|drafter| is_hopeless(costs, load, drafter, price)) {
             // At this load not even a sure token would pay: rest until the next look.
             rates.paused = rates.paused.max(2);
         }
-        if rates.paused > 0 {
+        let mut grown = Grown { load, ..Grown::default() };
+        let repetition = seed.repetition.filter(|_| plain > 0.0);
+        if let Some(m) = repetition {
+            let (tokens, nodes) = rates.repeat_promise(m, seed.room, costs.cheapest_row(load.rows) / price);
+            let rows_ms = costs.verify(load.rows + nodes) - costs.verify(load.rows);
+            grown.repeat = Some(((tokens - rows_ms / plain).max(0.0), m.length >= LONG_REPEAT));
+        }
+        let behind = seed.session.as_ref().map_or(0, |session| session.behind(seed.text.len()));
+        let reading = in_units(behind as f32 * costs.read_row_ms, plain);
+        if rates.paused > 0 || !rates.is_worth_asking(&grown, behind > 0, reading, seed.room) {
             seed.session = None;
         }
-        let grown = Grown { load, ..Grown::default() };
         Growing { seed, price, candidates: Vec::new(), roots: Vec::new(), grown }
     }
 
@@ -489,7 +538,7 @@ impl<'a, K: Kernels> Growing<'a, K> {
     fn ask(&mut self) -> Option<Ask<'_, K>> {
         let position = self.seed.text.len() as u64 - 1;
         let session = self.seed.session.as_deref_mut()?;
-        Some(Ask { session, sampling: self.seed.sampling, position, k: CHILDREN })
+        Some(Ask { session, sampling: self.seed.sampling, text: self.seed.text, position, k: CHILDREN })
     }
 
     /// The most probable of some candidates and what it is worth.
@@ -509,8 +558,20 @@ impl<'a, K: Kernels> Growing<'a, K> {
         if let Some(children) = children {
             self.offer(children, Some(at), depth + 1, path);
         }
-        let next = repeats.map(|m| Match { at: m.at + 1, ..m });
+        let next = match repeats {
+            Some(m) => Some(Match { at: m.at + 1, ..m }),
+            // Below a drafted token another repetition may begin.
+            None => self.seed.lookup.and_then(|lookup| lookup.find_behind(self.seed.text, &self.path_to(at))),
+        };
         self.repeat(next, Some(at), depth + 1, path);
+    }
+
+    /// The tokens from the first level to a candidate.
+    fn path_to(&self, at: usize) -> Vec<u32> {
+        let parents = std::iter::successors(Some(at), |at| self.candidates[*at].parent);
+        let mut path: Vec<u32> = parents.map(|at| self.candidates[at].token).collect();
+        path.reverse();
+        path
     }
 
     /// The proposal of these nodes, whose rows take `rows_ms`.
@@ -563,7 +624,9 @@ impl<'a, K: Kernels> Growing<'a, K> {
         if depth >= self.seed.room {
             return;
         }
-        let class = lookup_class(m.length, depth == 0);
+        // Later tokens of a repetition are surer than where it begins, wherever that is.
+        let is_first = parent.is_none_or(|parent| self.candidates[parent].repeats.is_none());
+        let class = lookup_class(m.length, is_first);
         let rate = self.seed.pacer.rates.rate(class);
         if let Some(same) = self.candidates.iter_mut().find(|c| c.parent == parent && c.token == token) {
             let own = same.path / path.max(f32::MIN_POSITIVE);
@@ -597,8 +660,51 @@ impl Rates {
     }
 }
 
+impl Rates {
+    /// Tokens that a repetition promises by itself, and nodes for them: as far as they are likelier than `least`.
+    fn repeat_promise(&self, m: Match, room: usize, least: f32) -> (f32, usize) {
+        let (mut path, mut tokens, mut nodes) = (1.0, 0.0, 0);
+        while nodes < room.min(MOST_NODES) {
+            path *= self.rate(lookup_class(m.length, nodes == 0));
+            if path <= least {
+                break;
+            }
+            tokens += path;
+            nodes += 1;
+        }
+        (tokens, nodes)
+    }
+
+    /// Whether the draft is to be asked, if it is awake: not where a long repetition has shown to do without it, and
+    /// not where reading what it missed takes longer than the rest of the answer would gain.
+    fn is_worth_asking(&mut self, grown: &Grown, is_behind: bool, reading: f32, room: usize) -> bool {
+        if self.beside_repeat < 0.0 && grown.repeat.is_some_and(|(_, is_long)| is_long) {
+            self.left_out += 1;
+            if self.left_out < LOOK_BESIDE {
+                return false;
+            }
+        }
+        if is_behind {
+            let saved = (1.0 - self.asked.0 / self.asked.1).max(0.0);
+            if saved * self.answer.min(room as f32) <= reading {
+                if self.spare < reading {
+                    return false;
+                }
+                self.spare -= reading;
+            }
+        }
+        self.left_out = 0;
+        true
+    }
+}
+
 impl Pacer {
     pub(crate) fn new(mut rates: Rates) -> Pacer {
+        if rates.tokens > 0.0 {
+            // An answer that is shorter than others says as much as one that is longer.
+            rates.answer += (rates.tokens - rates.answer) / 4.0;
+            rates.tokens = 0.0;
+        }
         rates.paused = match rates.looked {
             None => FIRST_LOOK,
             Some(steps) => rates.paused.clamp(usize::from(steps >= LOOK_EVERY), CARRIED_PAUSE),
@@ -649,6 +755,8 @@ impl Pacer {
         let expected = grown.expected;
         rates.pace.0 += (1.0 + extra - rates.pace.0) / WINDOW;
         rates.pace.1 += (committed - rates.pace.1) / WINDOW;
+        rates.tokens += committed;
+        rates.spare += SPARE * (1.0 + extra);
         if paused {
             rates.paused -= 1;
             if load.is_alone() && grown.tree.is_empty() {
@@ -658,8 +766,18 @@ impl Pacer {
             return;
         }
         rates.looked = rates.looked.map(|steps| steps + 1);
-        rates.promised += (expected - extra - rates.promised) / WINDOW;
-        rates.kept += (committed - 1.0 - extra - rates.kept) / LONG_WINDOW;
+        if grown.root_share == 0.0 {
+            return;
+        }
+        // A repetition would have brought its part without the draft.
+        let (without, is_long) = grown.repeat.unwrap_or_default();
+        if is_long {
+            rates.beside_repeat += (expected - extra - without - rates.beside_repeat) / WINDOW;
+        }
+        rates.asked.0 += (1.0 + extra - rates.asked.0) / WINDOW;
+        rates.asked.1 += (committed - rates.asked.1) / WINDOW;
+        rates.promised += (expected - extra - without - rates.promised) / WINDOW;
+        rates.kept += (committed - 1.0 - extra - without - rates.kept) / LONG_WINDOW;
         if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms.max(costs.extend_ms) > 0.0
         {
             rates.paused = rates.next_pause;
@@ -680,7 +798,16 @@ mod tests {
     use draftsmith_kernels::Cpu;
 
     fn costs(verify: &[(usize, f32)], draft: f32) -> Costs {
-        Costs { verify_ms: verify.to_vec(), draft_step_ms: draft, extend_ms: draft }
+        let (draft_row_ms, extend_row_ms) = (0.2 * draft, 0.2 * draft);
+        let verify_ms = verify.to_vec();
+        Costs {
+            verify_ms,
+            draft_step_ms: draft,
+            extend_ms: draft,
+            draft_row_ms,
+            extend_row_ms,
+            read_row_ms: 0.0,
+        }
     }
 
     /// Proposes 10, 11, 12, … with one probability.
@@ -724,6 +851,7 @@ mod tests {
             repetition: None,
             text: &[1, 2, 3],
             room,
+            lookup: None,
             sampling: &Sampling::GREEDY,
         }
     }
@@ -895,5 +1023,89 @@ mod tests {
             (4..120).contains(&proposed),
             "{proposed} proposals of a draft that is always wrong in 640 steps"
         );
+    }
+
+    #[test]
+    fn a_draft_is_left_out_where_a_long_repetition_does_without_it() {
+        // Asking takes a quarter of a pass, and the draft says what the text says.
+        let costs = costs(&[(1, 40.0), (8, 42.0), (32, 60.0)], 10.0);
+        let text: Vec<u32> = (10..100).collect();
+        let asked = |length: usize| {
+            let (mut pacer, draft) = (awake(), Sure(0.9));
+            (0..300)
+                .filter(|_| {
+                    let mut session = SureSession;
+                    let repetition = Some(Match { at: 0, length });
+                    let seed = Seed { repetition, text: &text, ..seed(&mut pacer, &mut session, 8) };
+                    let grown = grow(&costs, ALONE, Some(&draft), vec![seed]).remove(0);
+                    let accepted: Vec<u32> = (0..grown.tree.len() as u32).collect();
+                    let pass_ms = costs.verify(grown.tree.len() + 1);
+                    let elapsed_ms = pass_ms + 10.0 * (grown.root_share + grown.draft_steps);
+                    let time = StepTime { elapsed_ms, pass_ms };
+                    pacer.learn(&costs, &grown, &accepted, accepted.len() + 1, time);
+                    grown.root_share > 0.0
+                })
+                .count()
+        };
+        assert!((10..60).contains(&asked(8)), "now and then: {}", asked(8));
+    }
+
+    /// One that has to read the text by itself.
+    struct Reading(usize);
+
+    impl DrafterSession<Cpu> for Reading {
+        fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
+            self
+        }
+        fn behind(&self, _: usize) -> usize {
+            self.0
+        }
+    }
+
+    #[test]
+    fn a_text_is_read_for_a_draft_where_the_rest_of_the_answer_pays_for_it() {
+        let costs = Costs { read_row_ms: 1.6, ..costs(&[(1, 44.0), (8, 46.0), (32, 90.0)], 10.0) };
+        let is_asked = |pacer: &mut Pacer, behind: usize, room: usize| {
+            let mut session = Reading(behind);
+            let text = &[1, 2, 3];
+            let (lookup, repetition, sampling) = (None, None, &Sampling::GREEDY);
+            let session: Option<&mut dyn DrafterSession<Cpu>> = Some(&mut session);
+            let seed = Seed { pacer, session, repetition, lookup, text, room, sampling };
+            grow(&costs, ALONE, Some(&Sure(0.9)), vec![seed]).remove(0).root_share > 0.0
+        };
+        assert!(is_asked(&mut awake(), 0, 3));
+        assert!(is_asked(&mut awake(), 500, 400));
+        assert!(!is_asked(&mut awake(), 500, 20), "the answer ends before");
+        assert!(!is_asked(&mut awake(), 4000, 400), "a long prompt");
+        // One that gained nothing: a text is read for it rarely, so that all of it takes a hundredth of the time.
+        let mut useless = awake();
+        useless.rates.asked = (1.3, 1.2);
+        let mut read = 0;
+        for step in 0..10_000 {
+            let grown = Grown { load: ALONE, ..Grown::default() };
+            useless.learn(&costs, &grown, &[], 1, StepTime { elapsed_ms: 44.0, pass_ms: 44.0 });
+            useless.rates.paused = 0;
+            read += usize::from(is_asked(&mut useless, 300, 400)) * usize::from(step > 0);
+        }
+        let share = read as f32 * 300.0 * 1.6 / (10_000.0 * 44.0);
+        assert!(read > 3 && share < 0.011, "{read} times, {share} of the time");
+    }
+
+    #[test]
+    fn a_repetition_may_begin_below_a_drafted_token() {
+        let costs = costs(&[(1, 4.0), (8, 4.4), (32, 8.0)], 0.1);
+        // The draft says 10; after 7, 10 came 50, 51, 52.
+        let text = [7, 10, 50, 51, 52, 3, 7];
+        let mut lookup = Lookup::default();
+        let repetition = lookup.find(&text);
+        assert_eq!(repetition, None);
+        let (mut pacer, mut session) = (awake(), SureSession);
+        let lookup = Some(&lookup);
+        let seed = Seed { repetition, lookup, text: &text, ..seed(&mut pacer, &mut session, 8) };
+        let tree = grow(&costs, ALONE, Some(&Sure(0.9)), vec![seed]).remove(0).tree;
+        let at = |token: u32| tree.tokens.iter().position(|t| t.0 == token);
+        let (first, then) = (at(10).expect("drafted"), at(50).expect("repeated"));
+        assert_eq!(tree.parents[then], Some(first as u32));
+        assert_eq!(tree.parents[at(51).expect("and on")], Some(then as u32));
     }
 }

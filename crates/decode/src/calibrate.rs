@@ -51,8 +51,22 @@ pub(crate) trait Probe {
     fn most_rows(&self) -> usize;
     /// A pass of so many rows.
     fn pass(&mut self, rows: usize) -> f32;
-    /// Features of a step taken into the draft, and one more draft step; `None` without a draft.
-    fn draft(&mut self) -> Option<(f32, f32)>;
+    /// What a draft takes; `None` without one.
+    fn draft(&mut self) -> Option<DraftTimes>;
+}
+
+/// Rows, or sequences, of a draft's larger passes.
+const SEVERAL: usize = 4;
+
+/// One round of a draft's work.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DraftTimes {
+    /// Positions that had waited before: the first number is then no step's.
+    waited: usize,
+    /// Features of a step taken in and first proposals; the same for [`SEVERAL`] sequences.
+    extend: (f32, f32),
+    /// One more step; the same of [`SEVERAL`] rows.
+    step: (f32, f32),
 }
 
 /// The middle one; 0 of none.
@@ -104,13 +118,18 @@ pub(crate) fn calibrate(probe: &mut dyn Probe, progress: &mut dyn FnMut(usize, u
         }
     }
     progress(all - 1, all);
-    let (mut extend, mut step) = (Vec::new(), Vec::new());
-    let mut drafting = 0.0;
-    while extend.len() < DRAFT_STEPS.1 && (extend.len() < DRAFT_STEPS.0 || drafting < DRAFT_LIMIT) {
-        let Some((e, s)) = probe.draft() else { break };
-        drafting += e + s;
-        extend.push(e);
-        step.push(s);
+    let [mut extend, mut extends, mut step, mut steps] = [const { Vec::new() }; 4];
+    let (mut drafting, mut read) = (0.0, None);
+    while step.len() < DRAFT_STEPS.1 && (step.len() < DRAFT_STEPS.0 || drafting < DRAFT_LIMIT) {
+        let Some(times) = probe.draft() else { break };
+        match times.waited {
+            0 => extend.push(times.extend.0),
+            waited => read = Some((waited, times.extend.0)),
+        }
+        drafting += times.extend.0 + times.extend.1 + times.step.0 + times.step.1;
+        extends.push(times.extend.1);
+        step.push(times.step.0);
+        steps.push(times.step.1);
     }
     progress(all, all);
     times.sort_unstable_by_key(|(rows, _)| *rows);
@@ -124,7 +143,16 @@ pub(crate) fn calibrate(probe: &mut dyn Probe, progress: &mut dyn FnMut(usize, u
             spread.push(middle / own[0] - 1.0);
         }
     }
-    let costs = Costs { verify_ms, draft_step_ms: median(&mut step), extend_ms: median(&mut extend) };
+    let (draft_step_ms, extend_ms) = (median(&mut step), median(&mut extend));
+    let further = |several: f32, one: f32| ((several - one) / (SEVERAL - 1) as f32).max(0.0);
+    let costs = Costs {
+        verify_ms,
+        draft_step_ms,
+        extend_ms,
+        draft_row_ms: further(median(&mut steps), draft_step_ms),
+        extend_row_ms: further(median(&mut extends), extend_ms),
+        read_row_ms: read.map_or(0.0, |(waited, ms)| ((ms - extend_ms) / waited as f32).max(0.0)),
+    };
     let spread = spread.iter().sum::<f32>() / spread.len().max(1) as f32;
     Calibration { costs: costs.sound(), spread, passes }
 }
@@ -135,10 +163,19 @@ struct Machine<'a, K: Kernels> {
     kv: TargetKv<K>,
     context: usize,
     layers: &'a [LayerId],
-    draft: Option<(&'a dyn Drafter<K>, BoxedSession<K>)>,
+    draft: Option<(&'a dyn Drafter<K>, Vec<Drafted<K>>)>,
+    /// Positions of the first that wait.
+    waiting: usize,
     /// Of the last piece of context.
     features: StepOutput<K::Buf>,
     rows: usize,
+}
+
+/// A sequence of the draft's.
+struct Drafted<K: Kernels> {
+    session: BoxedSession<K>,
+    /// What it is told that was committed, the token behind it included.
+    text: Vec<u32>,
 }
 
 fn tokens<K: Kernels>(target: &Target<K>, from: usize, count: usize) -> Vec<u32> {
@@ -176,22 +213,50 @@ impl<K: Kernels> Probe for Machine<'_, K> {
         time
     }
 
-    fn draft(&mut self) -> Option<(f32, f32)> {
-        let (drafter, session) = self.draft.as_mut()?;
+    fn draft(&mut self) -> Option<DraftTimes> {
+        let (drafter, all) = self.draft.as_mut()?;
         // About what one step commits.
         let rows: Vec<u32> = (0..self.rows.min(2) as u32).collect();
-        let next = tokens(self.target, 1, rows.len());
-        let start = Instant::now();
         let features = Features { output: &self.features, rows: &rows };
-        drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next }]);
-        let sampling = &Sampling::GREEDY;
-        let mut asks = [Ask { session: session.as_mut(), sampling, position: 0, k: 4 }];
-        let best = drafter.roots(&mut asks);
-        let extend = ms(start.elapsed());
-        let start = Instant::now();
-        let token = best[0].first().map_or(0, |b| b.0);
-        drafter.expand(&mut asks, &[Node { of: 0, parent: None, token, depth: 0 }]);
-        Some((extend, ms(start.elapsed())))
+        let next = tokens(self.target, 1, rows.len());
+        let mut times = DraftTimes { waited: std::mem::take(&mut self.waiting), ..DraftTimes::default() };
+        for several in [false, true] {
+            let all = if several { &mut all[..] } else { &mut all[..1] };
+            for one in all.iter_mut() {
+                let from = one.text.len();
+                one.text.extend(tokens(self.target, from, rows.len()));
+            }
+            let start = Instant::now();
+            let mut committed: Vec<Committed<'_, K>> = all
+                .iter_mut()
+                .map(|one| Committed { session: one.session.as_mut(), features, next_tokens: &next })
+                .collect();
+            drafter.take_in(&mut committed);
+            drop(committed);
+            let sampling = &Sampling::GREEDY;
+            let mut asks: Vec<Ask<'_, K>> = all
+                .iter_mut()
+                .map(|Drafted { session, text }| {
+                    let position = text.len() as u64 - 1;
+                    Ask { session: session.as_mut(), sampling, text, position, k: 4 }
+                })
+                .collect();
+            let best = drafter.roots(&mut asks);
+            let extend = ms(start.elapsed());
+            let count = if several { SEVERAL } else { 1 };
+            // Where fewer are known others do: the time is the same.
+            let token = |i: usize| best[0].get(i).map_or(i as u32, |b| b.0);
+            let nodes: Vec<Node> =
+                (0..count).map(|i| Node { of: 0, parent: None, token: token(i), depth: 0 }).collect();
+            let start = Instant::now();
+            drafter.expand(&mut asks[..1], &nodes);
+            let step = ms(start.elapsed());
+            match several {
+                false => (times.extend.0, times.step.0) = (extend, step),
+                true => (times.extend.1, times.step.1) = (extend, step),
+            }
+        }
+        Some(times)
     }
 }
 
@@ -204,23 +269,32 @@ pub(crate) fn measure<K: Kernels>(
     let context = CONTEXT.min(target.config().max_position / 4).max(1);
     let layers = drafter.map_or(&[][..], |d| d.target_layers());
     let mut kv = target.new_kv();
-    let mut draft = drafter.map(|d| (d.as_ref(), d.begin()));
+    let mut draft = drafter.map(|d| {
+        // The further ones have no more than a few tokens: they are there for their rows.
+        let of = |i: usize| Drafted { session: d.begin(), text: tokens(target, i, 9) };
+        (d.as_ref(), (0..SEVERAL).map(of).collect::<Vec<_>>())
+    });
     let began = Instant::now();
     let (features, rows) = loop {
         let rows = CONTEXT_CHUNK.min(context - kv.len());
         let output = pass(target, &mut kv, rows, layers);
-        if let Some((drafter, session)) = &mut draft {
+        if let Some((drafter, drafted)) = &mut draft {
             let all: Vec<u32> = (0..rows as u32).collect();
             let next_tokens = &tokens(target, kv.len(), rows);
             let features = Features { output: &output, rows: &all };
-            drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens }]);
+            let session = drafted[0].session.as_mut();
+            drafter.take_in(&mut [Committed { session, features, next_tokens }]);
         }
         if kv.len() == context || began.elapsed() > CONTEXT_LIMIT {
             break (output, rows);
         }
     };
     let context = kv.len();
-    calibrate(&mut Machine { target, kv, context, layers, draft, features, rows }, progress)
+    if let Some((_, all)) = &mut draft {
+        all[0].text = tokens(target, 0, context + 1);
+    }
+    let machine = &mut Machine { target, kv, context, layers, draft, waiting: context, features, rows };
+    calibrate(machine, progress)
 }
 
 #[cfg(test)]
@@ -233,6 +307,7 @@ mod tests {
         most: usize,
         spent: f32,
         passes: Vec<usize>,
+        drafted: usize,
     }
 
     impl<F: Fn(usize, f32) -> f32> Probe for Fake<F> {
@@ -245,13 +320,15 @@ mod tests {
             self.passes.push(rows);
             ms
         }
-        fn draft(&mut self) -> Option<(f32, f32)> {
-            Some((1.5, 1.2))
+        fn draft(&mut self) -> Option<DraftTimes> {
+            self.drafted += 1;
+            let (waited, first) = if self.drafted == 1 { (100, 51.5) } else { (0, 1.5) };
+            Some(DraftTimes { waited, extend: (first, 2.1), step: (1.2, 1.5) })
         }
     }
 
     fn run<F: Fn(usize, f32) -> f32>(time: F) -> (Calibration, Fake<F>) {
-        let mut fake = Fake { time, most: 1000, spent: 0.0, passes: Vec::new() };
+        let mut fake = Fake { time, most: 1000, spent: 0.0, passes: Vec::new(), drafted: 0 };
         let mut last = (0, 0);
         let found = calibrate(&mut fake, &mut |done, all| last = (done, all));
         assert!(last.0 == last.1 && last.1 > 0);
@@ -262,8 +339,7 @@ mod tests {
     fn large(rows: usize) -> f32 {
         let costs = Costs {
             verify_ms: vec![(1, 44.6), (4, 45.5), (8, 57.0), (16, 103.0), (32, 190.0)],
-            draft_step_ms: 0.0,
-            extend_ms: 0.0,
+            ..Costs::default()
         };
         costs.verify(rows)
     }
@@ -292,6 +368,10 @@ mod tests {
         assert!(fake.spent < 1500.0, "{} ms", fake.spent);
         assert_eq!(fake.passes[..SETTLE_SMALL / 2], [1; SETTLE_SMALL / 2]);
         assert!(found.spread < 1e-3 && (found.costs.draft_step_ms, found.costs.extend_ms) == (1.2, 1.5));
+        let Costs { draft_row_ms, extend_row_ms, read_row_ms, .. } = found.costs;
+        for (found, wanted) in [(draft_row_ms, 0.1), (extend_row_ms, 0.2), (read_row_ms, 0.5)] {
+            assert!((found - wanted).abs() < 1e-4, "{found} for {wanted}");
+        }
     }
 
     #[test]
@@ -307,7 +387,8 @@ mod tests {
 
     #[test]
     fn a_short_context_is_measured_as_far_as_it_goes() {
-        let mut fake = Fake { time: |rows, _| large(rows), most: 5, spent: 0.0, passes: Vec::new() };
+        let mut fake =
+            Fake { time: |rows, _| large(rows), most: 5, spent: 0.0, passes: Vec::new(), drafted: 0 };
         let found = calibrate(&mut fake, &mut |_, _| {});
         assert_eq!(found.costs.verify_ms.last().map(|p| p.0), Some(4));
         assert!(fake.passes.iter().all(|rows| *rows <= 5));

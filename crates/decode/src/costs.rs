@@ -8,14 +8,20 @@
 use std::collections::VecDeque;
 
 /// Costs of an engine in milliseconds.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Costs {
     /// Target passes: pairs of rows and time, by rows ascending, the first for one row.
     pub verify_ms: Vec<(usize, f32)>,
     /// One more draft step of one row; 0 without a draft.
     pub draft_step_ms: f32,
-    /// Taking the features of one step into the draft; 0 without a draft.
+    /// Taking the features of one step into the draft, and its first proposals; 0 without a draft.
     pub extend_ms: f32,
+    /// What each further row adds to a draft step.
+    pub draft_row_ms: f32,
+    /// What each further sequence adds to taking in.
+    pub extend_row_ms: f32,
+    /// Taking in a position that had to wait, among many.
+    pub read_row_ms: f32,
 }
 
 /// A row costs at least this share of what a row of the largest measured pass takes on average: the memory that a
@@ -60,6 +66,16 @@ impl Costs {
         let more = |r: usize| (self.verify(r) - now).max(0.0) / (r - rows) as f32;
         let sizes = self.verify_ms.iter().map(|(r, _)| *r).filter(|r| *r > rows);
         sizes.map(more).fold(more(rows + 1), f32::min)
+    }
+
+    /// Time of a draft step of `rows`.
+    pub(crate) fn draft_pass(&self, rows: usize) -> f32 {
+        if rows == 0 { 0.0 } else { self.draft_step_ms + self.draft_row_ms * (rows - 1) as f32 }
+    }
+
+    /// Time of taking in and of first proposals for so many sequences.
+    pub(crate) fn root_pass(&self, sequences: usize) -> f32 {
+        if sequences == 0 { 0.0 } else { self.extend_ms + self.extend_row_ms * (sequences - 1) as f32 }
     }
 
     /// The same without what can only be noise. Whatever disturbs a pass makes it longer, so a size takes at most
@@ -307,10 +323,14 @@ impl Ledger {
             *ms = (least + above) / 2.0;
         }
         let own = |recent: &Recent| (self.drift + recent.median().unwrap_or_else(|| shape(1))).exp();
+        let (step, extend) = (own(&self.draft_step), own(&self.extend));
         Costs {
             verify_ms,
-            draft_step_ms: measured.draft_step_ms * own(&self.draft_step),
-            extend_ms: measured.extend_ms * own(&self.extend),
+            draft_step_ms: measured.draft_step_ms * step,
+            draft_row_ms: measured.draft_row_ms * step,
+            extend_ms: measured.extend_ms * extend,
+            extend_row_ms: measured.extend_row_ms * extend,
+            read_row_ms: measured.read_row_ms * extend,
         }
         .sound()
     }
@@ -321,7 +341,7 @@ mod tests {
     use super::*;
 
     fn costs(verify: &[(usize, f32)]) -> Costs {
-        Costs { verify_ms: verify.to_vec(), draft_step_ms: 1.0, extend_ms: 1.0 }
+        Costs { verify_ms: verify.to_vec(), draft_step_ms: 1.0, extend_ms: 1.0, ..Costs::default() }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use draftsmith_model::{Draft, Infer, Rows, StepOutput, Target};
 use crate::DecodeError;
 use crate::block::{BlockDrafter, Net};
 use crate::eagle::EagleDrafter;
+use crate::small::SmallDrafter;
 use crate::tree;
 
 /// Nodes of an automatic proposal at most.
@@ -98,8 +99,15 @@ pub trait DrafterSession<K: Kernels>: Any + Send {
         0
     }
 
-    /// Committed positions that it was handed and can go back to ([`Drafter::rollback_to`]).
+    /// Committed positions that it was handed and can go back to ([`Drafter::rollback_to`]); no limit if it reads the text
+    /// itself.
     fn positions(&self) -> usize {
+        0
+    }
+
+    /// Positions of a text of so many tokens that it would have to read by itself before its next proposal; 0 if those
+    /// that a step leaves are all.
+    fn behind(&self, _tokens: usize) -> usize {
         0
     }
 }
@@ -144,6 +152,8 @@ pub struct Ask<'a, K: Kernels> {
     pub session: &'a mut dyn DrafterSession<K>,
     /// How its tokens are chosen.
     pub sampling: &'a Sampling,
+    /// All of its tokens, for drafters that read them themselves.
+    pub text: &'a [u32],
     /// Where its last committed token stands.
     pub position: u64,
     /// Children of a node that are wanted.
@@ -253,4 +263,10 @@ pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dy
         Draft::Block(draft) => Arc::new(BlockDrafter::new(target, Net::Block(draft))?),
         Draft::PEagle(draft) => Arc::new(BlockDrafter::new(target, Net::PEagle(draft))?),
     })
+}
+
+/// What proposes with an ordinary model of the target's tokenizer. Ids that one of the two does not have are never
+/// proposed.
+pub fn small_drafter<K: Kernels>(target: &Target<K>, small: Arc<Target<K>>) -> Arc<dyn Drafter<K>> {
+    Arc::new(SmallDrafter::new(target, small))
 }

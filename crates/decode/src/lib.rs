@@ -20,12 +20,14 @@ mod prefix;
 mod propose;
 mod score;
 mod session;
+mod small;
 mod tree;
 
 pub use batch::Batch;
 pub use costs::{Calibration, Costs, CostsOff};
 pub use drafter::{
     Ask, Children, Committed, DraftPlan, Drafter, DrafterSession, Features, Node, Shape, drafter,
+    small_drafter,
 };
 pub use engine::Engine;
 pub use grammar::{Grammar, GrammarState};

@@ -50,6 +50,21 @@ impl Lookup {
         let length = (1..=LONGEST.min(at)).take_while(|i| text[at - i] == text[text.len() - i]).count();
         Some(Match { at, length })
     }
+
+    /// The same for a text that goes on with `path`, which may never be committed.
+    pub(crate) fn find_behind(&self, text: &[u32], path: &[u32]) -> Option<Match> {
+        let back = |i: usize| match path.len().checked_sub(i) {
+            Some(at) => Some(path[at]),
+            None => Some(text[text.len().checked_sub(i - path.len())?]),
+        };
+        let long = || Some([back(4)?, back(3)?, back(2)?, back(1)?]);
+        let short = || Some([back(2)?, back(1)?]);
+        let found = long().and_then(|gram: [u32; LONG]| self.long.get(&gram));
+        let found = found.or_else(|| short().and_then(|gram: [u32; SHORT]| self.short.get(&gram)));
+        let at = *found? as usize;
+        let length = (1..=LONGEST.min(at)).take_while(|i| Some(text[at - i]) == back(*i)).count();
+        Some(Match { at, length })
+    }
 }
 
 #[cfg(test)]
@@ -70,6 +85,21 @@ mod tests {
         assert_eq!(lookup_of(&text), Some(Match { at: 4, length: 4 }));
         // A loop finds itself one period earlier.
         assert_eq!(lookup_of(&[1, 1, 1, 1, 1]), Some(Match { at: 4, length: 4 }));
+    }
+
+    #[test]
+    fn a_path_below_the_text_is_looked_for_as_the_text_that_it_would_be() {
+        let text = [5, 6, 7, 8, 1, 7, 8, 2, 5, 6, 3];
+        for path in [&[][..], &[7], &[7, 8], &[6, 7, 8], &[5, 6, 7, 8], &[9, 5, 6, 7, 8], &[3, 3]] {
+            let mut lookup = Lookup::default();
+            lookup.find(&text);
+            let whole = [&text[..], path].concat();
+            // What the text alone has, in the longer one.
+            let mut longer = Lookup::default();
+            longer.find(&text);
+            longer.indexed = whole.len();
+            assert_eq!(lookup.find_behind(&text, path), longer.find(&whole), "{path:?}");
+        }
     }
 
     fn lookup_of(text: &[u32]) -> Option<Match> {

@@ -30,7 +30,8 @@ impl<K: Kernels> Engine<K> {
             if let Some(shape) = Shape::of(&session.options.draft, room).filter(|shape| shape.depth > 0) {
                 let position = session.tokens.len() as u64 - 1;
                 let sampling = &session.options.sampling;
-                asks.push(Ask { session: drafter.as_mut(), sampling, position, k: shape.top_k });
+                let text = &session.tokens;
+                asks.push(Ask { session: drafter.as_mut(), sampling, text, position, k: shape.top_k });
                 shapes.push(shape);
                 of.push(at);
             }
@@ -61,10 +62,12 @@ impl<K: Kernels> Engine<K> {
             let room = session.room(self.max_context).saturating_sub(1);
             let (true, Some(auto)) = (decoding.contains(&index), &mut session.auto) else { continue };
             of.push(index);
+            let repetition = auto.lookup.find(&session.tokens);
             seeds.push(Seed {
                 pacer: &mut auto.pacer,
                 session: session.drafter.as_deref_mut(),
-                repetition: auto.lookup.find(&session.tokens),
+                repetition,
+                lookup: Some(&auto.lookup),
                 text: &session.tokens,
                 room,
                 sampling: &session.options.sampling,

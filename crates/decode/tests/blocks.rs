@@ -115,7 +115,7 @@ fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Gener
 }
 
 fn cheap() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 }
+    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01, ..Costs::default() }
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn says(drafter: &dyn Drafter<Cpu>, sessions: &mut Sessions) -> Vec<[Vec<(u32, u
     let sampling = &Sampling::GREEDY;
     let mut asks: Vec<Ask<'_, Cpu>> = sessions
         .iter_mut()
-        .map(|session| Ask { session: session.as_mut(), sampling, position: 400, k: 3 })
+        .map(|session| Ask { session: session.as_mut(), sampling, text: &[], position: 400, k: 3 })
         .collect();
     let first = drafter.roots(&mut asks);
     let node = |of: usize, parent, token, depth| Node { of, parent, token, depth };
@@ -215,7 +215,13 @@ fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposa
             let sampling = &Sampling::GREEDY;
             // The last one is asked below.
             if row < 399 {
-                drafter.roots(&mut [Ask { session: plain[0].as_mut(), sampling, position: 0, k: 1 }]);
+                drafter.roots(&mut [Ask {
+                    session: plain[0].as_mut(),
+                    sampling,
+                    text: &[],
+                    position: 0,
+                    k: 1,
+                }]);
             }
         }
         assert_eq!(plain[0].positions(), 400);

@@ -36,7 +36,12 @@ fn experts_give_one_text_alone_in_a_batch_on_any_threads_and_with_speculation() 
             let texts: Vec<Vec<u32>> = prompts.iter().map(|p| alone(&one, p, &plain)).collect();
             assert!(texts.iter().all(|t| !t.is_empty()));
             // Rows almost for nothing, so that every repetition is proposed.
-            let cheap = Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 };
+            let cheap = Costs {
+                verify_ms: vec![(1, 4.0), (32, 4.1)],
+                draft_step_ms: 0.01,
+                extend_ms: 0.01,
+                ..Costs::default()
+            };
             let two = engine(name, 2).with_costs(cheap);
             let mut proposed = 0;
             for (prompt, text) in prompts.iter().zip(&texts) {

@@ -117,12 +117,17 @@ const PLANS: [DraftPlan; 9] = [
 
 /// Rows almost for nothing: an automatic plan drafts as much as it may.
 fn cheap() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01 }
+    Costs { verify_ms: vec![(1, 4.0), (32, 4.1)], draft_step_ms: 0.01, extend_ms: 0.01, ..Costs::default() }
 }
 
 /// Costs of a machine on which it depends.
 fn fair() -> Costs {
-    Costs { verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)], draft_step_ms: 0.3, extend_ms: 0.4 }
+    Costs {
+        verify_ms: vec![(1, 4.0), (2, 5.0), (4, 6.4), (16, 13.5)],
+        draft_step_ms: 0.3,
+        extend_ms: 0.4,
+        ..Costs::default()
+    }
 }
 
 const SEEDED: Sampling = Sampling { temperature: 0.8, top_p: 0.95, seed: 17, ..Sampling::GREEDY };
@@ -668,7 +673,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
     let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
     let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {
         let sampling = &Sampling::GREEDY;
-        let ask = |session| Ask { session, sampling, position: 900, k: 5 };
+        let ask = |session| Ask { session, sampling, text: &[], position: 900, k: 5 };
         let mut asks: Vec<Ask<'_, Cpu>> = sessions.iter_mut().map(|s| ask(s.as_mut())).collect();
         let first = drafter.roots(&mut asks);
         // Two levels, of each sequence two nodes: the second hangs below the first.
@@ -690,6 +695,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
         drafter.roots(&mut [Ask {
             session: plain[0].as_mut(),
             sampling: &Sampling::GREEDY,
+            text: &[],
             position: 0,
             k: 1,
         }]);
@@ -720,7 +726,12 @@ fn drafts_that_rest_under_load_hold_no_more_than_they_may() {
     let draft = random_draft(&target, 8, Feedback::PreNorm, false);
     let drafter = drafter(&target, draft).unwrap();
     // No row is worth its time: all of them rest.
-    let dear = Costs { verify_ms: vec![(1, 1.0), (32, 64.0)], draft_step_ms: 5.0, extend_ms: 5.0 };
+    let dear = Costs {
+        verify_ms: vec![(1, 1.0), (32, 64.0)],
+        draft_step_ms: 5.0,
+        extend_ms: 5.0,
+        ..Costs::default()
+    };
     let plain = Engine::new(Arc::clone(&target), None);
     let engine = Engine::new(target, Some(drafter)).with_costs(dear);
     let long: Vec<u32> = rows().iter().flat_map(|r| r.prompt.clone()).cycle().take(600).collect();
@@ -749,7 +760,12 @@ fn steps_correct_measured_costs_and_not_the_text() {
     let drafter = drafter(&target, draft).unwrap();
     let plain = Engine::new(Arc::clone(&target), None);
     // Nothing takes as long as this.
-    let wrong = Costs { verify_ms: vec![(1, 1e6), (32, 1e6)], draft_step_ms: 1e5, extend_ms: 1e5 };
+    let wrong = Costs {
+        verify_ms: vec![(1, 1e6), (32, 1e6)],
+        draft_step_ms: 1e5,
+        extend_ms: 1e5,
+        ..Costs::default()
+    };
     let told = Arc::new(Mutex::new(Vec::new()));
     let hears = Arc::clone(&told);
     let engine = Engine::new(target, Some(drafter))

@@ -34,5 +34,7 @@ pub use mlp::{ExpertsMlp, GatedMlp, Mlp, MlpKind, feed_forward};
 pub use moe::ExpertsConfig;
 pub use ops::{Attend, Ops};
 pub use quantised::{QuantisedLayer, quantised_layers, quantised_values};
-pub use target::{LayerWeights, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer};
+pub use target::{
+    GrowItem, LayerWeights, StepItem, StepOutput, Target, TargetKv, TargetTensors, decoder_layer,
+};
 pub use weights::BuildWeights;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use draftsmith_core::LayerId;
 use draftsmith_kernels::experts::Experts;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackedWeight, RopeTable, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackedWeight, RopeTable, Segment, StepMask, TopK};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -185,12 +185,28 @@ pub struct StepItem<'a, K: Kernels> {
     pub parents: &'a [Option<u32>],
 }
 
+/// One sequence's new rows of a tree that is grown call by call ([`Target::grow`]).
+pub struct GrowItem<'a, K: Kernels> {
+    /// Its cache; what it holds behind `base` are the rows of the calls before.
+    pub kv: &'a mut TargetKv<K>,
+    /// Committed positions.
+    pub base: usize,
+    /// `[R]` tokens of all rows behind `base`, the new ones last.
+    pub tokens: &'a [u32],
+    /// `[R]` their parents among them; `None` follows the committed positions.
+    pub parents: &'a [Option<u32>],
+    /// How many of them are new.
+    pub new_rows: usize,
+}
+
 /// Rows of one sequence and the layers that they are appended to.
 struct Pass<'a, K: Kernels> {
     layers: &'a mut [K::Kv],
-    /// Positions in the layers that the rows follow.
+    /// Committed positions in the layers.
     base: usize,
+    /// Of the rows of this pass.
     tokens: &'a [u32],
+    /// Of all rows behind `base`; those of this pass are the last.
     parents: &'a [Option<u32>],
 }
 
@@ -384,6 +400,11 @@ impl<K: Kernels> Target<K> {
         &self.embed
     }
 
+    /// Bytes that the cache takes for each position.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        self.kv_dtype.bytes() * self.config.kv_values()
+    }
+
     /// An empty cache.
     pub fn new_kv(&self) -> TargetKv<K> {
         let layer = || self.kernels.kv_new(self.config.num_kv_heads, self.config.head_dim, self.kv_dtype);
@@ -430,6 +451,54 @@ impl<K: Kernels> Target<K> {
         output
     }
 
+    /// Runs all layers on the new rows of trees that are grown level by level, each below rows that earlier calls left
+    /// in its cache. A row has the bits that it has in one step with the whole tree ([`Target::forward`]).
+    ///
+    /// # Panics
+    /// As [`Target::forward`]; if a cache does not hold the committed positions and the rows before.
+    pub fn grow(&self, items: &mut [GrowItem<'_, K>]) -> StepOutput<K::Buf> {
+        for item in items.iter() {
+            let before = item.tokens.len() - item.new_rows;
+            assert!(item.kv.len == item.base + before, "the rows before are in the cache");
+        }
+        if self.config.rope_long.is_some() {
+            // Which angles a row is turned by depends on where it ends: whole trees alone are steps.
+            let mut wanted: Vec<u32> = Vec::new();
+            let mut steps: Vec<StepItem<'_, K>> = Vec::new();
+            let mut end = 0;
+            for item in items.iter_mut() {
+                end += item.tokens.len() as u32;
+                wanted.extend(end - item.new_rows as u32..end);
+                item.kv.rollback_to(item.base);
+                steps.push(StepItem { kv: &mut *item.kv, tokens: item.tokens, parents: item.parents });
+            }
+            let output = self.forward(&mut steps, &[]);
+            let last = Infer::new(self.kernels.as_ref()).gather(&output.last, &wanted);
+            return StepOutput { hidden: Vec::new(), last };
+        }
+        for item in items.iter() {
+            assert!(item.tokens.len() == item.parents.len(), "one parent per token");
+            assert!(
+                item.tokens.iter().all(|t| (*t as usize) < self.config.vocab_size),
+                "token outside the vocabulary"
+            );
+        }
+        let mut passes: Vec<Pass<'_, K>> = items
+            .iter_mut()
+            .map(|item| Pass {
+                layers: &mut item.kv.layers,
+                base: item.base,
+                tokens: &item.tokens[item.tokens.len() - item.new_rows..],
+                parents: item.parents,
+            })
+            .collect();
+        let output = self.pass(&mut passes, &[], &self.config.rope);
+        for item in items.iter_mut() {
+            item.kv.len += item.new_rows;
+        }
+        output
+    }
+
     /// All layers on the rows of all passes.
     fn pass(
         &self,
@@ -439,7 +508,8 @@ impl<K: Kernels> Target<K> {
     ) -> StepOutput<K::Buf> {
         let mut ops = Infer::new(self.kernels.as_ref());
         let tokens: Vec<u32> = passes.iter().flat_map(|p| p.tokens).copied().collect();
-        let positions: Vec<u32> = passes.iter().flat_map(|p| positions(p.base, p.parents)).collect();
+        let new = |p: &Pass<'_, K>| positions(p.base, p.parents).split_off(p.parents.len() - p.tokens.len());
+        let positions: Vec<u32> = passes.iter().flat_map(new).collect();
         let mut hidden = ops.embed(&self.embed, &tokens, self.config.embed_scale); // [R, Ht]
         let mut captured: Vec<Option<Arc<Rows<K::Buf>>>> = vec![None; capture.len()];
         for (l, weights) in self.layers.iter().enumerate() {
@@ -448,6 +518,7 @@ impl<K: Kernels> Target<K> {
                 .map(|p| Segment {
                     mask: StepMask {
                         sinks: weights.sinks.as_deref(),
+                        new_rows: p.tokens.len(),
                         ..StepMask::step(
                             p.base,
                             p.parents,
@@ -562,6 +633,16 @@ impl<K: Kernels> Target<K> {
     /// The head.
     pub fn head(&self) -> &Arc<Linear<K::Packed>> {
         &self.head
+    }
+
+    /// Per chosen row of a step the `k` best tokens with their logits, and what all of them come to.
+    pub fn top_k(&self, output: &StepOutput<K::Buf>, rows: &[u32], k: usize) -> Vec<TopK> {
+        if self.config.final_softcap.is_some() || self.config.logit_divisor != 1.0 {
+            let logits = self.logits(output, rows);
+            return logits.chunks_exact(self.config.vocab_size).map(|row| TopK::of(row, k)).collect();
+        }
+        let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);
+        self.kernels.top_k(&chosen.buf, rows.len(), (&self.head.packed, self.config.vocab_size), k)
     }
 
     /// The most probable token of chosen rows of a step, the lowest id among equals.

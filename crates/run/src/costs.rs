@@ -21,7 +21,7 @@ use crate::engine::{LoadedDraft, LoadedTarget};
 use crate::measure::busy_times;
 
 /// Version of the file; another one is measured anew.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Costs are measured anew after this, in seconds: drivers, memory and neighbours change.
 const OLD: u64 = 30 * 86_400;
 /// Share of the processors that others may use while costs are measured; what disturbs a benchmark disturbs them.
@@ -45,7 +45,10 @@ struct CostFile {
     passes: usize,
     verify_ms: Vec<(usize, f32)>,
     draft_step_ms: f32,
+    draft_row_ms: f32,
     extend_ms: f32,
+    extend_row_ms: f32,
+    read_row_ms: f32,
     /// What contradicted them.
     off: Option<String>,
 }
@@ -58,8 +61,9 @@ impl CostFile {
             && self.verify_ms.first().is_some_and(|(rows, ms)| *rows == 1 && *ms > 0.0)
             && self.verify_ms.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1)
             && self.verify_ms.iter().all(|(_, ms)| sane(*ms))
-            && sane(self.draft_step_ms)
-            && sane(self.extend_ms)
+            && [self.draft_step_ms, self.draft_row_ms, self.extend_ms, self.extend_row_ms, self.read_row_ms]
+                .into_iter()
+                .all(sane)
     }
 
     /// Others were using the machine.
@@ -98,7 +102,10 @@ impl CostFile {
         Costs {
             verify_ms: self.verify_ms.clone(),
             draft_step_ms: self.draft_step_ms,
+            draft_row_ms: self.draft_row_ms,
             extend_ms: self.extend_ms,
+            extend_row_ms: self.extend_row_ms,
+            read_row_ms: self.read_row_ms,
         }
     }
 }
@@ -180,7 +187,10 @@ fn measure(engine: &Engine<Cpu>, threads: usize, why: Option<&str>, report: &dyn
         passes: found.passes,
         verify_ms: found.costs.verify_ms,
         draft_step_ms: found.costs.draft_step_ms,
+        draft_row_ms: found.costs.draft_row_ms,
         extend_ms: found.costs.extend_ms,
+        extend_row_ms: found.costs.extend_row_ms,
+        read_row_ms: found.costs.read_row_ms,
         off: None,
     }
 }
@@ -243,7 +253,10 @@ pub fn used(
     let pass = |costs: &Costs| PassCosts {
         verify_ms: costs.verify_ms.iter().map(|(rows, ms)| (*rows as u32, *ms)).collect(),
         draft_step_ms: costs.draft_step_ms,
+        draft_row_ms: costs.draft_row_ms,
         extend_ms: costs.extend_ms,
+        extend_row_ms: costs.extend_row_ms,
+        read_row_ms: costs.read_row_ms,
     };
     let measured = engine.costs();
     // Costs that could not be kept have no date.
@@ -274,7 +287,10 @@ mod tests {
             passes: 25,
             verify_ms: vec![(1, first_ms), (2, first_ms + 1.0)],
             draft_step_ms: 1.0,
+            draft_row_ms: 0.1,
             extend_ms: 1.0,
+            extend_row_ms: 0.2,
+            read_row_ms: 0.05,
             off: None,
         }
     }

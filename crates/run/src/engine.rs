@@ -8,7 +8,7 @@ use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
 use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
 use draftsmith_core::report::{Report, Stop};
-use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter};
+use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter, small_drafter};
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{GgufFile, SplitName};
 use draftsmith_formats::hash;
@@ -19,7 +19,7 @@ use draftsmith_pull::{Places, Pulled, Reference, pull};
 
 use crate::Error;
 use crate::packs::{self, LoadedFrom, PackCache};
-use crate::target::{TargetText, model_hash_with};
+use crate::target::{TargetText, TargetTextError, model_hash_with, tokenizer_of};
 
 /// Threads to compute with when nobody says: as many as the process may use.
 pub fn default_threads() -> usize {
@@ -88,6 +88,56 @@ fn known_hash(path: &Path, records: &HashRecords) -> Option<String> {
     model_hash_with(path, &known).ok()
 }
 
+/// A model's network and whatever is wanted of its text side.
+struct Parts<T> {
+    target: Target<Cpu>,
+    loaded_from: LoadedFrom,
+    text: T,
+    sha256: String,
+}
+
+/// Loads a model that was found.
+fn load_parts<T: Send>(
+    pulled: &Pulled,
+    kernels: Arc<Cpu>,
+    precision: Precision,
+    (places, report, stop): (&Places, &dyn Report, &Stop),
+    open: impl FnOnce() -> Result<T, TargetTextError> + Send,
+) -> Result<Parts<T>, Error> {
+    let records = places.hash_records();
+    let cache = PackCache { folder: packs::folder(places), smallest: packs::SMALLEST, report, stop };
+    let known = pulled.sha256.clone().or_else(|| known_hash(&pulled.path, &records));
+    // Weights, text side and a hash that is not known yet do not need each other.
+    let (target, text, sha256) = std::thread::scope(|scope| {
+        let text = scope.spawn(open);
+        let hashed = scope.spawn(|| match &known {
+            Some(sha256) => Ok(sha256.clone()),
+            None => model_hash_with(&pulled.path, &|file| records.sha256_file(file)),
+        });
+        let target = match &known {
+            Some(sha256) if places.pack_cache => {
+                cache.load(&kernels, &pulled.path, precision, (sha256, pulled.bytes))
+            }
+            _ => Target::load(kernels, &pulled.path, precision).map(|target| (target, LoadedFrom::Packing)),
+        };
+        let joined = "a loader does not panic";
+        (target, text.join().expect(joined), hashed.join().expect(joined))
+    });
+    let ((target, loaded_from), text, sha256) = (target?, text?, sha256?);
+    Ok(Parts { target, loaded_from, text, sha256 })
+}
+
+/// Name for people of a model at a path: the file name without its ending, or the folder's name.
+fn model_name(path: &Path, reference: &str) -> String {
+    let stem = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    let file = path.file_name().and_then(|n| n.to_str()).and_then(SplitName::parse);
+    match file {
+        // All parts are one model.
+        Some(part) => part.prefix().to_string(),
+        None => stem.map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|| reference.to_owned()),
+    }
+}
+
 impl LoadedTarget {
     /// Locates and loads a target.
     ///
@@ -101,28 +151,10 @@ impl LoadedTarget {
     ) -> Result<LoadedTarget, Error> {
         let began = Instant::now();
         let pulled = locate(options.sources, options.sha256, places, report, stop)?;
-        let records = places.hash_records();
-        let cache = PackCache { folder: packs::folder(places), smallest: packs::SMALLEST, report, stop };
-        let known = pulled.sha256.clone().or_else(|| known_hash(&pulled.path, &records));
-        // Weights, text side and a hash that is not known yet do not need each other.
-        let (target, text, sha256) = std::thread::scope(|scope| {
-            let text = scope.spawn(|| TargetText::open(&pulled.path, options.template));
-            let hashed = scope.spawn(|| match &known {
-                Some(sha256) => Ok(sha256.clone()),
-                None => model_hash_with(&pulled.path, &|file| records.sha256_file(file)),
-            });
-            let kernels = Arc::new(Cpu::new(options.threads));
-            let target = match &known {
-                Some(sha256) if places.pack_cache => {
-                    cache.load(&kernels, &pulled.path, options.precision, (sha256, pulled.bytes))
-                }
-                _ => Target::load(kernels, &pulled.path, options.precision)
-                    .map(|target| (target, LoadedFrom::Packing)),
-            };
-            let joined = "a loader does not panic";
-            (target, text.join().expect(joined), hashed.join().expect(joined))
-        });
-        let ((target, loaded_from), text, sha256) = (target?, text?, sha256?);
+        let kernels = Arc::new(Cpu::new(options.threads));
+        let open = || TargetText::open(&pulled.path, options.template);
+        let Parts { target, loaded_from, text, sha256 } =
+            load_parts(&pulled, kernels, options.precision, (places, report, stop), open)?;
         Ok(LoadedTarget {
             target: Arc::new(target),
             text,
@@ -143,13 +175,7 @@ impl LoadedTarget {
 
     /// Name for people: the file name without its ending, or the folder's name.
     pub fn name(&self) -> String {
-        let stem = if self.path.is_dir() { self.path.file_name() } else { self.path.file_stem() };
-        let file = self.path.file_name().and_then(|n| n.to_str()).and_then(SplitName::parse);
-        match file {
-            // All parts are one model.
-            Some(part) => part.prefix().to_string(),
-            None => stem.map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|| self.reference.clone()),
-        }
+        model_name(&self.path, &self.reference)
     }
 
     /// `Q4_1`, `BF16`: the type that most of the weights are stored in.
@@ -208,8 +234,10 @@ fn weight_format(path: &Path) -> String {
     bytes.into_iter().max_by_key(|(_, sum)| *sum).map(|(kind, _)| kind).unwrap_or_default()
 }
 
-/// A draft folder joined to its target.
+/// A draft joined to its target.
 pub struct LoadedDraft {
+    /// Where it lies: the folder of a bundle, or a model.
+    pub path: PathBuf,
     /// Proposes tokens.
     pub drafter: Arc<dyn Drafter<Cpu>>,
     /// What the bundle says, if it is one.
@@ -263,7 +291,47 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
     let trained_beside =
         manifest.as_ref().map(|m| m.target.weights_sha256.clone()).filter(|hash| !hash.is_empty());
     let artifact = ArtifactInfo { name, sha256, kind: config.name().to_string(), trained_beside };
-    Ok(LoadedDraft { drafter, manifest, artifact })
+    Ok(LoadedDraft { path: dir.to_path_buf(), drafter, manifest, artifact })
+}
+
+/// The kind of an ordinary model that drafts, in records.
+pub const SMALL: &str = "small";
+
+/// Loads an ordinary model to draft for a target: any reference, in the target's arithmetic and on its threads.
+///
+/// # Errors
+/// As [`LoadedTarget::load`]; a model of another tokenizer, with the first id that differs.
+pub fn load_small(
+    reference: &str,
+    target: &LoadedTarget,
+    places: &Places,
+    report: &dyn Report,
+    stop: &Stop,
+) -> Result<LoadedDraft, Error> {
+    let pulled = locate(&[reference.to_owned()], None, places, report, stop)?;
+    let name = model_name(&pulled.path, &pulled.reference);
+    let kernels = Arc::clone(target.target.kernels());
+    // Whatever template it has, none is rendered with it.
+    let open = || tokenizer_of(&pulled.path);
+    let parts = load_parts(&pulled, kernels, target.precision, (places, report, stop), open)?;
+    if let Some(difference) = target.text.tokenizer.difference(&parts.text) {
+        return Err(Error::Input {
+            message: format!(
+                "draft model `{name}` has another tokenizer than target `{}`: {}",
+                target.name(),
+                difference.told("the target", "the draft model")
+            ),
+            hint: Some(
+                "give a smaller model of the target's own family, whose ids mean the same, or a bundle that was \
+                 trained for the target (`--bundle DIR`)"
+                    .into(),
+            ),
+        });
+    }
+    let artifact =
+        ArtifactInfo { name, sha256: Some(parts.sha256), kind: SMALL.to_owned(), trained_beside: None };
+    let drafter = small_drafter(&target.target, Arc::new(parts.target));
+    Ok(LoadedDraft { path: pulled.path, drafter, manifest: None, artifact })
 }
 
 /// What to tell the user of a draft beside this target: the bundle names other weights than these. It decodes the same

@@ -101,6 +101,14 @@ impl TargetText {
     }
 }
 
+/// The tokenizer of a model alone.
+///
+/// # Errors
+/// [`TargetTextError`], naming the file.
+pub fn tokenizer_of(path: &Path) -> Result<Tokenizer, TargetTextError> {
+    Ok(if path.is_dir() { from_folder(path)? } else { from_gguf(path)? }.0)
+}
+
 fn from_gguf(path: &Path) -> Result<(Tokenizer, ChatTemplates), TargetTextError> {
     let file = GgufFile::open(path)?;
     let id = |key: &str| file.find_u32(key);

@@ -98,7 +98,7 @@ impl Board {
         let seconds = WINDOW.min(now - self.began).as_secs_f64().max(PIECE.as_secs_f64());
         let draft = state.draft.as_ref().map(|draft| {
             json!({
-                "name": draft.name, "bundle": draft.bundle, "sha256": draft.sha256,
+                "name": draft.name, "kind": draft.kind, "bundle": draft.bundle, "sha256": draft.sha256,
                 "accept_length": state.stats.accept_len(), "verify_steps": state.stats.verify_steps,
             })
         });

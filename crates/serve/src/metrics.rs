@@ -11,6 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::swap::DraftInfo;
+
 /// The type of the page.
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -46,6 +48,7 @@ pub(crate) struct Metrics {
     finished: Family<Labels, Counter>,
     requests: Family<Labels, Counter>,
     swaps: Family<Labels, Counter>,
+    draft_info: Family<Labels, Gauge>,
     pub(crate) connections: Gauge<i64, AtomicI64>,
     verify_steps: Counter,
     committed_tokens: Counter,
@@ -78,6 +81,7 @@ impl Metrics {
             finished: Family::default(),
             requests: Family::default(),
             swaps: Family::default(),
+            draft_info: Family::default(),
             connections: Gauge::default(),
             verify_steps: Counter::default(),
             committed_tokens: Counter::default(),
@@ -116,6 +120,8 @@ impl Metrics {
         r.register("vllm:request_success", "Sequences that ended, by reason", m.finished.clone());
         r.register("draftsmith:http_requests", "Answered requests by route and status", m.requests.clone());
         r.register("draftsmith:draft_swaps", "Changes of the draft by outcome", m.swaps.clone());
+        let help = "1 for the draft in use: its name, and its method or `small` for an ordinary model";
+        r.register("draftsmith:draft_info", help, m.draft_info.clone());
         r.register("draftsmith:connections", "Open connections", m.connections.clone());
         let help = "Target passes that verified a proposal, an empty one included";
         r.register("draftsmith:verify_steps", help, m.verify_steps.clone());
@@ -148,6 +154,15 @@ impl Metrics {
     pub(crate) fn count_request(&self, route: &str, status: u16) {
         let labels = vec![("route", route.to_owned()), ("status", status.to_string())];
         self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Names the draft in use.
+    pub(crate) fn name_draft(&self, draft: Option<&DraftInfo>) {
+        self.draft_info.clear();
+        if let Some(draft) = draft {
+            let labels = vec![("draft", draft.name.clone()), ("kind", draft.kind.clone())];
+            self.draft_info.get_or_create(&labels).set(1);
+        }
     }
 
     /// Counts a change of the draft.

@@ -21,7 +21,9 @@ const SIGMAS: f64 = 3.0;
 pub struct DraftInfo {
     /// Its name.
     pub name: String,
-    /// The folder that it was read from.
+    /// What it is: the method of a bundle, or `small` for an ordinary model.
+    pub kind: String,
+    /// The folder or the model that it was read from.
     pub bundle: PathBuf,
     /// Hash of its weights.
     pub sha256: Option<String>,

@@ -94,7 +94,12 @@ fn server(drafter: Arc<Shaky>) -> Server {
             name: "tiny".into(),
             sha256: "0123456789".into(),
             engine: Engine::new(target, Some(drafter)),
-            draft: Some(DraftInfo { name: "shaky".into(), bundle: "nowhere".into(), sha256: None }),
+            draft: Some(DraftInfo {
+                name: "shaky".into(),
+                kind: "eagle3".into(),
+                bundle: "nowhere".into(),
+                sha256: None,
+            }),
             tokenizer: Arc::new(Tokenizer::from_json(&json, SpecialIds::default()).unwrap()),
             template: None,
             cache_slots: 4096,

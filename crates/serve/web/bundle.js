@@ -45,7 +45,7 @@ const label = ({ record }) => `${record.workload.name}, ${drafting(record.settin
 async function content(signal) {
   const { bundle, results_md: results, card_md: card } = await get("/api/bundle", signal);
   if (!bundle) {
-    return [empty("No bundle", "The server decodes with the target alone. Start it with a draft, or switch one in while it runs.",
+    return [empty("No bundle", "The server decodes with the target alone, or an ordinary model drafts (--draft-model). Start it with a bundle, or switch one in while it runs.",
       h("pre", {}, h("code", {}, "draftsmith serve --bundle bundles/smollm2-135m-instruct-eagle3")))];
   }
   const records = await measured(bundle, signal);

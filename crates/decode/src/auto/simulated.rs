@@ -46,6 +46,8 @@ fn token(place: u64, right: bool) -> u32 {
 struct Drafting {
     made: Made,
     root: u64,
+    /// Levels of a pass that gives all it has; 1: a pass for each level, of any number.
+    levels: usize,
 }
 
 struct DraftingSession {
@@ -95,6 +97,12 @@ impl Drafter<Cpu> for Drafting {
         }
         found
     }
+    fn levels_per_pass(&self) -> usize {
+        self.levels
+    }
+    fn deepest(&self) -> usize {
+        if self.levels > 1 { self.levels } else { usize::MAX }
+    }
 }
 
 /// A machine, by what things take on it.
@@ -105,6 +113,7 @@ struct Sim {
     /// Share by which passes differ, and every twentieth one is held up by so much.
     noise: f32,
     made: Made,
+    levels: usize,
 }
 
 const TOKENS: u64 = 3000;
@@ -125,6 +134,7 @@ impl Sim {
             let kept = (0..depth).take_while(|d| self.made.is_right(place + 1 + *d as u64, *d)).count();
             let drafting = match depth {
                 0 => 0.0,
+                _ if self.levels > 1 => self.real.extend_ms,
                 _ => self.real.extend_ms + (depth - 1) as f32 * self.real.draft_step_ms,
             };
             time += self.pass(1 + depth, place, step) + drafting * (self.load)(place);
@@ -143,37 +153,30 @@ impl Sim {
             let end = place + ANSWER;
             while place < end {
                 let costs = ledger.corrected(measured);
-                let drafting = Drafting { made: self.made, root: place };
+                let drafting = self.drafting(place);
                 let mut session = DraftingSession { nodes: Vec::new() };
-                let slept = pacer.is_paused();
                 let seed = Seed {
                     pacer: &mut pacer,
                     session: Some(&mut session),
                     repetition: None,
+                    lookup: None,
                     text: &[1],
                     room: 31,
                     sampling: &Sampling::GREEDY,
                 };
                 let load = Load { rows: 1, sequences: 1 };
                 let grown = grow(&costs, load, Some(&drafting), vec![seed]).remove(0);
-                let (mut accepted, mut node) = (Vec::new(), None);
-                while let Some(next) = (0..grown.tree.len()).find(|i| {
-                    grown.tree.parents[*i] == node
-                        && grown.tree.tokens[*i].0 == token(place + 1 + accepted.len() as u64, true)
-                }) {
-                    accepted.push(next as u32);
-                    node = Some(next as u32);
-                }
+                let accepted = right(&grown, place);
                 let rows = 1 + grown.tree.len();
                 let pass_ms = self.pass(rows, place, step);
                 let load = (self.load)(place);
-                let extend = if slept { 0.0 } else { self.real.extend_ms * load };
+                let extend = if grown.root_share > 0.0 { self.real.extend_ms * load } else { 0.0 };
                 let elapsed_ms = pass_ms + extend + grown.draft_steps * self.real.draft_step_ms * load;
                 off |= ledger.pass(measured, rows, pass_ms).is_some();
                 if grown.draft_steps > 0.0 {
                     ledger.draft_step(measured, self.real.draft_step_ms * load);
                 }
-                if !slept {
+                if extend > 0.0 {
                     ledger.extend(measured, extend);
                 }
                 let committed = accepted.len() + 1;
@@ -190,14 +193,125 @@ impl Sim {
 
     /// Speed of an automatic plan over that of the best chain, no chain among them, and that one's over plain decoding.
     fn over_best(&self, measured: &Costs) -> (f32, f32, usize) {
-        let chains: Vec<f32> = (0..8).map(|depth| self.chain(depth)).collect();
-        let best = (0..8).min_by(|a, b| chains[*a].total_cmp(&chains[*b])).unwrap();
+        let most = if self.levels > 1 { self.levels + 1 } else { 8 };
+        let chains: Vec<f32> = (0..most).map(|depth| self.chain(depth)).collect();
+        let best = (0..most).min_by(|a, b| chains[*a].total_cmp(&chains[*b])).unwrap();
         (chains[best] / self.auto(measured).0, chains[0] / chains[best], best)
+    }
+
+    /// Speed of `count` sequences at once with an automatic plan over plain decoding of as many.
+    fn together(&self, count: usize) -> f32 {
+        let costs = &self.real;
+        let mut pacers: Vec<Pacer> = (0..count).map(|_| Pacer::new(Rates::default())).collect();
+        let mut places: Vec<u64> = (0..count as u64).map(|of| 100_000 * of).collect();
+        let (mut time, mut plain) = (0.0, 0.0);
+        for step in 0..600 {
+            if step % 60 == 0 && step > 0 {
+                let next = |pacer: &Pacer| Pacer::new(pacer.rates().clone());
+                pacers = pacers.iter().map(next).collect();
+            }
+            let drafting = Many { each: places.iter().map(|root| self.drafting(*root)).collect() };
+            let mut sessions: Vec<ManySession> =
+                (0..count).map(|of| ManySession { of, own: DraftingSession { nodes: Vec::new() } }).collect();
+            let seeds = pacers.iter_mut().zip(&mut sessions).map(|(pacer, session)| Seed {
+                pacer,
+                session: Some(session),
+                repetition: None,
+                lookup: None,
+                text: &[1],
+                room: 31,
+                sampling: &Sampling::GREEDY,
+            });
+            let load = Load { rows: count, sequences: count };
+            let grown = grow(costs, load, Some(&drafting), seeds.collect());
+            let rows = count + grown.iter().map(|g| g.tree.len()).sum::<usize>();
+            let asked = grown.iter().filter(|g| g.root_share > 0.0).count();
+            let steps: f32 = grown.iter().map(|g| g.draft_steps).sum();
+            let pass_ms = costs.verify(rows);
+            let elapsed_ms = pass_ms + costs.root_pass(asked) + steps * costs.draft_step_ms;
+            time += elapsed_ms;
+            for ((grown, pacer), place) in grown.iter().zip(&mut pacers).zip(&mut places) {
+                let accepted = right(grown, *place);
+                let committed = accepted.len() + 1;
+                pacer.learn(costs, grown, &accepted, committed, StepTime { elapsed_ms, pass_ms });
+                *place += committed as u64;
+                plain += committed as f32 * costs.verify(count) / count as f32;
+            }
+        }
+        plain / time
+    }
+
+    fn drafting(&self, root: u64) -> Drafting {
+        Drafting { made: self.made, root, levels: self.levels }
+    }
+}
+
+/// The nodes of a proposal that the text goes on with.
+fn right(grown: &Grown, place: u64) -> Vec<u32> {
+    let (mut accepted, mut node) = (Vec::new(), None);
+    while let Some(next) = (0..grown.tree.len()).find(|i| {
+        grown.tree.parents[*i] == node
+            && grown.tree.tokens[*i].0 == token(place + 1 + accepted.len() as u64, true)
+    }) {
+        accepted.push(next as u32);
+        node = Some(next as u32);
+    }
+    accepted
+}
+
+/// Several sequences' drafts as one.
+struct Many {
+    each: Vec<Drafting>,
+}
+
+struct ManySession {
+    of: usize,
+    own: DraftingSession,
+}
+
+impl DrafterSession<Cpu> for ManySession {
+    fn as_any_mut(&mut self) -> &mut dyn std::any::Any {
+        self
+    }
+}
+
+impl Drafter<Cpu> for Many {
+    fn target_layers(&self) -> &[draftsmith_core::LayerId] {
+        &[]
+    }
+    fn begin(&self) -> Box<dyn DrafterSession<Cpu>> {
+        unreachable!("sessions are made by hand")
+    }
+    fn take_in(&self, _: &mut [crate::Committed<'_, Cpu>]) {}
+    fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
+        let of = |ask: &mut Ask<'_, Cpu>| ask.session.as_any_mut().downcast_mut::<ManySession>().unwrap().of;
+        asks.iter_mut()
+            .map(|ask| of(ask))
+            .map(|of| self.each[of].children(self.each[of].root, true))
+            .collect()
+    }
+    fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
+        let one = |node: &Node| {
+            let session = asks[node.of].session.as_any_mut().downcast_mut::<ManySession>().unwrap();
+            let drafting = &self.each[session.of];
+            let nodes = &mut session.own.nodes;
+            let (place, on_text) = node.parent.map_or((drafting.root, true), |p| nodes[p as usize]);
+            let right = on_text && node.token == token(place + 1, true);
+            nodes.push((place + 1, right));
+            (nodes.len() as u32 - 1, drafting.children(place + 1, right))
+        };
+        nodes.iter().map(one).collect()
+    }
+    fn levels_per_pass(&self) -> usize {
+        self.each[0].levels
+    }
+    fn deepest(&self) -> usize {
+        self.each[0].deepest()
     }
 }
 
 fn costs(verify: &[(usize, f32)], draft_step_ms: f32, extend_ms: f32) -> Costs {
-    Costs { verify_ms: verify.to_vec(), draft_step_ms, extend_ms }
+    Costs { verify_ms: verify.to_vec(), draft_step_ms, extend_ms, ..Costs::default() }
 }
 
 /// A 1.5B target on two cores.
@@ -251,7 +365,7 @@ fn automatic_plans_reach_the_best_chain() {
             for (load, noise) in [(calm as fn(u64) -> f32, 0.02), (neighbour, 0.3)] {
                 for seed in [3, 4] {
                     let made = Made { worse, decay: 0.93, seed };
-                    let sim = Sim { real: real.clone(), load, noise, made };
+                    let sim = Sim { real: real.clone(), load, noise, made, levels: 1 };
                     checks.check(&format!("{name}, draft {worse}, noise {noise}"), &sim, &real, 0.97);
                 }
             }
@@ -270,14 +384,101 @@ fn costs_of_a_disturbed_measurement_are_made_good() {
     for worse in DRAFTS {
         for (name, measured) in [("flat", &flat), ("disturbed", &disturbed)] {
             let made = Made { worse, decay: 0.93, seed: 5 };
-            let sim = Sim { real: large(), load: calm, noise: 0.05, made };
+            let sim = Sim { real: large(), load: calm, noise: 0.05, made, levels: 1 };
             checks.check(&format!("{name}, draft {worse}"), &sim, &measured.clone().sound(), 0.95);
         }
     }
     checks.end();
-    let sim = Sim { real: large(), load: calm, noise: 0.05, made: Made { worse: 1.0, decay: 0.93, seed: 5 } };
+    let made = Made { worse: 1.0, decay: 0.93, seed: 5 };
+    let sim = Sim { real: large(), load: calm, noise: 0.05, made, levels: 1 };
     assert!(sim.auto(&disturbed.sound()).1, "it is told that the costs are off");
     assert!(!sim.auto(&large()).1, "and not where they are right");
     let busy = Sim { load: neighbour, noise: 0.3, ..sim };
     assert!(!busy.auto(&large()).1, "nor where the machine is busy now");
+}
+
+/// What an ordinary model takes that drafts for a target: a large part of its pass, and little for further rows.
+fn with_small(target: Costs, share: f32) -> Costs {
+    let step = share * target.verify(1);
+    Costs {
+        draft_step_ms: step,
+        extend_ms: 1.05 * step,
+        draft_row_ms: 0.03 * step,
+        extend_row_ms: 0.06 * step,
+        ..target
+    }
+}
+
+#[test]
+fn a_draft_whose_step_is_a_quarter_of_a_pass_is_used_where_it_pays() {
+    let mut checks = Checks::default();
+    for (name, target) in [("large", large()), ("small", small())] {
+        for share in [0.1, 0.25, 0.5, 1.0] {
+            let real = with_small(target.clone(), share);
+            for worse in [0.15, 0.4, 1.0, 2.0] {
+                let made = Made { worse, decay: 0.98, seed: 6 };
+                let sim = Sim { real: real.clone(), load: calm, noise: 0.05, made, levels: 1 };
+                // Of a draft that is nearly always right it learns how deep to go while it goes.
+                let least = if worse < 0.2 { 0.95 } else { 0.97 };
+                checks.check(&format!("{name}, step {share} of a pass, draft {worse}"), &sim, &real, least);
+            }
+        }
+    }
+    checks.end();
+}
+
+#[test]
+fn a_block_is_paid_once_and_taken_as_far_as_it_pays() {
+    let mut checks = Checks::default();
+    for (name, target) in [("large", large()), ("small", small())] {
+        for (levels, share) in [(4, 0.05), (8, 0.1), (16, 0.3)] {
+            // What is asked for below the first level is there already.
+            let extend_ms = share * target.verify(1);
+            let real = Costs { extend_ms, draft_step_ms: 0.0, ..target.clone() };
+            for worse in DRAFTS {
+                for decay in [0.93, 0.8] {
+                    let made = Made { worse, decay, seed: 8 };
+                    let sim = Sim { real: real.clone(), load: calm, noise: 0.05, made, levels };
+                    checks.check(
+                        &format!("{name}, {levels} levels, draft {worse}, {decay}"),
+                        &sim,
+                        &real,
+                        0.97,
+                    );
+                }
+            }
+        }
+    }
+    checks.end();
+}
+
+#[test]
+fn several_sequences_are_never_slower_than_without_a_draft() {
+    let (mut lines, mut short) = (String::new(), 0);
+    for (name, real, levels) in [
+        ("chain", large(), 1),
+        ("chain on a small target", Costs { draft_row_ms: 0.1, extend_row_ms: 0.15, ..small() }, 1),
+        ("small model", with_small(large(), 0.3), 1),
+        ("block", Costs { extend_ms: 3.0, extend_row_ms: 0.8, draft_step_ms: 0.0, ..large() }, 7),
+        (
+            "block on a small target",
+            Costs { extend_ms: 0.8, extend_row_ms: 0.2, draft_step_ms: 0.0, ..small() },
+            7,
+        ),
+    ] {
+        for worse in [0.15, 0.4, 1.0, 2.0, 5.0] {
+            for count in [2, 4, 8, 16] {
+                let made = Made { worse, decay: 0.93, seed: 9 };
+                let sim = Sim { real: real.clone(), load: calm, noise: 0.0, made, levels };
+                let speedup = sim.together(count);
+                short += usize::from(speedup < 0.97);
+                lines += &format!("{name}, draft {worse}, {count} sequences: {speedup:.3}\n");
+            }
+        }
+    }
+    assert!(short == 0, "\n{lines}");
+    // Where rows are nearly free, all of them gain.
+    let made = Made { worse: 0.15, decay: 0.98, seed: 9 };
+    let sim = Sim { real: with_small(large(), 0.1), load: calm, noise: 0.0, made, levels: 1 };
+    assert!(sim.together(2) > 1.3, "{}", sim.together(2));
 }

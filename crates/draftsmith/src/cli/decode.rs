@@ -39,12 +39,13 @@ pub struct Choosing {
     pub seed: u64,
 }
 
-/// Decodes one answer, with a draft if a bundle is given.
+/// Decodes one answer, with a draft if a bundle or a smaller model is given.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     draftsmith generate --target fixtures/tiny-target --prompt \"Calculate 22 + 20.\"\n  \
     draftsmith generate --target REF --bundle runs/smoke/bundle --prompt \"Why?\" --temperature 0.8 --seed 7 --json\n  \
     draftsmith generate --target REF --bundle runs/smoke/bundle --messages chat.json --prove\n  \
+    draftsmith generate --target REF --draft-model SMALLER --prompt \"Why?\"\n  \
     draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n\n\
     With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
     JSON: prompt_ids, token_ids, text, finish_reason, accept_len.")]
@@ -56,6 +57,9 @@ pub struct Generate {
     /// The draft: a bundle folder.
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle")]
+    pub draft_model: Option<String>,
     /// A user message, put into the model's chat template.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -99,6 +103,7 @@ pub struct Generate {
     after_help = "Examples:\n  \
     draftsmith bench --bundle runs/smoke/bundle --workload fixtures/tiny-target/eval.jsonl\n  \
     draftsmith bench --bundle DIR --workload recipes/data/eval/gsm8k.jsonl --limit 20 --json out.json\n  \
+    draftsmith bench --target REF --draft-model SMALLER --workload FILE --auto\n  \
     draftsmith bench kernels --target fixtures/tiny-target\n\n\
     Rows: {\"id\", \"turns\": [user turn, …]}, plain, .gz or .zst. Ends with 1 if an answer differs from\n\
     target-only decoding."
@@ -108,8 +113,11 @@ pub struct Bench {
     #[command(subcommand)]
     pub verb: Option<BenchVerb>,
     /// The bundle.
-    #[arg(long, value_name = "DIR", required = true)]
+    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
     pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
+    pub draft_model: Option<String>,
     /// Prompts; several files are several workloads.
     #[arg(long, value_name = "FILE.jsonl", required = true)]
     pub workload: Vec<PathBuf>,
@@ -162,8 +170,11 @@ pub enum BenchVerb {
     Ends with 1 if a setting changes a text. The draft's vocabulary is fixed when it is trained (`draft.vocab_size`).")]
 pub struct BenchTune {
     /// The bundle.
-    #[arg(long, value_name = "DIR")]
-    pub bundle: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
+    pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
+    pub draft_model: Option<String>,
     /// Prompts, the first turn of each row; may be given several times.
     #[arg(long, value_name = "FILE.jsonl", required = true)]
     pub workload: Vec<PathBuf>,
@@ -201,6 +212,9 @@ pub struct BenchIdentity {
     /// The draft; without one only plain decoding and repetitions are compared.
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle")]
+    pub draft_model: Option<String>,
     /// Prompts, the first turn of each row; may be given several times.
     #[arg(long, value_name = "FILE.jsonl", required = true)]
     pub workload: Vec<PathBuf>,
@@ -287,6 +301,9 @@ pub struct BenchDecode {
     /// Measure our decoding with this draft as well.
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle")]
+    pub draft_model: Option<String>,
     /// Prompts; the first turn of each row.
     #[arg(long, value_name = "FILE.jsonl")]
     pub workload: PathBuf,

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-/// Answers OpenAI's HTTP API, with the draft of a bundle.
+/// Answers OpenAI's HTTP API, with the draft of a bundle or a smaller model.
 ///
 /// Neither the draft nor the load changes the text of an answer. Requests beyond the budget of the cache wait, in one
 /// line per API key; SIGTERM ends the server after the answers under way, SIGHUP reads the draft anew.
@@ -13,6 +13,7 @@ use clap::Args;
 #[command(after_help = "Examples:\n  \
     draftsmith serve --bundle runs/smoke/bundle\n  \
     draftsmith serve --bundle DIR --target REF --host 0.0.0.0 --port 8000 --api-keys-file keys.txt\n  \
+    draftsmith serve --target REF --draft-model SMALLER\n  \
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /tokenize,\n\
     /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft (docs/SERVE.md).\n\
@@ -22,6 +23,9 @@ pub struct Serve {
     /// The draft: a bundle folder.
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
+    /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
+    #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
+    pub draft_model: Option<String>,
     /// The target (default: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,

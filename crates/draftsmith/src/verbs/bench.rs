@@ -18,8 +18,8 @@ use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting
 use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 
-use super::Session;
 use super::generate::{DEFAULT_DEPTH, plan, sampling};
+use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -42,13 +42,14 @@ pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Ve
 }
 
 pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
-    // Clap made sure that it is there.
-    let bundle = args.bundle.as_deref().unwrap_or(Path::new(""));
+    // Clap made sure that one of them is there.
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref())
+        .unwrap_or(DraftSource::Bundle(Path::new("")));
     let sampling = sampling(&args.choosing)?;
     let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
     // Wrong files are told before a model is fetched.
     let workloads = read_workloads(&args.workload, args.limit)?;
-    let (target, draft) = target_and_draft(bundle, args.target.as_ref(), args.threads, session)?;
+    let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
     let mut engine = engine(&target, Some(&draft));
     if plan == DraftPlan::Auto {
         engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);
@@ -128,25 +129,31 @@ pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
     session.stop.flow()
 }
 
-/// Loads a bundle and its target: the one named, or the sources that the bundle remembers.
+/// Loads a draft and its target: the one named, or the sources that a bundle remembers.
 pub(crate) fn target_and_draft(
-    bundle: &Path,
+    source: DraftSource<'_>,
     target: Option<&String>,
     thread_count: Option<u32>,
     session: &Session,
 ) -> Result<(LoadedTarget, LoadedDraft), Failure> {
-    let sources = match target {
-        Some(reference) => vec![reference.clone()],
-        None => Manifest::read(bundle).map_err(Error::from)?.target.references,
+    let name_it = || Some("name the target with `--target REF`".to_string());
+    let sources = match (target, source) {
+        (Some(reference), _) => vec![reference.clone()],
+        (None, DraftSource::Bundle(bundle)) => {
+            let sources = Manifest::read(bundle).map_err(Error::from)?.target.references;
+            if sources.is_empty() {
+                let message = format!("bundle `{}` names no source of its target", bundle.display());
+                return Err(Failure::input(message, name_it()));
+            }
+            sources
+        }
+        (None, DraftSource::Model(reference)) => {
+            let message = format!("draft model `{reference}` does not say which target it drafts for");
+            return Err(Failure::input(message, name_it()));
+        }
     };
-    if sources.is_empty() {
-        return Err(Failure::input(
-            format!("bundle `{}` names no source of its target", bundle.display()),
-            Some("name the target with `--target REF`".to_string()),
-        ));
-    }
     let target = session.load_target(&sources, None, false, thread_count)?;
-    let draft = session.load_draft(bundle, &target, PackMode::Q8)?;
+    let draft = session.load_source(source, &target, PackMode::Q8)?;
     Ok((target, draft))
 }
 

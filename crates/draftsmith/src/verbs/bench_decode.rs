@@ -21,8 +21,8 @@ use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 use serde::Serialize;
 
-use super::Session;
 use super::bench::write_json;
+use super::{DraftSource, Session};
 use crate::failure::Failure;
 use crate::printer;
 
@@ -103,8 +103,8 @@ fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> 
 pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Failure> {
     let workload = Workload::read(&args.workload, args.limit.map(|l| l as usize)).map_err(Error::from)?;
     let target = session.load_target(std::slice::from_ref(&args.target), None, false, args.threads)?;
-    let draft =
-        args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
     let mut engine = engine(&target, draft.as_ref());
     if draft.is_some() {
         engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);

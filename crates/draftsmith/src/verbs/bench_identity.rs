@@ -12,9 +12,9 @@ use draftsmith::measure::first_prompt;
 use draftsmith::report::{Report, Unit};
 use serde::Serialize;
 
-use super::Session;
 use super::bench::{read_workloads, write_json};
 use super::generate::sampling;
+use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -23,7 +23,12 @@ const BATCH: usize = 8;
 
 /// Rows for nothing: whatever is known is proposed.
 fn eager() -> Costs {
-    Costs { verify_ms: vec![(1, 1.0), (32, 1.001)], draft_step_ms: 0.001, extend_ms: 0.001 }
+    Costs {
+        verify_ms: vec![(1, 1.0), (32, 1.001)],
+        draft_step_ms: 0.001,
+        extend_ms: 0.001,
+        ..Costs::default()
+    }
 }
 
 /// A way to decode.
@@ -127,12 +132,12 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     let mut names: Vec<String> = Vec::new();
     let mut target_sha256 = String::new();
     let mut draft_sha256 = None;
-    let per_thread_count = 2 * if args.bundle.is_some() { WAYS.len() } else { 2 };
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let per_thread_count = 2 * if source.is_some() { WAYS.len() } else { 2 };
     session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
     for threads in &args.threads {
         let target = session.load_target(std::slice::from_ref(&args.target), None, false, Some(*threads))?;
-        let draft =
-            args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, PackMode::Q8)).transpose()?;
+        let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)).with_costs(eager()));
         let prompts = prompts(&workloads, &target)?;

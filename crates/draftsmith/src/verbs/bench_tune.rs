@@ -1,5 +1,6 @@
 //! `draftsmith bench tune`.
 
+use std::path::Path;
 use std::time::Instant;
 
 use draftsmith::Error;
@@ -14,8 +15,8 @@ use draftsmith::kernels::Cpu;
 use draftsmith::measure::{drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
-use super::Session;
 use super::bench::{read_workloads, target_and_draft, write_json};
+use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -86,7 +87,10 @@ impl TuneRunner for Runner<'_> {
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
-    let (target, draft) = target_and_draft(&args.bundle, args.target.as_ref(), args.threads, session)?;
+    // Clap made sure that one of them is there.
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref())
+        .unwrap_or(DraftSource::Bundle(Path::new("")));
+    let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
     let engine =
         with_costs(engine(&target, Some(&draft)), &session.places, &target, Some(&draft), &session.printer);
     let mut prompts = Vec::new();

@@ -14,7 +14,7 @@ use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
 
-use super::Session;
+use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -97,7 +97,8 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     };
     let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
-    let draft = args.bundle.as_deref().map(|dir| session.load_draft(dir, &target, mode)).transpose()?;
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let draft = source.map(|source| session.load_source(source, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
         (Some(messages), _) => prompt_ids_at(&target.text, messages, Some(today()))?,
         (None, ids) => ids.clone().unwrap_or_default(),
@@ -107,7 +108,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         (Some(_), None) => {
             return Err(Failure::input(
                 "`--depth` and `--tree-top-k` need a draft",
-                Some("give one with `--bundle DIR`, or leave them out".to_string()),
+                Some("give one with `--bundle DIR` or `--draft-model REF`, or leave them out".to_string()),
             ));
         }
         (Some(plan), Some(_)) => plan,
@@ -117,7 +118,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     if args.prove && speculative == DraftPlan::None {
         return Err(Failure::input(
             "`--prove` compares decoding with and without speculation, and there is none",
-            Some("give a draft with `--bundle DIR`, or `--auto`".to_string()),
+            Some("give a draft with `--bundle DIR` or `--draft-model REF`, or `--auto`".to_string()),
         ));
     }
     let mut engine = engine(&target, draft.as_ref());

@@ -18,14 +18,14 @@ pub(crate) mod shell;
 pub(crate) mod stages;
 pub(crate) mod status;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use draftsmith::Error;
 use draftsmith::cli::{Cli, Verb};
 use draftsmith::engine::{
-    LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, weights_warning,
+    LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, load_small, weights_warning,
 };
 use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
@@ -86,6 +86,38 @@ impl Session {
             self.printer.note(&warning);
         }
         Ok(draft)
+    }
+
+    /// Loads a draft from wherever it comes; `mode` is how a bundle is packed, a model runs as the target does.
+    pub(crate) fn load_source(
+        &self,
+        source: DraftSource<'_>,
+        target: &LoadedTarget,
+        mode: PackMode,
+    ) -> Result<LoadedDraft, Error> {
+        match source {
+            DraftSource::Bundle(dir) => self.load_draft(dir, target, mode),
+            DraftSource::Model(reference) => {
+                load_small(reference, target, &self.places, &self.printer, &self.stop)
+            }
+        }
+    }
+}
+
+/// Where a draft comes from.
+#[derive(Clone, Copy)]
+pub(crate) enum DraftSource<'a> {
+    /// The folder of a bundle.
+    Bundle(&'a Path),
+    /// A reference to an ordinary model.
+    Model(&'a str),
+}
+
+impl DraftSource<'_> {
+    /// What `--bundle` and `--draft-model` name; clap refuses both at once.
+    pub(crate) fn of<'a>(bundle: Option<&'a PathBuf>, model: Option<&'a String>) -> Option<DraftSource<'a>> {
+        let bundle = bundle.map(|dir| DraftSource::Bundle(dir));
+        bundle.or_else(|| model.map(|reference| DraftSource::Model(reference)))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::disk::human;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, engine, load_draft};
+use draftsmith::engine::{LoadedDraft, LoadedTarget, SMALL, engine, load_draft, load_small};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
-use draftsmith::report::Report;
+use draftsmith::report::{Report, Silent, Stop};
 use draftsmith::serve::{
     ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Origin, Refused, Server,
 };
@@ -23,7 +23,7 @@ use draftsmith::{Error, formats};
 use serde_json::json;
 
 use super::bench::target_and_draft;
-use super::{Session, variable};
+use super::{DraftSource, Session, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
 
@@ -34,11 +34,25 @@ const POLL: Duration = Duration::from_millis(50);
 struct Bundles {
     target: LoadedTarget,
     places: Places,
+    stop: Stop,
+    /// The draft model that it was started with.
+    small: Option<PathBuf>,
 }
 
 impl Drafts for Bundles {
     fn load(&self, bundle: &Path) -> Result<Loaded, Refused> {
         let refused = |error: Error| Refused { message: error.to_string(), hint: error.hint() };
+        let joined = |draft: LoadedDraft| {
+            let engine = engine(&self.target, Some(&draft));
+            let engine = with_kept_costs(engine, &self.places, &self.target, &draft);
+            Ok(Loaded { info: info(&draft), engine })
+        };
+        // No bundle is a GGUF file; a folder can be either, unless it is the draft model that is in use.
+        if self.small.as_deref() == Some(bundle) || bundle.extension().is_some_and(|e| e == "gguf") {
+            let reference = bundle.to_string_lossy();
+            let draft = load_small(&reference, &self.target, &self.places, &Silent, &self.stop);
+            return joined(draft.map_err(refused)?);
+        }
         if bundle.join(MANIFEST_FILE).is_file() {
             let report = check_with_target(bundle, &self.target.info(), &self.target.target)
                 .map_err(|error| refused(error.into()))?;
@@ -47,16 +61,15 @@ impl Drafts for Bundles {
                 return Err(Refused { message, hint: problem.hint() });
             }
         }
-        let draft = load_draft(bundle, &self.target, PackMode::Q8).map_err(refused)?;
-        let engine = with_kept_costs(engine(&self.target, Some(&draft)), &self.places, &self.target, &draft);
-        Ok(Loaded { info: info(bundle, &draft), engine })
+        joined(load_draft(bundle, &self.target, PackMode::Q8).map_err(refused)?)
     }
 }
 
-fn info(bundle: &Path, draft: &LoadedDraft) -> DraftInfo {
+fn info(draft: &LoadedDraft) -> DraftInfo {
     DraftInfo {
         name: draft.artifact.name.clone(),
-        bundle: bundle.to_path_buf(),
+        kind: draft.artifact.kind.clone(),
+        bundle: draft.path.clone(),
         sha256: draft.artifact.sha256.clone(),
     }
 }
@@ -202,12 +215,12 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
 }
 
 fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
-    let (target, draft) = match (&args.bundle, &args.target) {
-        (Some(bundle), reference) => {
-            let (target, draft) = target_and_draft(bundle, reference.as_ref(), args.threads, session)?;
+    let (target, draft) = match DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref()) {
+        Some(source) => {
+            let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
             (target, Some(draft))
         }
-        (None, reference) => (session.load_target(reference.as_slice(), None, false, args.threads)?, None),
+        None => (session.load_target(args.target.as_slice(), None, false, args.threads)?, None),
     };
     let config = target.target.config();
     let engine = engine(&target, draft.as_ref());
@@ -221,11 +234,16 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
         name: args.model_name.clone().unwrap_or_else(|| target.name()),
         sha256: target.sha256.clone(),
         engine,
-        draft: args.bundle.as_ref().zip(draft.as_ref()).map(|(bundle, draft)| info(bundle, draft)),
+        draft: draft.as_ref().map(info),
         tokenizer: Arc::clone(&target.text.tokenizer),
         template: target.text.template.clone(),
         cache_slots,
-        drafts: Arc::new(Bundles { target, places: session.places.clone() }),
+        drafts: Arc::new(Bundles {
+            target,
+            places: session.places.clone(),
+            stop: session.stop.clone(),
+            small: draft.filter(|draft| draft.artifact.kind == SMALL).map(|draft| draft.path),
+        }),
     })
 }
 

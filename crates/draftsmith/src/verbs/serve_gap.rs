@@ -13,7 +13,7 @@ use draftsmith::text::Message;
 use serde_json::{Value, json};
 
 use super::bench::target_and_draft;
-use super::{Session, variable};
+use super::{DraftSource, Session, variable};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -31,7 +31,8 @@ pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure
         .collect();
     let (target, draft) = match (&args.bundle, &args.target) {
         (Some(bundle), target) => {
-            let (target, draft) = target_and_draft(bundle, target.as_ref(), args.threads, session)?;
+            let (target, draft) =
+                target_and_draft(DraftSource::Bundle(bundle), target.as_ref(), args.threads, session)?;
             (target, Some(draft))
         }
         // Clap made sure that one of them is there.

@@ -22,6 +22,7 @@ mod run_file;
 mod run_folder;
 mod serve;
 mod serve_gap;
+mod small;
 mod stages;
 mod support;
 mod templates;

@@ -89,12 +89,17 @@ impl Served {
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap(), wait)
     }
 
-    fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> (u16, Value) {
         let (status, text, _) = self.send(path, None, &body.to_string());
         (status, serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
     }
 
     #[track_caller]
+    /// What a chat request is answered with.
+    pub(crate) fn text_of(&self, body: &Value) -> String {
+        text(&self.chat(body))
+    }
+
     fn chat(&self, body: &Value) -> Value {
         let (status, answer) = self.post("/v1/chat/completions", body);
         assert_eq!(status, 200, "{answer}");
@@ -121,7 +126,7 @@ impl Served {
 
     /// Waits until `/api/state` is as wanted.
     #[track_caller]
-    fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
         let began = Instant::now();
         loop {
             let (_, state) = self.get("/api/state");
@@ -134,7 +139,7 @@ impl Served {
     }
 
     /// A counter of the metrics page, summed over its labels that contain `label`.
-    fn counter(&self, name: &str, label: &str) -> f64 {
+    pub(crate) fn counter(&self, name: &str, label: &str) -> f64 {
         let mut response = agent().get(format!("{}/metrics", self.url)).call().unwrap();
         let page = response.body_mut().read_to_string().unwrap();
         let lines = page.lines().filter(|line| {

@@ -116,7 +116,7 @@ async fn change(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
         .map_err(|error| ApiError::invalid("bundle", error.to_string()))?;
     Ok(json!({
         "outcome": "switched",
-        "draft": {"name": info.name, "bundle": info.bundle, "sha256": info.sha256},
+        "draft": {"name": info.name, "kind": info.kind, "bundle": info.bundle, "sha256": info.sha256},
         "watch_steps": app.options.limits.watch_steps,
     }))
 }

@@ -59,7 +59,9 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let text = app.service()?.metrics.page();
+    let service = app.service()?;
+    service.metrics.name_draft(service.board.draft().as_ref());
+    let text = service.metrics.page();
     Ok(([(header::CONTENT_TYPE, page::CONTENT_TYPE)], text).into_response())
 }
 
