@@ -88,7 +88,7 @@ struct BlockSession<K: Kernels> {
 }
 
 impl<K: Kernels> BlockSession<K> {
-    fn of<'s>(session: &'s mut dyn DrafterSession<K>) -> &'s mut BlockSession<K> {
+    fn of(session: &mut dyn DrafterSession<K>) -> &mut BlockSession<K> {
         session.as_any_mut().downcast_mut().expect("a session goes back to the drafter that began it")
     }
 }
