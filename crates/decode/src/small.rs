@@ -290,7 +290,11 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
         if !reading.is_empty() {
             let mut items: Vec<StepItem<'_, K>> = reading
                 .iter_mut()
-                .map(|part| StepItem { kv: &mut part.session.kv, tokens: &part.tokens, parents: &part.parents })
+                .map(|part| StepItem {
+                    kv: &mut part.session.kv,
+                    tokens: &part.tokens,
+                    parents: &part.parents,
+                })
                 .collect();
             let output = self.small.forward(&mut items, &[]);
             drop(items);
