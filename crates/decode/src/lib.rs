@@ -84,7 +84,9 @@ impl DecodeError {
             DecodeError::EmptyPrompt => Some("give a prompt of at least one token".into()),
             DecodeError::PromptTooLong { .. } => Some("shorten the prompt".into()),
             DecodeError::TokenOutOfRange { .. } => Some("the ids come from another tokenizer".into()),
-            DecodeError::NoDraft => Some("give a bundle with `--bundle DIR`".into()),
+            DecodeError::NoDraft => {
+                Some("give a bundle with `--bundle DIR`, or a smaller model with `--draft-model REF`".into())
+            }
             DecodeError::AnotherTarget => None,
             DecodeError::DraftMismatch { .. } => Some("use the target that the draft was trained for".into()),
         }

@@ -47,7 +47,7 @@ struct SmallSession<K: Kernels> {
 }
 
 impl<K: Kernels> SmallSession<K> {
-    fn of<'s>(session: &'s mut dyn DrafterSession<K>) -> &'s mut SmallSession<K> {
+    fn of(session: &mut dyn DrafterSession<K>) -> &mut SmallSession<K> {
         session.as_any_mut().downcast_mut().expect("a session goes back to the drafter that began it")
     }
 
@@ -112,6 +112,14 @@ impl<K: Kernels> DrafterSession<K> for SmallSession<K> {
             many => many,
         }
     }
+}
+
+/// Rows of one sequence in a pass, behind those that its cache holds.
+struct Part<'a, K: Kernels> {
+    session: &'a mut SmallSession<K>,
+    tokens: Vec<u32>,
+    parents: Vec<Option<u32>>,
+    new_rows: usize,
 }
 
 /// How a row's children are chosen.
@@ -267,7 +275,7 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
             .collect();
         let mut ends: Vec<(usize, u32)> = Vec::new();
         let mut rows = 0u32;
-        let mut reading: Vec<(&mut SmallSession<K>, Vec<u32>, Vec<Option<u32>>)> = Vec::new();
+        let mut reading: Vec<Part<'_, K>> = Vec::new();
         for (i, ask) in asks.iter_mut().enumerate().filter(|(i, _)| take[*i] > 0) {
             let session = SmallSession::of(&mut *ask.session);
             let next = &ask.text[session.read.len()..session.read.len() + take[i]];
@@ -276,18 +284,23 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
             rows += take[i] as u32;
             ends.push((i, rows - 1));
             let tokens = next.iter().map(|t| self.known(*t)).collect();
-            reading.push((session, tokens, TokenTree::chain_parents(take[i])));
+            let parents = TokenTree::chain_parents(take[i]);
+            reading.push(Part { session, tokens, parents, new_rows: take[i] });
         }
         if !reading.is_empty() {
             let mut items: Vec<StepItem<'_, K>> = reading
                 .iter_mut()
-                .map(|(session, tokens, parents)| StepItem { kv: &mut session.kv, tokens, parents })
+                .map(|part| StepItem {
+                    kv: &mut part.session.kv,
+                    tokens: &part.tokens,
+                    parents: &part.parents,
+                })
                 .collect();
             let output = self.small.forward(&mut items, &[]);
             drop(items);
             let ops = draftsmith_model::Infer::new(kernels);
-            for ((session, ..), (i, end)) in reading.iter_mut().zip(&ends) {
-                session.last = done[*i].then(|| ops.gather(&output.last, &[*end]));
+            for (part, (i, end)) in reading.iter_mut().zip(&ends) {
+                part.session.last = done[*i].then(|| ops.gather(&output.last, &[*end]));
             }
             drop(reading);
             ends.retain(|(i, _)| done[*i]);
@@ -331,7 +344,7 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
             session.grown.push(Grown { token, parent });
             new_rows[of] += 1;
         }
-        let mut trees: Vec<(&mut SmallSession<K>, Vec<u32>, Vec<Option<u32>>, usize)> = asks
+        let mut trees: Vec<Part<'_, K>> = asks
             .iter_mut()
             .zip(&new_rows)
             .filter(|(_, new_rows)| **new_rows > 0)
@@ -339,12 +352,12 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
                 let session = SmallSession::of(&mut *ask.session);
                 let tokens = session.grown.iter().map(|node| self.known(node.token)).collect();
                 let parents = session.grown.iter().map(|node| node.parent).collect();
-                (session, tokens, parents, *new_rows)
+                Part { session, tokens, parents, new_rows: *new_rows }
             })
             .collect();
         let mut items: Vec<GrowItem<'_, K>> = trees
             .iter_mut()
-            .map(|(session, tokens, parents, new_rows)| GrowItem {
+            .map(|Part { session, tokens, parents, new_rows }| GrowItem {
                 base: session.read.len(),
                 kv: &mut session.kv,
                 tokens,

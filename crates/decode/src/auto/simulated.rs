@@ -286,7 +286,7 @@ impl Drafter<Cpu> for Many {
     fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
         let of = |ask: &mut Ask<'_, Cpu>| ask.session.as_any_mut().downcast_mut::<ManySession>().unwrap().of;
         asks.iter_mut()
-            .map(|ask| of(ask))
+            .map(of)
             .map(|of| self.each[of].children(self.each[of].root, true))
             .collect()
     }
