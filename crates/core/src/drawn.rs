@@ -104,7 +104,8 @@ impl Distribution {
         let mut rest = Vec::new();
         for (token, prob) in &self.0 {
             while drafted.next_if(|(other, _)| other < token).is_some() {}
-            let draft_prob = drafted.peek().filter(|(other, _)| other == token).map_or(0.0, |(_, prob)| *prob);
+            let draft_prob =
+                drafted.peek().filter(|(other, _)| other == token).map_or(0.0, |(_, prob)| *prob);
             let left = scale * prob - draft_prob;
             if left > 0.0 {
                 rest.push((*token, left));
@@ -188,10 +189,12 @@ pub fn verify_drawn(
                 // on with.
                 let stop = match chain.draft_probs.get(end) {
                     None => reach,
-                    Some(next) => match target_probs.rest(reach, next).iter().map(|(_, prob)| prob).sum::<f64>() {
-                        rest if rest > 0.0 => rest / (rest + (1.0 - reach)),
-                        _ => 0.0,
-                    },
+                    Some(next) => {
+                        match target_probs.rest(reach, next).iter().map(|(_, prob)| prob).sum::<f64>() {
+                            rest if rest > 0.0 => rest / (rest + (1.0 - reach)),
+                            _ => 0.0,
+                        }
+                    }
                 };
                 if coin(stop) {
                     (accepted_drafts, reached, behind) = (end, reach, target_probs);

@@ -185,7 +185,7 @@ impl<K: Kernels> Probe for Machine<'_, K> {
         let features = Features { output: &self.features, rows: &rows };
         drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next }]);
         let sampling = &Sampling::GREEDY;
-        let mut asks = [Ask { session: session.as_mut(), sampling, position: 0, k: 4 }];
+        let mut asks = [Ask { session: session.as_mut(), sampling, position: 0, k: 4, whole: false }];
         let best = drafter.roots(&mut asks);
         let extend = ms(start.elapsed());
         let start = Instant::now();

@@ -43,7 +43,13 @@ fn prob_of(model: &Model, text: &[u32]) -> f64 {
 
 /// Every draft of `depth` tokens with its probability, every outcome of every coin with its own: what is kept, and what
 /// the next token is drawn from.
-fn outcomes(rule: VerifyRule, target: &Model, draft: &Model, vocab: u32, depth: usize) -> Vec<(f64, Vec<u32>, Kept)> {
+fn outcomes(
+    rule: VerifyRule,
+    target: &Model,
+    draft: &Model,
+    vocab: u32,
+    depth: usize,
+) -> Vec<(f64, Vec<u32>, Kept)> {
     let mut all = Vec::new();
     for text in texts(vocab, depth) {
         let drafted = prob_of(draft, &text);
@@ -78,7 +84,12 @@ fn outcomes(rule: VerifyRule, target: &Model, draft: &Model, vocab: u32, depth: 
 }
 
 /// The distribution of texts of `length` tokens: what a step gives, and the target's own tokens behind it.
-fn emitted(all: &[(f64, Vec<u32>, Kept)], target: &Model, vocab: u32, length: usize) -> BTreeMap<Vec<u32>, f64> {
+fn emitted(
+    all: &[(f64, Vec<u32>, Kept)],
+    target: &Model,
+    vocab: u32,
+    length: usize,
+) -> BTreeMap<Vec<u32>, f64> {
     let mut found: BTreeMap<Vec<u32>, f64> = BTreeMap::new();
     for (weight, start, kept) in all {
         for id in 0..vocab {
@@ -89,7 +100,8 @@ fn emitted(all: &[(f64, Vec<u32>, Kept)], target: &Model, vocab: u32, length: us
             }
             for end in texts(vocab, length.saturating_sub(begun.len())) {
                 let text = [&begun[..], &end].concat();
-                let rest: f64 = (begun.len()..text.len()).map(|i| target[&text[..i]].prob(T(text[i]))).product();
+                let rest: f64 =
+                    (begun.len()..text.len()).map(|i| target[&text[..i]].prob(T(text[i]))).product();
                 *found.entry(text[..length].to_vec()).or_default() += weight * rest;
             }
         }
@@ -107,7 +119,10 @@ fn check(target: &Model, draft: &Model, vocab: u32, depth: usize) -> [f64; 2] {
             let found = emitted(&all, target, vocab, length);
             for text in texts(vocab, length) {
                 let (found, wanted) = (found.get(&text).copied().unwrap_or(0.0), prob_of(target, &text));
-                assert!((found - wanted).abs() < 1e-12, "{rule}, depth {depth}, {text:?}: {found}, not {wanted}");
+                assert!(
+                    (found - wanted).abs() < 1e-12,
+                    "{rule}, depth {depth}, {text:?}: {found}, not {wanted}"
+                );
             }
         }
         all.iter().map(|(weight, start, _)| weight * start.len() as f64).sum()
@@ -130,7 +145,8 @@ fn texts_follow_the_target_and_a_block_keeps_at_least_as_much() {
                     _ => f64::from(u8::from(uniform(&mut counter) < 0.5)),
                 };
                 let mixed = (0..vocab).map(|id| T(id));
-                let mixed = mixed.map(|id| (id, share * target[text].prob(id) + (1.0 - share) * own.prob(id)));
+                let mixed =
+                    mixed.map(|id| (id, share * target[text].prob(id) + (1.0 - share) * own.prob(id)));
                 Distribution::new(mixed.collect()).unwrap()
             });
             let [rejection, block] = check(&target, &draft, vocab, depth);
@@ -161,7 +177,8 @@ fn a_draft_without_chance_is_refused_and_the_target_goes_on_alone() {
     assert_eq!(check(&target, &draft, 4, 3), [0.0, 0.0]);
     // And so is a token behind one that is kept: nothing is asked behind it.
     for rule in [VerifyRule::Rejection, VerifyRule::Block] {
-        let chain = DrawnChain { tokens: vec![T(0), T(2), T(0)], draft_probs: vec![at(&[0]), at(&[2]), at(&[0])] };
+        let chain =
+            DrawnChain { tokens: vec![T(0), T(2), T(0)], draft_probs: vec![at(&[0]), at(&[2]), at(&[0])] };
         let mut asked = Vec::new();
         let note = |i| {
             asked.push(i);
@@ -189,9 +206,13 @@ fn distributions_are_those_of_plain_sampling() {
     let mut counter = 5;
     for size in [1usize, 5, 300] {
         let logits: Vec<f32> = (0..size).map(|_| uniform(&mut counter) as f32 * 9.0 - 4.0).collect();
-        for (temperature, top_k, top_p, min_p) in
-            [(0.0, 0, 1.0, 0.0), (0.8, 0, 1.0, 0.0), (0.8, 7, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (1.0, 50, 0.95, 0.02)]
-        {
+        for (temperature, top_k, top_p, min_p) in [
+            (0.0, 0, 1.0, 0.0),
+            (0.8, 0, 1.0, 0.0),
+            (0.8, 7, 1.0, 0.0),
+            (1.3, 0, 0.9, 0.0),
+            (1.0, 50, 0.95, 0.02),
+        ] {
             let sampling = Sampling { temperature, top_k, top_p, min_p, seed: 3 };
             let found = Distribution::of(&logits, &sampling);
             assert!(found.0.is_sorted_by_key(|(t, _)| *t));
