@@ -424,7 +424,7 @@ fn verify(ours: Option<Fields<'_>>, service: &Service) -> Result<VerifyRule, Api
     let name = "draftsmith.verify";
     let asked = ours.map(|ours| ours.string("verify")).transpose()?.flatten();
     asked.map_or(Ok(service.verify), |word| {
-        word.parse().map_err(|wanted| ApiError::invalid(name, format!("`{name}` is `{word}`, {wanted}")))
+        word.parse::<VerifyRule>().map_err(|wanted| ApiError::invalid(name, format!("`{name}` is `{word}`, {wanted}")))
     })
 }
 
