@@ -6,6 +6,8 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use draftsmith_core::VerifyRule;
+
 use crate::record::{
     Accept, ArtifactInfo, Drafting, Machine, Order, RECORD_FORMAT, RECORD_VERSION, Record, Sample, Settings,
     Side, Skipped, WorkloadInfo,
@@ -192,6 +194,8 @@ pub fn run_workload(
             top_k: sampling.top_k,
             top_p: sampling.top_p,
             seed: sampling.seed,
+            verify: (options.run.verify != VerifyRule::Seeded && !sampling.is_greedy())
+                .then(|| options.run.verify.name().to_string()),
             drafting: options.drafting,
             threads: options.threads,
             repeats: repeats as u32,

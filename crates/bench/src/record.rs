@@ -135,6 +135,10 @@ pub struct Settings {
     pub top_p: f32,
     /// Key of the noise.
     pub seed: u64,
+    /// Rule of a verification that gives the target's distribution and not the same text, `rejection` or `block`; the
+    /// outputs of both sides are two draws then. `None`: the texts are to be the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<String>,
     /// How the drafter proposes.
     pub drafting: Drafting,
     /// Worker threads of the engine.

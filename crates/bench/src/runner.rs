@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use draftsmith_core::{AcceptStats, Sampling};
+use draftsmith_core::{AcceptStats, Sampling, VerifyRule};
 
 use crate::BoxError;
 use crate::record::Finish;
@@ -15,6 +15,8 @@ pub struct RunOptions {
     pub max_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Which draft tokens of a sampled answer are kept.
+    pub verify: VerifyRule,
 }
 
 /// One finished answer.

@@ -41,6 +41,8 @@ pub struct Summary {
     pub speedup_with_prefill: Option<Estimate>,
     /// Samples whose outputs are equal token by token.
     pub identical_samples: usize,
+    /// Rule by which outputs are drawn anew instead of being the same, if there is one.
+    pub verify: Option<String>,
     /// Reasons not to trust the above.
     pub doubts: Vec<Doubt>,
 }
@@ -250,6 +252,7 @@ fn summary(name: &str, records: &[&Record], doubts: Vec<Doubt>) -> Summary {
         ),
         accept,
         identical_samples,
+        verify: records.iter().find_map(|record| record.settings.verify.clone()),
         doubts,
     }
 }

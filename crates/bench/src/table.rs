@@ -33,7 +33,9 @@ fn cells(summary: &Summary) -> [String; 8] {
         value_or_dash(&summary.plain_tokens_per_s, 1),
         value_or_dash(&summary.spec_tokens_per_s, 1),
         if summary.speedup.is_some() { speedup.replacen(' ', "× ", 1).to_string() } else { speedup },
-        if summary.identical() {
+        if let Some(rule) = &summary.verify {
+            format!("drawn by {rule}")
+        } else if summary.identical() {
             format!("yes ({})", summary.samples)
         } else {
             format!("NO ({} of {})", summary.samples - summary.identical_samples, summary.samples)

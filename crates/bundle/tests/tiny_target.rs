@@ -35,7 +35,8 @@ fn the_probe_sees_what_the_drafter_proposes() {
             let mut session = drafter.begin();
             drafter.take_in(&mut [Committed { session: session.as_mut(), features, next_tokens: &next }]);
             let (sampling, position) = (&Sampling::GREEDY, context.len() as u64);
-            let mut asks = [Ask { session: session.as_mut(), sampling, text: &[], position, k: 1 }];
+            let mut asks =
+                [Ask { session: session.as_mut(), sampling, text: &[], position, k: 1, whole: false }];
             let tree = drafter.propose(&mut asks, &[Shape { depth: 5, top_k: 1, nodes: 5 }]).remove(0);
             let proposed: Vec<u32> = tree.tokens.iter().map(|t| t.0).collect();
 

@@ -4,7 +4,7 @@
 //! the tokens that survive min-p, top-k and top-p (the Gumbel-max form of sampling). The noise depends on seed, position
 //! and token only, so a seeded request returns the same text whatever was drafted.
 //!
-//! Classic rejection sampling [leviathan2023] is given by [`accept_probability`] and [`residual`].
+//! Rules that are equal to it in distribution alone are in [`crate::verify_drawn`].
 
 use crate::TargetTokenId;
 
@@ -86,7 +86,7 @@ fn largest(values: &[f32]) -> f32 {
 }
 
 /// SplitMix64, the finaliser that turns a counter into well-mixed bits.
-fn mix(mut x: u64) -> u64 {
+pub(crate) fn mix(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -105,6 +105,11 @@ fn noise_bits(key: u64, token: u32) -> u64 {
 
 /// The number of values of [`noise_bits`].
 const NOISE_VALUES: f64 = (1u64 << 53) as f64;
+
+/// A number in `[0, 1)` of a key and a counter.
+pub(crate) fn unit(key: u64, counter: u64) -> f64 {
+    (mix(key ^ mix(counter)) >> 11) as f64 / NOISE_VALUES
+}
 
 /// No noise is larger: `-ln(-ln(1 - 2^-53))` is 36.737.
 const NOISE_MAX: f64 = 36.74;
@@ -316,50 +321,30 @@ pub fn choose_token(logits: &[f32], sampling: &Sampling, position: u64) -> Targe
     kept.get(at).copied().unwrap_or(TargetTokenId(0))
 }
 
-/// Probability that a drafted token is kept by rejection sampling: `min(1, target / draft)` [leviathan2023, Alg. 1].
-pub fn accept_probability(target_prob: f64, draft_prob: f64) -> f64 {
-    if draft_prob <= 0.0 { 0.0 } else { (target_prob / draft_prob).min(1.0) }
-}
-
-/// The distribution to draw from after a rejection: `max(target - draft, 0)`, normalised; `None` if nothing is
-/// left (the distributions are equal).
+/// The distribution that is drawn from where every token may be, ascending by id; `None` where settings leave some out,
+/// or the temperature is so low that logits are not divided as they are.
 ///
 /// # Shapes
-/// - `target_probs`, `draft_probs`: `[V]`
-pub fn residual(target_probs: &[f64], draft_probs: &[f64]) -> Option<Vec<f64>> {
-    let rest: Vec<f64> = target_probs.iter().zip(draft_probs).map(|(t, d)| (t - d).max(0.0)).collect();
-    let total: f64 = rest.iter().sum();
-    (total > 0.0).then(|| rest.into_iter().map(|r| r / total).collect())
+/// - `logits`: `[V]`
+pub(crate) fn full_softmax(logits: &[f32], sampling: &Sampling) -> Option<Vec<(TargetTokenId, f64)>> {
+    let max = largest(logits);
+    if sampling.is_greedy() || !sampling.keeps_all() || !max.is_finite() {
+        return None;
+    }
+    sampling.factor(max)?;
+    let inv_t = 1.0 / f64::from(sampling.temperature);
+    let weight = |l: f32| if l == max { 1.0 } else { (f64::from(l - max) * inv_t).exp() };
+    // What is no number has no chance.
+    let possible = logits.iter().enumerate().filter(|(_, l)| **l > f32::NEG_INFINITY);
+    let mut weights: Vec<_> = possible.map(|(i, l)| (TargetTokenId(i as u32), weight(*l))).collect();
+    let total: f64 = weights.iter().map(|(_, w)| w).sum();
+    weights.iter_mut().for_each(|(_, w)| *w /= total);
+    Some(weights)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Losslessness without sampling: add up every path that emits token `x`.
-    #[track_caller]
-    fn check_rejection(target: &[f64], draft: &[f64]) {
-        let keep =
-            |x: usize| if draft[x] == 0.0 { 0.0 } else { draft[x] * accept_probability(target[x], draft[x]) };
-        let rejected: f64 = 1.0 - (0..target.len()).map(keep).sum::<f64>();
-        let rest = residual(target, draft).unwrap_or_else(|| vec![0.0; target.len()]);
-        for x in 0..target.len() {
-            let emitted = keep(x) + rejected * rest[x];
-            assert!(
-                (emitted - target[x]).abs() < 1e-12,
-                "token {x}: emitted {emitted}, target {}",
-                target[x]
-            );
-        }
-    }
-
-    #[test]
-    fn output_follows_the_target_whatever_the_draft_says() {
-        check_rejection(&[0.5, 0.3, 0.2], &[0.2, 0.2, 0.6]);
-        check_rejection(&[1.0, 0.0, 0.0], &[0.1, 0.8, 0.1]);
-        check_rejection(&[0.5, 0.5, 0.0], &[0.5, 0.5, 0.0]);
-        check_rejection(&[0.4, 0.6], &[1.0, 0.0]);
-    }
 
     #[test]
     fn greedy_takes_the_lowest_id_among_equals() {

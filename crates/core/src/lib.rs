@@ -7,6 +7,7 @@
 
 mod accept;
 mod choose;
+mod drawn;
 mod ids;
 pub mod report;
 mod shaping;
@@ -15,7 +16,8 @@ mod verify;
 mod vocab;
 
 pub use accept::AcceptStats;
-pub use choose::{Sampling, accept_probability, choose_token, gumbel_noise, residual, token_distribution};
+pub use choose::{Sampling, choose_token, gumbel_noise, token_distribution};
+pub use drawn::{Distribution, DrawnChain, Draws, Kept, VerifyRule, accept_probability, verify_drawn};
 pub use ids::{DraftTokenId, LayerId, TargetTokenId, default_target_layers};
 pub use shaping::{Shaping, TokenLogprobs};
 pub use tree::{TokenTree, TreeError};

@@ -538,7 +538,14 @@ impl<'a, K: Kernels> Growing<'a, K> {
     fn ask(&mut self) -> Option<Ask<'_, K>> {
         let position = self.seed.text.len() as u64 - 1;
         let session = self.seed.session.as_deref_mut()?;
-        Some(Ask { session, sampling: self.seed.sampling, text: self.seed.text, position, k: CHILDREN })
+        Some(Ask {
+            session,
+            sampling: self.seed.sampling,
+            text: self.seed.text,
+            position,
+            k: CHILDREN,
+            whole: false,
+        })
     }
 
     /// The most probable of some candidates and what it is worth.

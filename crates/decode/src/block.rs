@@ -16,9 +16,17 @@ use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target
 
 use crate::DecodeError;
 use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drawn;
 
 /// Positions whose features may wait at most.
 const DEFERRED_ROWS: usize = 256;
+
+/// Children of a node that are wanted: all that may be drawn ([`Ask::whole`]).
+const WHOLE: usize = usize::MAX;
+
+fn wanted_children<K: Kernels>(ask: &Ask<'_, K>) -> usize {
+    if ask.whole { WHOLE } else { ask.k }
+}
 
 /// Activations that several nodes may share.
 type Shared<K> = Arc<Rows<<K as Kernels>::Buf>>;
@@ -247,6 +255,9 @@ impl<K: Kernels> BlockDrafter<K> {
     /// draft's guess of that very draw is more often right than its most probable token.
     fn best(&self, logits: &[f32], k: usize, sampling: &Sampling, position: u64) -> Children {
         let target = |draft: usize| self.vocab_map.to_target(DraftTokenId(draft as u32)).0;
+        if k == WHOLE {
+            return drawn::children(logits, sampling, |draft| target(draft as usize));
+        }
         let noisy: Vec<f32>;
         let scores = if sampling.is_greedy() {
             logits
@@ -454,7 +465,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
 
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children> {
         let wanted: Vec<(usize, &Sampling, u64)> =
-            asks.iter().map(|ask| (ask.k, ask.sampling, ask.position)).collect();
+            asks.iter().map(|ask| (wanted_children(ask), ask.sampling, ask.position)).collect();
         let mut sessions: Vec<&mut BlockSession<K>> =
             asks.iter_mut().map(|ask| BlockSession::of(&mut *ask.session)).collect();
         for session in &mut sessions {
@@ -515,7 +526,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
 
     fn expand(&self, asks: &mut [Ask<'_, K>], nodes: &[Node]) -> Vec<(u32, Children)> {
         let wanted: Vec<(usize, &Sampling, u64)> =
-            asks.iter().map(|ask| (ask.k, ask.sampling, ask.position)).collect();
+            asks.iter().map(|ask| (wanted_children(ask), ask.sampling, ask.position)).collect();
         let mut sessions: Vec<&mut BlockSession<K>> =
             asks.iter_mut().map(|ask| BlockSession::of(&mut *ask.session)).collect();
         let mut found: Vec<(Option<Shared<K>>, Children)> =

@@ -238,7 +238,7 @@ impl<K: Kernels> Probe for Machine<'_, K> {
                 .iter_mut()
                 .map(|Drafted { session, text }| {
                     let position = text.len() as u64 - 1;
-                    Ask { session: session.as_mut(), sampling, text, position, k: 4 }
+                    Ask { session: session.as_mut(), sampling, text, position, k: 4, whole: false }
                 })
                 .collect();
             let best = drafter.roots(&mut asks);

@@ -158,6 +158,9 @@ pub struct Ask<'a, K: Kernels> {
     pub position: u64,
     /// Children of a node that are wanted.
     pub k: usize,
+    /// Instead of those, all tokens that the draft may draw by `sampling`, with the logarithms of their probabilities,
+    /// which need not add up to 1. Fewer are as good: the draft's distribution is whatever it answers.
+    pub whole: bool,
 }
 
 /// What may follow a node: tokens and their log-probabilities, best first. Of a node's only child the log-probability

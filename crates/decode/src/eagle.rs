@@ -14,6 +14,7 @@ use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Targ
 
 use crate::DecodeError;
 use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drawn;
 
 /// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence
 /// that never drafts would hold those of its whole text; taken in by so many, a position costs the least.
@@ -90,6 +91,8 @@ struct Choice<'a> {
     sampling: &'a Sampling,
     /// Where they stand.
     position: u64,
+    /// All of them are wanted, with their probabilities.
+    whole: bool,
 }
 
 impl<K: Kernels> EagleDrafter<K> {
@@ -245,14 +248,14 @@ impl<K: Kernels> EagleDrafter<K> {
             false => ops.gather(head_input, rows),
         };
         // The arg-max alone needs no outputs, and no probability.
-        let single = pick(&|c| c.sampling.is_greedy() && c.k <= 1);
+        let single = pick(&|c| c.sampling.is_greedy() && c.k <= 1 && !c.whole);
         if !single.is_empty() {
             let best = self.kernels.argmax(&some(&single).buf, single.len(), &head.packed);
             for (row, draft) in single.iter().zip(best) {
                 found[*row as usize] = vec![(target(draft), 0.0)];
             }
         }
-        let greedy = pick(&|c| c.sampling.is_greedy() && c.k > 1);
+        let greedy = pick(&|c| c.sampling.is_greedy() && c.k > 1 && !c.whole);
         if let Some(most) = greedy.iter().map(|row| choices[*row as usize].k).max() {
             let input = some(&greedy);
             let best = self.kernels.top_k(&input.buf, greedy.len(), (&head.packed, head.out_features), most);
@@ -263,13 +266,17 @@ impl<K: Kernels> EagleDrafter<K> {
                     children.map(|(draft, value)| (target(draft), value - most - log_sum)).collect();
             }
         }
-        let drawn = pick(&|c| !c.sampling.is_greedy());
+        let drawn = pick(&|c| !c.sampling.is_greedy() || c.whole);
         if !drawn.is_empty() {
             let mut ops = self.ops();
             let logits = self.draft.network.logits(&mut ops, &self.draft.weights, &some(&drawn));
             let logits = ops.values(&logits);
             for (row, logits) in drawn.iter().zip(logits.chunks_exact(head.out_features)) {
-                let Choice { k, sampling, position } = choices[*row as usize];
+                let Choice { k, sampling, position, whole } = choices[*row as usize];
+                if whole {
+                    found[*row as usize] = drawn::children(logits, sampling, target);
+                    continue;
+                }
                 let noisy: Vec<f32> = logits
                     .iter()
                     .enumerate()
@@ -341,7 +348,12 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
     fn roots(&self, asks: &mut [Ask<'_, K>]) -> Vec<Children> {
         let choices: Vec<Choice<'_>> = asks
             .iter()
-            .map(|ask| Choice { k: ask.k, sampling: ask.sampling, position: ask.position + 1 })
+            .map(|ask| Choice {
+                k: ask.k,
+                sampling: ask.sampling,
+                position: ask.position + 1,
+                whole: ask.whole,
+            })
             .collect();
         let mut sessions: Vec<&mut EagleSession<K>> =
             asks.iter_mut().map(|ask| EagleSession::of(&mut *ask.session)).collect();
@@ -369,7 +381,7 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
             .map(|at| {
                 let (node, ask) = (&nodes[*at], &asks[nodes[*at].of]);
                 let position = ask.position + node.depth as u64 + 2;
-                Choice { k: ask.k, sampling: ask.sampling, position }
+                Choice { k: ask.k, sampling: ask.sampling, position, whole: ask.whole }
             })
             .collect();
         let mut sessions: Vec<&mut EagleSession<K>> =

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{
-    AcceptStats, LayerId, TargetTokenId, TokenLogprobs, TokenTree, choose_token, verify_tree,
+    AcceptStats, Distribution, DrawnChain, Draws, LayerId, TargetTokenId, TokenLogprobs, TokenTree,
+    TreeVerdict, choose_token, verify_tree,
 };
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{StepItem, StepOutput, Target};
@@ -15,6 +16,7 @@ use crate::auto::{Grown, Pacer, Rates, StepTime};
 use crate::calibrate;
 use crate::costs::{Calibration, Costs, CostsOff, Ledger};
 use crate::drafter::{Committed, DraftPlan, Drafter, Features};
+use crate::drawn;
 use crate::lookup::Lookup;
 use crate::options::GenerateOptions;
 use crate::prefix::Prefixes;
@@ -207,12 +209,13 @@ impl<K: Kernels> Engine<K> {
         if let Some(position) = prompt_ids.iter().position(|id| *id as usize >= vocab) {
             return Err(DecodeError::TokenOutOfRange { id: prompt_ids[position], position, vocab });
         }
-        let drafter = match (options.draft, &self.drafter) {
+        let draft = drawn::plan(options, self.drafter.is_some())?;
+        let drafter = match (draft, &self.drafter) {
             (DraftPlan::None, _) | (DraftPlan::Auto, None) => None,
             (_, None) => return Err(DecodeError::NoDraft),
             (_, Some(drafter)) => Some(drafter.begin()),
         };
-        let auto = (options.draft == DraftPlan::Auto).then(|| {
+        let auto = (draft == DraftPlan::Auto).then(|| {
             let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
             // Measured before the first step, not in it.
             self.costs();
@@ -236,11 +239,12 @@ impl<K: Kernels> Engine<K> {
             kv: kv.unwrap_or_else(|| self.target.new_kv()),
             drafter,
             auto,
+            drawn: None,
             tokens: prompt_ids.to_vec(),
             prompt_len: prompt_ids.len(),
             fill_to: prompt_ids.len(),
             prompt_logprobs: options.prompt_logprobs.map(|_| Vec::with_capacity(prompt_ids.len() - 1)),
-            options: options.clone(),
+            options: GenerateOptions { draft, ..options.clone() },
             grammar: options.grammar.as_ref().map(|g| g.begin()),
             stats: AcceptStats::default(),
             finish: (options.max_new_tokens == 0 && options.prompt_logprobs.is_none())
@@ -420,12 +424,15 @@ impl<K: Kernels> Engine<K> {
             }
             // What the target chooses along the path, its own last token included.
             let mut path: Vec<Chosen> = Vec::new();
-            let verdict = verify_tree(tree, |node| {
-                let chosen = choices.get(at + node.map_or(0, |n| n as usize + 1), session, &path);
-                let id = chosen.id;
-                path.push(chosen);
-                TargetTokenId(id)
-            });
+            let verdict = match session.drawn.take().filter(|_| !tree.is_empty()) {
+                Some(chain) => choices.verify_drawn(*at, session, &chain, &mut path),
+                None => verify_tree(tree, |node| {
+                    let chosen = choices.get(at + node.map_or(0, |n| n as usize + 1), session, &path);
+                    let id = chosen.id;
+                    path.push(chosen);
+                    TargetTokenId(id)
+                }),
+            };
             let accepted = verdict.accepted_path.len();
             let leaf = tree.is_empty()
                 || accepted > 0 && !tree.parents.contains(&verdict.accepted_path.last().copied());
@@ -532,6 +539,61 @@ impl Choices {
         }
         .0;
         Chosen { id, logprobs: options.logprobs.map(|top| TokenLogprobs::of(raw, id, top)) }
+    }
+
+    /// Verifies a drawn chain whose rows begin at `row`, and adds what is committed to `path`.
+    fn verify_drawn<K: Kernels>(
+        &self,
+        row: usize,
+        session: &mut Session<K>,
+        chain: &DrawnChain,
+        path: &mut Vec<Chosen>,
+    ) -> TreeVerdict {
+        let raw = |i: usize| match self.rows[row + i] {
+            Choice::Logits(at) => &self.logits[at * self.vocab..(at + 1) * self.vocab],
+            Choice::Greedy(_) => unreachable!("rows of a sampled sequence have logits"),
+        };
+        let options = &session.options;
+        // Where the grammar would stand behind the drafted tokens.
+        let mut grammar = session.grammar.as_ref().map(|state| state.fork());
+        let mut answer = session.tokens[session.prompt_len..].to_vec();
+        let target = |i: usize| {
+            if let Some(before) = i.checked_sub(1) {
+                let token = chain.tokens[before].0;
+                answer.push(token);
+                if let Some(grammar) = &mut grammar {
+                    grammar.advance(token);
+                }
+            }
+            if options.shaping.is_none() && grammar.is_none() {
+                return Distribution::of(raw(i), &options.sampling);
+            }
+            let mut logits = raw(i).to_vec();
+            options.shaping.apply(&mut logits, &session.tokens[..session.prompt_len], &answer);
+            if let Some(grammar) = &mut grammar {
+                grammar.mask(&mut logits);
+            }
+            Distribution::of(&logits, &options.sampling)
+        };
+        let draws = Draws::new(options.sampling.seed, session.tokens.len() as u64);
+        let verdict = draws.verify(options.verify, chain, target);
+        let kept = &chain.tokens[..verdict.accepted_drafts];
+        for (i, token) in kept.iter().chain([&verdict.target_token]).enumerate() {
+            let id = token.0;
+            if let Some(grammar) = &mut session.grammar {
+                // What it notes of the rows that count, it notes here; the row itself was judged on the copy.
+                grammar.mask(&mut raw(i).to_vec());
+                grammar.advance(id);
+            }
+            path.push(Chosen {
+                id,
+                logprobs: options.logprobs.map(|top| TokenLogprobs::of(raw(i), id, top)),
+            });
+        }
+        TreeVerdict {
+            accepted_path: (0..verdict.accepted_drafts as u32).collect(),
+            target_token: verdict.target_token,
+        }
     }
 }
 

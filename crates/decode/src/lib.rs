@@ -1,7 +1,8 @@
 //! The engine: draft → verify → commit or roll back, for one sequence or many.
 //!
 //! Invariants, each a test:
-//! * the output of a request is the same with any drafter, alone or in a batch, greedy or seeded;
+//! * the output of a request is the same with any drafter, alone or in a batch, greedy or seeded; by the two rules that
+//!   draw the draft's tokens ([`GenerateOptions::verify`]) it has the same distribution;
 //! * after a rejected step the caches equal a fresh prefill of the committed text.
 
 mod auto;
@@ -10,6 +11,7 @@ mod block;
 mod calibrate;
 mod costs;
 mod drafter;
+mod drawn;
 mod eagle;
 mod engine;
 mod grammar;
@@ -34,6 +36,8 @@ pub use grammar::{Grammar, GrammarState};
 pub use isolate::Survived;
 pub use options::{BatchOptions, GenerateOptions};
 pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
+
+use draftsmith_core::VerifyRule;
 
 /// What decoding can refuse.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -62,6 +66,12 @@ pub enum DecodeError {
     /// A plan that needs a draft, without one.
     #[error("speculation was asked for, but no draft is loaded")]
     NoDraft,
+    /// Trees whose tokens would have to be drawn.
+    #[error("verification by `{rule}` needs a chain of draft tokens, and a tree was asked for")]
+    NeedsChain {
+        /// The rule.
+        rule: VerifyRule,
+    },
     /// An engine that cannot take over what another has begun.
     #[error("the new engine decodes another target")]
     AnotherTarget,
@@ -86,6 +96,9 @@ impl DecodeError {
             DecodeError::TokenOutOfRange { .. } => Some("the ids come from another tokenizer".into()),
             DecodeError::NoDraft => {
                 Some("give a bundle with `--bundle DIR`, or a smaller model with `--draft-model REF`".into())
+            }
+            DecodeError::NeedsChain { .. } => {
+                Some("draft a chain (`--depth D` alone), or verify by `seeded`".into())
             }
             DecodeError::AnotherTarget => None,
             DecodeError::DraftMismatch { .. } => Some("use the target that the draft was trained for".into()),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use draftsmith_core::{Sampling, Shaping};
+use draftsmith_core::{Sampling, Shaping, VerifyRule};
 
 use crate::drafter::DraftPlan;
 use crate::grammar::Grammar;
@@ -20,6 +20,9 @@ pub struct GenerateOptions {
     pub stop_ids: Vec<u32>,
     /// How much to draft.
     pub draft: DraftPlan,
+    /// Which draft tokens of a sampled answer are kept. But for [`VerifyRule::Seeded`] the draft draws a chain: an
+    /// automatic plan is a chain of 5 then, and a tree is refused.
+    pub verify: VerifyRule,
     /// Log-probabilities with every token: of that token, and of this many of the best ones.
     pub logprobs: Option<usize>,
     /// Log-probabilities of the prompt's own tokens, and of this many of the best ones in the place of each.
@@ -36,6 +39,7 @@ impl Default for GenerateOptions {
             shaping: Shaping::default(),
             stop_ids: Vec::new(),
             draft: DraftPlan::None,
+            verify: VerifyRule::Seeded,
             logprobs: None,
             prompt_logprobs: None,
             grammar: None,

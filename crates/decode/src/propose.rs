@@ -2,11 +2,12 @@
 //!
 //! The step knows trees of tokens alone; which pass of a draft, repetition of the text or plan they come from stays here.
 
-use draftsmith_core::TokenTree;
+use draftsmith_core::{Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
 
 use crate::auto::{Grown, Load, Seed, grow};
 use crate::drafter::{Ask, Shape};
+use crate::drawn;
 use crate::engine::Engine;
 use crate::session::Session;
 
@@ -23,15 +24,33 @@ impl<K: Kernels> Engine<K> {
         let mut trees: Vec<TokenTree> = vec![TokenTree::default(); decoding.len()];
         let place = |index: usize| decoding.binary_search(&index);
         let (mut of, mut asks, mut shapes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut drawn_of, mut drawn_asks, mut depths) = (Vec::new(), Vec::new(), Vec::new());
+        // How the drafts of those draw.
+        let drawing: Vec<Sampling> =
+            sessions.iter().map(|session| drawn::draft_sampling(&session.options.sampling)).collect();
         for (index, session) in sessions.iter_mut().enumerate() {
             // The target adds one token itself, so a proposal may be one shorter than the room.
             let room = session.room(self.max_context).saturating_sub(1);
             let (Ok(at), Some(drafter)) = (place(index), &mut session.drafter) else { continue };
             if let Some(shape) = Shape::of(&session.options.draft, room).filter(|shape| shape.depth > 0) {
                 let position = session.tokens.len() as u64 - 1;
+                if drawn::is_drawn(&session.options) {
+                    let (session, sampling, text) = (drafter.as_mut(), &drawing[index], &session.tokens);
+                    drawn_asks.push(Ask { session, sampling, text, position, k: 1, whole: true });
+                    depths.push(shape.depth);
+                    drawn_of.push((at, index));
+                    continue;
+                }
                 let sampling = &session.options.sampling;
                 let text = &session.tokens;
-                asks.push(Ask { session: drafter.as_mut(), sampling, text, position, k: shape.top_k });
+                asks.push(Ask {
+                    session: drafter.as_mut(),
+                    sampling,
+                    text,
+                    position,
+                    k: shape.top_k,
+                    whole: false,
+                });
                 shapes.push(shape);
                 of.push(at);
             }
@@ -40,6 +59,15 @@ impl<K: Kernels> Engine<K> {
             for (at, tree) in of.into_iter().zip(drafter.propose(&mut asks, &shapes)) {
                 trees[at] = tree;
             }
+        }
+        let mut chains = Vec::new();
+        if let Some(drafter) = self.drafter.as_deref().filter(|_| !drawn_asks.is_empty()) {
+            chains = drawn::propose(drafter, &mut drawn_asks, &depths);
+        }
+        drop(drawn_asks);
+        for ((at, index), chain) in drawn_of.into_iter().zip(chains) {
+            trees[at] = TokenTree::chain(chain.tokens.iter().copied());
+            sessions[index].drawn = Some(chain);
         }
         let fixed: usize = trees.iter().map(TokenTree::len).sum();
         let load = Load { rows: rows + decoding.len() + fixed, sequences: decoding.len() };

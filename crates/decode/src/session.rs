@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use draftsmith_core::{AcceptStats, TokenLogprobs};
+use draftsmith_core::{AcceptStats, DrawnChain, TokenLogprobs};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::TargetKv;
 
@@ -103,6 +103,8 @@ pub(crate) struct Session<K: Kernels> {
     pub drafter: Option<BoxedSession<K>>,
     /// Set for an automatic plan.
     pub auto: Option<Auto>,
+    /// The proposal under way, if it was drawn.
+    pub drawn: Option<DrawnChain>,
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
@@ -127,6 +129,7 @@ impl<K: Kernels> Session<K> {
         self.options.draft = DraftPlan::None;
         self.drafter = None;
         self.auto = None;
+        self.drawn = None;
     }
 
     /// True if a row's arg-max is all that this request wants to know.

@@ -13,6 +13,7 @@ use draftsmith_kernels::{Kernels, TopK};
 use draftsmith_model::{GrowItem, Rows, StepItem, StepOutput, Target, TargetKv};
 
 use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Node};
+use crate::drawn;
 
 /// Rows of text read in one step over all sequences, beside those that go on from the step before.
 const READ: usize = 256;
@@ -129,6 +130,8 @@ struct Choice<'a> {
     sampling: &'a Sampling,
     /// Where they stand.
     position: u64,
+    /// See [`Ask::whole`].
+    whole: bool,
 }
 
 impl<K: Kernels> SmallDrafter<K> {
@@ -154,7 +157,7 @@ impl<K: Kernels> SmallDrafter<K> {
         let mut whole: Vec<usize> = Vec::new();
         let (mut single, mut several) = (Vec::new(), Vec::new());
         for (i, choice) in choices.iter().enumerate() {
-            match (choice.sampling.is_greedy(), choice.k) {
+            match (choice.sampling.is_greedy() && !choice.whole, choice.k) {
                 (false, _) => whole.push(i),
                 (true, 0 | 1) => single.push(i),
                 (true, _) => several.push(i),
@@ -187,8 +190,11 @@ impl<K: Kernels> SmallDrafter<K> {
         if !whole.is_empty() {
             let logits = self.small.logits(output, &at(&whole));
             for (i, logits) in whole.iter().zip(logits.chunks_exact(vocab)) {
-                let Choice { k, sampling, position } = choices[*i];
-                found[*i] = chosen(&logits[..self.shared], k.max(1), sampling, position);
+                let Choice { k, sampling, position, whole } = choices[*i];
+                found[*i] = match whole {
+                    true => drawn::children(&logits[..self.shared], sampling, |id| id),
+                    false => chosen(&logits[..self.shared], k.max(1), sampling, position),
+                };
             }
         }
         found
@@ -271,7 +277,12 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
         };
         let choices: Vec<Choice<'_>> = asks
             .iter()
-            .map(|ask| Choice { k: ask.k, sampling: ask.sampling, position: ask.text.len() as u64 })
+            .map(|ask| Choice {
+                k: ask.k,
+                sampling: ask.sampling,
+                position: ask.text.len() as u64,
+                whole: ask.whole,
+            })
             .collect();
         let mut ends: Vec<(usize, u32)> = Vec::new();
         let mut rows = 0u32;
@@ -333,7 +344,7 @@ impl<K: Kernels> Drafter<K> for SmallDrafter<K> {
             .iter()
             .map(|at| {
                 let (node, ask) = (&nodes[*at], &asks[nodes[*at].of]);
-                Choice { k: ask.k, sampling: ask.sampling, position: position(node) + 1 }
+                Choice { k: ask.k, sampling: ask.sampling, position: position(node) + 1, whole: ask.whole }
             })
             .collect();
         let mut new_rows = vec![0; asks.len()];

@@ -174,7 +174,14 @@ fn says(drafter: &dyn Drafter<Cpu>, sessions: &mut Sessions) -> Vec<[Vec<(u32, u
     let sampling = &Sampling::GREEDY;
     let mut asks: Vec<Ask<'_, Cpu>> = sessions
         .iter_mut()
-        .map(|session| Ask { session: session.as_mut(), sampling, text: &[], position: 400, k: 3 })
+        .map(|session| Ask {
+            session: session.as_mut(),
+            sampling,
+            text: &[],
+            position: 400,
+            k: 3,
+            whole: false,
+        })
         .collect();
     let first = drafter.roots(&mut asks);
     let node = |of: usize, parent, token, depth| Node { of, parent, token, depth };
@@ -221,6 +228,7 @@ fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposa
                     text: &[],
                     position: 0,
                     k: 1,
+                    whole: false,
                 }]);
             }
         }

@@ -55,6 +55,9 @@ impl GrammarState for FuseState {
         self.left = self.left.saturating_sub(1);
         self.last = self.last.wrapping_mul(31).wrapping_add(id);
     }
+    fn fork(&self) -> Box<dyn GrammarState> {
+        Box::new(FuseState { ..*self })
+    }
 }
 
 /// Guesses some tokens, right and wrong ones, and panics once where it is told to.

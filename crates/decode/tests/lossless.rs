@@ -2,49 +2,24 @@
 //! alone and in a batch, with penalties and under a grammar. The target is the small trained one of the repo; drafts have random weights, are always
 //! wrong, or are always right.
 
+mod common;
+
 use std::any::Any;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree, VocabMap};
+use draftsmith_core::{LayerId, Sampling, Shaping, TargetTokenId, TokenLogprobs, TokenTree};
 use draftsmith_decode::{
     Ask, Batch, BatchOptions, Children, Committed, Costs, DecodeError, DraftPlan, Drafter, DrafterSession,
     Engine, Features, FinishReason, GenerateOptions, Generation, Grammar, GrammarState, Node, Shape,
     TokenEvent, drafter,
 };
-use draftsmith_kernels::{Cpu, PackMode};
-use draftsmith_model::eagle3::{Eagle3Config, Feedback};
-use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, StepItem, Target};
+use draftsmith_kernels::Cpu;
+use draftsmith_model::StepItem;
+use draftsmith_model::eagle3::Feedback;
 
-fn target() -> Arc<Target<Cpu>> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
-    Arc::new(Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap())
-}
-
-struct Row {
-    prompt: Vec<u32>,
-    tokens: Vec<u32>,
-    margins: Vec<f64>,
-}
-
-fn rows() -> Vec<Row> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target/expected.jsonl");
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines()
-        .map(|line| {
-            let v: serde_json::Value = serde_json::from_str(line).unwrap();
-            let list = |key: &str| v[key].as_array().unwrap().clone();
-            let ids = |key: &str| list(key).iter().map(|x| x.as_u64().unwrap() as u32).collect();
-            Row {
-                prompt: ids("prompt_token_ids"),
-                tokens: ids("token_ids"),
-                margins: list("top1_minus_top2_logit").iter().map(|x| x.as_f64().unwrap()).collect(),
-            }
-        })
-        .collect()
-}
+use common::{random_draft, rows, target};
 
 fn options(draft: DraftPlan, sampling: Sampling, max_new_tokens: usize) -> GenerateOptions {
     GenerateOptions { max_new_tokens, sampling, stop_ids: vec![2], draft, ..GenerateOptions::default() }
@@ -52,55 +27,6 @@ fn options(draft: DraftPlan, sampling: Sampling, max_new_tokens: usize) -> Gener
 
 fn run(engine: &Engine<Cpu>, prompt: &[u32], options: &GenerateOptions) -> Generation {
     engine.generate(prompt, options, &mut |_| ControlFlow::Continue(())).unwrap()
-}
-
-/// A draft with random weights on a third of the vocabulary.
-fn random_draft(target: &Target<Cpu>, seed: u64, feedback: Feedback, fc_norm: bool) -> Draft<Cpu> {
-    let t = target.config();
-    let (h, vocab) = (t.hidden_size, t.vocab_size);
-    let config = Eagle3Config {
-        vocab_size: vocab,
-        draft_vocab_size: vocab / 3,
-        hidden_size: h,
-        target_hidden_size: h,
-        intermediate_size: 2 * h,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 32,
-        rms_norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: draftsmith_kernels::RopeScaling::None,
-        max_position_embeddings: 512,
-        fc_norm,
-        norm_before_fc: false,
-        norm_before_residual: false,
-        feedback,
-        initializer_range: 0.02,
-        target_layer_ids: None,
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
-        pad_token_id: None,
-    };
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((state >> 33) as f32 / (1u64 << 31) as f32 - 0.5) * 0.4
-    };
-    let mut tensors = DraftTensors::new();
-    for (name, shape) in config.tensors() {
-        if name == "d2t" || name == "t2d" {
-            continue;
-        }
-        let count = shape.iter().product();
-        let norm = name.contains("norm");
-        let values = (0..count).map(|_| if norm { 1.0 } else { next() }).collect();
-        tensors.insert(name, (shape, values));
-    }
-    let ids: Vec<u32> = (0..vocab as u32 / 3).map(|i| i * 3).collect();
-    let map = VocabMap::from_target_ids(&ids, vocab).unwrap();
-    let kernels = target.kernels();
-    let config = DraftConfig::Eagle3(config);
-    Draft::from_tensors(kernels.as_ref(), config, &tensors, Some(map), PackMode::Q8, "test").unwrap()
 }
 
 const PLANS: [DraftPlan; 9] = [
@@ -452,6 +378,9 @@ impl GrammarState for ClassState {
         assert_eq!(id % 3, self.0, "only what the mask left is committed");
         self.0 = (self.0 + 1 + id % 2) % 3;
     }
+    fn fork(&self) -> Box<dyn GrammarState> {
+        Box::new(ClassState(self.0))
+    }
 }
 
 /// Tokens, and what was said about them.
@@ -673,7 +602,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
     let bits = |list: &Children| list.iter().map(|(t, p)| (*t, p.to_bits())).collect::<Vec<_>>();
     let says = |sessions: &mut [Box<dyn DrafterSession<Cpu>>]| {
         let sampling = &Sampling::GREEDY;
-        let ask = |session| Ask { session, sampling, text: &[], position: 900, k: 5 };
+        let ask = |session| Ask { session, sampling, text: &[], position: 900, k: 5, whole: false };
         let mut asks: Vec<Ask<'_, Cpu>> = sessions.iter_mut().map(|s| ask(s.as_mut())).collect();
         let first = drafter.roots(&mut asks);
         // Two levels, of each sequence two nodes: the second hangs below the first.
@@ -698,6 +627,7 @@ fn features_that_wait_are_bounded_and_taken_in_by_pieces_with_the_same_result() 
             text: &[],
             position: 0,
             k: 1,
+            whole: false,
         }]);
     }
     let (per_token, per_session) = (drafter.bytes_per_token(), drafter.bytes_per_session());

@@ -215,7 +215,14 @@ fn ids_that_one_of_the_two_does_not_have_are_never_proposed() {
     for sampling in [Sampling::GREEDY, SEEDED] {
         for (k, prompt) in [1, 2, 9].into_iter().flat_map(|k| prompts().into_iter().map(move |p| (k, p))) {
             let mut session = drafter.begin();
-            let ask = Ask { session: session.as_mut(), sampling: &sampling, text: &prompt, position: 0, k };
+            let ask = Ask {
+                session: session.as_mut(),
+                sampling: &sampling,
+                text: &prompt,
+                position: 0,
+                k,
+                whole: false,
+            };
             let mut asks = [ask];
             let first = drafter.roots(&mut asks).remove(0);
             // Of what top-p leaves there may be fewer.
@@ -236,7 +243,8 @@ fn ids_that_one_of_the_two_does_not_have_are_never_proposed() {
     let drafter = small_drafter(&target, load(&path, 1));
     let mut session = drafter.begin();
     let text = [5, 1000, 7, 9];
-    let ask = Ask { session: session.as_mut(), sampling: &SEEDED, text: &text, position: 3, k: 4 };
+    let ask =
+        Ask { session: session.as_mut(), sampling: &SEEDED, text: &text, position: 3, k: 4, whole: false };
     let first = drafter.roots(&mut [ask]).remove(0);
     assert!(first.len() == 4 && first.iter().all(|(token, _)| *token < 300), "{first:?}");
 }
@@ -252,7 +260,7 @@ fn says(
     text: &[u32],
 ) -> Vec<Vec<(u32, u32)>> {
     let position = text.len() as u64 - 1;
-    let mut asks = [Ask { session, sampling: &Sampling::GREEDY, text, position, k: 4 }];
+    let mut asks = [Ask { session, sampling: &Sampling::GREEDY, text, position, k: 4, whole: false }];
     let first = drafter.roots(&mut asks).remove(0);
     let nodes: Vec<Node> = first
         .iter()
@@ -280,7 +288,8 @@ fn what_is_said_of_a_text_does_not_depend_on_how_it_was_read() {
     let wait = |session: &mut dyn DrafterSession<Cpu>, text: &[u32]| {
         let mut rounds = 0;
         loop {
-            let mut asks = [Ask { session, sampling: &Sampling::GREEDY, text, position: 0, k: 4 }];
+            let mut asks =
+                [Ask { session, sampling: &Sampling::GREEDY, text, position: 0, k: 4, whole: false }];
             rounds += 1;
             if !drafter.roots(&mut asks)[0].is_empty() {
                 return rounds;
@@ -331,8 +340,14 @@ fn a_text_beyond_the_context_of_the_model_is_answered_with_nothing() {
     for (length, roots, below) in [(most - 1, true, true), (most, true, false), (most + 1, false, false)] {
         let mut session = drafter.begin();
         let text = &text[..length];
-        let mut asks =
-            [Ask { session: session.as_mut(), sampling: &Sampling::GREEDY, text, position: 0, k: 2 }];
+        let mut asks = [Ask {
+            session: session.as_mut(),
+            sampling: &Sampling::GREEDY,
+            text,
+            position: 0,
+            k: 2,
+            whole: false,
+        }];
         let first = drafter.roots(&mut asks).remove(0);
         assert_eq!(!first.is_empty(), roots, "{length}");
         if let Some((token, _)) = first.first() {

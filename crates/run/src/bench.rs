@@ -8,8 +8,8 @@ use draftsmith_bench::{
     Workload, report_html_with, run_workload, summarize,
 };
 use draftsmith_bundle::{Measured, MeasuredResult, Shape};
-use draftsmith_core::Sampling;
 use draftsmith_core::report::{Report, Unit};
+use draftsmith_core::{Sampling, VerifyRule};
 use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
@@ -43,7 +43,11 @@ impl Run<'_> {
             plans.push(DraftPlan::Auto);
         }
         let options = |plan: &DraftPlan| MeasureOptions {
-            run: RunOptions { max_new_tokens: table.max_new_tokens as usize, sampling: Sampling::GREEDY },
+            run: RunOptions {
+                max_new_tokens: table.max_new_tokens as usize,
+                sampling: Sampling::GREEDY,
+                verify: VerifyRule::Seeded,
+            },
             repeats: 1,
             warmup_tokens: WARMUP_TOKENS,
             drafting: drafting(plan),

@@ -33,6 +33,7 @@ impl EngineRunner<'_> {
         let options = GenerateOptions {
             max_new_tokens: options.max_new_tokens,
             sampling: options.sampling,
+            verify: options.verify,
             stop_ids: self.stop_ids.clone(),
             draft,
             ..GenerateOptions::default()

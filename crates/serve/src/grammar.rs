@@ -469,6 +469,16 @@ impl GrammarState for JsonState {
             let _ = self.matcher.consume_token(id);
         }
     }
+
+    fn fork(&self) -> Box<dyn GrammarState> {
+        Box::new(JsonState {
+            // Deep, so that what drafted tokens make of the lexer's states stays with them.
+            matcher: self.matcher.deep_clone(),
+            compiled: Arc::clone(&self.compiled),
+            // An answer is cut by what is committed alone.
+            cut: Arc::default(),
+        })
+    }
 }
 
 #[cfg(test)]

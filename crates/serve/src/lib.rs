@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use draftsmith_core::VerifyRule;
 use draftsmith_decode::Engine;
 use draftsmith_kernels::Cpu;
 use draftsmith_text::{ChatTemplate, Tokenizer};
@@ -120,6 +121,8 @@ pub struct Options {
     pub limits: Limits,
     /// Folder of bench records to show beside the bundle's.
     pub records: Option<PathBuf>,
+    /// Which draft tokens of sampled answers are kept, unless a request says.
+    pub verify: VerifyRule,
     /// Takes lines for people.
     pub log: Log,
 }
@@ -154,6 +157,7 @@ struct Service {
     template: Option<ChatTemplate>,
     context: usize,
     vocab: usize,
+    verify: VerifyRule,
     cache_slots: usize,
     created_unix_s: u64,
     queue: Arc<Queue>,
@@ -284,6 +288,7 @@ impl Server {
             template: model.template,
             context,
             vocab,
+            verify: self.app.options.verify,
             cache_slots: model.cache_slots,
             created_unix_s: unix_s(),
             queue,

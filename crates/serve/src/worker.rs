@@ -471,6 +471,9 @@ mod tests {
         fn advance(&mut self, _: u32) {
             self.0.fetch_sub(1, Ordering::Relaxed);
         }
+        fn fork(&self) -> Box<dyn GrammarState> {
+            Box::new(FuseState(AtomicU32::new(self.0.load(Ordering::Relaxed))))
+        }
     }
 
     type Answers = UnboundedReceiver<(usize, Event)>;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use draftsmith_core::{LayerId, TargetTokenId, TokenTree};
+use draftsmith_core::{LayerId, TargetTokenId, TokenTree, VerifyRule};
 use draftsmith_decode::{Ask, Children, Committed, Drafter, DrafterSession, Engine, Node, Shape};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, Target};
@@ -86,6 +86,7 @@ fn server(drafter: Arc<Shaky>) -> Server {
             watch_steps: 100,
         },
         records: None,
+        verify: VerifyRule::Seeded,
         log: Arc::new(|_| {}),
     })
     .unwrap();

@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use draftsmith_core::VerifyRule;
 use draftsmith_serve::{Limits, Options, ServeError, Server};
 
 fn options(address: &str) -> Options {
@@ -24,6 +25,7 @@ fn options(address: &str) -> Options {
             watch_steps: 1,
         },
         records: None,
+        verify: VerifyRule::Seeded,
         log: Arc::new(|_| {}),
     }
 }

@@ -130,8 +130,19 @@ fn answers(
     }
     let outputs: usize = all.iter().map(|s| s.samples).sum();
     let equal: usize = all.iter().map(|s| s.identical_samples).sum();
-    let (class, word) = if equal == outputs { ("yes", "yes") } else { ("no", "NO") };
-    let lossless = if equal == outputs {
+    let (class, word) = if all.iter().any(|s| s.verify.is_some()) {
+        ("yes", "drawn")
+    } else if equal == outputs {
+        ("yes", "yes")
+    } else {
+        ("no", "NO")
+    };
+    let lossless = if let Some(rule) = all.iter().find_map(|s| s.verify.as_ref()) {
+        format!(
+            "Outputs are drawn by the rule `{}`: from the target's distribution, and not the same texts.",
+            escape(rule)
+        )
+    } else if equal == outputs {
         format!("All {} equal target-only decoding, token for token.", count(outputs, "output"))
     } else {
         format!("{} of {} differ from target-only decoding.", outputs - equal, count(outputs, "output"))
@@ -239,7 +250,9 @@ fn results(out: &mut String, shown: &[Summary]) {
     );
     for summary in shown {
         let class = if summary.is_total { " class=\"total\"" } else { "" };
-        let identical = if summary.identical() {
+        let identical = if let Some(rule) = &summary.verify {
+            format!("drawn by {}", escape(rule))
+        } else if summary.identical() {
             format!("<span class=\"yes\">all {}</span>", summary.samples)
         } else {
             format!("<span class=\"no\">{} of {}</span>", summary.identical_samples, summary.samples)

@@ -9,7 +9,7 @@ use draftsmith_bench::{
     BoxError, Dialogue, MeasureOptions, Record, RunOptions, RunOutput, Runner, Workload, WorkloadRow,
     run_workload,
 };
-use draftsmith_core::{AcceptStats, Sampling};
+use draftsmith_core::{AcceptStats, Sampling, VerifyRule};
 
 /// Token `i` of the answer to a prompt, from the prompt alone.
 fn answer_token(prompt: &[u32], i: usize) -> u32 {
@@ -122,7 +122,7 @@ impl Dialogue for FakeDialogue {
 
 pub(crate) fn options(max_new_tokens: usize) -> MeasureOptions {
     MeasureOptions {
-        run: RunOptions { max_new_tokens, sampling: Sampling::GREEDY },
+        run: RunOptions { max_new_tokens, sampling: Sampling::GREEDY, verify: VerifyRule::Seeded },
         repeats: 1,
         warmup_tokens: 8,
         drafting: Drafting::Chain { depth: 5 },

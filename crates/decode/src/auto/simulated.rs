@@ -285,10 +285,7 @@ impl Drafter<Cpu> for Many {
     fn take_in(&self, _: &mut [crate::Committed<'_, Cpu>]) {}
     fn roots(&self, asks: &mut [Ask<'_, Cpu>]) -> Vec<Children> {
         let of = |ask: &mut Ask<'_, Cpu>| ask.session.as_any_mut().downcast_mut::<ManySession>().unwrap().of;
-        asks.iter_mut()
-            .map(of)
-            .map(|of| self.each[of].children(self.each[of].root, true))
-            .collect()
+        asks.iter_mut().map(of).map(|of| self.each[of].children(self.each[of].root, true)).collect()
     }
     fn expand(&self, asks: &mut [Ask<'_, Cpu>], nodes: &[Node]) -> Vec<(u32, Children)> {
         let one = |node: &Node| {

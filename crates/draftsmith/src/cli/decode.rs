@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use draftsmith_core::VerifyRule;
 
 /// How proposals look.
 #[derive(Debug, Args)]
@@ -20,6 +21,15 @@ pub struct Drafting {
     /// Draft a tree: draft tokens kept in all (default: 4 per level).
     #[arg(long, value_name = "N", requires = "tree_top_k", value_parser = clap::value_parser!(u32).range(1..=512))]
     pub tree_nodes: Option<u32>,
+}
+
+/// Which draft tokens of a sampled answer are kept.
+#[derive(Debug, Args)]
+pub struct Verifying {
+    /// Rule at a temperature above 0. `seeded`: the same text with and without a draft. `rejection`, and `block`, which
+    /// keeps at least as much: the draft draws a chain, and the text is a draw from the same distribution.
+    #[arg(long, value_name = "RULE", default_value_t = VerifyRule::Seeded)]
+    pub verify: VerifyRule,
 }
 
 /// How tokens are chosen.
@@ -81,6 +91,9 @@ pub struct Generate {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub drafting: Drafting,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub verifying: Verifying,
     /// Decode both ways and compare token by token.
     #[arg(long)]
     pub prove: bool,
@@ -139,6 +152,9 @@ pub struct Bench {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub drafting: Drafting,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub verifying: Verifying,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

@@ -15,7 +15,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use decode::{
     Bench, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb, Choosing, Drafting,
-    Generate, PeerKind, Quickstart, TrainPeerKind,
+    Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
 };
 pub use serve::{KvBudget, Serve};
 pub use shell::{Completions, Man};

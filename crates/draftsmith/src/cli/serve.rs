@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use super::Verifying;
+
 /// Answers OpenAI's HTTP API, with the draft of a bundle or a smaller model.
 ///
 /// Neither the draft nor the load changes the text of an answer. Requests beyond the budget of the cache wait, in one
@@ -77,6 +79,9 @@ pub struct Serve {
     /// Folder of bench records to show beside the bundle's.
     #[arg(long, value_name = "DIR")]
     pub records: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub verifying: Verifying,
     /// Threads to compute with (default: all; results do not depend on it).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

@@ -9,6 +9,7 @@ use draftsmith::bench::{
 };
 use draftsmith::bundle::Manifest;
 use draftsmith::cli;
+use draftsmith::core::VerifyRule;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, engine};
@@ -18,7 +19,7 @@ use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting
 use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 
-use super::generate::{DEFAULT_DEPTH, plan, sampling};
+use super::generate::{DEFAULT_DEPTH, plan, rule, sampling};
 use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
@@ -47,6 +48,7 @@ pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Fail
         .unwrap_or(DraftSource::Bundle(Path::new("")));
     let sampling = sampling(&args.choosing)?;
     let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
+    let verify = rule(&args.verifying, &args.drafting, &sampling)?;
     // Wrong files are told before a model is fetched.
     let workloads = read_workloads(&args.workload, args.limit)?;
     let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
@@ -55,7 +57,7 @@ pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Fail
         engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);
     }
     let options = MeasureOptions {
-        run: RunOptions { max_new_tokens: args.max_new_tokens as usize, sampling },
+        run: RunOptions { max_new_tokens: args.max_new_tokens as usize, sampling, verify },
         repeats: args.repeats as usize,
         warmup_tokens: WARMUP_TOKENS,
         drafting: drafting(&plan),
@@ -104,7 +106,7 @@ pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Fail
         }
         None => printer::out(&table::text(&records))?,
     }
-    Ok(if contract.identical { 0 } else { NOT_HELD })
+    Ok(if contract.identical || verify != VerifyRule::Seeded { 0 } else { NOT_HELD })
 }
 
 /// Raw records and the page made from them.

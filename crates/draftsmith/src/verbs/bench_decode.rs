@@ -8,7 +8,7 @@ use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, SideCosts, Timed
 use draftsmith::bench::kernels::KernelRunner;
 use draftsmith::bench::{BoxError, BusyTimes, RunOptions, Runner, Workload};
 use draftsmith::cli;
-use draftsmith::core::Sampling;
+use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
 use draftsmith::engine::engine;
@@ -51,7 +51,8 @@ impl Side for Ours<'_> {
     }
 
     fn decode(&mut self, prompt_ids: &[u32], new_tokens: usize) -> Result<Timed, BoxError> {
-        let options = RunOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY };
+        let options =
+            RunOptions { max_new_tokens: new_tokens, sampling: Sampling::GREEDY, verify: VerifyRule::Seeded };
         let done = self.runner.spec(prompt_ids, &options)?;
         Ok(Timed { token_ids: done.token_ids, prefill: done.prefill, decode: done.decode })
     }

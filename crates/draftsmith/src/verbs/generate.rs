@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use draftsmith::cli;
-use draftsmith::core::Sampling;
+use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::{draft_plan, engine};
@@ -63,6 +63,37 @@ pub(crate) fn plan(args: &cli::Drafting) -> Option<DraftPlan> {
     }
 }
 
+/// The rule that was asked for, if the rest fits it.
+pub(crate) fn rule(
+    args: &cli::Verifying,
+    drafting: &cli::Drafting,
+    sampling: &Sampling,
+) -> Result<VerifyRule, Failure> {
+    let rule = args.verify;
+    if rule == VerifyRule::Seeded {
+        return Ok(rule);
+    }
+    let shape = if drafting.auto { Some("--auto") } else { drafting.tree_top_k.map(|_| "--tree-top-k") };
+    if let Some(shape) = shape {
+        return Err(Failure::input(
+            format!(
+                "`--verify {rule}` needs a chain that the draft draws, and `{shape}` takes its best tokens"
+            ),
+            Some(format!("give `--depth D` instead of `{shape}`, or `--verify seeded`")),
+        ));
+    }
+    if sampling.is_greedy() {
+        return Err(Failure::input(
+            format!(
+                "`--verify {rule}` draws tokens, and `--temperature {}` draws none",
+                sampling.temperature
+            ),
+            Some("give a temperature above 0, or leave `--verify` out".to_string()),
+        ));
+    }
+    Ok(rule)
+}
+
 /// Draft tokens per proposal when nobody says.
 pub(crate) const DEFAULT_DEPTH: u32 = 5;
 
@@ -112,9 +143,20 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
             ));
         }
         (Some(plan), Some(_)) => plan,
+        // What is drawn is a chain.
+        (None, Some(_)) if args.verifying.verify != VerifyRule::Seeded => {
+            DraftPlan::Chain { depth: DEFAULT_DEPTH as usize }
+        }
         (None, Some(_)) => DraftPlan::Auto,
         (None, None) => DraftPlan::None,
     };
+    let verify = rule(&args.verifying, &args.drafting, &sampling)?;
+    if args.prove && verify != VerifyRule::Seeded {
+        return Err(Failure::input(
+            format!("`--prove` compares texts token by token, and `--verify {verify}` draws another one"),
+            Some("leave one of them out: `--verify seeded` is the rule that gives the same text".to_string()),
+        ));
+    }
     if args.prove && speculative == DraftPlan::None {
         return Err(Failure::input(
             "`--prove` compares decoding with and without speculation, and there is none",
@@ -131,6 +173,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
             sampling,
             stop_ids: target.stop_ids(),
             draft,
+            verify,
             ..GenerateOptions::default()
         };
         let mut decoder = target.text.tokenizer.stream_decoder(true, &args.stop);

@@ -210,6 +210,7 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
             watch_steps: args.watch_steps.into(),
         },
         records: args.records.clone(),
+        verify: args.verifying.verify,
         log,
     })
 }

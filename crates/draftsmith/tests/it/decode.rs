@@ -239,3 +239,36 @@ fn real_model_quickstart_proves_that_the_texts_are_equal() {
     assert_eq!(value["identical"], true, "{value}");
     assert!(value["accept_len"].as_f64().is_some_and(|a| a > 1.0), "{value}");
 }
+
+#[test]
+fn rules_that_draw_refuse_what_does_not_fit_them() {
+    let home = Home::new();
+    let start = ["generate", "--target", &tiny(), "--prompt", "Hi", "--max-new-tokens", "4"];
+    for (more, said, hint) in [
+        (
+            &["--verify", "block", "--temperature", "0.8", "--auto", "--prove"][..],
+            "`--verify block` needs a chain that the draft draws, and `--auto` takes its best tokens",
+            "give `--depth D` instead of `--auto`",
+        ),
+        (
+            &["--verify", "rejection", "--temperature", "0.8", "--prove"],
+            "`--prove` compares texts token by token, and `--verify rejection` draws another one",
+            "`--verify seeded` is the rule that gives the same text",
+        ),
+        (
+            &["--verify", "rejection"],
+            "`--verify rejection` draws tokens, and `--temperature 0` draws none",
+            "give a temperature above 0",
+        ),
+    ] {
+        let run = home.run(&[&start[..], more].concat());
+        assert_eq!(run.code, Some(2), "{}", run.stderr);
+        assert!(run.stderr.contains(said) && run.stderr.contains(hint), "{}", run.stderr);
+    }
+    // Without a draft nothing is verified: the rule changes nothing.
+    let text = |more: &[&str]| {
+        let sampled = ["--temperature", "0.8", "--seed", "3", "--json"];
+        home.run(&[&start[..], &sampled, more].concat()).json()["token_ids"].clone()
+    };
+    assert_eq!(text(&["--verify", "block"]), text(&[]));
+}

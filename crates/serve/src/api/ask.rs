@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use draftsmith_core::{Sampling, Shaping};
+use draftsmith_core::{Sampling, Shaping, VerifyRule};
 use draftsmith_decode::{DraftPlan, GenerateOptions};
 use draftsmith_text::{Message, RenderOptions, TextError};
 use serde_json::{Map, Value};
@@ -158,6 +158,13 @@ impl Asked {
         let ours = fields.object("draftsmith", "draftsmith.")?;
         let trace = ours.map(|f| f.bool("trace")).transpose()?.flatten().unwrap_or(false);
         let draft = draft_plan(ours, service)?;
+        let verify = verify(ours, service)?;
+        if verify != VerifyRule::Seeded && !sampling.is_greedy() && matches!(draft, DraftPlan::Tree { .. }) {
+            let message = format!(
+                "`draftsmith.verify` is `{verify}`, which needs a chain, and `draftsmith.draft` is a tree"
+            );
+            return Err(ApiError::invalid("draftsmith.draft", message));
+        }
         let draft = if max_new_tokens == 0 { DraftPlan::None } else { draft };
         let stream = fields.bool("stream")?.unwrap_or(false);
         let stream_options = fields.object("stream_options", "stream_options.")?;
@@ -190,6 +197,7 @@ impl Asked {
                 sampling,
                 stop_ids,
                 draft,
+                verify,
                 shaping,
                 logprobs,
                 prompt_logprobs,
@@ -409,6 +417,16 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
             Err(ApiError::invalid(name, message))
         }
     }
+}
+
+/// Which draft tokens of this request are kept.
+fn verify(ours: Option<Fields<'_>>, service: &Service) -> Result<VerifyRule, ApiError> {
+    let name = "draftsmith.verify";
+    let asked = ours.map(|ours| ours.string("verify")).transpose()?.flatten();
+    asked.map_or(Ok(service.verify), |word| {
+        word.parse::<VerifyRule>()
+            .map_err(|wanted| ApiError::invalid(name, format!("`{name}` is `{word}`, {wanted}")))
+    })
 }
 
 /// How much to draft for this request.
