@@ -111,7 +111,7 @@ pub enum Problem {
         name: String,
     },
     /// A draft brings an embedding that is not its target's.
-    #[error("tensor `{name}` is not the target's embedding: it differs by {:.0} % of its size", share * 100.0)]
+    #[error("tensor `{name}` is not the target's: it differs by {:.0} % of its size", share * 100.0)]
     OwnEmbedding {
         /// Which.
         name: String,

@@ -21,6 +21,9 @@ use serde_json::{Value, json};
 
 use crate::support::{VD, input, made};
 
+#[path = "foreign/parallel.rs"]
+mod parallel;
+
 const LAYOUTS: [Layout; 4] = [Layout::Sglang, Layout::Vllm, Layout::Speculators, Layout::Gguf];
 
 /// Stands for what a GGUF target carries.

@@ -6,7 +6,7 @@ use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_model::DraftConfig;
 
-use super::{Layout, TargetFacts, eagle3, launch, lint};
+use super::{Layout, TargetFacts, eagle3, launch, lint, parallel};
 use crate::engines::Launch;
 use crate::layout::{WeightTypes, read_config, vocab_map, weight_problems};
 use crate::make::Existing;
@@ -83,7 +83,7 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
             eagle3::files(config, input.layout, &manifest, &weights, input.target.as_ref())
         }
         DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            return Err(BundleError::NoLayout { method: config.name(), layout: input.layout.name() });
+            parallel::files(&config, input.layout, &manifest, &weights, input.target.as_ref())
         }
     }
     .map_err(|error| match error {

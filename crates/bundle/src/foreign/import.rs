@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
@@ -12,9 +13,10 @@ use draftsmith_formats::gguf::{GgufFile, content_sha256, only_model};
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{DraftConfig, DraftTensors, Infer, Ops, Target};
+use draftsmith_model::{DraftConfig, DraftConfigError, DraftTensors, Infer, Linear, Ops, Target};
+use serde_json::{Map, Value};
 
-use super::{Layout, eagle3};
+use super::{Layout, eagle3, parallel};
 use crate::files::files_below;
 use crate::make::{Made, MakeInput};
 use crate::manifest::{CONFIG_FILE, ImportedFrom, WEIGHTS_FILE};
@@ -24,6 +26,8 @@ use crate::{BundleError, Problem};
 
 /// The target's embedding, which some drafts carry a copy of.
 pub(crate) const EMBEDDING: &str = "embed_tokens.weight";
+/// The head, which drafts that use the target's carry a copy of.
+pub(crate) const HEAD: &str = "lm_head.weight";
 /// How far a carried embedding may be from the target's, as root mean square of differences over that of values:
 /// 4-bit rows differ by up to 0.1, other embeddings by 1 and more.
 const EMBEDDING_SHARE_MAX: f64 = 0.2;
@@ -43,6 +47,8 @@ pub struct Imported {
     pub vocab_map: Option<VocabMap>,
     /// `[V, H]` the embedding that came along.
     pub embedding: Option<Vec<f32>>,
+    /// `[Vd, H]` the target's head that came along, where the draft has none of its own.
+    pub head: Option<Vec<f32>>,
     /// Two keys that name different layers; [`Imported::set_layers`] decides.
     pub(crate) contradiction: Option<Problem>,
     /// Where it was read.
@@ -66,13 +72,44 @@ pub fn import(path: &Path) -> Result<Imported, BundleError> {
 /// As [`import`].
 pub fn import_with(path: &Path, layers: Option<&[u32]>) -> Result<Imported, BundleError> {
     if let Some(file) = gguf_file(path)? {
-        return eagle3::from_gguf(&file, &GgufFile::open(&file)?, layers);
+        return by_architecture(&file, &GgufFile::open(&file)?, layers);
     }
     let config = path.join(CONFIG_FILE);
     if path.is_dir() && config.is_file() {
-        return eagle3::from_safetensors(path, &atomic::read(config)?, &SafetensorsDir::open(path)?, layers);
+        return by_config(path, &atomic::read(config)?, &SafetensorsDir::open(path)?, layers);
     }
     Err(BundleError::NoDraft { path: path.to_owned() })
+}
+
+/// A folder's draft, of the kind that its configuration names.
+fn by_config(
+    path: &Path,
+    config: &[u8],
+    open: &SafetensorsDir,
+    layers: Option<&[u32]>,
+) -> Result<Imported, BundleError> {
+    let bad = |e: DraftConfigError| {
+        let problem = Problem::Config { message: format!("`{CONFIG_FILE}`: {e}"), hint: e.hint() };
+        BundleError::draft(path, "imported", vec![problem])
+    };
+    let written: Map<String, Value> =
+        serde_json::from_slice(config).map_err(|e| bad(DraftConfigError::Json { message: e.to_string() }))?;
+    match parallel::is_one(&written) {
+        true => parallel::from_safetensors(path, written, open, layers),
+        false => eagle3::from_safetensors(path, written, open, layers),
+    }
+}
+
+/// A GGUF file's draft, of the kind that its architecture names.
+fn by_architecture(
+    path: &Path,
+    file: &GgufFile<'_>,
+    layers: Option<&[u32]>,
+) -> Result<Imported, BundleError> {
+    match file.get_str("general.architecture")? {
+        parallel::ARCHITECTURE => parallel::from_gguf(path, file, layers),
+        _ => eagle3::from_gguf(path, file, layers),
+    }
 }
 
 /// The GGUF file that a path means: itself, or the only one in a folder without a configuration. A split is one.
@@ -101,7 +138,7 @@ pub fn import_safetensors(
     config: &[u8],
     open: &SafetensorsDir,
 ) -> Result<Imported, BundleError> {
-    eagle3::from_safetensors(path, config, open, None)
+    by_config(path, config, open, None)
 }
 
 /// Reads a draft from an opened GGUF file; `path` is for errors.
@@ -109,7 +146,7 @@ pub fn import_safetensors(
 /// # Errors
 /// Missing or mistyped keys; [`BundleError::Draft`] names what else is wrong.
 pub fn import_gguf(path: &Path, file: &GgufFile<'_>) -> Result<Imported, BundleError> {
-    eagle3::from_gguf(path, file, None)
+    by_architecture(path, file, None)
 }
 
 impl Imported {
@@ -189,27 +226,45 @@ impl Imported {
         })
     }
 
-    /// What is wrong with the embedding that came along, if it is not the target's.
+    /// What is wrong with embedding and head that came along, if they are not the target's.
     fn embedding_problem<K: Kernels>(&self, target: &Target<K>) -> Option<Problem> {
-        let own = self.embedding.as_ref()?;
         let shape = self.config.shape();
-        let (vocab, width) = (shape.vocab_size, shape.hidden_size);
-        if (vocab, width) != (target.config().vocab_size, target.config().hidden_size) {
+        if (shape.vocab_size, shape.hidden_size) != (target.config().vocab_size, target.config().hidden_size)
+        {
             return None; // told by name when the bundle is made
         }
-        let (mut differences, mut squares) = (0.0f64, 0.0f64);
-        for first in (0..vocab).step_by(EMBEDDING_ROWS) {
-            let ids: Vec<u32> = (first..vocab.min(first + EMBEDDING_ROWS)).map(|id| id as u32).collect();
-            let mut ops = Infer::new(target.kernels().as_ref());
-            let rows = ops.embed(target.embedding(), &ids, target.config().embed_scale);
-            for (theirs, ours) in own[first * width..].iter().zip(ops.values(&rows)) {
-                differences += f64::from(theirs - ours).powi(2);
-                squares += f64::from(ours).powi(2);
-            }
-        }
-        let share = (differences / squares.max(f64::MIN_POSITIVE)).sqrt();
-        // A NaN is not the target's either.
-        let same = share <= EMBEDDING_SHARE_MAX;
-        (!same).then(|| Problem::OwnEmbedding { name: EMBEDDING.to_owned(), share })
+        let all: Vec<u32> = (0..shape.vocab_size as u32).collect();
+        let part = self.vocab_map.as_ref().map_or(&all[..], |map| map.target_ids());
+        let scale = target.config().embed_scale;
+        let embedding =
+            self.embedding.as_ref().map(|own| (EMBEDDING, own, target.embedding(), scale, &all[..]));
+        let head = self.head.as_ref().map(|own| (HEAD, own, target.head(), 1.0, part));
+        embedding.into_iter().chain(head).find_map(|(name, own, table, scale, ids)| {
+            let share = share_of_difference(target, own, table, scale, ids);
+            // A NaN is not the target's either.
+            let same = share <= EMBEDDING_SHARE_MAX;
+            (!same).then(|| Problem::OwnEmbedding { name: name.to_owned(), share })
+        })
     }
+}
+
+/// How far rows `[ids.len(), H]` are from those of a target's table, as a share of these.
+fn share_of_difference<K: Kernels>(
+    target: &Target<K>,
+    own: &[f32],
+    table: &Arc<Linear<K::Packed>>,
+    scale: f32,
+    ids: &[u32],
+) -> f64 {
+    let (mut differences, mut squares) = (0.0f64, 0.0f64);
+    let width = target.config().hidden_size;
+    for (part, theirs) in ids.chunks(EMBEDDING_ROWS).zip(own.chunks(EMBEDDING_ROWS * width)) {
+        let mut ops = Infer::new(target.kernels().as_ref());
+        let rows = ops.embed(table, part, scale);
+        for (theirs, ours) in theirs.iter().zip(ops.values(&rows)) {
+            differences += f64::from(theirs - ours).powi(2);
+            squares += f64::from(ours).powi(2);
+        }
+    }
+    (differences / squares.max(f64::MIN_POSITIVE)).sqrt()
 }

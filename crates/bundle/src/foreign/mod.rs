@@ -6,7 +6,9 @@
 
 mod eagle3;
 mod export;
+mod found;
 mod import;
+mod parallel;
 mod verify;
 
 pub use export::{ExportInput, Exported, export};
@@ -67,7 +69,7 @@ pub(crate) fn lint(
 ) -> Vec<Problem> {
     match config {
         DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::lint(layout, config, manifest, target),
     }
 }
 
@@ -89,7 +91,7 @@ pub(crate) fn config_problems(
 pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
     match config {
         DraftConfig::Eagle3(_) => eagle3::launch(manifest, layout, dir),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::launch(config, manifest, layout, dir),
     }
 }
 
@@ -97,9 +99,6 @@ pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &s
 pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static str> {
     match config {
         DraftConfig::Eagle3(config) => eagle3::unserved(config, layout),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            Some("Other engines' layouts of this kind are not written yet.")
-                .filter(|_| layout == Layout::Sglang)
-        }
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::unserved(config, layout),
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use draftsmith_kernels::Kernels;
 use draftsmith_model::DraftConfig;
 
-use super::eagle3;
+use super::{eagle3, parallel};
 use crate::BundleError;
 use crate::check::CheckReport;
 use crate::layout::read_config;
@@ -27,7 +27,7 @@ pub fn verify_export<K: Kernels>(
     let (layout, checks) = match &config {
         DraftConfig::Eagle3(config) => eagle3::compare(export, bundle, &manifest, config, kernels)?,
         DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            return Err(BundleError::NoExport { method: config.name() });
+            parallel::compare(export, bundle, &manifest, &config, kernels)?
         }
     };
     Ok(CheckReport::new(format!("{} ({} layout)", manifest.name, layout.name()), checks))

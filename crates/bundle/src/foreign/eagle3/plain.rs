@@ -55,13 +55,13 @@ pub(crate) struct Plain {
 }
 
 /// Row-major `[out, in]`.
-struct Matrix {
-    columns: usize,
-    values: Vec<f64>,
+pub(crate) struct Matrix {
+    pub(crate) columns: usize,
+    pub(crate) values: Vec<f64>,
 }
 
 impl Matrix {
-    fn apply(&self, x: &[f64]) -> Vec<f64> {
+    pub(crate) fn apply(&self, x: &[f64]) -> Vec<f64> {
         self.values
             .chunks_exact(self.columns)
             .map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum::<f64>())
@@ -78,13 +78,13 @@ pub(crate) struct Stored {
 }
 
 /// Gets at the tensors of either container by published name.
-enum File {
+pub(crate) enum File {
     Safetensors(SafetensorsDir),
     Gguf(GgufFile<'static>),
 }
 
 impl File {
-    fn open(dir: &Path, layout: Layout) -> Result<File, BundleError> {
+    pub(crate) fn open(dir: &Path, layout: Layout) -> Result<File, BundleError> {
         Ok(match layout {
             Layout::Gguf => File::Gguf(GgufFile::open(dir.join(GGUF_FILE))?),
             Layout::Sglang | Layout::Vllm | Layout::Speculators => {
@@ -93,7 +93,7 @@ impl File {
         })
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         match self {
             File::Safetensors(dir) => dir.names().map(str::to_owned).collect(),
             File::Gguf(file) => file.tensors().iter().map(|t| t.name.clone()).collect(),
@@ -101,7 +101,7 @@ impl File {
     }
 
     /// A tensor's numbers (none if its type is one that an export never has); `None` if it is not there.
-    fn find(&self, name: &str) -> Option<Stored> {
+    pub(crate) fn find(&self, name: &str) -> Option<Stored> {
         match self {
             File::Safetensors(dir) => {
                 let tensor = dir.find(name)?;
@@ -346,7 +346,7 @@ fn frequencies(numbers: &Numbers, divisors: Option<&Stored>) -> Vec<f64> {
         .collect()
 }
 
-fn normed(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
+pub(crate) fn normed(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
     let scale = 1.0 / (mean + eps).sqrt();
     x.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
