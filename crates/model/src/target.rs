@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use draftsmith_core::LayerId;
 use draftsmith_kernels::experts::Experts;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackedWeight, RopeTable, Segment, StepMask};
+use draftsmith_kernels::{Buffer, Kernels, KvDtype, Memory, PackedWeight, RopeTable, Segment, StepMask};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -228,8 +228,8 @@ pub struct StepOutput<B: Buffer> {
 /// Weights of a layer in the backend's layout.
 type PackedLayer<K> = LayerWeights<
     Arc<Linear<<K as Kernels>::Packed>>,
-    Arc<<K as Kernels>::Buf>,
-    Experts<<K as Kernels>::Packed, <K as Kernels>::Buf>,
+    Arc<<K as Memory>::Buf>,
+    Experts<<K as Kernels>::Packed, <K as Memory>::Buf>,
 >;
 
 /// A target loaded on a backend.

@@ -1,0 +1,141 @@
+//! The kernels' text, what it compiles to, and the compiler.
+
+use std::ffi::{CString, c_int};
+use std::ptr::null_mut;
+
+use crate::api::NvrtcApi;
+use crate::error::{CudaError, CudaVersion};
+use crate::libraries::{Library, Search};
+
+/// The files of the kernels in the order in which they are compiled, as one program.
+pub const FILES: [(&str, &str); 5] = [
+    ("prelude.cuh", include_str!("../kernels/prelude.cuh")),
+    ("rows.cu", include_str!("../kernels/rows.cu")),
+    ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("loss.cu", include_str!("../kernels/loss.cu")),
+    ("optim.cu", include_str!("../kernels/optim.cu")),
+];
+
+/// The compute capability that [`PTX`] is for: cards from it on run it.
+pub const PTX_ARCH: u32 = 80;
+/// The CUDA that a driver must know to read [`PTX`].
+pub const PTX_CUDA: CudaVersion = CudaVersion(12080);
+/// What the kernels compile to, by the version of NVRTC that its head names.
+pub const PTX: &str = include_str!("../kernels/draftsmith.ptx");
+
+/// All files as one text; errors of a compiler name the file and line.
+pub fn text() -> String {
+    FILES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect()
+}
+
+/// A mark of a text, for [`text`] kept at the head of [`PTX`] (FNV-1a).
+pub fn mark(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// The compiler, loaded.
+pub struct Compiler {
+    api: NvrtcApi,
+}
+
+impl Compiler {
+    /// Finds and opens NVRTC.
+    ///
+    /// # Errors
+    /// If it is found nowhere, or is none.
+    pub fn open(search: &Search, driver: CudaVersion) -> Result<Compiler, CudaError> {
+        let (library, path) = search.open(Library::Nvrtc, driver)?;
+        Ok(Compiler { api: NvrtcApi::load(library, &path)? })
+    }
+
+    /// Its version.
+    ///
+    /// # Errors
+    /// If it does not say.
+    pub fn version(&self) -> Result<CudaVersion, CudaError> {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: two numbers are written.
+        self.check("nvrtcVersion", unsafe { (self.api.version)(&mut major, &mut minor) })?;
+        Ok(CudaVersion(1000 * major.unsigned_abs() + 10 * minor.unsigned_abs()))
+    }
+
+    fn check(&self, call: &'static str, code: c_int) -> Result<(), CudaError> {
+        match code {
+            0 => Ok(()),
+            _ => Err(CudaError::Call { call, reason: format!("NVRTC's error {code}") }),
+        }
+    }
+
+    /// Compiles a program for a compute capability (80 for 8.0).
+    ///
+    /// # Errors
+    /// What the compiler complains about.
+    pub fn compile(&self, source: &str, arch: u32) -> Result<String, CudaError> {
+        let text = |s: String| CString::new(s).map_err(|_| CudaError::Compile { arch, log: "a NUL".into() });
+        let (source, name) = (text(source.to_owned())?, text("draftsmith.cu".to_owned())?);
+        let options = [text(format!("--gpu-architecture=compute_{arch}"))?, text("--std=c++17".to_owned())?];
+        let options = options.each_ref().map(|o| o.as_ptr());
+        let mut program = null_mut();
+        // SAFETY: texts end with NUL and outlive the calls; the program is destroyed once; buffers have the sizes that
+        // the library names.
+        unsafe {
+            let none = std::ptr::null();
+            self.check(
+                "nvrtcCreateProgram",
+                (self.api.create)(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none),
+            )?;
+            let compiled = (self.api.compile)(program, options.len() as c_int, options.as_ptr());
+            let mut size = 0;
+            let result = if compiled == 0 {
+                self.check("nvrtcGetPTXSize", (self.api.ptx_size)(program, &mut size)).and_then(|()| {
+                    let mut ptx = vec![0u8; size];
+                    self.check("nvrtcGetPTX", (self.api.ptx)(program, ptx.as_mut_ptr().cast()))?;
+                    Ok(until_nul(&ptx))
+                })
+            } else {
+                let mut log = Vec::new();
+                if (self.api.log_size)(program, &mut size) == 0 {
+                    log.resize(size, 0);
+                    (self.api.log)(program, log.as_mut_ptr().cast());
+                }
+                Err(CudaError::Compile { arch, log: until_nul(&log) })
+            };
+            (self.api.destroy)(&mut program);
+            result
+        }
+    }
+
+    /// [`PTX`] as this compiler makes it: with the text's mark and without the compiler's own notes.
+    ///
+    /// # Errors
+    /// As [`Compiler::compile`].
+    pub fn checked_in_ptx(&self) -> Result<String, CudaError> {
+        let version = self.version()?;
+        let compiled = self.compile(&text(), PTX_ARCH)?;
+        let lines = compiled.lines().filter(|line| !line.starts_with("//") && !line.is_empty());
+        let body: String = lines.flat_map(|line| [line, "\n"]).collect();
+        Ok(format!("// source {:016x}, NVRTC {version}\n{body}", mark(&text())))
+    }
+}
+
+fn until_nul(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_compiled_kernels_are_those_of_the_source() {
+        let head = PTX.lines().next().unwrap_or_default();
+        assert_eq!(
+            head,
+            format!("// source {:016x}, NVRTC {PTX_CUDA}", mark(&text())),
+            "the kernels changed: run `DRAFTSMITH_UPDATE_PTX=1 cargo nextest run --release -p draftsmith-cuda nvrtc_` \
+             with DRAFTSMITH_TEST_NVRTC naming the folder of NVRTC {PTX_CUDA}"
+        );
+        assert!(PTX.contains(".target sm_80\n") && PTX.contains(".visible .entry adamw("));
+    }
+}
