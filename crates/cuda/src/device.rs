@@ -1,7 +1,7 @@
 //! Which cards there are, and which of them a run may use.
 
 use std::ffi::{CStr, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::api::{CAPABILITY_MAJOR, DriverApi, NO_DEVICE};
@@ -139,18 +139,17 @@ pub struct Report {
 }
 
 impl Report {
-    /// Looks for driver, cards and libraries. Without a driver nothing else is looked for.
-    pub fn of(search: &Search) -> Report {
-        match Driver::open(search) {
-            Err(error) => Report { driver: Err(error), libraries: Vec::new() },
-            Ok(driver) => Report {
-                driver: driver.devices().map(|devices| (driver.version, devices)),
-                libraries: [Library::CublasLt, Library::Nvrtc]
-                    .into_iter()
-                    .map(|library| (library, search.open(library, driver.version).map(|(_, path)| path)))
-                    .collect(),
-            },
-        }
+    /// Looks for driver, cards and libraries, as [`Search::new`] is told where. Without a driver nothing else is looked
+    /// for, and no Python is started.
+    pub fn of(folders: Option<&str>, python: Option<&Path>) -> Report {
+        let driver = match Driver::open(&Search::new(folders, None)) {
+            Ok(driver) => driver,
+            Err(error) => return Report { driver: Err(error), libraries: Vec::new() },
+        };
+        let search = Search::new(folders, python);
+        let found = |library| (library, search.open(library, driver.version).map(|(_, path)| path));
+        let libraries = [Library::CublasLt, Library::Nvrtc].map(found).into();
+        Report { driver: driver.devices().map(|devices| (driver.version, devices)), libraries }
     }
 }
 
@@ -198,7 +197,7 @@ mod tests {
             Ok(driver) => assert!(driver.version() >= CudaVersion(1000)),
             Err(error) => assert!(!error.hint().is_empty(), "{error}"),
         }
-        let report = Report::of(&search);
+        let report = Report::of(folder.path().to_str(), None);
         assert_eq!(report.driver.is_err(), report.libraries.is_empty());
     }
 }

@@ -20,6 +20,8 @@ pub(crate) const BLOCKS_Y: usize = 65_535;
 pub struct CudaOptions {
     /// What operands of products are rounded to; everything else is f32.
     pub operands: Operands,
+    /// Logits over a vocabulary that exist at once; 0: 64 Mi, which are 256 MiB.
+    pub logits: usize,
 }
 
 /// Types of the operands of matrix products.
@@ -43,6 +45,7 @@ struct Angles<L: Launcher> {
 pub struct CudaTrain<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
     pub(crate) operands: Operands,
+    pub(crate) logits_at_once: usize,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
 }
 
@@ -51,6 +54,7 @@ impl<L: Launcher> Clone for CudaTrain<L> {
         CudaTrain {
             pool: Arc::clone(&self.pool),
             operands: self.operands,
+            logits_at_once: self.logits_at_once,
             angles: Arc::clone(&self.angles),
         }
     }
@@ -65,6 +69,7 @@ impl<L: Launcher> CudaTrain<L> {
         CudaTrain {
             pool: Pool::new(launcher),
             operands: options.operands,
+            logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
             angles: Arc::new(Mutex::new(Vec::new())),
         }
     }

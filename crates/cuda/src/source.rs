@@ -133,8 +133,7 @@ mod tests {
         assert_eq!(
             head,
             format!("// source {:016x}, NVRTC {PTX_CUDA}", mark(&text())),
-            "the kernels changed: run `DRAFTSMITH_UPDATE_PTX=1 cargo nextest run --release -p draftsmith-cuda nvrtc_` \
-             with DRAFTSMITH_TEST_NVRTC naming the folder of NVRTC {PTX_CUDA}"
+            "the kernels changed: make the PTX anew, CONTRIBUTING says how"
         );
         assert!(PTX.contains(".target sm_80\n") && PTX.contains(".visible .entry adamw("));
     }

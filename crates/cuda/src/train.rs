@@ -13,8 +13,6 @@ use crate::launcher::{Arg, At, Launcher, Operand, Product};
 use crate::memory::Buf;
 use crate::ops::{BLOCKS_Y, CudaTrain, THREADS};
 
-/// Logits that exist at once: 256 MiB of f32.
-const LOGITS: usize = 1 << 26;
 /// Rows that one row of partial sums of a norm's gradient stands for: `rms_norm_dw` of the kernels says the same.
 const NORM_ROWS: usize = 64;
 /// Squares that one block adds up.
@@ -109,7 +107,7 @@ impl<L: Launcher> CudaTrain<L> {
         }
         assert!(rows.iter().all(|row| (*row as usize) < teachers), "teacher rows are there");
         assert!(teacher.labels.len() == teachers && teacher.p.capacity >= teachers * vocab, "a whole teacher");
-        let chunk = (LOGITS / vocab).max(1).min(shape.rows);
+        let chunk = (self.logits_at_once / vocab).max(1).min(shape.rows);
         let (masses, labels) = (self.table(&teacher.mass), self.table(&teacher.labels));
         let (table, stats) = (self.table(rows), self.block(chunk * 3 * 4));
         let mut logits = self.buffer(chunk * vocab);
@@ -520,7 +518,7 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         if s.rows == 0 || s.out == 0 {
             return (ids, sums);
         }
-        let chunk = (LOGITS / s.out).max(1).min(s.rows);
+        let chunk = (self.logits_at_once / s.out).max(1).min(s.rows);
         let logits = self.block(chunk * s.out * 4);
         let (best, lse) = (self.block(chunk * 4), self.block(chunk * 4));
         for first in (0..s.rows).step_by(chunk) {
@@ -598,7 +596,7 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
             return found;
         }
         let panels = 1 + usize::from(targets.teacher.is_some());
-        let chunk = (LOGITS / panels / vocab).max(1).min(rows);
+        let chunk = (self.logits_at_once / panels / vocab).max(1).min(rows);
         let mut logits = self.buffer(chunk * vocab);
         let wanted = targets.teacher.as_ref().map(|_| self.block(chunk * vocab * 4));
         let labels = self.table(targets.labels);

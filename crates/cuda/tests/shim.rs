@@ -17,7 +17,7 @@ fn folder() -> &'static Path {
 }
 
 fn device(operands: Operands) -> CudaTrain<Shim> {
-    CudaTrain::new(Shim::new(folder()).unwrap(), CudaOptions { operands })
+    CudaTrain::new(Shim::new(folder()).unwrap(), CudaOptions { operands, ..CudaOptions::default() })
 }
 
 #[test]
@@ -56,6 +56,23 @@ fn losses_equal_the_formulas() {
     let k = device(Operands::F32);
     testing::train::loss(&k, 0.0);
     testing::train::token_loss(&k, 0.0);
+}
+
+#[test]
+fn losses_in_chunks_of_rows_equal_the_formulas() {
+    // Less than a row: one row at a time.
+    for logits in [1, 100] {
+        let options = CudaOptions { operands: Operands::F32, logits };
+        let k = CudaTrain::new(Shim::new(folder()).unwrap(), options);
+        testing::train::token_loss(&k, 0.0);
+    }
+    let options = CudaOptions { operands: Operands::F32, logits: 4000 };
+    testing::train::loss(&CudaTrain::new(Shim::new(folder()).unwrap(), options), 0.0);
+}
+
+#[test]
+fn attention_of_every_head_width_equals_the_cpus() {
+    testing::train::head_widths(&device(Operands::F32), 0.0);
 }
 
 #[test]
@@ -192,7 +209,7 @@ fn mistakes_in_our_own_kernels_are_found() {
         let text = source::text();
         assert!(text.contains(right), "{right}");
         let shim = Shim::of(folder(), &text.replacen(right, wrong, 1), u64::MAX).unwrap();
-        let k = CudaTrain::new(shim, CudaOptions { operands: Operands::F32 });
+        let k = CudaTrain::new(shim, CudaOptions { operands: Operands::F32, ..CudaOptions::default() });
         let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             testing::train::norm(&k, 0.0);
             testing::train::attention(&k, 0.0);

@@ -283,6 +283,7 @@ fn check(name: &str) {
     check_masks(&case);
     check_on(&case, Cpu::new(2));
     check_on(&case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    check_on(&case, cuda_shim());
 }
 
 /// The recorded masks are what the rule says.

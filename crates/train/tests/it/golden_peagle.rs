@@ -106,6 +106,7 @@ fn check(name: &str) {
     check_mask(&case);
     check_on(&case, Cpu::new(2));
     check_on(&case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    check_on(&case, cuda_shim());
 }
 
 /// The recorded mask is the rule of anchor and depth.
