@@ -26,6 +26,14 @@
 #define UNROLL_SOME _Pragma("unroll 4")
 #define UNROLL_NONE _Pragma("unroll 1")
 #define MINUS_INFINITY __int_as_float(0xff800000)
+// A word of two bf16.
+#define PAIR_BF16(word, low, high) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low))
+// sums[16, 8] += left[16, 16] right[16, 8] by a whole warp; operands are pairs of bf16.
+#define MMA(sums, left, right_low, right_high)                                                                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "                                                \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                     \
+                 : "+f"((sums)[0]), "+f"((sums)[1]), "+f"((sums)[2]), "+f"((sums)[3])                                  \
+                 : "r"((left)[0]), "r"((left)[1]), "r"((left)[2]), "r"((left)[3]), "r"(right_low), "r"(right_high))
 #endif
 
 typedef long long i64;

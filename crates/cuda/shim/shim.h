@@ -223,6 +223,35 @@ template <class T> void share_in_warp(const T &value, T (&all)[32], int line) {
         memcpy(&all[lane], &machine.exchange[(room + me / 32 * 32 + lane) * 16], sizeof(T));
 }
 
+// The product of the tensor cores, mma.m16n8k16 of PTX: each lane brings its words of both operands and takes its four
+// numbers of the result.
+inline void mma(float *sums, const uint32_t *left, uint32_t right_low, uint32_t right_high, int line) {
+    struct Left { uint32_t words[4]; };
+    struct Right { uint32_t words[2]; };
+    Left lefts[32];
+    Right rights[32];
+    share_in_warp(Left{{left[0], left[1], left[2], left[3]}}, lefts, line);
+    share_in_warp(Right{{right_low, right_high}}, rights, line);
+    auto half = [](uint32_t word, int which) {
+        uint32_t bits = which ? word & 0xffff0000u : word << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    };
+    int lane = (int)(machine.thread % 32);
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = sums[i];
+        for (int k = 0; k < 16; k++) {
+            // Element (row, k) of the left: lane and word by the table of PTX; element (k, column) of the right alike.
+            float a = half(lefts[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2], k % 2);
+            float b = half(rights[column * 4 + k % 8 / 2].words[k / 8], k % 2);
+            sum += a * b;
+        }
+        sums[i] = sum;
+    }
+}
+
 template <class T> Pointer<T> shared(int line, size_t count) {
     std::unique_ptr<Buffer> &b = machine.shared[line];
     if (!b) {
@@ -271,6 +300,8 @@ struct Register {
 #define SHARED(T, name, count) shim::Pointer<T> name = shim::shared<T>(__LINE__, count)
 #define SYNC() shim::barrier(__LINE__)
 #define LANE_XOR(value, mask) shim::exchange(value, mask, __LINE__)
+#define MMA(sums, left, right_low, right_high) shim::mma(sums, left, right_low, right_high, __LINE__)
+#define PAIR_BF16(word, low, high) word = (u32)to_bf16(low) | (u32)to_bf16(high) << 16
 #define THREAD ((int)shim::machine.thread)
 #define THREADS ((int)shim::machine.threads)
 #define BLOCK_X ((i64)shim::machine.block_x)

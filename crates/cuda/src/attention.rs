@@ -8,7 +8,7 @@ use draftsmith_kernels::train::{
 
 use crate::launcher::{Arg, At, Launcher};
 use crate::memory::{Block, Buf};
-use crate::ops::{CudaTrain, Place};
+use crate::ops::{CudaTrain, Operands, Place};
 
 /// Own pairs that one launch takes: `PAIRS` of the kernels.
 const PAIRS: usize = 8;
@@ -29,6 +29,29 @@ struct Tiles {
     dkv: &'static str,
 }
 
+/// In the tensor cores, from operands rounded to bf16: as `TENSOR_ATTEND` names them.
+const TENSOR_TILES: [Tiles; 2] = [
+    Tiles {
+        width: 64,
+        rows: 64,
+        step: 32,
+        lanes: 2,
+        forward: "tensor_attend_64",
+        dq: "tensor_attend_dq_64",
+        dkv: "tensor_attend_dkv_64",
+    },
+    Tiles {
+        width: 128,
+        rows: 64,
+        step: 32,
+        lanes: 2,
+        forward: "tensor_attend_128",
+        dq: "tensor_attend_dq_128",
+        dkv: "tensor_attend_dkv_128",
+    },
+];
+
+/// In f32.
 const TILES: [Tiles; 3] = [
     Tiles { width: 64, rows: 32, step: 32, lanes: 8, forward: "attend_64", dq: "attend_dq_64", dkv: "attend_dkv_64" },
     Tiles {
@@ -121,7 +144,8 @@ impl<L: Launcher> CudaTrain<L> {
         }
         let kv_width = kv_heads * head_dim;
         shape.check(context / kv_width, if diagonals { 0 } else { own / kv_width });
-        let tiles = TILES.iter().find(|t| head_dim <= t.width);
+        let tensor = TENSOR_TILES.iter().filter(|_| self.operands == Operands::Bf16);
+        let tiles = tensor.chain(&TILES).find(|t| head_dim <= t.width);
         let tiles = *tiles.unwrap_or_else(|| panic!("heads of {head_dim} values, 256 at most"));
         let table: Vec<u32> = sights
             .iter()

@@ -10,7 +10,7 @@ use crate::device::{Cards, DeviceInfo, Driver, choose};
 use crate::error::{CudaError, CudaVersion};
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
 use crate::libraries::{Library, Search};
-use crate::source::{Compiler, PTX, PTX_CUDA, text};
+use crate::source::{Compiler, PTX_CUDA, ptx, text};
 
 /// Memory that products may use beside their operands: 32 MiB, what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -237,7 +237,7 @@ fn load_kernels(
     let brought = if driver < PTX_CUDA {
         Err(CudaError::OldDriver { found: driver, needed: PTX_CUDA })
     } else {
-        load_module(context, PTX)
+        load_module(context, &ptx())
     };
     let why = match brought {
         Ok(module) => return Ok(module),

@@ -1,6 +1,7 @@
 //! The kernels' text, what it compiles to, and the compiler.
 
 use std::ffi::{CString, c_int};
+use std::io::Read;
 use std::ptr::null_mut;
 
 use crate::api::NvrtcApi;
@@ -8,27 +9,36 @@ use crate::error::{CudaError, CudaVersion};
 use crate::libraries::{Library, Search};
 
 /// The files of the kernels in the order in which they are compiled, as one program.
-pub const FILES: [(&str, &str); 5] = [
+pub const FILES: [(&str, &str); 6] = [
     ("prelude.cuh", include_str!("../kernels/prelude.cuh")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
     ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("tensor_attention.cu", include_str!("../kernels/tensor_attention.cu")),
     ("loss.cu", include_str!("../kernels/loss.cu")),
     ("optim.cu", include_str!("../kernels/optim.cu")),
 ];
 
-/// The compute capability that [`PTX`] is for: cards from it on run it.
+/// The compute capability that [`ptx`] is for: cards from it on run it.
 pub const PTX_ARCH: u32 = 80;
-/// The CUDA that a driver must know to read [`PTX`].
+/// The CUDA that a driver must know to read [`ptx`].
 pub const PTX_CUDA: CudaVersion = CudaVersion(12080);
+/// [`ptx`] as it is kept.
+const COMPRESSED: &[u8] = include_bytes!("../kernels/draftsmith.ptx.gz");
+
 /// What the kernels compile to, by the version of NVRTC that its head names.
-pub const PTX: &str = include_str!("../kernels/draftsmith.ptx");
+pub fn ptx() -> String {
+    let mut text = String::new();
+    let read = flate2::read::GzDecoder::new(COMPRESSED).read_to_string(&mut text);
+    read.expect("the kept kernels are whole, as a test sees");
+    text
+}
 
 /// All files as one text; errors of a compiler name the file and line.
 pub fn text() -> String {
     FILES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect()
 }
 
-/// A mark of a text, for [`text`] kept at the head of [`PTX`] (FNV-1a).
+/// A mark of a text, for [`text`] kept at the head of [`ptx`] (FNV-1a).
 pub fn mark(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -105,7 +115,7 @@ impl Compiler {
         }
     }
 
-    /// [`PTX`] as this compiler makes it: with the text's mark and without the compiler's own notes.
+    /// [`ptx`] as this compiler makes it: with the text's mark and without the compiler's own notes.
     ///
     /// # Errors
     /// As [`Compiler::compile`].
@@ -129,12 +139,13 @@ mod tests {
 
     #[test]
     fn the_compiled_kernels_are_those_of_the_source() {
-        let head = PTX.lines().next().unwrap_or_default();
+        let ptx = ptx();
+        let head = ptx.lines().next().unwrap_or_default();
         assert_eq!(
             head,
             format!("// source {:016x}, NVRTC {PTX_CUDA}", mark(&text())),
             "the kernels changed: make the PTX anew, CONTRIBUTING says how"
         );
-        assert!(PTX.contains(".target sm_80\n") && PTX.contains(".visible .entry adamw("));
+        assert!(ptx.contains(".target sm_80\n") && ptx.contains(".visible .entry adamw("));
     }
 }

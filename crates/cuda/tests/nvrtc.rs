@@ -1,8 +1,9 @@
 //! The kernels through NVIDIA's own compiler, which needs no GPU: `DRAFTSMITH_TEST_NVRTC` names the folder of the library.
 
+use std::io::Write;
 use std::path::PathBuf;
 
-use draftsmith_cuda::source::{Compiler, PTX, PTX_CUDA, text};
+use draftsmith_cuda::source::{Compiler, PTX_CUDA, ptx, text};
 use draftsmith_cuda::{CudaError, CudaVersion, Search};
 
 fn compiler() -> Compiler {
@@ -40,9 +41,12 @@ fn nvrtc_makes_the_checked_in_ptx_of_the_source() {
     assert_eq!(version, PTX_CUDA, "the checked-in PTX is made by NVRTC {PTX_CUDA}");
     let made = compiler.checked_in_ptx().unwrap();
     if std::env::var_os("DRAFTSMITH_UPDATE_PTX").is_some() {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels/draftsmith.ptx");
-        std::fs::write(path, made).unwrap();
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels/draftsmith.ptx.gz");
+        let file = std::fs::File::create(path).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(file, flate2::Compression::best());
+        gz.write_all(made.as_bytes()).unwrap();
+        gz.finish().unwrap();
         return;
     }
-    assert!(made == PTX, "the checked-in PTX is not what the source gives: see `source.rs`");
+    assert!(made == ptx(), "the checked-in PTX is not what the source gives: see `source.rs`");
 }

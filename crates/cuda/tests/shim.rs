@@ -76,6 +76,14 @@ fn attention_of_every_head_width_equals_the_cpus() {
 }
 
 #[test]
+fn attention_in_the_tensor_cores_equals_the_formulas_within_its_rounding() {
+    let k = device(Operands::Bf16);
+    testing::train::attention(&k, BF16);
+    testing::train::spans(&k, BF16);
+    testing::train::head_widths(&k, BF16);
+}
+
+#[test]
 fn losses_with_rounded_operands_equal_the_formulas_within_that_rounding() {
     let k = device(Operands::Bf16);
     testing::train::loss(&k, BF16);

@@ -6,7 +6,7 @@ use draftsmith_kernels::testing::infer::{
     AttentionCase, DTYPES, ExpertsCase, Random, append, matmul, stored, stored_as,
 };
 use draftsmith_kernels::{
-    Cpu, Groups, KeptPanels, Kernels, KvDtype, PackMode, PackedWeight, RopeScaling, RopeTable, Segment,
+    Cpu, Groups, KeptPanels, Kernels, KvDtype, Memory, PackMode, PackedWeight, RopeScaling, RopeTable, Segment,
     StepMask, WeightDtype, WeightView, quant, reference, testing,
 };
 

@@ -157,7 +157,7 @@ impl Shape {
         let (mut pack, mut number) = (Pack::default(), 0);
         while pack.len() < self.slots {
             let len = self.document.min(self.slots - pack.len());
-            let ids: Vec<u32> = (0..len).map(|_| rng.below(self.draft_vocab) as u32 * step).collect();
+            let ids: Vec<u32> = (0..len).map(|_| rng.below(self.draft_vocab as u64) as u32 * step).collect();
             let row = CaptureRow {
                 loss_mask: (0..len).map(|t| t * 10 >= len * 4).collect(),
                 features: testing::noise(7 + number, len * 3 * h),

@@ -12,7 +12,7 @@ use draftsmith_train::eagle3::TargetSide;
 use draftsmith_train::{BatchStats, BlockLoss, BlockOptions, BlockTrain, DraftTensor, Mode, Pack};
 use serde_json::Value;
 
-use crate::golden::{Case, Errors, check_gradients_and_step};
+use crate::golden::{Case, Errors, check_gradients_and_step, cuda_shim};
 
 impl Case {
     fn block_config(&self) -> BlockConfig {

@@ -10,7 +10,7 @@ use draftsmith_train::peagle::Element;
 use draftsmith_train::{DraftTensor, Mode, PEagleOptions, PEagleTrain, Pack};
 use serde_json::Value;
 
-use crate::golden::{Case, Errors, check_gradients_and_step};
+use crate::golden::{Case, Errors, check_gradients_and_step, cuda_shim};
 
 impl Case {
     fn peagle_config(&self) -> PEagleConfig {
