@@ -103,7 +103,7 @@ fn compile(folder: &Path, kernels: &str) -> Result<PathBuf, CudaError> {
     let compilers = chosen.iter().map(String::as_str).chain(["c++", "g++", "clang++"]);
     for compiler in compilers {
         let mut command = Command::new(compiler);
-        command.args(["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"]);
+        command.args(["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"]);
         command.arg(own.join("shim.so")).arg(own.join("kernels.cpp"));
         match command.output() {
             Ok(done) if done.status.success() => {
