@@ -20,7 +20,10 @@ fn is_foreign(file: &str) -> bool {
 }
 
 fn is_text(file: &str) -> bool {
-    let ends = [".rs", ".md", ".toml", ".py", ".sh", ".html", ".css", ".js", ".yml", ".yaml", ".cu", ".cuh", ".h", ".cpp"];
+    let ends = [
+        ".rs", ".md", ".toml", ".py", ".sh", ".html", ".css", ".js", ".yml", ".yaml", ".cu", ".cuh", ".h",
+        ".cpp",
+    ];
     ends.iter().any(|e| file.ends_with(e)) || file == ".ci/run" || file == "NOTICE"
 }
 

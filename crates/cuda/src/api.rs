@@ -97,7 +97,9 @@ impl DriverApi {
         let text = |of: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text = std::ptr::null();
             // SAFETY: the driver writes a pointer to a constant text of its own, or nothing.
-            unsafe { (of(code, &mut text) == 0 && !text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy()) }
+            unsafe {
+                (of(code, &mut text) == 0 && !text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy())
+            }
         };
         match (text(self.error_name), text(self.error_text)) {
             (Some(name), Some(meaning)) => format!("{name} ({meaning})"),

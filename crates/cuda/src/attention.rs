@@ -2,9 +2,7 @@
 //!
 //! Shape legend: `R` query rows, `C` context slots, `B` own rows, `nh`/`nkv` query/key heads, `hd` head width.
 
-use draftsmith_kernels::train::{
-    AttentionMask, KeyValue, KeyValueMut, Sight, Span, SpanShape, TttShape,
-};
+use draftsmith_kernels::train::{AttentionMask, KeyValue, KeyValueMut, Sight, Span, SpanShape, TttShape};
 
 use crate::launcher::{Arg, At, Launcher};
 use crate::memory::{Block, Buf};
@@ -53,7 +51,15 @@ const TENSOR_TILES: [Tiles; 2] = [
 
 /// In f32.
 const TILES: [Tiles; 3] = [
-    Tiles { width: 64, rows: 32, step: 32, lanes: 8, forward: "attend_64", dq: "attend_dq_64", dkv: "attend_dkv_64" },
+    Tiles {
+        width: 64,
+        rows: 32,
+        step: 32,
+        lanes: 8,
+        forward: "attend_64",
+        dq: "attend_dq_64",
+        dkv: "attend_dkv_64",
+    },
     Tiles {
         width: 128,
         rows: 16,
@@ -108,9 +114,7 @@ fn sights(shape: TttShape<'_>, slots: usize) -> Vec<Sight> {
 fn tile_table(shape: &SpanShape<'_>, most: usize) -> Vec<u32> {
     let tiles = shape.tiles(most).into_iter();
     tiles
-        .flat_map(|t| {
-            [t.first as u32, t.rows as u32, t.context.from, t.context.to, t.own.from, t.own.to]
-        })
+        .flat_map(|t| [t.first as u32, t.rows as u32, t.context.from, t.context.to, t.own.from, t.own.to])
         .collect()
 }
 
@@ -147,10 +151,8 @@ impl<L: Launcher> CudaTrain<L> {
         let tensor = TENSOR_TILES.iter().filter(|_| self.operands == Operands::Bf16);
         let tiles = tensor.chain(&TILES).find(|t| head_dim <= t.width);
         let tiles = *tiles.unwrap_or_else(|| panic!("heads of {head_dim} values, 256 at most"));
-        let table: Vec<u32> = sights
-            .iter()
-            .flat_map(|s| [s.context.from, s.context.to, s.own.from, s.own.to])
-            .collect();
+        let table: Vec<u32> =
+            sights.iter().flat_map(|s| [s.context.from, s.context.to, s.own.from, s.own.to]).collect();
         let on_device = |most: usize| {
             let table = tile_table(&shape, most);
             (self.table(&table), table.len() / 6)
@@ -193,7 +195,10 @@ impl<L: Launcher> CudaTrain<L> {
         let Some(plan) = self.plan(mask, k0.capacity.min(v0.capacity), own_capacity(own)) else { return };
         let (rows, heads) = (plan.rows, plan.heads);
         let q_len = rows * heads * plan.head_dim;
-        assert!(q.capacity >= q_len && out.capacity >= q_len && lse.capacity >= rows * heads, "complete rows");
+        assert!(
+            q.capacity >= q_len && out.capacity >= q_len && lse.capacity >= rows * heads,
+            "complete rows"
+        );
         (out.changed(), lse.changed());
         let [kc, vc] = [k0, v0].map(|b| Arg::Buffer(b.place(0)));
         let (ko, vo) = second(&plan, own);
@@ -263,13 +268,7 @@ impl<L: Launcher> CudaTrain<L> {
         ];
         self.warps(rows * heads, "attend_delta", &args);
         // What each launch reads of the pass.
-        let pass = || {
-            [
-                Arg::Buffer(dout.place(0)),
-                Arg::Buffer(lse.place(0)),
-                Arg::Buffer(Some(delta.at(0))),
-            ]
-        };
+        let pass = || [Arg::Buffer(dout.place(0)), Arg::Buffer(lse.place(0)), Arg::Buffer(Some(delta.at(0)))];
         if plan.diagonals {
             let mut down = down;
             for (pairs, grads) in own.chunks(PAIRS).zip(down.chunks_mut(PAIRS)) {
@@ -328,7 +327,10 @@ impl<L: Launcher> CudaTrain<L> {
         (dk, dv): KeyValueMut<'_, Buf<L>>,
     ) {
         let seen = plan.seen[part];
-        assert!(dk.capacity.min(dv.capacity) >= seen.to as usize * plan.kv_heads * plan.head_dim, "complete gradients");
+        assert!(
+            dk.capacity.min(dv.capacity) >= seen.to as usize * plan.kv_heads * plan.head_dim,
+            "complete gradients"
+        );
         let mut args = vec![
             Arg::I32(part as i32),
             Arg::U32(seen.from),

@@ -256,7 +256,8 @@ fn load_kernels(
     }
     // An older compiler does not know the newest cards; their driver reads code for older ones.
     let own = info.capability.0 * 10 + info.capability.1;
-    let compiled = compiler.compile(&text(), own).or_else(|_| compiler.compile(&text(), crate::source::PTX_ARCH))?;
+    let compiled =
+        compiler.compile(&text(), own).or_else(|_| compiler.compile(&text(), crate::source::PTX_ARCH))?;
     load_module(context, &compiled)
 }
 
@@ -322,7 +323,8 @@ impl Launcher for Card {
         self.context.enter()?;
         // Parameters one after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number
         // stands at the beginning of its place.
-        let address = |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.pointer + at.offset as u64);
+        let address =
+            |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.pointer + at.offset as u64);
         let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
         for arg in launch.args {
             starts.push(values.len());
@@ -335,7 +337,8 @@ impl Launcher for Card {
                 Arg::F32(x) => values.push(u64::from(x.to_bits())),
             }
         }
-        let mut pointers: Vec<*mut c_void> = starts.iter().map(|i| from_mut(&mut values[*i]).cast()).collect();
+        let mut pointers: Vec<*mut c_void> =
+            starts.iter().map(|i| from_mut(&mut values[*i]).cast()).collect();
         let size = |n: usize| {
             u32::try_from(n).map_err(|_| CudaError::Call {
                 call: "cuLaunchKernel",
@@ -347,7 +350,19 @@ impl Launcher for Card {
         // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them.
         let code = unsafe {
             let stream = self.context.stream;
-            (api.launch)(function, x, y, 1, launch.threads, 1, 1, 0, stream, pointers.as_mut_ptr(), null_mut())
+            (api.launch)(
+                function,
+                x,
+                y,
+                1,
+                launch.threads,
+                1,
+                1,
+                0,
+                stream,
+                pointers.as_mut_ptr(),
+                null_mut(),
+            )
         };
         if code == 0 {
             return Ok(());
@@ -409,9 +424,14 @@ impl Products {
         // SAFETY: handles are written to handles, attributes are numbers of the size named, and what was made is destroyed
         // when something fails.
         unsafe {
-            check_cublas("cublasLtMatmulDescCreate", (api.desc_create)(&mut desc, api::COMPUTE_F32, api::F32))?;
+            check_cublas(
+                "cublasLtMatmulDescCreate",
+                (api.desc_create)(&mut desc, api::COMPUTE_F32, api::F32),
+            )?;
             let mut make = || -> Result<Heuristic, CudaError> {
-                for (attribute, transposed) in api::TRANSPOSE.into_iter().zip([p.b_transposed, p.a_transposed]) {
+                for (attribute, transposed) in
+                    api::TRANSPOSE.into_iter().zip([p.b_transposed, p.a_transposed])
+                {
                     let op = c_int::from(transposed);
                     let set = (api.desc_set)(desc, attribute, from_ref(&op).cast(), size_of::<c_int>());
                     check_cublas("cublasLtMatmulDescSetAttribute", set)?;

@@ -205,10 +205,7 @@ mod tests {
             "90.0 GiB of memory were asked for on the GPU, 79.5 GiB of 80.0 GiB are free"
         );
         let none = CudaError::NoSuchDevice { asked: 3, found: 2 };
-        assert_eq!(
-            none.to_string(),
-            "there is no device `cuda:3`: the driver shows 2, `cuda:0` to `cuda:1`"
-        );
+        assert_eq!(none.to_string(), "there is no device `cuda:3`: the driver shows 2, `cuda:0` to `cuda:1`");
         let missing = |driver| CudaError::MissingLibrary {
             library: Library::CublasLt,
             searched: vec!["/a".into()],
@@ -218,7 +215,15 @@ mod tests {
             missing(12080).to_string(),
             "`libcublasLt.so` was not found among the system's libraries and in `/a`"
         );
-        assert!(missing(12080).hint().starts_with("`pip install nvidia-cublas-cu12`"), "{}", missing(12080).hint());
-        assert!(missing(13000).hint().starts_with("`pip install \"nvidia-cublas<14\"`"), "{}", missing(13000).hint());
+        assert!(
+            missing(12080).hint().starts_with("`pip install nvidia-cublas-cu12`"),
+            "{}",
+            missing(12080).hint()
+        );
+        assert!(
+            missing(13000).hint().starts_with("`pip install \"nvidia-cublas<14\"`"),
+            "{}",
+            missing(13000).hint()
+        );
     }
 }

@@ -153,8 +153,7 @@ impl<L: Launcher> CudaTrain<L> {
             return Arc::clone(&half.block);
         }
         let block = Arc::new(self.block(len * 2));
-        let args =
-            [Arg::Buffer(buf.place(0)), Arg::Buffer(Some(block.at(0))), Arg::I64(len as i64)];
+        let args = [Arg::Buffer(buf.place(0)), Arg::Buffer(Some(block.at(0))), Arg::I64(len as i64)];
         self.over(len, "round_to_bf16", &args);
         *half = Some(Half { block: Arc::clone(&block), len });
         block

@@ -10,8 +10,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use draftsmith_kernels::train::linear::{matmul, matmul_acc, matmul_dw_acc, matmul_dx};
 use draftsmith_kernels::train::LinearShape;
+use draftsmith_kernels::train::linear::{matmul, matmul_acc, matmul_dw_acc, matmul_dx};
 use half::bf16;
 
 use crate::error::CudaError;
@@ -21,15 +21,8 @@ use crate::source;
 const HEADER: &str = include_str!("../shim/shim.h");
 const MACHINE: &str = include_str!("../shim/shim.cpp");
 
-type RawLaunch = unsafe extern "C" fn(
-    *const c_char,
-    u32,
-    u32,
-    u32,
-    *mut *mut c_void,
-    *const u64,
-    u64,
-) -> *const c_char;
+type RawLaunch =
+    unsafe extern "C" fn(*const c_char, u32, u32, u32, *mut *mut c_void, *const u64, u64) -> *const c_char;
 
 /// The compiled shim.
 struct Library {
@@ -242,9 +235,7 @@ impl Launcher for Shim {
         let (mut arguments, sizes): (Vec<*mut c_void>, Vec<u64>) = stored
             .iter_mut()
             .map(|s| match s {
-                Stored::Pointers(all) => {
-                    (all.as_mut_ptr().cast(), (all.len() * size_of::<Pointer>()) as u64)
-                }
+                Stored::Pointers(all) => (all.as_mut_ptr().cast(), (all.len() * size_of::<Pointer>()) as u64),
                 Stored::Word(bytes, size) => (bytes.as_mut_ptr().cast(), *size),
             })
             .unzip();
@@ -279,7 +270,9 @@ impl Launcher for Shim {
         let mut out = vec![0.0f32; p.m * p.n];
         self.read(c, bytemuck::cast_slice_mut(&mut out))?;
         match (p.a_transposed, p.b_transposed, p.accumulate) {
-            (false, true, false) => matmul(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out),
+            (false, true, false) => {
+                matmul(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out)
+            }
             (false, true, true) => {
                 matmul_acc(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out);
             }

@@ -40,7 +40,8 @@ pub fn text() -> String {
 
 /// A mark of a text, for [`text`] kept at the head of [`ptx`] (FNV-1a).
 pub fn mark(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// The compiler, loaded.
@@ -76,15 +77,33 @@ impl Compiler {
         }
     }
 
-    /// Compiles a program for a compute capability (80 for 8.0).
+    /// Compiles a program to PTX for a compute capability (80 for 8.0).
     ///
     /// # Errors
     /// What the compiler complains about.
     pub fn compile(&self, source: &str, arch: u32) -> Result<String, CudaError> {
+        let architecture = format!("--gpu-architecture=compute_{arch}");
+        Ok(self.run(source, arch, &[architecture])?.0)
+    }
+
+    /// Compiles a program down to the machine's own code, and returns what the assembler says of each kernel: registers,
+    /// shared memory, what spills.
+    ///
+    /// # Errors
+    /// What the compiler or the assembler complains about.
+    pub fn assemble(&self, source: &str, arch: u32) -> Result<String, CudaError> {
+        let options = [format!("--gpu-architecture=sm_{arch}"), "--ptxas-options=--verbose".to_owned()];
+        Ok(self.run(source, arch, &options)?.1)
+    }
+
+    /// PTX and the compiler's log.
+    fn run(&self, source: &str, arch: u32, options: &[String]) -> Result<(String, String), CudaError> {
         let text = |s: String| CString::new(s).map_err(|_| CudaError::Compile { arch, log: "a NUL".into() });
         let (source, name) = (text(source.to_owned())?, text("draftsmith.cu".to_owned())?);
-        let options = [text(format!("--gpu-architecture=compute_{arch}"))?, text("--std=c++17".to_owned())?];
-        let options = options.each_ref().map(|o| o.as_ptr());
+        let standard = ["--std=c++17".to_owned()];
+        let options: Vec<CString> =
+            options.iter().chain(&standard).map(|o| text(o.clone())).collect::<Result<_, _>>()?;
+        let options: Vec<_> = options.iter().map(|o| o.as_ptr()).collect();
         let mut program = null_mut();
         // SAFETY: texts end with NUL and outlive the calls; the program is destroyed once; buffers have the sizes that
         // the library names.
@@ -95,20 +114,20 @@ impl Compiler {
                 (self.api.create)(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none),
             )?;
             let compiled = (self.api.compile)(program, options.len() as c_int, options.as_ptr());
-            let mut size = 0;
+            let (mut size, mut log) = (0, Vec::new());
+            if (self.api.log_size)(program, &mut size) == 0 {
+                log.resize(size, 0);
+                (self.api.log)(program, log.as_mut_ptr().cast());
+            }
+            let log = until_nul(&log);
             let result = if compiled == 0 {
                 self.check("nvrtcGetPTXSize", (self.api.ptx_size)(program, &mut size)).and_then(|()| {
                     let mut ptx = vec![0u8; size];
                     self.check("nvrtcGetPTX", (self.api.ptx)(program, ptx.as_mut_ptr().cast()))?;
-                    Ok(until_nul(&ptx))
+                    Ok((until_nul(&ptx), log))
                 })
             } else {
-                let mut log = Vec::new();
-                if (self.api.log_size)(program, &mut size) == 0 {
-                    log.resize(size, 0);
-                    (self.api.log)(program, log.as_mut_ptr().cast());
-                }
-                Err(CudaError::Compile { arch, log: until_nul(&log) })
+                Err(CudaError::Compile { arch, log })
             };
             (self.api.destroy)(&mut program);
             result

@@ -106,7 +106,10 @@ impl<L: Launcher> CudaTrain<L> {
             return sums;
         }
         assert!(rows.iter().all(|row| (*row as usize) < teachers), "teacher rows are there");
-        assert!(teacher.labels.len() == teachers && teacher.p.capacity >= teachers * vocab, "a whole teacher");
+        assert!(
+            teacher.labels.len() == teachers && teacher.p.capacity >= teachers * vocab,
+            "a whole teacher"
+        );
         let chunk = (self.logits_at_once / vocab).max(1).min(shape.rows);
         let (masses, labels) = (self.table(&teacher.mass), self.table(&teacher.labels));
         let (table, stats) = (self.table(rows), self.block(chunk * 3 * 4));
@@ -359,12 +362,8 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
     }
     fn sum(&self, a: &Buf<L>, b: &Buf<L>, len: usize, y: &mut Buf<L>) {
         y.changed();
-        let args = [
-            Arg::Buffer(a.place(0)),
-            Arg::Buffer(b.place(0)),
-            Arg::Buffer(y.place(0)),
-            Arg::I64(len as i64),
-        ];
+        let args =
+            [Arg::Buffer(a.place(0)), Arg::Buffer(b.place(0)), Arg::Buffer(y.place(0)), Arg::I64(len as i64)];
         self.over(len, "sum", &args);
     }
     fn add_to(&self, src: &Buf<L>, len: usize, accumulate: bool, dst: &mut Buf<L>) {

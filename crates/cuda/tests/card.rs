@@ -49,7 +49,9 @@ fn an_old_driver_is_named_with_what_is_needed() {
 #[test]
 fn a_driver_older_than_the_compiled_kernels_asks_for_the_compiler() {
     let error = refused(&["VERSION=12040", "DEVICES=1", "MAJOR=9", "MEMORY=(80ull<<30)"], true, 0);
-    let CudaError::MissingLibrary { library, .. } = &error else { return assert!(system_has_nvrtc(), "{error}") };
+    let CudaError::MissingLibrary { library, .. } = &error else {
+        return assert!(system_has_nvrtc(), "{error}");
+    };
     assert_eq!(library.name(), "NVRTC");
     assert!(error.hint().starts_with("`pip install nvidia-cuda-nvrtc-cu12`"), "{}", error.hint());
 }
@@ -73,7 +75,9 @@ fn wrong_numbers_and_old_cards_are_refused() {
 #[test]
 fn a_missing_library_is_named_with_its_package() {
     // (Unless the system has one.)
-    if let CudaError::MissingLibrary { library, .. } = refused(&["VERSION=12080", "DEVICES=1", "MAJOR=9", "MEMORY=(1ull<<30)"], false, 0) {
+    if let CudaError::MissingLibrary { library, .. } =
+        refused(&["VERSION=12080", "DEVICES=1", "MAJOR=9", "MEMORY=(1ull<<30)"], false, 0)
+    {
         assert_eq!(library.name(), "cuBLASLt");
     }
 }
@@ -91,11 +95,17 @@ fn a_library_without_its_functions_is_named() {
 #[test]
 fn memory_that_runs_out_is_named_with_what_is_free() {
     let error = refused(&["VERSION=13000", "DEVICES=1", "MAJOR=9", "MEMORY=(16<<20)"], true, 0);
-    assert_eq!(error.to_string(), "32.0 MiB of memory were asked for on the GPU, 16.0 MiB of 16.0 MiB are free");
+    assert_eq!(
+        error.to_string(),
+        "32.0 MiB of memory were asked for on the GPU, 16.0 MiB of 16.0 MiB are free"
+    );
     let (_folder, search) = libraries(&["VERSION=13000", "DEVICES=1", "MAJOR=9", "MEMORY=(64<<20)"], true);
     let k = CudaTrain::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
     let error = k.reserve(40 << 20).unwrap_err();
-    assert_eq!(error.to_string(), "40.0 MiB of memory were asked for on the GPU, 32.0 MiB of 64.0 MiB are free");
+    assert_eq!(
+        error.to_string(),
+        "40.0 MiB of memory were asked for on the GPU, 32.0 MiB of 64.0 MiB are free"
+    );
     assert_eq!(k.reserve(30 << 20), Ok(()));
 }
 
@@ -118,7 +128,9 @@ fn what_the_driver_refuses_names_call_and_kernel() {
     let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| testing::train::copies(&k)));
     let text = *failed.unwrap_err().downcast::<String>().unwrap();
     assert!(
-        text.starts_with("cuModuleGetFunction failed: `copy_cols`: CUDA_ERROR_OF_A_TEST (an error of a test); see"),
+        text.starts_with(
+            "cuModuleGetFunction failed: `copy_cols`: CUDA_ERROR_OF_A_TEST (an error of a test); see"
+        ),
         "{text}"
     );
 }
@@ -129,7 +141,10 @@ fn a_report_shows_cards_and_what_is_missing() {
     let report = Report::of(folder.path().to_str(), None);
     let (version, cards) = report.driver.unwrap();
     assert_eq!((version.to_string().as_str(), cards.len()), ("13.0", 2));
-    assert_eq!((cards[1].name.as_str(), cards[1].capability, cards[1].memory), ("Second Card", (9, 0), 80 << 30));
+    assert_eq!(
+        (cards[1].name.as_str(), cards[1].capability, cards[1].memory),
+        ("Second Card", (9, 0), 80 << 30)
+    );
     let path = report.libraries[0].1.as_ref().unwrap();
     assert!(path.ends_with("libcublasLt.so.12") || path.ends_with("libcublasLt.so.13"), "{path:?}");
 }

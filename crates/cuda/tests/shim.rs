@@ -91,7 +91,13 @@ fn losses_with_rounded_operands_equal_the_formulas_within_that_rounding() {
 }
 
 /// Launches a kernel over one buffer of `values` floats and an array of the same size that is never written.
-fn run(kernels: &str, kernel: &'static str, values: usize, grid: (usize, usize), threads: u32) -> Result<(), String> {
+fn run(
+    kernels: &str,
+    kernel: &'static str,
+    values: usize,
+    grid: (usize, usize),
+    threads: u32,
+) -> Result<(), String> {
     let shim = Shim::of(folder(), &format!("{}{kernels}", source::FILES[0].1), u64::MAX).unwrap();
     let memory = shim.allocate(values * 4).unwrap();
     let at = At { memory: &memory, offset: 0 };
@@ -200,18 +206,26 @@ fn the_shim_finds_what_is_wrong_with_a_kernel_and_nothing_in_a_right_one() {
     let place = Arg::Buffer(Some(At { memory: &memory, offset: 0 }));
     assert!(wrong(&[place, Arg::I64(1)]).contains("argument 1 has 4 bytes, not 8"));
     assert!(wrong(&[Arg::Buffer(None), Arg::I32(64)]).contains("a null buffer is used"));
-    assert!(wrong(&[Arg::Buffer(Some(At { memory: &memory, offset: 2 })), Arg::I32(64)]).contains("no place for"));
+    assert!(
+        wrong(&[Arg::Buffer(Some(At { memory: &memory, offset: 2 })), Arg::I32(64)]).contains("no place for")
+    );
 }
 
 #[test]
 fn mistakes_in_our_own_kernels_are_found() {
     // A barrier less, a bound off by one, a sum over the wrong lanes: each in a copy of the source.
     for (right, wrong) in [
-        ("    if (THREAD % 32 == 0) room[THREAD / 32] = value;\n    SYNC();", "    if (THREAD % 32 == 0) room[THREAD / 32] = value;"),
+        (
+            "    if (THREAD % 32 == 0) room[THREAD / 32] = value;\n    SYNC();",
+            "    if (THREAD % 32 == 0) room[THREAD / 32] = value;",
+        ),
         ("    if (c >= width) return;", "    if (c > width) return;"),
         ("if (row < count && c < width) value", "if (row <= count && c < width) value"),
         ("load_rows<D>(part ? vo : vc, key, count, N", "load_rows<D>(part ? vo : vc, key, N, N"),
-        ("for (int mask = 16; mask > 0; mask >>= 1) value += ", "for (int mask = 8; mask > 0; mask >>= 1) value += "),
+        (
+            "for (int mask = 16; mask > 0; mask >>= 1) value += ",
+            "for (int mask = 8; mask > 0; mask >>= 1) value += ",
+        ),
         ("bool seen = at >= seen_from && at < seen_to;", "bool seen = at >= seen_from && at <= seen_to;"),
     ] {
         let text = source::text();
@@ -234,10 +248,7 @@ fn memory_that_runs_out_names_what_was_asked_for_and_what_is_free() {
     // What lies in the pool is given back before a request fails.
     assert_eq!(k.reserve(1 << 20), Ok(()));
     let error = k.reserve(3 << 20).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "3.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free"
-    );
+    assert_eq!(error.to_string(), "3.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free");
     assert!(error.hint().contains("train.pack_length"), "{}", error.hint());
 }
 
@@ -269,7 +280,8 @@ fn the_rounded_copy_of_a_weight_follows_its_optimiser_step() {
     let mut y = k.zeros(1);
     k.linear(&x, &w, shape, &mut y);
     assert_eq!(testing::host(&k, &y, 1), [3.0]);
-    let step = AdamStep { lr: 0.5, beta1: 0.9, beta2: 0.999, eps: 0.0, weight_decay: 0.0, grad_scale: 1.0, step: 1 };
+    let step =
+        AdamStep { lr: 0.5, beta1: 0.9, beta2: 0.999, eps: 0.0, weight_decay: 0.0, grad_scale: 1.0, step: 1 };
     let (mut m, mut v) = (k.zeros(2), k.zeros(2));
     k.adamw(step, 2, &mut w, &k.upload(&[1.0, -1.0]), (&mut m, &mut v));
     k.linear(&x, &w, shape, &mut y);

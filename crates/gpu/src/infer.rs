@@ -3,8 +3,8 @@
 use burn_tensor::ops::IndexingUpdateOp;
 use burn_tensor::{Bool, DType, FloatDType, Tensor, TensorData, activation};
 use draftsmith_kernels::{
-    Activation, Cell, KernelError, Kernels, Memory, KvDtype, PackMode, RopeTable, Segment, StepMask, WeightView,
-    quant,
+    Activation, Cell, KernelError, Kernels, KvDtype, Memory, PackMode, RopeTable, Segment, StepMask,
+    WeightView, quant,
 };
 
 use crate::attention::{Heads, join};

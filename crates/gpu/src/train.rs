@@ -524,13 +524,7 @@ impl TrainKernels for Gpu {
         x.set(self.add_rows(old.cast(FloatDType::F32), &places, sum).cast(dtype));
     }
 
-    fn gate_cell(
-        &self,
-        cell: Cell,
-        inputs: KeyValue<'_, Buf>,
-        (rows, width): (usize, usize),
-        y: &mut Buf,
-    ) {
+    fn gate_cell(&self, cell: Cell, inputs: KeyValue<'_, Buf>, (rows, width): (usize, usize), y: &mut Buf) {
         Kernels::cell(self, cell, inputs, rows, width, y);
     }
 

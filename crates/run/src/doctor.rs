@@ -364,9 +364,7 @@ fn cuda(folders: Option<&str>, python: &Path) -> Cuda {
     });
     let libraries = libraries.collect();
     match report.driver {
-        Err(error) => {
-            Cuda { driver: None, missing: Some(error.to_string()), cards: Vec::new(), libraries }
-        }
+        Err(error) => Cuda { driver: None, missing: Some(error.to_string()), cards: Vec::new(), libraries },
         Ok((version, cards)) => Cuda {
             driver: Some(version.to_string()),
             missing: None,

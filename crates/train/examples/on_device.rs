@@ -43,7 +43,10 @@ impl Opener for OnCard {
         match Card::open(&self.search, self.number) {
             Ok(card) => CudaTrain::new(card, CudaOptions { operands, ..CudaOptions::default() }),
             Err(error) => {
-                println!("{}", json!({ "stage": "open", "ok": false, "error": error.to_string(), "hint": error.hint() }));
+                println!(
+                    "{}",
+                    json!({ "stage": "open", "ok": false, "error": error.to_string(), "hint": error.hint() })
+                );
                 std::process::exit(2)
             }
         }
@@ -161,7 +164,11 @@ impl Shape {
             let row = CaptureRow {
                 loss_mask: (0..len).map(|t| t * 10 >= len * 4).collect(),
                 features: testing::noise(7 + number, len * 3 * h),
-                last: ids.iter().flat_map(|i| &table[*i as usize * h..(*i as usize + 1) * h]).copied().collect(),
+                last: ids
+                    .iter()
+                    .flat_map(|i| &table[*i as usize * h..(*i as usize + 1) * h])
+                    .copied()
+                    .collect(),
                 ids,
             };
             pack.push(number, &row, self.slots, 3 * h, h).expect("a row of the right shape");
@@ -179,7 +186,10 @@ fn check(stage: &str, what: &str, f: impl FnOnce()) -> bool {
         text.or_else(|| why.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()
     });
     let ms = began.elapsed().as_secs_f64() * 1e3;
-    println!("{}", json!({ "stage": stage, "what": what, "ok": failed.is_none(), "ms": ms, "error": failed }));
+    println!(
+        "{}",
+        json!({ "stage": stage, "what": what, "ok": failed.is_none(), "ms": ms, "error": failed })
+    );
     failed.is_none()
 }
 
@@ -296,7 +306,10 @@ fn doctor(libraries: Option<&str>, python: Option<&PathBuf>) {
         Ok(path) => json!({ "name": library.name(), "path": path.display().to_string() }),
         Err(error) => json!({ "name": library.name(), "error": error.to_string(), "hint": error.hint() }),
     });
-    println!("{}", json!({ "stage": "doctor", "driver": driver, "libraries": libraries.collect::<Vec<_>>() }));
+    println!(
+        "{}",
+        json!({ "stage": "doctor", "driver": driver, "libraries": libraries.collect::<Vec<_>>() })
+    );
 }
 
 fn run<O: Opener>(opener: &O, stage: &str, shapes: &[Shape]) -> bool {

@@ -53,7 +53,10 @@ fn cuda_is_understood_and_refused_before_anything_is_written() {
     ] {
         let (code, stderr) = stage(&home, "train", &dir, &[device]);
         assert_eq!(code, Some(2), "{stderr}");
-        assert!(stderr.contains("error: ") && stderr.contains("run.device") && stderr.contains(wanted), "{stderr}");
+        assert!(
+            stderr.contains("error: ") && stderr.contains("run.device") && stderr.contains(wanted),
+            "{stderr}"
+        );
         assert!(stderr.contains("hint: "), "{stderr}");
     }
 }

@@ -168,9 +168,10 @@ impl TryFrom<String> for Device {
             "cuda" => Ok(Device::Cuda(0)),
             _ => match word.strip_prefix("cuda:") {
                 // Digits alone: `parse` takes a sign too.
-                Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => {
-                    number.parse().map(Device::Cuda).map_err(|_| format!("`{word}` has no number of a device"))
-                }
+                Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => number
+                    .parse()
+                    .map(Device::Cuda)
+                    .map_err(|_| format!("`{word}` has no number of a device")),
                 Some(_) => Err(format!("`{word}` has no number of a device")),
                 None => Err(format!("unknown variant `{word}`, expected one of `cpu`, `gpu`, `gpu:flex`")),
             },

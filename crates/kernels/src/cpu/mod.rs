@@ -22,8 +22,8 @@ pub use pack::{KeptPanels, PANEL_VERSION, PackedWeight, SharedBytes};
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
 use crate::{
-    Activation, Buffer, KernelError, Kernels, KvDtype, Memory, PackMode, Pool, RopeTable, Segment, TopK, WeightView,
-    check_order, scratch,
+    Activation, Buffer, KernelError, Kernels, KvDtype, Memory, PackMode, Pool, RopeTable, Segment, TopK,
+    WeightView, check_order, scratch,
 };
 use isa::Level;
 

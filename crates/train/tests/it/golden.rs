@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 
 use draftsmith_core::VocabMap;
-use draftsmith_formats::cache::CaptureRow;
-use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_cuda::shim::Shim;
 use draftsmith_cuda::{CudaOptions, CudaTrain, Operands};
+use draftsmith_formats::cache::CaptureRow;
+use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
 use draftsmith_kernels::train::SoftLoss;
 use draftsmith_kernels::{Cpu, TrainKernels};
@@ -23,7 +23,10 @@ use crate::infer;
 /// The kernels for NVIDIA GPUs, on the host.
 pub(crate) fn cuda_shim() -> CudaTrain<Shim> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-    CudaTrain::new(Shim::new(folder).unwrap(), CudaOptions { operands: Operands::F32, ..CudaOptions::default() })
+    CudaTrain::new(
+        Shim::new(folder).unwrap(),
+        CudaOptions { operands: Operands::F32, ..CudaOptions::default() },
+    )
 }
 
 /// One recorded case.

@@ -29,8 +29,7 @@ fn attend<K: TrainKernels>(k: &K, mask: AttentionMask<'_>, s: Sizes) -> Vec<Vec<
     let up = |seed: u64, len: usize| k.upload(&noise(seed, len));
     let (q, dout) = (up(1, q_len), up(2, q_len));
     let (kc, vc) = (up(3, s.context * kv), up(4, s.context * kv));
-    let own: Vec<_> =
-        (0..s.pairs as u64).map(|i| (up(20 + i, s.own * kv), up(50 + i, s.own * kv))).collect();
+    let own: Vec<_> = (0..s.pairs as u64).map(|i| (up(20 + i, s.own * kv), up(50 + i, s.own * kv))).collect();
     let own: Vec<_> = own.iter().map(|(k, v)| (k, v)).collect();
     let (mut out, mut lse) = (k.scratch(q_len), k.scratch(s.rows * HEADS));
     k.attention(mask, &q, (&kc, &vc), &own, &mut out, &mut lse);
@@ -54,11 +53,9 @@ fn attend<K: TrainKernels>(k: &K, mask: AttentionMask<'_>, s: Sizes) -> Vec<Vec<
 /// Attention of heads of 64 to 256 values, under both masks, equals the CPU implementation's.
 pub fn head_widths<K: TrainKernels>(k: &K, rounding: f64) {
     let cpu = Cpu::new(1);
-    let docs =
-        [DocSpan { start: 0, len: 37 }, DocSpan { start: 37, len: 2 }, DocSpan { start: 40, len: 33 }];
+    let docs = [DocSpan { start: 0, len: 37 }, DocSpan { start: 37, len: 2 }, DocSpan { start: 40, len: 33 }];
     let slots: Vec<u32> = (3..36).chain(38..39).chain(41..73).collect();
-    let sight =
-        |r: u32| Sight { context: Span::new(r / 9, r), own: Span::new(r / 5 * 5, r / 5 * 5 + 5) };
+    let sight = |r: u32| Sight { context: Span::new(r / 9, r), own: Span::new(r / 5 * 5, r / 5 * 5 + 5) };
     let sights: Vec<Sight> = (0..50).map(sight).collect();
     // Widths with a kernel of their own, and ones that are rounded up; more pairs than one launch may take.
     for (head_dim, pairs) in [(64, 1), (72, 9), (128, 8), (136, 2), (256, 0)] {
