@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::api::{self, CublasLtApi, DriverApi, Handle, Heuristic, check_cublas};
 use crate::device::{Cards, DeviceInfo, Driver, choose};
-use crate::error::{CudaError, CudaVersion};
+use crate::error::CudaError;
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
-use crate::libraries::{Library, Search};
+use crate::library::{CudaVersion, Library};
+use crate::search::Search;
 use crate::source::{Compiler, PTX_CUDA, ptx, text};
 
 /// Memory that products may use beside their operands: 32 MiB, what NVIDIA advises for Hopper.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::api::{CAPABILITY_MAJOR, DriverApi, NO_DEVICE};
-use crate::error::{CudaError, CudaVersion};
-use crate::libraries::{Library, Search};
+use crate::error::CudaError;
+use crate::library::{CudaVersion, Library};
+use crate::search::Search;
 
 /// The oldest CUDA that a driver must know.
 pub const MIN_CUDA: CudaVersion = CudaVersion(12000);

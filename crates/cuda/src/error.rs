@@ -3,27 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::libraries::Library;
-
-/// A version of CUDA: what a driver or a library knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CudaVersion(
-    /// `1000 * major + 10 * minor`, as the driver counts.
-    pub u32,
-);
-
-impl CudaVersion {
-    /// The major number.
-    pub fn major(self) -> u32 {
-        self.0 / 1000
-    }
-}
-
-impl fmt::Display for CudaVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major(), self.0 % 1000 / 10)
-    }
-}
+use crate::library::{CudaVersion, Library};
 
 /// Bytes, as a person reads them.
 pub(crate) struct Bytes(pub(crate) u64);

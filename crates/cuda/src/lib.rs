@@ -23,9 +23,10 @@ mod card;
 mod device;
 mod error;
 mod launcher;
-mod libraries;
+mod library;
 mod memory;
 mod ops;
+mod search;
 #[cfg(feature = "shim")]
 pub mod shim;
 pub mod source;
@@ -33,8 +34,9 @@ mod train;
 
 pub use card::{Card, CardMemory};
 pub use device::{Cards, DeviceInfo, Driver, MIN_CAPABILITY, MIN_CUDA, Report, choose};
-pub use error::{CudaError, CudaVersion};
+pub use error::CudaError;
 pub use launcher::{Arg, At, Launch, Launcher, Operand, Product};
-pub use libraries::{Library, Search};
+pub use library::{CudaVersion, Library};
 pub use memory::Buf;
 pub use ops::{CudaOptions, CudaTrain, Operands};
+pub use search::Search;

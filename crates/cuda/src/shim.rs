@@ -24,14 +24,15 @@ const MACHINE: &str = include_str!("../shim/shim.cpp");
 type RawLaunch =
     unsafe extern "C" fn(*const c_char, u32, u32, u32, *mut *mut c_void, *const u64, u64) -> *const c_char;
 
+/// A library has one machine, and all who load it share it.
+static RUNNING: Mutex<()> = Mutex::new(());
+
 /// The compiled shim.
 struct Library {
     launch: RawLaunch,
     alloc: unsafe extern "C" fn(u64) -> *mut c_void,
     free: unsafe extern "C" fn(*mut c_void),
     data: unsafe extern "C" fn(*mut c_void) -> *mut u8,
-    /// The shim has one machine.
-    running: Mutex<()>,
     _library: libloading::Library,
 }
 
@@ -136,7 +137,6 @@ impl Shim {
                 alloc: symbol(&library, b"shim_alloc\0")?,
                 free: symbol(&library, b"shim_free\0")?,
                 data: symbol(&library, b"shim_data\0")?,
-                running: Mutex::new(()),
                 _library: library,
             }
         };
@@ -189,7 +189,7 @@ impl Launcher for Shim {
     }
 
     fn write(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
-        let _alone = self.library.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         let place = self.bytes(to, data.len())?;
         // SAFETY: so many bytes are there, and nobody else is at the device's memory.
         unsafe { place.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
@@ -197,7 +197,7 @@ impl Launcher for Shim {
     }
 
     fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
-        let _alone = self.library.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         let place = self.bytes(from, out.len())?;
         // SAFETY: as above.
         unsafe { out.as_mut_ptr().copy_from_nonoverlapping(place, out.len()) };
@@ -205,7 +205,7 @@ impl Launcher for Shim {
     }
 
     fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
-        let _alone = self.library.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         let pointer = |at: &Option<At<'_, ShimMemory>>| match at {
             Some(at) => Pointer { buffer: at.memory.buffer, at: at.offset as i64 },
             None => Pointer { buffer: std::ptr::null_mut(), at: 0 },

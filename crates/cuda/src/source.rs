@@ -5,8 +5,9 @@ use std::io::Read;
 use std::ptr::null_mut;
 
 use crate::api::NvrtcApi;
-use crate::error::{CudaError, CudaVersion};
-use crate::libraries::{Library, Search};
+use crate::error::CudaError;
+use crate::library::{CudaVersion, Library};
+use crate::search::Search;
 
 /// The files of the kernels in the order in which they are compiled, as one program.
 pub const FILES: [(&str, &str); 6] = [
