@@ -4,7 +4,7 @@
 
 use draftsmith_kernels::train::{AttentionMask, KeyValue, KeyValueMut, Sight, Span, SpanShape, TttShape};
 
-use crate::launcher::{Arg, At, Launcher};
+use crate::launcher::{Arg, Launcher};
 use crate::memory::{Block, Buf};
 use crate::ops::{CudaTrain, Operands, Place};
 
@@ -199,7 +199,8 @@ impl<L: Launcher> CudaTrain<L> {
             q.capacity >= q_len && out.capacity >= q_len && lse.capacity >= rows * heads,
             "complete rows"
         );
-        (out.changed(), lse.changed());
+        out.changed();
+        lse.changed();
         let [kc, vc] = [k0, v0].map(|b| Arg::Buffer(b.place(0)));
         let (ko, vo) = second(&plan, own);
         let mut args = vec![
@@ -256,7 +257,9 @@ impl<L: Launcher> CudaTrain<L> {
             "complete rows"
         );
         assert!(dk0.capacity.min(dv0.capacity) >= plan.seen[0].to as usize * plan.kv_heads * plan.head_dim);
-        (dq.changed(), dk0.changed(), dv0.changed());
+        dq.changed();
+        dk0.changed();
+        dv0.changed();
         // <dO, out> of each row and head: what the softmax subtracts.
         let delta = self.block(rows * heads * 4);
         let args = [
@@ -275,7 +278,8 @@ impl<L: Launcher> CudaTrain<L> {
                 let kv_len = rows * plan.kv_heads * plan.head_dim;
                 for (dk, dv) in grads.iter_mut() {
                     assert!(dk.capacity.min(dv.capacity) >= kv_len, "complete gradients");
-                    (dk.changed(), dv.changed());
+                    dk.changed();
+                    dv.changed();
                 }
                 let mut all: Vec<Place<'_, L>> = vec![None; 2 * PAIRS];
                 for (i, (dk, dv)) in grads.iter().enumerate() {
@@ -294,7 +298,8 @@ impl<L: Launcher> CudaTrain<L> {
             }
         } else {
             let (dk, dv) = down.into_iter().next().expect("blocks have one pair of own keys and values");
-            (dk.changed(), dv.changed());
+            dk.changed();
+            dv.changed();
             let (k, v) = own[0];
             self.attend_dkv(&plan, 1, q, (k, v), pass(), (dk, dv));
         }
@@ -355,10 +360,7 @@ fn own_capacity<L: Launcher>(own: &[KeyValue<'_, Buf<L>>]) -> usize {
 }
 
 /// Keys and values of the second span; a training-time test has none there.
-fn second<'a, L: Launcher>(
-    plan: &Plan<L>,
-    own: &[KeyValue<'a, Buf<L>>],
-) -> (Option<At<'a, L::Memory>>, Option<At<'a, L::Memory>>) {
+fn second<'a, L: Launcher>(plan: &Plan<L>, own: &[KeyValue<'a, Buf<L>>]) -> (Place<'a, L>, Place<'a, L>) {
     match own {
         [(k, v)] if !plan.diagonals => (k.place(0), v.place(0)),
         _ if !plan.diagonals => panic!("blocks have one pair of own keys and values"),

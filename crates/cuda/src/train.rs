@@ -345,7 +345,8 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         len: usize,
         (dgate, dup): KeyValueMut<'_, Buf<L>>,
     ) {
-        (dgate.changed(), dup.changed());
+        dgate.changed();
+        dup.changed();
         let [kind, alpha, limit] = activation_args(activation);
         let args = [
             Arg::Buffer(gate.place(0)),
@@ -472,7 +473,8 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         (rows, width): (usize, usize),
         (da, db): KeyValueMut<'_, Buf<L>>,
     ) {
-        (da.changed(), db.changed());
+        da.changed();
+        db.changed();
         let args = [
             Arg::I32(cell_kind(cell)),
             Arg::Buffer(a.place(0)),
@@ -652,7 +654,8 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
     fn adamw(&self, s: AdamStep, len: usize, w: &mut Buf<L>, g: &Buf<L>, (m, v): KeyValueMut<'_, Buf<L>>) {
         let all = w.capacity.min(g.capacity).min(m.capacity).min(v.capacity);
         assert!(len <= all, "one gradient and two moments per weight");
-        (m.changed(), v.changed());
+        m.changed();
+        v.changed();
         // The copy that products read is written with the weights, if it holds all of them.
         let half = w.half.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         if half.as_ref().is_some_and(|half| half.len > len) {
