@@ -77,14 +77,6 @@ pub enum BundleError {
         /// The layout.
         layout: &'static str,
     },
-    /// An export of a kind of draft that is not exported yet.
-    #[error(
-        "there is no export of a draft of the kind `{method}` to compare: other layouts have no place for it"
-    )]
-    NoExport {
-        /// The kind.
-        method: &'static str,
-    },
     /// A path without a draft in any layout that is known.
     #[error("`{}` is no draft: neither a folder with `config.json` and safetensors, nor one GGUF file", path.display())]
     NoDraft {
@@ -177,7 +169,7 @@ impl BundleError {
             BundleError::LayerCount { .. } => {
                 Some("give the layers low, mid, high, counted from 0: `--layers 1,14,26`".into())
             }
-            BundleError::NoLayout { .. } | BundleError::NoExport { .. } => {
+            BundleError::NoLayout { .. } => {
                 Some("use the bundle's own folder: its weights and `config.json` carry the published names".into())
             }
             BundleError::NoTokenizer => Some("name the target with `--target`".into()),

@@ -9,7 +9,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use draftsmith_core::{DraftTokenId, LayerId, Sampling, VocabMap, gumbel_noise};
-use draftsmith_kernels::{Kernels, PackMode, TopK, WeightView};
+use draftsmith_kernels::{Kernels, Memory, PackMode, TopK, WeightView};
 use draftsmith_model::block::{BlockDraft, BlockKv};
 use draftsmith_model::peagle::{PEagleDraft, PEagleKv, PEaglePart};
 use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target};
@@ -29,7 +29,7 @@ fn wanted_children<K: Kernels>(ask: &Ask<'_, K>) -> usize {
 }
 
 /// Activations that several nodes may share.
-type Shared<K> = Arc<Rows<<K as Kernels>::Buf>>;
+type Shared<K> = Arc<Rows<<K as Memory>::Buf>>;
 
 /// The networks that propose so.
 pub(crate) enum Net<K: Kernels> {

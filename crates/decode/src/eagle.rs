@@ -8,7 +8,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use draftsmith_core::{DraftTokenId, LayerId, Sampling, TokenTree, gumbel_noise};
-use draftsmith_kernels::{Kernels, Segment, StepMask, TopK};
+use draftsmith_kernels::{Kernels, Memory, Segment, StepMask, TopK};
 use draftsmith_model::eagle3::Eagle3Draft;
 use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Target};
 
@@ -30,7 +30,7 @@ pub(crate) struct EagleDrafter<K: Kernels> {
 }
 
 /// Activations that several nodes may share.
-type Shared<K> = Arc<Rows<<K as Kernels>::Buf>>;
+type Shared<K> = Arc<Rows<<K as Memory>::Buf>>;
 
 /// A row of activations.
 struct Row<K: Kernels> {

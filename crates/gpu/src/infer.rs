@@ -3,8 +3,8 @@
 use burn_tensor::ops::IndexingUpdateOp;
 use burn_tensor::{Bool, DType, FloatDType, Tensor, TensorData, activation};
 use draftsmith_kernels::{
-    Activation, Cell, KernelError, Kernels, KvDtype, PackMode, RopeTable, Segment, StepMask, WeightView,
-    quant,
+    Activation, Cell, KernelError, Kernels, KvDtype, Memory, PackMode, RopeTable, Segment, StepMask,
+    WeightView, quant,
 };
 
 use crate::attention::{Heads, join};
@@ -178,10 +178,8 @@ impl Gpu {
 /// `2 sqrt(2 / pi)`, as the CPU implementation rounds it.
 pub(crate) const GELU: f32 = 1.595_769_2;
 
-impl Kernels for Gpu {
+impl Memory for Gpu {
     type Buf = Buf;
-    type Packed = Packed;
-    type Kv = KvLayer;
 
     fn zeros(&self, len: usize) -> Buf {
         Buf::zeros(len)
@@ -206,6 +204,11 @@ impl Kernels for Gpu {
         let values = self.read(buf, 1, offset + out.len()).slice([0..1, offset..offset + out.len()]);
         out.copy_from_slice(&self.host(values));
     }
+}
+
+impl Kernels for Gpu {
+    type Packed = Packed;
+    type Kv = KvLayer;
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, _mode: PackMode) -> Result<Packed, KernelError> {
         weight.check(name)?;

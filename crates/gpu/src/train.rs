@@ -9,7 +9,7 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
     SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets, TttShape,
 };
-use draftsmith_kernels::{Activation, Cell, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Kernels, RopeTable, TrainKernels};
 
 use crate::attention::{Heads, join};
 use crate::infer::GELU;
@@ -522,6 +522,10 @@ impl TrainKernels for Gpu {
         let old = self.take(x, all, width);
         let dtype: FloatDType = old.dtype().into();
         x.set(self.add_rows(old.cast(FloatDType::F32), &places, sum).cast(dtype));
+    }
+
+    fn gate_cell(&self, cell: Cell, inputs: KeyValue<'_, Buf>, (rows, width): (usize, usize), y: &mut Buf) {
+        Kernels::cell(self, cell, inputs, rows, width, y);
     }
 
     fn cell_grad(

@@ -2,7 +2,7 @@
 
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
 use draftsmith_kernels::train::{LinearShape, TrainKernels};
-use draftsmith_kernels::{Kernels, PackMode, WeightView, testing};
+use draftsmith_kernels::{Kernels, Memory, PackMode, WeightView, testing};
 
 /// What a bf16 of 8 significant bits loses in operands and stored results.
 const BF16: f64 = 2e-2;

@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use draftsmith_kernels::testing::infer::{DTYPES, Random, stored};
-use draftsmith_kernels::{Cpu, Kernels, PackMode, WeightView};
+use draftsmith_kernels::{Cpu, Kernels, Memory, PackMode, WeightView};
 
 const OUTPUTS: usize = 1024;
 

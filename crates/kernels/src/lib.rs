@@ -1,7 +1,7 @@
 //! The only seam to compute: coarse operations, each a hot path that a backend may fuse.
 //!
-//! [`Kernels`] is what decoding and capture need, [`TrainKernels`] adds gradients and the optimiser. [`Cpu`]
-//! implements both; [`mod@reference`] holds naive double-precision twins for the tests.
+//! [`Kernels`] is what decoding and capture need, [`TrainKernels`] what training needs; a backend may have the one without
+//! the other, and both stand on [`Memory`]. [`Cpu`] implements all; [`mod@reference`] holds naive double-precision twins for the tests.
 //!
 //! # The contract
 //! Every row of every [`Kernels`] operation depends on that row's input and the weights alone, in one fixed
@@ -122,14 +122,10 @@ pub trait Buffer: Send + Sync + Default {
     fn give_back(&mut self);
 }
 
-/// Operations for decoding and capture. See the contract at the top of the crate.
-pub trait Kernels: Send + Sync + 'static {
+/// Memory of a device: what decoding and training share.
+pub trait Memory: Send + Sync + 'static {
     /// A device array of f32.
     type Buf: Buffer;
-    /// A weight in the backend's own layout.
-    type Packed: Send + Sync;
-    /// Keys and values of one layer of one sequence.
-    type Kv: Send;
 
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buf;
@@ -139,6 +135,15 @@ pub trait Kernels: Send + Sync + 'static {
     fn upload(&self, data: &[f32]) -> Self::Buf;
     /// Copies `out.len()` values from `offset` on to the host.
     fn download(&self, buf: &Self::Buf, offset: usize, out: &mut [f32]);
+}
+
+/// Operations for decoding and capture. See the contract at the top of the crate.
+pub trait Kernels: Memory {
+    /// A weight in the backend's own layout.
+    type Packed: Send + Sync;
+    /// Keys and values of one layer of one sequence.
+    type Kv: Send;
+
     /// Repacks a weight once at load.
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
     /// Like [`Kernels::pack`] for a weight whose column `k` belongs to input `order[k]`. Values are kept; a backend that

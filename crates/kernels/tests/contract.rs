@@ -6,8 +6,8 @@ use draftsmith_kernels::testing::infer::{
     AttentionCase, DTYPES, ExpertsCase, Random, append, matmul, stored, stored_as,
 };
 use draftsmith_kernels::{
-    Cpu, Groups, KeptPanels, Kernels, KvDtype, PackMode, PackedWeight, RopeScaling, RopeTable, Segment,
-    StepMask, WeightDtype, WeightView, quant, reference, testing,
+    Cpu, Groups, KeptPanels, Kernels, KvDtype, Memory, PackMode, PackedWeight, RopeScaling, RopeTable,
+    Segment, StepMask, WeightDtype, WeightView, quant, reference, testing,
 };
 
 #[test]

@@ -937,7 +937,7 @@ impl<K: TrainKernels> Ops for Tape<K> {
         assert_eq!(self.shape(*b), (rows, width), "states fit their width");
         let out = cell.output_width(width);
         let mut y = self.buffer(rows, out);
-        self.kernels.cell(cell, (self.value(*a), self.value(*b)), rows, width, &mut y);
+        self.kernels.gate_cell(cell, (self.value(*a), self.value(*b)), (rows, width), &mut y);
         self.push(Op::Cell { cell, a: *a, b: *b, width }, rows, out, y, &[*a, *b])
     }
 

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use draftsmith_core::LayerId;
 use draftsmith_kernels::experts::Experts;
-use draftsmith_kernels::{Buffer, Kernels, KvDtype, PackedWeight, RopeTable, Segment, StepMask, TopK};
+use draftsmith_kernels::{
+    Buffer, Kernels, KvDtype, Memory, PackedWeight, RopeTable, Segment, StepMask, TopK,
+};
 
 use crate::ModelError;
 use crate::config::TargetConfig;
@@ -244,8 +246,8 @@ pub struct StepOutput<B: Buffer> {
 /// Weights of a layer in the backend's layout.
 type PackedLayer<K> = LayerWeights<
     Arc<Linear<<K as Kernels>::Packed>>,
-    Arc<<K as Kernels>::Buf>,
-    Experts<<K as Kernels>::Packed, <K as Kernels>::Buf>,
+    Arc<<K as Memory>::Buf>,
+    Experts<<K as Kernels>::Packed, <K as Memory>::Buf>,
 >;
 
 /// A target loaded on a backend.

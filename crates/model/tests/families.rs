@@ -7,7 +7,7 @@ use std::sync::Arc;
 use draftsmith_core::LayerId;
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_kernels::{Activation, Cpu, Kernels};
+use draftsmith_kernels::{Activation, Cpu, Kernels, Memory};
 use draftsmith_model::{Family, Infer, Norms, Precision, QkNorm, StepItem, Target, TargetConfig};
 
 /// Float32 rounding moves these logits by about 1e-5; see the fixtures' README.

@@ -28,6 +28,10 @@ impl Compute {
                 "set `run.device=gpu`, or leave `run.gpu_dtype` out",
             )),
             Device::Cpu => Ok(Compute::Cpu),
+            Device::Cuda(_) => Err(Error::input(
+                "`run.device` asks for CUDA, and no stage can compute on it yet",
+                "set `run.device=cpu`; `draftsmith doctor` shows what this machine has of NVIDIA's",
+            )),
             device => Compute::other(device, run),
         }
     }
@@ -37,7 +41,7 @@ impl Compute {
         use draftsmith_formats::run::GpuDtype;
         let accelerator = match device {
             Device::Gpu => Accelerator::gpu()?,
-            Device::Cpu | Device::GpuFlex => Accelerator::flex(),
+            Device::Cpu | Device::GpuFlex | Device::Cuda(_) => Accelerator::flex(),
         };
         let storage = match run.gpu_dtype.unwrap_or_default() {
             GpuDtype::F32 => Storage::F32,

@@ -24,6 +24,8 @@ pub struct Doctor {
     pub memory: Memory,
     /// Graphics processors.
     pub gpus: Vec<Gpu>,
+    /// What there is of NVIDIA's CUDA. No stage computes on it yet.
+    pub cuda: Cuda,
     /// Values of `run.device` that this build can compute on.
     pub devices: Vec<String>,
     /// Folders we write to or read from.
@@ -67,6 +69,43 @@ pub struct Gpu {
     pub name: String,
     /// Who said so.
     pub seen_by: &'static str,
+}
+
+/// NVIDIA's driver, cards and libraries.
+#[derive(Debug, Serialize)]
+pub struct Cuda {
+    /// The CUDA that the driver knows.
+    pub driver: Option<String>,
+    /// Why there is no driver to speak of.
+    pub missing: Option<String>,
+    /// Its cards.
+    pub cards: Vec<CudaCard>,
+    /// Libraries beside the driver, if there is one.
+    pub libraries: Vec<CudaLibrary>,
+}
+
+/// A card that CUDA shows.
+#[derive(Debug, Serialize)]
+pub struct CudaCard {
+    /// `N` of `cuda:N`.
+    pub number: usize,
+    /// Name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: String,
+    /// Bytes of memory.
+    pub memory: u64,
+}
+
+/// A library of CUDA's.
+#[derive(Debug, Serialize)]
+pub struct CudaLibrary {
+    /// `cuBLASLt` or `NVRTC`.
+    pub name: &'static str,
+    /// Where it is, or the name by which the system finds it.
+    pub path: Option<PathBuf>,
+    /// What installs it, if it is missing.
+    pub install: Option<String>,
 }
 
 /// A folder and the room in it.
@@ -133,6 +172,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         },
         memory: memory(),
         gpus: gpus(),
+        cuda: cuda(var("DRAFTSMITH_CUDA_LIBS").as_deref(), &places.python),
         devices: crate::device::devices(),
         folders: vec![
             look_at("runs and results (the current folder)", folder),
@@ -153,6 +193,8 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         "HF_HUB_OFFLINE",
         "HF_TOKEN",
         "HTTPS_PROXY",
+        "DRAFTSMITH_CUDA_LIBS",
+        "CUDA_VISIBLE_DEVICES",
     ] {
         if let Some(value) = var(name).filter(|v| !v.is_empty()) {
             let secret = name == "HF_TOKEN" || value.contains('@');
@@ -309,6 +351,35 @@ fn gpus() -> Vec<Gpu> {
         .filter(|node| Path::new(node).exists())
         .map(|node| Gpu { name: (*node).to_string(), seen_by: "device file" })
         .collect()
+}
+
+fn cuda(folders: Option<&str>, python: &Path) -> Cuda {
+    let report = draftsmith_cuda::Report::of(folders, Some(python));
+    let libraries = report.libraries.into_iter().map(|(library, found)| {
+        let (path, install) = match found {
+            Ok(path) => (Some(path), None),
+            Err(error) => (None, Some(error.hint())),
+        };
+        CudaLibrary { name: library.name(), path, install }
+    });
+    let libraries = libraries.collect();
+    match report.driver {
+        Err(error) => Cuda { driver: None, missing: Some(error.to_string()), cards: Vec::new(), libraries },
+        Ok((version, cards)) => Cuda {
+            driver: Some(version.to_string()),
+            missing: None,
+            cards: cards
+                .into_iter()
+                .map(|card| CudaCard {
+                    number: card.number,
+                    name: card.name,
+                    capability: format!("{}.{}", card.capability.0, card.capability.1),
+                    memory: card.memory,
+                })
+                .collect(),
+            libraries,
+        },
+    }
 }
 
 fn python(places: &Places) -> Python {

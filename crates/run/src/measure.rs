@@ -9,7 +9,7 @@ use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Run
 use draftsmith_core::report::Stop;
 use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
-use draftsmith_kernels::{Cpu, Kernels, PackedWeight};
+use draftsmith_kernels::{Cpu, Kernels, Memory, PackedWeight};
 use draftsmith_model::{Precision, StepItem, Target};
 use draftsmith_text::{Message, RenderOptions};
 

@@ -43,6 +43,22 @@ fn page(doctor: &Doctor) -> String {
     row("memory", format!("{} of {} free{limit}", size(doctor.memory.available), size(doctor.memory.total)));
     let gpus: Vec<&str> = doctor.gpus.iter().map(|g| g.name.as_str()).collect();
     row("gpu", if gpus.is_empty() { "none found".to_string() } else { gpus.join("; ") });
+    let cuda = &doctor.cuda;
+    match (&cuda.driver, &cuda.missing) {
+        (Some(version), _) => row("cuda", format!("driver for CUDA {version} (no stage computes on it yet)")),
+        (None, missing) => row("cuda", missing.clone().unwrap_or_else(|| "unknown".to_string())),
+    }
+    for card in &cuda.cards {
+        let (number, name) = (card.number, &card.name);
+        row("", format!("cuda:{number}: {name}, compute {}, {}", card.capability, human(card.memory)));
+    }
+    for library in &cuda.libraries {
+        let state = match (&library.path, &library.install) {
+            (Some(path), _) => path.display().to_string(),
+            (None, install) => format!("not found: {}", install.as_deref().unwrap_or("unknown")),
+        };
+        row("", format!("{}: {state}", library.name));
+    }
     row("devices", doctor.devices.join(", "));
     for folder in &doctor.folders {
         let state = match (folder.exists, folder.writable) {

@@ -50,7 +50,8 @@ fn a_missing_model_while_offline_names_the_cache() {
 fn doctor_answers_in_json() {
     let doctor = Home::new().run(&["doctor", "--json"]);
     let value: serde_json::Value = serde_json::from_str(&doctor.stdout).unwrap();
-    for key in ["version", "platform", "cpu", "memory", "gpus", "folders", "python", "variables", "findings"]
+    for key in
+        ["version", "platform", "cpu", "memory", "gpus", "cuda", "folders", "python", "variables", "findings"]
     {
         assert!(value.get(key).is_some(), "no `{key}` in {value}");
     }

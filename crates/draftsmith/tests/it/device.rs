@@ -33,6 +33,34 @@ fn a_type_for_a_gpu_is_refused_on_the_cpu() {
     assert!(stderr.contains("error: `run.gpu_dtype` is set, but `run.device` is `cpu`\nhint: "), "{stderr}");
 }
 
+#[test]
+fn cuda_is_understood_and_refused_before_anything_is_written() {
+    let home = Home::new();
+    let dir = home.path().join("run");
+    for device in ["run.device=cuda", "run.device=cuda:1"] {
+        let (code, stderr) = stage(&home, "train", &dir, &[device]);
+        assert_eq!(code, Some(2), "{stderr}");
+        let wanted = "error: `run.device` asks for CUDA, and no stage can compute on it yet\nhint: set `run.device=cpu`";
+        assert!(stderr.contains(wanted), "{stderr}");
+        assert!(!dir.exists(), "refused before anything is written");
+    }
+    for (device, wanted) in [
+        ("run.device=cuda:x", "`cuda:x` has no number of a device"),
+        ("run.device=cuda:", "`cuda:` has no number of a device"),
+        ("run.device=cuda:+1", "`cuda:+1` has no number of a device"),
+        ("run.device=cuda:99999999999", "`cuda:99999999999` has no number of a device"),
+        ("run.device=tpu", "expected one of `cpu`, `gpu`, `gpu:flex`"),
+    ] {
+        let (code, stderr) = stage(&home, "train", &dir, &[device]);
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(
+            stderr.contains("error: ") && stderr.contains("run.device") && stderr.contains(wanted),
+            "{stderr}"
+        );
+        assert!(stderr.contains("hint: "), "{stderr}");
+    }
+}
+
 #[cfg(not(feature = "gpu-flex"))]
 #[test]
 fn a_build_without_gpus_says_how_to_get_one_with() {

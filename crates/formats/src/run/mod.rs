@@ -103,18 +103,82 @@ impl Default for RunTable {
 }
 
 /// Where the heavy stages compute.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Device {
     /// The CPU.
     #[default]
-    #[serde(rename = "cpu")]
     Cpu,
     /// The first GPU; only in builds with the feature `gpu`.
-    #[serde(rename = "gpu")]
     Gpu,
     /// The GPU's code on the CPU, slow: for tests of it.
-    #[serde(rename = "gpu:flex")]
     GpuFlex,
+    /// An NVIDIA GPU by CUDA's number. It is understood, and refused where a stage would use it: no stage can yet.
+    Cuda(u32),
+}
+
+/// The devices that stages can use, for the schema.
+#[derive(JsonSchema)]
+#[schemars(rename = "Device")]
+#[expect(dead_code, reason = "only its schema is used")]
+enum OfferedDevice {
+    /// The CPU.
+    #[schemars(rename = "cpu")]
+    Cpu,
+    /// The first GPU; only in builds with the feature `gpu`.
+    #[schemars(rename = "gpu")]
+    Gpu,
+    /// The GPU's code on the CPU, slow: for tests of it.
+    #[schemars(rename = "gpu:flex")]
+    GpuFlex,
+}
+
+impl JsonSchema for Device {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        OfferedDevice::schema_name()
+    }
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        OfferedDevice::json_schema(generator)
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Gpu => f.write_str("gpu"),
+            Device::GpuFlex => f.write_str("gpu:flex"),
+            Device::Cuda(0) => f.write_str("cuda"),
+            Device::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> String {
+        device.to_string()
+    }
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+    fn try_from(word: String) -> Result<Device, String> {
+        match word.as_str() {
+            "cpu" => Ok(Device::Cpu),
+            "gpu" => Ok(Device::Gpu),
+            "gpu:flex" => Ok(Device::GpuFlex),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => match word.strip_prefix("cuda:") {
+                // Digits alone: `parse` takes a sign too.
+                Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => number
+                    .parse()
+                    .map(Device::Cuda)
+                    .map_err(|_| format!("`{word}` has no number of a device")),
+                Some(_) => Err(format!("`{word}` has no number of a device")),
+                None => Err(format!("unknown variant `{word}`, expected one of `cpu`, `gpu`, `gpu:flex`")),
+            },
+        }
+    }
 }
 
 /// How a GPU stores values.

@@ -22,8 +22,8 @@ pub use pack::{KeptPanels, PANEL_VERSION, PackedWeight, SharedBytes};
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
 use crate::{
-    Activation, Buffer, KernelError, Kernels, KvDtype, PackMode, Pool, RopeTable, Segment, TopK, WeightView,
-    check_order, scratch,
+    Activation, Buffer, KernelError, Kernels, KvDtype, Memory, PackMode, Pool, RopeTable, Segment, TopK,
+    WeightView, check_order, scratch,
 };
 use isa::Level;
 
@@ -121,10 +121,8 @@ fn in_order(x: &[f32], rows: usize, order: &[u32]) -> Vec<f32> {
     x.chunks_exact(order.len()).take(rows).flat_map(|x| order.iter().map(|k| x[*k as usize])).collect()
 }
 
-impl Kernels for Cpu {
+impl Memory for Cpu {
     type Buf = Vec<f32>;
-    type Packed = PackedWeight;
-    type Kv = KvLayer;
 
     fn zeros(&self, len: usize) -> Vec<f32> {
         vec![0.0; len]
@@ -143,6 +141,11 @@ impl Kernels for Cpu {
     fn download(&self, buf: &Vec<f32>, offset: usize, out: &mut [f32]) {
         out.copy_from_slice(&buf[offset..offset + out.len()]);
     }
+}
+
+impl Kernels for Cpu {
+    type Packed = PackedWeight;
+    type Kv = KvLayer;
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
         PackedWeight::pack(&self.pool, name, weight, mode)

@@ -7,7 +7,7 @@
 pub mod infer;
 pub mod train;
 
-use crate::{Activation, Kernels};
+use crate::{Activation, Memory};
 
 /// The activation of gpt-oss, with a limit that inputs in -1..1 reach.
 pub(crate) const CLAMPED: Activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 };
@@ -57,7 +57,7 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
 }
 
 /// The first `len` values of a buffer.
-pub fn host<K: Kernels>(kernels: &K, buf: &K::Buf, len: usize) -> Vec<f32> {
+pub fn host<K: Memory>(kernels: &K, buf: &K::Buf, len: usize) -> Vec<f32> {
     let mut out = vec![0.0; len];
     kernels.download(buf, 0, &mut out);
     out

@@ -3,8 +3,10 @@
 //! Shape legend: `R` rows, `S` slots, `N` rows with a loss, `M` teacher rows, `V`/`Vd` target/draft vocabulary.
 
 mod block;
+mod widths;
 
 pub use block::{cells, spans, token_loss};
+pub use widths::head_widths;
 
 use super::{CLAMPED, close, directional, host, noise, wide};
 use crate::reference::gated;

@@ -1,4 +1,4 @@
-//! Gradients and the optimiser: what training needs beside [`crate::Kernels`].
+//! Gradients and the optimiser: what training needs.
 //!
 //! The functions of the submodules work on slices and are the CPU implementation; [`TrainKernels`] is the seam for
 //! other backends. Row counts are explicit and buffers may be longer, so that they can be reused between steps of
@@ -23,7 +23,7 @@ pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
 pub use spans::{Sight, Span, SpanShape};
 pub use token_loss::{LogitPart, NO_LABEL, PartGrad, TokenRow, TokenTargets, TokenTeacher};
 
-use crate::{Activation, Cell, Kernels, RopeTable, cell};
+use crate::{Activation, Cell, Memory, RopeTable, cell};
 use attention::{TttGrads, TttInputs};
 use rowwise::NormGrad;
 use soft_ce::SoftTargets;
@@ -55,7 +55,7 @@ pub struct Teacher<B> {
 }
 
 /// Operations of the training step, each with its gradient. `accumulate` adds to the result instead of overwriting.
-pub trait TrainKernels: Kernels {
+pub trait TrainKernels: Memory {
     /// Values that a buffer can hold.
     fn capacity(&self, buf: &Self::Buf) -> usize;
     /// Overwrites the beginning of a buffer with host data.
@@ -136,7 +136,15 @@ pub trait TrainKernels: Kernels {
     fn scatter_add(&self, y: &Self::Buf, width: usize, rows: &[u32], x: &mut Self::Buf);
     /// `x[rows[i]] += y[i] * scale`, rows in any order and with repeats.
     fn gather_grad(&self, y: &Self::Buf, width: usize, rows: &[u32], scale: f32, x: &mut Self::Buf);
-    /// Gradient of [`Kernels::cell`] over `(rows, width)`, overwriting.
+    /// The gate of a Markov head over `(rows, width)`, see [`Cell`].
+    fn gate_cell(
+        &self,
+        cell: Cell,
+        inputs: KeyValue<'_, Self::Buf>,
+        rows_width: (usize, usize),
+        y: &mut Self::Buf,
+    );
+    /// Gradient of [`TrainKernels::gate_cell`] over `(rows, width)`, overwriting.
     fn cell_grad(
         &self,
         cell: Cell,
@@ -328,6 +336,15 @@ impl TrainKernels for crate::Cpu {
     }
     fn gather_grad(&self, y: &Vec<f32>, width: usize, rows: &[u32], scale: f32, x: &mut Vec<f32>) {
         rowwise::gather_grad(self.threads(), y, width, rows, scale, x);
+    }
+    fn gate_cell(
+        &self,
+        cell: Cell,
+        (a, b): KeyValue<'_, Vec<f32>>,
+        (rows, width): (usize, usize),
+        y: &mut Vec<f32>,
+    ) {
+        cell::forward(cell, (a, b), rows, width, y);
     }
     fn cell_grad(
         &self,

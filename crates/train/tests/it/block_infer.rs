@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
-use draftsmith_kernels::{Cpu, PackMode, TrainKernels, WeightView};
+use draftsmith_kernels::{Cpu, Kernels, PackMode, TrainKernels, WeightView};
 use draftsmith_model::block::BlockConfig;
 use draftsmith_model::peagle::{PEagleConfig, PEaglePart};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Infer, Linear, Ops};
@@ -20,14 +20,14 @@ fn tensors(weights: &[DraftTensor]) -> DraftTensors {
     weights.iter().map(|t| (t.name.clone(), (t.shape.clone(), t.values.clone()))).collect()
 }
 
-fn linear<K: TrainKernels>(kernels: &K, values: &[f32], width: usize) -> Arc<Linear<K::Packed>> {
+fn linear<K: Kernels>(kernels: &K, values: &[f32], width: usize) -> Arc<Linear<K::Packed>> {
     let view = WeightView::f32(values, values.len() / width, width);
     let packed = kernels.pack("test", &view, PackMode::F32).unwrap();
     Arc::new(Linear { packed, out_features: values.len() / width, in_features: width })
 }
 
 #[track_caller]
-fn check_block<K: TrainKernels + Clone>(kernels: &K, value: &Value, loss: BlockLoss) {
+fn check_block<K: TrainKernels + Kernels + Clone>(kernels: &K, value: &Value, loss: BlockLoss) {
     let config = BlockConfig::from_value(value).unwrap();
     let [embed, head] = target();
     let weights = shaken(random_weights(&config, 5));
@@ -128,7 +128,7 @@ fn every_slot_of_a_block_equals_decoding_it() {
 }
 
 #[track_caller]
-fn check_rollouts<K: TrainKernels + Clone>(kernels: &K) {
+fn check_rollouts<K: TrainKernels + Kernels + Clone>(kernels: &K) {
     let config = PEagleConfig::from_value(&peagle_value()).unwrap();
     let [embed, head] = target();
     let weights = shaken(peagle::random_weights(&config, &embed, 5));

@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 
 use draftsmith_core::VocabMap;
+use draftsmith_cuda::shim::Shim;
+use draftsmith_cuda::{CudaOptions, CudaTrain, Operands};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
@@ -17,6 +19,15 @@ use draftsmith_train::{
 use serde_json::Value;
 
 use crate::infer;
+
+/// The kernels for NVIDIA GPUs, on the host.
+pub(crate) fn cuda_shim() -> CudaTrain<Shim> {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    CudaTrain::new(
+        Shim::new(folder).unwrap(),
+        CudaOptions { operands: Operands::F32, ..CudaOptions::default() },
+    )
+}
 
 /// One recorded case.
 pub(crate) struct Case {
@@ -166,6 +177,7 @@ fn check(name: &str) {
     let case = Case::open(name);
     check_training(name, &case, Cpu::new(2));
     check_training(name, &case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    check_training(name, &case, cuda_shim());
     infer::check_recorded(&case, &mut Errors::default());
 }
 

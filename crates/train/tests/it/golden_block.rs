@@ -12,7 +12,7 @@ use draftsmith_train::eagle3::TargetSide;
 use draftsmith_train::{BatchStats, BlockLoss, BlockOptions, BlockTrain, DraftTensor, Mode, Pack};
 use serde_json::Value;
 
-use crate::golden::{Case, Errors, check_gradients_and_step};
+use crate::golden::{Case, Errors, check_gradients_and_step, cuda_shim};
 
 impl Case {
     fn block_config(&self) -> BlockConfig {
@@ -283,6 +283,7 @@ fn check(name: &str) {
     check_masks(&case);
     check_on(&case, Cpu::new(2));
     check_on(&case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    check_on(&case, cuda_shim());
 }
 
 /// The recorded masks are what the rule says.

@@ -10,7 +10,7 @@ use draftsmith_train::peagle::Element;
 use draftsmith_train::{DraftTensor, Mode, PEagleOptions, PEagleTrain, Pack};
 use serde_json::Value;
 
-use crate::golden::{Case, Errors, check_gradients_and_step};
+use crate::golden::{Case, Errors, check_gradients_and_step, cuda_shim};
 
 impl Case {
     fn peagle_config(&self) -> PEagleConfig {
@@ -106,6 +106,7 @@ fn check(name: &str) {
     check_mask(&case);
     check_on(&case, Cpu::new(2));
     check_on(&case, Gpu::new(Accelerator::flex(), GpuOptions::default()));
+    check_on(&case, cuda_shim());
 }
 
 /// The recorded mask is the rule of anchor and depth.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::cache::CaptureRow;
-use draftsmith_kernels::{Cpu, Kernels, PackMode, StepMask, WeightView};
+use draftsmith_kernels::{Cpu, Kernels, Memory, PackMode, StepMask, WeightView};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_model::tape::Tape;
 use draftsmith_model::{CacheAttend, Draft, DraftConfig, Infer, Linear, Ops};

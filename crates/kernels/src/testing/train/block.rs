@@ -305,7 +305,7 @@ pub fn cells<K: TrainKernels>(k: &K, rounding: f64) {
         let dy = noise(3, rows * wide_out);
         let (ba, bb) = (k.upload(&a), k.upload(&b));
         let mut y = k.scratch(rows * wide_out);
-        k.cell(kind, (&ba, &bb), rows, width, &mut y);
+        k.gate_cell(kind, (&ba, &bb), (rows, width), &mut y);
         let plain = |a: &[f64], b: &[f64]| -> Vec<f64> {
             let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
             let mut y = vec![0.0; rows * wide_out];

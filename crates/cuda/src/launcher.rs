@@ -1,0 +1,123 @@
+//! The seam below the operations: memory, launches and matrix products of one device. A card behind the driver is one
+//! ([`crate::Card`]), the host shim of the tests the other.
+
+use crate::error::CudaError;
+
+/// A place in a device's memory, in bytes from its beginning.
+pub struct At<'a, M> {
+    /// The allocation.
+    pub memory: &'a M,
+    /// Bytes from its beginning.
+    pub offset: usize,
+}
+
+impl<M> Clone for At<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<M> Copy for At<'_, M> {}
+
+/// An argument of a kernel. Its size is that of the kernel's parameter.
+pub enum Arg<'a, M> {
+    /// A buffer, or the null buffer.
+    Buffer(Option<At<'a, M>>),
+    /// A structure of buffers.
+    Buffers(Vec<Option<At<'a, M>>>),
+    /// `int`
+    I32(i32),
+    /// `u32`
+    U32(u32),
+    /// `i64`
+    I64(i64),
+    /// `float`
+    F32(f32),
+}
+
+/// A launch of a kernel.
+pub struct Launch<'a, M> {
+    /// Its name.
+    pub kernel: &'static str,
+    /// Blocks along x and y.
+    pub grid: (usize, usize),
+    /// Threads of a block: whole warps, 256 at most.
+    pub threads: u32,
+    /// In the order of the kernel's parameters.
+    pub args: &'a [Arg<'a, M>],
+}
+
+/// Types of the operands of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operand {
+    /// 32 bits, not rounded.
+    F32,
+    /// bfloat16; sums are f32.
+    Bf16,
+}
+
+impl Operand {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Operand::F32 => 4,
+            Operand::Bf16 => 2,
+        }
+    }
+}
+
+/// `c[m, n] (+)= a · b` of dense row-major matrices; `c` is f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Product {
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// Terms of a sum.
+    pub k: usize,
+    /// `a` stands as `[k, m]` instead of `[m, k]`.
+    pub a_transposed: bool,
+    /// `b` stands as `[n, k]` instead of `[k, n]`.
+    pub b_transposed: bool,
+    /// Adds to `c` instead of overwriting it.
+    pub accumulate: bool,
+    /// Type of `a` and `b`.
+    pub operands: Operand,
+}
+
+/// A device. Everything runs in the order of the calls.
+pub trait Launcher: Send + Sync + 'static {
+    /// An allocation; dropping it gives it back.
+    type Memory: Send + Sync;
+
+    /// `bytes` of memory with unspecified content, aligned for everything.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`] if there is not enough.
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory, CudaError>;
+    /// Copies from the host; `data` may change when the call returns.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn write(&self, to: At<'_, Self::Memory>, data: &[u8]) -> Result<(), CudaError>;
+    /// Copies to the host, when all calls before are done.
+    ///
+    /// # Errors
+    /// What the driver refuses, failures of calls before among them.
+    fn read(&self, from: At<'_, Self::Memory>, out: &mut [u8]) -> Result<(), CudaError>;
+    /// Starts a kernel.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<(), CudaError>;
+    /// Starts a product. No size is zero.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    fn product(
+        &self,
+        product: Product,
+        a: At<'_, Self::Memory>,
+        b: At<'_, Self::Memory>,
+        c: At<'_, Self::Memory>,
+    ) -> Result<(), CudaError>;
+}

@@ -1,0 +1,223 @@
+//! What the operations are made of: launches over buffers, products, uploads of small tables.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use draftsmith_kernels::RopeTable;
+
+use crate::error::CudaError;
+use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
+use crate::memory::{Block, Buf, Half, Pool};
+
+/// Threads of a block.
+pub(crate) const THREADS: usize = 256;
+/// Blocks of a launch whose threads go on in steps.
+const BLOCKS: usize = 4096;
+/// Blocks that a launch may have along y.
+pub(crate) const BLOCKS_Y: usize = 65_535;
+
+/// Settings of [`CudaTrain`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// What operands of products are rounded to; everything else is f32.
+    pub operands: Operands,
+    /// Logits over a vocabulary that exist at once; 0: 64 Mi, which are 256 MiB.
+    pub logits: usize,
+}
+
+/// Types of the operands of matrix products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Operands {
+    /// bfloat16, with sums in f32: what the tensor cores are for.
+    #[default]
+    Bf16,
+    /// Not rounded: to compare with the CPU.
+    F32,
+}
+
+/// Angles of a RoPE table on the device.
+struct Angles<L: Launcher> {
+    table: RopeTable,
+    positions: usize,
+    block: Arc<Block<L>>,
+}
+
+/// The operations of training on one device.
+pub struct CudaTrain<L: Launcher> {
+    pub(crate) pool: Arc<Pool<L>>,
+    pub(crate) operands: Operands,
+    pub(crate) logits_at_once: usize,
+    angles: Arc<Mutex<Vec<Angles<L>>>>,
+}
+
+impl<L: Launcher> Clone for CudaTrain<L> {
+    fn clone(&self) -> Self {
+        CudaTrain {
+            pool: Arc::clone(&self.pool),
+            operands: self.operands,
+            logits_at_once: self.logits_at_once,
+            angles: Arc::clone(&self.angles),
+        }
+    }
+}
+
+/// An argument that may be the null buffer.
+pub(crate) type Place<'a, L> = Option<At<'a, <L as Launcher>::Memory>>;
+
+impl<L: Launcher> CudaTrain<L> {
+    /// The operations on a device.
+    pub fn new(launcher: L, options: CudaOptions) -> CudaTrain<L> {
+        CudaTrain {
+            pool: Pool::new(launcher),
+            operands: options.operands,
+            logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
+            angles: Arc::new(Mutex::new(Vec::new())),
+        }
+    }
+
+    /// The device.
+    pub fn launcher(&self) -> &L {
+        &self.pool.launcher
+    }
+
+    /// Tries whether so much memory can be had, and gives it back.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`], which names what is free.
+    pub fn reserve(&self, bytes: usize) -> Result<(), CudaError> {
+        self.pool.take(bytes).map(drop)
+    }
+
+    /// The operations' signatures know no errors (only memory can run out, and a card can fail): what goes wrong under way
+    /// ends the program with its text.
+    #[track_caller]
+    pub(crate) fn must<T>(&self, result: Result<T, CudaError>) -> T {
+        match result {
+            Ok(value) => value,
+            Err(error) => panic!("{error}; {}", error.hint()),
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn block(&self, bytes: usize) -> Block<L> {
+        self.must(self.pool.take(bytes))
+    }
+
+    /// A small table on the device.
+    #[track_caller]
+    pub(crate) fn table<T: bytemuck::Pod>(&self, values: &[T]) -> Block<L> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let block = self.block(bytes.len());
+        self.must(self.pool.launcher.write(block.at(0), bytes));
+        block
+    }
+
+    /// Host copies of `out.len()` values from a place on.
+    #[track_caller]
+    pub(crate) fn fetch<T: bytemuck::Pod>(&self, from: At<'_, L::Memory>, out: &mut [T]) {
+        self.must(self.pool.launcher.read(from, bytemuck::cast_slice_mut(out)));
+    }
+
+    /// A launch of whole blocks.
+    #[track_caller]
+    pub(crate) fn launch(
+        &self,
+        kernel: &'static str,
+        grid: (usize, usize),
+        threads: usize,
+        args: &[Arg<'_, L::Memory>],
+    ) {
+        if grid.0 == 0 || grid.1 == 0 {
+            return;
+        }
+        assert!(grid.1 <= BLOCKS_Y, "{} blocks along y", grid.1);
+        self.must(self.pool.launcher.launch(Launch { kernel, grid, threads: threads as u32, args }));
+    }
+
+    /// A launch over `count` values.
+    #[track_caller]
+    pub(crate) fn over(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
+        self.launch(kernel, (count.div_ceil(THREADS).min(BLOCKS), 1), THREADS, args);
+    }
+
+    /// A launch of a warp for each of `count`.
+    #[track_caller]
+    pub(crate) fn warps(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
+        self.launch(kernel, (count.div_ceil(THREADS / 32), 1), THREADS, args);
+    }
+
+    /// The first `len` values rounded to bf16, from the buffer's copy if there is one.
+    #[track_caller]
+    fn half(&self, buf: &Buf<L>, len: usize) -> Arc<Block<L>> {
+        let mut half = buf.half.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(half) = half.as_ref().filter(|half| half.len >= len) {
+            return Arc::clone(&half.block);
+        }
+        let block = Arc::new(self.block(len * 2));
+        let args = [Arg::Buffer(buf.place(0)), Arg::Buffer(Some(block.at(0))), Arg::I64(len as i64)];
+        self.over(len, "round_to_bf16", &args);
+        *half = Some(Half { block: Arc::clone(&block), len });
+        block
+    }
+
+    /// `c (+)= a · b` from value `first` of `a` and `to` of `c` on; `b` from its beginning, unless `b_first` says otherwise.
+    #[track_caller]
+    pub(crate) fn product(
+        &self,
+        mut shape: Product,
+        (a, a_first, a_all): (&Buf<L>, usize, usize),
+        (b, b_first, b_all): (&Buf<L>, usize, usize),
+        c: At<'_, L::Memory>,
+    ) {
+        if shape.m == 0 || shape.n == 0 {
+            return;
+        }
+        if shape.k == 0 {
+            if !shape.accumulate {
+                self.fill(c, shape.m * shape.n, 0.0);
+            }
+            return;
+        }
+        assert!(a_all <= a.capacity && b_all <= b.capacity, "complete operands");
+        let launcher = &self.pool.launcher;
+        match self.operands {
+            Operands::F32 => {
+                shape.operands = Operand::F32;
+                let (a, b) = (a.place(a_first), b.place(b_first));
+                let (a, b) = (a.expect("an operand has memory"), b.expect("an operand has memory"));
+                self.must(launcher.product(shape, a, b, c));
+            }
+            Operands::Bf16 => {
+                shape.operands = Operand::Bf16;
+                let (a, b) = (self.half(a, a_all), self.half(b, b_all));
+                self.must(launcher.product(shape, a.at(a_first * 2), b.at(b_first * 2), c));
+            }
+        }
+    }
+
+    /// Overwrites `count` values.
+    #[track_caller]
+    pub(crate) fn fill(&self, at: At<'_, L::Memory>, count: usize, value: f32) {
+        self.over(count, "fill", &[Arg::Buffer(Some(at)), Arg::F32(value), Arg::I64(count as i64)]);
+    }
+
+    /// Cosines and sines of all positions up to `last`.
+    #[track_caller]
+    pub(crate) fn angles(&self, table: &RopeTable, last: u32) -> Arc<Block<L>> {
+        let mut known = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = last as usize + 1;
+        if let Some(found) = known.iter().find(|a| a.positions >= needed && a.table == *table) {
+            return Arc::clone(&found.block);
+        }
+        known.retain(|a| a.table != *table);
+        let positions = needed.next_multiple_of(1024);
+        let values: Vec<f32> = (0..positions as u32)
+            .flat_map(|p| {
+                let (cos, sin) = table.angles(p);
+                cos.iter().chain(sin).copied()
+            })
+            .collect();
+        let block = Arc::new(self.table(&values));
+        known.push(Angles { table: table.clone(), positions, block: Arc::clone(&block) });
+        block
+    }
+}

@@ -1,0 +1,292 @@
+//! The kernels on the host, for tests: [`Launcher`] over the C++ in `shim/`.
+//!
+//! The shim's library is compiled by `$CXX`, `c++`, `g++` or `clang++` when it is first asked for, and kept in the folder
+//! that the caller names, by what it was made of. One launch runs at a
+//! time. An error of the shim (a race, a place outside a buffer) is a [`CudaError::Call`].
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use draftsmith_kernels::train::LinearShape;
+use draftsmith_kernels::train::linear::{matmul, matmul_acc, matmul_dw_acc, matmul_dx};
+use half::bf16;
+
+use crate::error::CudaError;
+use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
+use crate::source;
+
+const HEADER: &str = include_str!("../shim/shim.h");
+const MACHINE: &str = include_str!("../shim/shim.cpp");
+
+type RawLaunch =
+    unsafe extern "C" fn(*const c_char, u32, u32, u32, *mut *mut c_void, *const u64, u64) -> *const c_char;
+
+/// A library has one machine, and all who load it share it.
+static RUNNING: Mutex<()> = Mutex::new(());
+
+/// The compiled shim.
+struct Library {
+    launch: RawLaunch,
+    alloc: unsafe extern "C" fn(u64) -> *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void),
+    data: unsafe extern "C" fn(*mut c_void) -> *mut u8,
+    _library: libloading::Library,
+}
+
+/// A device whose kernels run on the host.
+#[derive(Clone)]
+pub struct Shim {
+    library: Arc<Library>,
+    /// Bytes that it has, and that are in use.
+    limit: u64,
+    used: Arc<AtomicU64>,
+}
+
+/// Memory of a [`Shim`].
+pub struct ShimMemory {
+    shim: Shim,
+    buffer: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: the shim's buffers belong to no thread; launches and copies are kept apart by a lock.
+unsafe impl Send for ShimMemory {}
+// SAFETY: as above.
+unsafe impl Sync for ShimMemory {}
+
+impl Drop for ShimMemory {
+    fn drop(&mut self) {
+        self.shim.used.fetch_sub(self.bytes as u64, Ordering::Relaxed);
+        // SAFETY: allocated by the shim and freed once.
+        unsafe { (self.shim.library.free)(self.buffer) };
+    }
+}
+
+/// A pointer as the shim's kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Pointer {
+    buffer: *mut c_void,
+    at: i64,
+}
+
+fn failed(call: &'static str, reason: impl Into<String>) -> CudaError {
+    CudaError::Call { call, reason: reason.into() }
+}
+
+/// Compiles a program of kernels behind the shim into `folder`, unless that was done before.
+fn compile(folder: &Path, kernels: &str) -> Result<PathBuf, CudaError> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let wrong = |error: std::io::Error| failed("the shim's files", error.to_string());
+    let program = format!("#define DRAFTSMITH_SHIM\n{kernels}\n#line 1 \"shim.cpp\"\n{MACHINE}");
+    let name = format!("shim-{:016x}.so", source::mark(&format!("{HEADER}{program}")));
+    let library = folder.join(name);
+    if library.is_file() {
+        return Ok(library);
+    }
+    // Others may be at the same: each works in a folder of its own, and the last one's file stays.
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let own = folder.join(format!("shim-{}-{count}", std::process::id()));
+    std::fs::create_dir_all(&own).map_err(wrong)?;
+    std::fs::write(own.join("shim.h"), HEADER).map_err(wrong)?;
+    std::fs::write(own.join("kernels.cpp"), program).map_err(wrong)?;
+    let chosen = std::env::var("CXX").ok();
+    let compilers = chosen.iter().map(String::as_str).chain(["c++", "g++", "clang++"]);
+    for compiler in compilers {
+        let mut command = Command::new(compiler);
+        command.args(["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-o"]);
+        command.arg(own.join("shim.so")).arg(own.join("kernels.cpp"));
+        match command.output() {
+            Ok(done) if done.status.success() => {
+                std::fs::rename(own.join("shim.so"), &library).map_err(wrong)?;
+                std::fs::remove_dir_all(&own).map_err(wrong)?;
+                return Ok(library);
+            }
+            Ok(done) => return Err(failed("the C++ compiler", String::from_utf8_lossy(&done.stderr))),
+            Err(_) => {}
+        }
+    }
+    Err(failed("the C++ compiler", "none of `$CXX`, `c++`, `g++`, `clang++` starts: install one"))
+}
+
+impl Shim {
+    /// The kernels of this crate, with memory enough.
+    ///
+    /// # Errors
+    /// If they do not compile.
+    pub fn new(folder: &Path) -> Result<Shim, CudaError> {
+        Shim::of(folder, &source::text(), u64::MAX)
+    }
+
+    /// Other kernels, and so many bytes of memory.
+    ///
+    /// # Errors
+    /// If they do not compile.
+    pub fn of(folder: &Path, kernels: &str, limit: u64) -> Result<Shim, CudaError> {
+        let path = compile(folder, kernels)?;
+        // SAFETY: the library was compiled from our own files; loading it registers its kernels.
+        let library = unsafe { libloading::Library::new(path) }
+            .map_err(|error| failed("the shim", error.to_string()))?;
+        // SAFETY: the types are those of the functions in `shim.cpp`; the library is kept beside the pointers.
+        let library = unsafe {
+            Library {
+                launch: symbol(&library, b"shim_launch\0")?,
+                alloc: symbol(&library, b"shim_alloc\0")?,
+                free: symbol(&library, b"shim_free\0")?,
+                data: symbol(&library, b"shim_data\0")?,
+                _library: library,
+            }
+        };
+        Ok(Shim { library: Arc::new(library), limit, used: Arc::new(AtomicU64::new(0)) })
+    }
+
+    /// The bytes from a place on.
+    fn bytes(&self, at: At<'_, ShimMemory>, len: usize) -> Result<*mut u8, CudaError> {
+        if at.offset + len > at.memory.bytes {
+            let reason = format!("{len} bytes from {} of {}", at.offset, at.memory.bytes);
+            return Err(failed("a copy or a product", reason));
+        }
+        // SAFETY: inside the buffer, checked just above.
+        Ok(unsafe { (self.library.data)(at.memory.buffer).add(at.offset) })
+    }
+
+    /// Values of an operand, widened.
+    fn operand(&self, at: At<'_, ShimMemory>, len: usize, kind: Operand) -> Result<Vec<f32>, CudaError> {
+        let mut bytes = vec![0u8; len * kind.bytes()];
+        self.read(at, &mut bytes)?;
+        let values = bytes.chunks_exact(kind.bytes());
+        Ok(match kind {
+            Operand::F32 => values.map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Operand::Bf16 => values.map(|b| bf16::from_ne_bytes([b[0], b[1]]).to_f32()).collect(),
+        })
+    }
+}
+
+/// # Safety
+/// `T` is the type of the function.
+unsafe fn symbol<T: Copy>(library: &libloading::Library, name: &[u8]) -> Result<T, CudaError> {
+    // SAFETY: the caller's promise.
+    let found = unsafe { library.get::<T>(name) };
+    found.map(|f| *f).map_err(|error| failed("the shim", error.to_string()))
+}
+
+impl Launcher for Shim {
+    type Memory = ShimMemory;
+
+    fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
+        let used = self.used.load(Ordering::Relaxed);
+        let free = self.limit - used;
+        if bytes as u64 > free {
+            return Err(CudaError::Memory { wanted: bytes as u64, free, total: self.limit });
+        }
+        self.used.fetch_add(bytes as u64, Ordering::Relaxed);
+        // SAFETY: takes a size.
+        let buffer = unsafe { (self.library.alloc)(bytes as u64) };
+        Ok(ShimMemory { shim: self.clone(), buffer, bytes })
+    }
+
+    fn write(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.bytes(to, data.len())?;
+        // SAFETY: so many bytes are there, and nobody else is at the device's memory.
+        unsafe { place.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        Ok(())
+    }
+
+    fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.bytes(from, out.len())?;
+        // SAFETY: as above.
+        unsafe { out.as_mut_ptr().copy_from_nonoverlapping(place, out.len()) };
+        Ok(())
+    }
+
+    fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let pointer = |at: &Option<At<'_, ShimMemory>>| match at {
+            Some(at) => Pointer { buffer: at.memory.buffer, at: at.offset as i64 },
+            None => Pointer { buffer: std::ptr::null_mut(), at: 0 },
+        };
+        // Every argument in memory of its own, with its size.
+        enum Stored {
+            Pointers(Vec<Pointer>),
+            Word([u8; 8], u64),
+        }
+        let wide = |bytes: [u8; 4]| {
+            let mut all = [0; 8];
+            all[..4].copy_from_slice(&bytes);
+            Stored::Word(all, 4)
+        };
+        let mut stored: Vec<Stored> = launch
+            .args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Buffer(at) => Stored::Pointers(vec![pointer(at)]),
+                Arg::Buffers(all) => Stored::Pointers(all.iter().map(pointer).collect()),
+                Arg::I32(x) => wide(x.to_ne_bytes()),
+                Arg::U32(x) => wide(x.to_ne_bytes()),
+                Arg::F32(x) => wide(x.to_ne_bytes()),
+                Arg::I64(x) => Stored::Word(x.to_ne_bytes(), 8),
+            })
+            .collect();
+        let (mut arguments, sizes): (Vec<*mut c_void>, Vec<u64>) = stored
+            .iter_mut()
+            .map(|s| match s {
+                Stored::Pointers(all) => (all.as_mut_ptr().cast(), (all.len() * size_of::<Pointer>()) as u64),
+                Stored::Word(bytes, size) => (bytes.as_mut_ptr().cast(), *size),
+            })
+            .unzip();
+        let name = CString::new(launch.kernel).map_err(|_| failed("shim_launch", "a name with NUL"))?;
+        // SAFETY: the shim compares number and sizes of the arguments with the kernel's parameters before it reads them;
+        // the text it returns lives until the next launch, which the lock keeps away.
+        unsafe {
+            let error = (self.library.launch)(
+                name.as_ptr(),
+                launch.grid.0 as u32,
+                launch.grid.1 as u32,
+                launch.threads,
+                arguments.as_mut_ptr(),
+                sizes.as_ptr(),
+                sizes.len() as u64,
+            );
+            if error.is_null() {
+                return Ok(());
+            }
+            Err(failed("shim_launch", CStr::from_ptr(error).to_string_lossy()))
+        }
+    }
+
+    fn product(
+        &self,
+        p: Product,
+        a: At<'_, ShimMemory>,
+        b: At<'_, ShimMemory>,
+        c: At<'_, ShimMemory>,
+    ) -> Result<(), CudaError> {
+        let (a, b) = (self.operand(a, p.m * p.k, p.operands)?, self.operand(b, p.k * p.n, p.operands)?);
+        let mut out = vec![0.0f32; p.m * p.n];
+        self.read(c, bytemuck::cast_slice_mut(&mut out))?;
+        match (p.a_transposed, p.b_transposed, p.accumulate) {
+            (false, true, false) => {
+                matmul(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out)
+            }
+            (false, true, true) => {
+                matmul_acc(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out);
+            }
+            (false, false, add) => {
+                matmul_dx(1, &a, &b, LinearShape { rows: p.m, out: p.k, inp: p.n }, add, &mut out);
+            }
+            (true, false, add) => {
+                if !add {
+                    out.fill(0.0);
+                }
+                matmul_dw_acc(1, &a, &b, LinearShape { rows: p.k, out: p.m, inp: p.n }, &mut out);
+            }
+            (true, true, _) => return Err(failed("a product", "both operands are transposed")),
+        }
+        self.write(c, bytemuck::cast_slice(&out))
+    }
+}

@@ -1,0 +1,83 @@
+// A driver without a card, for tests of what calls one: memory is the host's, launches know two kernels. VERSION,
+// DEVICES, MAJOR and MEMORY are set when it is compiled.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef void *handle;
+typedef uint64_t pointer;
+
+static size_t used;
+static handle current;
+
+int cuInit(unsigned flags) { return DEVICES ? 0 : 100; }
+int cuDriverGetVersion(int *version) { return *version = VERSION, 0; }
+int cuDeviceGetCount(int *count) { return DEVICES ? (*count = DEVICES, 0) : 3; }
+int cuDeviceGet(int *device, int number) { return *device = number, number < DEVICES ? 0 : 101; }
+int cuDeviceGetName(char *name, int size, int device) {
+    if (size < 32) return 1;
+    return strcpy(name, device ? "Second Card" : "First Card"), 0;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    if (attribute == 75) return *value = MAJOR, 0;
+    if (attribute == 76) return *value = 0, 0;
+    return 1;
+}
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = MEMORY, 0; }
+int cuDevicePrimaryCtxRetain(handle *context, int device) { return *context = (handle)(intptr_t)(device + 1), 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuCtxSetCurrent(handle context) { return current = context, 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { return *free = MEMORY - used, *total = MEMORY, current ? 0 : 201; }
+int cuMemAlloc_v2(pointer *place, size_t bytes) {
+    if (!current) return 201;
+    if (bytes == 0) return 1;
+    if (bytes > MEMORY - used) return 2;
+    used += bytes;
+    size_t *block = aligned_alloc(256, (bytes + 256 + 255) / 256 * 256);
+    *block = bytes;
+    memset((char *)block + 256, 0xff, bytes);
+    return *place = (pointer)(uintptr_t)((char *)block + 256), 0;
+}
+int cuMemFree_v2(pointer place) {
+    size_t *block = (size_t *)((char *)(uintptr_t)place - 256);
+    used -= *block;
+    return free(block), 0;
+}
+int cuMemcpyHtoDAsync_v2(pointer to, const void *from, size_t bytes, handle stream) {
+    return memcpy((void *)(uintptr_t)to, from, bytes), stream ? 0 : 400;
+}
+int cuMemcpyDtoHAsync_v2(void *to, pointer from, size_t bytes, handle stream) {
+    return memcpy(to, (void *)(uintptr_t)from, bytes), stream ? 0 : 400;
+}
+int cuStreamCreate(handle *stream, unsigned flags) { return *stream = (handle)7, flags == 1 && current ? 0 : 1; }
+int cuStreamSynchronize(handle stream) { return stream == (handle)7 ? 0 : 400; }
+int cuStreamDestroy_v2(handle stream) { return stream == (handle)7 ? 0 : 400; }
+int cuModuleLoadDataEx(handle *module, const void *image, unsigned count, int *options, void **values) {
+    if (count == 2 && options[0] == 5 && options[1] == 6 && (uintptr_t)values[1] > 16) strcpy(values[0], "a log");
+    // What the program brings, and nothing else.
+    return *module = (handle)9, strstr(image, ".target sm_80") ? 0 : 218;
+}
+int cuModuleUnload(handle module) { return 0; }
+int cuModuleGetFunction(handle *function, handle module, const char *name) {
+    if (strcmp(name, "fill") == 0) return *function = (handle)1, 0;
+    if (strcmp(name, "round_to_bf16") == 0) return *function = (handle)2, 0;
+    return 500;
+}
+int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, handle stream, void **params, void **extra) {
+    if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || stream != (handle)7 || extra) return 1;
+    int64_t count = *(int64_t *)params[2];
+    float *x = *(float **)params[0];
+    for (int64_t i = 0; i < count; i++) {
+        if (function == (handle)1) {
+            x[i] = *(float *)params[1];
+        } else {
+            uint32_t bits;
+            memcpy(&bits, &x[i], 4);
+            (*(uint16_t **)params[1])[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
+    return 0;
+}
+int cuGetErrorName(int error, const char **text) { return *text = "CUDA_ERROR_OF_A_TEST", 0; }
+int cuGetErrorString(int error, const char **text) { return *text = "an error of a test", 0; }
