@@ -117,7 +117,8 @@ pub enum Device {
     Cuda(u32),
 }
 
-/// The devices that stages can use, for the schema.
+// The schema offers what stages can use; its texts are those of the page.
+/// Where the heavy stages compute.
 #[derive(JsonSchema)]
 #[schemars(rename = "Device")]
 #[expect(dead_code, reason = "only its schema is used")]
