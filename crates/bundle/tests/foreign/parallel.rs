@@ -412,7 +412,8 @@ fn spellings_of_other_tools_are_read_and_contradictions_told() {
         let draft = edit(change).unwrap();
         assert!(draft.config == ours.config && draft.tensors == ours.tensors, "{:?}", draft.config);
     }
-    let told: [(&dyn Fn(&mut Value), &str); 7] = [
+    type Change<'a> = &'a dyn Fn(&mut Value);
+    let told: [(Change<'_>, &str); 7] = [
         (&|c| c["sample_from_anchor"] = json!(false), "sample_from_anchor"),
         (&|c| c["dflash_config"]["causal"] = json!(true), "causal"),
         (&|c| c["mask_token_id"] = json!(7), "mask_token_id"),

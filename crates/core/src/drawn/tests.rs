@@ -144,7 +144,7 @@ fn texts_follow_the_target_and_a_block_keeps_at_least_as_much() {
                     1 => 0.7,
                     _ => f64::from(u8::from(uniform(&mut counter) < 0.5)),
                 };
-                let mixed = (0..vocab).map(|id| T(id));
+                let mixed = (0..vocab).map(T);
                 let mixed =
                     mixed.map(|id| (id, share * target[text].prob(id) + (1.0 - share) * own.prob(id)));
                 Distribution::new(mixed.collect()).unwrap()

@@ -399,8 +399,8 @@ impl Plain {
                 break;
             }
             let (mut keys, mut values) = (Vec::new(), Vec::new());
-            for position in 0..count {
-                let mut residual = rows[position].clone();
+            for (position, row) in rows.iter_mut().enumerate() {
+                let mut residual = row.clone();
                 let mut x = self.norm(&residual, &name("input_layernorm.weight"));
                 if layer == 0 {
                     let token =
@@ -417,7 +417,7 @@ impl Plain {
                 values.push(value);
                 let seen: Vec<usize> = (0..=position).collect();
                 let mixed = self.attention(layer, &x, position, &keys, &values, &seen);
-                rows[position] = self.rest_of_layer(layer, &residual, &mixed);
+                *row = self.rest_of_layer(layer, &residual, &mixed);
             }
         }
         rows.pop().expect("a question has a slot")
