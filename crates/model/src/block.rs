@@ -267,7 +267,7 @@ impl BlockConfig {
             Some(rope) => keys.inside(rope).rope_scaling(max_position_embeddings)?,
             None => RopeScaling::None,
         };
-        let layers = keys.size_or("num_hidden_layers", 1)?;
+        let layers = keys.count_or("num_hidden_layers", 1)?;
         let (sliding, sliding_window) = sliding_from(&keys, layers)?;
         let vocab_size = keys.size_or("vocab_size", class.vocab_size)?;
         let layer_ids = match nested.present("target_layer_ids") {
@@ -303,7 +303,7 @@ impl BlockConfig {
             max_position_embeddings,
             sliding,
             sliding_window,
-            block_size: keys.size_or("block_size", 16)?,
+            block_size: keys.count_or("block_size", 16)?,
             num_target_layers: match keys.present("num_target_layers") {
                 None => None,
                 Some(_) => Some(keys.size("num_target_layers")?),
@@ -849,6 +849,8 @@ mod tests {
         for (from, to, key) in [
             (r#""hidden_act": "silu""#, r#""hidden_act": "gelu""#, "hidden_act"),
             (r#""mask_token_id": 151669, "#, "", "mask_token_id"),
+            (r#""num_hidden_layers": 2"#, r#""num_hidden_layers": 200000000"#, "num_hidden_layers"),
+            (r#""block_size": 16"#, r#""block_size": 200000000"#, "block_size"),
             (r#"[1, 9, 17, 25, 33]"#, r#"[1, "9"]"#, "dflash_config.target_layer_ids"),
             (r#"[1, 9, 17, 25, 33]"#, "[]", "dflash_config.target_layer_ids"),
             (r#""block_size": 16"#, r#""block_size": 16, "layer_types": ["full_attention"]"#, "layer_types"),

@@ -334,6 +334,15 @@ impl<'a> Keys<'a> {
         if self.present(key).is_none() { Ok(default) } else { self.size(key) }
     }
 
+    /// A number of layers or slots. Networks are laid out by it before any tensor is looked at, so it is bounded by what
+    /// a draft can have.
+    pub(crate) fn count_or(&self, key: &str, default: usize) -> Result<usize, DraftConfigError> {
+        match self.size_or(key, default)? {
+            n if n <= 1024 => Ok(n),
+            _ => Err(self.bad(key, "at most 1024")),
+        }
+    }
+
     pub(crate) fn float(&self, key: &str) -> Result<f32, DraftConfigError> {
         let x = self.map.get(key).and_then(Value::as_f64).filter(|x| x.is_finite() && *x > 0.0);
         x.map(|x| x as f32).ok_or_else(|| self.bad(key, "a positive number"))

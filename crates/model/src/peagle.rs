@@ -170,8 +170,8 @@ impl PEagleConfig {
                 rms_norm_eps: keys.float_or("rms_norm_eps", class.rms_norm_eps as f32)?,
             },
             target_hidden_size: keys.size_or("target_hidden_size", hidden_size)?,
-            num_layers: keys.size_or("num_hidden_layers", 4)?,
-            num_depths: keys.size_or("num_depths", DEPTHS)?,
+            num_layers: keys.count_or("num_hidden_layers", 4)?,
+            num_depths: keys.count_or("num_depths", DEPTHS)?,
             rope_theta,
             max_position_embeddings: keys
                 .size_or("max_position_embeddings", class.max_position_embeddings)?,
@@ -513,6 +513,11 @@ mod tests {
         let mut nested = without;
         nested["dflash_config"] = json!({"mask_token_id": 7});
         assert_eq!(PEagleConfig::from_value(&nested).unwrap().mask_token_id, 7);
+        for key in ["num_hidden_layers", "num_depths"] {
+            let mut many = text.clone();
+            many[key] = json!(200_000_000);
+            assert!(PEagleConfig::from_value(&many).unwrap_err().to_string().contains(key));
+        }
         let mut wrong = text;
         wrong["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = json!([1, 2]);
         assert!(PEagleConfig::from_value(&wrong).is_err());
