@@ -7,8 +7,10 @@
 mod eagle3;
 mod export;
 mod found;
+mod gguf_keys;
 mod import;
 mod parallel;
+mod plain;
 mod verify;
 
 pub use export::{ExportInput, Exported, export};
@@ -20,12 +22,14 @@ use draftsmith_model::{DraftConfig, TargetConfig};
 use serde_json::{Map, Value};
 
 use crate::Problem;
-use crate::engines::Launch;
+use crate::engines::{LLAMA_CPP, Launch, Rules, SGLANG, VLLM};
 use crate::manifest::Manifest;
 use crate::problem::layer_problem;
 
 /// Name of the file in an exported GGUF folder.
 pub const GGUF_FILE: &str = "draft.gguf";
+/// Version of the `speculators` configuration that is written.
+const SPECULATORS_VERSION: &str = "0.9.0";
 
 /// A published way to store a draft.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +54,15 @@ impl Layout {
             Layout::Gguf => "gguf",
         }
     }
+
+    /// The engine that reads it.
+    fn engine(self) -> &'static str {
+        match self {
+            Layout::Sglang => SGLANG,
+            Layout::Vllm | Layout::Speculators => VLLM,
+            Layout::Gguf => LLAMA_CPP,
+        }
+    }
 }
 
 /// What an export may need of the target at hand.
@@ -67,10 +80,30 @@ pub(crate) fn lint(
     manifest: &Manifest,
     target: Option<&TargetFacts<'_>>,
 ) -> Vec<Problem> {
+    let mut rules = Rules::of(layout.engine());
     match config {
-        DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::lint(layout, config, manifest, target),
+        DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target, &mut rules),
+        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::lint(layout, config, &mut rules),
     }
+    rules.rule(
+        layout == Layout::Speculators && manifest.target.hub_name.is_none(),
+        false,
+        "the configuration names no target, so it must be given at the start",
+    );
+    // None of the engines scales a draft's embedding; Gemma's draft was trained with scaled rows. P-EAGLE brings its own.
+    rules.rule(
+        target.is_some_and(|t| t.config.embed_scale != 1.0) && !matches!(config, DraftConfig::PEagle(_)),
+        true,
+        "the target scales its embedding, and the draft's copy is read unscaled",
+    );
+    let mut problems = rules.problems();
+    let found = config.shape().max_position_embeddings;
+    if let Some(context) = manifest.target.context_len
+        && (found as u64) < context
+    {
+        problems.push(Problem::ShortContext { found, context });
+    }
+    problems
 }
 
 /// What engines that load a bundle as it is need of its `config.json`, beyond what the network needs.

@@ -465,41 +465,7 @@ fn embedding_and_head_that_come_along_must_be_the_targets() {
 fn damaged_block_files_are_errors_and_never_panics() {
     let (_root, bundle, target) = made(&dspark("vanilla", true, true));
     let dir = export_of(&bundle, Layout::Gguf, &target).unwrap();
-    let path = dir.join(GGUF_FILE);
-    let whole = std::fs::read(&path).unwrap();
-    let mut next = number(17);
-    let mut at = |n: usize| ((next() + 0.5) * n as f32) as usize % n;
-    let head = GgufFile::open(&path).unwrap().tensors().iter().map(|t| t.offset).min().unwrap();
-    for _ in 0..500 {
-        let mut bytes = whole.clone();
-        for _ in 0..=at(3) {
-            let place = at(head);
-            bytes[place] = at(256) as u8;
-        }
-        std::fs::write(&path, &bytes).unwrap();
-        if let Err(error) = import(&dir) {
-            assert!(!error.to_string().is_empty());
-        }
-    }
-}
-
-/// Runs a script of `bench/peers` where the package that it needs is installed.
-#[expect(clippy::print_stderr, reason = "a comparison that did not happen must be seen")]
-fn peer(variable: &str, package: &str, script: &str, args: &[&Path]) -> Option<String> {
-    let python = std::env::var(variable).unwrap_or_else(|_| "python3".into());
-    let run = |args: &[&std::ffi::OsStr]| std::process::Command::new(&python).args(args).output();
-    let import = format!("import {package}");
-    if !run(&["-c".as_ref(), import.as_ref()]).is_ok_and(|output| output.status.success()) {
-        eprintln!("not compared: `{python}` has no package `{package}`");
-        return None;
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/peers").join(script);
-    let args: Vec<&std::ffi::OsStr> =
-        std::iter::once(script.as_os_str()).chain(args.iter().map(|arg| arg.as_os_str())).collect();
-    let output = run(&args).unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    Some(said)
+    damage(&dir.join(GGUF_FILE), 17, 500);
 }
 
 #[test]

@@ -11,12 +11,9 @@ use serde_json::{Map, Value, json};
 
 use super::{gguf, tensor_name};
 use crate::BundleError;
-use crate::foreign::{GGUF_FILE, Layout, TargetFacts};
+use crate::foreign::{GGUF_FILE, Layout, SPECULATORS_VERSION, TargetFacts};
 use crate::layout::{TensorSpec, expected_tensors};
 use crate::manifest::{CONFIG_FILE, Manifest, WEIGHTS_FILE};
-
-/// Version of the `speculators` configuration that is written.
-const SPECULATORS_VERSION: &str = "0.9.0";
 
 /// The files of a layout that hold the draft, from a checked bundle whose configuration names the layers.
 pub(crate) fn files(

@@ -7,16 +7,16 @@ use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgufArray, GgufError, GgufFile, GgufValue};
 use draftsmith_kernels::{RopeScaling, RopeTable};
 use draftsmith_model::DraftConfigError;
+use draftsmith_model::draft_layer::LayerShape;
 use draftsmith_model::eagle3::{Eagle3Config, Feedback, LAYERS_HINT, SUPPORTED};
 
 use crate::Problem;
+use crate::foreign::gguf_keys;
 
 /// `general.architecture`
 pub(crate) const ARCHITECTURE: &str = "eagle3";
 /// Divisors of the RoPE frequencies.
 pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
-/// `general.file_type` of mostly bf16 tensors, as llama.cpp numbers them.
-const FILE_TYPE_BF16: u32 = 32;
 /// Published Llama 3 drafts differ in the factor alone.
 const LLAMA3_LOW: f32 = 1.0;
 const LLAMA3_HIGH: f32 = 4.0;
@@ -63,34 +63,22 @@ pub(crate) fn metadata(
     license: &str,
     layers: [u32; 3],
 ) -> Vec<(String, GgufValue)> {
-    let size = |n: usize| GgufValue::U32(n as u32);
-    let mut keys = vec![
-        ("general.architecture".to_owned(), GgufValue::Str(ARCHITECTURE.into())),
-        ("general.type".to_owned(), GgufValue::Str("model".into())),
-        ("general.name".to_owned(), GgufValue::Str(name.into())),
-        ("general.license".to_owned(), GgufValue::Str(license.to_lowercase())),
-        ("general.file_type".to_owned(), GgufValue::U32(FILE_TYPE_BF16)),
-    ];
+    let mut keys = gguf_keys::general(ARCHITECTURE, name, license);
     let mut own = |key: &str, value: GgufValue| keys.push((format!("{ARCHITECTURE}.{key}"), value));
-    own("block_count", size(1));
-    own("context_length", size(config.max_position_embeddings));
-    own("embedding_length", size(config.hidden_size));
-    own("feed_forward_length", size(config.intermediate_size));
-    own("attention.head_count", size(config.num_attention_heads));
-    own("attention.head_count_kv", size(config.num_key_value_heads));
-    own("attention.key_length", size(config.head_dim));
-    own("attention.value_length", size(config.head_dim));
-    own("attention.layer_norm_rms_epsilon", GgufValue::F32(config.rms_norm_eps));
-    own("rope.dimension_count", size(config.head_dim));
-    own("rope.freq_base", GgufValue::F32(config.rope_theta));
-    if let RopeScaling::Linear { factor } = config.rope_scaling {
-        own("rope.scaling.type", GgufValue::Str("linear".into()));
-        own("rope.scaling.factor", GgufValue::F32(factor));
-    }
-    own("vocab_size", size(config.vocab_size));
+    let layer = LayerShape {
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        num_attention_heads: config.num_attention_heads,
+        num_key_value_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+        rms_norm_eps: config.rms_norm_eps,
+    };
+    gguf_keys::layers(&mut own, 1, config.max_position_embeddings, &layer);
+    gguf_keys::rope(&mut own, config.head_dim, config.rope_theta, &config.rope_scaling);
+    own("vocab_size", gguf_keys::size(config.vocab_size));
     let numbers = layers.map(|id| LayerId(id).as_next_input() as i32);
     own("target_layers", GgufValue::Array(GgufArray::I32(numbers.to_vec())));
-    own("target_hidden_size", size(config.target_hidden_size));
+    own("target_hidden_size", gguf_keys::size(config.target_hidden_size));
     own("norm_before_residual", GgufValue::Bool(config.norm_before_residual));
     own("norm_before_fc", GgufValue::Bool(config.norm_before_fc));
     keys

@@ -2,32 +2,19 @@
 
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 
-use crate::Problem;
+use crate::engines::Rules;
 use crate::foreign::{Layout, TargetFacts};
 use crate::manifest::Manifest;
 
-const SGLANG: &str = "SGLang";
-const VLLM: &str = "vLLM";
-const LLAMA_CPP: &str = "llama.cpp";
-
-/// Problems that the engines of a layout have with a draft, fatal and other.
+/// What the engines of a layout have against an EAGLE-3 draft alone.
 pub(crate) fn lint(
     layout: Layout,
     config: &Eagle3Config,
     manifest: &Manifest,
     target: Option<&TargetFacts<'_>>,
-) -> Vec<Problem> {
-    let engine = match layout {
-        Layout::Sglang => SGLANG,
-        Layout::Vllm | Layout::Speculators => VLLM,
-        Layout::Gguf => LLAMA_CPP,
-    };
-    let mut problems = Vec::new();
-    let mut rule = |breaks: bool, fatal: bool, what: &str| {
-        if breaks {
-            problems.push(Problem::Engine { engine, what: what.to_owned(), fatal });
-        }
-    };
+    rules: &mut Rules,
+) {
+    let mut rule = |breaks: bool, fatal: bool, what: &str| rules.rule(breaks, fatal, what);
     let post_norm = config.feedback == Feedback::PostNorm;
     match layout {
         Layout::Sglang => {
@@ -59,21 +46,4 @@ pub(crate) fn lint(
     if layout != Layout::Gguf {
         rule(config.fc_norm || post_norm, false, "`fc_norm` and `norm_output` need a version from 2026 on");
     }
-    rule(
-        layout == Layout::Speculators && manifest.target.hub_name.is_none(),
-        false,
-        "the configuration names no target, so it must be given at the start",
-    );
-    // None of the engines scales a draft's embedding; Gemma's draft was trained with scaled rows.
-    rule(
-        target.is_some_and(|t| t.config.embed_scale != 1.0),
-        true,
-        "the target scales its embedding, and the draft's copy is read unscaled",
-    );
-    if let Some(context) = manifest.target.context_len
-        && (config.max_position_embeddings as u64) < context
-    {
-        problems.push(Problem::ShortContext { found: config.max_position_embeddings, context });
-    }
-    problems
 }

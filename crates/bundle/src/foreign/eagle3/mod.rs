@@ -14,7 +14,6 @@ pub(crate) use engines::{config_problems, launch, unserved};
 pub(crate) use export::files;
 pub(crate) use import::{drop_layers, from_gguf, from_safetensors, layer_contradiction};
 pub(crate) use lint::lint;
-pub(crate) use plain::{File, Matrix, Stored, normed};
 pub(crate) use verify::compare;
 
 use super::Layout;

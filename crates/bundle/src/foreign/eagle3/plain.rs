@@ -10,11 +10,11 @@
 use std::path::Path;
 
 use draftsmith_formats::atomic;
-use draftsmith_formats::gguf::{GgmlType, GgufFile};
-use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_formats::gguf::GgufFile;
 use serde_json::Value;
 
 use crate::BundleError;
+use crate::foreign::plain::{File, Matrix, Rope, Stored, attended, normed};
 use crate::foreign::{GGUF_FILE, Layout};
 use crate::probe::ProbeInput;
 
@@ -52,91 +52,6 @@ pub(crate) struct Plain {
     gate_up_down: [Matrix; 3],
     last_norm: Vec<f64>,
     head: Matrix,
-}
-
-/// Row-major `[out, in]`.
-pub(crate) struct Matrix {
-    pub(crate) columns: usize,
-    pub(crate) values: Vec<f64>,
-}
-
-impl Matrix {
-    pub(crate) fn apply(&self, x: &[f64]) -> Vec<f64> {
-        self.values
-            .chunks_exact(self.columns)
-            .map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum::<f64>())
-            .collect()
-    }
-}
-
-/// A tensor as it lies in the file, to be compared with the bundle's.
-pub(crate) struct Stored {
-    /// Type as the container calls it.
-    pub(crate) dtype: String,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) values: Vec<f64>,
-}
-
-/// Gets at the tensors of either container by published name.
-pub(crate) enum File {
-    Safetensors(SafetensorsDir),
-    Gguf(GgufFile<'static>),
-}
-
-impl File {
-    pub(crate) fn open(dir: &Path, layout: Layout) -> Result<File, BundleError> {
-        Ok(match layout {
-            Layout::Gguf => File::Gguf(GgufFile::open(dir.join(GGUF_FILE))?),
-            Layout::Sglang | Layout::Vllm | Layout::Speculators => {
-                File::Safetensors(SafetensorsDir::open(dir)?)
-            }
-        })
-    }
-
-    pub(crate) fn names(&self) -> Vec<String> {
-        match self {
-            File::Safetensors(dir) => dir.names().map(str::to_owned).collect(),
-            File::Gguf(file) => file.tensors().iter().map(|t| t.name.clone()).collect(),
-        }
-    }
-
-    /// A tensor's numbers (none if its type is one that an export never has); `None` if it is not there.
-    pub(crate) fn find(&self, name: &str) -> Option<Stored> {
-        match self {
-            File::Safetensors(dir) => {
-                let tensor = dir.find(name)?;
-                let values = match (tensor.to_f32(), tensor.to_i64(), tensor.to_bool()) {
-                    (Ok(floats), ..) => floats.into_iter().map(f64::from).collect(),
-                    (_, Ok(ids), _) => ids.into_iter().map(|id| id as f64).collect(),
-                    (.., Ok(flags)) => flags.into_iter().map(|flag| f64::from(u8::from(flag))).collect(),
-                    _ => Vec::new(),
-                };
-                Some(Stored { dtype: format!("{:?}", tensor.dtype), shape: tensor.shape.to_vec(), values })
-            }
-            File::Gguf(file) => {
-                let info = file.find_tensor(name)?;
-                let bytes = file.data(info);
-                let values = match info.ggml_type {
-                    GgmlType::F32 => bytes
-                        .chunks_exact(4)
-                        .map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-                        .collect(),
-                    // bf16 is the upper half of an f32.
-                    GgmlType::BF16 => bytes
-                        .chunks_exact(2)
-                        .map(|b| f64::from(f32::from_le_bytes([0, 0, b[0], b[1]])))
-                        .collect(),
-                    GgmlType::I64 => bytes
-                        .chunks_exact(8)
-                        .map(|b| i64::from_le_bytes(b.try_into().expect("chunks have eight bytes")) as f64)
-                        .collect(),
-                    _ => Vec::new(),
-                };
-                let shape = info.dims.iter().rev().copied().collect();
-                Some(Stored { dtype: info.ggml_type.to_string(), shape, values })
-            }
-        }
-    }
 }
 
 /// Published names, in the order of [`Plain`]'s fields: norms before `fc` apart.
@@ -255,11 +170,7 @@ struct Numbers {
     kv_heads: usize,
     head_dim: usize,
     eps: f64,
-    theta: f64,
-    /// Divides every frequency.
-    linear: f64,
-    /// Llama 3's `factor`, `low_freq_factor`, `high_freq_factor`, original length.
-    llama3: Option<[f64; 4]>,
+    rope: Rope,
     layers: Vec<i64>,
     norm_before_residual: bool,
     post_norm_feedback: bool,
@@ -276,8 +187,6 @@ fn json_numbers(dir: &Path, layout: Layout) -> Result<Numbers, BundleError> {
         .map_err(|e| BundleError::Manifest { path: path.clone(), problem: e.to_string() })?;
     let layer = if layout == Layout::Speculators { &json["transformer_layer_config"] } else { &json };
     let number = |key: &str| layer[key].as_f64().ok_or_else(|| bad(&path, key));
-    let scaling = &layer["rope_scaling"];
-    let part = |key: &str| scaling[key].as_f64().ok_or_else(|| bad(&path, key));
     // SGLang counts from the layer that wrote the state, the others from the one that reads it.
     let (ids, from) = match layout {
         Layout::Sglang => (&json["eagle_config"]["eagle_aux_hidden_state_layer_ids"], 0),
@@ -288,17 +197,7 @@ fn json_numbers(dir: &Path, layout: Layout) -> Result<Numbers, BundleError> {
         kv_heads: number("num_key_value_heads")? as usize,
         head_dim: number("head_dim")? as usize,
         eps: number("rms_norm_eps")?,
-        theta: number("rope_theta")?,
-        linear: if scaling["rope_type"] == "linear" { part("factor")? } else { 1.0 },
-        llama3: match scaling["rope_type"] == "llama3" {
-            true => Some([
-                part("factor")?,
-                part("low_freq_factor")?,
-                part("high_freq_factor")?,
-                part("original_max_position_embeddings")?,
-            ]),
-            false => None,
-        },
+        rope: Rope::of_json(layer, &|value, key| value[key].as_f64().ok_or_else(|| bad(&path, key)))?,
         layers: ids.as_array().into_iter().flatten().filter_map(Value::as_i64).map(|id| id - from).collect(),
         norm_before_residual: json["norm_before_residual"] == true,
         post_norm_feedback: json["norm_output"] == true,
@@ -308,48 +207,16 @@ fn json_numbers(dir: &Path, layout: Layout) -> Result<Numbers, BundleError> {
 fn gguf_numbers(dir: &Path) -> Result<Numbers, BundleError> {
     let file = GgufFile::open(dir.join(GGUF_FILE))?;
     let size = |key: &str| file.get_u32(&format!("eagle3.{key}")).map(|n| n as usize);
-    let linear = match file.find_str("eagle3.rope.scaling.type")? {
-        Some("linear") => f64::from(file.get_f32("eagle3.rope.scaling.factor")?),
-        _ => 1.0,
-    };
     Ok(Numbers {
         heads: size("attention.head_count")?,
         kv_heads: size("attention.head_count_kv")?,
         head_dim: size("attention.key_length")?,
         eps: f64::from(file.get_f32("eagle3.attention.layer_norm_rms_epsilon")?),
-        theta: f64::from(file.get_f32("eagle3.rope.freq_base")?),
-        linear,
-        llama3: None,
+        rope: Rope::of_gguf(&file, "eagle3")?,
         layers: file.get_i64_array("eagle3.target_layers")?.into_iter().map(|id| id - 1).collect(),
         norm_before_residual: file.find_bool("eagle3.norm_before_residual")?.unwrap_or(false),
         post_norm_feedback: false,
     })
-}
-
-/// Frequencies of the rotation, `[hd / 2]`.
-fn frequencies(numbers: &Numbers, divisors: Option<&Stored>) -> Vec<f64> {
-    (0..numbers.head_dim / 2)
-        .map(|i| {
-            let plain = numbers.theta.powf(-2.0 * i as f64 / numbers.head_dim as f64) / numbers.linear;
-            let divisor = divisors.and_then(|d| d.values.get(i).copied()).unwrap_or(1.0);
-            let Some([factor, low, high, original]) = numbers.llama3 else { return plain / divisor };
-            let turns = original * plain / (2.0 * std::f64::consts::PI);
-            match turns {
-                t if t > high => plain,
-                t if t < low => plain / factor,
-                t => {
-                    let keep = (t - low) / (high - low);
-                    plain * (keep + (1.0 - keep) / factor)
-                }
-            }
-        })
-        .collect()
-}
-
-pub(crate) fn normed(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
-    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
-    let scale = 1.0 / (mean + eps).sqrt();
-    x.iter().zip(weight).map(|(x, w)| x * scale * w).collect()
 }
 
 impl Plain {
@@ -361,7 +228,10 @@ impl Plain {
         };
         let (mut stock, _) = inventory(dir, layout)?;
         let mut find = |name: &str| stock.iter_mut().find(|entry| entry.name == name)?.stored.take();
-        let frequencies = frequencies(&numbers, find("rope_freqs.weight").as_ref());
+        let mut frequencies = numbers.rope.frequencies(numbers.head_dim);
+        if let Some(divisors) = find("rope_freqs.weight") {
+            frequencies.iter_mut().zip(&divisors.values).for_each(|(f, divisor)| *f /= divisor);
+        }
         let one_norm = find("input_norm.weight").or_else(|| find("enc.output_norm.weight"));
         let feature_norms: Vec<Vec<f64>> = match one_norm {
             Some(norm) => vec![norm.values],
@@ -456,25 +326,8 @@ impl Plain {
         let query = self.rotated(q.apply(&both), position);
         keys.push(self.rotated(k.apply(&both), position));
         values.push(v.apply(&both));
-        let mut mixed = vec![0.0; self.heads * self.head_dim];
-        for head in 0..self.heads {
-            let shared = head / (self.heads / self.kv_heads) * self.head_dim;
-            let own = head * self.head_dim..(head + 1) * self.head_dim;
-            let dot = |key: &Vec<f64>| -> f64 {
-                let key = &key[shared..shared + self.head_dim];
-                query[own.clone()].iter().zip(key).map(|(a, b)| a * b).sum::<f64>()
-                    / (self.head_dim as f64).sqrt()
-            };
-            let scores: Vec<f64> = keys.iter().map(dot).collect();
-            let largest = scores.iter().copied().fold(f64::MIN, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            for (weight, value) in weights.iter().zip(values.iter()) {
-                for (m, v) in mixed[own.clone()].iter_mut().zip(&value[shared..shared + self.head_dim]) {
-                    *m += weight / sum * v;
-                }
-            }
-        }
+        let seen: Vec<usize> = (0..keys.len()).collect();
+        let mixed = attended(&query, keys, values, &seen, [self.heads, self.kv_heads, self.head_dim]);
         let residual = if self.norm_before_residual { &normed_hidden } else { hidden };
         let middle: Vec<f64> = o.apply(&mixed).iter().zip(residual).map(|(a, b)| a + b).collect();
         let [gate, up, down] = &self.gate_up_down;

@@ -7,10 +7,11 @@ use draftsmith_kernels::{Kernels, PackMode};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_model::{Draft, DraftConfig};
 
-use super::plain::{Entry, Plain, Stored, inventory, layout_of};
+use super::plain::{Entry, Plain, inventory, layout_of};
 use super::tensor_name;
 use crate::check::{CheckLine, line, skipped};
 use crate::foreign::Layout;
+use crate::foreign::plain::Stored;
 use crate::layout::expected_tensors;
 use crate::manifest::{Manifest, PROBE_FILE, WEIGHTS_FILE};
 use crate::network::hidden_state;

@@ -4,93 +4,55 @@
 use draftsmith_model::DraftConfig;
 use draftsmith_model::block::{BlockConfig, MarkovKind};
 
-use crate::Problem;
-use crate::engines::{Launch, engine_name};
-use crate::foreign::{GGUF_FILE, Layout, TargetFacts};
+use crate::engines::{LLAMA_CPP, Launch, Rules, SGLANG, VLLM, engine_name};
+use crate::foreign::{GGUF_FILE, Layout};
 use crate::manifest::Manifest;
-
-const SGLANG: &str = "SGLang";
-const VLLM: &str = "vLLM";
-const LLAMA_CPP: &str = "llama.cpp";
 
 const NO_P_EAGLE: &str = "it has no loader for P-EAGLE; the folder is the one that SpecForge reads";
 
-/// Problems that the engines of a layout have with a draft, fatal and other.
-pub(crate) fn lint(
-    layout: Layout,
-    config: &DraftConfig,
-    manifest: &Manifest,
-    target: Option<&TargetFacts<'_>>,
-) -> Vec<Problem> {
-    let engine = match layout {
-        Layout::Sglang => SGLANG,
-        Layout::Vllm | Layout::Speculators => VLLM,
-        Layout::Gguf => LLAMA_CPP,
-    };
-    let mut problems = Vec::new();
-    let mut rule = |breaks: bool, fatal: bool, what: String| {
-        if breaks {
-            problems.push(Problem::Engine { engine, what, fatal });
-        }
-    };
+/// What the engines of a layout have against drafts that propose several tokens at once alone.
+pub(crate) fn lint(layout: Layout, config: &DraftConfig, rules: &mut Rules) {
     match config {
-        DraftConfig::Block(block) => block_rules(layout, block, &mut rule),
-        DraftConfig::PEagle(_) => rule(layout == Layout::Sglang, false, NO_P_EAGLE.into()),
+        DraftConfig::Block(block) => block_rules(layout, block, rules),
+        DraftConfig::PEagle(_) => rules.rule(layout == Layout::Sglang, false, NO_P_EAGLE),
         DraftConfig::Eagle3(_) => {}
     }
-    rule(
-        layout == Layout::Speculators && manifest.target.hub_name.is_none(),
-        false,
-        "the configuration names no target, so it must be given at the start".into(),
-    );
-    rule(
-        target.is_some_and(|t| t.config.embed_scale != 1.0) && matches!(config, DraftConfig::Block(_)),
-        true,
-        "the target scales its embedding, and the draft's copy is read unscaled".into(),
-    );
-    let found = config.shape().max_position_embeddings;
-    if let Some(context) = manifest.target.context_len
-        && (found as u64) < context
-    {
-        problems.push(Problem::ShortContext { found, context });
-    }
-    problems
 }
 
-fn block_rules(layout: Layout, block: &BlockConfig, rule: &mut impl FnMut(bool, bool, String)) {
+fn block_rules(layout: Layout, block: &BlockConfig, rules: &mut Rules) {
     let kind = block.markov().map(|markov| markov.kind);
     let spark = block.spark.is_some();
-    rule(
+    rules.rule(
         spark && kind.is_none(),
         true,
-        "it knows a DSpark draft by its Markov head, and this one has none (`markov_rank` 0)".into(),
+        "it knows a DSpark draft by its Markov head, and this one has none (`markov_rank` 0)",
     );
     let vanilla_only = matches!(layout, Layout::Vllm | Layout::Speculators | Layout::Gguf);
     if let Some(kind) = kind {
-        rule(
+        rules.rule(
             vanilla_only && kind != MarkovKind::Vanilla,
             true,
             format!("`markov_head_type` `{}` is unknown to it, only `vanilla` is built", kind.name()),
         );
     }
-    rule(
+    rules.rule(
         layout == Layout::Gguf && block.spark.is_some_and(|spark| spark.confidence == Some(false)),
         true,
-        "its confidence head reads the token before, too (`confidence_head_with_markov`)".into(),
+        "its confidence head reads the token before, too (`confidence_head_with_markov`)",
     );
     let slides = block.sliding.contains(&true);
-    rule(
+    rules.rule(
         layout == Layout::Gguf && slides,
         false,
-        "whether its sliding layers see a block causally, as this draft does, is not known".into(),
+        "whether its sliding layers see a block causally, as this draft does, is not known",
     );
-    rule(
+    rules.rule(
         layout == Layout::Speculators && slides && block.sliding.contains(&false),
         true,
-        "one switch says for all layers whether a block is seen causally, and this draft has both".into(),
+        "one switch says for all layers whether a block is seen causally, and this draft has both",
     );
     let (part, whole) = (block.draft_vocab_size, block.vocab_size);
-    rule(
+    rules.rule(
         part < whole,
         false,
         format!("it proposes from all {whole} ids; here the draft proposes from {part} of them"),

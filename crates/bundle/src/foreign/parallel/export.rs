@@ -11,12 +11,10 @@ use serde_json::{Map, Value, json};
 
 use super::{MARKOV_ROWS, gguf, whole};
 use crate::BundleError;
-use crate::foreign::{GGUF_FILE, Layout, TargetFacts};
+use crate::foreign::{GGUF_FILE, Layout, SPECULATORS_VERSION, TargetFacts};
 use crate::layout::{expected_tensors, vocab_map};
 use crate::manifest::{CONFIG_FILE, Manifest, WEIGHTS_FILE};
 
-/// Version of the `speculators` configuration that is written.
-const SPECULATORS_VERSION: &str = "0.9.0";
 /// The layers, counted from 1.
 const LAYERS_KEY: &str = "eagle_aux_hidden_state_layer_ids";
 

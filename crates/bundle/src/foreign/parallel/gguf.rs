@@ -12,11 +12,10 @@ use draftsmith_model::draft_layer::LayerShape;
 use draftsmith_model::{DraftConfigError, DraftSpec};
 
 use crate::Problem;
+use crate::foreign::gguf_keys;
 
 /// `general.architecture`
 pub(crate) const ARCHITECTURE: &str = "dflash";
-/// `general.file_type` of mostly bf16 tensors, as llama.cpp numbers them.
-const FILE_TYPE_BF16: u32 = 32;
 /// Key of the mask token.
 pub(crate) const MASK_TOKEN: &str = "tokenizer.ggml.mask_token_id";
 /// What the architecture covers, as advice.
@@ -80,44 +79,24 @@ pub(crate) fn metadata(
     license: &str,
     layers: &[u32],
 ) -> Vec<(String, GgufValue)> {
-    let size = |n: usize| GgufValue::U32(n as u32);
-    let mut keys = vec![
-        ("general.architecture".to_owned(), GgufValue::Str(ARCHITECTURE.into())),
-        ("general.type".to_owned(), GgufValue::Str("model".into())),
-        ("general.name".to_owned(), GgufValue::Str(name.into())),
-        ("general.license".to_owned(), GgufValue::Str(license.to_lowercase())),
-        ("general.file_type".to_owned(), GgufValue::U32(FILE_TYPE_BF16)),
-        (MASK_TOKEN.to_owned(), GgufValue::U32(config.mask_token_id)),
-    ];
+    let mut keys = gguf_keys::general(ARCHITECTURE, name, license);
+    keys.push((MASK_TOKEN.to_owned(), GgufValue::U32(config.mask_token_id)));
     let l = &config.layer;
     let mut own = |key: &str, value: GgufValue| keys.push((format!("{ARCHITECTURE}.{key}"), value));
-    own("block_count", size(config.sliding.len()));
-    own("context_length", size(config.max_position_embeddings));
-    own("embedding_length", size(l.hidden_size));
-    own("feed_forward_length", size(l.intermediate_size));
-    own("attention.head_count", size(l.num_attention_heads));
-    own("attention.head_count_kv", size(l.num_key_value_heads));
-    own("attention.key_length", size(l.head_dim));
-    own("attention.value_length", size(l.head_dim));
-    own("attention.layer_norm_rms_epsilon", GgufValue::F32(l.rms_norm_eps));
+    gguf_keys::layers(&mut own, config.sliding.len(), config.max_position_embeddings, l);
     own("attention.causal", GgufValue::Bool(false));
     if let Some(window) = config.sliding_window {
-        own("attention.sliding_window", size(window));
+        own("attention.sliding_window", gguf_keys::size(window));
         let pattern = GgufArray::Bool(config.sliding.clone());
         own("attention.sliding_window_pattern", GgufValue::Array(pattern));
     }
-    own("rope.dimension_count", size(l.head_dim));
-    own("rope.freq_base", GgufValue::F32(config.rope_theta));
-    if let RopeScaling::Linear { factor } = config.rope_scaling {
-        own("rope.scaling.type", GgufValue::Str("linear".into()));
-        own("rope.scaling.factor", GgufValue::F32(factor));
-    }
-    own("vocab_size", size(config.vocab_size));
-    own("block_size", size(config.block_size));
+    gguf_keys::rope(&mut own, l.head_dim, config.rope_theta, &config.rope_scaling);
+    own("vocab_size", gguf_keys::size(config.vocab_size));
+    own("block_size", gguf_keys::size(config.block_size));
     own("sample_from_anchor", GgufValue::Bool(config.spark.is_some()));
     let numbers = layers.iter().map(|id| LayerId(*id).as_next_input() as i32).collect();
     own("target_layers", GgufValue::Array(GgufArray::I32(numbers)));
-    own("target_hidden_size", size(l.hidden_size));
+    own("target_hidden_size", gguf_keys::size(l.hidden_size));
     keys
 }
 

@@ -15,7 +15,7 @@ use draftsmith_formats::gguf::{GgufArray, GgufFile, GgufValue};
 use serde_json::Value;
 
 use crate::BundleError;
-use crate::foreign::eagle3::{File, Matrix, Stored, normed};
+use crate::foreign::plain::{File, Matrix, Rope, Stored, attended, normed};
 use crate::foreign::{GGUF_FILE, Layout};
 use crate::probe::ProbeInput;
 
@@ -115,11 +115,7 @@ pub(crate) struct Facts {
     kv_heads: usize,
     head_dim: usize,
     eps: f64,
-    theta: f64,
-    /// Divides every frequency.
-    linear: f64,
-    /// Llama 3's `factor`, `low_freq_factor`, `high_freq_factor`, original length.
-    llama3: Option<[f64; 4]>,
+    rope: Rope,
     norm_before_residual: bool,
     /// Window of the sliding layers, and which slide.
     window: usize,
@@ -157,7 +153,6 @@ impl Facts {
                 (&table["target_layer_ids"], 0, &table["mask_token_id"])
             }
         };
-        let scaling = &layer["rope_scaling"];
         let vocab = number(layer, "vocab_size")? as i64;
         let kinds = layer["layer_types"].as_array().into_iter().flatten();
         Ok(Facts {
@@ -179,17 +174,7 @@ impl Facts {
             kv_heads: number(layer, "num_key_value_heads")? as usize,
             head_dim: number(layer, "head_dim")? as usize,
             eps: number(layer, "rms_norm_eps")?,
-            theta: number(layer, "rope_theta")?,
-            linear: if scaling["rope_type"] == "linear" { number(scaling, "factor")? } else { 1.0 },
-            llama3: match scaling["rope_type"] == "llama3" {
-                true => Some([
-                    number(scaling, "factor")?,
-                    number(scaling, "low_freq_factor")?,
-                    number(scaling, "high_freq_factor")?,
-                    number(scaling, "original_max_position_embeddings")?,
-                ]),
-                false => None,
-            },
+            rope: Rope::of_json(layer, &number)?,
             norm_before_residual: json["norm_before_residual"] == true,
             window: layer["sliding_window"].as_u64().unwrap_or(0) as usize,
             sliding: kinds.map(|kind| kind == "sliding_attention").collect(),
@@ -212,12 +197,7 @@ impl Facts {
             kv_heads: size("attention.head_count_kv")?,
             head_dim: size("attention.key_length")?,
             eps: f64::from(file.get_f32("dflash.attention.layer_norm_rms_epsilon")?),
-            theta: f64::from(file.get_f32("dflash.rope.freq_base")?),
-            linear: match file.find_str("dflash.rope.scaling.type")? {
-                Some("linear") => f64::from(file.get_f32("dflash.rope.scaling.factor")?),
-                _ => 1.0,
-            },
-            llama3: None,
+            rope: Rope::of_gguf(&file, "dflash")?,
             norm_before_residual: false,
             window: file.find_u32("dflash.attention.sliding_window")?.unwrap_or(0) as usize,
             sliding: match file.metadata().iter().find(|(key, _)| key.ends_with("sliding_window_pattern")) {
@@ -225,25 +205,6 @@ impl Facts {
                 _ => Vec::new(),
             },
         })
-    }
-
-    /// Frequencies of the rotation, `[hd / 2]`.
-    fn frequencies(&self) -> Vec<f64> {
-        (0..self.head_dim / 2)
-            .map(|i| {
-                let plain = self.theta.powf(-2.0 * i as f64 / self.head_dim as f64) / self.linear;
-                let Some([factor, low, high, original]) = self.llama3 else { return plain };
-                let turns = original * plain / (2.0 * std::f64::consts::PI);
-                match turns {
-                    t if t > high => plain,
-                    t if t < low => plain / factor,
-                    t => {
-                        let keep = (t - low) / (high - low);
-                        plain * (keep + (1.0 - keep) / factor)
-                    }
-                }
-            })
-            .collect()
     }
 }
 
@@ -284,7 +245,7 @@ impl Plain {
                 [] => {}
             }
         }
-        Plain { frequencies: facts.frequencies(), facts, vectors, matrices }
+        Plain { frequencies: facts.rope.frequencies(facts.head_dim), facts, vectors, matrices }
     }
 
     fn matrix(&self, name: &str) -> &Matrix {
@@ -441,25 +402,7 @@ impl Plain {
         let Facts { heads, kv_heads, head_dim, .. } = self.facts;
         let query = self.matrix(&format!("layers.{layer}.self_attn.q_proj.weight")).apply(x);
         let query = self.turned(layer, "q", query, position);
-        let mut mixed = vec![0.0; heads * head_dim];
-        for head in 0..heads {
-            let shared = head / (heads / kv_heads) * head_dim;
-            let own = head * head_dim..(head + 1) * head_dim;
-            let dot = |at: &usize| -> f64 {
-                let key = &keys[*at][shared..shared + head_dim];
-                query[own.clone()].iter().zip(key).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()
-            };
-            let scores: Vec<f64> = seen.iter().map(dot).collect();
-            let largest = scores.iter().copied().fold(f64::MIN, f64::max);
-            let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            for (weight, at) in weights.iter().zip(seen) {
-                for (m, v) in mixed[own.clone()].iter_mut().zip(&values[*at][shared..shared + head_dim]) {
-                    *m += weight / sum * v;
-                }
-            }
-        }
-        mixed
+        attended(&query, keys, values, seen, [heads, kv_heads, head_dim])
     }
 
     fn rest_of_layer(&self, layer: usize, residual: &[f64], mixed: &[f64]) -> Vec<f64> {

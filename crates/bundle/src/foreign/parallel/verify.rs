@@ -12,7 +12,7 @@ use super::plain::{Facts, Plain, inventory, layout_of, published};
 use super::{MARKOV_ROWS, whole};
 use crate::check::{CheckLine, line, skipped};
 use crate::foreign::Layout;
-use crate::foreign::eagle3::Stored;
+use crate::foreign::plain::Stored;
 use crate::layout::{TensorSpec, expected_tensors, vocab_map};
 use crate::manifest::{Manifest, PROBE_FILE, WEIGHTS_FILE};
 use crate::network::hidden_state;
