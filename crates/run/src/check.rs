@@ -116,7 +116,7 @@ pub(super) fn check_with_target(
         // A damaged or odd container: whoever loads the weights has the better words.
         Err(_) => return Ok(None),
     };
-    let decided = size::decide(&mut file.draft, &config, size::pass_bytes(target, &config));
+    let decided = size::decide(&mut file.draft, &config, || size::pass_bytes(target, &config));
     let mut faults = Faults::default();
     against(file, &config, &mut faults);
     faults.into_result(origin)?;

@@ -92,10 +92,16 @@ fn parameters(c: &TargetConfig) -> (u64, u64) {
 }
 
 /// Fills in the sizes of a draft that leaves them to the target; `None` if it says them itself.
-pub(crate) fn decide(table: &mut DraftTable, target: &TargetConfig, pass_bytes: u64) -> Option<Decided> {
+/// `pass_bytes` looks at the target's files, and is asked only then.
+pub(crate) fn decide(
+    table: &mut DraftTable,
+    target: &TargetConfig,
+    pass_bytes: impl FnOnce() -> u64,
+) -> Option<Decided> {
     if table.size != DraftSize::Auto {
         return None;
     }
+    let pass_bytes = pass_bytes();
     let h = target.hidden_size as u32;
     let vocabularies: Vec<u32> = match VOCABULARIES.map(|v| v.min(target.vocab_size as u32)) {
         all if all[0] < VOCABULARIES[0] => vec![all[0]],
@@ -185,7 +191,7 @@ mod tests {
             let mut last = 0;
             for pass in [50_000_000, 400_000_000, 1_000_000_000, 8_000_000_000] {
                 let mut table = table(method);
-                let decided = decide(&mut table, &target(), pass).unwrap();
+                let decided = decide(&mut table, &target(), || pass).unwrap();
                 assert_eq!(table.size, DraftSize::Written);
                 assert_eq!(
                     (table.vocab_size, table.intermediate),
@@ -202,7 +208,7 @@ mod tests {
     #[test]
     fn a_half_billion_parameters_carry_a_layer_and_eight_thousand_tokens() {
         let mut table = table(Method::Dspark);
-        let decided = decide(&mut table, &target(), 397_000_000).unwrap();
+        let decided = decide(&mut table, &target(), || 397_000_000).unwrap();
         assert_eq!((decided.vocab_size, decided.layers), (8192, 1), "{decided}");
         assert_eq!(table.dspark.layers, 1);
         assert_eq!(table.init, DraftInit::Random);
@@ -212,7 +218,7 @@ mod tests {
     fn sizes_that_are_written_stay() {
         let mut table = DraftTable::default();
         let before = table.clone();
-        assert_eq!(decide(&mut table, &target(), 1 << 30), None);
+        assert_eq!(decide(&mut table, &target(), || unreachable!("sizes are written")), None);
         assert_eq!(table, before);
     }
 
