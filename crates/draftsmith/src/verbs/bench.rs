@@ -43,9 +43,7 @@ pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Ve
 }
 
 pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
-    // Clap made sure that one of them is there.
-    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref())
-        .unwrap_or(DraftSource::Bundle(Path::new("")));
+    let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
     let sampling = sampling(&args.choosing)?;
     let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
     let verify = rule(&args.verifying, &args.drafting, &sampling)?;

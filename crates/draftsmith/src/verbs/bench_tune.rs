@@ -1,6 +1,5 @@
 //! `draftsmith bench tune`.
 
-use std::path::Path;
 use std::time::Instant;
 
 use draftsmith::Error;
@@ -87,9 +86,7 @@ impl TuneRunner for Runner<'_> {
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
-    // Clap made sure that one of them is there.
-    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref())
-        .unwrap_or(DraftSource::Bundle(Path::new("")));
+    let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
     let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
     let engine =
         with_costs(engine(&target, Some(&draft)), &session.places, &target, Some(&draft), &session.printer);

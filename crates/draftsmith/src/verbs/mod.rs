@@ -119,6 +119,11 @@ impl DraftSource<'_> {
         let bundle = bundle.map(|dir| DraftSource::Bundle(dir));
         bundle.or_else(|| model.map(|reference| DraftSource::Model(reference)))
     }
+
+    /// The same where clap made sure that one of them is there.
+    pub(crate) fn needed<'a>(bundle: Option<&'a PathBuf>, model: Option<&'a String>) -> DraftSource<'a> {
+        DraftSource::of(bundle, model).unwrap_or(DraftSource::Bundle(Path::new("")))
+    }
 }
 
 /// The environment, for text values.
