@@ -9,6 +9,7 @@
 //! * the unit of sampling is the row: intervals are over rows;
 //! * measured and `sim_` values never share a chart.
 
+pub mod compare;
 pub mod decode;
 pub mod doubts;
 mod error;

@@ -65,6 +65,7 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
             Some(BenchVerb::Decode(args)) => verbs::bench_decode::run(args, session),
             Some(BenchVerb::Identity(args)) => verbs::bench_identity::run(args, session),
             Some(BenchVerb::Tune(args)) => verbs::bench_tune::run(args, session),
+            Some(BenchVerb::Compare(args)) => verbs::bench_compare::run(args, session),
             Some(BenchVerb::Train(args)) => verbs::bench_train::run(args, session),
             None => verbs::bench::workloads(&args, session),
         },

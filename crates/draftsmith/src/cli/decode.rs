@@ -174,6 +174,7 @@ pub enum BenchVerb {
     Decode(BenchDecode),
     Identity(BenchIdentity),
     Tune(BenchTune),
+    Compare(BenchCompare),
     Train(BenchTrain),
 }
 
@@ -209,6 +210,46 @@ pub struct BenchTune {
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Write one JSON object to a file, or print it if none is named.
+    #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
+    pub json: Option<PathBuf>,
+}
+
+/// Measures drafts beside each other: every draft alone and with the automatic plan, repetitions of the text alone, and
+/// plain decoding, on the same prompts in turn.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    draftsmith bench compare --bundle runs/a/bundle --bundle runs/b/bundle --workload recipes/data/eval/gsm8k.jsonl\n  \
+    draftsmith bench compare --target REF --bundle DIR --draft-model SMALLER --workload A.jsonl --workload B.jsonl --markdown table.md\n\n\
+    Ends with 1 if a draft changes a text. JSON holds every sample, so that all numbers can be made again from it.")]
+pub struct BenchCompare {
+    /// A bundle; may be given several times.
+    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
+    pub bundle: Vec<PathBuf>,
+    /// An ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path; may be given several times.
+    #[arg(long, value_name = "REF", requires = "target")]
+    pub draft_model: Vec<String>,
+    /// Prompts, the first turn of each row; may be given several times.
+    #[arg(long, value_name = "FILE.jsonl", required = true)]
+    pub workload: Vec<PathBuf>,
+    /// The target (default: the sources that the first bundle names).
+    #[arg(long, value_name = "REF")]
+    pub target: Option<String>,
+    /// Rows per file.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "M", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
+    pub max_new_tokens: u32,
+    /// Tokens of a proposal where a draft stands alone.
+    #[arg(long, value_name = "D", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub depth: u32,
+    /// Threads to compute with (default: all).
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Write the tables as Markdown.
+    #[arg(long, value_name = "OUT.md")]
+    pub markdown: Option<PathBuf>,
     /// Write one JSON object to a file, or print it if none is named.
     #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use decode::{
-    Bench, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb, Choosing, Drafting,
-    Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
+    Bench, BenchCompare, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb,
+    Choosing, Drafting, Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
 };
 pub use serve::{KvBudget, Serve};
 pub use shell::{Completions, Man};

@@ -1,6 +1,7 @@
 //! One module per verb: resolve the arguments, call the library, print the result.
 
 pub(crate) mod bench;
+pub(crate) mod bench_compare;
 pub(crate) mod bench_decode;
 pub(crate) mod bench_identity;
 pub(crate) mod bench_train;

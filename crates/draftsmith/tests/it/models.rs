@@ -286,3 +286,44 @@ fn tuning_measures_every_setting_at_every_load_and_changes_no_text() {
         );
     }
 }
+
+#[test]
+fn drafts_are_compared_on_the_same_prompts_and_none_changes_a_text() {
+    let home = Home::new();
+    draft(&home.path().join("a/draft"), |_| {});
+    draft(&home.path().join("b/draft"), |_| {});
+    let long = "why ".repeat(2000);
+    home.write(
+        "w.jsonl",
+        format!("{{\"id\": \"a\", \"turns\": [\"Calculate 22 + 20.\"]}}\n{{\"id\": \"b\", \"turns\": [\"Why?\"]}}\n{{\"id\": \"c\", \"turns\": [\"{long}\"]}}\n"),
+    );
+    let tiny = repository().join("fixtures/tiny-target").display().to_string();
+    let args = ["bench", "compare", "--target", &tiny, "--bundle", "a/draft", "--bundle", "b/draft"];
+    let more = ["--draft-model", &tiny, "--workload", "w.jsonl", "--max-new-tokens", "8", "--depth", "3"];
+    let ended = home.run(&[&args[..], &more, &["--json", "out.json", "--markdown", "out.md"]].concat());
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("row `c` of `w` is left out"), "{}", ended.stderr);
+    let read = |name: &str| std::fs::read_to_string(home.path().join(name)).unwrap();
+    let found: serde_json::Value = serde_json::from_str(&read("out.json")).unwrap();
+    let names: Vec<_> = found["drafts"].as_array().unwrap().iter().map(|d| d["name"].as_str()).collect();
+    assert!(names.iter().any(|n| n.is_some_and(|n| n.contains("(a/draft)"))), "{names:?}");
+    assert!(found["drafts"][0]["weights_bytes"].is_null() || found["drafts"][0]["weights_bytes"].is_u64());
+    assert_eq!(found["sides"].as_array().unwrap().len(), 7, "three drafts twice, and repetitions");
+    let samples = found["workloads"][0]["samples"].as_array().unwrap();
+    assert_eq!(samples.len(), 2);
+    for prompt in samples {
+        let sides = prompt.as_array().unwrap();
+        assert!(sides.len() == 8 && sides.iter().all(|s| s["identical"] == true), "{prompt}");
+        // The target drafts for itself: every step commits a whole proposal and one more.
+        let (steps, tokens) =
+            (sides[5]["verify_steps"].as_u64().unwrap(), sides[5]["tokens"].as_u64().unwrap());
+        assert_eq!(steps, tokens.div_ceil(4), "{prompt}");
+    }
+    let page = read("out.md");
+    assert!(
+        page.contains("| w | repetitions alone |") && ended.stdout.contains("repetitions alone"),
+        "{page}"
+    );
+    let bad = home.run(&["bench", "compare", "--workload", "w.jsonl"]);
+    assert!(bad.code == Some(2) && bad.stderr.contains("--bundle <DIR>"), "{}", bad.stderr);
+}
