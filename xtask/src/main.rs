@@ -1,6 +1,7 @@
-//! `cargo xtask tidy`: what holds for the whole tree and no compiler checks.
+//! `cargo xtask tidy`: what holds for the whole tree and no compiler checks. `cargo xtask toy-kind`: what a new kind of
+//! draft touches.
 //!
-//! Prints every finding, one a line, and ends with 1 if there is one. `--write` first writes the generated pages.
+//! `tidy` prints every finding, one a line, and ends with 1 if there is one. `--write` first writes the generated pages.
 
 mod commands;
 mod crates;
@@ -8,6 +9,7 @@ mod modules;
 mod pages;
 mod source;
 mod text;
+mod toy_kind;
 mod tree;
 mod uses;
 
@@ -24,7 +26,8 @@ fn main() -> Result<ExitCode> {
     let write = match args.as_slice() {
         ["tidy"] => false,
         ["tidy", "--write"] => true,
-        _ => bail!("usage: cargo xtask tidy [--write]"),
+        ["toy-kind"] => return toy_kind::run(&Tree::open()?),
+        _ => bail!("usage: cargo xtask tidy [--write] | toy-kind"),
     };
     let tree = Tree::open()?;
     let mut findings = Findings::new();

@@ -5,7 +5,9 @@ use anyhow::Result;
 use crate::tree::{Findings, Tree};
 
 pub(crate) fn check(tree: &Tree, write: bool, findings: &mut Findings) -> Result<()> {
-    let schema = serde_json::to_string_pretty(&draftsmith::formats::run::json_schema())? + "\n";
+    let schema =
+        serde_json::to_string_pretty(&draftsmith::formats::run::json_schema(&draftsmith::model::methods()))?
+            + "\n";
     let pages = [
         ("docs/CLI.md", draftsmith::cli::reference_page()),
         ("docs/RUN_FILE.md", run_file_page()),
@@ -30,7 +32,7 @@ fn run_file_page() -> String {
          `table.key=value`. The completed copy is saved beside the results and runs again to the same end. \
          [run.schema.json](run.schema.json) lets an editor check and complete it.\n",
     );
-    for key in draftsmith::formats::run::reference() {
+    for key in draftsmith::formats::run::reference(&draftsmith::model::methods()) {
         let cell = |text: &str| text.replace('|', "\\|");
         if key.kind == "table" {
             page.push_str(&format!(

@@ -236,7 +236,7 @@ fn tensors(dir: &Path, config: Option<&DraftConfig>) -> [CheckLine; 2] {
         format!("{} tensors: names, shapes, types, finite, trained", weights.len()),
         problems,
     );
-    let map = match vocab_map(config, &weights) {
+    let map = match vocab_map(&**config, &weights) {
         None if !config.shape().has_vocab_map => {
             line("vocab_map", "the draft proposes target ids".into(), Vec::new())
         }
@@ -313,7 +313,7 @@ fn numbers(
     options: CheckOptions<'_>,
 ) -> Result<CheckLine, BundleError> {
     let Some(config) = config else { return Ok(skipped("probe", "config.json cannot be read")) };
-    let probes = match probe::from_file(&dir.join(PROBE_FILE), config) {
+    let probes = match probe::from_file(&dir.join(PROBE_FILE), &**config) {
         Ok(probes) => probes,
         Err(e) => {
             return Ok(line("probe", PROBE_FILE.into(), vec![Problem::ProbeFile { message: e.to_string() }]));

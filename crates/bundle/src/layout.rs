@@ -8,7 +8,7 @@ use std::path::Path;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, Tensor};
-use draftsmith_model::DraftConfig;
+use draftsmith_model::{DraftConfig, DraftSpec};
 use serde_json::{Map, Value};
 
 use crate::Problem;
@@ -34,7 +34,7 @@ pub struct TensorSpec {
 }
 
 /// Every tensor of a bundled draft: no more, no less.
-pub fn expected_tensors(config: &DraftConfig) -> Vec<TensorSpec> {
+pub fn expected_tensors(config: &dyn DraftSpec) -> Vec<TensorSpec> {
     let trained =
         config.tensors().into_iter().map(|(name, shape)| TensorSpec { name, shape, dtype: Dtype::BF16 });
     let shape = config.shape();
@@ -98,7 +98,7 @@ pub(crate) fn weight_problems(
     types: WeightTypes,
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let specs = expected_tensors(config);
+    let specs = expected_tensors(&**config);
     let mut norms_are_one = true;
     let mut initial_spreads = true;
     let mut matrices_judged = 0;
@@ -176,7 +176,10 @@ pub(crate) fn weight_problems(
 
 /// The vocabulary map of the weights, or what contradicts in it. `None` if the kind has none, or a tensor is unusable,
 /// which [`weight_problems`] has told.
-pub(crate) fn vocab_map(config: &DraftConfig, weights: &SafetensorsDir) -> Option<Result<VocabMap, Problem>> {
+pub(crate) fn vocab_map(
+    config: &dyn DraftSpec,
+    weights: &SafetensorsDir,
+) -> Option<Result<VocabMap, Problem>> {
     let shape = config.shape();
     if !shape.has_vocab_map {
         return None;

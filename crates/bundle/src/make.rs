@@ -113,7 +113,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     let weights = SafetensorsDir::open(&input.checkpoint)?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
     problems.extend(layer_problem(&config, num_layers));
-    if let Some(Err(problem)) = vocab_map(&config, &weights) {
+    if let Some(Err(problem)) = vocab_map(&*config, &weights) {
         problems.push(problem);
     }
     for (what, trained, found) in [
@@ -146,7 +146,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
             let source = format!("{found} logits, wanted {wanted} finite ones").into();
             return Err(BundleError::Probe { index, source });
         }
-        fits(&probe.input, &config)
+        fits(&probe.input, &*config)
             .map_err(|problem| BundleError::Probe { index, source: problem.into() })?;
         probes.push(probe);
     }
@@ -252,7 +252,7 @@ pub fn input_of(dir: &Path) -> Result<MakeInput, BundleError> {
 pub fn remake(input: &MakeInput) -> Result<Made, BundleError> {
     let (_, config) = read_config(&input.checkpoint.join(CONFIG_FILE))
         .map_err(|problem| BundleError::draft(&input.checkpoint, "bundled", vec![problem]))?;
-    let stored = from_file(&input.checkpoint.join(PROBE_FILE), &config)?;
+    let stored = from_file(&input.checkpoint.join(PROBE_FILE), &*config)?;
     let probe_inputs = stored.iter().map(|probe| probe.input.clone()).collect();
     let mut answers = stored.into_iter();
     make(&MakeInput { probe_inputs, ..input.clone() }, &mut |_| {
@@ -267,7 +267,7 @@ fn bundled_tensors(
 ) -> Result<(Vec<TensorData>, u64), BundleError> {
     let mut parameters = 0;
     let mut tensors = Vec::new();
-    for spec in expected_tensors(config) {
+    for spec in expected_tensors(&**config) {
         let tensor = weights.get(&spec.name)?;
         tensors.push(match spec.name.as_str() {
             "d2t" => TensorData::i64("d2t", &spec.shape, &tensor.to_i64()?),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::Method;
+use draftsmith_model::is_method;
 use serde::{Deserialize, Serialize};
 
 use crate::BundleError;
@@ -286,7 +286,7 @@ impl Manifest {
         }
         // From the text again, so that a wrong key is told with its line.
         let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        if Method::from_name(&manifest.method).is_none() {
+        if !is_method(&manifest.method) {
             return Err(bad(format!("method `{}` is not known here", manifest.method)));
         }
         Ok(manifest)

@@ -82,7 +82,7 @@ fn run<K: Kernels>(
     embedding: Embedding<'_, K>,
 ) -> Result<DraftAnswer, BoxError> {
     let config = draft.config();
-    fits(input, &config)?;
+    fits(input, &*config)?;
     let width = config.shape().hidden_size;
     let mut embed = |first: usize, tokens: &[u32]| match embedding {
         Embedding::Target(target) => {

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
-use draftsmith_model::DraftConfig;
+use draftsmith_model::DraftSpec;
 
 use crate::error::BoxError;
 use crate::{BundleError, Problem};
@@ -109,7 +109,7 @@ pub(crate) fn to_file(probes: &[Probe], features_width: usize) -> Vec<u8> {
 }
 
 /// What is wrong with a question for a draft, in words; `Ok` if it fits.
-pub(crate) fn fits(input: &ProbeInput, config: &DraftConfig) -> Result<(), String> {
+pub(crate) fn fits(input: &ProbeInput, config: &dyn DraftSpec) -> Result<(), String> {
     let shape = config.shape();
     let width = shape.features_width();
     let slots = input.features.len() / width;
@@ -140,7 +140,7 @@ pub(crate) fn fits(input: &ProbeInput, config: &DraftConfig) -> Result<(), Strin
 }
 
 /// Reads a probe file; every shape is checked against the draft's.
-pub(crate) fn from_file(path: &Path, config: &DraftConfig) -> Result<Vec<Probe>, BundleError> {
+pub(crate) fn from_file(path: &Path, config: &dyn DraftSpec) -> Result<Vec<Probe>, BundleError> {
     let bad = |problem: String| BundleError::Manifest { path: path.to_owned(), problem };
     let dir = SafetensorsDir::open(path)?;
     let count = (0..PROBES_MAX).take_while(|i| dir.find(&format!("{i}.token_ids")).is_some()).count();

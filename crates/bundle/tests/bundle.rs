@@ -44,7 +44,7 @@ fn values(name: &str, n: usize, is_norm: bool) -> Vec<f32> {
 }
 
 fn weights() -> Vec<TensorData> {
-    expected_tensors(&config())
+    expected_tensors(&*config())
         .into_iter()
         .map(|spec| {
             let n = spec.shape.iter().product();
@@ -262,7 +262,7 @@ fn a_made_bundle_holds_in_every_check() {
 #[test]
 fn the_expected_tensors_are_the_published_ones() {
     let found: Vec<(String, Vec<usize>, Dtype)> =
-        expected_tensors(&config()).into_iter().map(|t| (t.name, t.shape, t.dtype)).collect();
+        expected_tensors(&*config()).into_iter().map(|t| (t.name, t.shape, t.dtype)).collect();
     let w = |name: &str, shape: &[usize]| (name.to_owned(), shape.to_vec(), Dtype::BF16);
     // [eagle3 §2.1] with H = Ht = 64, I = 96, nh hd = 64, nkv hd = 32.
     let mut wanted = vec![

@@ -9,10 +9,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use draftsmith_core::{DraftTokenId, LayerId, Sampling, VocabMap, gumbel_noise};
-use draftsmith_kernels::{Kernels, Memory, PackMode, TopK, WeightView};
-use draftsmith_model::block::{BlockDraft, BlockKv};
-use draftsmith_model::peagle::{PEagleDraft, PEagleKv, PEaglePart};
-use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target};
+use draftsmith_kernels::{Kernels, PackMode, TopK, WeightView};
+use draftsmith_model::{Correction, DraftKv, Infer, Linear, Ops, PassNetwork, PassPart, Shared, Target};
 
 use crate::DecodeError;
 use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
@@ -28,46 +26,18 @@ fn wanted_children<K: Kernels>(ask: &Ask<'_, K>) -> usize {
     if ask.whole { WHOLE } else { ask.k }
 }
 
-/// Activations that several nodes may share.
-type Shared<K> = Arc<Rows<<K as Memory>::Buf>>;
-
-/// The networks that propose so.
-pub(crate) enum Net<K: Kernels> {
-    Block(BlockDraft<K>),
-    PEagle(PEagleDraft<K>),
-}
-
-enum NetKv<K: Kernels> {
-    Block(BlockKv<K>),
-    PEagle(PEagleKv<K>),
-}
-
-impl<K: Kernels> NetKv<K> {
-    fn len(&self) -> usize {
-        match self {
-            NetKv::Block(kv) => kv.len(),
-            NetKv::PEagle(kv) => kv.len(),
-        }
-    }
-
-    fn rollback_to(&mut self, kernels: &K, len: usize) {
-        match self {
-            NetKv::Block(kv) => kv.rollback_to(kernels, len),
-            NetKv::PEagle(kv) => kv.rollback_to(kernels, len),
-        }
-    }
-}
-
 /// A draft that proposes several levels at once, beside the target it was made for.
 pub(crate) struct BlockDrafter<K: Kernels> {
     kernels: Arc<K>,
-    net: Net<K>,
+    draft: Box<dyn PassNetwork<K>>,
     embedding: Arc<Linear<K::Packed>>,
     embed_scale: f32,
     /// What levels are chosen with: the target's head, rows of it, or the draft's own.
     head: Arc<Linear<K::Packed>>,
     vocab_map: VocabMap,
     layers: Vec<LayerId>,
+    /// Of a position's captured states side by side.
+    features_width: usize,
     /// Levels of a pass.
     levels: usize,
 }
@@ -81,7 +51,7 @@ enum Levels<K: Kernels> {
 }
 
 struct BlockSession<K: Kernels> {
-    kv: NetKv<K>,
+    kv: DraftKv<K>,
     /// Features of committed positions that are not in the caches yet, and the tokens that follow them.
     pending: Vec<Shared<K>>,
     pending_tokens: Vec<u32>,
@@ -121,23 +91,18 @@ impl<K: Kernels> BlockDrafter<K> {
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree, or a window is shorter than a block.
-    pub(crate) fn new(target: &Target<K>, net: Net<K>) -> Result<BlockDrafter<K>, DecodeError> {
+    pub(crate) fn new(
+        target: &Target<K>,
+        net: Box<dyn PassNetwork<K>>,
+    ) -> Result<BlockDrafter<K>, DecodeError> {
         let t = target.config();
         let kernels = Arc::clone(target.kernels());
-        let (shape, layers, levels, map) = match &net {
-            Net::Block(draft) => {
-                let c = &draft.network.config;
-                if let Some(window) = c.sliding_window.filter(|window| *window < c.block_size) {
-                    let (what, draft, target) = ("window inside a block", window, c.block_size);
-                    return Err(DecodeError::DraftMismatch { what, draft, target });
-                }
-                (c.shape(), c.layers(t.num_layers as u32), c.proposals(), &draft.vocab_map)
-            }
-            Net::PEagle(draft) => {
-                let c = &draft.network.config;
-                (c.shape(), c.layers(t.num_layers as u32), c.num_depths, &draft.vocab_map)
-            }
-        };
+        if let Some([draft, target]) = net.short_window() {
+            return Err(DecodeError::DraftMismatch { what: "window inside a block", draft, target });
+        }
+        let config = net.config();
+        let (shape, layers) = (config.shape(), config.layers(t.num_layers as u32));
+        let map = net.vocab_map().cloned().unwrap_or_else(|| VocabMap::identity(shape.vocab_size));
         for (what, draft, target) in [
             ("target hidden size", shape.target_hidden_size, t.hidden_size),
             ("vocabulary", shape.vocab_size, t.vocab_size),
@@ -152,15 +117,24 @@ impl<K: Kernels> BlockDrafter<K> {
             let (draft, target) = (*outside as usize, t.num_layers);
             return Err(DecodeError::DraftMismatch { what: "captured layer", draft, target });
         }
-        let vocab_map = map.clone();
-        let head = match &net {
-            Net::PEagle(draft) => Arc::clone(&draft.weights.lm_head),
-            Net::Block(_) if vocab_map.is_identity() => Arc::clone(target.head()),
-            Net::Block(_) => part_of_head(kernels.as_ref(), target.head(), &vocab_map),
+        let vocab_map = map;
+        let head = match net.head() {
+            Some(own) => Arc::clone(own),
+            None if vocab_map.is_identity() => Arc::clone(target.head()),
+            None => part_of_head(kernels.as_ref(), target.head(), &vocab_map),
         };
         let layers = layers.into_iter().map(LayerId).collect();
-        let (embedding, embed_scale) = (Arc::clone(target.embedding()), t.embed_scale);
-        Ok(BlockDrafter { kernels, net, embedding, embed_scale, head, vocab_map, layers, levels })
+        Ok(BlockDrafter {
+            kernels,
+            levels: net.levels(),
+            draft: net,
+            embedding: Arc::clone(target.embedding()),
+            embed_scale: t.embed_scale,
+            head,
+            vocab_map,
+            layers,
+            features_width: shape.features_width(),
+        })
     }
 
     fn ops(&self) -> Infer<'_, K> {
@@ -175,16 +149,8 @@ impl<K: Kernels> BlockDrafter<K> {
         }
         let pending: Vec<Shared<K>> = std::mem::take(&mut session.pending);
         let features = self.ops().stack(&pending.iter().collect::<Vec<_>>());
-        match (&self.net, &mut session.kv) {
-            (Net::Block(draft), NetKv::Block(kv)) => {
-                draft.take_in(&self.kernels, &features, &mut [(kv, tokens.len())]);
-            }
-            (Net::PEagle(draft), NetKv::PEagle(kv)) => {
-                let part = PEaglePart { kv, next_tokens: &tokens, unknown: 0 };
-                draft.run(&self.kernels, &features, &mut [part]);
-            }
-            _ => unreachable!("caches are made by the network that they go to"),
-        }
+        let part = PassPart { kv: &mut session.kv, next_tokens: &tokens };
+        self.draft.take_in(&self.kernels, &features, part);
     }
 
     /// One pass for all sequences of which something new was seen: inputs of the head, [`BlockDrafter::levels`] rows each.
@@ -197,56 +163,13 @@ impl<K: Kernels> BlockDrafter<K> {
             tokens.push(std::mem::take(&mut session.pending_tokens));
         }
         let features = ops.stack(&features.iter().collect::<Vec<_>>());
-        match &self.net {
-            Net::Block(draft) => {
-                let mut into: Vec<(&mut BlockKv<K>, usize)> = Vec::new();
-                let mut block_tokens = Vec::new();
-                for (session, tokens) in sessions.iter_mut().zip(&tokens) {
-                    let last = session.last_token.expect("something was seen");
-                    block_tokens.extend(draft.block_tokens(last));
-                    let NetKv::Block(kv) = &mut session.kv else { unreachable!("its own caches") };
-                    into.push((kv, tokens.len()));
-                }
-                draft.take_in(&self.kernels, &features, &mut into);
-                let embedded = ops.embed(&self.embedding, &block_tokens, self.embed_scale);
-                let mut kvs: Vec<&mut BlockKv<K>> = into.into_iter().map(|(kv, _)| kv).collect();
-                let output = draft.run(&self.kernels, embedded, &mut kvs); // [n Bk, H]
-                let config = &draft.network.config;
-                if config.first_proposal() == 0 {
-                    return output;
-                }
-                let size = config.block_size as u32;
-                let rows: Vec<u32> = (0..kvs.len() as u32)
-                    .flat_map(|n| (config.first_proposal() as u32..size).map(move |slot| n * size + slot))
-                    .collect();
-                ops.gather(&output, &rows)
-            }
-            Net::PEagle(draft) => {
-                let unknown = self.levels - 1;
-                let mut rows = Vec::new();
-                let mut from = 0u32;
-                for tokens in &tokens {
-                    let last = from + tokens.len() as u32 - 1;
-                    rows.extend(last..=last + unknown as u32);
-                    from = last + unknown as u32 + 1;
-                }
-                let mut parts: Vec<PEaglePart<'_, K>> = sessions
-                    .iter_mut()
-                    .zip(&tokens)
-                    .map(|(session, next_tokens)| match &mut session.kv {
-                        NetKv::PEagle(kv) => PEaglePart { kv, next_tokens, unknown },
-                        NetKv::Block(_) => unreachable!("its own caches"),
-                    })
-                    .collect();
-                let output = draft.run(&self.kernels, &features, &mut parts);
-                let output = ops.gather(&output, &rows);
-                draft.network.head_input(&mut ops, &draft.weights, &output)
-            }
-        }
-    }
-
-    fn has_markov(&self) -> bool {
-        matches!(&self.net, Net::Block(draft) if draft.weights.markov.is_some())
+        let mut parts: Vec<PassPart<'_, K>> = sessions
+            .iter_mut()
+            .zip(&tokens)
+            .map(|(session, next_tokens)| PassPart { kv: &mut session.kv, next_tokens })
+            .collect();
+        let mut embed = |tokens: &[u32]| self.ops().embed(&self.embedding, tokens, self.embed_scale);
+        self.draft.pass(&self.kernels, &features, &mut parts, &mut embed)
     }
 
     /// The best tokens of one row of logits, with their log-probabilities.
@@ -287,7 +210,7 @@ impl<K: Kernels> BlockDrafter<K> {
             let child = |draft: &u32| vec![(self.vocab_map.to_target(DraftTokenId(*draft)).0, 0.0)];
             return best.chunks(self.levels).map(|levels| levels.iter().map(child).collect()).collect();
         }
-        let confidence = self.confidence(output, None);
+        let confidence = self.draft.confidence(&self.kernels, output);
         let vocab = self.head.out_features;
         if asks.iter().all(|(_, sampling, _)| sampling.is_greedy()) {
             let most = asks.iter().map(|(k, ..)| *k).max().unwrap_or(0);
@@ -321,51 +244,38 @@ impl<K: Kernels> BlockDrafter<K> {
     }
 
     /// Children behind tokens at levels of sequences with a Markov head, and the head's state there.
-    fn corrected(&self, wanted: &[Corrected<'_, K>]) -> Vec<(Option<Shared<K>>, Children)> {
-        let Net::Block(draft) = &self.net else { return Vec::new() };
-        let Some(w) = &draft.weights.markov else { return Vec::new() };
+    fn corrected(&self, wanted: &[Open<'_, K>]) -> Vec<(Option<Shared<K>>, Children)> {
         if wanted.is_empty() {
             return Vec::new();
         }
-        let mut ops = self.ops();
+        let ops = self.ops();
         let row = |of: &Shared<K>, level: usize| self.ops().gather(of, &[level as u32]);
         let outputs: Vec<Shared<K>> = wanted.iter().map(|c| row(c.output, c.level)).collect();
         let logits: Vec<Shared<K>> = wanted.iter().map(|c| row(c.logits, c.level)).collect();
-        let output = ops.stack(&outputs.iter().collect::<Vec<_>>());
-        let logits = ops.stack(&logits.iter().collect::<Vec<_>>());
         let tokens: Vec<u32> = wanted.iter().map(|c| c.token).collect();
-        let before = draft.network.before(&mut ops, w, &tokens);
         let states: Vec<&Shared<K>> = wanted.iter().filter_map(|c| c.state).collect();
-        // A state is there for all of them, for they stand behind the first level, or for none.
-        let state = (states.len() == wanted.len()).then(|| ops.stack(&states));
-        let (correction, next) = draft.network.correction(&mut ops, w, &output, &before, state);
-        let added = ops.linear(&correction, &w.w2, None);
-        let sum = ops.add(logits, &added);
-        let sum = ops.values(&sum);
-        let is_weighed = wanted.iter().any(|c| c.k > 1);
-        let confidence = self.confidence(&output, Some(&before)).filter(|_| is_weighed);
+        let levels = Correction {
+            output: self.ops().stack(&outputs.iter().collect::<Vec<_>>()),
+            logits: self.ops().stack(&logits.iter().collect::<Vec<_>>()),
+            tokens: &tokens,
+            // A state is there for all of them, for they stand behind the first level, or for none.
+            state: (states.len() == wanted.len()).then(|| self.ops().stack(&states)),
+            confident: wanted.iter().any(|c| c.k > 1),
+        };
+        let Some(found) = self.draft.correct(&self.kernels, levels) else { return Vec::new() };
         wanted
             .iter()
-            .zip(sum.chunks(self.head.out_features))
+            .zip(found.logits.chunks(self.head.out_features))
             .enumerate()
             .map(|(i, (c, logits))| {
-                let state = next.as_ref().map(|next| ops.gather(next, &[i as u32]));
+                let state = found.state.as_ref().map(|next| ops.gather(next, &[i as u32]));
                 let mut children = self.best(logits, c.k, c.sampling, c.position);
-                if let Some(confidence) = &confidence {
+                if let Some(confidence) = &found.confidence {
                     trust(&mut children, confidence[i]);
                 }
                 (state, children)
             })
             .collect()
-    }
-
-    /// Logits of the confidence in the slots whose inputs of the head these are, where the draft has a head for it.
-    fn confidence(&self, output: &Shared<K>, before: Option<&Shared<K>>) -> Option<Vec<f32>> {
-        let Net::Block(draft) = &self.net else { return None };
-        let head = draft.weights.confidence.as_ref()?;
-        let mut ops = self.ops();
-        let logits = draft.network.confidence(&mut ops, head, output, before);
-        Some(ops.values(&logits))
     }
 }
 
@@ -387,8 +297,8 @@ fn trust(children: &mut Children, confidence: f32) {
     }
 }
 
-/// One question to a Markov head.
-struct Corrected<'a, K: Kernels> {
+/// A level to be corrected.
+struct Open<'a, K: Kernels> {
     output: &'a Shared<K>,
     logits: &'a Shared<K>,
     level: usize,
@@ -418,12 +328,8 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
     }
 
     fn begin(&self) -> Box<dyn DrafterSession<K>> {
-        let kernels = self.kernels.as_ref();
         Box::new(BlockSession {
-            kv: match &self.net {
-                Net::Block(draft) => NetKv::Block(draft.new_kv(kernels)),
-                Net::PEagle(draft) => NetKv::PEagle(draft.new_kv(kernels)),
-            },
+            kv: self.draft.new_kv(self.kernels.as_ref()),
             pending: Vec::new(),
             pending_tokens: Vec::new(),
             last_token: None,
@@ -481,7 +387,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
                 .map(|session| &mut **session)
                 .collect();
             let output = self.pass(&mut fresh); // [n levels, H]
-            if self.has_markov() {
+            if self.draft.corrects() {
                 let mut ops = self.ops();
                 let logits = ops.linear(&output, &self.head, None); // [n levels, Vd]
                 for (i, session) in fresh.into_iter().enumerate() {
@@ -497,7 +403,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             }
         }
         let mut found = vec![Vec::new(); sessions.len()];
-        let mut open: Vec<(usize, Corrected<'_, K>)> = Vec::new();
+        let mut open: Vec<(usize, Open<'_, K>)> = Vec::new();
         for (i, session) in sessions.iter().enumerate() {
             let (k, sampling, position) = wanted[i];
             match (&session.levels, session.last_token) {
@@ -505,16 +411,13 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
                 (Some(Levels::Open { output, logits }), Some(token)) => {
                     let position = position + 1;
                     let state = None;
-                    open.push((
-                        i,
-                        Corrected { output, logits, level: 0, token, state, k, sampling, position },
-                    ));
+                    open.push((i, Open { output, logits, level: 0, token, state, k, sampling, position }));
                 }
                 // A sequence of which nothing was seen has nothing to offer.
                 _ => {}
             }
         }
-        let (which, open): (Vec<usize>, Vec<Corrected<'_, K>>) = open.into_iter().unzip();
+        let (which, open): (Vec<usize>, Vec<Open<'_, K>>) = open.into_iter().unzip();
         let answers = self.corrected(&open);
         drop(open);
         for (i, (state, children)) in which.into_iter().zip(answers) {
@@ -531,7 +434,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
             asks.iter_mut().map(|ask| BlockSession::of(&mut *ask.session)).collect();
         let mut found: Vec<(Option<Shared<K>>, Children)> =
             nodes.iter().map(|_| (None, Vec::new())).collect();
-        let mut open: Vec<(usize, Corrected<'_, K>)> = Vec::new();
+        let mut open: Vec<(usize, Open<'_, K>)> = Vec::new();
         for (i, node) in nodes.iter().enumerate() {
             let session = &sessions[node.of];
             let level = node.depth + 1;
@@ -547,12 +450,12 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
                         Some(parent) => session.states[parent as usize].as_ref(),
                     };
                     let (token, position) = (node.token, position + 1 + level as u64);
-                    open.push((i, Corrected { output, logits, level, token, state, k, sampling, position }));
+                    open.push((i, Open { output, logits, level, token, state, k, sampling, position }));
                 }
                 None => {}
             }
         }
-        let (which, open): (Vec<usize>, Vec<Corrected<'_, K>>) = open.into_iter().unzip();
+        let (which, open): (Vec<usize>, Vec<Open<'_, K>>) = open.into_iter().unzip();
         let answers = self.corrected(&open);
         drop(open);
         for (i, answer) in which.into_iter().zip(answers) {
@@ -571,7 +474,7 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
 
     /// A Markov head is asked for each token, and by far not for nothing: it has a row for every one.
     fn levels_per_pass(&self) -> usize {
-        if self.has_markov() { 1 } else { self.levels }
+        if self.draft.corrects() { 1 } else { self.levels }
     }
 
     fn deepest(&self) -> usize {
@@ -579,18 +482,11 @@ impl<K: Kernels> Drafter<K> for BlockDrafter<K> {
     }
 
     fn bytes_per_token(&self) -> usize {
-        match &self.net {
-            Net::Block(draft) => draft.kv_bytes_per_token(),
-            Net::PEagle(draft) => draft.kv_bytes_per_token(),
-        }
+        self.draft.kv_bytes_per_token()
     }
 
     fn bytes_per_session(&self) -> usize {
-        let width = match &self.net {
-            Net::Block(draft) => draft.network.config.features_width(),
-            Net::PEagle(draft) => draft.network.config.features_width(),
-        };
-        DEFERRED_ROWS * width * size_of::<f32>()
+        DEFERRED_ROWS * self.features_width * size_of::<f32>()
     }
 }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Draft, Infer, Rows, StepOutput, Target};
+use draftsmith_model::{Draft, Infer, Proposer, Rows, StepOutput, Target};
 
 use crate::DecodeError;
-use crate::block::{BlockDrafter, Net};
-use crate::eagle::EagleDrafter;
+use crate::block::BlockDrafter;
+use crate::chain::ChainDrafter;
 use crate::small::SmallDrafter;
 use crate::tree;
 
@@ -261,10 +261,9 @@ pub trait Drafter<K: Kernels>: Send + Sync {
 /// # Errors
 /// [`DecodeError::DraftMismatch`] if their shapes disagree.
 pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
-    Ok(match draft {
-        Draft::Eagle3(draft) => Arc::new(EagleDrafter::new(target, draft)?),
-        Draft::Block(draft) => Arc::new(BlockDrafter::new(target, Net::Block(draft))?),
-        Draft::PEagle(draft) => Arc::new(BlockDrafter::new(target, Net::PEagle(draft))?),
+    Ok(match draft.into_proposer() {
+        Proposer::Chain(draft) => Arc::new(ChainDrafter::new(target, draft)?),
+        Proposer::Pass(draft) => Arc::new(BlockDrafter::new(target, draft)?),
     })
 }
 

@@ -1,20 +1,17 @@
 //! A draft loaded for decoding, whatever its kind: configuration, packed weights and vocabulary map from one folder or
-//! from memory.
+//! from memory, and what decoding asks of it.
 
 use std::collections::BTreeMap;
-use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::{VocabMap, VocabMapError};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
-use draftsmith_kernels::{KernelError, Kernels, PackMode, WeightView};
+use draftsmith_kernels::{KernelError, Kernels, Memory, PackMode, WeightView};
 
-use crate::block::BlockDraft;
-use crate::draft_config::{DraftConfig, DraftConfigError};
-use crate::eagle3::Eagle3Draft;
-use crate::infer::Linear;
-use crate::peagle::PEagleDraft;
+use crate::draft_config::DraftConfigError;
+use crate::infer::{CacheAttend, Linear, Rows};
+use crate::kinds::{Draft, DraftConfig};
 use crate::weights::BuildWeights;
 
 /// A draft that cannot be loaded.
@@ -111,16 +108,6 @@ impl DraftError {
 /// Values of a draft by tensor name, `[out, in]` row-major.
 pub type DraftTensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-/// A draft ready to decode.
-pub enum Draft<K: Kernels> {
-    /// One decoder layer over fused target states that is fed its own output.
-    Eagle3(Eagle3Draft<K>),
-    /// Layers over target states that propose a block of mask tokens.
-    Block(BlockDraft<K>),
-    /// An EAGLE-3 layer and plain ones that propose several tokens in one pass.
-    PEagle(PEagleDraft<K>),
-}
-
 /// What the network is asked, by hand.
 pub struct DraftQuestion<'a> {
     /// `[N]` the token that follows each feature's position; then the tokens fed at later steps. Where these end the
@@ -157,18 +144,150 @@ pub trait DraftNetwork<K: Kernels> {
     fn kv_bytes_per_token(&self) -> usize;
     /// Runs the network on a question that fits it.
     fn answer(&self, kernels: &K, question: DraftQuestion<'_>) -> DraftAnswer;
+    /// How it proposes.
+    fn proposer(self: Box<Self>) -> Proposer<K>;
 }
 
-impl<K: Kernels> Deref for Draft<K> {
-    type Target = dyn DraftNetwork<K>;
+/// Activations that several may share.
+pub type Shared<K> = Arc<Rows<<K as Memory>::Buf>>;
 
-    fn deref(&self) -> &Self::Target {
-        match self {
-            Draft::Eagle3(draft) => draft,
-            Draft::Block(draft) => draft,
-            Draft::PEagle(draft) => draft,
-        }
+/// How a draft proposes.
+pub enum Proposer<K: Kernels> {
+    /// Token by token.
+    Chain(Box<dyn ChainNetwork<K>>),
+    /// Several levels in one pass.
+    Pass(Box<dyn PassNetwork<K>>),
+}
+
+/// A network that proposes token by token: what it says of one is fed with the next.
+pub trait ChainNetwork<K: Kernels>: DraftNetwork<K> + Send + Sync {
+    /// An empty cache of a sequence; `None` if it attends to nothing.
+    fn new_kv(&self, kernels: &K) -> Option<K::Kv>;
+    /// Width of a head.
+    fn head_dim(&self) -> usize;
+    /// Captured states of positions `[R, captured layers * Ht]` → what is fed with the tokens behind them `[R, H]`.
+    fn project(&self, kernels: &K, features: &Shared<K>) -> Shared<K>;
+    /// Embeddings of tokens `[R, H]` and what is fed with them → what is fed with the next `[R, H]`, and inputs of the head
+    /// `[R, H]`.
+    fn step(
+        &self,
+        kernels: &K,
+        embedded: &Shared<K>,
+        hidden: &Shared<K>,
+        positions: &[u32],
+        attend: &mut CacheAttend<'_, K::Kv>,
+    ) -> (Shared<K>, Shared<K>);
+    /// Its own head, `[Vd, H]`.
+    fn head(&self) -> &Arc<Linear<K::Packed>>;
+}
+
+/// Keys and values of one sequence's committed positions in all layers.
+pub struct DraftKv<K: Kernels> {
+    /// A cache for each layer.
+    pub(crate) layers: Vec<K::Kv>,
+    pub(crate) len: usize,
+}
+
+impl<K: Kernels> DraftKv<K> {
+    /// Committed positions.
+    pub fn len(&self) -> usize {
+        self.len
     }
+
+    /// True before the first position.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Goes back to the first `len` positions, if there are more.
+    pub fn rollback_to(&mut self, kernels: &K, len: usize) {
+        self.len = self.len.min(len);
+        let len = self.len;
+        self.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
+    }
+}
+
+/// One sequence in a pass.
+pub struct PassPart<'a, K: Kernels> {
+    /// Its caches.
+    pub kv: &'a mut DraftKv<K>,
+    /// The tokens behind its new positions, whose captured states are handed over with it.
+    pub next_tokens: &'a [u32],
+}
+
+/// Levels to be corrected by the tokens before them.
+pub struct Correction<'a, K: Kernels> {
+    /// `[R, H]` inputs of the head.
+    pub output: Shared<K>,
+    /// `[R, Vd]` what the head makes of them.
+    pub logits: Shared<K>,
+    /// `[R]` the token before each.
+    pub tokens: &'a [u32],
+    /// `[R, M]` what the correction of the level before left; `None` at the first.
+    pub state: Option<Shared<K>>,
+    /// Confidences are wanted, too.
+    pub confident: bool,
+}
+
+/// Corrected levels.
+pub struct Corrected<K: Kernels> {
+    /// `[R, Vd]`
+    pub logits: Vec<f32>,
+    /// `[R, M]` for the next level, if the kind has such.
+    pub state: Option<Shared<K>>,
+    /// `[R]` logits of the probability that the best token is accepted, if they are wanted and the kind has such.
+    pub confidence: Option<Vec<f32>>,
+}
+
+/// A network that proposes several levels in one pass.
+pub trait PassNetwork<K: Kernels>: DraftNetwork<K> + Send + Sync {
+    /// Levels of a pass.
+    fn levels(&self) -> usize;
+    /// Empty caches of a sequence.
+    fn new_kv(&self, kernels: &K) -> DraftKv<K>;
+    /// Takes positions of a sequence into its caches without asking what follows; `features` are theirs.
+    fn take_in(&self, kernels: &K, features: &Shared<K>, part: PassPart<'_, K>);
+    /// Takes in what is new of each sequence, of which all have something, and proposes behind it: inputs of the head
+    /// `[sequences * levels, H]`. `embed` gives rows `[R, H]` of the target's embedding.
+    fn pass(
+        &self,
+        kernels: &K,
+        features: &Shared<K>,
+        parts: &mut [PassPart<'_, K>],
+        embed: &mut dyn FnMut(&[u32]) -> Shared<K>,
+    ) -> Shared<K>;
+    /// Its own head; `None` if it uses that of the target, or rows of it.
+    fn head(&self) -> Option<&Arc<Linear<K::Packed>>> {
+        None
+    }
+    /// A window that is shorter than the block that it should hold: both lengths.
+    fn short_window(&self) -> Option<[usize; 2]> {
+        None
+    }
+    /// Levels depend on the tokens above them: [`PassNetwork::correct`] is asked for each.
+    fn corrects(&self) -> bool {
+        false
+    }
+    /// Corrects levels by the tokens before them; `None` where they do not depend on each other.
+    fn correct(&self, _kernels: &K, _levels: Correction<'_, K>) -> Option<Corrected<K>> {
+        None
+    }
+    /// `[R]` logits of the probability that the best token at inputs of the head `[R, H]` is accepted, if that depends on
+    /// nothing else.
+    fn confidence(&self, _kernels: &K, _output: &Shared<K>) -> Option<Vec<f32>> {
+        None
+    }
+}
+
+/// A network that is packed by its configuration.
+pub(crate) trait PackDraft<K: Kernels, C>: Sized {
+    /// Packs what `source` holds; without a map the draft speaks the whole target vocabulary.
+    fn pack(
+        config: C,
+        vocab_map: Option<VocabMap>,
+        source: &mut Packing<'_, K>,
+        mode: PackMode,
+    ) -> Result<Self, DraftError>;
 }
 
 /// Takes weights by name, in the shapes that a network asks for, and packs them.
@@ -236,17 +355,7 @@ impl<K: Kernels> Draft<K> {
     ) -> Result<Draft<K>, DraftError> {
         let mut source = Packing { kernels, tensors, mode, place, used: 0 };
         let known = config.tensors();
-        let draft = match config {
-            DraftConfig::Eagle3(config) => {
-                Draft::Eagle3(Eagle3Draft::pack(config, vocab_map, &mut source, mode)?)
-            }
-            DraftConfig::Block(config) => {
-                Draft::Block(BlockDraft::pack(config, vocab_map, &mut source, mode)?)
-            }
-            DraftConfig::PEagle(config) => {
-                Draft::PEagle(PEagleDraft::pack(config, vocab_map, &mut source, mode)?)
-            }
-        };
+        let draft = Draft::pack(config, vocab_map, &mut source, mode)?;
         if source.used != tensors.len() {
             let extra = tensors.keys().find(|name| !known.iter().any(|(k, _)| k == *name));
             if let Some(name) = extra {

@@ -1,28 +1,14 @@
-//! The configuration of a draft, whatever its kind: one enum, and what the others need to know of a kind.
-//!
-//! A new kind is a variant of [`DraftConfig`] and of [`crate::Draft`], and a module that implements [`DraftSpec`].
+//! The configuration of a draft, whatever its kind: what the others need to know of a kind.
 
-use std::ops::{Deref, DerefMut};
-
-use draftsmith_formats::run::{DraftTable, Method};
+use draftsmith_formats::run::{DraftTable, Method, MethodWord};
 use draftsmith_kernels::{PackMode, RopeScaling};
 use serde_json::{Map, Value, json};
 
-use crate::block::{self, BlockConfig};
 use crate::config::TargetConfig;
-use crate::eagle3::{self, Eagle3Config};
-use crate::peagle::{self, PEagleConfig};
-
-/// Shapes and switches of a draft, as in its `config.json`.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DraftConfig {
-    /// One decoder layer over fused target states that is fed its own output.
-    Eagle3(Eagle3Config),
-    /// Layers over target states that propose a block of mask tokens.
-    Block(BlockConfig),
-    /// An EAGLE-3 layer and plain ones that propose several tokens in one pass.
-    PEagle(PEagleConfig),
-}
+use crate::kinds::DraftConfig;
+use crate::kinds::block::BlockConfig;
+use crate::kinds::eagle3::Eagle3Config;
+use crate::kinds::peagle::PEagleConfig;
 
 /// Numbers that every kind of draft has.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,6 +66,42 @@ impl DraftWork {
     }
 }
 
+/// A word that a kind of draft goes by.
+pub(crate) struct Word {
+    /// In run files, manifests and records.
+    pub(crate) method: MethodWord,
+    /// Names of its architecture in a `config.json`; the first is written.
+    pub(crate) architectures: &'static [&'static str],
+}
+
+/// How a kind of draft begins.
+pub(crate) trait DraftKind: Sized {
+    /// The words that it goes by.
+    const WORDS: &'static [Word];
+
+    /// The draft that a run file's `[draft]` table asks for, before it is checked: the target's shapes where it says
+    /// nothing.
+    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> Self;
+    /// Reads the parsed `config.json`.
+    ///
+    /// # Errors
+    /// What is wrong with it, key named.
+    fn read(value: &Value) -> Result<Self, DraftConfigError>;
+}
+
+/// A draft as those know it who read or write other engines' layouts.
+#[derive(Clone, Copy, Debug)]
+pub enum Published<'a> {
+    /// Nobody else has a layout for it.
+    Nowhere,
+    /// EAGLE-3's layouts.
+    Eagle3(&'a Eagle3Config),
+    /// The layouts of DFlash and DSpark.
+    Block(&'a BlockConfig),
+    /// P-EAGLE's.
+    PEagle(&'a PEagleConfig),
+}
+
 /// What a kind of draft says of itself.
 pub trait DraftSpec {
     /// The word in run files, manifests and records.
@@ -115,6 +137,14 @@ pub trait DraftSpec {
     fn tensors(&self) -> Vec<(String, Vec<usize>)>;
     /// What a proposal of so many tokens costs with weights packed like this.
     fn work(&self, tokens: usize, mode: PackMode) -> DraftWork;
+    /// Tokens of a proposal that its size is judged by: those of a block, or one of a chain.
+    fn tokens_per_pass(&self) -> usize {
+        1
+    }
+    /// What other engines know it as; a kind without layouts elsewhere says nothing.
+    fn published(&self) -> Published<'_> {
+        Published::Nowhere
+    }
 
     /// The layers to capture of a target with this many: as configured, or the default ones.
     fn layers(&self, num_layers: u32) -> Vec<u32> {
@@ -122,69 +152,31 @@ pub trait DraftSpec {
     }
 }
 
-impl Deref for DraftConfig {
-    type Target = dyn DraftSpec;
-
-    fn deref(&self) -> &Self::Target {
-        match self {
-            DraftConfig::Eagle3(config) => config,
-            DraftConfig::Block(config) => config,
-            DraftConfig::PEagle(config) => config,
-        }
-    }
-}
-
-impl DerefMut for DraftConfig {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        match self {
-            DraftConfig::Eagle3(config) => config,
-            DraftConfig::Block(config) => config,
-            DraftConfig::PEagle(config) => config,
-        }
-    }
-}
-
 impl DraftConfig {
     /// The draft that a target gets when nobody says otherwise.
-    pub fn for_target(method: Method, target: &TargetConfig, draft_vocab_size: usize) -> DraftConfig {
-        match method {
-            Method::Eagle3 => DraftConfig::Eagle3(Eagle3Config::for_target(target, draft_vocab_size)),
-            Method::Dflash | Method::Dspark | Method::PEagle => {
-                DraftConfig::of_table(&DraftTable::of(method), target, draft_vocab_size)
-            }
-        }
-    }
-
-    /// A draft of a kind that proposes several tokens in one pass, before it is checked.
-    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> DraftConfig {
-        match table.method {
-            Method::Eagle3 => DraftConfig::for_target(table.method, target, draft_vocab_size),
-            Method::Dflash | Method::Dspark => {
-                DraftConfig::Block(BlockConfig::of_table(table, target, draft_vocab_size))
-            }
-            Method::PEagle => DraftConfig::PEagle(PEagleConfig::of_table(table, target, draft_vocab_size)),
-        }
+    ///
+    /// # Errors
+    /// [`DraftConfigError::Method`] for a word that no kind has.
+    pub fn for_target(
+        method: Method,
+        target: &TargetConfig,
+        draft_vocab_size: usize,
+    ) -> Result<DraftConfig, DraftConfigError> {
+        DraftConfig::of_table(&DraftTable::of(method), target, draft_vocab_size)
     }
 
     /// The draft that a run file's `[draft]` table asks for: the target's shapes where it says nothing.
     ///
     /// # Errors
-    /// If the numbers do not fit together.
+    /// If the numbers do not fit together; [`DraftConfigError::Method`] for a word that no kind has.
     pub fn from_table(
         table: &DraftTable,
         target: &TargetConfig,
         draft_vocab_size: usize,
     ) -> Result<DraftConfig, DraftConfigError> {
-        match table.method {
-            Method::Eagle3 => {
-                Eagle3Config::from_table(table, target, draft_vocab_size).map(DraftConfig::Eagle3)
-            }
-            Method::Dflash | Method::Dspark | Method::PEagle => {
-                let config = DraftConfig::of_table(table, target, draft_vocab_size);
-                config.check()?;
-                Ok(config)
-            }
-        }
+        let config = DraftConfig::of_table(table, target, draft_vocab_size)?;
+        config.check()?;
+        Ok(config)
     }
 
     /// Reads a draft's `config.json`.
@@ -196,34 +188,29 @@ impl DraftConfig {
             serde_json::from_str(text).map_err(|e| DraftConfigError::Json { message: e.to_string() })?;
         DraftConfig::from_value(&value)
     }
-
-    /// Reads the parsed `config.json`.
-    ///
-    /// # Errors
-    /// What is wrong with it, key named.
-    pub fn from_value(value: &Value) -> Result<DraftConfig, DraftConfigError> {
-        match kind_of(value) {
-            Method::Eagle3 => Eagle3Config::from_value(value).map(DraftConfig::Eagle3),
-            Method::Dflash | Method::Dspark => BlockConfig::from_value(value).map(DraftConfig::Block),
-            Method::PEagle => PEagleConfig::from_value(value).map(DraftConfig::PEagle),
-        }
-    }
 }
 
-/// Architectures by kind.
-const ARCHITECTURES: [(&[&str], Method); 4] = [
-    (&eagle3::ARCHITECTURES, Method::Eagle3),
-    (&block::DFLASH, Method::Dflash),
-    (&block::DSPARK, Method::Dspark),
-    (&peagle::ARCHITECTURES, Method::PEagle),
-];
+/// The kind that a word means, and what it says of the word.
+pub(crate) fn words() -> impl Iterator<Item = &'static Word> {
+    DraftConfig::WORDS.iter().copied().flatten()
+}
+
+/// The words that `draft.method` may be, in the order of the kinds.
+pub fn methods() -> Vec<MethodWord> {
+    words().map(|word| word.method).collect()
+}
+
+/// True if a kind of draft has this word.
+pub fn is_method(name: &str) -> bool {
+    words().any(|word| word.method.name == name)
+}
 
 /// The kind that a configuration is of, by its first architecture. One that names none, or none that is known, is read
 /// as the first kind there was: what does not fit is then told key by key.
-fn kind_of(config: &Value) -> Method {
+pub(crate) fn method_of(config: &Value) -> &'static str {
     let named = config["architectures"][0].as_str().unwrap_or_default();
-    let known = ARCHITECTURES.iter().find(|(names, _)| names.contains(&named));
-    known.map_or(ARCHITECTURES[0].1, |(_, method)| *method)
+    let known = words().find(|word| word.architectures.contains(&named)).or_else(|| words().next());
+    known.map_or("", |word| word.method.name)
 }
 
 /// What a draft's `config.json` can be refused for.
@@ -267,6 +254,12 @@ pub enum DraftConfigError {
         /// How they are put right.
         hint: &'static str,
     },
+    /// A word that no kind of draft has.
+    #[error("no kind of draft is called `{method}`")]
+    Method {
+        /// The word.
+        method: String,
+    },
     /// Numbers that contradict each other.
     #[error("draft configuration does not fit together: {what}")]
     Shapes {
@@ -287,6 +280,10 @@ impl DraftConfigError {
             DraftConfigError::Key { key, wanted, .. } => format!(
                 "set `{key}` to {wanted}, or take the `config.json` of the repository that the weights are from"
             ),
+            DraftConfigError::Method { .. } => {
+                let names: Vec<&str> = words().map(|word| word.method.name).collect();
+                format!("use one of `{}`", names.join("`, `"))
+            }
             DraftConfigError::Shapes { .. } => {
                 "take `config.json` and weights from the same repository and revision".into()
             }

@@ -99,8 +99,18 @@ impl Run<'_> {
         let results = records.iter().map(measured).collect::<Result<Vec<_>, _>>()?;
         let key = self.folder.read(Stage::Bundle)?.map(|f| f.key).unwrap_or_default();
         self.make_bundle(&bundle, &key, results, Some(html))?;
-        let contract = Contract::of_all(&records);
-        Ok(json!({ "report": self.in_folder(&dir.join(REPORT)), "results": contract }))
+        // An accept length over several ways to draft would be that of none of them.
+        let plans: Vec<Value> = plans.iter().map(|plan| of_plan(&records, plan)).collect();
+        let mut results = json!(Contract::of_all(&records));
+        let mut summary = json!({ "report": self.in_folder(&dir.join(REPORT)) });
+        if let [first, _, ..] = plans.as_slice() {
+            let identical = plans.iter().all(|plan| plan["identical"] != false);
+            results = first.clone();
+            results["identical"] = identical.into();
+            summary["plans"] = plans.into();
+        }
+        summary["results"] = results;
+        Ok(summary)
     }
 
     /// Validations of the training log.
@@ -122,6 +132,15 @@ impl Run<'_> {
         }
         (!curve.measured_accept_len.is_empty()).then_some(curve)
     }
+}
+
+/// What was measured of one way to draft, over all workloads.
+fn of_plan(records: &[Record], plan: &DraftPlan) -> Value {
+    let drafting = drafting(plan);
+    let own: Vec<Record> = records.iter().filter(|r| r.settings.drafting == drafting).cloned().collect();
+    let mut results = json!(Contract::of_all(&own));
+    results["drafting"] = drafting.label().into();
+    results
 }
 
 /// A record as the bundle's tables show it.

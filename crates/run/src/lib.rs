@@ -46,12 +46,14 @@ use draftsmith_formats::atomic;
 use draftsmith_formats::hash::{Hasher, sha256_file};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_formats::run::GpuDtype;
-use draftsmith_formats::run::{CaptureMode, Precision as RunPrecision, RunFile, Stage};
+use draftsmith_formats::run::{
+    CaptureMode, Precision as RunPrecision, RunError, RunFile, Stage, place_of_key,
+};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
-use draftsmith_model::{DraftConfig, Precision};
+use draftsmith_model::{DraftConfig, Precision, is_method, methods};
 use draftsmith_pull::{Places, PullError, Reference};
 use serde::Serialize;
 
@@ -151,6 +153,7 @@ fn version(of: &[(Stage, u32)], stage: Stage) -> u32 {
 /// As [`RunFile::load`].
 pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
     let mut file = RunFile::load(path, overrides)?;
+    check_method(&file, path, overrides)?;
     let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = RunFolder::new(parent);
@@ -166,6 +169,22 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
     }
     file.run.dir = Some(parent.to_path_buf());
     Ok(file)
+}
+
+/// A run file may name any kind of draft; here it must be one that there is.
+fn check_method(file: &RunFile, path: &Path, overrides: &[String]) -> Result<(), RunError> {
+    let name = file.draft.method.name();
+    if is_method(name) {
+        return Ok(());
+    }
+    let names: Vec<&str> = methods().iter().map(|word| word.name).collect();
+    let key = "draft.method".to_string();
+    Err(RunError::Type {
+        place: place_of_key(path, overrides, &key),
+        key,
+        found: format!("`{name}`"),
+        wanted: format!("one of `{}`", names.join("`, `")),
+    })
 }
 
 /// What a stage did, with its paths as they are now: stage files hold none that a move of the folder would break.

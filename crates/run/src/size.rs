@@ -7,7 +7,7 @@
 use std::fmt;
 use std::path::Path;
 
-use draftsmith_formats::run::{DraftInit, DraftSize, DraftTable, Method};
+use draftsmith_formats::run::{DraftInit, DraftSize, DraftTable};
 use draftsmith_kernels::PackMode;
 use draftsmith_model::{DraftConfig, MlpKind, TargetConfig};
 
@@ -102,6 +102,7 @@ pub(crate) fn decide(
         return None;
     }
     let pass_bytes = pass_bytes();
+    let has_layers = table.layers_mut().is_some();
     let h = target.hidden_size as u32;
     let vocabularies: Vec<u32> = match VOCABULARIES.map(|v| v.min(target.vocab_size as u32)) {
         all if all[0] < VOCABULARIES[0] => vec![all[0]],
@@ -113,9 +114,11 @@ pub(crate) fn decide(
         table.vocab_size = vocab_size;
         table.intermediate = Some(intermediate);
         table.init = DraftInit::Random;
-        let tokens = set_layers(&mut table, layers);
+        if let Some(own) = table.layers_mut() {
+            *own = layers;
+        }
         let draft = DraftConfig::from_table(&table, target, vocab_size as usize).ok()?;
-        Some((table, draft.work(tokens as usize, PackMode::Q8).bytes))
+        Some((table, draft.work(draft.tokens_per_pass(), PackMode::Q8).bytes))
     };
     let limit = SHARE * pass_bytes as f64;
     let mut best = (vocabularies[0], width(1), 1);
@@ -132,7 +135,7 @@ pub(crate) fn decide(
         (3, 6, MOST_LAYERS),
     ];
     for (vocabulary, halves, layers) in steps {
-        let layers = if table.method == Method::Eagle3 { 1 } else { layers };
+        let layers = if has_layers { layers } else { 1 };
         let next = (vocabularies[vocabulary.min(vocabularies.len() - 1)], width(halves), layers);
         match sized(next) {
             Some((_, bytes)) if bytes as f64 <= limit => best = next,
@@ -146,29 +149,12 @@ pub(crate) fn decide(
     Some(Decided { vocab_size: best.0, intermediate: best.1, layers: best.2, bytes: [bytes, pass_bytes] })
 }
 
-/// Sets the layers of a kind that has a number of them; gives the tokens of a proposal.
-fn set_layers(table: &mut DraftTable, layers: u32) -> u32 {
-    match table.method {
-        Method::Eagle3 => 1,
-        Method::Dflash => {
-            table.dflash.layers = layers;
-            table.dflash.block_size - 1
-        }
-        Method::Dspark => {
-            table.dspark.layers = layers;
-            table.dspark.block_size
-        }
-        Method::PEagle => {
-            table.p_eagle.layers = layers;
-            table.p_eagle.depths
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use draftsmith_formats::hf_config::HfConfig;
+    use draftsmith_formats::run::Method;
+    use draftsmith_model::methods;
 
     /// Qwen2.5-Coder-0.5B's shapes.
     fn target() -> TargetConfig {
@@ -179,15 +165,15 @@ mod tests {
         TargetConfig::from_hf(&HfConfig::parse(Path::new("config.json"), json.as_bytes()).unwrap()).unwrap()
     }
 
-    fn table(method: Method) -> DraftTable {
-        let mut table = DraftTable::of(method);
+    fn table(method: &'static str) -> DraftTable {
+        let mut table = DraftTable::of(Method::of(method));
         table.size = DraftSize::Auto;
         table
     }
 
     #[test]
     fn a_proposal_reads_a_small_share_of_a_pass() {
-        for method in [Method::Eagle3, Method::Dflash, Method::Dspark, Method::PEagle] {
+        for method in methods().iter().map(|word| word.name) {
             let mut last = 0;
             for pass in [50_000_000, 400_000_000, 1_000_000_000, 8_000_000_000] {
                 let mut table = table(method);
@@ -198,8 +184,8 @@ mod tests {
                     (decided.vocab_size, Some(decided.intermediate))
                 );
                 let smallest = decided.vocab_size == 4096 && decided.intermediate == 448;
-                assert!(smallest || decided.bytes[0] as f64 <= 0.04 * pass as f64, "{method:?} {decided}");
-                assert!(decided.bytes[0] >= last, "{method:?}: a larger target has no smaller draft");
+                assert!(smallest || decided.bytes[0] as f64 <= 0.04 * pass as f64, "{method} {decided}");
+                assert!(decided.bytes[0] >= last, "{method}: a larger target has no smaller draft");
                 last = decided.bytes[0];
             }
         }
@@ -207,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_half_billion_parameters_carry_a_layer_and_eight_thousand_tokens() {
-        let mut table = table(Method::Dspark);
+        let mut table = table("dspark");
         let decided = decide(&mut table, &target(), || 397_000_000).unwrap();
         assert_eq!((decided.vocab_size, decided.layers), (8192, 1), "{decided}");
         assert_eq!(table.dspark.layers, 1);

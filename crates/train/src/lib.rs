@@ -9,17 +9,14 @@
 //! uninterrupted one bit for bit.
 
 mod average;
-pub mod block;
 mod checkpoint;
 mod data;
 mod draft;
-pub mod eagle3;
 mod error;
 mod log;
 mod method;
 mod methods;
 mod optimizer;
-pub mod peagle;
 mod rng;
 mod teacher;
 mod to_tape;
@@ -34,7 +31,7 @@ pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
 pub use error::TrainError;
 pub use log::{JsonLog, TensorBoard};
 pub use method::{BatchStats, DepthStats, Method, Mode};
-pub use methods::{MadeUpShape, made_up, method};
+pub use methods::{MadeUpShape, block, eagle3, made_up, method, peagle};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
 pub use peagle::{PEagleOptions, PEagleTrain};
 pub use rng::Rng;

@@ -1,11 +1,13 @@
 //! A bundle in the layout of another engine.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_model::DraftConfig;
+use draftsmith_model::Published;
 
+use super::parallel::Parallel;
 use super::{Layout, TargetFacts, eagle3, launch, lint, parallel};
 use crate::engines::Launch;
 use crate::layout::{WeightTypes, read_config, vocab_map, weight_problems};
@@ -62,7 +64,7 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
     config.set_target_layers(&layers).map_err(bad)?;
     let weights = SafetensorsDir::open(input.bundle.join(WEIGHTS_FILE))?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Bundle);
-    if let Some(Err(problem)) = vocab_map(&config, &weights) {
+    if let Some(Err(problem)) = vocab_map(&*config, &weights) {
         problems.push(problem);
     }
     problems.extend(layer_problem(&config, manifest.target.num_layers as u32));
@@ -78,13 +80,18 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
         return Err(refused(problems));
     }
 
-    let mut files = match &config {
-        DraftConfig::Eagle3(config) => {
+    let parallel = |draft: &Parallel<'_>| {
+        parallel::files(draft, input.layout, &manifest, &weights, input.target.as_ref())
+    };
+    let mut files = match config.published() {
+        Published::Nowhere => {
+            Err(BundleError::NoLayout { method: config.name(), layout: input.layout.name() })
+        }
+        Published::Eagle3(config) => {
             eagle3::files(config, input.layout, &manifest, &weights, input.target.as_ref())
         }
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            parallel::files(&config, input.layout, &manifest, &weights, input.target.as_ref())
-        }
+        Published::Block(block) => parallel(&Parallel::Block(Cow::Borrowed(block))),
+        Published::PEagle(config) => parallel(&Parallel::PEagle(Cow::Borrowed(config))),
     }
     .map_err(|error| match error {
         BundleError::Config { path, source } => BundleError::Config { path: input.bundle.join(path), source },

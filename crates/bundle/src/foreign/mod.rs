@@ -17,14 +17,17 @@ pub use export::{ExportInput, Exported, export};
 pub use import::{Imported, import, import_gguf, import_safetensors, import_with};
 pub use verify::verify_export;
 
+use std::borrow::Cow;
+
 use draftsmith_formats::gguf::GgufValue;
-use draftsmith_model::{DraftConfig, TargetConfig};
+use draftsmith_model::{DraftConfig, Published, TargetConfig};
 use serde_json::{Map, Value};
 
 use crate::Problem;
 use crate::engines::{LLAMA_CPP, Launch, Rules, SGLANG, VLLM};
 use crate::manifest::Manifest;
 use crate::problem::layer_problem;
+use parallel::Parallel;
 
 /// Name of the file in an exported GGUF folder.
 pub const GGUF_FILE: &str = "draft.gguf";
@@ -81,18 +84,22 @@ pub(crate) fn lint(
     target: Option<&TargetFacts<'_>>,
 ) -> Vec<Problem> {
     let mut rules = Rules::of(layout.engine());
-    match config {
-        DraftConfig::Eagle3(config) => eagle3::lint(layout, config, manifest, target, &mut rules),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::lint(layout, config, &mut rules),
+    match config.published() {
+        // That it has no layout is all that there is to say.
+        Published::Nowhere => return Vec::new(),
+        Published::Eagle3(config) => eagle3::lint(layout, config, manifest, target, &mut rules),
+        Published::Block(block) => parallel::block_rules(layout, block, &mut rules),
+        Published::PEagle(_) => parallel::p_eagle_rules(layout, &mut rules),
     }
     rules.rule(
         layout == Layout::Speculators && manifest.target.hub_name.is_none(),
         false,
         "the configuration names no target, so it must be given at the start",
     );
-    // None of the engines scales a draft's embedding; Gemma's draft was trained with scaled rows. P-EAGLE brings its own.
+    // None of the engines scales a draft's embedding; Gemma's draft was trained with scaled rows. Some drafts bring their
+    // own.
     rules.rule(
-        target.is_some_and(|t| t.config.embed_scale != 1.0) && !matches!(config, DraftConfig::PEagle(_)),
+        target.is_some_and(|t| t.config.embed_scale != 1.0) && !config.shape().has_embedding,
         true,
         "the target scales its embedding, and the draft's copy is read unscaled",
     );
@@ -112,9 +119,9 @@ pub(crate) fn config_problems(
     config: &DraftConfig,
     num_layers: Option<u64>,
 ) -> Vec<Problem> {
-    let mut problems = match config {
-        DraftConfig::Eagle3(config) => eagle3::config_problems(object, config, num_layers),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => Vec::new(),
+    let mut problems = match config.published() {
+        Published::Eagle3(config) => eagle3::config_problems(object, config, num_layers),
+        Published::Nowhere | Published::Block(_) | Published::PEagle(_) => Vec::new(),
     };
     problems.extend(num_layers.and_then(|layers| layer_problem(config, layers as u32)));
     problems
@@ -122,16 +129,24 @@ pub(crate) fn config_problems(
 
 /// Commands for the engines that read a layout; `dir` is the folder of the draft.
 pub fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
-    match config {
-        DraftConfig::Eagle3(_) => eagle3::launch(manifest, layout, dir),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::launch(config, manifest, layout, dir),
+    match config.published() {
+        Published::Nowhere => Vec::new(),
+        Published::Eagle3(_) => eagle3::launch(manifest, layout, dir),
+        Published::Block(block) => {
+            parallel::launch(&Parallel::Block(Cow::Borrowed(block)), manifest, layout, dir)
+        }
+        Published::PEagle(config) => {
+            parallel::launch(&Parallel::PEagle(Cow::Borrowed(config)), manifest, layout, dir)
+        }
     }
 }
 
 /// Why no engine of a layout serves a draft, as a sentence for its card; `None` if one does.
 pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static str> {
-    match config {
-        DraftConfig::Eagle3(config) => eagle3::unserved(config, layout),
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => parallel::unserved(config, layout),
+    match config.published() {
+        Published::Nowhere => Some("No other engine knows this kind of draft."),
+        Published::Eagle3(config) => eagle3::unserved(config, layout),
+        Published::Block(block) => parallel::unserved(&Parallel::Block(Cow::Borrowed(block)), layout),
+        Published::PEagle(config) => parallel::unserved(&Parallel::PEagle(Cow::Borrowed(config)), layout),
     }
 }

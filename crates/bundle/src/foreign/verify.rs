@@ -1,10 +1,12 @@
 //! `bundle verify-export`: an export read back by a way of its own and compared with its bundle.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use draftsmith_kernels::Kernels;
-use draftsmith_model::DraftConfig;
+use draftsmith_model::Published;
 
+use super::parallel::Parallel;
 use super::{eagle3, parallel};
 use crate::BundleError;
 use crate::check::CheckReport;
@@ -24,11 +26,14 @@ pub fn verify_export<K: Kernels>(
     let manifest = Manifest::read(bundle)?;
     let (_, config) = read_config(&bundle.join(CONFIG_FILE))
         .map_err(|problem| BundleError::draft(bundle, "compared", vec![problem]))?;
-    let (layout, checks) = match &config {
-        DraftConfig::Eagle3(config) => eagle3::compare(export, bundle, &manifest, config, kernels)?,
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => {
-            parallel::compare(export, bundle, &manifest, &config, kernels)?
+    let parallel = |draft: &Parallel<'_>| parallel::compare(export, bundle, &manifest, draft, kernels);
+    let (layout, checks) = match config.published() {
+        Published::Nowhere => {
+            return Err(BundleError::NoLayout { method: config.name(), layout: "any" });
         }
+        Published::Eagle3(config) => eagle3::compare(export, bundle, &manifest, config, kernels)?,
+        Published::Block(block) => parallel(&Parallel::Block(Cow::Borrowed(block)))?,
+        Published::PEagle(config) => parallel(&Parallel::PEagle(Cow::Borrowed(config)))?,
     };
     Ok(CheckReport::new(format!("{} ({} layout)", manifest.name, layout.name()), checks))
 }

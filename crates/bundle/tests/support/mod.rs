@@ -39,7 +39,7 @@ pub(crate) fn write_draft(dir: &Path, target: &Target<Cpu>, variant: &Value) {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
     };
-    let tensors: Vec<TensorData> = expected_tensors(&DraftConfig::from_value(&config).unwrap())
+    let tensors: Vec<TensorData> = expected_tensors(&*DraftConfig::from_value(&config).unwrap())
         .into_iter()
         .map(|spec| {
             let n = spec.shape.iter().product();

@@ -113,6 +113,7 @@ pub struct Generate {
 #[command(
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
+    group = clap::ArgGroup::new("draft").required(true).args(["bundle", "draft_model"]),
     after_help = "Examples:\n  \
     draftsmith bench --bundle runs/smoke/bundle --workload fixtures/tiny-target/eval.jsonl\n  \
     draftsmith bench --bundle DIR --workload recipes/data/eval/gsm8k.jsonl --limit 20 --json out.json\n  \
@@ -126,7 +127,7 @@ pub struct Bench {
     #[command(subcommand)]
     pub verb: Option<BenchVerb>,
     /// The bundle.
-    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
+    #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
@@ -181,13 +182,14 @@ pub enum BenchVerb {
 /// Finds the fastest way to draft on this machine: chains, trees and the automatic plan in turn with plain decoding,
 /// for one sequence and for several at once.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("draft").required(true).args(["bundle", "draft_model"]))]
 #[command(after_help = "Examples:\n  \
     draftsmith bench tune --bundle bundles/smollm2-135m-instruct-eagle3 --workload recipes/data/eval/gsm8k.jsonl\n  \
     draftsmith bench tune --bundle DIR --workload A.jsonl --workload B.jsonl --sequences 1,4,16 --json out.json\n\n\
     Ends with 1 if a setting changes a text. The draft's vocabulary is fixed when it is trained (`draft.vocab_size`).")]
 pub struct BenchTune {
     /// The bundle.
-    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
+    #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]

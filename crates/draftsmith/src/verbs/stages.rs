@@ -95,18 +95,21 @@ fn line(done: &StageDone) -> String {
         Stage::Bundle => format!("{}, {}", text(&s["path"]), human(count("bytes"))),
         Stage::Bench => {
             let r = &s["results"];
-            let number = |key: &str| r[key].as_f64().map_or("none".to_string(), |v| format!("{v:.2}"));
+            let numbers = |r: &Value| {
+                let number = |key: &str| r[key].as_f64().map_or("none".to_string(), |v| format!("{v:.2}"));
+                format!("accept length {}, speedup {}", number("accept_len"), number("speedup"))
+            };
+            let of_plan = |plan: &Value| format!("{}: {}", text(&plan["drafting"]), numbers(plan));
+            let measured = match s["plans"].as_array() {
+                Some(plans) => plans.iter().map(of_plan).collect::<Vec<_>>().join("; "),
+                None => numbers(r),
+            };
             let same = match r["identical"].as_bool() {
                 Some(true) => "outputs equal to target-only decoding",
                 Some(false) => "outputs DIFFER from target-only decoding",
                 None => "nothing compared",
             };
-            format!(
-                "accept length {}, speedup {}, {same}; {}",
-                number("accept_len"),
-                number("speedup"),
-                text(&s["report"])
-            )
+            format!("{measured}, {same}; {}", text(&s["report"]))
         }
     };
     let when = if done.before { "done before, " } else { "" };

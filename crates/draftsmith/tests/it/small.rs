@@ -127,3 +127,14 @@ fn serve_names_a_draft_model_and_reads_it_anew() {
     assert_eq!((status, &swapped["draft"]["kind"]), (200, &json!("small")), "{swapped}");
     assert_eq!(served.text_of(&ask(json!({"chain": 4}))), plain);
 }
+
+#[test]
+fn a_measurement_without_a_draft_is_told_both_ways_to_name_one() {
+    let home = Home::new();
+    for verb in [&["bench"][..], &["bench", "tune"]] {
+        let ended = home.run(&[verb, &["--workload", "w.jsonl"]].concat());
+        assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+        let hint = ended.stderr.lines().find(|line| line.starts_with("hint: ")).unwrap_or_default();
+        assert!(hint.contains("<--bundle <DIR>|--draft-model <REF>>"), "{}", ended.stderr);
+    }
+}

@@ -3,8 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::RunFile;
 use super::check::{Broken, at_most, broken, number, positive};
-use super::{Method, RunFile};
+use super::kind::KindTable;
 
 /// What `dflash` alone has in `[draft]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -62,6 +63,55 @@ impl Default for DsparkDraftTable {
             confidence: true,
             confidence_with_markov: true,
         }
+    }
+}
+
+/// Published settings of `[train]` for blocks.
+const BLOCK_DEFAULTS: [(&str, f64); 3] = [("lr", 6e-4), ("warmup_ratio", 0.04), ("max_grad_norm", 1.0)];
+
+impl KindTable for DflashDraftTable {
+    fn train_defaults(&self) -> &'static [(&'static str, f64)] {
+        &BLOCK_DEFAULTS
+    }
+
+    fn mask_token_id(&self) -> Option<u32> {
+        self.mask_token_id
+    }
+
+    fn layers_of_draft(&self, _: &str) -> Option<toml::Value> {
+        Some(i64::from(self.layers).into())
+    }
+}
+
+impl KindTable for DsparkDraftTable {
+    fn train_defaults(&self) -> &'static [(&'static str, f64)] {
+        &BLOCK_DEFAULTS
+    }
+
+    fn mask_token_id(&self) -> Option<u32> {
+        self.mask_token_id
+    }
+
+    fn layers_of_draft(&self, _: &str) -> Option<toml::Value> {
+        Some(i64::from(self.layers).into())
+    }
+}
+
+impl KindTable for PEagleDraftTable {
+    fn captured_layers(&self) -> Option<usize> {
+        Some(3)
+    }
+
+    fn train_defaults(&self) -> &'static [(&'static str, f64)] {
+        &[("warmup_ratio", 0.0025), ("max_grad_norm", 1.0)]
+    }
+
+    fn mask_token_id(&self) -> Option<u32> {
+        self.mask_token_id
+    }
+
+    fn layers_of_draft(&self, _: &str) -> Option<toml::Value> {
+        None
     }
 }
 
@@ -172,26 +222,10 @@ impl Default for PEagleTrainTable {
 const MAX_SLOTS: u64 = 64;
 
 impl RunFile {
-    /// Fills in what the kind has published for the keys of `[train]` that a run file and its overrides leave out.
-    pub(super) fn take_train_defaults(&mut self, written: &toml::Table) {
-        let train = written.get("train").and_then(toml::Value::as_table);
-        for (key, value) in self.draft.method.train_defaults() {
-            if train.is_some_and(|train| train.contains_key(*key)) {
-                continue;
-            }
-            match *key {
-                "lr" => self.train.lr = *value,
-                "warmup_ratio" => self.train.warmup_ratio = *value,
-                "max_grad_norm" => self.train.max_grad_norm = *value,
-                other => unreachable!("`{other}` has no default of a kind"),
-            }
-        }
-    }
-
     pub(super) fn check_block_drafts(&self) -> Result<(), Broken> {
         let draft = &self.draft;
         let (f, s, p) = (&draft.dflash, &draft.dspark, &draft.p_eagle);
-        if draft.method != Method::Eagle3 && draft.hidden.is_some() {
+        if draft.own().has_target_width() && draft.hidden.is_some() {
             let problem =
                 format!("is set, but a draft of the kind `{}` has the target's width", draft.method.name());
             return broken("draft.hidden", problem);

@@ -215,7 +215,7 @@ impl RunFile {
         }
         let draft = &self.draft;
         if let Some(layers) = &self.capture.layers {
-            let wanted = draft.method.captured_layers();
+            let wanted = draft.own().captured_layers();
             let ascending = layers.windows(2).all(|w| w[0] < w[1]);
             if layers.is_empty() || wanted.is_some_and(|wanted| layers.len() != wanted) || !ascending {
                 let count = wanted.map_or_else(String::new, |wanted| format!("{wanted} "));

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::RunFile;
+use super::kind::KindTable;
 
 /// What `eagle3` alone has in `[draft]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -37,6 +38,20 @@ pub struct Eagle3TrainTable {
 impl Default for Eagle3TrainTable {
     fn default() -> Self {
         Eagle3TrainTable { ttt_length: 7, step_decay: 0.8, loss: Loss::Kl, kl_scale: 1.0, kl_decay: 1.0 }
+    }
+}
+
+impl KindTable for Eagle3DraftTable {
+    fn captured_layers(&self) -> Option<usize> {
+        Some(3)
+    }
+
+    fn has_target_width(&self) -> bool {
+        false
+    }
+
+    fn layers_of_draft(&self, _: &str) -> Option<toml::Value> {
+        None
     }
 }
 
@@ -97,6 +112,11 @@ pub(super) fn to_old_places(tables: &mut toml::Table) {
 }
 
 impl RunFile {
+    /// Draft steps that training unrolls per position, for a kind that does.
+    pub fn unrolled_steps(&self) -> Option<u32> {
+        (self.draft.method.name() == OWN).then_some(self.train.eagle3.ttt_length)
+    }
+
     /// Moves what stands at older places to where it belongs.
     pub(super) fn take_old_places(&mut self) {
         fn take<T>(old: &mut Option<T>, new: &mut T) {

@@ -113,7 +113,7 @@ impl RunError {
                     let meant = eagle3::newer_place(&meant).unwrap_or(meant);
                     return Some(format!("did you mean `{meant}`?"));
                 }
-                let elsewhere: Vec<String> = reference()
+                let elsewhere: Vec<String> = reference(&[])
                     .into_iter()
                     .filter(|k| k.key.contains('.') && k.name() == last)
                     .map(|k| k.key)
@@ -127,9 +127,10 @@ impl RunError {
                     keys => Some(format!("did you mean `{}`?", keys.join("` or `"))),
                 }
             }
-            RunError::MissingKey { key, .. } => {
-                reference().into_iter().find(|k| k.key == *key).map(|k| format!("`{key}`: {}", k.description))
-            }
+            RunError::MissingKey { key, .. } => reference(&[])
+                .into_iter()
+                .find(|k| k.key == *key)
+                .map(|k| format!("`{key}`: {}", k.description)),
             RunError::Type { found, wanted, .. } => {
                 let word = found.strip_prefix('`').and_then(|f| f.strip_suffix('`'))?;
                 let words = backticked(wanted);
@@ -323,7 +324,7 @@ impl<'t> Source<'t> {
             match self.reword(e.message(), self.at(None), String::new()) {
                 // Without a span only the last part of the key is known; the required keys all have their own.
                 RunError::MissingKey { place, key } => {
-                    let full = reference().into_iter().find(|k| k.required && k.name() == key);
+                    let full = reference(&[]).into_iter().find(|k| k.required && k.name() == key);
                     RunError::MissingKey { place, key: full.map_or(key, |k| k.key) }
                 }
                 other => other,

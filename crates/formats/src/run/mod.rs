@@ -13,6 +13,7 @@ mod block;
 mod check;
 mod eagle3;
 mod inputs;
+mod kind;
 mod load;
 mod reference;
 mod size;
@@ -32,6 +33,7 @@ pub use block::{
     PEagleDraftTable, PEagleTrainTable,
 };
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
+pub use kind::{Method, MethodWord};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
 pub use size::DraftSize;
@@ -577,7 +579,7 @@ pub struct DraftTable {
 impl Default for DraftTable {
     fn default() -> Self {
         DraftTable {
-            method: Method::Eagle3,
+            method: Method::default(),
             size: DraftSize::Written,
             vocab_size: 8192,
             hidden: None,
@@ -591,98 +593,6 @@ impl Default for DraftTable {
             p_eagle: PEagleDraftTable::default(),
             old_fc_norm: None,
             old_norm_output: None,
-        }
-    }
-}
-
-/// Kind of draft.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// EAGLE-3: one decoder layer over fused target states, trained with training-time test.
-    Eagle3,
-    /// DFlash: layers over target states that propose a block in one pass.
-    Dflash,
-    /// DSpark: DFlash with a head that corrects each token by the one before it, and a confidence.
-    Dspark,
-    /// P-EAGLE: an EAGLE-3 layer and plain ones that propose several tokens in one pass.
-    #[serde(rename = "p-eagle")]
-    PEagle,
-}
-
-impl Method {
-    /// All kinds.
-    pub const ALL: [Method; 4] = [Method::Eagle3, Method::Dflash, Method::Dspark, Method::PEagle];
-
-    /// The word in run files, manifests and records.
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Eagle3 => "eagle3",
-            Method::Dflash => "dflash",
-            Method::Dspark => "dspark",
-            Method::PEagle => "p-eagle",
-        }
-    }
-
-    /// The kind that a word means.
-    pub fn from_name(name: &str) -> Option<Method> {
-        Method::ALL.into_iter().find(|method| method.name() == name)
-    }
-
-    /// Target layers that such a draft reads; `None` if it takes any number.
-    pub fn captured_layers(self) -> Option<usize> {
-        match self {
-            Method::Eagle3 | Method::PEagle => Some(3),
-            Method::Dflash | Method::Dspark => None,
-        }
-    }
-
-    /// Published settings of `[train]` that hold where a run file does not say, if they are not those of all kinds.
-    pub(super) fn train_defaults(self) -> &'static [(&'static str, f64)] {
-        match self {
-            Method::Eagle3 => &[],
-            Method::Dflash | Method::Dspark => {
-                &[("lr", 6e-4), ("warmup_ratio", 0.04), ("max_grad_norm", 1.0)]
-            }
-            Method::PEagle => &[("warmup_ratio", 0.0025), ("max_grad_norm", 1.0)],
-        }
-    }
-}
-
-impl DraftTable {
-    /// A kind of draft and nothing else.
-    pub fn of(method: Method) -> DraftTable {
-        DraftTable { method, ..DraftTable::default() }
-    }
-
-    /// The mask token that is named for the kind of draft.
-    pub fn mask_token_id(&self) -> Option<u32> {
-        match self.method {
-            Method::Eagle3 => None,
-            Method::Dflash => self.dflash.mask_token_id,
-            Method::Dspark => self.dspark.mask_token_id,
-            Method::PEagle => self.p_eagle.mask_token_id,
-        }
-    }
-}
-
-impl DraftTable {
-    /// How many layers of the target are read unless they are named, for a kind whose tables say so.
-    pub(super) fn layers_to_read(&self) -> Option<u32> {
-        match self.method {
-            Method::Eagle3 | Method::PEagle => None,
-            Method::Dflash => Some(self.dflash.layers),
-            Method::Dspark => Some(self.dspark.layers),
-        }
-    }
-}
-
-impl RunFile {
-    /// Draft steps that training unrolls per position, for a kind that does.
-    pub fn unrolled_steps(&self) -> Option<u32> {
-        match self.draft.method {
-            Method::Eagle3 => Some(self.train.eagle3.ttt_length),
-            Method::Dflash | Method::Dspark | Method::PEagle => None,
         }
     }
 }
@@ -1014,15 +924,15 @@ impl RunFile {
         let own = self.draft.method.name();
         for table in ["draft", "train"] {
             if let Some(table) = kept.get_mut(table).and_then(toml::Value::as_table_mut) {
-                table.retain(|key, _| key == own || Method::from_name(key).is_none());
+                table.retain(|key, _| key == own || !kind::TABLES.iter().any(|table| *table == key));
             }
         }
         if stage >= Stage::Capture
             && self.capture.layers.is_none()
-            && let Some(layers) = self.draft.layers_to_read()
+            && let Some(layers) = self.draft.own().layers_of_draft(own)
             && let Some(capture) = kept.get_mut("capture").and_then(toml::Value::as_table_mut)
         {
-            capture.insert("layers_of_draft".to_string(), i64::from(layers).into());
+            capture.insert("layers_of_draft".to_string(), layers);
         }
         eagle3::to_old_places(&mut kept);
         kept

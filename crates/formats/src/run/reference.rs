@@ -1,12 +1,20 @@
 //! The run file described by itself: JSON Schema for editors, and a list of keys for the reference page.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::RunFile;
+use super::{MethodWord, RunFile};
 
-/// JSON Schema of the run file.
-pub fn json_schema() -> Value {
-    schemars::schema_for!(RunFile).to_value()
+/// JSON Schema of the run file. `methods` are the kinds of drafts; without any, every word is one.
+pub fn json_schema(methods: &[MethodWord]) -> Value {
+    let mut schema = schemars::schema_for!(RunFile).to_value();
+    if !methods.is_empty() {
+        let word =
+            |word: &MethodWord| json!({ "type": "string", "const": word.name, "description": word.about });
+        let method = &mut schema["$defs"]["Method"];
+        let words: Vec<Value> = methods.iter().map(word).collect();
+        *method = json!({ "oneOf": words, "description": method["description"] });
+    }
+    schema
 }
 
 /// One key of the run file.
@@ -31,9 +39,10 @@ impl KeyReference {
     }
 }
 
-/// Every key of the run file, in the order of the tables. Tables themselves are listed too, with kind `table`.
-pub fn reference() -> Vec<KeyReference> {
-    let schema = json_schema();
+/// Every key of the run file, in the order of the tables. Tables themselves are listed too, with kind `table`. `methods` as
+/// for [`json_schema`].
+pub fn reference(methods: &[MethodWord]) -> Vec<KeyReference> {
+    let schema = json_schema(methods);
     let mut out = Vec::new();
     keys_of(&schema, &schema, "", &mut out);
     out

@@ -6,7 +6,7 @@ use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgmlType, GgufWriter};
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
 use draftsmith_model::eagle3::{ARCHITECTURES, Eagle3Config};
-use draftsmith_model::{DraftConfig, DraftConfigError, rope_pairs_from_halves};
+use draftsmith_model::{DraftConfigError, rope_pairs_from_halves};
 use serde_json::{Map, Value, json};
 
 use super::{gguf, tensor_name};
@@ -51,7 +51,7 @@ pub(crate) fn files(
 }
 
 fn specs(config: &Eagle3Config) -> Vec<TensorSpec> {
-    expected_tensors(&DraftConfig::Eagle3(config.clone()))
+    expected_tensors(config)
 }
 
 /// The bundle's tensors under the layout's names, bytes as they are.

@@ -199,7 +199,7 @@ impl Taken {
     /// Takes every tensor that the configuration implies. `absolute` turns the stored `d2t` into target ids.
     fn parts(&mut self, config: &Eagle3Config, absolute: impl Fn(Vec<i64>) -> Vec<i64>) -> Parts {
         let mut tensors = DraftTensors::new();
-        for spec in expected_tensors(&DraftConfig::Eagle3(config.clone())) {
+        for spec in expected_tensors(config) {
             let Some(stored) = tensor_name(self.layout, &spec.name) else { continue };
             if matches!(spec.name.as_str(), "d2t" | "t2d") {
                 continue;

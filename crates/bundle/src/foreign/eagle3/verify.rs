@@ -79,7 +79,7 @@ fn tensors(
         problems.extend(tensor_problem(entry, wanted, layout, config.shape().head_dim)?);
     }
     // A tensor of the bundle that the layout would have taken, had it been there.
-    for spec in expected_tensors(config) {
+    for spec in expected_tensors(&**config) {
         let missing = !entries.iter().any(|entry| entry.bundle == Some(spec.name.as_str()));
         if missing && let Some(name) = tensor_name(layout, &spec.name) {
             let (name, dtype) = (name.into_owned(), "BF16");
@@ -150,7 +150,7 @@ fn numbers<K: Kernels>(
     plain: &Plain,
     kernels: &K,
 ) -> Result<CheckLine, BundleError> {
-    let probes = probe::from_file(&bundle.join(PROBE_FILE), config)?;
+    let probes = probe::from_file(&bundle.join(PROBE_FILE), &**config)?;
     if probes.iter().any(|p| p.input.embeddings.is_empty()) {
         return Ok(skipped("probe", "the bundle's probe has no embeddings"));
     }

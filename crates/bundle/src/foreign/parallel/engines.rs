@@ -1,25 +1,22 @@
 //! What is known to break an engine with a draft that proposes several tokens at once, and how engines are started
 //! with one [dflash §3 and §4, formats §1.2, §3].
 
-use draftsmith_model::DraftConfig;
 use draftsmith_model::block::{BlockConfig, MarkovKind};
 
+use super::Parallel;
 use crate::engines::{LLAMA_CPP, Launch, Rules, SGLANG, VLLM, engine_name};
 use crate::foreign::{GGUF_FILE, Layout};
 use crate::manifest::Manifest;
 
 const NO_P_EAGLE: &str = "it has no loader for P-EAGLE; the folder is the one that SpecForge reads";
 
-/// What the engines of a layout have against drafts that propose several tokens at once alone.
-pub(crate) fn lint(layout: Layout, config: &DraftConfig, rules: &mut Rules) {
-    match config {
-        DraftConfig::Block(block) => block_rules(layout, block, rules),
-        DraftConfig::PEagle(_) => rules.rule(layout == Layout::Sglang, false, NO_P_EAGLE),
-        DraftConfig::Eagle3(_) => {}
-    }
+/// What the engines of a layout have against P-EAGLE.
+pub(crate) fn p_eagle_rules(layout: Layout, rules: &mut Rules) {
+    rules.rule(layout == Layout::Sglang, false, NO_P_EAGLE);
 }
 
-fn block_rules(layout: Layout, block: &BlockConfig, rules: &mut Rules) {
+/// What the engines of a layout have against blocks.
+pub(crate) fn block_rules(layout: Layout, block: &BlockConfig, rules: &mut Rules) {
     let kind = block.markov().map(|markov| markov.kind);
     let spark = block.spark.is_some();
     rules.rule(
@@ -60,12 +57,11 @@ fn block_rules(layout: Layout, block: &BlockConfig, rules: &mut Rules) {
 }
 
 /// Commands for the engines that read a layout; `dir` is the folder of the draft.
-pub(crate) fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
+pub(crate) fn launch(draft: &Parallel<'_>, manifest: &Manifest, layout: Layout, dir: &str) -> Vec<Launch> {
     let target = engine_name(&manifest.target);
-    let (block, spark, tokens) = match config {
-        DraftConfig::Block(block) => (Some(block), block.spark.is_some(), block.proposals()),
-        DraftConfig::PEagle(config) => (None, false, config.num_depths),
-        DraftConfig::Eagle3(_) => return Vec::new(),
+    let (block, spark, tokens) = match draft {
+        Parallel::Block(block) => (Some(block), block.spark.is_some(), block.proposals()),
+        Parallel::PEagle(config) => (None, false, config.num_depths),
     };
     let command = |engine, command| vec![Launch { engine, command }];
     match layout {
@@ -116,10 +112,10 @@ pub(crate) fn launch(config: &DraftConfig, manifest: &Manifest, layout: Layout, 
 }
 
 /// Why no engine of a layout serves a draft, as a sentence behind a card's commands; `None` if one does.
-pub(crate) fn unserved(config: &DraftConfig, layout: Layout) -> Option<&'static str> {
-    match config {
-        DraftConfig::PEagle(_) if layout == Layout::Gguf => Some("llama.cpp has no network for P-EAGLE."),
-        DraftConfig::Block(block) => {
+pub(crate) fn unserved(draft: &Parallel<'_>, layout: Layout) -> Option<&'static str> {
+    match draft {
+        Parallel::PEagle(_) if layout == Layout::Gguf => Some("llama.cpp has no network for P-EAGLE."),
+        Parallel::Block(block) => {
             let vanilla = block.markov().is_some_and(|markov| markov.kind == MarkovKind::Vanilla);
             let missing = block.spark.is_some() && !vanilla;
             match layout {

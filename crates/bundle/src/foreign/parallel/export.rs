@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use draftsmith_core::LayerId;
 use draftsmith_formats::gguf::{GgmlType, GgufWriter};
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes};
+use draftsmith_model::DraftConfigError;
 use draftsmith_model::block::BlockConfig;
-use draftsmith_model::{DraftConfig, DraftConfigError};
 use serde_json::{Map, Value, json};
 
-use super::{MARKOV_ROWS, gguf, whole};
+use super::{MARKOV_ROWS, Parallel, gguf, whole};
 use crate::BundleError;
 use crate::foreign::{GGUF_FILE, Layout, SPECULATORS_VERSION, TargetFacts};
 use crate::layout::{expected_tensors, vocab_map};
@@ -20,18 +20,18 @@ const LAYERS_KEY: &str = "eagle_aux_hidden_state_layer_ids";
 
 /// The files of a layout that hold the draft, from a checked bundle whose configuration names the layers.
 pub(crate) fn files(
-    config: &DraftConfig,
+    draft: &Parallel<'_>,
     layout: Layout,
     manifest: &Manifest,
     weights: &SafetensorsDir,
     target: Option<&TargetFacts<'_>>,
 ) -> Result<BTreeMap<String, Vec<u8>>, BundleError> {
-    let layers = config.layers(manifest.target.num_layers as u32);
-    let tensors = tensors(config, weights)?;
-    let config = whole(config);
+    let layers = draft.layers(manifest.target.num_layers as u32);
+    let tensors = tensors(draft, weights)?;
+    let draft = whole(draft);
     if layout == Layout::Gguf {
-        let DraftConfig::Block(block) = &config else {
-            return Err(BundleError::NoLayout { method: config.name(), layout: layout.name() });
+        let Parallel::Block(block) = &draft else {
+            return Err(BundleError::NoLayout { method: draft.name(), layout: layout.name() });
         };
         let tokenizer = target.map_or(&[][..], |t| t.tokenizer);
         if tokenizer.is_empty() {
@@ -41,8 +41,8 @@ pub(crate) fn files(
         return Ok(BTreeMap::from([(GGUF_FILE.to_owned(), bytes)]));
     }
     let value = match layout {
-        Layout::Speculators => speculators_config(&config, manifest, &layers, target),
-        _ => flat_config(&config, layout, &layers),
+        Layout::Speculators => speculators_config(&draft, manifest, &layers, target),
+        _ => flat_config(&draft, layout, &layers),
     };
     let value = value.map_err(|source| BundleError::Config { path: CONFIG_FILE.into(), source })?;
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -53,11 +53,11 @@ pub(crate) fn files(
 }
 
 /// The draft's tensors under their internal names, for the whole vocabulary where the head is the target's.
-fn tensors(config: &DraftConfig, weights: &SafetensorsDir) -> Result<Vec<TensorData>, BundleError> {
+fn tensors(draft: &Parallel<'_>, weights: &SafetensorsDir) -> Result<Vec<TensorData>, BundleError> {
     // Checked before: a map that contradicts itself was told.
-    let ids = vocab_map(config, weights).and_then(Result::ok);
-    let ids = ids.as_ref().filter(|_| matches!(config, DraftConfig::Block(_)));
-    expected_tensors(&whole(config))
+    let ids = vocab_map(&**draft, weights).and_then(Result::ok);
+    let ids = ids.as_ref().filter(|_| matches!(draft, Parallel::Block(_)));
+    expected_tensors(&*whole(draft))
         .into_iter()
         .map(|spec| {
             let tensor = weights.get(&spec.name)?;
@@ -123,12 +123,12 @@ fn object(value: &mut Value) -> &mut Map<String, Value> {
 
 /// The `config.json` of SpecForge and SGLang, or of vLLM, without `null`: some loaders expect a number where they find a
 /// key [ecosystem §1].
-fn flat_config(config: &DraftConfig, layout: Layout, layers: &[u32]) -> Result<Value, DraftConfigError> {
-    let mut value = config.to_value()?;
+fn flat_config(draft: &Parallel<'_>, layout: Layout, layers: &[u32]) -> Result<Value, DraftConfigError> {
+    let mut value = draft.to_value()?;
     object(&mut value).retain(|_, value| !value.is_null());
     if layout == Layout::Vllm {
-        match config {
-            DraftConfig::Block(block) => {
+        match draft {
+            Parallel::Block(block) => {
                 // DFlash reads the nested keys, DSpark those at the top; both count from 0.
                 let from_anchor = json!(block.spark.is_some());
                 value["dflash_config"]["sample_from_anchor"] = from_anchor.clone();
@@ -136,11 +136,11 @@ fn flat_config(config: &DraftConfig, layout: Layout, layers: &[u32]) -> Result<V
                 value["target_layer_ids"] = json!(layers);
                 value["mask_token_id"] = json!(block.mask_token_id);
             }
-            DraftConfig::Eagle3(_) | DraftConfig::PEagle(_) => {
+            Parallel::PEagle(_) => {
                 object(&mut value).remove("eagle_config");
             }
         }
-    } else if matches!(config, DraftConfig::PEagle(_)) {
+    } else if matches!(draft, Parallel::PEagle(_)) {
         object(&mut value).remove(LAYERS_KEY);
     }
     Ok(value)
@@ -148,12 +148,12 @@ fn flat_config(config: &DraftConfig, layout: Layout, layers: &[u32]) -> Result<V
 
 /// The nested configuration of the `speculators` library [formats §1.4].
 fn speculators_config(
-    config: &DraftConfig,
+    draft: &Parallel<'_>,
     manifest: &Manifest,
     layers: &[u32],
     target: Option<&TargetFacts<'_>>,
 ) -> Result<Value, DraftConfigError> {
-    let mut layer = flat_config(config, Layout::Sglang, layers)?;
+    let mut layer = flat_config(draft, Layout::Sglang, layers)?;
     let flat = object(&mut layer);
     let mut take = |key: &str| flat.remove(key);
     let mut own = Map::new();
@@ -180,8 +180,8 @@ fn speculators_config(
     ] {
         take(key);
     }
-    let (kind, architecture, class, mask, tokens) = match config {
-        DraftConfig::Block(block) => {
+    let (kind, architecture, class, mask, tokens) = match draft {
+        Parallel::Block(block) => {
             own.insert("aux_hidden_state_layer_ids".into(), json!(read_by(layers)));
             own.insert("sample_from_anchor".into(), json!(block.spark.is_some()));
             // Of sliding layers; without one the engine takes the switch for all others.
@@ -192,7 +192,7 @@ fn speculators_config(
             };
             (kind, architecture, "Qwen3ForCausalLM", block.mask_token_id, block.proposals())
         }
-        DraftConfig::PEagle(config) => {
+        Parallel::PEagle(config) => {
             own.insert(LAYERS_KEY.into(), json!(read_by(layers)));
             for key in ["norm_before_fc", "fc_norm", "norm_output"] {
                 own.insert(key.into(), json!(false));
@@ -201,7 +201,6 @@ fn speculators_config(
             own.insert("embed_requires_grad".into(), json!(true));
             ("peagle", "PEagleSpeculator", "LlamaForCausalLM", config.mask_token_id, config.num_depths)
         }
-        DraftConfig::Eagle3(_) => unreachable!("EAGLE-3 has layouts of its own"),
     };
     layer["architectures"] = json!([class]);
     let architectures: Vec<&str> = target.map(|t| t.config.family.architecture()).into_iter().collect();
@@ -210,8 +209,8 @@ fn speculators_config(
         "speculators_model_type": kind,
         "speculators_version": SPECULATORS_VERSION,
         "torch_dtype": "bfloat16",
-        "draft_vocab_size": config.shape().draft_vocab_size,
-        "target_hidden_size": config.shape().target_hidden_size,
+        "draft_vocab_size": draft.shape().draft_vocab_size,
+        "target_hidden_size": draft.shape().target_hidden_size,
         "mask_token_id": mask,
         "transformer_layer_config": layer,
         "speculators_config": {

@@ -389,7 +389,7 @@ impl Parts {
 fn parts(config: &DraftConfig, layout: Layout, mut stock: Stock) -> Result<Parts, Vec<Problem>> {
     let shape = config.shape();
     let mut tensors = DraftTensors::new();
-    for spec in expected_tensors(config) {
+    for spec in expected_tensors(&**config) {
         if matches!(spec.name.as_str(), "d2t" | "t2d") {
             continue;
         }

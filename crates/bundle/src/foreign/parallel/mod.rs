@@ -12,25 +12,48 @@ mod import;
 mod plain;
 mod verify;
 
-pub(crate) use engines::{launch, lint, unserved};
+pub(crate) use engines::{block_rules, launch, p_eagle_rules, unserved};
 pub(crate) use export::files;
 pub(crate) use gguf::ARCHITECTURE;
 pub(crate) use import::{from_gguf, from_safetensors, is_one};
 pub(crate) use verify::compare;
 
-use draftsmith_model::DraftConfig;
+use std::borrow::Cow;
+use std::ops::Deref;
+
+use draftsmith_model::DraftSpec;
+use draftsmith_model::block::BlockConfig;
+use draftsmith_model::peagle::PEagleConfig;
 
 /// The matrix with a row for each token that can be proposed, beside the head.
 const MARKOV_ROWS: &str = "markov_head.markov_w2.weight";
 
-/// The configuration of what is exported: a block draft proposes the whole vocabulary, for its head is the target's.
-fn whole(config: &DraftConfig) -> DraftConfig {
-    match config {
-        DraftConfig::Block(block) => {
-            let mut block = block.clone();
-            block.draft_vocab_size = block.vocab_size;
-            DraftConfig::Block(block)
+/// A draft that has these layouts.
+#[derive(Clone, Debug)]
+pub(crate) enum Parallel<'a> {
+    /// DFlash or DSpark.
+    Block(Cow<'a, BlockConfig>),
+    /// P-EAGLE.
+    PEagle(Cow<'a, PEagleConfig>),
+}
+
+impl Deref for Parallel<'_> {
+    type Target = dyn DraftSpec;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Parallel::Block(block) => block.as_ref(),
+            Parallel::PEagle(config) => config.as_ref(),
         }
-        DraftConfig::Eagle3(_) | DraftConfig::PEagle(_) => config.clone(),
     }
+}
+
+/// The configuration of what is exported: a block draft proposes the whole vocabulary, for its head is the target's.
+fn whole<'a>(draft: &Parallel<'a>) -> Parallel<'a> {
+    let mut whole = draft.clone();
+    if let Parallel::Block(block) = &mut whole {
+        let block = block.to_mut();
+        block.draft_vocab_size = block.vocab_size;
+    }
+    whole
 }

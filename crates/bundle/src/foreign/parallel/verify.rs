@@ -6,10 +6,10 @@ use std::path::Path;
 use draftsmith_core::VocabMap;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir};
 use draftsmith_kernels::{Kernels, PackMode};
-use draftsmith_model::{Draft, DraftConfig};
+use draftsmith_model::Draft;
 
 use super::plain::{Facts, Plain, inventory, layout_of, published};
-use super::{MARKOV_ROWS, whole};
+use super::{MARKOV_ROWS, Parallel, whole};
 use crate::check::{CheckLine, line, skipped};
 use crate::foreign::Layout;
 use crate::foreign::plain::Stored;
@@ -24,17 +24,17 @@ pub(crate) fn compare<K: Kernels>(
     export: &Path,
     bundle: &Path,
     manifest: &Manifest,
-    config: &DraftConfig,
+    draft: &Parallel<'_>,
     kernels: &K,
 ) -> Result<(Layout, Vec<CheckLine>), BundleError> {
     let layout = layout_of(export)?.ok_or_else(|| BundleError::NoDraft { path: export.to_owned() })?;
     let weights = SafetensorsDir::open(bundle.join(WEIGHTS_FILE))?;
-    let specs = expected_tensors(&whole(config));
+    let specs = expected_tensors(&*whole(draft));
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let (stored, left) = inventory(export, layout, &names)?;
     let mut problems: Vec<Problem> =
         left.into_iter().map(|name| Problem::TensorExtra { name, shape: Vec::new() }).collect();
-    let map = vocab_map(config, &weights).and_then(Result::ok);
+    let map = vocab_map(&**draft, &weights).and_then(Result::ok);
     let mut count = 0;
     for spec in &specs {
         let Some(name) = published(layout, &spec.name) else { continue };
@@ -49,8 +49,8 @@ pub(crate) fn compare<K: Kernels>(
         return Ok((layout, checks));
     }
     let facts = Facts::read(export, layout)?;
-    checks.push(said(layout, manifest, config, &facts));
-    checks.push(answers(bundle, config, kernels, facts, stored)?);
+    checks.push(said(layout, manifest, draft, &facts));
+    checks.push(answers(bundle, draft, kernels, facts, stored)?);
     Ok((layout, checks))
 }
 
@@ -106,24 +106,23 @@ fn tensor_problem(
 }
 
 /// Layers, mask token and block, as the export's engine reads them.
-fn said(layout: Layout, manifest: &Manifest, config: &DraftConfig, facts: &Facts) -> CheckLine {
+fn said(layout: Layout, manifest: &Manifest, draft: &Parallel<'_>, facts: &Facts) -> CheckLine {
     let mut problems = Vec::new();
     let mut same = |key: &str, wanted: String, found: String| {
         if wanted != found {
             problems.push(Problem::ExportDiffers { key: key.to_owned(), wanted, found });
         }
     };
-    let layers = config.layers(manifest.target.num_layers as u32);
+    let layers = draft.layers(manifest.target.num_layers as u32);
     same("captured layers", format!("{layers:?}"), format!("{:?}", facts.layers));
-    let (mask, block, from_anchor) = match config {
-        DraftConfig::Block(block) => (block.mask_token_id, block.block_size, block.spark.is_some()),
-        DraftConfig::PEagle(config) => (config.mask_token_id, 0, false),
-        DraftConfig::Eagle3(_) => unreachable!("EAGLE-3 has layouts of its own"),
+    let (mask, block, from_anchor) = match draft {
+        Parallel::Block(block) => (block.mask_token_id, block.block_size, block.spark.is_some()),
+        Parallel::PEagle(config) => (config.mask_token_id, 0, false),
     };
     same("mask token", mask.to_string(), facts.mask.to_string());
     same("block size", block.to_string(), facts.block.to_string());
     same("sample from anchor", from_anchor.to_string(), facts.from_anchor.to_string());
-    let proposes = whole(config).shape().draft_vocab_size;
+    let proposes = whole(draft).shape().draft_vocab_size;
     same("draft vocabulary", proposes.to_string(), facts.proposes.to_string());
     line("config", format!("{} layout: captured layers, mask token, block", layout.name()), problems)
 }
@@ -131,22 +130,22 @@ fn said(layout: Layout, manifest: &Manifest, config: &DraftConfig, facts: &Facts
 /// The probes, by our network and by the export's.
 fn answers<K: Kernels>(
     bundle: &Path,
-    config: &DraftConfig,
+    draft: &Parallel<'_>,
     kernels: &K,
     facts: Facts,
     stored: BTreeMap<String, Stored>,
 ) -> Result<CheckLine, BundleError> {
-    let probes = probe::from_file(&bundle.join(PROBE_FILE), config)?;
+    let probes = probe::from_file(&bundle.join(PROBE_FILE), &**draft)?;
     if probes.iter().any(|p| p.input.embeddings.is_empty()) {
         return Ok(skipped("probe", "the bundle's probe has no embeddings"));
     }
-    let draft = Draft::load(kernels, bundle, PackMode::F32)
+    let network = Draft::load(kernels, bundle, PackMode::F32)
         .map_err(|source| BundleError::Probe { index: 0, source: source.into() })?;
     let plain = Plain::new(facts, stored);
     let mut problems = Vec::new();
     let mut worst_hidden = 0.0f32;
     for (index, probe) in probes.iter().enumerate() {
-        let ours = hidden_state(kernels, &draft, &probe.input)
+        let ours = hidden_state(kernels, &network, &probe.input)
             .map_err(|source| BundleError::Probe { index, source })?;
         let (hidden, _) = plain.answer(&probe.input);
         let (share, at) = difference(&ours, &hidden);

@@ -28,6 +28,7 @@ use draftsmith_model::{BuildWeights, Ops, TargetTensors};
 pub use init::{TargetStart, random_weights, warm_weights};
 pub(crate) use made_up::made_up;
 
+use crate::methods::{BoxedMethod, Start};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
 
 /// What the loss of an optimiser step is divided by.
@@ -482,6 +483,17 @@ fn step_loss(loss: SoftLoss, sums: &SoftSums, kl_base: f64, alpha_base: f64) -> 
             w * sums.kl * kl_base + (1.0 - w) * (sums.rows as f64 - sums.alpha) * alpha_base
         }
     }
+}
+
+/// As a run file has it.
+pub(super) fn method<K: TrainKernels>(
+    config: Eagle3Config,
+    start: Start<'_, K>,
+) -> Result<BoxedMethod<K>, TrainError> {
+    let Start { kernels, vocab_map, target, file, seed } = start;
+    let options = Eagle3Options::from_table(&file.train.eagle3);
+    let init = file.draft.init;
+    Ok(Box::new(Eagle3Train::for_target(kernels, config, options, vocab_map, target, init, seed)?))
 }
 
 impl<K: TrainKernels> Method for Eagle3Train<K> {

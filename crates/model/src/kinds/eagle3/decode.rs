@@ -6,9 +6,11 @@ use draftsmith_core::{DraftTokenId, VocabMap};
 use draftsmith_kernels::{Kernels, KvDtype, PackMode, StepMask};
 
 use super::{Eagle3, Eagle3Config, Eagle3Weights};
-use crate::draft::{DraftAnswer, DraftError, DraftNetwork, DraftQuestion, Packing};
-use crate::draft_config::DraftConfig;
+use crate::draft::{
+    ChainNetwork, DraftAnswer, DraftError, DraftNetwork, DraftQuestion, PackDraft, Packing, Proposer, Shared,
+};
 use crate::infer::{CacheAttend, Infer, Linear};
+use crate::kinds::DraftConfig;
 
 /// Network and packed weights.
 pub struct Eagle3Draft<K: Kernels> {
@@ -21,9 +23,8 @@ pub struct Eagle3Draft<K: Kernels> {
     kv_dtype: KvDtype,
 }
 
-impl<K: Kernels> Eagle3Draft<K> {
-    /// Packs what `source` holds; without a map the draft speaks the whole target vocabulary.
-    pub(crate) fn pack(
+impl<K: Kernels> PackDraft<K, Eagle3Config> for Eagle3Draft<K> {
+    fn pack(
         config: Eagle3Config,
         vocab_map: Option<VocabMap>,
         source: &mut Packing<'_, K>,
@@ -33,7 +34,9 @@ impl<K: Kernels> Eagle3Draft<K> {
         let vocab_map = vocab_map.unwrap_or_else(|| VocabMap::identity(config.vocab_size));
         Ok(Eagle3Draft { network: Eagle3::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
     }
+}
 
+impl<K: Kernels> Eagle3Draft<K> {
     /// An empty cache of its layer.
     pub fn new_kv(&self, kernels: &K) -> K::Kv {
         let config = &self.network.config;
@@ -98,5 +101,40 @@ impl<K: Kernels> DraftNetwork<K> for Eagle3Draft<K> {
             hidden = ops.gather(&feedback, &last); // [1, H]
         }
         answer
+    }
+    fn proposer(self: Box<Self>) -> Proposer<K> {
+        Proposer::Chain(self)
+    }
+}
+
+impl<K: Kernels> ChainNetwork<K> for Eagle3Draft<K> {
+    fn new_kv(&self, kernels: &K) -> Option<K::Kv> {
+        Some(Eagle3Draft::new_kv(self, kernels))
+    }
+
+    fn head_dim(&self) -> usize {
+        self.network.config.head_dim
+    }
+
+    fn project(&self, kernels: &K, features: &Shared<K>) -> Shared<K> {
+        self.network.project(&mut Infer::new(kernels), &self.weights, features)
+    }
+
+    fn step(
+        &self,
+        kernels: &K,
+        embedded: &Shared<K>,
+        hidden: &Shared<K>,
+        positions: &[u32],
+        attend: &mut CacheAttend<'_, K::Kv>,
+    ) -> (Shared<K>, Shared<K>) {
+        let (network, weights, mut ops) = (&self.network, &self.weights, Infer::new(kernels));
+        let output = network.step(&mut ops, weights, embedded, hidden, positions, attend); // [R, H]
+        let head_input = network.head_input(&mut ops, weights, &output); // [R, H]
+        (network.feedback(&output, &head_input), head_input)
+    }
+
+    fn head(&self) -> &Arc<Linear<K::Packed>> {
+        &self.weights.lm_head
     }
 }

@@ -1,4 +1,4 @@
-//! The EAGLE-3 drafter: one decoder layer over the target's features and its own outputs [eagle3 §9].
+//! Drafters that propose token by token: what the network says of one is fed with the next, as EAGLE-3 does [eagle3 §9].
 //!
 //! A sequence's cache holds one slot per committed position, computed from true features; proposals append to it and
 //! are dropped when the next committed positions are taken in. The rows of all sequences go through the layer and the
@@ -7,10 +7,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use draftsmith_core::{DraftTokenId, LayerId, Sampling, TokenTree, gumbel_noise};
-use draftsmith_kernels::{Kernels, Memory, Segment, StepMask, TopK};
-use draftsmith_model::eagle3::Eagle3Draft;
-use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Target};
+use draftsmith_core::{DraftTokenId, LayerId, Sampling, TokenTree, VocabMap, gumbel_noise};
+use draftsmith_kernels::{Kernels, Segment, StepMask, TopK};
+use draftsmith_model::{CacheAttend, ChainNetwork, Infer, Linear, Ops, Rows, Shared, Target};
 
 use crate::DecodeError;
 use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
@@ -20,17 +19,18 @@ use crate::drawn;
 /// that never drafts would hold those of its whole text; taken in by so many, a position costs the least.
 const DEFERRED_ROWS: usize = 256;
 
-/// An EAGLE-3 draft beside the target it was made for.
-pub(crate) struct EagleDrafter<K: Kernels> {
+/// A draft that proposes token by token, beside the target it was made for.
+pub(crate) struct ChainDrafter<K: Kernels> {
     kernels: Arc<K>,
-    draft: Eagle3Draft<K>,
+    draft: Box<dyn ChainNetwork<K>>,
+    /// Draft ids to target ids.
+    vocab_map: VocabMap,
     embedding: Arc<Linear<K::Packed>>,
     embed_scale: f32,
     layers: Vec<LayerId>,
+    /// Of a position's captured states side by side.
+    features_width: usize,
 }
-
-/// Activations that several nodes may share.
-type Shared<K> = Arc<Rows<<K as Memory>::Buf>>;
 
 /// A row of activations.
 struct Row<K: Kernels> {
@@ -46,8 +46,9 @@ struct Last<K: Kernels> {
     head_input: Row<K>,
 }
 
-struct EagleSession<K: Kernels> {
-    kv: K::Kv,
+struct ChainSession<K: Kernels> {
+    /// Its cache, if the network attends to anything.
+    kv: Option<K::Kv>,
     /// Committed slots.
     len: usize,
     last: Option<Last<K>>,
@@ -60,14 +61,16 @@ struct EagleSession<K: Kernels> {
     bytes_per_token: usize,
 }
 
-impl<K: Kernels> EagleSession<K> {
-    fn of(session: &mut dyn DrafterSession<K>) -> &mut EagleSession<K> {
+impl<K: Kernels> ChainSession<K> {
+    fn of(session: &mut dyn DrafterSession<K>) -> &mut ChainSession<K> {
         session.as_any_mut().downcast_mut().expect("a session goes back to the drafter that began it")
     }
 
     /// Forgets the nodes grown.
     fn rollback(&mut self, kernels: &K) {
-        kernels.kv_compact(&mut self.kv, self.len, &[]);
+        if let Some(kv) = &mut self.kv {
+            kernels.kv_compact(kv, self.len, &[]);
+        }
         self.grown.clear();
         self.grown_parents.clear();
     }
@@ -75,7 +78,7 @@ impl<K: Kernels> EagleSession<K> {
 
 /// Rows of a pass that belong to one sequence.
 struct Part<'a, K: Kernels> {
-    kv: &'a mut K::Kv,
+    kv: Option<&'a mut K::Kv>,
     /// Committed slots.
     base: usize,
     /// Parents of all uncommitted rows, among them.
@@ -95,36 +98,42 @@ struct Choice<'a> {
     whole: bool,
 }
 
-impl<K: Kernels> EagleDrafter<K> {
+impl<K: Kernels> ChainDrafter<K> {
     /// Joins draft and target.
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree.
-    pub(crate) fn new(target: &Target<K>, draft: Eagle3Draft<K>) -> Result<EagleDrafter<K>, DecodeError> {
-        let (d, t) = (&draft.network.config, target.config());
+    pub(crate) fn new(
+        target: &Target<K>,
+        draft: Box<dyn ChainNetwork<K>>,
+    ) -> Result<ChainDrafter<K>, DecodeError> {
+        let (d, t) = (draft.config(), target.config());
+        let shape = d.shape();
+        let vocab_map = draft.vocab_map().cloned().unwrap_or_else(|| VocabMap::identity(shape.vocab_size));
         for (what, draft, target) in [
-            ("target hidden size", d.target_hidden_size, t.hidden_size),
-            ("vocabulary", d.vocab_size, t.vocab_size),
-            ("embedding width", d.hidden_size, t.hidden_size),
-            ("vocabulary map", draft.vocab_map.target_vocab(), t.vocab_size),
-            ("draft vocabulary", draft.vocab_map.draft_vocab(), d.draft_vocab_size),
+            ("target hidden size", shape.target_hidden_size, t.hidden_size),
+            ("vocabulary", shape.vocab_size, t.vocab_size),
+            ("embedding width", shape.hidden_size, t.hidden_size),
+            ("vocabulary map", vocab_map.target_vocab(), t.vocab_size),
+            ("draft vocabulary", vocab_map.draft_vocab(), shape.draft_vocab_size),
         ] {
-            let wanted = if what == "draft vocabulary" { d.draft_vocab_size } else { target };
-            if draft != wanted {
-                return Err(DecodeError::DraftMismatch { what, draft, target: wanted });
+            if draft != target {
+                return Err(DecodeError::DraftMismatch { what, draft, target });
             }
         }
-        let layers: Vec<LayerId> = d.layers(t.num_layers as u32).map(LayerId).to_vec();
+        let layers: Vec<LayerId> = d.layers(t.num_layers as u32).into_iter().map(LayerId).collect();
         if let Some(outside) = layers.iter().find(|l| l.0 as usize >= t.num_layers) {
             let (draft, target) = (outside.0 as usize, t.num_layers);
             return Err(DecodeError::DraftMismatch { what: "captured layer", draft, target });
         }
-        Ok(EagleDrafter {
+        Ok(ChainDrafter {
             kernels: Arc::clone(target.kernels()),
             draft,
+            vocab_map,
             embedding: Arc::clone(target.embedding()),
             embed_scale: t.embed_scale,
             layers,
+            features_width: shape.features_width(),
         })
     }
 
@@ -140,22 +149,18 @@ impl<K: Kernels> EagleDrafter<K> {
         positions: &[u32],
         parts: Vec<Part<'_, K>>,
     ) -> (Shared<K>, Shared<K>) {
-        let (network, weights) = (&self.draft.network, &self.draft.weights);
-        let mut ops = self.ops();
-        let embedded = ops.embed(&self.embedding, tokens, self.embed_scale); // [R, H]
-        let head_dim = network.config.head_dim;
+        let embedded = self.ops().embed(&self.embedding, tokens, self.embed_scale); // [R, H]
+        let head_dim = self.draft.head_dim();
         let scale = 1.0 / (head_dim as f32).sqrt();
         let segments = parts
             .into_iter()
-            .map(|Part { kv, base, parents, new_rows }| Segment {
-                kv,
-                mask: StepMask { new_rows, ..StepMask::step(base, parents, None, scale) },
+            .filter_map(|Part { kv, base, parents, new_rows }| {
+                let mask = StepMask { new_rows, ..StepMask::step(base, parents, None, scale) };
+                kv.map(|kv| Segment { kv, mask })
             })
             .collect();
         let mut attend = CacheAttend { segments, head_dim };
-        let output = network.step(&mut ops, weights, &embedded, hidden, positions, &mut attend); // [R, H]
-        let head_input = network.head_input(&mut ops, weights, &output); // [R, H]
-        (network.feedback(&output, &head_input), head_input)
+        self.draft.step(&self.kernels, &embedded, hidden, positions, &mut attend)
     }
 
     /// Rows from wherever they lie, one below the other.
@@ -186,13 +191,13 @@ impl<K: Kernels> EagleDrafter<K> {
     }
 
     /// Takes the pending positions of these sequences into their caches, in one pass.
-    fn flush(&self, sessions: &mut [&mut EagleSession<K>]) {
-        let mut sessions: Vec<&mut &mut EagleSession<K>> =
+    fn flush(&self, sessions: &mut [&mut ChainSession<K>]) {
+        let mut sessions: Vec<&mut &mut ChainSession<K>> =
             sessions.iter_mut().filter(|s| !s.pending_tokens.is_empty()).collect();
         if sessions.is_empty() {
             return;
         }
-        let mut ops = self.ops();
+        let ops = self.ops();
         let (mut features, mut tokens, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         let mut parents: Vec<Vec<Option<u32>>> = Vec::new();
         for session in &mut sessions {
@@ -205,11 +210,11 @@ impl<K: Kernels> EagleDrafter<K> {
         }
         let joined = self.stack(&features); // [R, 3 Ht]
         drop(features);
-        let hidden = self.draft.network.project(&mut ops, &self.draft.weights, &joined); // [R, H]
+        let hidden = self.draft.project(&self.kernels, &joined); // [R, H]
         drop(joined);
         let parts = sessions.iter_mut().zip(&parents).map(|(session, parents)| Part {
             base: session.len,
-            kv: &mut session.kv,
+            kv: session.kv.as_mut(),
             parents,
             new_rows: parents.len(),
         });
@@ -236,8 +241,8 @@ impl<K: Kernels> EagleDrafter<K> {
     /// With a temperature, the position's own noise is added first: the target will choose by the same noise, so the
     /// draft's guess of that very draw is more often right than its most probable token.
     fn children(&self, head_input: &Shared<K>, choices: &[Choice<'_>]) -> Vec<Children> {
-        let head = &self.draft.weights.lm_head;
-        let target = |draft: u32| self.draft.vocab_map.to_target(DraftTokenId(draft)).0;
+        let head = self.draft.head();
+        let target = |draft: u32| self.vocab_map.to_target(DraftTokenId(draft)).0;
         let mut found: Vec<Children> = vec![Vec::new(); choices.len()];
         let pick = |wanted: &dyn Fn(&Choice<'_>) -> bool| -> Vec<u32> {
             (0..choices.len() as u32).filter(|i| wanted(&choices[*i as usize])).collect()
@@ -269,7 +274,7 @@ impl<K: Kernels> EagleDrafter<K> {
         let drawn = pick(&|c| !c.sampling.is_greedy() || c.whole);
         if !drawn.is_empty() {
             let mut ops = self.ops();
-            let logits = self.draft.network.logits(&mut ops, &self.draft.weights, &some(&drawn));
+            let logits = ops.linear(&some(&drawn), head, None);
             let logits = ops.values(&logits);
             for (row, logits) in drawn.iter().zip(logits.chunks_exact(head.out_features)) {
                 let Choice { k, sampling, position, whole } = choices[*row as usize];
@@ -297,7 +302,7 @@ impl<K: Kernels> EagleDrafter<K> {
     }
 
     /// Keeps committed positions until they are needed, or there are too many of them.
-    fn defer(&self, session: &mut EagleSession<K>, features: Features<'_, K>, next_tokens: &[u32]) {
+    fn defer(&self, session: &mut ChainSession<K>, features: Features<'_, K>, next_tokens: &[u32]) {
         assert!(features.rows.len() == next_tokens.len(), "one following token per position");
         let Features { output, rows } = features;
         for (rows, next_tokens) in rows.chunks(DEFERRED_ROWS).zip(next_tokens.chunks(DEFERRED_ROWS)) {
@@ -311,13 +316,13 @@ impl<K: Kernels> EagleDrafter<K> {
     }
 }
 
-impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
+impl<K: Kernels> Drafter<K> for ChainDrafter<K> {
     fn target_layers(&self) -> &[LayerId] {
         &self.layers
     }
 
     fn begin(&self) -> Box<dyn DrafterSession<K>> {
-        Box::new(EagleSession {
+        Box::new(ChainSession {
             kv: self.draft.new_kv(self.kernels.as_ref()),
             len: 0,
             last: None,
@@ -331,12 +336,12 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
 
     fn take_in(&self, committed: &mut [Committed<'_, K>]) {
         for Committed { session, features, next_tokens } in committed {
-            self.defer(EagleSession::of(*session), *features, next_tokens);
+            self.defer(ChainSession::of(*session), *features, next_tokens);
         }
     }
 
     fn rollback_to(&self, session: &mut dyn DrafterSession<K>, positions: usize) {
-        let session = EagleSession::of(session);
+        let session = ChainSession::of(session);
         let waiting = positions.saturating_sub(session.len);
         session.len = session.len.min(positions);
         session.last = None;
@@ -355,8 +360,8 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
                 whole: ask.whole,
             })
             .collect();
-        let mut sessions: Vec<&mut EagleSession<K>> =
-            asks.iter_mut().map(|ask| EagleSession::of(&mut *ask.session)).collect();
+        let mut sessions: Vec<&mut ChainSession<K>> =
+            asks.iter_mut().map(|ask| ChainSession::of(&mut *ask.session)).collect();
         self.flush(&mut sessions);
         sessions.iter_mut().for_each(|session| session.rollback(&self.kernels));
         // A sequence of which nothing was seen has nothing to offer.
@@ -384,8 +389,8 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
                 Choice { k: ask.k, sampling: ask.sampling, position, whole: ask.whole }
             })
             .collect();
-        let mut sessions: Vec<&mut EagleSession<K>> =
-            asks.iter_mut().map(|ask| EagleSession::of(&mut *ask.session)).collect();
+        let mut sessions: Vec<&mut ChainSession<K>> =
+            asks.iter_mut().map(|ask| ChainSession::of(&mut *ask.session)).collect();
         let inputs: Vec<&Row<K>> = order
             .iter()
             .map(|at| {
@@ -412,8 +417,8 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
             .zip(&new_rows)
             .filter(|(_, new_rows)| **new_rows > 0)
             .map(|(session, new_rows)| {
-                let EagleSession { kv, len, grown_parents, .. } = &mut **session;
-                Part { kv, base: *len, parents: grown_parents, new_rows: *new_rows }
+                let ChainSession { kv, len, grown_parents, .. } = &mut **session;
+                Part { kv: kv.as_mut(), base: *len, parents: grown_parents, new_rows: *new_rows }
             })
             .collect();
         let (feedback, head_input) = self.step(&hidden, &tokens, &positions, parts);
@@ -432,12 +437,11 @@ impl<K: Kernels> Drafter<K> for EagleDrafter<K> {
     }
 
     fn bytes_per_session(&self) -> usize {
-        let config = &self.draft.network.config;
-        DEFERRED_ROWS * self.layers.len() * config.target_hidden_size * size_of::<f32>()
+        DEFERRED_ROWS * self.features_width * size_of::<f32>()
     }
 }
 
-impl<K: Kernels> DrafterSession<K> for EagleSession<K> {
+impl<K: Kernels> DrafterSession<K> for ChainSession<K> {
     fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }

@@ -6,10 +6,13 @@ use draftsmith_core::VocabMap;
 use draftsmith_kernels::{Kernels, KvDtype, PackMode, Segment, StepMask};
 
 use super::{BlockConfig, BlockNet, BlockWeights};
-use crate::draft::{DraftAnswer, DraftError, DraftNetwork, DraftQuestion, Packing};
-use crate::draft_config::DraftConfig;
+use crate::draft::{
+    Corrected, Correction, DraftAnswer, DraftError, DraftKv, DraftNetwork, DraftQuestion, PackDraft, Packing,
+    PassNetwork, PassPart, Proposer, Shared,
+};
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
-use crate::ops::Attend;
+use crate::kinds::DraftConfig;
+use crate::ops::{Attend, Ops};
 
 /// Network and packed weights. Embedding and head are the target's and handed in.
 pub struct BlockDraft<K: Kernels> {
@@ -22,35 +25,10 @@ pub struct BlockDraft<K: Kernels> {
     kv_dtype: KvDtype,
 }
 
-/// Keys and values of one sequence's context in all layers.
-pub struct BlockKv<K: Kernels> {
-    layers: Vec<K::Kv>,
-    len: usize,
-}
-
-impl<K: Kernels> BlockKv<K> {
-    /// Committed positions.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True before the first position.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Goes back to the first `len` positions, if there are more.
-    pub fn rollback_to(&mut self, kernels: &K, len: usize) {
-        self.len = self.len.min(len);
-        let len = self.len;
-        self.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
-    }
-}
-
 /// Attention of the blocks of several sequences, layer by layer.
 struct BlockCaches<'a, 'b, K: Kernels> {
     config: &'a BlockConfig,
-    kvs: &'a mut [&'b mut BlockKv<K>],
+    kvs: &'a mut [&'b mut DraftKv<K>],
     /// A chain of a block's rows.
     parents: Vec<Option<u32>>,
     layer: usize,
@@ -84,9 +62,8 @@ impl<'k, K: Kernels> Attend<Infer<'k, K>> for BlockCaches<'_, '_, K> {
     }
 }
 
-impl<K: Kernels> BlockDraft<K> {
-    /// Packs what `source` holds; without a map the draft speaks the whole target vocabulary.
-    pub(crate) fn pack(
+impl<K: Kernels> PackDraft<K, BlockConfig> for BlockDraft<K> {
+    fn pack(
         config: BlockConfig,
         vocab_map: Option<VocabMap>,
         source: &mut Packing<'_, K>,
@@ -96,16 +73,18 @@ impl<K: Kernels> BlockDraft<K> {
         let vocab_map = vocab_map.unwrap_or_else(|| VocabMap::identity(config.vocab_size));
         Ok(BlockDraft { network: BlockNet::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
     }
+}
 
+impl<K: Kernels> BlockDraft<K> {
     /// Empty caches.
-    pub fn new_kv(&self, kernels: &K) -> BlockKv<K> {
+    pub fn new_kv(&self, kernels: &K) -> DraftKv<K> {
         let (config, shape) = (&self.network.config, &self.network.config.layer);
         let layer = |_| kernels.kv_new(shape.num_key_value_heads, shape.head_dim, self.kv_dtype);
-        BlockKv { layers: (0..config.sliding.len()).map(layer).collect(), len: 0 }
+        DraftKv { layers: (0..config.sliding.len()).map(layer).collect(), len: 0 }
     }
 
     /// Takes the features `[C, K H]` of the next positions into the caches of their sequences, of which each has so many.
-    pub fn take_in(&self, kernels: &K, features: &Arc<Rows<K::Buf>>, into: &mut [(&mut BlockKv<K>, usize)]) {
+    pub fn take_in(&self, kernels: &K, features: &Arc<Rows<K::Buf>>, into: &mut [(&mut DraftKv<K>, usize)]) {
         let mut ops = Infer::new(kernels);
         let positions: Vec<u32> =
             into.iter().flat_map(|(kv, rows)| kv.len as u32..(kv.len + rows) as u32).collect();
@@ -133,7 +112,7 @@ impl<K: Kernels> BlockDraft<K> {
         &self,
         kernels: &K,
         embedded: Arc<Rows<K::Buf>>,
-        kvs: &mut [&mut BlockKv<K>],
+        kvs: &mut [&mut DraftKv<K>],
     ) -> Arc<Rows<K::Buf>> {
         let config = &self.network.config;
         let size = (embedded.rows / kvs.len().max(1)) as u32;
@@ -202,5 +181,84 @@ impl<K: Kernels> DraftNetwork<K> for BlockDraft<K> {
             logits.extend(correction.map_or(Vec::new(), |c| ops.values(&c)));
         }
         DraftAnswer { token_ids: fed, embeddings, hidden, logits }
+    }
+    fn proposer(self: Box<Self>) -> Proposer<K> {
+        Proposer::Pass(self)
+    }
+}
+
+impl<K: Kernels> PassNetwork<K> for BlockDraft<K> {
+    fn levels(&self) -> usize {
+        self.network.config.proposals()
+    }
+
+    fn new_kv(&self, kernels: &K) -> DraftKv<K> {
+        BlockDraft::new_kv(self, kernels)
+    }
+
+    fn take_in(&self, kernels: &K, features: &Shared<K>, part: PassPart<'_, K>) {
+        BlockDraft::take_in(self, kernels, features, &mut [(part.kv, part.next_tokens.len())]);
+    }
+
+    fn pass(
+        &self,
+        kernels: &K,
+        features: &Shared<K>,
+        parts: &mut [PassPart<'_, K>],
+        embed: &mut dyn FnMut(&[u32]) -> Shared<K>,
+    ) -> Shared<K> {
+        let mut into: Vec<(&mut DraftKv<K>, usize)> = Vec::new();
+        let mut block_tokens = Vec::new();
+        for PassPart { kv, next_tokens } in parts {
+            block_tokens.extend(self.block_tokens(*next_tokens.last().expect("something was seen")));
+            into.push((&mut **kv, next_tokens.len()));
+        }
+        BlockDraft::take_in(self, kernels, features, &mut into);
+        let embedded = embed(&block_tokens);
+        let mut kvs: Vec<&mut DraftKv<K>> = into.into_iter().map(|(kv, _)| kv).collect();
+        let output = self.run(kernels, embedded, &mut kvs); // [n Bk, H]
+        let config = &self.network.config;
+        if config.first_proposal() == 0 {
+            return output;
+        }
+        let size = config.block_size as u32;
+        let rows: Vec<u32> = (0..kvs.len() as u32)
+            .flat_map(|n| (config.first_proposal() as u32..size).map(move |slot| n * size + slot))
+            .collect();
+        Infer::new(kernels).gather(&output, &rows)
+    }
+
+    fn short_window(&self) -> Option<[usize; 2]> {
+        let config = &self.network.config;
+        let window = config.sliding_window.filter(|window| *window < config.block_size)?;
+        Some([window, config.block_size])
+    }
+
+    fn corrects(&self) -> bool {
+        self.weights.markov.is_some()
+    }
+
+    fn correct(&self, kernels: &K, levels: Correction<'_, K>) -> Option<Corrected<K>> {
+        let w = self.weights.markov.as_ref()?;
+        let mut ops = Infer::new(kernels);
+        let Correction { output, logits, tokens, state, confident } = levels;
+        let before = self.network.before(&mut ops, w, tokens);
+        let (correction, state) = self.network.correction(&mut ops, w, &output, &before, state);
+        let added = ops.linear(&correction, &w.w2, None);
+        let sum = ops.add(logits, &added);
+        let logits = ops.values(&sum);
+        let head = self.weights.confidence.as_ref().filter(|_| confident);
+        let confidence = head.map(|head| {
+            let confidence = self.network.confidence(&mut ops, head, &output, Some(&before));
+            ops.values(&confidence)
+        });
+        Some(Corrected { logits, state, confidence })
+    }
+
+    fn confidence(&self, kernels: &K, output: &Shared<K>) -> Option<Vec<f32>> {
+        let head = self.weights.confidence.as_ref()?;
+        let mut ops = Infer::new(kernels);
+        let logits = self.network.confidence(&mut ops, head, output, None);
+        Some(ops.values(&logits))
     }
 }

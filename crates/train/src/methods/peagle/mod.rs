@@ -21,7 +21,8 @@ use draftsmith_model::{DraftSpec, Ops, TargetTensors};
 pub use init::{random_weights, warm_weights};
 pub use sampling::{Element, Thinning};
 
-use crate::eagle3::TargetStart;
+use crate::methods::eagle3::TargetStart;
+use crate::methods::{BoxedMethod, Start};
 use crate::teacher::TargetHeads;
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
@@ -273,6 +274,16 @@ impl<K: TrainKernels> PEagleTrain<K> {
         tape.recycle(teacher.rows);
         Ok(stats)
     }
+}
+
+/// As a run file has it.
+pub(super) fn method<K: TrainKernels>(
+    config: PEagleConfig,
+    start: Start<'_, K>,
+) -> Result<BoxedMethod<K>, TrainError> {
+    let Start { kernels, vocab_map, target, file, seed } = start;
+    let options = PEagleOptions::from_table(&file.train.p_eagle, config.num_depths, seed);
+    Ok(Box::new(PEagleTrain::for_target(kernels, config, options, vocab_map, target, file.draft.init)?))
 }
 
 impl<K: TrainKernels> Method for PEagleTrain<K> {

@@ -3,7 +3,7 @@
 use draftsmith_model::DraftSpec;
 use draftsmith_model::block::BlockConfig;
 
-use crate::eagle3::TargetStart;
+use crate::methods::eagle3::TargetStart;
 use crate::{DraftTensor, Rng, TrainError};
 
 /// Share of `initializer_range` that is added as noise to weights that start at zero or at the identity.

@@ -8,19 +8,21 @@
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, default_target_layers};
-use draftsmith_formats::run::DraftTable;
+use draftsmith_formats::run::{DraftTable, MethodWord};
 use draftsmith_kernels::{PackMode, RopeScaling, RopeTable};
 use serde_json::{Value, json};
 
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
-use crate::draft_config::{DraftConfigError, DraftShape, DraftSpec, DraftWork, Keys, eos_value, plain};
+use crate::draft_config::{
+    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
+};
 use crate::draft_layer::{AttentionWeights, LayerShape, MlpWeights, PlainLayer};
 use crate::ops::{Attend, Ops};
 use crate::weights::{BuildWeights, TensorList};
 
 /// Names of the architecture; the first is written.
-pub(crate) const ARCHITECTURES: [&str; 1] = ["PEagleDraftModel"];
+const ARCHITECTURES: [&str; 1] = ["PEagleDraftModel"];
 
 /// What the network covers, as advice.
 const SUPPORTED: &str = "use a P-EAGLE draft of Llama layers: SiLU, no biases, plain RoPE";
@@ -99,21 +101,6 @@ impl PEagleConfig {
             eos_token_ids: target.eos_ids.clone(),
             pad_token_id: None,
         }
-    }
-
-    /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
-    /// one is named.
-    pub(crate) fn of_table(
-        table: &DraftTable,
-        target: &TargetConfig,
-        draft_vocab_size: usize,
-    ) -> PEagleConfig {
-        let t = &table.p_eagle;
-        let mask = t.mask_token_id.unwrap_or(target.vocab_size as u32 - 1);
-        let (layers, depths) = (t.layers as usize, t.depths as usize);
-        let mut config = PEagleConfig::for_target(target, draft_vocab_size, layers, depths, mask);
-        config.layer.take_table(table);
-        config
     }
 
     /// Reads the parsed `config.json`.
@@ -219,9 +206,33 @@ fn layers_from(keys: &Keys<'_>) -> Result<Option<[u32; 3]>, DraftConfigError> {
     }
 }
 
+impl DraftKind for PEagleConfig {
+    const WORDS: &'static [Word] = &[Word {
+        method: MethodWord {
+            name: "p-eagle",
+            about: "P-EAGLE: an EAGLE-3 layer and plain ones that propose several tokens in one pass.",
+        },
+        architectures: &ARCHITECTURES,
+    }];
+
+    /// The mask token is the last id unless one is named.
+    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> PEagleConfig {
+        let t = &table.p_eagle;
+        let mask = t.mask_token_id.unwrap_or(target.vocab_size as u32 - 1);
+        let (layers, depths) = (t.layers as usize, t.depths as usize);
+        let mut config = PEagleConfig::for_target(target, draft_vocab_size, layers, depths, mask);
+        config.layer.take_table(table);
+        config
+    }
+
+    fn read(value: &Value) -> Result<PEagleConfig, DraftConfigError> {
+        PEagleConfig::from_value(value)
+    }
+}
+
 impl DraftSpec for PEagleConfig {
     fn name(&self) -> &'static str {
-        "p-eagle"
+        Self::WORDS[0].method.name
     }
 
     fn title(&self) -> &'static str {
@@ -353,6 +364,14 @@ impl DraftSpec for PEagleConfig {
         let matrices = self.tensors().into_iter().filter(|(name, shape)| shape.len() > 1 && used(name));
         let weights: u64 = matrices.map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         DraftWork { multiply_adds: weights * tokens as u64, ..DraftWork::of(weights, mode) }
+    }
+
+    fn tokens_per_pass(&self) -> usize {
+        self.num_depths
+    }
+
+    fn published(&self) -> Published<'_> {
+        Published::PEagle(self)
     }
 }
 
@@ -489,7 +508,7 @@ impl PEagleNet {
 
 mod decode;
 
-pub use decode::{PEagleDraft, PEagleKv, PEaglePart};
+pub use decode::{PEagleDraft, PEaglePart};
 
 #[cfg(test)]
 mod tests {

@@ -10,23 +10,28 @@
 
 use std::sync::Arc;
 
-use draftsmith_formats::run::{DraftTable, MarkovHead, Method};
+use draftsmith_formats::run::{DraftTable, MarkovHead, MethodWord};
 use draftsmith_kernels::{Cell, PackMode, RopeScaling, RopeTable};
 use serde_json::{Map, Value, json};
 
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::draft_config::{
-    DraftConfigError, DraftShape, DraftSpec, DraftWork, Keys, eos_value, plain, rope_scaling_value,
+    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
+    rope_scaling_value,
 };
 use crate::draft_layer::{LayerShape, PlainLayer};
 use crate::ops::{Attend, Ops};
 use crate::weights::{BuildWeights, TensorList};
 
+/// The word for plain blocks.
+const DFLASH_WORD: &str = "dflash";
+/// The word for blocks with a Markov head.
+const DSPARK_WORD: &str = "dspark";
 /// Names of the architecture of plain blocks; the first is written.
-pub(crate) const DFLASH: [&str; 1] = ["DFlashDraftModel"];
+const DFLASH: [&str; 1] = ["DFlashDraftModel"];
 /// Names of the architecture of blocks with a Markov head; the first, which the engines take, is written.
-pub(crate) const DSPARK: [&str; 2] = ["Qwen3DSparkModel", "DSparkDraftModel"];
+const DSPARK: [&str; 2] = ["Qwen3DSparkModel", "DSparkDraftModel"];
 
 /// What the network covers, as advice.
 const SUPPORTED: &str = "use a DFlash or DSpark draft of Qwen3 layers: SiLU, no biases, RoPE plain, linear or llama3, \
@@ -169,49 +174,6 @@ impl BlockConfig {
             eos_token_ids: target.eos_ids.clone(),
             pad_token_id: None,
         }
-    }
-
-    /// The draft that a run file asks for: the target's shapes where it says nothing. The mask token is the last id unless
-    /// one is named.
-    pub(crate) fn of_table(
-        table: &DraftTable,
-        target: &TargetConfig,
-        draft_vocab_size: usize,
-    ) -> BlockConfig {
-        let last = target.vocab_size as u32 - 1;
-        let (layers, block_size, mask, window, spark) = match table.method {
-            Method::Dspark => {
-                let t = &table.dspark;
-                let kind = match t.markov_head {
-                    MarkovHead::Vanilla => MarkovKind::Vanilla,
-                    MarkovHead::Gated => MarkovKind::Gated,
-                    MarkovHead::Rnn => MarkovKind::Rnn,
-                };
-                let rank = t.markov_rank as usize;
-                let spark = SparkConfig {
-                    markov: (rank > 0).then_some(MarkovConfig { rank, kind }),
-                    confidence: t.confidence.then_some(t.confidence_with_markov && rank > 0),
-                };
-                (t.layers, t.block_size, t.mask_token_id, t.window, Some(spark))
-            }
-            _ => {
-                let t = &table.dflash;
-                (t.layers, t.block_size, t.mask_token_id, t.window, None)
-            }
-        };
-        let (layers, block_size) = (layers as usize, block_size as usize);
-        let mut config = BlockConfig::for_target(
-            target,
-            draft_vocab_size,
-            layers,
-            block_size,
-            mask.unwrap_or(last),
-            spark,
-        );
-        config.layer.take_table(table);
-        config.sliding_window = window.map(|window| window as usize);
-        config.sliding = vec![window.is_some(); layers];
-        config
     }
 
     /// Reads the parsed `config.json`.
@@ -448,9 +410,70 @@ fn spark_from<'k, 'a: 'k>(
     }))
 }
 
+impl DraftKind for BlockConfig {
+    const WORDS: &'static [Word] = &[
+        Word {
+            method: MethodWord {
+                name: DFLASH_WORD,
+                about: "DFlash: layers over target states that propose a block in one pass.",
+            },
+            architectures: &DFLASH,
+        },
+        Word {
+            method: MethodWord {
+                name: DSPARK_WORD,
+                about: "DSpark: DFlash with a head that corrects each token by the one before it, and a confidence.",
+            },
+            architectures: &DSPARK,
+        },
+    ];
+
+    /// The mask token is the last id unless one is named.
+    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> BlockConfig {
+        let last = target.vocab_size as u32 - 1;
+        let (layers, block_size, mask, window, spark) = match table.method.name() == DSPARK_WORD {
+            true => {
+                let t = &table.dspark;
+                let kind = match t.markov_head {
+                    MarkovHead::Vanilla => MarkovKind::Vanilla,
+                    MarkovHead::Gated => MarkovKind::Gated,
+                    MarkovHead::Rnn => MarkovKind::Rnn,
+                };
+                let rank = t.markov_rank as usize;
+                let spark = SparkConfig {
+                    markov: (rank > 0).then_some(MarkovConfig { rank, kind }),
+                    confidence: t.confidence.then_some(t.confidence_with_markov && rank > 0),
+                };
+                (t.layers, t.block_size, t.mask_token_id, t.window, Some(spark))
+            }
+            false => {
+                let t = &table.dflash;
+                (t.layers, t.block_size, t.mask_token_id, t.window, None)
+            }
+        };
+        let (layers, block_size) = (layers as usize, block_size as usize);
+        let mut config = BlockConfig::for_target(
+            target,
+            draft_vocab_size,
+            layers,
+            block_size,
+            mask.unwrap_or(last),
+            spark,
+        );
+        config.layer.take_table(table);
+        config.sliding_window = window.map(|window| window as usize);
+        config.sliding = vec![window.is_some(); layers];
+        config
+    }
+
+    fn read(value: &Value) -> Result<BlockConfig, DraftConfigError> {
+        BlockConfig::from_value(value)
+    }
+}
+
 impl DraftSpec for BlockConfig {
     fn name(&self) -> &'static str {
-        if self.spark.is_some() { "dspark" } else { "dflash" }
+        if self.spark.is_some() { DSPARK_WORD } else { DFLASH_WORD }
     }
 
     fn title(&self) -> &'static str {
@@ -610,6 +633,14 @@ impl DraftSpec for BlockConfig {
         let rows = self.block_size as u64;
         let read = DraftWork::of(once + each, mode);
         DraftWork { multiply_adds: once * rows + each * tokens as u64, ..read }
+    }
+
+    fn tokens_per_pass(&self) -> usize {
+        self.proposals()
+    }
+
+    fn published(&self) -> Published<'_> {
+        Published::Block(self)
     }
 }
 
@@ -795,7 +826,7 @@ impl BlockNet {
 
 mod decode;
 
-pub use decode::{BlockDraft, BlockKv};
+pub use decode::BlockDraft;
 
 #[cfg(test)]
 mod tests {

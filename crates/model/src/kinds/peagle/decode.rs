@@ -6,9 +6,12 @@ use draftsmith_core::VocabMap;
 use draftsmith_kernels::{Kernels, KvDtype, PackMode, Segment, StepMask};
 
 use super::{PEagleConfig, PEagleNet, PEagleWeights};
-use crate::draft::{DraftAnswer, DraftError, DraftNetwork, DraftQuestion, Packing};
-use crate::draft_config::DraftConfig;
+use crate::draft::{
+    DraftAnswer, DraftError, DraftKv, DraftNetwork, DraftQuestion, PackDraft, Packing, PassNetwork, PassPart,
+    Proposer, Shared,
+};
 use crate::infer::{CacheAttend, Infer, Linear, Rows};
+use crate::kinds::DraftConfig;
 use crate::ops::{Attend, Ops};
 
 /// Network and packed weights, the draft's own embedding among them.
@@ -22,35 +25,10 @@ pub struct PEagleDraft<K: Kernels> {
     kv_dtype: KvDtype,
 }
 
-/// Keys and values of one sequence's real slots in all layers.
-pub struct PEagleKv<K: Kernels> {
-    layers: Vec<K::Kv>,
-    len: usize,
-}
-
-impl<K: Kernels> PEagleKv<K> {
-    /// Committed positions.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True before the first position.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Goes back to the first `len` positions, if there are more.
-    pub fn rollback_to(&mut self, kernels: &K, len: usize) {
-        self.len = self.len.min(len);
-        let len = self.len;
-        self.layers.iter_mut().for_each(|layer| kernels.kv_compact(layer, len, &[]));
-    }
-}
-
 /// Rows of one sequence in a pass: real slots, then entries that stand for what is not known.
 pub struct PEaglePart<'a, K: Kernels> {
     /// Its caches.
-    pub kv: &'a mut PEagleKv<K>,
+    pub kv: &'a mut DraftKv<K>,
     /// The token behind each of the new real slots.
     pub next_tokens: &'a [u32],
     /// Entries behind them.
@@ -88,9 +66,8 @@ impl<'k, K: Kernels> Attend<Infer<'k, K>> for Caches<'_, '_, K> {
     }
 }
 
-impl<K: Kernels> PEagleDraft<K> {
-    /// Packs what `source` holds; without a map the draft speaks the whole target vocabulary.
-    pub(crate) fn pack(
+impl<K: Kernels> PackDraft<K, PEagleConfig> for PEagleDraft<K> {
+    fn pack(
         config: PEagleConfig,
         vocab_map: Option<VocabMap>,
         source: &mut Packing<'_, K>,
@@ -100,12 +77,14 @@ impl<K: Kernels> PEagleDraft<K> {
         let vocab_map = vocab_map.unwrap_or_else(|| VocabMap::identity(config.vocab_size));
         Ok(PEagleDraft { network: PEagleNet::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
     }
+}
 
+impl<K: Kernels> PEagleDraft<K> {
     /// Empty caches.
-    pub fn new_kv(&self, kernels: &K) -> PEagleKv<K> {
+    pub fn new_kv(&self, kernels: &K) -> DraftKv<K> {
         let (config, shape) = (&self.network.config, &self.network.config.layer);
         let layer = |_| kernels.kv_new(shape.num_key_value_heads, shape.head_dim, self.kv_dtype);
-        PEagleKv { layers: (0..config.num_layers).map(layer).collect(), len: 0 }
+        DraftKv { layers: (0..config.num_layers).map(layer).collect(), len: 0 }
     }
 
     /// Runs the new rows of several sequences, whose features `[C, 3 Ht]` stand one after the other: output of the last
@@ -183,5 +162,53 @@ impl<K: Kernels> DraftNetwork<K> for PEagleDraft<K> {
         fed.extend(std::iter::repeat_n(config.mask_token_id, depth));
         let embeddings = embed(0, &fed);
         DraftAnswer { token_ids: fed, embeddings, hidden: ops.values(&last), logits: ops.values(&logits) }
+    }
+    fn proposer(self: Box<Self>) -> Proposer<K> {
+        Proposer::Pass(self)
+    }
+}
+
+impl<K: Kernels> PassNetwork<K> for PEagleDraft<K> {
+    fn levels(&self) -> usize {
+        self.network.config.num_depths
+    }
+
+    fn new_kv(&self, kernels: &K) -> DraftKv<K> {
+        PEagleDraft::new_kv(self, kernels)
+    }
+
+    fn take_in(&self, kernels: &K, features: &Shared<K>, part: PassPart<'_, K>) {
+        let part = PEaglePart { kv: part.kv, next_tokens: part.next_tokens, unknown: 0 };
+        self.run(kernels, features, &mut [part]);
+    }
+
+    /// Its embedding is its own.
+    fn pass(
+        &self,
+        kernels: &K,
+        features: &Shared<K>,
+        parts: &mut [PassPart<'_, K>],
+        _embed: &mut dyn FnMut(&[u32]) -> Shared<K>,
+    ) -> Shared<K> {
+        let unknown = self.network.config.num_depths - 1;
+        let mut rows = Vec::new();
+        let mut from = 0u32;
+        for part in parts.iter() {
+            let last = from + part.next_tokens.len() as u32 - 1;
+            rows.extend(last..=last + unknown as u32);
+            from = last + unknown as u32 + 1;
+        }
+        let mut parts: Vec<PEaglePart<'_, K>> = parts
+            .iter_mut()
+            .map(|part| PEaglePart { kv: &mut *part.kv, next_tokens: part.next_tokens, unknown })
+            .collect();
+        let mut ops = Infer::new(kernels);
+        let output = self.run(kernels, features, &mut parts);
+        let output = ops.gather(&output, &rows);
+        self.network.head_input(&mut ops, &self.weights, &output)
+    }
+
+    fn head(&self) -> Option<&Arc<Linear<K::Packed>>> {
+        Some(&self.weights.lm_head)
     }
 }

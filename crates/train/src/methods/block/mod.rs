@@ -26,7 +26,8 @@ use draftsmith_model::{DraftSpec, Ops, TargetTensors};
 pub use init::{random_weights, warm_weights};
 pub use weights::DpaceKind;
 
-use crate::eagle3::{TargetSide, TargetStart};
+use crate::methods::eagle3::{TargetSide, TargetStart};
+use crate::methods::{BoxedMethod, Start};
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
 
@@ -590,6 +591,19 @@ fn count(
     }
     stats.blocks = blocks as u64;
     stats.sim_accepted += blocks as f64;
+}
+
+/// As a run file has it.
+pub(super) fn method<K: TrainKernels>(
+    config: BlockConfig,
+    start: Start<'_, K>,
+) -> Result<BoxedMethod<K>, TrainError> {
+    let Start { kernels, vocab_map, target, file, seed } = start;
+    let options = match config.spark {
+        None => BlockOptions::from_dflash(&file.train.dflash, seed),
+        Some(_) => BlockOptions::from_dspark(&file.train.dspark, seed),
+    };
+    Ok(Box::new(BlockTrain::for_target(kernels, config, options, vocab_map, target, file.draft.init)?))
 }
 
 impl<K: TrainKernels> Method for BlockTrain<K> {

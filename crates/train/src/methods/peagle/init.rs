@@ -4,7 +4,7 @@ use draftsmith_core::VocabMap;
 use draftsmith_model::DraftSpec;
 use draftsmith_model::peagle::PEagleConfig;
 
-use crate::eagle3::TargetStart;
+use crate::methods::eagle3::TargetStart;
 use crate::{DraftTensor, Rng, TrainError};
 
 /// Share of `initializer_range` that is added as noise to weights that start at zero or at the identity.

@@ -10,14 +10,15 @@
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, default_target_layers};
-use draftsmith_formats::run::{DraftTable, Method};
+use draftsmith_formats::run::{DraftTable, MethodWord};
 use draftsmith_kernels::{Activation, PackMode, RopeScaling, RopeTable};
 use serde_json::{Value, json};
 
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::draft_config::{
-    DraftConfigError, DraftShape, DraftSpec, DraftWork, Keys, eos_value, plain, rope_scaling_value,
+    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
+    rope_scaling_value,
 };
 use crate::ops::{Attend, Ops};
 use crate::weights::{BuildWeights, TensorList};
@@ -130,27 +131,6 @@ impl Eagle3Config {
             eos_token_ids: target.eos_ids.clone(),
             pad_token_id: None,
         }
-    }
-
-    /// The shapes that a run file's `[draft]` table asks for: the target's where it says nothing.
-    ///
-    /// # Errors
-    /// If the numbers do not fit together.
-    pub fn from_table(
-        table: &DraftTable,
-        target: &TargetConfig,
-        draft_vocab_size: usize,
-    ) -> Result<Eagle3Config, DraftConfigError> {
-        let mut config = Eagle3Config::for_target(target, draft_vocab_size);
-        let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
-        set(&mut config.hidden_size, table.hidden);
-        set(&mut config.intermediate_size, table.intermediate);
-        set(&mut config.num_attention_heads, table.heads);
-        set(&mut config.num_key_value_heads, table.kv_heads);
-        config.fc_norm = table.eagle3.fc_norm;
-        config.feedback = if table.eagle3.norm_output { Feedback::PostNorm } else { Feedback::PreNorm };
-        config.check()?;
-        Ok(config)
     }
 
     /// Reads a draft's `config.json`.
@@ -359,9 +339,35 @@ impl Eagle3Config {
     }
 }
 
+impl DraftKind for Eagle3Config {
+    const WORDS: &'static [Word] = &[Word {
+        method: MethodWord {
+            name: "eagle3",
+            about: "EAGLE-3: one decoder layer over fused target states, trained with training-time test.",
+        },
+        architectures: &ARCHITECTURES,
+    }];
+
+    fn of_table(table: &DraftTable, target: &TargetConfig, draft_vocab_size: usize) -> Eagle3Config {
+        let mut config = Eagle3Config::for_target(target, draft_vocab_size);
+        let set = |size: &mut usize, wanted: Option<u32>| *size = wanted.map_or(*size, |n| n as usize);
+        set(&mut config.hidden_size, table.hidden);
+        set(&mut config.intermediate_size, table.intermediate);
+        set(&mut config.num_attention_heads, table.heads);
+        set(&mut config.num_key_value_heads, table.kv_heads);
+        config.fc_norm = table.eagle3.fc_norm;
+        config.feedback = if table.eagle3.norm_output { Feedback::PostNorm } else { Feedback::PreNorm };
+        config
+    }
+
+    fn read(value: &Value) -> Result<Eagle3Config, DraftConfigError> {
+        Eagle3Config::from_value(value)
+    }
+}
+
 impl DraftSpec for Eagle3Config {
     fn name(&self) -> &'static str {
-        Method::Eagle3.name()
+        Self::WORDS[0].method.name
     }
 
     fn title(&self) -> &'static str {
@@ -423,6 +429,10 @@ impl DraftSpec for Eagle3Config {
         let matrices = self.tensors().into_iter().filter(|(_, shape)| shape.len() > 1);
         let all: u64 = matrices.map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         DraftWork::of(features + tokens as u64 * (all - features), mode)
+    }
+
+    fn published(&self) -> Published<'_> {
+        Published::Eagle3(self)
     }
 }
 

@@ -1,14 +1,34 @@
 //! The methods there are, chosen by the draft's kind: the one place where this crate names them.
+//!
+//! A new kind is a module here and a line in [`method`].
+
+pub mod block;
+pub mod eagle3;
+pub mod peagle;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::TrainKernels;
 use draftsmith_model::{DraftConfig, TargetTensors};
 
-use crate::block::{BlockOptions, BlockTrain};
-use crate::eagle3::{self, Eagle3Options, Eagle3Train};
-use crate::peagle::{PEagleOptions, PEagleTrain};
 use crate::{Method, Pack, TrainError};
+
+/// A method, whatever its kind.
+pub(crate) type BoxedMethod<K> = Box<dyn Method<Kernels = K>>;
+
+/// What a method is made of, beside the draft's configuration.
+pub(crate) struct Start<'a, K> {
+    /// Backend.
+    pub(crate) kernels: K,
+    /// Draft ids to target ids.
+    pub(crate) vocab_map: VocabMap,
+    /// The target's tensors.
+    pub(crate) target: &'a TargetTensors,
+    /// Hyper-parameters, and how weights start.
+    pub(crate) file: &'a RunFile,
+    /// Seed of initial weights and of what is drawn.
+    pub(crate) seed: u64,
+}
 
 /// The method that trains a draft of this configuration as a run file says, started from a loaded target or at random.
 ///
@@ -20,25 +40,14 @@ pub fn method<K: TrainKernels>(
     file: &RunFile,
     vocab_map: VocabMap,
     target: &TargetTensors,
-) -> Result<Box<dyn Method<Kernels = K>>, TrainError> {
-    let (init, seed) = (file.draft.init, file.train.seed.unwrap_or(file.run.seed));
-    Ok(match config {
-        DraftConfig::Eagle3(config) => {
-            let options = Eagle3Options::from_table(&file.train.eagle3);
-            Box::new(Eagle3Train::for_target(kernels, config, options, vocab_map, target, init, seed)?)
-        }
-        DraftConfig::Block(config) => {
-            let options = match config.spark {
-                None => BlockOptions::from_dflash(&file.train.dflash, seed),
-                Some(_) => BlockOptions::from_dspark(&file.train.dspark, seed),
-            };
-            Box::new(BlockTrain::for_target(kernels, config, options, vocab_map, target, init)?)
-        }
-        DraftConfig::PEagle(config) => {
-            let options = PEagleOptions::from_table(&file.train.p_eagle, config.num_depths, seed);
-            Box::new(PEagleTrain::for_target(kernels, config, options, vocab_map, target, init)?)
-        }
-    })
+) -> Result<BoxedMethod<K>, TrainError> {
+    let seed = file.train.seed.unwrap_or(file.run.seed);
+    let start = Start { kernels, vocab_map, target, file, seed };
+    match config {
+        DraftConfig::Eagle3(config) => eagle3::method(config, start),
+        DraftConfig::Block(config) => block::method(config, start),
+        DraftConfig::PEagle(config) => peagle::method(config, start),
+    }
 }
 
 /// Shape of a step that is measured for its speed.
@@ -73,7 +82,7 @@ pub struct MadeUpShape {
 pub fn made_up<K: TrainKernels>(
     kernels: K,
     shape: MadeUpShape,
-) -> Result<(Box<dyn Method<Kernels = K>>, Pack), TrainError> {
+) -> Result<(BoxedMethod<K>, Pack), TrainError> {
     let (method, pack) = eagle3::made_up(kernels, shape)?;
     Ok((Box::new(method), pack))
 }
