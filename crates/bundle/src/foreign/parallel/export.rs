@@ -129,9 +129,12 @@ fn flat_config(config: &DraftConfig, layout: Layout, layers: &[u32]) -> Result<V
     if layout == Layout::Vllm {
         match config {
             DraftConfig::Block(block) => {
-                // DFlash reads the nested keys, DSpark those at the top; both count from 0.
+                // DFlash reads the nested keys, DSpark those at the top; both count from 0. A nested `true` stops DSpark:
+                // vLLM 0.32.0 starts it as a DFlash draft, which must not propose from the anchor.
                 let from_anchor = json!(block.spark.is_some());
-                value["dflash_config"]["sample_from_anchor"] = from_anchor.clone();
+                if block.spark.is_none() {
+                    value["dflash_config"]["sample_from_anchor"] = from_anchor.clone();
+                }
                 value["sample_from_anchor"] = from_anchor;
                 value["target_layer_ids"] = json!(layers);
                 value["mask_token_id"] = json!(block.mask_token_id);
