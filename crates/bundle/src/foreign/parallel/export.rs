@@ -141,6 +141,8 @@ fn flat_config(config: &DraftConfig, layout: Layout, layers: &[u32]) -> Result<V
             }
             DraftConfig::Eagle3(_) | DraftConfig::PEagle(_) => {
                 object(&mut value).remove("eagle_config");
+                // vLLM 0.32.0 puts `Eagle3` before every other name, and has no network for what comes of it.
+                value["architectures"] = json!(["Eagle3LlamaForCausalLM"]);
             }
         }
     } else if matches!(config, DraftConfig::PEagle(_)) {

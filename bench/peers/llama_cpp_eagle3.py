@@ -6,7 +6,7 @@ source package has one: `examples/speculative-simple`. This script compiles that
 
     bench/peers/install-llama-cpp-python.sh
     draftsmith bundle export DIR --format gguf --target MODEL.gguf --out draft-gguf
-    python3 bench/peers/llama_cpp_draft.py --venv runs/peers/llama-cpp-python --target MODEL.gguf \
+    python3 bench/peers/llama_cpp_eagle3.py --venv runs/peers/llama-cpp-python --target MODEL.gguf \
         --draft draft-gguf/draft.gguf --kind eagle3 --workload recipes/data/eval/gsm8k.jsonl --limit 40
 
 With `--draftsmith target/release/draftsmith --bundle DIR` the draft is exported from DIR (no `--draft`), the same prompts are
