@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use draftsmith_model::DraftConfig;
 use serde_json::{Value, json};
 
-use super::export::{ExportInput, Exported, export_as};
 use super::Layout;
+use super::export::{ExportInput, Exported, export_as};
 use crate::manifest::{CONFIG_FILE, Manifest};
 use crate::{BundleError, Problem, card};
 

@@ -505,7 +505,8 @@ fn specforge(bundle: &Path, target: &Target<Cpu>) -> PathBuf {
         target: Some(facts),
     };
     let exported = export_specforge(input).unwrap();
-    assert!(exported.launch.is_empty() && exported.warnings.is_empty(), "{:?}", exported.warnings);
+    assert!(exported.launch.is_empty());
+    assert!(!exported.warnings.iter().any(|p| p.to_string().contains("SGLang")), "{:?}", exported.warnings);
     let readme = String::from_utf8(bytes(&out, "README.md")).unwrap();
     assert!(readme.contains("SpecForge loads this folder") && !readme.contains("sglang"), "{readme}");
     out
@@ -587,7 +588,7 @@ fn a_changed_tensor_of_specforges_folder_is_named() {
             *place = wrong;
             set_config(&dir, &config);
             let error = import(&dir).expect_err(pointer);
-            assert!(!error.to_string().is_empty() && error.hint().is_some(), "{pointer}: {error}");
+            assert!(matches!(error, BundleError::Draft { .. }), "{pointer}: {error}");
             set_config(&dir, &whole);
         }
         assert!(verified(&dir, &bundle, &target).holds);

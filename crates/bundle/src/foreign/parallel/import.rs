@@ -73,7 +73,8 @@ pub(crate) fn is_one(config: &Map<String, Value>) -> bool {
 
 fn is_p_eagle(config: &Map<String, Value>, architecture: &str) -> bool {
     P_EAGLE_NAMES.contains(&architecture)
-        || EAGLE3_NAMES.contains(&architecture) && P_EAGLE_TOKENS.iter().any(|key| config.get(*key).is_some_and(|id| !id.is_null()))
+        || EAGLE3_NAMES.contains(&architecture)
+            && P_EAGLE_TOKENS.iter().any(|key| config.get(*key).is_some_and(|id| !id.is_null()))
 }
 
 fn config_problem(error: DraftConfigError) -> Problem {

@@ -145,7 +145,8 @@ impl Facts {
         let layer = if speculators { &json["transformer_layer_config"] } else { &json };
         let number = |value: &Value, key: &str| value[key].as_f64().ok_or_else(|| bad(&path, key));
         let named = json["architectures"][0].as_str().unwrap_or_default();
-        let (spark, peagle) = (named.contains("DSpark"), named.contains("PEagle") || named.contains("Eagle3"));
+        let (spark, peagle) =
+            (named.contains("DSpark"), named.contains("PEagle") || named.contains("Eagle3"));
         let (ids, from, mask) = match (layout, peagle) {
             (Layout::Speculators, false) => (&json["aux_hidden_state_layer_ids"], 1, &json["mask_token_id"]),
             (Layout::Speculators, true) => {
