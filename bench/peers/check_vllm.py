@@ -40,14 +40,19 @@ def read(*path):
         return json.load(file)
 
 
-def settings(exported):
-    """What the printed command hands to vLLM beside the folder; a `speculators` folder says it itself."""
+def settings(exported, folder):
+    """What the printed command hands to vLLM beside the folder; of a `speculators` folder, what vLLM takes from it."""
     told = [re.search(r"--speculative-config '(\{.*\})'", launch["command"]) for launch in exported["launch"]]
     for found in filter(None, told):
         config = json.loads(found.group(1))
         config.pop("model")
         return config
-    return {"num_speculative_tokens": None}
+    written = read(folder, "config.json")
+    config = {"method": written["speculators_model_type"]}
+    if config["method"] == "peagle":
+        config = {"method": "eagle3", "parallel_drafting": True}
+    methods = written["speculators_config"]["proposal_methods"]
+    return {**config, "num_speculative_tokens": methods[0]["speculative_tokens"]}
 
 
 with tempfile.TemporaryDirectory() as scratch:
@@ -56,14 +61,11 @@ with tempfile.TemporaryDirectory() as scratch:
     )
     run(python, os.path.join(here, "gguf_to_hf.py"), target, hf)
     exported = json.loads(run(program, "bundle", "export", bundle, "--format", layout, "--out", draft, "--json"))
-    config = settings(exported)
+    config = settings(exported, draft)
     own = read(bundle, "config.json")
     spark = own["architectures"][0] == "Qwen3DSparkModel"
     if len(sys.argv) > 8:
         config["num_speculative_tokens"] = int(sys.argv[8])
-    elif config["num_speculative_tokens"] is None:
-        methods = read(draft, "config.json")["speculators_config"]["proposal_methods"]
-        config["num_speculative_tokens"] = methods[0]["speculative_tokens"]
     os.mkdir(shim)
     with open(os.path.join(shim, "sitecustomize.py"), "w", encoding="utf-8") as custom:
         for name in ["vllm_cpu_shim.py", "vllm_block_cpu.py"][: 1 + spark]:
