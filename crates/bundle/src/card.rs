@@ -187,11 +187,16 @@ pub(crate) fn readme(manifest: &Manifest, config: &DraftConfig, results: &[Measu
 
 /// `README.md` of an export.
 pub(crate) fn export_readme(manifest: &Manifest, config: &DraftConfig, layout: Layout) -> String {
+    let how = commands(&launch(config, manifest, layout, "DIR"));
+    folder_readme(manifest, config, &format!("{how}{NOT_RUN}\n"))
+}
+
+/// The page beside a draft in a layout of others, with what it is for.
+pub(crate) fn folder_readme(manifest: &Manifest, config: &DraftConfig, how: &str) -> String {
     format!(
-        "{}## Use\n\n{}\n\n{}{NOT_RUN}\n\n{}{}{}",
+        "{}## Use\n\n{}\n\n{how}\n{}{}{}",
         opening(manifest, config),
         recommended(manifest, &[]),
-        commands(&launch(config, manifest, layout, "DIR")),
         facts(manifest),
         training(manifest),
         licence(manifest)

@@ -24,8 +24,8 @@ pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, 
 pub use engines::Launch;
 pub use error::{BoxError, BundleError};
 pub use foreign::{
-    ExportInput, Exported, GGUF_FILE, Imported, Layout, TargetFacts, export, import, import_gguf,
-    import_safetensors, import_with, launch, verify_export,
+    ExportInput, Exported, GGUF_FILE, Imported, Layout, SPECFORGE, TargetFacts, export, export_specforge,
+    import, import_gguf, import_safetensors, import_with, launch, verify_export,
 };
 pub use layout::{TensorSpec, expected_tensors};
 pub use make::{Existing, Made, MakeInput, input_of, make, remake};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use draftsmith_bundle::{
     BundleError, CheckReport, Existing, ExportInput, GGUF_FILE, Imported, Layout, MakeInput, Problem,
-    TargetFacts, export, import, verify_export,
+    SPECFORGE, TargetFacts, export, export_specforge, import, verify_export,
 };
 use draftsmith_core::{Sampling, VocabMap};
 use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, Generation, drafter};

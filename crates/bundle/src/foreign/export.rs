@@ -1,6 +1,7 @@
 //! A bundle in the layout of another engine.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir};
@@ -52,6 +53,15 @@ pub struct Exported {
 /// [`BundleError::Draft`] names what the bundle lacks or what the engine cannot serve; [`BundleError::Exists`];
 /// [`BundleError::NoTokenizer`] for a GGUF file without a target to take the tokenizer from.
 pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
+    export_as(input, &|_, _, _| Ok(()))
+}
+
+/// Puts the files of a layout into the words of a kindred one.
+pub(super) type Dress<'a> =
+    dyn Fn(&Manifest, &DraftConfig, &mut BTreeMap<String, Vec<u8>>) -> Result<(), BundleError> + 'a;
+
+/// [`export`], with a last word on the files.
+pub(super) fn export_as(input: &ExportInput<'_>, dress: &Dress<'_>) -> Result<Exported, BundleError> {
     let manifest = Manifest::read(input.bundle)?;
     if input.existing == Existing::Refuse && input.out.exists() {
         return Err(BundleError::Exists { path: input.out.to_owned() });
@@ -104,6 +114,7 @@ pub fn export(input: &ExportInput<'_>) -> Result<Exported, BundleError> {
         }
     }
     files.insert("README.md".into(), card::export_readme(&manifest, &config, input.layout).into());
+    dress(&manifest, &config, &mut files)?;
 
     let dir = AtomicDir::create(input.out)?;
     for (path, bytes) in &files {

@@ -11,10 +11,12 @@ mod gguf_keys;
 mod import;
 mod parallel;
 mod plain;
+mod specforge;
 mod verify;
 
 pub use export::{ExportInput, Exported, export};
 pub use import::{Imported, import, import_gguf, import_safetensors, import_with};
+pub use specforge::{SPECFORGE, export_specforge};
 pub use verify::verify_export;
 
 use std::borrow::Cow;

@@ -141,6 +141,8 @@ fn configurations_are_those_that_the_engines_read() {
     let vllm = folder(&bundle, Layout::Vllm);
     assert_eq!((&vllm["target_layer_ids"], &vllm["mask_token_id"]), (&json!([0, 2, 3]), &json!(1023)));
     assert_eq!(vllm["sample_from_anchor"], true);
+    // vLLM 0.32.0 ends with an error if the nested table says it, too.
+    assert!(vllm["dflash_config"].get("sample_from_anchor").is_none());
     let speculators = folder(&bundle, Layout::Speculators);
     assert_eq!(speculators["aux_hidden_state_layer_ids"], json!([1, 3, 4]));
     assert_eq!(speculators["speculators_model_type"], "dspark");
@@ -177,6 +179,8 @@ fn configurations_are_those_that_the_engines_read() {
         (&json!(1022), &json!([1, 3, 4]))
     );
     assert!(vllm.get("eagle_config").is_none());
+    // By any name but EAGLE-3's, vLLM 0.32.0 looks for a network that it does not have.
+    assert_eq!(vllm["architectures"], json!(["Eagle3LlamaForCausalLM"]));
     let sglang = folder(&bundle, Layout::Sglang);
     assert!(sglang.get("eagle_aux_hidden_state_layer_ids").is_none());
     let speculators = folder(&bundle, Layout::Speculators);
@@ -486,5 +490,118 @@ fn the_speculators_library_has_a_place_for_every_tensor_where_it_is_installed() 
         let dir = export_of(&bundle, Layout::Speculators, &target).unwrap();
         let said = peer("DRAFTSMITH_SPECULATORS_PYTHON", "speculators", "check_speculators.py", &[&dir]);
         assert!(said.is_none_or(|said| said.contains("every one has its place")));
+    }
+}
+
+/// The folder that SpecForge trains on, and what was said about it.
+fn specforge(bundle: &Path, target: &Target<Cpu>) -> PathBuf {
+    let out = bundle.with_file_name(SPECFORGE);
+    let facts = TargetFacts { config: target.config(), tokenizer: &[] };
+    let input = ExportInput {
+        bundle,
+        layout: Layout::Gguf,
+        out: &out,
+        existing: Existing::Replace,
+        target: Some(facts),
+    };
+    let exported = export_specforge(input).unwrap();
+    assert!(exported.launch.is_empty());
+    assert!(!exported.warnings.iter().any(|p| p.to_string().contains("SGLang")), "{:?}", exported.warnings);
+    let readme = String::from_utf8(bytes(&out, "README.md")).unwrap();
+    assert!(readme.contains("SpecForge loads this folder") && !readme.contains("sglang"), "{readme}");
+    out
+}
+
+#[test]
+fn specforges_folder_has_its_names_and_comes_back_with_identical_weights_and_answers() {
+    let part = json!({"draft_vocab_size": VD});
+    for variant in [
+        json!({}),
+        dflash(),
+        with(&dflash(), part.clone()),
+        dspark("vanilla", true, true),
+        with(&dspark("gated", true, false), part),
+        dspark("rnn", false, false),
+        p_eagle(),
+    ] {
+        let (_root, bundle, target) = made(&variant);
+        let dir = specforge(&bundle, &target);
+        let sglang = export_of(&bundle, Layout::Sglang, &target).unwrap();
+        assert_eq!(bytes(&dir, "model.safetensors"), bytes(&sglang, "model.safetensors"));
+        let (own, theirs) = (config_of(&dir), config_of(&sglang));
+        let name = theirs["architectures"][0].as_str().unwrap();
+        let (wanted, module) = match name {
+            "Qwen3DSparkModel" => ("DSparkDraftModel", json!({"AutoModel": "dspark.DSparkDraftModel"})),
+            "DFlashDraftModel" => (name, json!({"AutoModel": "dflash.DFlashDraftModel"})),
+            _ => (name, Value::Null),
+        };
+        assert_eq!((&own["architectures"], &own["auto_map"]), (&json!([wanted]), &module));
+        assert_eq!(own["dflash_config"], theirs["dflash_config"]);
+        assert_eq!(own["eagle_config"], theirs["eagle_config"]);
+        assert!(own.get("markov_rank").is_none() && own.get("sample_from_anchor").is_none());
+        let report = verified(&dir, &bundle, &target);
+        assert!(report.holds, "{}", report.text());
+        let back = imported_bundle(&import(&dir).unwrap(), &bundle, &target).unwrap();
+        let report = verified(&dir, &back, &target);
+        assert!(report.holds, "{}", report.text());
+    }
+}
+
+#[test]
+fn a_changed_tensor_of_specforges_folder_is_named() {
+    for variant in [dspark("gated", true, true), dflash(), p_eagle()] {
+        let (_root, bundle, target) = made(&variant);
+        let dir = specforge(&bundle, &target);
+        let layout = Layout::Sglang;
+        let all = parts(&dir, layout);
+        for (i, part) in all.iter().enumerate().filter(|(_, part)| part.name != "t2d") {
+            let name = part.name.as_str();
+            let mut less = all.clone();
+            less.remove(i);
+            replace(&dir, layout, &less);
+            check_named(&dir, layout, &bundle, &target, &[name], "dropped");
+            let mut other = all.clone();
+            other[i] = retyped(part);
+            replace(&dir, layout, &other);
+            check_named(&dir, layout, &bundle, &target, &[name], "retyped");
+            let mut other = all.clone();
+            *other[i].bytes.last_mut().unwrap() ^= 1;
+            replace(&dir, layout, &other);
+            let report = verified(&dir, &bundle, &target);
+            let told = |p: &Problem| matches!(p, Problem::TensorDiffers { name: n, .. } if n == name);
+            assert!(report.failures().any(told), "{name}:\n{}", report.text());
+        }
+        replace(&dir, layout, &all);
+        // Facts of the draft, each changed: told by name, or another network.
+        for (pointer, wrong) in [
+            ("/hidden_size", json!(64)),
+            ("/num_hidden_layers", json!(3)),
+            ("/block_size", json!(0)),
+            ("/dflash_config/mask_token_id", json!("eos")),
+            ("/dflash_config/target_layer_ids", json!([0, 2])),
+            ("/dflash_config/markov_head_type", json!("lstm")),
+            ("/architectures", json!(["DFlash2DraftModel"])),
+        ] {
+            let mut config = config_of(&dir);
+            let whole = config.clone();
+            let Some(place) = config.pointer_mut(pointer) else { continue };
+            *place = wrong;
+            set_config(&dir, &config);
+            let error = import(&dir).expect_err(pointer);
+            assert!(matches!(error, BundleError::Draft { .. }), "{pointer}: {error}");
+            set_config(&dir, &whole);
+        }
+        assert!(verified(&dir, &bundle, &target).holds);
+    }
+}
+
+#[test]
+fn the_speculators_library_answers_the_probe_alike_where_it_is_installed() {
+    for variant in [dflash(), dspark("vanilla", true, true), p_eagle()] {
+        let (_root, bundle, target) = made(&variant);
+        let dir = export_of(&bundle, Layout::Speculators, &target).unwrap();
+        let script = "check_speculators_forward.py";
+        let said = peer("DRAFTSMITH_SPECULATORS_PYTHON", "speculators", script, &[&dir, &bundle]);
+        assert!(said.is_none_or(|said| said.contains("the same answers")));
     }
 }

@@ -186,8 +186,10 @@ pub struct BundleCheck {
 /// Layouts that a draft is written in.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub enum ExportFormat {
-    /// SpecForge's folder, for SGLang and TensorRT-LLM.
+    /// SGLang's folder, which TensorRT-LLM reads, too.
     Sglang,
+    /// SpecForge's own folder, to go on training there.
+    Specforge,
     /// vLLM's folder.
     Vllm,
     /// The `speculators` library's folder, which vLLM starts from alone.

@@ -54,10 +54,10 @@ pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, 
         (Some(target), ExportFormat::Gguf) => gguf_tokenizer(&target.path).map_err(Error::from)?,
         _ => Vec::new(),
     };
-    let exported = draftsmith::bundle::export(&ExportInput {
+    let input = ExportInput {
         bundle: &args.dir,
         layout: match args.format {
-            ExportFormat::Sglang => Layout::Sglang,
+            ExportFormat::Sglang | ExportFormat::Specforge => Layout::Sglang,
             ExportFormat::Vllm => Layout::Vllm,
             ExportFormat::Speculators => Layout::Speculators,
             ExportFormat::Gguf => Layout::Gguf,
@@ -67,7 +67,11 @@ pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, 
         target: target
             .as_ref()
             .map(|target| TargetFacts { config: target.target.config(), tokenizer: &tokenizer }),
-    })
+    };
+    let exported = match args.format {
+        ExportFormat::Specforge => draftsmith::bundle::export_specforge(input),
+        _ => draftsmith::bundle::export(&input),
+    }
     .map_err(Error::from)?;
     if args.json {
         let files: Vec<_> =

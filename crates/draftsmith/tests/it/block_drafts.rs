@@ -64,7 +64,7 @@ fn from_run_file_to_text(method: &str) {
     let measured = home.run(&[bench.as_slice(), &["--depth", "3", "--max-new-tokens", "8"]].concat());
     assert_eq!(measured.code, Some(0), "{}", measured.stderr);
     // Out to the layouts of others, compared by a reader of its own, and back: the text stays.
-    for format in ["vllm", "sglang", "speculators", "gguf"] {
+    for format in ["vllm", "sglang", "specforge", "speculators", "gguf"] {
         let out = home.path().join(format).display().to_string();
         let args = ["bundle", "export", &bundle, "--format", format, "--out", &out, "--target", &target];
         let ended = home.run(&args);

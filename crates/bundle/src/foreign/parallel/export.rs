@@ -129,15 +129,20 @@ fn flat_config(draft: &Parallel<'_>, layout: Layout, layers: &[u32]) -> Result<V
     if layout == Layout::Vllm {
         match draft {
             Parallel::Block(block) => {
-                // DFlash reads the nested keys, DSpark those at the top; both count from 0.
+                // DFlash reads the nested keys, DSpark those at the top; both count from 0. A nested `true` stops DSpark:
+                // vLLM 0.32.0 starts it as a DFlash draft, which must not propose from the anchor.
                 let from_anchor = json!(block.spark.is_some());
-                value["dflash_config"]["sample_from_anchor"] = from_anchor.clone();
+                if block.spark.is_none() {
+                    value["dflash_config"]["sample_from_anchor"] = from_anchor.clone();
+                }
                 value["sample_from_anchor"] = from_anchor;
                 value["target_layer_ids"] = json!(layers);
                 value["mask_token_id"] = json!(block.mask_token_id);
             }
             Parallel::PEagle(_) => {
                 object(&mut value).remove("eagle_config");
+                // vLLM 0.32.0 puts `Eagle3` before every other name, and has no network for what comes of it.
+                value["architectures"] = json!(["Eagle3LlamaForCausalLM"]);
             }
         }
     } else if matches!(draft, Parallel::PEagle(_)) {

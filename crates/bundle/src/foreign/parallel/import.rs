@@ -44,6 +44,9 @@ const FACTS: [&str; 8] = [
 const BLOCK_NAMES: [&str; 4] =
     ["DFlashDraftModel", "Qwen3DSparkModel", "DSparkDraftModel", "DFlash2DraftModel"];
 const P_EAGLE_NAMES: [&str; 2] = ["PEagleDraftModel", "PeagleLlamaForCausalLM"];
+/// Names of EAGLE-3 under which vLLM serves P-EAGLE, too: a token for masked slots makes the difference.
+const EAGLE3_NAMES: [&str; 2] = ["Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3"];
+const P_EAGLE_TOKENS: [&str; 2] = ["pard_token", "ptd_token_id"];
 
 /// Switches that change the network, and the value that leaves it as it is built here.
 const SWITCHES: [(&str, Value); 6] = [
@@ -62,10 +65,16 @@ pub(crate) fn is_one(config: &Map<String, Value>) -> bool {
         Some(kind) => matches!(kind, "dflash" | "dspark" | "peagle"),
         None => {
             BLOCK_NAMES.contains(&architecture)
-                || P_EAGLE_NAMES.contains(&architecture)
+                || is_p_eagle(config, architecture)
                 || TABLES.iter().any(|table| config.contains_key(*table))
         }
     }
+}
+
+fn is_p_eagle(config: &Map<String, Value>, architecture: &str) -> bool {
+    P_EAGLE_NAMES.contains(&architecture)
+        || EAGLE3_NAMES.contains(&architecture)
+            && P_EAGLE_TOKENS.iter().any(|key| config.get(*key).is_some_and(|id| !id.is_null()))
 }
 
 fn config_problem(error: DraftConfigError) -> Problem {
@@ -141,7 +150,7 @@ fn in_one_form(
         let supported = "use a DFlash, DSpark or P-EAGLE draft";
         return Err(unsupported("architectures", &json!(["DFlash2DraftModel"]), supported));
     }
-    if P_EAGLE_NAMES.contains(&architecture.as_str()) {
+    if is_p_eagle(&flat, &architecture) {
         flat.insert("architectures".into(), json!([P_EAGLE_NAMES[0]]));
         if flat.get("mask_token_id").is_some_and(|id| !id.is_null()) && !flat.contains_key("pard_token") {
             let mask = flat.remove("mask_token_id").unwrap_or_default();

@@ -81,7 +81,14 @@ pub(crate) fn layout_of(dir: &Path) -> Result<Option<Layout>, BundleError> {
         return Ok(None);
     }
     let json = json_of(dir)?;
-    let known = ["DFlashDraftModel", "Qwen3DSparkModel", "PEagleDraftModel"];
+    // The last is P-EAGLE's name in vLLM.
+    let known = [
+        "DFlashDraftModel",
+        "Qwen3DSparkModel",
+        "DSparkDraftModel",
+        "PEagleDraftModel",
+        "Eagle3LlamaForCausalLM",
+    ];
     let named = json["architectures"][0].as_str().unwrap_or_default();
     let top_layers = &json["eagle_aux_hidden_state_layer_ids"];
     Ok(match named {
@@ -138,7 +145,8 @@ impl Facts {
         let layer = if speculators { &json["transformer_layer_config"] } else { &json };
         let number = |value: &Value, key: &str| value[key].as_f64().ok_or_else(|| bad(&path, key));
         let named = json["architectures"][0].as_str().unwrap_or_default();
-        let (spark, peagle) = (named.contains("DSpark"), named.contains("PEagle"));
+        let (spark, peagle) =
+            (named.contains("DSpark"), named.contains("PEagle") || named.contains("Eagle3"));
         let (ids, from, mask) = match (layout, peagle) {
             (Layout::Speculators, false) => (&json["aux_hidden_state_layer_ids"], 1, &json["mask_token_id"]),
             (Layout::Speculators, true) => {
