@@ -15,7 +15,7 @@ use draftsmith_model::peagle::{PEagleDraft, PEagleKv, PEaglePart};
 use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
 use crate::drawn;
 
 /// Positions whose features may wait at most.
@@ -121,7 +121,11 @@ impl<K: Kernels> BlockDrafter<K> {
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree, or a window is shorter than a block.
-    pub(crate) fn new(target: &Target<K>, net: Net<K>) -> Result<BlockDrafter<K>, DecodeError> {
+    pub(crate) fn new(
+        target: &Target<K>,
+        net: Net<K>,
+        borrowed: Borrowed<K>,
+    ) -> Result<BlockDrafter<K>, DecodeError> {
         let t = target.config();
         let kernels = Arc::clone(target.kernels());
         let (shape, layers, levels, map) = match &net {
@@ -155,11 +159,11 @@ impl<K: Kernels> BlockDrafter<K> {
         let vocab_map = map.clone();
         let head = match &net {
             Net::PEagle(draft) => Arc::clone(&draft.weights.lm_head),
-            Net::Block(_) if vocab_map.is_identity() => Arc::clone(target.head()),
-            Net::Block(_) => part_of_head(kernels.as_ref(), target.head(), &vocab_map),
+            Net::Block(_) if vocab_map.is_identity() => borrowed.head,
+            Net::Block(_) => part_of_head(kernels.as_ref(), &borrowed.head, &vocab_map),
         };
         let layers = layers.into_iter().map(LayerId).collect();
-        let (embedding, embed_scale) = (Arc::clone(target.embedding()), t.embed_scale);
+        let Borrowed { embedding, embed_scale, .. } = borrowed;
         Ok(BlockDrafter { kernels, net, embedding, embed_scale, head, vocab_map, layers, levels })
     }
 

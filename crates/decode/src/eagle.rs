@@ -13,7 +13,7 @@ use draftsmith_model::eagle3::Eagle3Draft;
 use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
 use crate::drawn;
 
 /// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence
@@ -100,7 +100,11 @@ impl<K: Kernels> EagleDrafter<K> {
     ///
     /// # Errors
     /// [`DecodeError::DraftMismatch`] if their shapes disagree.
-    pub(crate) fn new(target: &Target<K>, draft: Eagle3Draft<K>) -> Result<EagleDrafter<K>, DecodeError> {
+    pub(crate) fn new(
+        target: &Target<K>,
+        draft: Eagle3Draft<K>,
+        borrowed: Borrowed<K>,
+    ) -> Result<EagleDrafter<K>, DecodeError> {
         let (d, t) = (&draft.network.config, target.config());
         for (what, draft, target) in [
             ("target hidden size", d.target_hidden_size, t.hidden_size),
@@ -122,8 +126,8 @@ impl<K: Kernels> EagleDrafter<K> {
         Ok(EagleDrafter {
             kernels: Arc::clone(target.kernels()),
             draft,
-            embedding: Arc::clone(target.embedding()),
-            embed_scale: t.embed_scale,
+            embedding: borrowed.embedding,
+            embed_scale: borrowed.embed_scale,
             layers,
         })
     }
