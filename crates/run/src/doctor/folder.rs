@@ -14,23 +14,23 @@ use serde_json::{Map, Value, json};
 use crate::Error;
 
 /// A draft that could be read after something in it was corrected.
-pub struct Repaired {
+pub(crate) struct Repaired {
     /// Stable name of what was wrong.
-    pub id: &'static str,
+    pub(crate) id: &'static str,
     /// What is wrong, as a sentence.
-    pub what: String,
+    pub(crate) what: String,
     /// The key or tensor.
-    pub key: String,
+    pub(crate) key: String,
     /// What stands there.
-    pub found: Option<String>,
+    pub(crate) found: Option<String>,
     /// What to write in its place.
-    pub write: String,
+    pub(crate) write: String,
     /// The draft as it is read then.
-    pub imported: Imported,
+    pub(crate) imported: Imported,
 }
 
 /// How a folder was read.
-pub enum Opened {
+pub(crate) enum Opened {
     /// As it is.
     Whole(Box<Imported>),
     /// Not at all; or with corrections, of which any may be the right one.
@@ -48,7 +48,7 @@ pub enum Opened {
 ///
 /// # Errors
 /// A path without a draft, a file that cannot be read, a kind that is not built.
-pub fn open(path: &Path) -> Result<(Map<String, Value>, Opened), Error> {
+pub(crate) fn open(path: &Path) -> Result<(Map<String, Value>, Opened), Error> {
     let raw = raw_config(path);
     match import_with(path, None) {
         Ok(imported) => Ok((raw, Opened::Whole(Box::new(imported)))),

@@ -16,13 +16,13 @@ const INSIDE: [&str; 6] = [
 
 /// A draft's own words.
 #[derive(Clone, Debug)]
-pub struct Words {
+pub(crate) struct Words {
     /// How it is stored.
-    pub layout: Layout,
+    pub(crate) layout: Layout,
     /// `eagle3.` or `dflash.` in a GGUF file.
     prefix: &'static str,
     /// `config.json`, if there is one.
-    pub raw: Map<String, Value>,
+    pub(crate) raw: Map<String, Value>,
 }
 
 /// The captured layers.
@@ -35,7 +35,7 @@ const LAYERS: [&str; 4] = [
 
 impl Words {
     /// Of a folder with this configuration, or of a GGUF file.
-    pub fn new(layout: Layout, config: &DraftConfig, raw: Map<String, Value>) -> Words {
+    pub(crate) fn new(layout: Layout, config: &DraftConfig, raw: Map<String, Value>) -> Words {
         let prefix = match config {
             DraftConfig::Eagle3(_) => "eagle3",
             DraftConfig::Block(_) | DraftConfig::PEagle(_) => "dflash",
@@ -48,7 +48,7 @@ impl Words {
     }
 
     /// The dotted place of the first of these keys that is there; else of the first of them, at the top.
-    pub fn place(&self, names: &[&str]) -> String {
+    pub(crate) fn place(&self, names: &[&str]) -> String {
         for name in names {
             if let Some(place) = place_in(&self.raw, name) {
                 return place;
@@ -58,7 +58,7 @@ impl Words {
     }
 
     /// The key of a number or switch, and its GGUF name.
-    pub fn key(&self, names: &[&str], gguf: &str) -> String {
+    pub(crate) fn key(&self, names: &[&str], gguf: &str) -> String {
         match self.is_gguf() {
             true if gguf.contains(' ') || gguf.starts_with("tokenizer.") => gguf.to_owned(),
             true => format!("{}.{gguf}", self.prefix),
@@ -67,7 +67,7 @@ impl Words {
     }
 
     /// The value at a dotted place as it is written.
-    pub fn found(&self, place: &str) -> Option<String> {
+    pub(crate) fn found(&self, place: &str) -> Option<String> {
         let mut parts = place.split('.');
         let first = self.raw.get(parts.next()?)?;
         let value = parts.try_fold(first, |at, part| at.get(part))?;
@@ -75,7 +75,7 @@ impl Words {
     }
 
     /// The key of the captured layers, and whether it counts from 1 there (by the layer that reads a state).
-    pub fn layers(&self) -> (String, u32) {
+    pub(crate) fn layers(&self) -> (String, u32) {
         if self.is_gguf() {
             return (format!("{}.target_layers", self.prefix), 1);
         }

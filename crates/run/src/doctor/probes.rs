@@ -16,41 +16,41 @@ use super::texts::Tap;
 
 /// A setting to try.
 #[derive(Clone, Debug)]
-pub struct Probe {
+pub(crate) struct Probe {
     /// Stable name.
-    pub id: &'static str,
+    pub(crate) id: &'static str,
     /// What would be wrong, as a sentence.
-    pub what: String,
+    pub(crate) what: String,
     /// The key or tensor in the folder that it is about.
-    pub key: String,
+    pub(crate) key: String,
     /// What to write in its place, or to do where no key says it.
-    pub write: String,
+    pub(crate) write: String,
     /// The setting.
-    pub setting: Setting,
+    pub(crate) setting: Setting,
     /// One of many of its kind, looked at on few texts first.
-    pub is_one_of_many: bool,
+    pub(crate) is_one_of_many: bool,
 }
 
 /// What probes know beside the setting.
-pub struct Facts<'a> {
+pub(crate) struct Facts<'a> {
     /// Its folder's words.
-    pub words: &'a Words,
+    pub(crate) words: &'a Words,
     /// The target.
-    pub target: &'a TargetConfig,
+    pub(crate) target: &'a TargetConfig,
     /// Tokens that may be the mask.
-    pub mask_tokens: &'a [u32],
+    pub(crate) mask_tokens: &'a [u32],
     /// Matrices that came along.
-    pub copies: &'a Copies,
+    pub(crate) copies: &'a Copies,
     /// The copy of the embedding is not the target's.
-    pub is_other_embedding: bool,
+    pub(crate) is_other_embedding: bool,
     /// The copy of the head is not the target's.
-    pub is_other_head: bool,
+    pub(crate) is_other_head: bool,
     /// Layers (0-based) that another key of the folder names.
-    pub other_layers: Option<Vec<u32>>,
+    pub(crate) other_layers: Option<Vec<u32>>,
 }
 
 /// Everything that applies to a setting, itself and what has no effect left out.
-pub fn probes(setting: &Setting, facts: &Facts<'_>) -> Vec<Probe> {
+pub(crate) fn probes(setting: &Setting, facts: &Facts<'_>) -> Vec<Probe> {
     let mut list = List { setting, facts, probes: Vec::new() };
     list.layers();
     list.vocabulary();
