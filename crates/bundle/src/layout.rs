@@ -135,10 +135,8 @@ impl Numbers {
 /// Weights in memory whose numbers no training leaves behind: not finite, all the same, or as they were at the start.
 pub fn number_problems(config: &DraftConfig, tensors: &DraftTensors) -> Vec<Problem> {
     let mut numbers = Numbers::of(config);
-    let mut problems: Vec<Problem> = tensors
-        .iter()
-        .filter_map(|(name, (shape, values))| numbers.judge(name, shape, values))
-        .collect();
+    let mut problems: Vec<Problem> =
+        tensors.iter().filter_map(|(name, (shape, values))| numbers.judge(name, shape, values)).collect();
     if problems.is_empty() && numbers.are_initial() {
         problems.push(Problem::Untrained { initializer_range: config.shape().initializer_range });
     }

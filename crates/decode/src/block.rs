@@ -15,7 +15,9 @@ use draftsmith_model::peagle::{PEagleDraft, PEagleKv, PEaglePart};
 use draftsmith_model::{DraftNetwork, DraftSpec, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{
+    Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows,
+};
 use crate::drawn;
 
 /// Positions whose features may wait at most.

@@ -13,7 +13,9 @@ use draftsmith_model::eagle3::Eagle3Draft;
 use draftsmith_model::{CacheAttend, DraftNetwork, Infer, Linear, Ops, Rows, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{
+    Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows,
+};
 use crate::drawn;
 
 /// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence

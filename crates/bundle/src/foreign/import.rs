@@ -183,7 +183,9 @@ impl Imported {
         reference: &str,
         target: &Target<K>,
     ) -> Result<Made, BundleError> {
-        if let Some(problem) = self.contradiction.clone().or_else(|| self.borrowed_problems(target).into_iter().next()) {
+        if let Some(problem) =
+            self.contradiction.clone().or_else(|| self.borrowed_problems(target).into_iter().next())
+        {
             return Err(BundleError::draft(&self.path, "imported", vec![problem]));
         }
         let num_layers = target.config().num_layers as u32;

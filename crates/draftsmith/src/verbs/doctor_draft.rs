@@ -69,7 +69,9 @@ fn page(found: &DraftReport, name: &str) -> String {
     if let Some(own) = &found.own {
         row("as it is", rates(own));
     }
-    if let Some(corrected) = found.corrected.as_ref().filter(|corrected| found.own.as_ref() != Some(corrected)) {
+    if let Some(corrected) =
+        found.corrected.as_ref().filter(|corrected| found.own.as_ref() != Some(corrected))
+    {
         row("corrected", rates(corrected));
     }
     let positions = found.own.as_ref().or(found.corrected.as_ref()).map_or(0, |m| m.positions);

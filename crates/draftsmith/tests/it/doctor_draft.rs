@@ -82,7 +82,8 @@ impl Ward {
     fn new() -> Ward {
         let target = tiny_target();
         let rows = read_workload(&repository().join("fixtures/tiny-target/eval.jsonl"), Some(10)).unwrap();
-        let prompts: Vec<Vec<u32>> = rows.iter().map(|row| first_prompt(&target.text, row).unwrap()).collect();
+        let prompts: Vec<Vec<u32>> =
+            rows.iter().map(|row| first_prompt(&target.text, row).unwrap()).collect();
         let texts = Texts::read(&target, &prompts, 40, &Silent, &Stop::default()).unwrap();
         Ward { target, texts, folder: tempfile::tempdir().unwrap() }
     }
@@ -98,7 +99,13 @@ impl Ward {
 
     /// Breaks a draft and wants exactly one suspicion.
     #[track_caller]
-    fn check(&self, kind: &str, what: &str, breaks: impl FnOnce(&mut Parts), (id, key, write): (&str, &str, &str)) {
+    fn check(
+        &self,
+        kind: &str,
+        what: &str,
+        breaks: impl FnOnce(&mut Parts),
+        (id, key, write): (&str, &str, &str),
+    ) {
         let mut parts = Parts::of(&draft(kind));
         breaks(&mut parts);
         let dir = self.folder.path().join(format!("{kind}-{what}"));
@@ -130,8 +137,11 @@ fn named(what: &str, found: &DraftReport, (id, key, write): (&str, &str, &str)) 
 
 #[track_caller]
 fn well(what: &str, found: &DraftReport) {
-    let told: Vec<String> =
-        found.suspicions.iter().map(|s| format!("{}: {} -> {}, {:?}", s.id, s.key, s.write, s.after)).collect();
+    let told: Vec<String> = found
+        .suspicions
+        .iter()
+        .map(|s| format!("{}: {} -> {}, {:?}", s.id, s.key, s.write, s.after))
+        .collect();
     assert!(found.is_well(), "{what}: {told:#?}, as it is {:?}", found.own);
     let own = found.own.as_ref().unwrap();
     // Chance would be a few percent: the most frequent token.
@@ -145,7 +155,8 @@ fn is_well_in_every_layout(kind: &str, layouts: &[&str]) {
     let ward = Ward::new();
     let home = Home::new();
     well(kind, &ward.examine(&draft(kind)));
-    let (given, bundle) = (draft(kind).display().to_string(), home.path().join("bundle").display().to_string());
+    let (given, bundle) =
+        (draft(kind).display().to_string(), home.path().join("bundle").display().to_string());
     let target = repository().join("fixtures/tiny-target").display().to_string();
     let imported = home.run(&["bundle", "import", &given, "--target", &target, "--out", &bundle]);
     assert_eq!(imported.code, Some(0), "{}", imported.stderr);
@@ -234,7 +245,12 @@ fn wrong_rope_and_norms_of_an_eagle_draft_are_named() {
     let ward = Ward::new();
     ward.check("eagle3", "theta", |p| p.set("rope_theta", json!(3)), ("rope_theta", "rope_theta", "10000"));
     let scaling = json!({ "rope_type": "linear", "factor": 16.0 });
-    ward.check("eagle3", "scaling", |p| p.set("rope_scaling", scaling), ("rope_scaling", "rope_scaling", "null"));
+    ward.check(
+        "eagle3",
+        "scaling",
+        |p| p.set("rope_scaling", scaling),
+        ("rope_scaling", "rope_scaling", "null"),
+    );
     let pairs = |p: &mut Parts| p.each(turns, |values, shape| turn(values, shape, true));
     ward.check("eagle3", "pairs", pairs, ("rope_pairs", "q_proj", "halves"));
     let twice = |p: &mut Parts| p.each(turns, |values, shape| turn(values, shape, false));
@@ -243,12 +259,27 @@ fn wrong_rope_and_norms_of_an_eagle_draft_are_named() {
         let shift = |p: &mut Parts| p.each(is_norm, |values, _| values.iter_mut().for_each(|v| *v += by));
         ward.check("eagle3", what, shift, ("norm_offset", "norm weights", write));
     }
-    ward.check("eagle3", "eps", |p| p.set("rms_norm_eps", json!(2)), ("rms_norm_eps", "rms_norm_eps", "0.00001"));
+    ward.check(
+        "eagle3",
+        "eps",
+        |p| p.set("rms_norm_eps", json!(2)),
+        ("rms_norm_eps", "rms_norm_eps", "0.00001"),
+    );
     let residual = ("norm_before_residual", "norm_before_residual", "false");
     ward.check("eagle3", "residual", |p| p.set("norm_before_residual", json!(true)), residual);
-    ward.check("eagle3", "output", |p| p.set("norm_output", json!(true)), ("norm_output", "norm_output", "false"));
+    ward.check(
+        "eagle3",
+        "output",
+        |p| p.set("norm_output", json!(true)),
+        ("norm_output", "norm_output", "false"),
+    );
     ward.check("eagle3", "fc_norm", |p| p.set("fc_norm", json!(true)), ("fc_norm", "fc_norm", "false"));
-    ward.check("eagle3", "before_fc", |p| p.set("norm_before_fc", json!(true)), ("norm_before_fc", "norm_before_fc", "false"));
+    ward.check(
+        "eagle3",
+        "before_fc",
+        |p| p.set("norm_before_fc", json!(true)),
+        ("norm_before_fc", "norm_before_fc", "false"),
+    );
 }
 
 #[test]
@@ -284,7 +315,8 @@ fn wrong_vocabularies_of_an_eagle_draft_are_named() {
         std::fs::copy(own.join(file), dir.join(file)).unwrap();
     }
     well("the same tokenizer", &ward.examine(&dir));
-    let mut json: Value = serde_json::from_slice(&std::fs::read(own.join("tokenizer.json")).unwrap()).unwrap();
+    let mut json: Value =
+        serde_json::from_slice(&std::fs::read(own.join("tokenizer.json")).unwrap()).unwrap();
     let vocab = json["model"]["vocab"].as_object_mut().unwrap();
     let of = |id: u64, vocab: &Map<String, Value>| vocab.iter().find(|(_, v)| **v == id).unwrap().0.clone();
     let (a, b) = (of(900, vocab), of(901, vocab));
@@ -307,18 +339,36 @@ fn wrong_tensors_are_named() {
     ward.check("eagle3", "extra", extra, ("tensor_extra", "midlayer.extra.weight", ""));
     let lacking = |p: &mut Parts| drop(p.tensors.remove("midlayer.mlp.up_proj.weight"));
     ward.check("eagle3", "lacking", lacking, ("tensor_missing", "midlayer.mlp.up_proj.weight", ""));
-    ward.check("eagle3", "width", |p| p.set("intermediate_size", json!(320)), ("shape", "intermediate_size", "128"));
-    ward.check("eagle3", "heads", |p| p.set("num_key_value_heads", json!(4)), ("shape", "num_key_value_heads", "2"));
-    ward.check("eagle3", "vocab", |p| p.set("draft_vocab_size", json!(1000)), ("shape", "draft_vocab_size", "512"));
+    ward.check(
+        "eagle3",
+        "width",
+        |p| p.set("intermediate_size", json!(320)),
+        ("shape", "intermediate_size", "128"),
+    );
+    ward.check(
+        "eagle3",
+        "heads",
+        |p| p.set("num_key_value_heads", json!(4)),
+        ("shape", "num_key_value_heads", "2"),
+    );
+    ward.check(
+        "eagle3",
+        "vocab",
+        |p| p.set("draft_vocab_size", json!(1000)),
+        ("shape", "draft_vocab_size", "512"),
+    );
     // A draft of noise fits, and nothing is accepted.
     let noise = |p: &mut Parts| {
-        p.each(|name| !is_norm(name), |values, _| {
-            let mut state = 7u32;
-            values.iter_mut().for_each(|v| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                *v = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
-            });
-        });
+        p.each(
+            |name| !is_norm(name),
+            |values, _| {
+                let mut state = 7u32;
+                values.iter_mut().for_each(|v| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    *v = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
+                });
+            },
+        );
     };
     ward.check("eagle3", "noise", noise, ("accepts_nothing", "as a whole", "trained"));
 }
@@ -365,7 +415,11 @@ fn states_beside_other_tokens_and_behind_other_norms_are_named() {
     layers(&mut parts, [1, 3, 7]);
     let dir = ward.folder.path().join("final");
     parts.write(&dir);
-    named("final", &ward.examine_with(&dir, &texts), ("final_norm", NESTED, "the state behind the final norm"));
+    named(
+        "final",
+        &ward.examine_with(&dir, &texts),
+        ("final_norm", NESTED, "the state behind the final norm"),
+    );
 }
 
 const TABLE: &str = "dflash_config";
@@ -380,8 +434,12 @@ fn wrong_settings_of_block_drafts_are_named() {
     for kind in ["dflash", "dspark"] {
         let own = Parts::of(&draft(kind));
         let mask = own.config[TABLE]["mask_token_id"].clone();
-        let ids: Vec<u64> =
-            own.config[TABLE]["target_layer_ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap()).collect();
+        let ids: Vec<u64> = own.config[TABLE]["target_layer_ids"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_u64().unwrap())
+            .collect();
         let off = |by: i64| json!(ids.iter().map(|id| *id as i64 + by).collect::<Vec<i64>>());
         let written = format!("[{}]", ids.iter().map(u64::to_string).collect::<Vec<String>>().join(", "));
         let key = "dflash_config.target_layer_ids";
@@ -400,7 +458,12 @@ fn wrong_settings_of_block_drafts_are_named() {
         ward.check(kind, "pairs", pairs, ("rope_pairs", "q_proj", "halves"));
         let shift = |p: &mut Parts| p.each(is_norm, |values, _| values.iter_mut().for_each(|v| *v -= 1.0));
         ward.check(kind, "gemma", shift, ("norm_offset", "norm weights", "plus 1"));
-        ward.check(kind, "eps", |p| p.set("rms_norm_eps", json!(2)), ("rms_norm_eps", "rms_norm_eps", "0.00001"));
+        ward.check(
+            kind,
+            "eps",
+            |p| p.set("rms_norm_eps", json!(2)),
+            ("rms_norm_eps", "rms_norm_eps", "0.00001"),
+        );
         let layers = ("target_layers", "num_target_layers", "8");
         ward.check(kind, "target", |p| p.set("num_target_layers", json!(12)), layers);
         let causal = |p: &mut Parts| {
@@ -442,14 +505,20 @@ fn wrong_settings_of_a_p_eagle_draft_are_named() {
     let embedding = |p: &mut Parts| {
         p.each(|name| name == "embed_tokens.weight", |values, _| values.reverse());
     };
-    ward.check("p-eagle", "embedding", embedding, ("target_embedding", "embed_tokens.weight", "the target's"));
+    ward.check(
+        "p-eagle",
+        "embedding",
+        embedding,
+        ("target_embedding", "embed_tokens.weight", "the target's"),
+    );
 }
 
 #[test]
 fn a_gguf_draft_whose_layers_count_from_0_is_named_with_its_key() {
     let ward = Ward::new();
     let home = Home::new();
-    let (given, bundle) = (draft("eagle3").display().to_string(), home.path().join("bundle").display().to_string());
+    let (given, bundle) =
+        (draft("eagle3").display().to_string(), home.path().join("bundle").display().to_string());
     let target = repository().join("fixtures/tiny-target").display().to_string();
     let out = home.path().join("gguf").display().to_string();
     for args in [
@@ -491,7 +560,9 @@ fn the_verb_tells_people_and_scripts_and_ends_with_1() {
     let target = repository().join("fixtures/tiny-target").display().to_string();
     let workload = repository().join("fixtures/tiny-target/eval.jsonl").display().to_string();
     let ask = |draft: &str, more: &[&str]| {
-        home.run(&[&["doctor", "--draft", draft, "--target", &target, "--workload", &workload], more].concat())
+        home.run(
+            &[&["doctor", "--draft", draft, "--target", &target, "--workload", &workload], more].concat(),
+        )
     };
     let told = ask(&broken, &[]);
     assert_eq!(told.code, Some(1), "{}", told.stderr);

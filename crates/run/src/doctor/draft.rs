@@ -166,7 +166,10 @@ impl Patient {
         let shape = config.shape();
         if shape.target_hidden_size != t.hidden_size {
             let key = words.key(&["target_hidden_size", "hidden_size"], "target_hidden_size");
-            let what = format!("it reads states {} wide, the target's are {}", shape.target_hidden_size, t.hidden_size);
+            let what = format!(
+                "it reads states {} wide, the target's are {}",
+                shape.target_hidden_size, t.hidden_size
+            );
             let write = "nothing: it was made for another target".to_owned();
             report.suspicions.push(Suspicion::told("hidden_size", what, key, found, write));
         }
@@ -180,7 +183,13 @@ impl Patient {
         {
             let key = words.key(&["num_target_layers"], "num_target_layers");
             let what = format!("it was made for a target of {layers} layers, this one has {}", t.num_layers);
-            report.suspicions.push(Suspicion::told("target_layers", what, key, found, t.num_layers.to_string()));
+            report.suspicions.push(Suspicion::told(
+                "target_layers",
+                what,
+                key,
+                found,
+                t.num_layers.to_string(),
+            ));
         }
         report.suspicions.extend(imported.borrowed_problems(&target.target).iter().map(|problem| {
             let write = "nothing: leave it out, if the draft does well with the target's".to_owned();
@@ -269,7 +278,8 @@ impl Patient {
             };
             let Some(setting) = setting_of(&candidate.imported, target) else { continue };
             let own = score(&setting, &target.target, &copies, texts, depth(&setting.config));
-            let own = own.map_err(|why| report.notes.push(format!("as it is it cannot be asked: {why}"))).ok();
+            let own =
+                own.map_err(|why| report.notes.push(format!("as it is it cannot be asked: {why}"))).ok();
             let is_better = match (&best, &own) {
                 (None, _) => true,
                 (Some((.., Some(was))), Some(own)) => own.beats(was),
@@ -291,8 +301,9 @@ impl Patient {
         let mut now = own.unwrap_or_else(|| Scores::nothing(texts, deepest));
         let mut is_asked = report.own.is_some() || report.suspicions.iter().any(|s| s.after.is_some());
         let problems = candidate.imported.borrowed_problems(&target.target);
-        let is_other =
-            |name: &str| problems.iter().any(|p| matches!(p, Problem::OwnEmbedding { name: n, .. } if n == name));
+        let is_other = |name: &str| {
+            problems.iter().any(|p| matches!(p, Problem::OwnEmbedding { name: n, .. } if n == name))
+        };
         let words = Words::new(candidate.imported.layout, &candidate.imported.config, self.raw.clone());
         let masks = mask_tokens(target);
         let contradiction = candidate.imported.contradiction();
@@ -332,7 +343,8 @@ impl Patient {
                 progress.at(done as u64 + 1);
             }
             progress.end();
-            let best = better.iter().map(|(_, s)| s).max_by(|a, b| a.mean(deepest).total_cmp(&b.mean(deepest)));
+            let best =
+                better.iter().map(|(_, s)| s).max_by(|a, b| a.mean(deepest).total_cmp(&b.mean(deepest)));
             let Some(best) = best.cloned() else { break };
             // The earliest that the best one does not beat is the plainest word for it.
             better.retain(|(_, scores)| !best.beats(scores));
@@ -425,7 +437,8 @@ fn of_problem(problem: &Problem) -> Suspicion {
         Problem::Untrained { .. } => "all weights".to_owned(),
         _ => "config.json".to_owned(),
     };
-    let write = problem.hint().unwrap_or_else(|| "take the draft from where it was published again".to_owned());
+    let write =
+        problem.hint().unwrap_or_else(|| "take the draft from where it was published again".to_owned());
     Suspicion::told(problem.kind(), problem.to_string(), key, |_| None, write)
 }
 
@@ -471,7 +484,8 @@ fn mask_tokens(target: &LoadedTarget) -> Vec<u32> {
     let tokenizer = &target.text.tokenizer;
     let vocab = target.target.config().vocab_size as u32;
     let special = tokenizer.special_ids();
-    let is_mask = |id: &&u32| String::from_utf8_lossy(tokenizer.token_to_piece(**id)).to_lowercase().contains("mask");
+    let is_mask =
+        |id: &&u32| String::from_utf8_lossy(tokenizer.token_to_piece(**id)).to_lowercase().contains("mask");
     let unused = (0..vocab).filter(|id| tokenizer.token_to_piece(*id).is_empty()).take(4);
     let mut ids: Vec<u32> = special.iter().filter(is_mask).copied().collect();
     ids.extend([vocab - 1, 0].into_iter().chain(unused).chain(special.iter().copied()));

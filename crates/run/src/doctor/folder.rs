@@ -242,7 +242,8 @@ fn by_shape(raw: &Map<String, Value>, name: &str, found: &[usize]) -> Vec<Attemp
         let value = raw.get(key).or_else(|| inside.and_then(|inside| inside.get(key)))?;
         value.as_u64().map(|n| n as usize)
     };
-    let head_dim = number("head_dim").or_else(|| Some(number("hidden_size")? / number("num_attention_heads")?));
+    let head_dim =
+        number("head_dim").or_else(|| Some(number("hidden_size")? / number("num_attention_heads")?));
     let per_head = |n: usize| head_dim.filter(|dim| *dim > 0 && n.is_multiple_of(*dim)).map(|dim| n / dim);
     let rows = found.first().copied().unwrap_or(0);
     let columns = found.get(1).copied().unwrap_or(0);

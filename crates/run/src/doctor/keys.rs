@@ -82,7 +82,8 @@ impl Words {
         // Of two keys, the one that is believed: counted from 0, inside a table.
         let nested = place_in_tables(&self.raw, &LAYERS);
         let place = nested.unwrap_or_else(|| self.place(&LAYERS));
-        let from_one = !place.contains('.') && place != "target_layer_ids" && place != "dspark_target_layer_ids";
+        let from_one =
+            !place.contains('.') && place != "target_layer_ids" && place != "dspark_target_layer_ids";
         match (self.found(&place).is_some(), self.prefix) {
             (true, _) => (place, u32::from(from_one)),
             // Not written at all: where SpecForge and SGLang look for it.

@@ -134,7 +134,11 @@ impl List<'_> {
         };
         if let Some(other) = &self.facts.other_layers {
             let taps = other.iter().map(|id| Tap::Layer(*id)).collect();
-            self.taps("layers_of_the_other_key", "two keys name different layers, and the other one is right", taps);
+            self.taps(
+                "layers_of_the_other_key",
+                "two keys name different layers, and the other one is right",
+                taps,
+            );
         }
         if let Some(taps) = moved(-1) {
             let what = "the captured layers are counted one too high: what is read as a layer's output is meant as its \
@@ -185,12 +189,8 @@ impl List<'_> {
     fn vocabulary(&mut self) {
         let own_scale = self.facts.target.embed_scale;
         if let (Some(map), true) = (&self.setting.vocab_map, self.facts.words.layout != Layout::Gguf) {
-            let ids: Option<Vec<u32>> = map
-                .target_ids()
-                .iter()
-                .enumerate()
-                .map(|(draft, id)| id.checked_sub(draft as u32))
-                .collect();
+            let ids: Option<Vec<u32>> =
+                map.target_ids().iter().enumerate().map(|(draft, id)| id.checked_sub(draft as u32)).collect();
             let ascending = |ids: &[u32]| ids.windows(2).all(|pair| pair[0] < pair[1]);
             if let Some(ids) = ids.filter(|ids| ascending(ids) && !map.is_identity())
                 && let Ok(map) = VocabMap::from_target_ids(&ids, map.target_vocab())
@@ -210,9 +210,12 @@ impl List<'_> {
         }
         if self.setting.config.shape().has_embedding {
             let write = "the target's embedding".to_owned();
-            let what = "the draft's embedding is not the one that it was trained with: the target's does better";
+            let what =
+                "the draft's embedding is not the one that it was trained with: the target's does better";
             let key = "embed_tokens.weight".to_owned();
-            self.add("target_embedding", what, (key, write), |s| s.weights.push(WeightChange::TargetEmbedding));
+            self.add("target_embedding", what, (key, write), |s| {
+                s.weights.push(WeightChange::TargetEmbedding)
+            });
         } else if own_scale != 1.0 {
             let write = format!("rows without the target's factor of {own_scale}");
             let what = "the draft was trained with the target's embedding unscaled";
@@ -298,7 +301,11 @@ impl List<'_> {
             let mut scalings = vec![(RopeScaling::None, "RoPE is meant without scaling", "null".to_owned())];
             if !matches!(target.rope_scaling, RopeScaling::None) {
                 let write = format!("the target's: {:?}", target.rope_scaling);
-                scalings.push((target.rope_scaling.clone(), "RoPE is meant with the target's scaling", write));
+                scalings.push((
+                    target.rope_scaling.clone(),
+                    "RoPE is meant with the target's scaling",
+                    write,
+                ));
             }
             for (scaling, what, write) in scalings {
                 let key = words.key(&["rope_scaling", "rope_parameters"], "rope.scaling.type");
@@ -388,15 +395,19 @@ impl List<'_> {
             let what = "the draft was trained on states one position earlier than its tokens want";
             self.add("state_before", what, (key(), retrain.to_owned()), |s| s.feed = Feed::StateBefore);
             if !matches!(self.setting.config, DraftConfig::Block(_)) {
-                let what = "the draft was trained with each state beside its own token instead of the next one";
+                let what =
+                    "the draft was trained with each state beside its own token instead of the next one";
                 self.add("own_token", what, (key(), retrain.to_owned()), |s| s.feed = Feed::OwnToken);
             }
         }
         if matches!(self.setting.config, DraftConfig::Block(_)) && self.setting.rope_gap == 0 {
             for (gap, side) in [(1, "later"), (-1, "earlier")] {
                 let what = format!("positions of a block begin one {side} than they are counted");
-                let write = "no key says it: count positions of context and block from the same token".to_owned();
-                self.add("block_position", what, ("the positions of RoPE".into(), write), |s| s.rope_gap = gap);
+                let write =
+                    "no key says it: count positions of context and block from the same token".to_owned();
+                self.add("block_position", what, ("the positions of RoPE".into(), write), |s| {
+                    s.rope_gap = gap
+                });
             }
         }
     }
@@ -409,7 +420,9 @@ impl List<'_> {
             let key = "rows of q_proj and k_proj".to_owned();
             let what = "q and k are stored for RoPE over interleaved pairs";
             let write = "rows in halves: of each head the even ones first, then the odd ones".to_owned();
-            self.add("rope_pairs", what, (key.clone(), write), |s| s.weights.push(WeightChange::HalvesFromPairs));
+            self.add("rope_pairs", what, (key.clone(), write), |s| {
+                s.weights.push(WeightChange::HalvesFromPairs)
+            });
             let what = "q and k were put in the order of halves, and stood in it before";
             let write = "rows as they were before the conversion".to_owned();
             self.add("rope_halves_twice", what, (key, write), |s| {
@@ -418,7 +431,11 @@ impl List<'_> {
         }
         if !self.setting.weights.iter().any(|change| matches!(change, WeightChange::Norms(_))) {
             for (add, what, write) in [
-                (1.0, "norms are stored as their difference from 1, as Gemma's are", "every weight of a norm plus 1"),
+                (
+                    1.0,
+                    "norms are stored as their difference from 1, as Gemma's are",
+                    "every weight of a norm plus 1",
+                ),
                 (-1.0, "norms had 1 added that was in them before", "every weight of a norm less 1"),
             ] {
                 self.add("norm_offset", what, ("norm weights".into(), write.to_owned()), |s| {

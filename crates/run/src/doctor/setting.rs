@@ -86,8 +86,18 @@ type Matrix = Arc<Linear<<Cpu as Kernels>::Packed>>;
 impl Setting {
     /// True if the other one of the same draft is the same.
     pub fn is_as(&self, other: &Setting) -> bool {
-        let Setting { config, tensors: _, weights, vocab_map, taps, feed, embedding, embed_scale, head, rope_gap } =
-            self;
+        let Setting {
+            config,
+            tensors: _,
+            weights,
+            vocab_map,
+            taps,
+            feed,
+            embedding,
+            embed_scale,
+            head,
+            rope_gap,
+        } = self;
         *config == other.config
             && *weights == other.weights
             && *vocab_map == other.vocab_map

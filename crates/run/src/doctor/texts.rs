@@ -92,11 +92,8 @@ impl Texts {
         report.begin("answers of the target", Some(prompts.len() as u64), Unit::Rows);
         let mut texts = Vec::new();
         for (done, prompt) in prompts.iter().enumerate() {
-            let options = GenerateOptions {
-                max_new_tokens,
-                stop_ids: target.stop_ids(),
-                ..GenerateOptions::default()
-            };
+            let options =
+                GenerateOptions { max_new_tokens, stop_ids: target.stop_ids(), ..GenerateOptions::default() };
             let answer = engine.generate(prompt, &options, &mut |_| stop.flow())?;
             if stop.requested() {
                 return Err(interrupted());
@@ -142,7 +139,8 @@ fn states(target: &Target<Cpu>, tokens: &[u32]) -> BTreeMap<Tap, Vec<f32>> {
     let mut kv = target.new_kv();
     for part in tokens.chunks(PASS_ROWS) {
         let parents = TokenTree::chain_parents(part.len());
-        let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: part, parents: &parents }], &layers);
+        let output =
+            target.forward(&mut [StepItem { kv: &mut kv, tokens: part, parents: &parents }], &layers);
         let mut ops = Infer::new(kernels);
         let embedded = ops.embed(target.embedding(), part, target.config().embed_scale);
         let mut keep = |tap: Tap, values: Vec<f32>| states.entry(tap).or_default().extend(values);
