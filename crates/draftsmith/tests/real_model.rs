@@ -183,8 +183,6 @@ fn real_model_doctor_names_what_is_wrong_with_a_draft() {
     };
     for (config, wanted) in [
         (config.clone(), None),
-        (layers([0, 13, 25]), Some("layers_one_too_low")),
-        (layers([2, 15, 27]), Some("layers_one_too_high")),
         (layers([26, 14, 1]), Some("layers_out_of_order")),
         (with("norm_before_residual", json!(true)), Some("norm_before_residual")),
         (with("rope_theta", json!(10)), Some("rope_theta")),

@@ -104,7 +104,7 @@ pub struct Doctor {
     #[arg(long, value_name = "N", default_value_t = 8, requires = "workload", value_parser = clap::value_parser!(u32).range(1..))]
     pub limit: u32,
     /// Tokens per answer.
-    #[arg(long, value_name = "M", default_value_t = 48, requires = "draft", value_parser = clap::value_parser!(u32).range(8..))]
+    #[arg(long, value_name = "M", default_value_t = 64, requires = "draft", value_parser = clap::value_parser!(u32).range(8..))]
     pub max_new_tokens: u32,
     /// Threads (default: as many as this process may use).
     #[arg(long, value_name = "N", requires = "draft", value_parser = clap::value_parser!(u32).range(1..))]

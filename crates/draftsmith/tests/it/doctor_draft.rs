@@ -81,10 +81,10 @@ struct Ward {
 impl Ward {
     fn new() -> Ward {
         let target = tiny_target();
-        let rows = read_workload(&repository().join("fixtures/tiny-target/eval.jsonl"), Some(10)).unwrap();
+        let rows = read_workload(&repository().join("fixtures/tiny-target/eval.jsonl"), None).unwrap();
         let prompts: Vec<Vec<u32>> =
             rows.iter().map(|row| first_prompt(&target.text, row).unwrap()).collect();
-        let texts = Texts::read(&target, &prompts, 40, &Silent, &Stop::default()).unwrap();
+        let texts = Texts::read(&target, &prompts, 64, &Silent, &Stop::default()).unwrap();
         Ward { target, texts, folder: tempfile::tempdir().unwrap() }
     }
 

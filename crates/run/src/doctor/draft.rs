@@ -30,8 +30,10 @@ const ROUNDS: usize = 3;
 const CHAIN: usize = 4;
 /// The same for drafts that compute all of them in one pass.
 const BLOCK: usize = 8;
-/// Texts that a setting is looked at on before it is given all of them; of many alike fewer.
+/// Texts that a setting is looked at on before it is given all of them.
 const FIRST_TEXTS: usize = 3;
+/// The same for one of many alike.
+const FEW_TEXTS: usize = 2;
 /// Mask tokens that are tried.
 const MASKS: usize = 40;
 
@@ -468,7 +470,7 @@ fn attempt(
     now: &Scores,
 ) -> Result<Scores, String> {
     let wanted = depth(&probe.setting.config);
-    let few = if probe.is_one_of_many { 1 } else { FIRST_TEXTS };
+    let few = if probe.is_one_of_many { FEW_TEXTS } else { FIRST_TEXTS };
     if few < texts.texts.len() {
         let first = score(&probe.setting, &target.target, copies, &texts.first(few), wanted)?;
         if !first.is_promising(&now.first(few)) {
