@@ -350,8 +350,9 @@ impl Patient {
             let Some(best) = best.cloned() else { break };
             // The earliest that the best one does not beat is the plainest word for it.
             better.retain(|(_, scores)| !best.beats(scores));
-            let as_good = better.iter().skip(1).map(|(p, _)| format!("`{}`: {}", p.key, p.write)).collect();
-            let Some((probe, scores)) = better.into_iter().next() else { break };
+            let Some(meant) = meant(&better, deepest) else { break };
+            let (probe, scores) = better.remove(meant);
+            let as_good = better.iter().map(|(p, _)| format!("`{}`: {}", p.key, p.write)).collect();
             // What was only told by looking is now measured.
             report.suspicions.retain(|s| s.id != probe.id || s.after.is_some());
             report.suspicions.push(Suspicion {
@@ -478,6 +479,18 @@ fn attempt(
         }
     }
     score(&probe.setting, &target.target, copies, texts, wanted)
+}
+
+/// Which of the settings that do equally well is meant: the first; of many of its kind the best.
+fn meant(better: &[(Probe, Scores)], depth: usize) -> Option<usize> {
+    let first = &better.first()?.0;
+    let alike = |at: &usize| better[*at].0.id == first.id;
+    match first.is_one_of_many {
+        false => Some(0),
+        true => (0..better.len())
+            .filter(alike)
+            .max_by(|a, b| better[*a].1.mean(depth).total_cmp(&better[*b].1.mean(depth))),
+    }
 }
 
 /// Tokens that may stand for those to be proposed: what the tokenizer calls a mask, its other special tokens, and ids that

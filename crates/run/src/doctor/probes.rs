@@ -85,7 +85,7 @@ impl List<'_> {
         change(&mut setting);
         let again = self.probes.iter().any(|probe| probe.setting.is_as(&setting));
         if !self.setting.is_as(&setting) && !again && setting.config.check().is_ok() {
-            let (what, is_one_of_many) = (what.into(), id == "mask_token");
+            let (what, is_one_of_many) = (what.into(), matches!(id, "mask_token" | "block_size"));
             self.probes.push(Probe { id, what, key, write, setting, is_one_of_many });
         }
     }
