@@ -353,7 +353,7 @@ mod tests {
         assert!(by(2, 2).is_far_better(&own));
         assert!(!own.is_far_better(&own));
         assert!(!by(0, 2).is_far_better(&own), "one of the two texts may be an accident");
-        let slightly: Vec<usize> = (0..64).map(|i| 1 + usize::from(i % 8 == 0)).collect();
+        let slightly: Vec<usize> = (0..64).map(|i| 1 + usize::from(i % 32 == 0)).collect();
         let own = scores(&[&[1; 64], &[1; 64]], 4);
         assert!(!scores(&[&slightly, &slightly], 4).is_far_better(&own), "sure, but not by much");
         assert!(scores(&[&slightly, &slightly], 4).beats(&own));
