@@ -8,7 +8,7 @@ use std::path::Path;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, Tensor};
-use draftsmith_model::{DraftConfig, DraftSpec};
+use draftsmith_model::{DraftConfig, DraftSpec, DraftTensors};
 use serde_json::{Map, Value};
 
 use crate::Problem;
@@ -91,6 +91,58 @@ const UNTRAINED_SHARE: f64 = 0.01;
 /// Smallest matrix whose spread says anything.
 const UNTRAINED_NUMBERS_MIN: usize = 4096;
 
+/// What the numbers of a draft's weights say, tensor by tensor.
+struct Numbers {
+    initial: f64,
+    norms_are_one: bool,
+    initial_spreads: bool,
+    matrices_judged: usize,
+}
+
+impl Numbers {
+    fn of(config: &DraftConfig) -> Numbers {
+        let initial = f64::from(config.shape().initializer_range);
+        Numbers { initial, norms_are_one: true, initial_spreads: true, matrices_judged: 0 }
+    }
+
+    fn judge(&mut self, name: &str, shape: &[usize], values: &[f32]) -> Option<Problem> {
+        let spread = spread(values);
+        if spread.not_finite > 0 {
+            return Some(Problem::TensorNotFinite {
+                name: name.to_owned(),
+                count: spread.not_finite,
+                first: spread.first_not_finite,
+            });
+        }
+        if shape.len() == 1 {
+            self.norms_are_one &= spread.constant == Some(1.0);
+        } else if values.len() >= UNTRAINED_NUMBERS_MIN {
+            self.matrices_judged += 1;
+            self.initial_spreads &= (spread.standard_deviation / self.initial - 1.0).abs() < UNTRAINED_SHARE;
+        }
+        // A norm may stay at exactly one: near 1 a bf16 step is 0.008.
+        let constant =
+            spread.constant.filter(|value| values.len() > 1 && !(shape.len() == 1 && *value == 1.0));
+        constant.map(|value| Problem::TensorConstant { name: name.to_owned(), value })
+    }
+
+    /// Nothing moved since the start of training.
+    fn are_initial(&self) -> bool {
+        self.matrices_judged > 0 && self.norms_are_one && self.initial_spreads
+    }
+}
+
+/// Weights in memory whose numbers no training leaves behind: not finite, all the same, or as they were at the start.
+pub fn number_problems(config: &DraftConfig, tensors: &DraftTensors) -> Vec<Problem> {
+    let mut numbers = Numbers::of(config);
+    let mut problems: Vec<Problem> =
+        tensors.iter().filter_map(|(name, (shape, values))| numbers.judge(name, shape, values)).collect();
+    if problems.is_empty() && numbers.are_initial() {
+        problems.push(Problem::Untrained { initializer_range: config.shape().initializer_range });
+    }
+    problems
+}
+
 /// Compares the weights with what the configuration asks for; problems in a fixed order, tensors named.
 pub(crate) fn weight_problems(
     config: &DraftConfig,
@@ -99,9 +151,7 @@ pub(crate) fn weight_problems(
 ) -> Vec<Problem> {
     let mut problems = Vec::new();
     let specs = expected_tensors(&**config);
-    let mut norms_are_one = true;
-    let mut initial_spreads = true;
-    let mut matrices_judged = 0;
+    let mut numbers = Numbers::of(config);
     for spec in &specs {
         let Some(tensor) = weights.find(&spec.name) else {
             problems.push(Problem::TensorMissing {
@@ -136,29 +186,7 @@ pub(crate) fn weight_problems(
             continue;
         }
         let Ok(values) = tensor.to_f32() else { continue }; // the type was checked above
-        let spread = spread(&values);
-        if spread.not_finite > 0 {
-            problems.push(Problem::TensorNotFinite {
-                name: spec.name.clone(),
-                count: spread.not_finite,
-                first: spread.first_not_finite,
-            });
-            continue;
-        }
-        if spec.shape.len() == 1 {
-            norms_are_one &= spread.constant == Some(1.0);
-        } else if values.len() >= UNTRAINED_NUMBERS_MIN {
-            matrices_judged += 1;
-            let initial = f64::from(config.shape().initializer_range);
-            initial_spreads &= (spread.standard_deviation / initial - 1.0).abs() < UNTRAINED_SHARE;
-        }
-        // A norm may stay at exactly one: near 1 a bf16 step is 0.008.
-        if let Some(value) = spread.constant
-            && values.len() > 1
-            && !(spec.shape.len() == 1 && value == 1.0)
-        {
-            problems.push(Problem::TensorConstant { name: spec.name.clone(), value });
-        }
+        problems.extend(numbers.judge(&spec.name, &spec.shape, &values));
     }
     for name in weights.names() {
         let copied = !config.shape().has_embedding && name == "embed_tokens.weight";
@@ -168,7 +196,7 @@ pub(crate) fn weight_problems(
             problems.push(Problem::TensorExtra { name: name.to_owned(), shape });
         }
     }
-    if problems.is_empty() && matrices_judged > 0 && norms_are_one && initial_spreads {
+    if problems.is_empty() && numbers.are_initial() {
         problems.push(Problem::Untrained { initializer_range: config.shape().initializer_range });
     }
     problems

@@ -27,7 +27,7 @@ pub use foreign::{
     ExportInput, Exported, GGUF_FILE, Imported, Layout, SPECFORGE, TargetFacts, export, export_specforge,
     import, import_gguf, import_safetensors, import_with, launch, verify_export,
 };
-pub use layout::{TensorSpec, expected_tensors};
+pub use layout::{TensorSpec, expected_tensors, number_problems};
 pub use make::{Existing, Made, MakeInput, input_of, make, remake};
 pub use manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE,

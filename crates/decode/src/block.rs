@@ -13,7 +13,9 @@ use draftsmith_kernels::{Kernels, PackMode, TopK, WeightView};
 use draftsmith_model::{Correction, DraftKv, Infer, Linear, Ops, PassNetwork, PassPart, Shared, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{
+    Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows,
+};
 use crate::drawn;
 
 /// Positions whose features may wait at most.
@@ -94,6 +96,7 @@ impl<K: Kernels> BlockDrafter<K> {
     pub(crate) fn new(
         target: &Target<K>,
         net: Box<dyn PassNetwork<K>>,
+        borrowed: Borrowed<K>,
     ) -> Result<BlockDrafter<K>, DecodeError> {
         let t = target.config();
         let kernels = Arc::clone(target.kernels());
@@ -120,16 +123,16 @@ impl<K: Kernels> BlockDrafter<K> {
         let vocab_map = map;
         let head = match net.head() {
             Some(own) => Arc::clone(own),
-            None if vocab_map.is_identity() => Arc::clone(target.head()),
-            None => part_of_head(kernels.as_ref(), target.head(), &vocab_map),
+            None if vocab_map.is_identity() => borrowed.head,
+            None => part_of_head(kernels.as_ref(), &borrowed.head, &vocab_map),
         };
         let layers = layers.into_iter().map(LayerId).collect();
         Ok(BlockDrafter {
             kernels,
             levels: net.levels(),
             draft: net,
-            embedding: Arc::clone(target.embedding()),
-            embed_scale: t.embed_scale,
+            embedding: borrowed.embedding,
+            embed_scale: borrowed.embed_scale,
             head,
             vocab_map,
             layers,

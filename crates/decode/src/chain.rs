@@ -12,7 +12,9 @@ use draftsmith_kernels::{Kernels, Segment, StepMask, TopK};
 use draftsmith_model::{CacheAttend, ChainNetwork, Infer, Linear, Ops, Rows, Shared, Target};
 
 use crate::DecodeError;
-use crate::drafter::{Ask, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows};
+use crate::drafter::{
+    Ask, Borrowed, Children, Committed, Drafter, DrafterSession, Features, Node, first_rows,
+};
 use crate::drawn;
 
 /// Positions whose features may wait at most. They are much larger than what the cache keeps of them, and a sequence
@@ -106,6 +108,7 @@ impl<K: Kernels> ChainDrafter<K> {
     pub(crate) fn new(
         target: &Target<K>,
         draft: Box<dyn ChainNetwork<K>>,
+        borrowed: Borrowed<K>,
     ) -> Result<ChainDrafter<K>, DecodeError> {
         let (d, t) = (draft.config(), target.config());
         let shape = d.shape();
@@ -130,8 +133,8 @@ impl<K: Kernels> ChainDrafter<K> {
             kernels: Arc::clone(target.kernels()),
             draft,
             vocab_map,
-            embedding: Arc::clone(target.embedding()),
-            embed_scale: t.embed_scale,
+            embedding: borrowed.embedding,
+            embed_scale: borrowed.embed_scale,
             layers,
             features_width: shape.features_width(),
         })

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{Draft, Infer, Proposer, Rows, StepOutput, Target};
+use draftsmith_model::{Draft, Infer, Linear, Proposer, Rows, StepOutput, Target};
 
 use crate::DecodeError;
 use crate::block::BlockDrafter;
@@ -256,14 +256,47 @@ pub trait Drafter<K: Kernels>: Send + Sync {
     }
 }
 
+/// What a draft takes from its target beside the captured states.
+pub struct Borrowed<K: Kernels> {
+    /// `[V, H]` rows of tokens.
+    pub embedding: Arc<Linear<K::Packed>>,
+    /// Their factor.
+    pub embed_scale: f32,
+    /// `[V, H]` what tokens are chosen with, for a draft without a head of its own.
+    pub head: Arc<Linear<K::Packed>>,
+}
+
+impl<K: Kernels> Borrowed<K> {
+    /// The target's own.
+    pub fn of(target: &Target<K>) -> Borrowed<K> {
+        Borrowed {
+            embedding: Arc::clone(target.embedding()),
+            embed_scale: target.config().embed_scale,
+            head: Arc::clone(target.head()),
+        }
+    }
+}
+
 /// What proposes with a draft, beside the target that it was made for.
 ///
 /// # Errors
 /// [`DecodeError::DraftMismatch`] if their shapes disagree.
 pub fn drafter<K: Kernels>(target: &Target<K>, draft: Draft<K>) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
+    drafter_with(target, draft, Borrowed::of(target))
+}
+
+/// The same with embedding and head of another place, in the target's shapes.
+///
+/// # Errors
+/// As [`drafter`].
+pub fn drafter_with<K: Kernels>(
+    target: &Target<K>,
+    draft: Draft<K>,
+    borrowed: Borrowed<K>,
+) -> Result<Arc<dyn Drafter<K>>, DecodeError> {
     Ok(match draft.into_proposer() {
-        Proposer::Chain(draft) => Arc::new(ChainDrafter::new(target, draft)?),
-        Proposer::Pass(draft) => Arc::new(BlockDrafter::new(target, draft)?),
+        Proposer::Chain(draft) => Arc::new(ChainDrafter::new(target, draft, borrowed)?),
+        Proposer::Pass(draft) => Arc::new(BlockDrafter::new(target, draft, borrowed)?),
     })
 }
 

@@ -28,8 +28,8 @@ mod tree;
 pub use batch::Batch;
 pub use costs::{Calibration, Costs, CostsOff};
 pub use drafter::{
-    Ask, Children, Committed, DraftPlan, Drafter, DrafterSession, Features, Node, Shape, drafter,
-    small_drafter,
+    Ask, Borrowed, Children, Committed, DraftPlan, Drafter, DrafterSession, Features, Node, Shape, drafter,
+    drafter_with, small_drafter,
 };
 pub use engine::Engine;
 pub use grammar::{Grammar, GrammarState};

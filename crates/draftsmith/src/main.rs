@@ -31,6 +31,7 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
     match cli.verb {
         Verb::Doctor(args) => match &args.verb {
             Some(DoctorVerb::ServeGap(args)) => verbs::serve_gap::run(args, session),
+            None if args.draft.is_some() => verbs::doctor_draft::run(&args, session),
             None => verbs::doctor::run(&args, session),
         },
         Verb::Pull(args) => verbs::pull::run(&args, session),

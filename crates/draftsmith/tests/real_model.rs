@@ -9,9 +9,16 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use draftsmith::capture::{AnswerMark, Dialogue, EngineGenerator, Prompter, SamplingMix, regenerate};
+use draftsmith::doctor::draft::Patient;
+use draftsmith::doctor::score::Measure;
+use draftsmith::doctor::texts::{Texts, built_in_prompts};
+use draftsmith::engine::{LoadedTarget, TargetOptions};
 use draftsmith::measure::prompt_ids;
+use draftsmith::pull::Places;
+use draftsmith::report::{Silent, Stop};
 use draftsmith::target::TargetText;
 use draftsmith_core::{AcceptStats, Sampling};
 use draftsmith_data::read_workload;
@@ -19,6 +26,7 @@ use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, drafter};
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 use draftsmith_text::{Message, RenderOptions};
+use serde_json::{Value, json};
 
 const MAX_NEW_TOKENS: usize = 48;
 
@@ -141,5 +149,53 @@ fn real_model_rows_of_reasoning_hold_every_generated_token() {
         assert_eq!((dialogue_count, progress.tokens), (20, generated as u64));
         assert_eq!(generated, trained, "{name}");
         assert!(cut > 0, "some answers end inside their reasoning");
+    }
+}
+
+/// The shipped draft has nothing wrong with it, and a number changed in its folder is named, each within a minute.
+#[test]
+#[expect(clippy::print_stdout, reason = "the accept lengths and times are worth reading beside the verdict")]
+fn real_model_doctor_names_what_is_wrong_with_a_draft() {
+    let sources = [model().display().to_string()];
+    let options = TargetOptions {
+        sources: &sources,
+        sha256: None,
+        precision: Precision::Stored,
+        threads: 2,
+        template: None,
+    };
+    let (places, stop) = (Places::from_vars(|_| None), Stop::default());
+    let target = LoadedTarget::load(&options, &places, &Silent, &stop).unwrap();
+    let prompts = built_in_prompts(&target).unwrap();
+    let texts = Texts::read(&target, &prompts, 48, &Silent, &stop).unwrap();
+    let bundle = repo("bundles/smollm2-135m-instruct-eagle3");
+    let config: Value = serde_json::from_slice(&std::fs::read(bundle.join("config.json")).unwrap()).unwrap();
+    let layers = |ids: [u32; 3]| {
+        let mut config = config.clone();
+        config["eagle_config"] = json!({ "eagle_aux_hidden_state_layer_ids": ids });
+        config.as_object_mut().unwrap().remove("eagle_aux_hidden_state_layer_ids");
+        config
+    };
+    let with = |key: &str, value: Value| {
+        let mut config = config.clone();
+        config[key] = value;
+        config
+    };
+    for (config, wanted) in [
+        (config.clone(), None),
+        (layers([26, 14, 1]), Some("layers_out_of_order")),
+        (with("norm_before_residual", json!(true)), Some("norm_before_residual")),
+        (with("rope_theta", json!(10)), Some("rope_theta")),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        std::fs::copy(bundle.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        let began = Instant::now();
+        let found = Patient::open(dir.path()).unwrap().examine(&target, &texts, &Silent, &stop).unwrap();
+        let ids: Vec<&str> = found.suspicions.iter().map(|s| s.id.as_str()).collect();
+        let accept_len = |m: &Option<Measure>| m.as_ref().map(|m| m.accept_len);
+        let (own, corrected) = (accept_len(&found.own), accept_len(&found.corrected));
+        println!("{wanted:?}: {ids:?}, {own:?} -> {corrected:?}, {:.0?}", began.elapsed());
+        assert_eq!(ids, wanted.into_iter().collect::<Vec<&str>>());
     }
 }

@@ -2,6 +2,14 @@
 //!
 //! Only looks; changes nothing. What cannot be found out is `None`, never a made-up number.
 
+pub mod draft;
+mod folder;
+mod keys;
+mod probes;
+pub mod score;
+mod setting;
+pub mod texts;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 

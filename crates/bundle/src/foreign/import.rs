@@ -183,7 +183,9 @@ impl Imported {
         reference: &str,
         target: &Target<K>,
     ) -> Result<Made, BundleError> {
-        if let Some(problem) = self.contradiction.clone().or_else(|| self.embedding_problem(target)) {
+        if let Some(problem) =
+            self.contradiction.clone().or_else(|| self.borrowed_problems(target).into_iter().next())
+        {
             return Err(BundleError::draft(&self.path, "imported", vec![problem]));
         }
         let num_layers = target.config().num_layers as u32;
@@ -226,12 +228,17 @@ impl Imported {
         })
     }
 
-    /// What is wrong with embedding and head that came along, if they are not the target's.
-    fn embedding_problem<K: Kernels>(&self, target: &Target<K>) -> Option<Problem> {
+    /// The keys of its configuration that name different layers.
+    pub fn contradiction(&self) -> Option<&Problem> {
+        self.contradiction.as_ref()
+    }
+
+    /// What is wrong with embedding and head that came along, where they are not the target's.
+    pub fn borrowed_problems<K: Kernels>(&self, target: &Target<K>) -> Vec<Problem> {
         let shape = self.config.shape();
         if (shape.vocab_size, shape.hidden_size) != (target.config().vocab_size, target.config().hidden_size)
         {
-            return None; // told by name when the bundle is made
+            return Vec::new(); // told by name when the bundle is made
         }
         let all: Vec<u32> = (0..shape.vocab_size as u32).collect();
         let part = self.vocab_map.as_ref().map_or(&all[..], |map| map.target_ids());
@@ -239,12 +246,13 @@ impl Imported {
         let embedding =
             self.embedding.as_ref().map(|own| (EMBEDDING, own, target.embedding(), scale, &all[..]));
         let head = self.head.as_ref().map(|own| (HEAD, own, target.head(), 1.0, part));
-        embedding.into_iter().chain(head).find_map(|(name, own, table, scale, ids)| {
+        let other = embedding.into_iter().chain(head).filter_map(|(name, own, table, scale, ids)| {
             let share = share_of_difference(target, own, table, scale, ids);
             // A NaN is not the target's either.
             let same = share <= EMBEDDING_SHARE_MAX;
             (!same).then(|| Problem::OwnEmbedding { name: name.to_owned(), share })
-        })
+        });
+        other.collect()
     }
 }
 

@@ -74,17 +74,41 @@ pub enum Verb {
     Man(Man),
 }
 
-/// Says what works on this machine, what is missing and how to get it.
+/// Says what works on this machine, what is missing and how to get it; or what is wrong with a draft.
+///
+/// With `--draft`, the draft (in any layout that `bundle import` reads, or a bundle) is asked at the positions of a few texts
+/// that the target wrote, as its folder says and under settings that are known to be got wrong. A setting that does far
+/// better is named, with the key that it is about and what to write there (docs/DOCTOR.md).
 #[derive(Debug, Args)]
 #[command(
     args_conflicts_with_subcommands = true,
-    after_help = "Examples:\n  draftsmith doctor\n  draftsmith doctor --json\n\nEnds with 1 if the main job \
-                        does not work here."
+    after_help = "Examples:\n  draftsmith doctor\n  draftsmith doctor --json\n  \
+                        draftsmith doctor --draft hf:ORG/DRAFT --target hf:ORG/MODEL\n  \
+                        draftsmith doctor --draft draft.gguf --target model.gguf --workload recipes/data/eval/gsm8k.jsonl\n\n\
+                        Ends with 1 if the main job does not work here, or if something about the draft is suspected."
 )]
 pub struct Doctor {
     /// Other patients.
     #[command(subcommand)]
     pub verb: Option<DoctorVerb>,
+    /// Look into this draft: a folder, a `.gguf` file, a bundle, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "REF", requires = "target")]
+    pub draft: Option<String>,
+    /// The target that it drafts for.
+    #[arg(long, value_name = "REF", requires = "draft")]
+    pub target: Option<String>,
+    /// Prompts: the first turn of each of the first rows (default: built-in ones).
+    #[arg(long, value_name = "FILE", requires = "draft")]
+    pub workload: Option<PathBuf>,
+    /// Rows of the workload.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "workload", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+    /// Tokens per answer.
+    #[arg(long, value_name = "M", default_value_t = 64, requires = "draft", value_parser = clap::value_parser!(u32).range(8..))]
+    pub max_new_tokens: u32,
+    /// Threads (default: as many as this process may use).
+    #[arg(long, value_name = "N", requires = "draft", value_parser = clap::value_parser!(u32).range(1..))]
+    pub threads: Option<u32>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,

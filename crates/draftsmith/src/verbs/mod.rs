@@ -9,6 +9,7 @@ pub(crate) mod bench_tune;
 pub(crate) mod bundle;
 pub(crate) mod data;
 pub(crate) mod doctor;
+pub(crate) mod doctor_draft;
 pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod pull;

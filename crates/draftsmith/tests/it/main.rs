@@ -6,6 +6,7 @@ mod capture_servers;
 mod cli;
 mod decode;
 mod device;
+mod doctor_draft;
 mod experts;
 mod fake_capture;
 mod fake_http;

@@ -22,6 +22,9 @@ pub struct BlockDraft<K: Kernels> {
     pub weights: BlockWeights<Arc<Linear<K::Packed>>, Arc<K::Buf>>,
     /// Draft ids to target ids: rows of the target's head that proposals are chosen from.
     pub vocab_map: VocabMap,
+    /// Positions by which the RoPE of a block stands further from its context than where it is: 0, but for those who look for
+    /// the cause of a draft that is never accepted.
+    pub rope_gap: i32,
     kv_dtype: KvDtype,
 }
 
@@ -71,7 +74,8 @@ impl<K: Kernels> PackDraft<K, BlockConfig> for BlockDraft<K> {
     ) -> Result<BlockDraft<K>, DraftError> {
         let weights = BlockWeights::build(&config, source)?;
         let vocab_map = vocab_map.unwrap_or_else(|| VocabMap::identity(config.vocab_size));
-        Ok(BlockDraft { network: BlockNet::new(config), weights, vocab_map, kv_dtype: mode.kv_dtype() })
+        let (network, kv_dtype) = (BlockNet::new(config), mode.kv_dtype());
+        Ok(BlockDraft { network, weights, vocab_map, rope_gap: 0, kv_dtype })
     }
 }
 
@@ -117,7 +121,10 @@ impl<K: Kernels> BlockDraft<K> {
         let config = &self.network.config;
         let size = (embedded.rows / kvs.len().max(1)) as u32;
         let mut ops = Infer::new(kernels);
-        let positions: Vec<u32> = kvs.iter().flat_map(|kv| (0..size).map(|j| kv.len as u32 + j)).collect();
+        let positions: Vec<u32> = kvs
+            .iter()
+            .flat_map(|kv| (0..size).map(|j| (kv.len as u32 + j).saturating_add_signed(self.rope_gap)))
+            .collect();
         let parents = (0..size).map(|row| row.checked_sub(1)).collect();
         let mut attend = BlockCaches { config, kvs, parents, layer: 0 };
         let output = self.network.block(&mut ops, &self.weights, embedded, &positions, &mut attend);
