@@ -15,6 +15,7 @@ mod eagle3;
 mod inputs;
 mod load;
 mod reference;
+mod replay;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ pub use block::{
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
+pub use replay::ReplayTable;
 pub use size::DraftSize;
 
 /// A run file with every default that does not depend on the target filled in.
@@ -731,6 +733,8 @@ pub struct TrainTable {
     pub keep_checkpoints: u32,
     /// Seed of initial weights and data order. Default: `run.seed`.
     pub seed: Option<u64>,
+    /// Positions where the draft's own proposal is rejected are trained on again.
+    pub replay: ReplayTable,
     /// What `eagle3` alone has.
     pub eagle3: Eagle3TrainTable,
     /// What `dflash` alone has.
@@ -780,6 +784,7 @@ impl Default for TrainTable {
             checkpoint_every: 100,
             keep_checkpoints: 2,
             seed: None,
+            replay: ReplayTable::default(),
             eagle3: Eagle3TrainTable::default(),
             dflash: DflashTrainTable::default(),
             dspark: DsparkTrainTable::default(),
