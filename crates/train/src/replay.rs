@@ -1,4 +1,4 @@
-//! Learning from rejections: positions where the draft's own proposal is rejected are trained on again.
+//! Learning from rejections: positions where the draft's own proposal is rejected are trained on again [draft_opd].
 //!
 //! Ordinary training counts every slot behind every position alike, whether decoding would get there or not. Here the
 //! draft, as it stands, proposes over rows that it has just been trained on, from their captured states, and the rows are

@@ -1006,7 +1006,10 @@ impl RunFile {
         }
         if stage >= Stage::Train {
             keep("draft", &[]);
-            keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]);
+            match self.train.replay.share > 0.0 {
+                true => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]),
+                false => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints", "replay"]),
+            }
             keep("validate", &[]);
         }
         if stage >= Stage::Bundle {

@@ -5,7 +5,6 @@
 //! slot `a + 1 + d`.
 
 use draftsmith_kernels::TrainKernels;
-use draftsmith_model::DraftSpec;
 
 use super::{Element, PEagleTrain};
 use crate::replay::Chains;
