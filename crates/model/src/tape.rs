@@ -969,6 +969,15 @@ impl TttAttend {
     pub fn new(layout: TttLayout, all: Arc<[u32]>, later: Arc<[u32]>) -> TttAttend {
         TttAttend { layout, slots: [all, later], block0: None, diagonals: Vec::new() }
     }
+
+    /// Sets the slots of the steps after the first, before the first of them.
+    ///
+    /// # Panics
+    /// If one of those steps was taken.
+    pub fn set_later(&mut self, later: Arc<[u32]>) {
+        assert!(self.diagonals.is_empty(), "no step has these slots yet");
+        self.slots[1] = later;
+    }
 }
 
 impl<K: TrainKernels> Attend<Tape<K>> for TttAttend {

@@ -21,8 +21,8 @@ use draftsmith_kernels::{PackMode, TrainKernels};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::{
-    DraftWeights, Event, Flow, Hooks, Method, StepReport, TrainError, TrainOptions, ValidationResult, method,
-    train,
+    DraftWeights, Event, Flow, Hooks, Method, ReplayReport, StepReport, TrainError, TrainOptions,
+    ValidationResult, method, train,
 };
 use serde_json::{Value, json};
 
@@ -80,6 +80,7 @@ impl Run<'_> {
         let options = TrainOptions::from_run(&self.file, dir.to_path_buf(), key.to_string());
         let stop = self.env.stop;
         let mut best: Option<ValidationResult> = None;
+        let mut replay: Option<ReplayReport> = None;
         let mut on_event = |event: &Event| {
             match event {
                 Event::Started { total_steps, done_steps, .. } => {
@@ -89,6 +90,7 @@ impl Run<'_> {
                 Event::Step(step) => {
                     report.at(step.step);
                     report.detail(&step_line(step, best.as_ref()));
+                    replay.clone_from(&step.replay);
                 }
                 Event::Checkpoint { .. } => {}
                 Event::Validated { step, mean_of, result, is_best } => {
@@ -119,12 +121,15 @@ impl Run<'_> {
         let hooks = Hooks { on_event: &mut on_event, validate: validates.then_some(&mut measure) };
         let outcome = train(method.as_mut(), store.as_mut(), &options, hooks)?;
         report.end();
+        if let Some(replay) = &replay {
+            report.note(&replay_line(replay));
+        }
         let Some(draft) = outcome.draft.filter(|_| outcome.finished) else {
             return Err(self.interrupted(Stage::Train));
         };
         let state = outcome.state;
         let folder = draft.strip_prefix(dir).unwrap_or(&draft).display().to_string();
-        Ok(json!({
+        let mut summary = json!({
             "steps": state.step,
             "slots": state.slots,
             "draft": folder,
@@ -133,7 +138,11 @@ impl Run<'_> {
             "accept_len": state.best.as_ref().map(|b| b.result.accept_len),
             "accept_len_ci95": state.best.as_ref().map(|b| [b.result.low, b.result.high]),
             "vocab_coverage": coverage,
-        }))
+        });
+        if let Some(replay) = replay {
+            summary["replay_s"] = json!(replay.seconds);
+        }
+        Ok(summary)
     }
 
     /// The draft vocabulary: the most frequent trained tokens, and the share of them that it covers.
@@ -284,6 +293,17 @@ fn step_line(step: &StepReport, best: Option<&ValidationResult>) -> String {
     let best = best.map(|b| format!("  best accept length {:.2}", b.accept_len)).unwrap_or_default();
     let loss = step.loss.map_or_else(|| "no trained slot".to_string(), |loss| format!("loss {loss:.3}"));
     format!("{loss}  acc {}  {:.0} tokens/s{best}", acc.join(" "), step.tokens_per_s)
+}
+
+/// `replay: 21 s; rejected per slot 0.52 0.49 0.51; 128 rows kept`.
+fn replay_line(replay: &ReplayReport) -> String {
+    let shares = replay.rejected.iter().flatten().map(|share| format!(" {share:.2}"));
+    format!(
+        "replay: {:.0} s; rejected per slot{}; {} rows kept",
+        replay.seconds,
+        shares.collect::<String>(),
+        replay.buffered_rows
+    )
 }
 
 /// Real speculative decoding of the prompts with a draft in memory.

@@ -1,7 +1,7 @@
 //! Checkpoints: everything that the next step depends on, written whole or not at all.
 //!
 //! A checkpoint is a folder `step-NNNNNNNN` with `state.json` and `tensors.safetensors` (f32 weights `w.NAME`,
-//! moments `m.NAME` and `v.NAME`). Random streams are functions of seed and position, so no generator state is kept.
+//! moments `m.NAME` and `v.NAME`; `replay.positions` where rejections are trained on again). Random streams are functions of seed and position, so no generator state is kept.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use draftsmith_formats::hash::{sha256_file, sha256_hex};
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use serde::{Deserialize, Serialize};
 
+use crate::replay::Replay;
 use crate::{AdamW, Method, TrainError};
 
 /// One measured validation, as the caller's decoder found it.
@@ -73,6 +74,8 @@ pub struct TrainState {
 const VERSION: u32 = 1;
 const PREFIX: &str = "step-";
 const TENSORS_FILE: &str = "tensors.safetensors";
+/// `[N, 3]` row, anchor and depth of what the replay keeps.
+const REPLAY: &str = "replay.positions";
 
 impl TrainState {
     /// The state before the first step.
@@ -117,7 +120,7 @@ pub(crate) fn save<M: Method + ?Sized>(
     root: &Path,
     method: &M,
     optimizer: &AdamW<M::Kernels>,
-    state: &TrainState,
+    (state, replay): (&TrainState, Option<&Replay>),
     keep: usize,
 ) -> Result<PathBuf, TrainError> {
     let tape = method.tape();
@@ -129,6 +132,10 @@ pub(crate) fn save<M: Method + ?Sized>(
     for (name, m, v) in optimizer.state(tape) {
         tensors.push(TensorData::f32(&format!("m.{name}"), &[m.len()], &m));
         tensors.push(TensorData::f32(&format!("v.{name}"), &[v.len()], &v));
+    }
+    if let Some(replay) = replay {
+        let positions = replay.state();
+        tensors.push(TensorData::i64(REPLAY, &[positions.len() / 3, 3], &positions));
     }
     let path = root.join(folder_name(state.step));
     atomic::create_dir_all(root)?;
@@ -154,6 +161,7 @@ pub(crate) fn resume<M: Method + ?Sized>(
     root: &Path,
     method: &mut M,
     optimizer: &mut AdamW<M::Kernels>,
+    replay: Option<&mut Replay>,
     wanted: &TrainState,
 ) -> Result<Option<TrainState>, TrainError> {
     for (_, path) in list(root) {
@@ -192,6 +200,10 @@ pub(crate) fn resume<M: Method + ?Sized>(
         weights.push((id, read(format!("w.{}", p.name), p.numel())?));
         let (m, v) = (read(format!("m.{}", p.name), p.numel())?, read(format!("v.{}", p.name), p.numel())?);
         moments.push((p.name.clone(), m, v));
+    }
+    if let Some(replay) = replay {
+        let state = tensors.get(REPLAY)?.to_i64()?;
+        replay.restore(&state).ok_or_else(|| damaged(format!("`{REPLAY}` holds no positions")))?;
     }
     for (id, values) in weights {
         method.tape_mut().set_param(id, &values);

@@ -96,6 +96,14 @@ pub enum TrainError {
         /// What is wrong.
         what: String,
     },
+    /// A kind of draft that does not learn from its rejections.
+    #[error(
+        "`train.replay.share` is set, but a draft of the kind `{method}` is not trained on its rejections"
+    )]
+    NoReplay {
+        /// Method name.
+        method: &'static str,
+    },
     /// Validation failed.
     #[error("validation failed: {source}")]
     Validation {
@@ -137,6 +145,7 @@ impl TrainError {
             TrainError::BadCheckpoint { path, .. } => {
                 Some(format!("remove `{}`; training resumes from the one before it", path.display()))
             }
+            TrainError::NoReplay { .. } => Some("leave `train.replay.share` at 0".into()),
             TrainError::Config(e) => e.hint(),
             TrainError::Safetensors(e) => e.hint(),
             TrainError::Atomic(e) => e.hint(),

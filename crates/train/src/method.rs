@@ -3,7 +3,7 @@
 use draftsmith_kernels::TrainKernels;
 use draftsmith_model::tape::Tape;
 
-use crate::{DraftWeights, Pack, TrainError};
+use crate::{DraftWeights, Pack, Replays, TrainError};
 
 /// Whether a micro-batch leaves gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub struct BatchStats {
     pub loss: f64,
     /// What the loss and the gradients of an optimiser step are divided by, summed over its micro-batches.
     pub weight: f64,
+    /// Sum of the factors of all losses of single slots.
+    pub coefficients: f64,
     /// All slots.
     pub slots: u64,
     /// Per depth.
@@ -51,6 +53,7 @@ impl BatchStats {
     pub fn add(&mut self, other: &BatchStats) {
         self.loss += other.loss;
         self.weight += other.weight;
+        self.coefficients += other.coefficients;
         self.slots += other.slots;
         self.sim_accepted += other.sim_accepted;
         self.blocks += other.blocks;
@@ -82,6 +85,10 @@ pub trait Method {
     fn tape_mut(&mut self) -> &mut Tape<Self::Kernels>;
     /// Computes loss and metrics of one micro-batch and, in [`Mode::Train`], adds its gradients.
     fn micro_batch(&mut self, pack: &Pack, mode: Mode) -> Result<BatchStats, TrainError>;
+    /// Training on rejected positions, for a kind that has it.
+    fn replays(&mut self) -> Option<&mut dyn Replays> {
+        None
+    }
     /// The draft as it stands.
     fn draft(&self) -> Result<DraftWeights, TrainError>;
 }

@@ -34,15 +34,15 @@ impl TargetHeads {
         TargetHeads { whole, part, width, memo: HashMap::new() }
     }
 
-    /// The teacher of every slot with a set loss mask: slot `t` holds the target's distribution at position `t + 1`. Slots
-    /// whose most likely token cannot be proposed are not trained.
-    pub(crate) fn teacher<K: TrainKernels>(
-        &mut self,
-        tape: &mut Tape<K>,
-        pack: &Pack,
-        vocab_map: &VocabMap,
-    ) -> PackTeacher<K::Buf> {
+    /// Final hidden states of the positions behind `slots`.
+    fn states(&self, pack: &Pack, slots: &[u32]) -> Vec<f32> {
         let width = self.width;
+        let state = |s: &u32| &pack.last[(*s as usize + 1) * width..(*s as usize + 2) * width];
+        slots.iter().flat_map(state).copied().collect()
+    }
+
+    /// The slots with a set loss mask of each document, whose arg-max and log-sum-exp are known from then on.
+    fn ask<K: TrainKernels>(&mut self, tape: &mut Tape<K>, pack: &Pack) -> Vec<Vec<u32>> {
         let masked: Vec<Vec<u32>> = pack
             .docs
             .iter()
@@ -51,20 +51,45 @@ impl TargetHeads {
                 slots.filter(|s| pack.loss_mask[*s as usize]).collect()
             })
             .collect();
-        // The next position's final hidden state.
-        let state = |s: &u32| &pack.last[(*s as usize + 1) * width..(*s as usize + 2) * width];
-        let states = |slots: &[u32]| -> Vec<f32> { slots.iter().flat_map(state).copied().collect() };
         let unknown =
             |d: &usize| self.memo.get(&pack.rows[*d]).is_none_or(|known| known.len() != masked[*d].len());
         let new: Vec<usize> = (0..pack.docs.len()).filter(unknown).collect();
         let slots: Vec<u32> = new.iter().flat_map(|d| masked[*d].iter().copied()).collect();
         if !slots.is_empty() {
-            let (argmax, lse) = tape.stream_head(&states(&slots), self.whole);
+            let (argmax, lse) = tape.stream_head(&self.states(pack, &slots), self.whole);
             let mut found = argmax.into_iter().zip(lse);
             for d in &new {
                 self.memo.insert(pack.rows[*d], found.by_ref().take(masked[*d].len()).collect());
             }
         }
+        masked
+    }
+
+    /// `[S]` the target's most likely token in the place of each slot's own, where a loss compares with it.
+    pub(crate) fn choices<K: TrainKernels>(&mut self, tape: &mut Tape<K>, pack: &Pack) -> Vec<Option<u32>> {
+        let masked = self.ask(tape, pack);
+        let mut choices = vec![None; pack.len()];
+        for ((doc, slots), row) in pack.docs.iter().zip(&masked).zip(&pack.rows) {
+            let known = self.memo.get(row).map_or(&[][..], Vec::as_slice);
+            for (slot, (id, _)) in slots.iter().zip(known) {
+                let at = *slot as usize + 2;
+                if at < doc.end() && pack.loss_mask[at] {
+                    choices[at] = Some(*id);
+                }
+            }
+        }
+        choices
+    }
+
+    /// The teacher of every slot with a set loss mask: slot `t` holds the target's distribution at position `t + 1`. Slots
+    /// whose most likely token cannot be proposed are not trained.
+    pub(crate) fn teacher<K: TrainKernels>(
+        &mut self,
+        tape: &mut Tape<K>,
+        pack: &Pack,
+        vocab_map: &VocabMap,
+    ) -> PackTeacher<K::Buf> {
+        let masked = self.ask(tape, pack);
         let mut of_slot = vec![u32::MAX; pack.len()];
         let (mut trained, mut lse, mut labels) = (Vec::new(), Vec::new(), Vec::new());
         for (slots, row) in masked.iter().zip(&pack.rows).filter(|(slots, _)| !slots.is_empty()) {
@@ -77,7 +102,7 @@ impl TargetHeads {
                 }
             }
         }
-        let rows = tape.teacher(&states(&trained), self.part, &lse, labels);
+        let rows = tape.teacher(&self.states(pack, &trained), self.part, &lse, labels);
         PackTeacher { rows, of_slot }
     }
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState, ValidationResult};
+use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
     AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
     TensorBoard, TrainError,
@@ -48,6 +49,8 @@ pub struct TrainOptions {
     pub average_best: usize,
     /// Seed of the data order.
     pub seed: u64,
+    /// Learning from rejections; `None`: off.
+    pub replay: Option<ReplayOptions>,
 }
 
 impl TrainOptions {
@@ -80,6 +83,7 @@ impl TrainOptions {
             validate_every: (run.validate.every > 0).then_some(run.validate.every),
             average_best: run.validate.average_best as usize,
             seed: t.seed.unwrap_or(run.run.seed),
+            replay: ReplayOptions::from_table(&t.replay),
         }
     }
 }
@@ -117,6 +121,8 @@ pub struct StepReport {
     pub tokens_per_s: f64,
     /// Seconds until the last step at that speed.
     pub eta_s: f64,
+    /// What the replay did, if it is on.
+    pub replay: Option<ReplayReport>,
 }
 
 /// What happens while training.
@@ -243,7 +249,12 @@ pub fn train<M: Method + ?Sized>(
     let candidates = Candidates::new(&options.dir, options.average_best);
     let mut optimizer = AdamW::new(options.adamw, method.tape());
     let start = TrainState::start(method.name(), &options.run_hash, options.seed);
-    let mut state = checkpoint::resume(&checkpoints, method, &mut optimizer, &start)?.unwrap_or(start);
+    let mut replay = options.replay.map(|replay| Replay::new(replay, options.seed, options.pack_slots));
+    if replay.is_some() {
+        replays(method)?;
+    }
+    let resumed = checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start)?;
+    let mut state = resumed.unwrap_or(start);
     draftsmith_formats::atomic::create_dir_all(&options.dir)?;
     let mut log = JsonLog::open(&options.dir.join("log.jsonl"), state.step)?;
     let mut board = TensorBoard::create(&options.dir.join("tensorboard"), state.step)?;
@@ -256,15 +267,27 @@ pub fn train<M: Method + ?Sized>(
     while state.step < total_steps && flow == Flow::Continue {
         let epoch = state.epoch;
         let mut stats = BatchStats::default();
+        let looks = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
+        let mut seen = Vec::new();
         for _ in 0..packs_per_step {
             let Some(pack) = packs.next((&mut state.epoch, &mut state.pack), widths)? else { break };
             stats.add(&method.micro_batch(&pack, Mode::Train)?);
+            if looks {
+                seen.push(pack);
+            }
         }
         let lr = options.schedule.lr(options.lr, options.warmup_ratio, total_steps, state.step);
         // A step without a single trained slot has no gradient; it still counts, so that the schedule is kept.
         let divisor = if stats.weight > 0.0 { stats.weight } else { 1.0 };
-        let grad_norm = optimizer.step(method.tape_mut(), lr, divisor)?;
+        let more = match &mut replay {
+            Some(replay) => replay.train(method, &mut *packs.store, (state.step, epoch), &stats)?,
+            None => 1.0,
+        };
+        let grad_norm = optimizer.step(method.tape_mut(), lr, divisor * more)?;
         state.step += 1;
+        if let Some(replay) = &mut replay {
+            replay.look(method, &seen, state.step)?;
+        }
         state.slots += stats.slots;
         has_trained |= stats.depths.iter().any(|depth| depth.trained > 0);
         let loss = (stats.weight > 0.0).then(|| stats.loss / divisor);
@@ -287,6 +310,7 @@ pub fn train<M: Method + ?Sized>(
             total_slots: state.slots,
             tokens_per_s: (state.slots - slots_before) as f64 / elapsed,
             eta_s: elapsed / new_steps as f64 * left as f64,
+            replay: replay.as_ref().map(Replay::report),
         };
         if state.step % options.log_every.max(1) == 0 || left == 0 {
             write_logs(&mut log, &mut board, &report)?;
@@ -307,7 +331,8 @@ pub fn train<M: Method + ?Sized>(
             }
         }
         if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
-            let path = checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
+            let saved = (&state, replay.as_ref());
+            let path = checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
             saved_at = state.step;
             candidates.prune(&state.candidates)?;
             if (hooks.on_event)(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
@@ -317,7 +342,8 @@ pub fn train<M: Method + ?Sized>(
     }
     if state.step < total_steps {
         if saved_at != state.step {
-            checkpoint::save(&checkpoints, method, &optimizer, &state, options.keep_checkpoints)?;
+            let saved = (&state, replay.as_ref());
+            checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
         }
         return Ok(Outcome { state, finished: false, draft: None });
     }
@@ -417,6 +443,17 @@ fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Res
     });
     if let Some(length) = r.sim_accept_len {
         line["sim_accept_len"] = json!(length);
+    }
+    if let Some(replay) = &r.replay {
+        line["replay"] = json!({
+            "seconds": replay.seconds,
+            "loss": replay.loss,
+            "positions": replay.positions,
+            "slots": replay.slots,
+            "buffered_rows": replay.buffered_rows,
+            "sim_accept_len": replay.sim_accept_len,
+            "rejected": replay.rejected,
+        });
     }
     log.write(&line)?;
     let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));

@@ -264,6 +264,7 @@ impl RunFile {
         number("train.eagle3.kl_scale", scale, (0.0..=1.0).contains(&scale), "a number from 0 to 1")?;
         number("train.eagle3.kl_decay", e.kl_decay, e.kl_decay >= 0.0, "a number of at least 0")?;
         self.check_block_training()?;
+        self.check_replay()?;
         number("train.lr", t.lr, t.lr > 0.0, "a number above 0")?;
         let ratio = t.warmup_ratio;
         number("train.warmup_ratio", ratio, (0.0..=1.0).contains(&ratio), "a number from 0 to 1")?;

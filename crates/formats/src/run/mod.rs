@@ -16,6 +16,7 @@ mod inputs;
 mod kind;
 mod load;
 mod reference;
+mod replay;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -36,6 +37,7 @@ pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use kind::{Method, MethodWord};
 pub use load::{Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
+pub use replay::ReplayTable;
 pub use size::DraftSize;
 
 /// A run file with every default that does not depend on the target filled in.
@@ -641,6 +643,8 @@ pub struct TrainTable {
     pub keep_checkpoints: u32,
     /// Seed of initial weights and data order. Default: `run.seed`.
     pub seed: Option<u64>,
+    /// Positions where the draft's own proposal is rejected are trained on again.
+    pub replay: ReplayTable,
     /// What `eagle3` alone has.
     pub eagle3: Eagle3TrainTable,
     /// What `dflash` alone has.
@@ -690,6 +694,7 @@ impl Default for TrainTable {
             checkpoint_every: 100,
             keep_checkpoints: 2,
             seed: None,
+            replay: ReplayTable::default(),
             eagle3: Eagle3TrainTable::default(),
             dflash: DflashTrainTable::default(),
             dspark: DsparkTrainTable::default(),
@@ -911,7 +916,10 @@ impl RunFile {
         }
         if stage >= Stage::Train {
             keep("draft", &[]);
-            keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]);
+            match self.train.replay.share > 0.0 {
+                true => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]),
+                false => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints", "replay"]),
+            }
             keep("validate", &[]);
         }
         if stage >= Stage::Bundle {

@@ -371,6 +371,22 @@ fn broken_overrides_are_refused() {
 }
 
 #[test]
+fn a_replay_fits_a_pack_and_is_no_input_where_it_is_off() {
+    let more = |more: &[&str]| parse(SMALL, more).unwrap().stage_hash(Stage::Train);
+    assert_ne!(more(&[]), more(&["train.replay.share=0.3"]));
+    assert_eq!(more(&[]), more(&["train.replay.share=0.0", "train.replay.every=9"]));
+    let on = "train.replay.share=0.3";
+    assert_ne!(more(&[on]), more(&[on, "train.replay.every=9"]));
+    check_refused(
+        SMALL,
+        &["train.replay.share=0.3", "train.replay.tokens=4096"],
+        "override `train.replay.tokens=4096`: `train.replay.tokens` is 4096, more than `train.pack_length` = 2048",
+        Some("set `train.replay.tokens` to 2048 at most"),
+    );
+    parse(SMALL, &["train.replay.tokens=4096"]).unwrap();
+}
+
+#[test]
 fn values_are_checked_against_each_other() {
     let cases: &[(&str, &str)] = &[
         ("train.lr=0", "is 0, expected a number above 0"),
@@ -380,6 +396,12 @@ fn values_are_checked_against_each_other() {
         ("train.eagle3.ttt_length=0", "is 0, expected at least 1"),
         ("train.pack_length=512", "is 512, but rows can be as long as `data.max_length` = 2048"),
         ("train.max_steps=0", "is 0, expected at least 1"),
+        ("train.replay.share=1", "is 1, expected a number from 0 to below 1"),
+        ("train.replay.share=-0.1", "is -0.1, expected a number from 0 to below 1"),
+        ("train.replay.share=nan", "is NaN, expected a number from 0 to below 1"),
+        ("train.replay.every=0", "is 0, expected at least 1"),
+        ("train.replay.buffer=0", "is 0, expected at least 1"),
+        ("train.replay.tokens=0", "is 0, expected at least 1"),
         ("regenerate.top_p=0", "is 0, expected a number above 0 and at most 1"),
         ("regenerate.temperature=inf", "is inf, expected a number of at least 0"),
         ("regenerate.max_loop_share=1.5", "is 1.5, expected a number from 0 to 1"),

@@ -10,7 +10,7 @@ use draftsmith_model::{DraftConfig, read_draft};
 use draftsmith_train::eagle3::{TargetStart, warm_weights};
 use draftsmith_train::{
     AdamWOptions, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode,
-    Outcome, Pack, RowStore, TrainError, TrainOptions, ValidationResult, train,
+    Outcome, Pack, ReplayOptions, RowStore, TrainError, TrainOptions, ValidationResult, train,
 };
 
 use crate::infer::Random;
@@ -126,6 +126,7 @@ fn options(dir: &Path) -> TrainOptions {
         validate_every: Some(5),
         average_best: 3,
         seed: 11,
+        replay: None,
     }
 }
 
@@ -163,8 +164,21 @@ fn steps(events: &[Event]) -> Vec<(u64, f64, f64)> {
 
 #[test]
 fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
+    let plain = check_resume(None);
+    let replay = ReplayOptions { share: 0.3, tokens: 40, every: 2, buffer: 7 };
+    let replayed = check_resume(Some(replay));
+    assert_ne!(plain, replayed, "what is replayed changes the draft");
+    // Looks alone change nothing: before the first of them there is nothing to replay.
+    let never = ReplayOptions { every: 1000, ..replay };
+    assert!(plain == check_resume(Some(never)));
+}
+
+/// Returns the weights.
+#[track_caller]
+fn check_resume(replay: Option<ReplayOptions>) -> Vec<u8> {
     let random = data();
     let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let options = |dir: &Path| TrainOptions { replay, ..options(dir) };
     let (outcome, events) = run(&random, &options(whole.path()), None);
     assert!(outcome.finished);
     let all = steps(&events);
@@ -201,6 +215,13 @@ fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
             .collect::<Vec<_>>()
     };
     assert_eq!(lines(whole.path()), lines(broken.path()));
+    let replayed = events.iter().filter_map(|e| match e {
+        Event::Step(step) => step.replay.as_ref(),
+        Event::Started { .. } | Event::Checkpoint { .. } | Event::Validated { .. } => None,
+    });
+    let positions: u64 = replayed.map(|r| r.positions).sum();
+    assert_eq!(positions > 20, replay.is_some_and(|r| r.every == 2), "{positions} positions");
+    std::fs::read(whole.path().join("last/model.safetensors")).unwrap()
 }
 
 #[test]

@@ -8,3 +8,4 @@ mod golden_peagle;
 mod infer;
 mod learning;
 mod optimizer;
+mod replay;

@@ -10,6 +10,7 @@
 
 mod anchors;
 mod init;
+mod replay;
 mod weights;
 
 use std::collections::HashMap;
@@ -29,7 +30,9 @@ pub use weights::DpaceKind;
 use crate::methods::eagle3::{TargetSide, TargetStart};
 use crate::methods::{BoxedMethod, Start};
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
-use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
+use crate::{
+    BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Rejected, Replays, TrainError,
+};
 
 /// What is minimised.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -157,8 +160,8 @@ pub struct BlockTrain<K: TrainKernels> {
     target_head: ParamId,
     /// `[Vd, H]` rows of it that proposals are chosen from.
     head: ParamId,
-    /// Log-sum-exp of the target's full logits at the slots of each row seen; only where the head is a part of it.
-    memo: HashMap<u64, Vec<f32>>,
+    /// Arg-max and log-sum-exp of the target's full logits at the slots of each row seen; only where they are needed.
+    memo: HashMap<u64, Vec<(u32, f32)>>,
 }
 
 impl<K: TrainKernels> BlockTrain<K> {
@@ -249,7 +252,7 @@ impl<K: TrainKernels> BlockTrain<K> {
         anchors: &[Vec<u32>],
         mode: Mode,
     ) -> Result<BatchStats, TrainError> {
-        self.run(pack, anchors, mode, None)
+        self.run(pack, anchors, mode, None, None)
     }
 
     /// Loss and all intermediate results of given anchors, without gradients.
@@ -262,7 +265,7 @@ impl<K: TrainKernels> BlockTrain<K> {
         anchors: &[Vec<u32>],
     ) -> Result<(BatchStats, BlockTrace), TrainError> {
         let mut trace = BlockTrace::default();
-        let stats = self.run(pack, anchors, Mode::Evaluate, Some(&mut trace))?;
+        let stats = self.run(pack, anchors, Mode::Evaluate, Some(&mut trace), None)?;
         Ok((stats, trace))
     }
 
@@ -305,38 +308,42 @@ impl<K: TrainKernels> BlockTrain<K> {
         rows
     }
 
-    /// Log-sum-exp of the target's full logits at the slots before the labels; `None` if the head is the whole one.
-    fn full_lse(&mut self, pack: &Pack, blocks: &[Block], rows: &[LossRow]) -> Option<Vec<f32>> {
-        if self.vocab_map.is_identity() {
-            return None;
-        }
+    /// Asks the target's whole head about documents, each named once or side by side: it is known from then on.
+    fn ask_target(&mut self, pack: &Pack, docs: impl Iterator<Item = usize>) {
         let h = self.net.config.layer.hidden_size;
         let wanted = |doc: usize| -> Vec<u32> {
             let span = pack.docs[doc];
             let last = (span.start + span.len).saturating_sub(1);
             (span.start..last).filter(|s| pack.loss_mask[*s as usize + 1]).collect()
         };
-        let mut new: Vec<usize> =
-            blocks.iter().map(|b| b.doc).filter(|d| !self.memo.contains_key(&pack.rows[*d])).collect();
+        let mut new: Vec<usize> = docs.filter(|d| !self.memo.contains_key(&pack.rows[*d])).collect();
         new.dedup();
         let slots: Vec<Vec<u32>> = new.iter().map(|d| wanted(*d)).collect();
         let state = |s: &u32| &pack.last[*s as usize * h..(*s as usize + 1) * h];
         let states: Vec<f32> = slots.iter().flatten().flat_map(state).copied().collect();
         if !states.is_empty() {
-            let (_, lse) = self.tape.stream_head(&states, self.target_head);
-            let mut lse = lse.into_iter();
+            let (argmax, lse) = self.tape.stream_head(&states, self.target_head);
+            let mut found = argmax.into_iter().zip(lse);
             for (doc, slots) in new.iter().zip(&slots) {
                 let span = pack.docs[*doc];
-                let mut all = vec![0.0; span.len as usize];
+                let mut all = vec![(u32::MAX, 0.0); span.len as usize];
                 for slot in slots {
-                    all[(slot - span.start) as usize] = lse.next().expect("one for each state");
+                    all[(slot - span.start) as usize] = found.next().expect("one for each state");
                 }
                 self.memo.insert(pack.rows[*doc], all);
             }
         }
+    }
+
+    /// Log-sum-exp of the target's full logits at the slots before the labels; `None` if the head is the whole one.
+    fn full_lse(&mut self, pack: &Pack, blocks: &[Block], rows: &[LossRow]) -> Option<Vec<f32>> {
+        if self.vocab_map.is_identity() {
+            return None;
+        }
+        self.ask_target(pack, blocks.iter().map(|b| b.doc));
         let of = |row: &LossRow| {
             let doc = blocks[row.block].doc;
-            self.memo[&pack.rows[doc]][(row.label_slot - 1 - pack.docs[doc].start) as usize]
+            self.memo[&pack.rows[doc]][(row.label_slot - 1 - pack.docs[doc].start) as usize].1
         };
         Some(rows.iter().map(of).collect())
     }
@@ -370,12 +377,46 @@ impl<K: TrainKernels> BlockTrain<K> {
         Some((before, tape.stack(&parts)))
     }
 
+    /// What the network gives for blocks: `[N Bk, H]`.
+    fn forward(&mut self, pack: &Pack, blocks: &[Block]) -> Var {
+        let size = self.net.config.block_size;
+        let config = &self.net.config;
+        let shape = config.layer;
+        let heads = HeadLayout {
+            heads: shape.num_attention_heads,
+            kv_heads: shape.num_key_value_heads,
+            head_dim: shape.head_dim,
+            scale: shape.scale(),
+        };
+        let full = config.sliding.iter().position(|s| !s).map(|layer| self.sights(pack, blocks, layer));
+        let sliding = config.sliding.iter().position(|s| *s).map(|layer| self.sights(pack, blocks, layer));
+        let masks = config.sliding.iter().map(|s| {
+            let sights = if *s { &sliding } else { &full };
+            MaskLayout::Spans(Arc::clone(sights.as_ref().expect("made for the layers there are")))
+        });
+        let masks: Vec<MaskLayout> = masks.collect();
+        let features = self.tape.input(&pack.features, pack.len(), config.features_width());
+        let context = self.net.context(&mut self.tape, &self.weights, &features, &pack.positions);
+        let mut attend = BlockAttend::new(heads, masks.into_iter().zip(context).collect());
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        for block in blocks {
+            let anchor = block.anchor as usize;
+            tokens.push(pack.ids[anchor]);
+            tokens.extend(std::iter::repeat_n(config.mask_token_id, size - 1));
+            positions.extend((0..size as u32).map(|j| pack.positions[anchor] + j));
+        }
+        let embedded = self.tape.embed(&self.embed, &tokens, 1.0); // [N Bk, H]
+        self.net.block(&mut self.tape, &self.weights, embedded, &positions, &mut attend)
+    }
+
+    /// `some` are the only rows with a loss, and what their factors add up to.
     fn run(
         &mut self,
         pack: &Pack,
         anchors: &[Vec<u32>],
         mode: Mode,
         mut trace: Option<&mut BlockTrace>,
+        some: Option<(&[Rejected], f64)>,
     ) -> Result<BatchStats, TrainError> {
         let (vocab, size) = (self.net.config.vocab_size, self.net.config.block_size);
         pack.check_ids(vocab)?;
@@ -387,7 +428,10 @@ impl<K: TrainKernels> BlockTrain<K> {
             .enumerate()
             .flat_map(|(doc, anchors)| anchors.iter().map(move |anchor| Block { doc, anchor: *anchor }))
             .collect();
-        let rows = self.loss_rows(pack, &blocks);
+        let mut rows = self.loss_rows(pack, &blocks);
+        if let Some((rejected, _)) = some {
+            rows = self.replayed_rows(&blocks, rows, rejected);
+        }
         if let BlockLoss::Dpace { .. } = self.options.loss {
             stats.weight = anchors.iter().filter(|a| !a.is_empty()).count() as f64;
         }
@@ -399,34 +443,7 @@ impl<K: TrainKernels> BlockTrain<K> {
             _ => None,
         };
 
-        // Forward
-        let config = &self.net.config;
-        let shape = config.layer;
-        let heads = HeadLayout {
-            heads: shape.num_attention_heads,
-            kv_heads: shape.num_key_value_heads,
-            head_dim: shape.head_dim,
-            scale: shape.scale(),
-        };
-        let full = config.sliding.iter().position(|s| !s).map(|layer| self.sights(pack, &blocks, layer));
-        let sliding = config.sliding.iter().position(|s| *s).map(|layer| self.sights(pack, &blocks, layer));
-        let masks = config.sliding.iter().map(|s| {
-            let sights = if *s { &sliding } else { &full };
-            MaskLayout::Spans(Arc::clone(sights.as_ref().expect("made for the layers there are")))
-        });
-        let masks: Vec<MaskLayout> = masks.collect();
-        let features = self.tape.input(&pack.features, pack.len(), config.features_width());
-        let context = self.net.context(&mut self.tape, &self.weights, &features, &pack.positions);
-        let mut attend = BlockAttend::new(heads, masks.into_iter().zip(context).collect());
-        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
-        for block in &blocks {
-            let anchor = block.anchor as usize;
-            tokens.push(pack.ids[anchor]);
-            tokens.extend(std::iter::repeat_n(config.mask_token_id, size - 1));
-            positions.extend((0..size as u32).map(|j| pack.positions[anchor] + j));
-        }
-        let embedded = self.tape.embed(&self.embed, &tokens, 1.0); // [N Bk, H]
-        let output = self.net.block(&mut self.tape, &self.weights, embedded, &positions, &mut attend); // [N Bk, H]
+        let output = self.forward(pack, &blocks); // [N Bk, H]
         if let Some(trace) = trace.as_deref_mut() {
             trace.hidden = self.tape.values(output);
             let logits = self.tape.linear(&output, &self.head, None);
@@ -438,7 +455,8 @@ impl<K: TrainKernels> BlockTrain<K> {
         let chosen = self.tape.select(&output, &chosen); // [L, H]
         let before_ids: Vec<u32> = rows.iter().map(|r| pack.ids[r.label_slot as usize - 1]).collect();
         let markov = self.markov(chosen, &rows, &before_ids);
-        let confidence = self.weights.confidence.as_ref().map(|head| {
+        // Rejected positions alone would teach it that everything is rejected.
+        let confidence = self.weights.confidence.as_ref().filter(|_| some.is_none()).map(|head| {
             self.net.confidence(&mut self.tape, head, &chosen, markov.as_ref().map(|(before, _)| before))
         });
         let mut parts = vec![(chosen, self.head)];
@@ -457,15 +475,23 @@ impl<K: TrainKernels> BlockTrain<K> {
         let grads = mode == Mode::Train;
         let none = vec![0.0; rows.len()];
         let first = self.net.config.first_proposal();
-        let (found, weights) = match self.options.loss {
+        let own = some.map(|some| self.replay_factors(&blocks, &rows, &labels, some));
+        let loss = match self.options.loss {
+            BlockLoss::Dpace { .. } if own.is_some() => BlockLoss::Tokens { gamma: None },
+            loss => loss,
+        };
+        let sum = |weights: &[f32]| -> f64 { weights.iter().map(|w| f64::from(*w)).sum() };
+        let (found, weights) = match loss {
             BlockLoss::Tokens { gamma } => {
                 let weigh = |(r, label): (&LossRow, &u32)| match *label {
                     NO_LABEL => 0.0,
                     _ => weights::decay(gamma, r.slot - first),
                 };
-                let ce: Vec<f32> = rows.iter().zip(&labels).map(weigh).collect();
+                let all = || rows.iter().zip(&labels).map(weigh).collect();
+                let ce: Vec<f32> = own.unwrap_or_else(all);
                 let found = self.tape.token_loss(&parts, &labels, (&ce, &none), None, grads);
-                stats.weight = ce.iter().map(|w| f64::from(*w)).sum();
+                stats.weight = sum(&ce);
+                stats.coefficients = stats.weight;
                 stats.loss = found.iter().zip(&ce).map(|(f, w)| f64::from(f.ce) * f64::from(*w)).sum();
                 (found, ce)
             }
@@ -475,11 +501,13 @@ impl<K: TrainKernels> BlockTrain<K> {
                 if grads {
                     found = self.tape.token_loss(&parts, &labels, (&ce, &none), None, true);
                 }
+                stats.coefficients = sum(&ce);
                 stats.loss = found.iter().zip(&ce).map(|(f, w)| f64::from(f.ce) * f64::from(*w)).sum();
                 (found, ce)
             }
             BlockLoss::Spark { gamma, ce, l1, confidence: factor } => {
-                let weights: Vec<f32> = rows.iter().map(|r| weights::decay(gamma, r.slot)).collect();
+                let all = || rows.iter().map(|r| weights::decay(gamma, r.slot)).collect();
+                let weights: Vec<f32> = own.unwrap_or_else(all);
                 let times = |factor: f64| -> Vec<f32> { weights.iter().map(|w| w * factor as f32).collect() };
                 let h = self.net.config.layer.hidden_size;
                 let state = |r: &LossRow| {
@@ -490,7 +518,8 @@ impl<K: TrainKernels> BlockTrain<K> {
                 let teacher = Some((&states[..], self.head, full_lse.as_deref()));
                 let factors = (times(ce), times(l1));
                 let found = self.tape.token_loss(&parts, &labels, (&factors.0, &factors.1), teacher, grads);
-                stats.weight = weights.iter().map(|w| f64::from(*w)).sum();
+                stats.weight = sum(&weights);
+                stats.coefficients = stats.weight * (ce + l1);
                 for (f, w) in found.iter().zip(&weights) {
                     stats.loss += f64::from(*w) * (ce * f64::from(f.ce) + l1 * f64::from(f.l1));
                 }
@@ -626,7 +655,10 @@ impl<K: TrainKernels> Method for BlockTrain<K> {
     }
     fn micro_batch(&mut self, pack: &Pack, mode: Mode) -> Result<BatchStats, TrainError> {
         let anchors = self.anchors(pack);
-        self.run(pack, &anchors, mode, None)
+        self.run(pack, &anchors, mode, None, None)
+    }
+    fn replays(&mut self) -> Option<&mut dyn Replays> {
+        Some(self)
     }
     fn draft(&self) -> Result<DraftWeights, TrainError> {
         Ok(DraftWeights {

@@ -12,6 +12,7 @@
 
 mod init;
 mod made_up;
+mod replay;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -29,7 +30,7 @@ pub use init::{TargetStart, random_weights, warm_weights};
 pub(crate) use made_up::made_up;
 
 use crate::methods::{BoxedMethod, Start};
-use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
+use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Replays, TrainError};
 
 /// What the loss of an optimiser step is divided by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,6 +269,17 @@ impl<K: TrainKernels> Eagle3Train<K> {
         &self.vocab_map
     }
 
+    fn layout(&self, pack: &Pack) -> TttLayout {
+        let config = &self.net.config;
+        TttLayout {
+            docs: pack.docs.as_slice().into(),
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        }
+    }
+
     fn check_ids(&self, pack: &Pack) -> Result<(), TrainError> {
         let vocab = self.net.config.vocab_size;
         for (doc, row) in pack.docs.iter().zip(&pack.rows) {
@@ -279,8 +291,8 @@ impl<K: TrainKernels> Eagle3Train<K> {
         Ok(())
     }
 
-    /// The teacher of every slot with a set loss mask: slot `t` holds the target's distribution at position `t + 1`.
-    fn teacher(&mut self, pack: &Pack) -> PackTeacher<K::Buf> {
+    /// The slots with a set loss mask of each document, whose arg-max and log-sum-exp are known from then on.
+    fn ask_target(&mut self, pack: &Pack) -> Vec<Vec<u32>> {
         let ht = self.net.config.target_hidden_size;
         let masked: Vec<Vec<u32>> = pack
             .docs
@@ -291,24 +303,28 @@ impl<K: TrainKernels> Eagle3Train<K> {
                     .collect()
             })
             .collect();
-        // The next position's final hidden state, row by row.
-        let states = |slots: &[u32]| -> Vec<f32> {
-            slots
-                .iter()
-                .flat_map(|s| &pack.last[(*s as usize + 1) * ht..(*s as usize + 2) * ht])
-                .copied()
-                .collect()
-        };
         let new: Vec<usize> = (0..pack.docs.len())
             .filter(|d| self.memo.get(&pack.rows[*d]).is_none_or(|m| m.len() != masked[*d].len()))
             .collect();
         let slots: Vec<u32> = new.iter().flat_map(|d| masked[*d].iter().copied()).collect();
         if !slots.is_empty() {
-            let (argmax, lse) = self.tape.stream_head(&states(&slots), self.target_head);
+            let (argmax, lse) = self.tape.stream_head(&next_states(pack, &slots, ht), self.target_head);
             let mut found = argmax.into_iter().zip(lse);
             for d in &new {
                 self.memo.insert(pack.rows[*d], found.by_ref().take(masked[*d].len()).collect());
             }
+        }
+        masked
+    }
+
+    /// The teacher of every slot with a set loss mask, or of some of them: slot `t` holds the target's distribution at
+    /// position `t + 1`.
+    fn teacher(&mut self, pack: &Pack, some: Option<&[Vec<u32>]>) -> PackTeacher<K::Buf> {
+        let ht = self.net.config.target_hidden_size;
+        let masked = self.ask_target(pack);
+        let mut wanted = vec![some.is_none(); pack.len()];
+        for (k, slots) in some.unwrap_or_default().iter().enumerate() {
+            slots.iter().for_each(|slot| wanted[*slot as usize + k] = true);
         }
         let mut token_ids = vec![None; pack.len()];
         let mut of_slot = vec![u32::MAX; pack.len()];
@@ -319,6 +335,9 @@ impl<K: TrainKernels> Eagle3Train<K> {
             }
             for (slot, (id, full_lse)) in slots.iter().zip(&self.memo[row]) {
                 token_ids[*slot as usize] = Some(*id);
+                if !wanted[*slot as usize] {
+                    continue;
+                }
                 if let Some(draft) = self.vocab_map.to_draft(TargetTokenId(*id)) {
                     of_slot[*slot as usize] = trained.len() as u32;
                     trained.push(*slot);
@@ -327,21 +346,25 @@ impl<K: TrainKernels> Eagle3Train<K> {
                 }
             }
         }
-        let rows = self.tape.teacher(&states(&trained), self.draft_target_head, &lse, labels);
+        let states = next_states(pack, &trained, ht);
+        let rows = self.tape.teacher(&states, self.draft_target_head, &lse, labels);
         PackTeacher { rows, of_slot, token_ids }
     }
 
-    /// One unroll. `trace` asks for all intermediate results (and then computes every slot at every step).
+    /// One unroll. `trace` asks for all intermediate results (and then computes every slot at every step); `some` are the
+    /// slots with a loss at each step, and a factor of it, where they are not all.
     fn unroll(
         &mut self,
         pack: &Pack,
         mode: Mode,
         mut trace: Option<&mut Trace>,
+        some: Option<(&[Vec<u32>], f64)>,
     ) -> Result<BatchStats, TrainError> {
         self.check_ids(pack)?;
-        let steps = self.options.ttt_length;
+        let (some, factor) = some.unzip();
+        let steps = some.map_or(self.options.ttt_length, <[_]>::len);
         let slots = pack.len();
-        let teacher = self.teacher(pack);
+        let teacher = self.teacher(pack, some);
         let mut places = Vec::with_capacity(slots);
         for (row, doc) in pack.docs.iter().enumerate() {
             places.extend((0..doc.len).rev().map(|after| Place { row: row as u32, after }));
@@ -353,8 +376,11 @@ impl<K: TrainKernels> Eagle3Train<K> {
             (1..=far).any(|j| teacher.of_slot[t + j] != u32::MAX)
         };
         let all: Arc<[u32]> = (0..slots as u32).collect();
-        let later: Arc<[u32]> =
-            if trace.is_some() { Arc::clone(&all) } else { all.iter().copied().filter(reaches).collect() };
+        let later: Arc<[u32]> = match (&trace, some) {
+            (Some(_), _) => Arc::clone(&all),
+            (None, None) => all.iter().copied().filter(reaches).collect(),
+            (None, Some(some)) => replay::later(some),
+        };
         let trained_slots = teacher.of_slot.iter().filter(|row| **row != u32::MAX).count();
         let mut stats = BatchStats { slots: slots as u64, ..BatchStats::default() };
         let kl_base = match self.options.divisor {
@@ -366,15 +392,8 @@ impl<K: TrainKernels> Eagle3Train<K> {
             LossDivisor::ValidTokens => trained_slots as f64,
         };
 
+        let mut attend = TttAttend::new(self.layout(pack), Arc::clone(&all), Arc::clone(&later));
         let config = &self.net.config;
-        let layout = TttLayout {
-            docs: pack.docs.as_slice().into(),
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
-        };
-        let mut attend = TttAttend::new(layout, Arc::clone(&all), Arc::clone(&later));
         let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
         let features = tape.input(&pack.features, slots, config.features_width());
         let mut hidden = net.project(tape, w, &features); // [S, H]
@@ -404,7 +423,8 @@ impl<K: TrainKernels> Eagle3Train<K> {
             let mut depth = DepthStats::default();
             for (row, t) in here.iter().enumerate() {
                 let t = *t as usize;
-                if places[t].after as usize >= k && teacher.of_slot[t + k] != u32::MAX {
+                let chosen = some.is_none_or(|some| some[k].binary_search(&(t as u32)).is_ok());
+                if chosen && places[t].after as usize >= k && teacher.of_slot[t + k] != u32::MAX {
                     loss_rows.push(row as u32);
                     teacher_rows.push(teacher.of_slot[t + k]);
                 }
@@ -427,7 +447,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
                 let logits = net.logits(tape, w, &normed);
                 trace.logits.push(tape.values(logits));
             }
-            let decay = self.options.step_decay.powi(k as i32);
+            let decay = self.options.step_decay.powi(k as i32) * factor.unwrap_or(1.0);
             let count = loss_rows.len() as f64;
             let alpha_base = match self.options.divisor {
                 LossDivisor::AllSlots => 1.0 / (count + 1e-8),
@@ -442,6 +462,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
             depth.alpha = sums.alpha;
             depth.trained = sums.rows;
             stats.loss += decay * depth.loss;
+            stats.coefficients += decay * depth.trained as f64;
             stats.depths.push(depth);
             // From the first step on, only slots that can still reach a loss.
             hidden = if k == 0 && steps > 1 { tape.gather_rows(fed, &later) } else { fed };
@@ -457,9 +478,14 @@ impl<K: TrainKernels> Eagle3Train<K> {
     /// Loss and all intermediate results of a pack, without gradients.
     pub fn trace(&mut self, pack: &Pack) -> Result<(BatchStats, Trace), TrainError> {
         let mut trace = Trace::default();
-        let stats = self.unroll(pack, Mode::Evaluate, Some(&mut trace))?;
+        let stats = self.unroll(pack, Mode::Evaluate, Some(&mut trace), None)?;
         Ok((stats, trace))
     }
+}
+
+/// Final hidden states `[N, Ht]` of the positions behind `slots`.
+fn next_states(pack: &Pack, slots: &[u32], ht: usize) -> Vec<f32> {
+    slots.iter().flat_map(|s| &pack.last[(*s as usize + 1) * ht..(*s as usize + 2) * ht]).copied().collect()
 }
 
 /// Slots whose shifted loss mask is set at step `k`.
@@ -515,7 +541,10 @@ impl<K: TrainKernels> Method for Eagle3Train<K> {
         &mut self.tape
     }
     fn micro_batch(&mut self, pack: &Pack, mode: Mode) -> Result<BatchStats, TrainError> {
-        self.unroll(pack, mode, None)
+        self.unroll(pack, mode, None, None)
+    }
+    fn replays(&mut self) -> Option<&mut dyn Replays> {
+        Some(self)
     }
     fn draft(&self) -> Result<DraftWeights, TrainError> {
         let tensors = self

@@ -8,6 +8,7 @@
 //! width, `V`/`Vd` vocabularies.
 
 mod init;
+mod replay;
 mod sampling;
 
 use draftsmith_core::VocabMap;
@@ -15,7 +16,7 @@ use draftsmith_formats::run::{DraftInit, PEagleTrainTable};
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{Sight, SoftLoss, SoftScale, Span};
 use draftsmith_model::peagle::{PEagleConfig, PEagleNet, PEagleWeights};
-use draftsmith_model::tape::{HeadLayout, ParamId, RolloutAttend, Tape};
+use draftsmith_model::tape::{HeadLayout, ParamId, RolloutAttend, Tape, Var};
 use draftsmith_model::{DraftSpec, Ops, TargetTensors};
 
 pub use init::{random_weights, warm_weights};
@@ -25,7 +26,7 @@ use crate::methods::eagle3::TargetStart;
 use crate::methods::{BoxedMethod, Start};
 use crate::teacher::TargetHeads;
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
-use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, TrainError};
+use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Replays, TrainError};
 
 /// Settings of the training.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -153,7 +154,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
         rollouts: &[Element],
         mode: Mode,
     ) -> Result<BatchStats, TrainError> {
-        self.run(pack, rollouts, mode, None)
+        self.run(pack, rollouts, mode, None, None)
     }
 
     /// Loss and all intermediate results of given entries, without gradients.
@@ -166,26 +167,13 @@ impl<K: TrainKernels> PEagleTrain<K> {
         rollouts: &[Element],
     ) -> Result<(BatchStats, PEagleTrace), TrainError> {
         let mut trace = PEagleTrace::default();
-        let stats = self.run(pack, rollouts, Mode::Evaluate, Some(&mut trace))?;
+        let stats = self.run(pack, rollouts, Mode::Evaluate, Some(&mut trace), None)?;
         Ok((stats, trace))
     }
 
-    fn run(
-        &mut self,
-        pack: &Pack,
-        rollouts: &[Element],
-        mode: Mode,
-        trace: Option<&mut PEagleTrace>,
-    ) -> Result<BatchStats, TrainError> {
-        pack.check_ids(self.net.config.vocab_size)?;
+    /// What the last layer gives for entries `[E, H]`: all slots, then rollouts by anchor and depth.
+    fn forward(&mut self, pack: &Pack, elements: &[Element]) -> Var {
         let slots = pack.len();
-        let mut stats = BatchStats { slots: slots as u64, ..BatchStats::default() };
-        let teacher = self.heads.teacher(&mut self.tape, pack, &self.vocab_map);
-
-        let mut rollouts = rollouts.to_vec();
-        rollouts.sort_unstable();
-        let real = (0..slots as u32).map(|anchor| Element { anchor, depth: 0 });
-        let elements: Vec<Element> = real.chain(rollouts.iter().copied()).collect();
         let starts: Vec<u32> =
             pack.docs.iter().flat_map(|d| std::iter::repeat_n(d.start, d.len as usize)).collect();
         let ends: Vec<usize> =
@@ -227,13 +215,36 @@ impl<K: TrainKernels> PEagleTrain<K> {
         let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
         let features = tape.input(&pack.features, slots, config.features_width());
         let mut hidden = net.project(tape, w, &features); // [S, H]
-        if !rollouts.is_empty() {
+        if elements.len() > slots {
             let unknown = net.unknown(tape, w); // [1, H]
-            let unknown = tape.select(&unknown, &vec![0; rollouts.len()]);
+            let unknown = tape.select(&unknown, &vec![0; elements.len() - slots]);
             hidden = tape.stack(&[&hidden, &unknown]); // [E, H]
         }
         let mut attend = RolloutAttend::new(heads, sights.into(), slots);
-        let output = net.layers(tape, w, &tokens, &hidden, &positions, &mut attend); // [E, H]
+        net.layers(tape, w, &tokens, &hidden, &positions, &mut attend)
+    }
+
+    /// `some` are the only entries with a loss, ascending, and a factor of it.
+    fn run(
+        &mut self,
+        pack: &Pack,
+        rollouts: &[Element],
+        mode: Mode,
+        trace: Option<&mut PEagleTrace>,
+        some: Option<(&[Element], f64)>,
+    ) -> Result<BatchStats, TrainError> {
+        pack.check_ids(self.net.config.vocab_size)?;
+        let slots = pack.len();
+        let mut stats = BatchStats { slots: slots as u64, ..BatchStats::default() };
+        let teacher = self.heads.teacher(&mut self.tape, pack, &self.vocab_map);
+
+        let mut rollouts = rollouts.to_vec();
+        rollouts.sort_unstable();
+        let real = (0..slots as u32).map(|anchor| Element { anchor, depth: 0 });
+        let elements: Vec<Element> = real.chain(rollouts.iter().copied()).collect();
+        let output = self.forward(pack, &elements); // [E, H]
+        let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
+        let config = &net.config;
         if let Some(trace) = trace {
             trace.hidden = tape.values(output);
             let normed = net.head_input(tape, w, &output);
@@ -244,11 +255,13 @@ impl<K: TrainKernels> PEagleTrain<K> {
             tape.kernels().download(&teacher.rows.p, 0, &mut trace.p);
             trace.elements.clone_from(&elements);
         }
+        let factor = some.map_or(1.0, |(_, factor)| factor);
         let deepest = elements.iter().map(|e| e.depth).max().unwrap_or(0);
         for depth in 0..=deepest {
             let row_of = |(i, e): (usize, &Element)| {
                 let row = *teacher.of_slot.get(e.slot())?;
-                (e.depth == depth && row != u32::MAX).then_some((i as u32, row))
+                let chosen = some.is_none_or(|(some, _)| some.binary_search(e).is_ok());
+                (e.depth == depth && chosen && row != u32::MAX).then_some((i as u32, row))
             };
             let (rows, teacher_rows): (Vec<u32>, Vec<u32>) =
                 elements.iter().enumerate().filter_map(row_of).unzip();
@@ -256,15 +269,16 @@ impl<K: TrainKernels> PEagleTrain<K> {
             if !rows.is_empty() {
                 let chosen = tape.gather_rows(output, &rows);
                 let normed = net.head_input(tape, w, &chosen);
-                let scale = SoftScale { kl: 1.0, alpha: 0.0 };
+                let scale = SoftScale { kl: factor as f32, alpha: 0.0 };
                 let grads = mode == Mode::Train;
                 let sums =
                     tape.soft_ce(normed, w.lm_head, &teacher.rows, &teacher_rows, SoftLoss::Kl, scale, grads);
                 (found.loss, found.correct, found.alpha, found.trained) =
                     (sums.kl, sums.correct, sums.alpha, sums.rows);
             }
-            stats.loss += found.loss;
+            stats.loss += factor * found.loss;
             stats.weight += found.trained as f64;
+            stats.coefficients += factor * found.trained as f64;
             stats.depths.push(found);
         }
         match mode {
@@ -306,7 +320,10 @@ impl<K: TrainKernels> Method for PEagleTrain<K> {
     }
     fn micro_batch(&mut self, pack: &Pack, mode: Mode) -> Result<BatchStats, TrainError> {
         let rollouts = self.rollouts(pack);
-        self.run(pack, &rollouts, mode, None)
+        self.run(pack, &rollouts, mode, None, None)
+    }
+    fn replays(&mut self) -> Option<&mut dyn Replays> {
+        Some(self)
     }
     fn draft(&self) -> Result<DraftWeights, TrainError> {
         Ok(DraftWeights {
