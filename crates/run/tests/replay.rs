@@ -51,7 +51,7 @@ fn rows(target: &Arc<Target<Cpu>>, layers: &[u32]) -> Vec<CaptureRow> {
         let done = engine.generate(&prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap();
         let ids = [&prompt[..], &done.token_ids].concat();
         let loss_mask = (0..ids.len()).map(|at| at >= prompt.len()).collect();
-        capture.capture(TokenRow { ids, loss_mask }).unwrap()
+        capture.capture(TokenRow { number: 0, ids, loss_mask }).unwrap()
     };
     prompts().into_iter().map(answer).collect()
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
-use draftsmith_model::Published;
+use draftsmith_model::{DraftConfig, Published};
 
 use super::parallel::Parallel;
 use super::{Layout, TargetFacts, eagle3, launch, lint, parallel};

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use draftsmith::bench::Workload;
 use draftsmith::doctor::draft::{DraftReport, Patient};
 use draftsmith::doctor::texts::{Tap, Text, Texts};
 use draftsmith::engine::LoadedTarget;
@@ -11,7 +12,6 @@ use draftsmith::formats::gguf::{GgufArray, GgufFile, GgufValue, GgufWriter};
 use draftsmith::formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use draftsmith::measure::first_prompt;
 use draftsmith::report::{Silent, Stop};
-use draftsmith_data::read_workload;
 use serde_json::{Map, Value, json};
 
 use crate::support::{Home, repository, tiny_target};
@@ -81,7 +81,7 @@ struct Ward {
 impl Ward {
     fn new() -> Ward {
         let target = tiny_target();
-        let rows = read_workload(&repository().join("fixtures/tiny-target/eval.jsonl"), None).unwrap();
+        let rows = Workload::read(repository().join("fixtures/tiny-target/eval.jsonl"), None).unwrap().rows;
         let prompts: Vec<Vec<u32>> =
             rows.iter().map(|row| first_prompt(&target.text, row).unwrap()).collect();
         let texts = Texts::read(&target, &prompts, 64, &Silent, &Stop::default()).unwrap();
