@@ -32,7 +32,7 @@ pub use block::{
     PEagleDraftTable, PEagleTrainTable,
 };
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
-pub use load::{Place, RunError, place_of_key};
+pub use load::{Faulty, Place, RunError, place_of_key};
 pub use reference::{KeyReference, json_schema, reference};
 pub use size::DraftSize;
 
