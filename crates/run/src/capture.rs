@@ -72,6 +72,7 @@ impl Run<'_> {
     /// # Errors
     /// Those of the data and of the target.
     pub fn plan_capture(&self) -> Result<Bill, Error> {
+        self.decided.iter().for_each(|decided| self.env.report.note(decided));
         let last = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
         let dir = self.folder.stage_dir(Stage::Capture);
         let done = self.tokens_now(last)?;

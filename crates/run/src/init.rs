@@ -364,8 +364,7 @@ fn write(
 /// What a token costs in each stage of this run.
 fn run_paces(file: &RunFile, amounts: &Amounts, rates: &Rates) -> Paces {
     let batch = file.regenerate.batch_size as usize;
-    let requests: Vec<(u32, u32)> =
-        amounts.lengths.iter().map(|(all, new)| (all.saturating_sub(*new), *new)).collect();
+    let requests = amounts.asked(rates, file.regenerate.max_new_tokens);
     let (seconds, written, _) = rates.batch_seconds(&requests, batch, None);
     Paces {
         answer_s: seconds / written.max(1) as f64,
@@ -376,8 +375,11 @@ fn run_paces(file: &RunFile, amounts: &Amounts, rates: &Rates) -> Paces {
     }
 }
 
-/// `3h20m`, `6m`.
+/// `3 h 20 min`, `6 min`, `36 s`.
 fn clock(seconds: f64) -> String {
+    if seconds < 90.0 {
+        return format!("{:.0} s", seconds.max(1.0));
+    }
     let minutes = (seconds / 60.0).round().max(1.0) as u64;
     if minutes < 60 {
         format!("{minutes} min")
@@ -443,7 +445,8 @@ fn text(
         because.iter().filter(|(k, _)| *k == key).map(|(_, text)| format!("# {text}\n")).collect()
     };
     let kind = rules::kind(choice.max_tokens);
-    let every = (choice.steps / 8).clamp(10, 1 << 40);
+    // A validation for a hundred steps, no more than eight: they take time from training.
+    let every = (choice.steps / (choice.steps / 100).clamp(2, 8)).max(10);
     let checkpoint = (choice.steps / 10).clamp(20, 200);
     let (validation, validate) = &prepared.validation;
     let workloads: Vec<String> = prepared.workloads.iter().map(|path| quoted(path)).collect();
@@ -610,7 +613,7 @@ mod tests {
         assert_eq!((file.draft.size, file.draft.method), (DraftSize::Auto, Method::Eagle3));
         assert_eq!((file.train.lr, file.train.max_steps), (1.5e-3, Some(420)));
         assert_eq!(file.data.sources[0].path, "a \"b\".jsonl");
-        assert_eq!((file.validate.every, file.validate.prompts), (52, 20));
+        assert_eq!((file.validate.every, file.validate.prompts), (105, 20));
         assert_eq!(file.regenerate.max_tokens, Some(34_000));
     }
 }

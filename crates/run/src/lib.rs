@@ -19,8 +19,8 @@ pub mod doctor;
 pub mod engine;
 mod error;
 pub mod imports;
-pub mod inspect;
 mod init;
+pub mod inspect;
 mod license;
 pub mod measure;
 pub mod packs;
@@ -119,6 +119,8 @@ pub struct Run<'a> {
     target: OnceCell<LoadedTarget>,
     /// The run file that was saved here before this one.
     saved: Option<RunFile>,
+    /// The sizes of a draft that left them to the target, in words.
+    decided: Option<String>,
     /// Held by whoever works here; who only looks has none.
     _lock: Option<RunLock>,
 }
@@ -241,13 +243,9 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// As [`Run::look_on`], and a busy folder.
-    pub fn open_on(
-        file: RunFile,
-        faults: Vec<Told>,
-        origin: Origin,
-        env: Env<'a>,
-    ) -> Result<Run<'a>, Error> {
+    pub fn open_on(file: RunFile, faults: Vec<Told>, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
         let mut run = Run::look_on(file, faults, origin, env)?;
+        run.decided.iter().for_each(|decided| env.report.note(decided));
         run._lock = Some(run.folder.lock()?);
         atomic::write(run.folder.run_file(), run.file.to_toml())?;
         Ok(run)
@@ -304,11 +302,20 @@ impl<'a> Run<'a> {
             return Err(Error::input("the target was not found", "name it in `target.source`"));
         };
         let inputs = data.with_target(target)?;
-        if let Some(decided) = decided {
-            env.report.note(&decided.to_string());
-        }
+        let decided = decided.map(|decided| decided.to_string());
         let saved = RunFile::load(folder.run_file(), &[]).ok();
-        Ok(Run { file, folder, env, origin, inputs, compute, target: OnceCell::new(), saved, _lock: None })
+        Ok(Run {
+            file,
+            folder,
+            env,
+            origin,
+            inputs,
+            compute,
+            target: OnceCell::new(),
+            saved,
+            decided,
+            _lock: None,
+        })
     }
 
     /// The folder.
@@ -359,12 +366,13 @@ impl<'a> Run<'a> {
         Ok(done)
     }
 
-    /// Says before the work what of this run is bound to disappoint. Answers are taken to be as long as they may be, so
-    /// what is too little then is too little for certain.
+    /// Says before the work what of this run is bound to disappoint. Where no plan was made before, answers are taken to
+    /// be as long as they may be: what is too little then is too little for certain.
     fn warn(&self) {
         // Whatever is wrong with the data is its stage's to tell.
         let Ok(mut amounts) = self.count() else { return };
-        self.complete(&mut amounts, &rates::Rates::default());
+        let rates = self.kept_rates().unwrap_or_default();
+        self.complete(&mut amounts, &rates);
         for warning in rules::warnings(&self.facts(Some(&amounts), None)) {
             self.env.report.note(&format!("warning: {}", warning.line()));
         }
@@ -725,7 +733,10 @@ fn keep<T>(faults: &mut Vec<Told>, found: Result<T, Error>) -> Option<T> {
 
 /// True of what no network could change.
 fn is_local(error: &PullError) -> bool {
-    matches!(error, PullError::BadReference { .. } | PullError::NoSuchPath { .. } | PullError::WrongHash { .. })
+    matches!(
+        error,
+        PullError::BadReference { .. } | PullError::NoSuchPath { .. } | PullError::WrongHash { .. }
+    )
 }
 
 impl Inputs {
@@ -760,11 +771,13 @@ impl Inputs {
             Some(path)
         };
         for (i, source) in file.data.sources.iter().enumerate() {
-            inputs.sources.extend(find(&format!("data.sources.{i}.path"), &source.path).map(|path| SourceSpec {
-                path,
-                weight: source.weight,
-                max_rows: source.max_rows,
-            }));
+            inputs.sources.extend(
+                find(&format!("data.sources.{i}.path"), &source.path).map(|path| SourceSpec {
+                    path,
+                    weight: source.weight,
+                    max_rows: source.max_rows,
+                }),
+            );
         }
         inputs.validation = file.data.validation.as_deref().and_then(|name| find("data.validation", name));
         if let Some(template) = &file.data.template {

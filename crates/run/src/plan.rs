@@ -38,8 +38,8 @@ const ACCEPT_LEN: f64 = 1.6;
 const PROPOSAL_FACTOR: f64 = 1.5;
 /// Rows that `capture` tries before it begins.
 const TRIAL_ROWS: f64 = 3.0;
-/// Bytes of a token in `answers.jsonl`: its id and its text, by logs of real runs.
-const ANSWER_BYTES: f64 = 10.0;
+/// Bytes of a generated token in `answers.jsonl`, with its part of the question: ids and text, by logs of real runs.
+const ANSWER_BYTES: f64 = 20.0;
 /// Bytes of a token in a token file.
 const TOKEN_BYTES: f64 = 4.125;
 /// Memory of a run that drops no caches: what `regenerate` keeps for next turns.
@@ -99,6 +99,8 @@ pub struct Plan {
     pub free_bytes: Option<u64>,
     /// Most memory of a stage that is left to do.
     pub memory_bytes: Option<u64>,
+    /// The sizes of a draft that left them to the target.
+    pub draft: Option<String>,
     /// How the rates were found, with whatever speaks against them.
     pub measured: String,
     /// Seconds since 1970 when they were; `None` if nothing had to be measured.
@@ -140,26 +142,48 @@ impl Amounts {
         self.lengths.iter().map(|(_, trained)| u64::from(*trained)).sum()
     }
 
-    /// Tokens that the questions of a conversation have, and of its answers, as drawn from the samples.
-    fn dialogues(&self, rates: &Rates, longest: u32, count: u64, requests: u64) -> Vec<Vec<(u32, u32)>> {
+    /// Every question that will be asked: tokens of prompt and answer.
+    pub(crate) fn asked(&self, rates: &Rates, longest: u32) -> Vec<(u32, u32)> {
+        let all = self.dialogues(rates, longest, self.rows, self.requests);
+        all.iter().flatten().map(|turn| (turn.prompt, turn.answer)).collect()
+    }
+
+    /// Conversations as they will be answered: questions and answers as drawn from the samples.
+    fn dialogues(&self, rates: &Rates, longest: u32, count: u64, requests: u64) -> Vec<Vec<Turn>> {
         let answers = answer_lengths(rates, longest);
         let per_row = requests as f64 / count.max(1) as f64;
         let (mut asked, mut drawn) = (0.0, 0usize);
-        (0..count)
-            .map(|row| {
-                let prompt = self.prompts.get(row as usize % self.prompts.len().max(1));
-                asked += per_row;
-                let turns = (asked.floor() as u32).max(1);
-                asked -= f64::from(turns).min(asked);
-                let tokens = prompt.map_or(32, |p| p.tokens / p.turns.max(1));
-                let dialogue = (0..turns).map(|_| {
-                    drawn += 1;
-                    (tokens, answers.get(drawn % answers.len().max(1)).copied().unwrap_or(longest))
-                });
-                dialogue.collect()
-            })
-            .collect()
+        let mut dialogues = Vec::with_capacity(count as usize);
+        for row in 0..count as usize {
+            let sample = self.prompts.get(row % self.prompts.len().max(1));
+            let prompt = sample.map_or(32, |p| p.tokens / p.turns.max(1));
+            asked += per_row;
+            let turns = (asked.floor() as u32).max(1);
+            asked = (asked - f64::from(turns)).max(0.0);
+            let mut dialogue = Vec::new();
+            for _ in 0..turns {
+                drawn += 1;
+                let number = drawn % answers.len().max(1);
+                let looping = rates.answers.get(number).is_some_and(|a| a.looping);
+                let answer = answers.get(number).copied().unwrap_or(longest);
+                dialogue.push(Turn { prompt, answer, looping });
+                if looping {
+                    break;
+                }
+            }
+            dialogues.push(dialogue);
+        }
+        dialogues
     }
+}
+
+/// A question and its answer, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Turn {
+    prompt: u32,
+    answer: u32,
+    /// The dialogue ends here, and this answer is not trained on.
+    looping: bool,
 }
 
 /// Tokens of answers: those that were written, and what those that the trial cut would have gone on for.
@@ -252,6 +276,11 @@ pub(crate) fn bills(
 ) -> Vec<StagePlan> {
     let mut bills = Vec::new();
     let trained = training(file, &amounts.lengths);
+    // What answers kept is not given back before the process ends.
+    let carried = match file.regenerate.enabled && !amounts.counted {
+        true => PREFIX_CACHE.min(amounts.kept_bytes(rates)),
+        false => 0,
+    };
     for stage in super::stages_of(file) {
         let mut bill = StagePlan {
             stage,
@@ -283,7 +312,7 @@ pub(crate) fn bills(
             Stage::Regenerate => {
                 let table = &file.regenerate;
                 let batch = table.batch_size as usize;
-                bill.rows = Some(amounts.rows);
+                bill.rows = Some(amounts.rows.min(amounts.lengths.len() as u64));
                 bill.tokens = Some(amounts.generated);
                 if table.server.is_some() {
                     bill.how = "a server answers: nothing was asked of it".to_string();
@@ -291,8 +320,10 @@ pub(crate) fn bills(
                     bill.how = "another device answers: it was not measured".to_string();
                 } else {
                     let longest = table.max_new_tokens;
-                    let dialogues =
-                        |rows, requests| amounts.dialogues(rates, longest, rows, requests).concat();
+                    let dialogues = |rows, requests| -> Vec<(u32, u32)> {
+                        let all = amounts.dialogues(rates, longest, rows, requests);
+                        all.iter().flatten().map(|turn| (turn.prompt, turn.answer)).collect()
+                    };
                     let held = dialogues(amounts.held, amounts.held_requests);
                     let rows = dialogues(amounts.rows, amounts.requests);
                     let held_s = rates.batch_seconds(&held, batch, None).0;
@@ -305,8 +336,9 @@ pub(crate) fn bills(
                         amounts.generated as f64 / rows_s.max(1e-9),
                     );
                 }
-                bill.disk_bytes = (tokens * (ANSWER_BYTES + TOKEN_BYTES)) as u64;
-                bill.memory_bytes = Some(rates.memory[0] + PREFIX_CACHE.min(amounts.kept_bytes(rates)));
+                let written = amounts.generated as f64 + amounts.held_requests as f64 * longest;
+                bill.disk_bytes = (written * ANSWER_BYTES + tokens * TOKEN_BYTES) as u64;
+                bill.memory_bytes = Some(rates.memory[0] + carried);
             }
             Stage::Capture => {
                 bill.rows = Some(amounts.lengths.len() as u64);
@@ -363,7 +395,8 @@ pub(crate) fn bills(
                 let best = u64::from(file.validate.every > 0);
                 bill.freed_bytes = kept * checkpoint + (1 + candidates) * draft_bytes;
                 bill.disk_bytes = bill.freed_bytes + best * draft_bytes;
-                bill.memory_bytes = Some(rates.memory[2]);
+                // A checkpoint is in memory twice while it is written.
+                bill.memory_bytes = Some(rates.memory[2] + 2 * checkpoint + carried);
             }
             Stage::Bundle => {
                 bill.seconds = Some(rates.train_setup_s + 4.0 * draft_bytes as f64 * rates.disk_s);
@@ -475,6 +508,7 @@ impl Run<'_> {
             free_bytes: free_bytes(there),
             memory_bytes: bills.iter().filter_map(|b| b.memory_bytes).max(),
             stages: bills,
+            draft: self.decided.clone(),
             measured,
             measured_unix_s,
             warnings: told,
@@ -626,17 +660,20 @@ impl Run<'_> {
             let mut written = 0;
             dialogues.retain(|turns| {
                 let before = written;
-                written += turns.iter().map(|(_, answer)| u64::from(*answer)).sum::<u64>();
+                written += turns.iter().map(|turn| u64::from(turn.answer)).sum::<u64>();
                 before < max
             });
         }
-        amounts.generated = dialogues.iter().flatten().map(|(_, answer)| u64::from(*answer)).sum();
-        let length = |turns: &Vec<(u32, u32)>| {
-            let tokens: u32 = turns.iter().map(|(prompt, answer)| prompt + answer).sum();
-            let answers: u32 = turns.iter().map(|(_, answer)| *answer).sum();
-            (tokens.min(longest), answers.min(longest))
+        amounts.generated = dialogues.iter().flatten().map(|turn| u64::from(turn.answer)).sum();
+        // Loops are left out, unless most of them are to stay.
+        let keeps_loops = table.max_loop_share > 0.5;
+        let length = |turns: &Vec<Turn>| {
+            let kept = turns.iter().filter(|turn| keeps_loops || !turn.looping);
+            let (tokens, answers) =
+                kept.fold((0, 0), |(all, new), turn| (all + turn.prompt + turn.answer, new + turn.answer));
+            (answers > 0).then_some((tokens.min(longest), answers.min(longest)))
         };
-        amounts.lengths = dialogues.iter().map(length).collect();
+        amounts.lengths = dialogues.iter().filter_map(length).collect();
     }
 
     /// Rows and turns of each workload.
@@ -664,7 +701,7 @@ impl Run<'_> {
         let validates = file.validate.every > 0;
         let held = |amounts: &Amounts| amounts.held.min(u64::from(file.validate.prompts));
         Facts {
-            rows: amounts.map(|amounts| amounts.rows),
+            rows: amounts.map(|amounts| amounts.rows.min(amounts.lengths.len() as u64)),
             trained_tokens: amounts.map(Amounts::trained),
             steps: trained.map(|t| t.steps),
             passes: trained.map(|t| t.passes),
@@ -719,8 +756,8 @@ mod tests {
             disk_s: 1e-8,
             memory: [100, 200, 300],
             answers: vec![
-                TrialAnswer { prompt: 50, tokens: 100, cut: false },
-                TrialAnswer { prompt: 50, tokens: 50, cut: false },
+                TrialAnswer { prompt: 50, tokens: 100, cut: false, looping: false },
+                TrialAnswer { prompt: 50, tokens: 50, cut: false, looping: false },
             ],
             ..Rates::default()
         }
@@ -728,8 +765,8 @@ mod tests {
 
     #[test]
     fn cut_answers_go_on_as_the_others_end() {
-        let cut = |tokens| TrialAnswer { prompt: 1, tokens, cut: true };
-        let ended = |tokens| TrialAnswer { prompt: 1, tokens, cut: false };
+        let cut = |tokens| TrialAnswer { prompt: 1, tokens, cut: true, looping: false };
+        let ended = |tokens| TrialAnswer { prompt: 1, tokens, cut: false, looping: false };
         let rates = Rates { answers: vec![ended(50), ended(70), cut(80)], ..Rates::default() };
         let lengths = answer_lengths(&rates, 256);
         assert_eq!(lengths[..2], [50, 70]);
@@ -737,6 +774,18 @@ mod tests {
         let rates = Rates { answers: vec![cut(80), cut(80)], ..Rates::default() };
         assert_eq!(answer_lengths(&rates, 256), [256, 256]);
         assert_eq!(answer_lengths(&rates, 60), [60, 60]);
+    }
+
+    #[test]
+    fn a_dialogue_ends_at_a_loop() {
+        let answer = |tokens, looping| TrialAnswer { prompt: 9, tokens, cut: false, looping };
+        let rates = Rates { answers: vec![answer(10, false), answer(20, true)], ..Rates::default() };
+        let prompt = Prompted { ids: vec![1; 5], tokens: 10, turns: 2, ..Prompted::default() };
+        let amounts = Amounts { prompts: vec![prompt], ..Amounts::default() };
+        // Two turns each: the first is a loop, so the second is not asked; then one that ends well, and a loop.
+        let dialogues = amounts.dialogues(&rates, 64, 2, 4);
+        let turn = |answer, looping| Turn { prompt: 5, answer, looping };
+        assert_eq!(dialogues, [vec![turn(20, true)], vec![turn(10, false), turn(20, true)]]);
     }
 
     fn file(more: &str) -> RunFile {
@@ -793,6 +842,6 @@ mod tests {
         assert_eq!(train.disk_bytes, 24_000_000 + 5 * 2_000_000);
         let seconds = train.seconds.unwrap();
         assert!(seconds > 12.5 + 2.5 && seconds < 40.0, "{seconds}");
-        assert_eq!(train.memory_bytes, Some(300));
+        assert_eq!(train.memory_bytes, Some(300 + 24_000_000));
     }
 }

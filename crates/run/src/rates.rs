@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use draftsmith_bench::BusyTimes;
-use draftsmith_capture::{CaptureSource, TokenRow};
+use draftsmith_capture::{CaptureSource, TokenRow, ends_in_loop};
 use draftsmith_core::Sampling;
 use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::TokenCounts;
@@ -32,7 +32,7 @@ use crate::engine::engine;
 use crate::measure::{busy_times, cpu_name, peak_memory_bytes};
 
 /// Version of the file; another one is measured anew.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Seconds for reading prompts, answering, and capturing at most.
 const PREFILL_S: f64 = 8.0;
 const ANSWERS_S: f64 = 12.0;
@@ -54,6 +54,8 @@ pub(crate) struct TrialAnswer {
     pub(crate) tokens: u32,
     /// The trial ended it.
     pub(crate) cut: bool,
+    /// It ends in a loop: a dialogue ends there, and the answer is not trained on.
+    pub(crate) looping: bool,
 }
 
 /// `rates/KEY.json`.
@@ -280,11 +282,16 @@ impl Run<'_> {
         Ok(self.env.places.cache.join("rates").join(format!("{}.json", &hasher.finish()[..32])))
     }
 
+    /// The rates that are kept for this run, however old.
+    pub(crate) fn kept_rates(&self) -> Option<Rates> {
+        let text = std::fs::read_to_string(self.rates_path().ok()?).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+
     /// The rates of this run on this machine, and whether they are kept ones.
     pub(crate) fn rates(&self, prompts: &[Prompted]) -> Result<(Rates, bool), Error> {
         let path = self.rates_path()?;
-        let kept: Option<Rates> =
-            std::fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str(&text).ok());
+        let kept = self.kept_rates();
         let mut why = String::new();
         if let Some(kept) = kept {
             match kept.reason(unix_s()) {
@@ -467,6 +474,7 @@ impl Run<'_> {
                 prompt: prompt.len() as u32,
                 tokens: done.token_ids.len() as u32,
                 cut,
+                looping: ends_in_loop(&done.token_ids),
             });
             let mut ids = prompt.clone();
             ids.extend(&done.token_ids);

@@ -88,6 +88,9 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
         bytes(plan.memory_bytes),
         human(plan.freed_bytes)
     );
+    if let Some(draft) = &plan.draft {
+        let _ = writeln!(page, "draft       {draft}");
+    }
     let _ = writeln!(page, "rates       {}", plan.measured);
     if plan.free_bytes.is_some_and(|free| free < plan.disk_bytes) {
         let _ = writeln!(
