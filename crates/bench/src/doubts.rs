@@ -101,6 +101,11 @@ pub enum Doubt {
 }
 
 impl Doubt {
+    /// The doubt about times that were taken while others used this share of all processors, if it is one.
+    pub fn of_others(share: f64) -> Option<Doubt> {
+        (share > OTHERS_SHARE_MAX).then_some(Doubt::OthersBusy { share })
+    }
+
     /// Stable name for scripts.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -106,11 +106,16 @@ fn estimated_and_measured_curves_are_apart() {
         sim_accept_len: (0..50).map(|i| point(i * 20, 1.0 + i as f64 / 40.0, 0)).collect(),
         measured_accept_len: (1..5).map(|i| point(i * 250, 1.4 + i as f64 / 8.0, 16)).collect(),
     };
-    let options = ReportOptions { title: Some("A <b>title</b>".into()), training: Some(training) };
+    let options = ReportOptions {
+        title: Some("A <b>title</b>".into()),
+        training: Some(training),
+        verdict: Some("worth using <here>".into()),
+    };
     let html = report_html_with(&two_records(), &options).unwrap();
     assert_well_formed(&html);
     assert_eq!(html.matches("role=\"img\"").count(), 6);
     assert!(html.contains("not a measurement"));
+    assert!(html.contains("Worth using &lt;here&gt;"));
     assert!(html.contains("A &lt;b&gt;title&lt;/b&gt;") && !html.contains("<b>title"));
 }
 

@@ -9,7 +9,7 @@ use draftsmith_model::DraftConfig;
 
 use crate::engines::Launch;
 use crate::foreign::{Layout, launch, unserved};
-use crate::manifest::{Manifest, Recommended};
+use crate::manifest::{Manifest, Recommended, TunedDrafting};
 use crate::results::{Measured, MeasuredResult, record_files};
 
 /// `1234567` as `1,234,567`.
@@ -256,8 +256,30 @@ fn own_command(manifest: &Manifest) -> String {
     )
 }
 
-/// What to run it with. Nothing that measured slower than the target alone is recommended.
+/// What to run it with, behind the verdict of the run that made it.
 fn recommended(manifest: &Manifest, results: &[MeasuredResult]) -> String {
+    let r = &manifest.recommended;
+    let verdict = r.verdict.as_ref().map_or_else(String::new, |verdict| {
+        let mut letters = verdict.chars();
+        let first = letters.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
+        format!("**{first}{}**\n\n", letters.as_str())
+    });
+    let tuned = r.tuned.as_ref().map_or_else(String::new, |tuned| {
+        let how = match tuned.drafting {
+            TunedDrafting::Plain => "without the draft".to_owned(),
+            TunedDrafting::Auto => "automatic drafting".to_owned(),
+            TunedDrafting::Chain { depth } => format!("a chain of depth {depth}"),
+            TunedDrafting::Tree { depth, top_k, num_draft_tokens } => {
+                format!("a tree of depth {depth}, top-k {top_k}, {num_draft_tokens} draft tokens")
+            }
+        };
+        format!(" Tuned: {how} ({}); draftsmith decodes so unless it is told otherwise.", tuned.because)
+    });
+    format!("{verdict}{}{tuned}", setting(manifest, results))
+}
+
+/// The setting of fixed shape. Nothing that measured slower than the target alone is recommended.
+fn setting(manifest: &Manifest, results: &[MeasuredResult]) -> String {
     let r = &manifest.recommended;
     let shape = if r.top_k <= 1 {
         format!("a chain of depth {}", r.depth)

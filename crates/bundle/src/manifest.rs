@@ -175,6 +175,46 @@ pub struct Recommended {
     /// best of those tried.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub pays: bool,
+    /// What `bench tune` found to be fastest for one sequence; what decodes here when nobody says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned: Option<Tuned>,
+    /// Whether the draft is worth using where its run measured it, and what limited it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verdict: Option<String>,
+}
+
+/// The fastest setting of one machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuned {
+    /// How it drafts.
+    pub drafting: TunedDrafting,
+    /// Where and against what it was measured, with the numbers.
+    pub because: String,
+}
+
+/// A way to draft.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "shape", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TunedDrafting {
+    /// Not at all: nothing was faster than the target alone.
+    Plain,
+    /// As much as pays.
+    Auto,
+    /// A list of tokens.
+    Chain {
+        /// Tokens per proposal.
+        depth: u32,
+    },
+    /// A tree.
+    Tree {
+        /// Levels.
+        depth: u32,
+        /// Candidates per node.
+        top_k: u32,
+        /// Nodes kept.
+        num_draft_tokens: u32,
+    },
 }
 
 fn yes() -> bool {
@@ -218,7 +258,7 @@ impl Recommended {
             because.push_str(&format!("; automatic drafting {automatic:.2}x"));
         }
         let Shape { depth, top_k, num_draft_tokens } = shape;
-        Some(Recommended { depth, top_k, num_draft_tokens, because, pays })
+        Some(Recommended { depth, top_k, num_draft_tokens, because, pays, tuned: None, verdict: None })
     }
 
     /// Geometric mean over the workloads of what automatic drafting gained; `None` if one was not measured with it.
@@ -229,7 +269,16 @@ impl Recommended {
 
     /// A chain.
     pub fn chain(depth: u32, because: impl Into<String>) -> Recommended {
-        Recommended { depth, top_k: 1, num_draft_tokens: depth, because: because.into(), pays: true }
+        let because = because.into();
+        Recommended {
+            depth,
+            top_k: 1,
+            num_draft_tokens: depth,
+            because,
+            pays: true,
+            tuned: None,
+            verdict: None,
+        }
     }
 }
 

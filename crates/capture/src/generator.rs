@@ -192,7 +192,7 @@ impl Prompter<'_> {
 }
 
 /// True if the tail is one run of 1 to 64 tokens at least three times in a row and 24 tokens long in all.
-fn ends_in_loop(ids: &[u32]) -> bool {
+pub fn ends_in_loop(ids: &[u32]) -> bool {
     (1..=64).any(|period| {
         let tail = (3 * period).max(24);
         ids.len() >= tail && {

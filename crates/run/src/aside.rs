@@ -217,7 +217,7 @@ pub(super) fn link_file(from: &Path, to: &Path) -> Result<(), StateError> {
     fs::copy(from, to).map(|_| ()).map_err(|e| AtomicError::from_io("copy", from, e).into())
 }
 
-fn bytes_below(folder: &Path) -> u64 {
+pub(super) fn bytes_below(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.file_type() {

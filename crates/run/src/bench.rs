@@ -16,12 +16,14 @@ use draftsmith_formats::run::Stage;
 use draftsmith_kernels::PackMode;
 use serde_json::{Value, json};
 
-use super::Run;
 use super::state::REPORT;
+use super::{Run, StageDone};
 use crate::Error;
 use crate::costs::{used, with_costs};
 use crate::engine::{draft_plan, engine, load_draft};
 use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
+use crate::rules::{Facts, Warning, warnings};
+use crate::verdict::{Best, Names, verdict};
 
 /// Tokens decoded by each side before the first sample.
 const WARMUP_TOKENS: usize = 16;
@@ -93,12 +95,16 @@ impl Run<'_> {
             records.push(record);
         }
         let curve = self.training_curve();
-        let html = report_html_with(&records, &ReportOptions { title: None, training: curve })?;
+        let best = Best::of(&records);
+        let verdict = verdict(best.as_ref(), &self.told()?, &self.names());
+        let paragraph = verdict.paragraph();
+        let options = ReportOptions { title: None, training: curve, verdict: Some(paragraph.clone()) };
+        let html = report_html_with(&records, &options)?;
         atomic::write(dir.join(REPORT), &html)?;
         draftsmith_bench::table::text(&records).lines().for_each(|line| report.note(line));
         let results = records.iter().map(measured).collect::<Result<Vec<_>, _>>()?;
         let key = self.folder.read(Stage::Bundle)?.map(|f| f.key).unwrap_or_default();
-        self.make_bundle(&bundle, &key, results, Some(html))?;
+        self.make_bundle(&bundle, &key, results, Some((html, paragraph)))?;
         // An accept length over several ways to draft would be that of none of them.
         let plans: Vec<Value> = plans.iter().map(|plan| of_plan(&records, plan)).collect();
         let mut results = json!(Contract::of_all(&records));
@@ -110,7 +116,80 @@ impl Run<'_> {
             summary["plans"] = plans.into();
         }
         summary["results"] = results;
+        summary["verdict"] = json!(verdict);
         Ok(summary)
+    }
+
+    /// The verdict on a run whose stages are done: that of the measurement, or that there is none.
+    ///
+    /// # Errors
+    /// Stage files that cannot be read.
+    pub fn verdict(&self, done: &[StageDone]) -> Result<Value, Error> {
+        let measured = done.iter().find(|d| d.stage == Stage::Bench).map(|d| &d.file.summary["verdict"]);
+        // A measurement of an earlier version has none.
+        if let Some(verdict) = measured.filter(|verdict| verdict.is_object()) {
+            return Ok(verdict.clone());
+        }
+        let folder = self.folder.stage_dir(Stage::Bench);
+        let mut records: Vec<Record> = Vec::new();
+        for path in self.file.bench.workloads.iter().filter(|_| measured.is_some()) {
+            let name = Workload::read(path, Some(1))?.name;
+            for end in ["", "-auto"] {
+                let text =
+                    std::fs::read_to_string(folder.join(format!("{name}{end}.json"))).unwrap_or_default();
+                records.extend(Record::from_json(&name, &text));
+            }
+        }
+        let best = Best::of(&records);
+        Ok(json!(verdict(best.as_ref(), &self.told()?, &self.names())))
+    }
+
+    /// What the finished stages let expect of the draft.
+    fn told(&self) -> Result<Vec<Warning>, Error> {
+        let summary = |stage| -> Result<Value, Error> {
+            Ok(self.folder.read(stage)?.map_or(Value::Null, |file| file.summary))
+        };
+        let (data, train) = (summary(Stage::Data)?, summary(Stage::Train)?);
+        let tokens = if self.file.regenerate.enabled { summary(Stage::Regenerate)? } else { data.clone() };
+        let all = tokens["tokens"].as_u64().filter(|tokens| *tokens > 0);
+        let held =
+            data["validation_rows"].as_u64().map(|rows| rows.min(u64::from(self.file.validate.prompts)));
+        Ok(warnings(&Facts {
+            rows: tokens["dialogues"].as_u64().or(data["rows"].as_u64()),
+            trained_tokens: tokens["trained_tokens"].as_u64(),
+            steps: train["steps"].as_u64(),
+            passes: all.zip(train["slots"].as_u64()).map(|(all, slots)| slots as f64 / all as f64),
+            held_out: held.filter(|_| self.file.validate.every > 0),
+            ..self.facts(None, train["vocab_coverage"].as_f64())
+        }))
+    }
+
+    /// What commands of the verdict are made of.
+    fn names(&self) -> Names {
+        let train = &self.file.train;
+        let mut further = Vec::new();
+        if let Some(max) = self.file.regenerate.max_tokens.filter(|_| self.file.regenerate.enabled) {
+            further.push(format!("regenerate.max_tokens={}", 2 * max));
+        }
+        match train.max_steps {
+            Some(steps) => further.push(format!("train.max_steps={}", 2 * steps)),
+            None if f64::from(train.epochs) * 2.0 <= crate::rules::MOST_PASSES => {
+                further.push(format!("train.epochs={}", 2 * train.epochs));
+            }
+            None => {}
+        }
+        let mut run = self.origin.resume();
+        // Whichever verb came this far, the way on is the whole run.
+        if let Some(rest) = run.strip_prefix(&format!("draftsmith {} ", self.origin.verb)) {
+            run = format!("draftsmith run {rest}");
+        }
+        Names {
+            bundle: self.file.bundle_dir(),
+            run,
+            target: self.inputs.target_reference.clone(),
+            workloads: self.file.bench.workloads.clone(),
+            further,
+        }
     }
 
     /// Validations of the training log.

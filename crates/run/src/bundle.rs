@@ -19,14 +19,15 @@ impl Run<'_> {
         self.make_bundle(dir, key, Vec::new(), None)
     }
 
-    /// Makes (or replaces) the bundle; with results once there are some.
+    /// Makes (or replaces) the bundle; with results once there are some, their page and the verdict.
     pub(super) fn make_bundle(
         &self,
         dir: &Path,
         key: &str,
         results: Vec<MeasuredResult>,
-        report_html: Option<String>,
+        judged: Option<(String, String)>,
     ) -> Result<Value, Error> {
+        let (report_html, verdict) = judged.unzip();
         let summary = |stage| -> Result<Value, Error> {
             Ok(self.folder.read(stage)?.map_or(Value::Null, |file| file.summary))
         };
@@ -93,11 +94,14 @@ impl Run<'_> {
             license_text: license_text(&license),
             notice: self.notice(&strings(&data["origins"]), &strings(&data["licenses"])),
             license,
-            recommended: Recommended::measured(&results).unwrap_or_else(|| Recommended {
-                // Without a single accepted draft nothing can be gained.
-                pays: trained["accept_len"].as_f64().is_none_or(|accept_len| accept_len > 1.0),
-                ..Recommended::chain(depth, because)
-            }),
+            recommended: Recommended {
+                verdict,
+                ..Recommended::measured(&results).unwrap_or_else(|| Recommended {
+                    // Without a single accepted draft nothing can be gained.
+                    pays: trained["accept_len"].as_f64().is_none_or(|accept_len| accept_len > 1.0),
+                    ..Recommended::chain(depth, because)
+                })
+            },
             results,
             run_toml,
             report_html,

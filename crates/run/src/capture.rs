@@ -72,6 +72,7 @@ impl Run<'_> {
     /// # Errors
     /// Those of the data and of the target.
     pub fn plan_capture(&self) -> Result<Bill, Error> {
+        self.decided.iter().for_each(|decided| self.env.report.note(decided));
         let last = if self.file.regenerate.enabled { Stage::Regenerate } else { Stage::Data };
         let dir = self.folder.stage_dir(Stage::Capture);
         let done = self.tokens_now(last)?;
@@ -89,7 +90,7 @@ impl Run<'_> {
     }
 
     /// The rows of tokens, if they are there for the inputs of now.
-    fn tokens_now(&self, last: Stage) -> Result<Option<PathBuf>, Error> {
+    pub(super) fn tokens_now(&self, last: Stage) -> Result<Option<PathBuf>, Error> {
         let (due, made) = (self.due(last)?, self.made_by(last));
         let here = self.folder.read(last)?.filter(|f| due.keys.contains(&f.key) && f.phase == Phase::Done);
         let folder = match here {
@@ -211,7 +212,7 @@ impl Run<'_> {
         })
     }
 
-    fn capture_source<'n>(&'n self, report: &'n dyn Report) -> Result<Source<'n>, Error> {
+    pub(super) fn capture_source<'n>(&'n self, report: &'n dyn Report) -> Result<Source<'n>, Error> {
         let (target, layers) = (self.target()?.target.clone(), self.layers()?);
         let Some(server) = &self.file.capture.server else {
             return Ok(Source::InProcess(match &self.compute {
@@ -231,6 +232,11 @@ impl Run<'_> {
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
+        self.cache_spec_of(tokens.summary().sha256.clone(), tokens.summary().rows)
+    }
+
+    /// The cache of rows with this hash.
+    pub(super) fn cache_spec_of(&self, tokens_sha256: String, rows: u64) -> Result<CacheSpec, Error> {
         let target = self.target()?;
         Ok(CacheSpec {
             target: target.reference.clone(),
@@ -238,12 +244,12 @@ impl Run<'_> {
             precision: self.arithmetic().to_string(),
             tokenizer_sha256: target.text.tokenizer.content_hash().to_string(),
             template_sha256: target.text.template()?.hash(),
-            tokens_sha256: tokens.summary().sha256.clone(),
+            tokens_sha256,
             target_layer_ids: self.layers()?.iter().map(|l| l.0).collect(),
             hidden_size: target.target.config().hidden_size as u32,
             dtype: self.file.capture.dtype,
             shard_rows: self.file.capture.shard_rows,
-            rows: tokens.summary().rows,
+            rows,
         })
     }
 
@@ -345,7 +351,7 @@ fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
 }
 
 /// Who computes the states.
-enum Source<'a> {
+pub(super) enum Source<'a> {
     InProcess(Box<dyn CaptureSource>),
     Remote { capture: Box<RemoteCapture<'a, Cpu>>, server: &'a CaptureServerTable },
 }

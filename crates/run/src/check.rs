@@ -13,6 +13,7 @@ use draftsmith_pull::Places;
 
 use crate::Error;
 use crate::disk::writable;
+use crate::error::Told;
 use crate::license::hub_name;
 use crate::server::server_key;
 use crate::size::{self, Decided};
@@ -61,30 +62,21 @@ impl Faults {
         self.0.push(Fault { key: key.into(), problem: problem.into(), advice: advice.into() });
     }
 
-    /// All of them in one error: each with its place, the advice in the same order.
-    fn into_result(self, origin: &Origin) -> Result<(), Error> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        let mut messages = Vec::new();
-        let mut advice: Vec<String> = Vec::new();
-        for fault in self.0 {
-            messages.push(format!("{}: `{}` {}", origin.place(&fault.key), fault.key, fault.problem));
-            if !advice.contains(&fault.advice) {
-                advice.push(fault.advice);
-            }
-        }
-        Err(Error::input(messages.join("; "), advice.join("; ")))
+    /// Each with its place and its advice.
+    fn told(self, origin: &Origin) -> Vec<Told> {
+        let place =
+            |fault: &Fault| format!("{}: `{}` {}", origin.place(&fault.key), fault.key, fault.problem);
+        self.0.into_iter().map(|fault| Told { message: place(&fault), hint: Some(fault.advice) }).collect()
     }
 }
 
 /// Everything that needs neither network nor target.
-pub(super) fn check_alone(file: &RunFile, origin: &Origin) -> Result<(), Error> {
+pub(super) fn check_alone(file: &RunFile, origin: &Origin) -> Vec<Told> {
     let mut faults = Faults::default();
     bundle_keys(file, &mut faults);
     folders(file, &mut faults);
     workloads(file, &mut faults);
-    faults.into_result(origin)
+    faults.told(origin)
 }
 
 /// The keys of servers that stages still have to ask.
@@ -97,14 +89,16 @@ pub(super) fn check_servers(
 ) -> Result<(), Error> {
     let mut faults = Faults::default();
     servers(file, places, variable, to_do, &mut faults);
-    faults.into_result(origin)
+    Error::of_all(faults.told(origin)).map_or(Ok(()), Err)
 }
 
 /// Keys against the target. Its configuration alone is read, no weights. Decides the size of a draft that is left to it.
+/// What is wrong joins what was `found` before.
 pub(super) fn check_with_target(
     file: &mut RunFile,
     origin: &Origin,
     target: &Path,
+    found: &mut Vec<Told>,
 ) -> Result<Option<Decided>, Error> {
     let config = match target_config(target) {
         Ok(config) => config,
@@ -119,11 +113,11 @@ pub(super) fn check_with_target(
     let decided = size::decide(&mut file.draft, &config, || size::pass_bytes(target, &config));
     let mut faults = Faults::default();
     against(file, &config, &mut faults);
-    faults.into_result(origin)?;
+    found.extend(faults.told(origin));
     Ok(decided)
 }
 
-fn target_config(path: &Path) -> Result<TargetConfig, ModelError> {
+pub(super) fn target_config(path: &Path) -> Result<TargetConfig, ModelError> {
     match path.is_dir() {
         true => TargetConfig::from_hf(&HfConfig::open(path.join("config.json"))?),
         false => TargetConfig::from_gguf(&GgufFile::open(path)?),

@@ -23,9 +23,9 @@ use crate::measure::busy_times;
 /// Version of the file; another one is measured anew.
 const VERSION: u32 = 3;
 /// Costs are measured anew after this, in seconds: drivers, memory and neighbours change.
-const OLD: u64 = 30 * 86_400;
+pub(crate) const OLD: u64 = 30 * 86_400;
 /// Share of the processors that others may use while costs are measured; what disturbs a benchmark disturbs them.
-const BUSY_SHARE: f64 = 0.1;
+pub(crate) const BUSY_SHARE: f64 = 0.1;
 /// How far passes of one size may lie apart, as a share: an idle machine stays far below.
 const NOISY: f32 = 0.25;
 /// From here on progress is shown.
@@ -98,6 +98,18 @@ impl CostFile {
         self.is_wrong(now, threads).or_else(|| self.is_disturbed().then(disturbed))
     }
 
+    /// What to tell whoever waited for them.
+    fn doubt(&self) -> Option<String> {
+        let share = 100.0 * self.others_busy_share?;
+        self.is_disturbed().then(|| {
+            format!(
+                "doubt: others used {share:.0} % of the processors while costs were measured, and passes of one size lay \
+                 {:.0} % apart; steps correct them, and the next start measures anew",
+                100.0 * self.spread
+            )
+        })
+    }
+
     fn costs(&self) -> Costs {
         Costs {
             verify_ms: self.verify_ms.clone(),
@@ -155,7 +167,7 @@ fn write(path: &Path, file: &CostFile) -> Result<(), atomic::AtomicError> {
     atomic::write(path, text)
 }
 
-fn unix_s() -> u64 {
+pub(crate) fn unix_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
@@ -240,6 +252,9 @@ pub fn with_costs(
     if is_new && let Err(error) = write(&path, &file) {
         report.note(&format!("measured costs are not kept, the next start measures again: {error}"));
     }
+    if let Some(doubt) = file.doubt().filter(|_| is_new) {
+        report.note(&doubt);
+    }
     apply(engine, path, file)
 }
 
@@ -322,6 +337,12 @@ mod tests {
         ] {
             check(Some(wrong), 0.5, 45.0, true);
         }
+    }
+
+    #[test]
+    fn costs_of_a_busy_machine_are_doubted() {
+        assert_eq!(file(44.0, 0.02).doubt(), None);
+        assert!(file(44.0, 0.4).doubt().is_some_and(|doubt| doubt.contains("others used 40 %")));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
-use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, layer_problem, target_problems};
+use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, TunedDrafting, layer_problem, target_problems};
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter, small_drafter};
 use draftsmith_formats::atomic::AtomicError;
@@ -19,6 +19,7 @@ use draftsmith_pull::{Places, Pulled, Reference, pull};
 
 use crate::Error;
 use crate::packs::{self, LoadedFrom, PackCache};
+use crate::state::RunFolder;
 use crate::target::{TargetText, TargetTextError, model_hash_with, tokenizer_of};
 
 /// Threads to compute with when nobody says: as many as the process may use.
@@ -246,11 +247,22 @@ pub struct LoadedDraft {
     pub artifact: ArtifactInfo,
 }
 
+/// Where a bundle lies: a folder that is one, or the folder of a run that made one.
+pub fn bundle_place(dir: &Path) -> PathBuf {
+    let inside = dir.join("bundle");
+    let is_bundle = |dir: &Path| dir.join(MANIFEST_FILE).is_file();
+    match !is_bundle(dir) && is_bundle(&inside) && RunFolder::new(dir).is_run() {
+        true => inside,
+        false => dir.to_path_buf(),
+    }
+}
+
 /// Loads a bundle, or a plain draft folder, for a target.
 ///
 /// # Errors
 /// A draft that was made for another target (hidden size, vocabulary, tokenizer or template hash), or is damaged.
 pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<LoadedDraft, Error> {
+    let dir = &bundle_place(dir);
     if !dir.is_dir() {
         return Err(Error::input(
             format!("`{}` is not a folder", dir.display()),
@@ -345,6 +357,19 @@ pub fn weights_warning(draft: &LoadedDraft, target: &LoadedTarget) -> Option<Str
 pub fn engine(target: &LoadedTarget, draft: Option<&LoadedDraft>) -> Engine<Cpu> {
     let drafter = draft.map(|d| Arc::clone(&d.drafter));
     Engine::new(Arc::clone(&target.target), drafter)
+}
+
+/// How a draft decodes when nobody says: as `bench tune` found best, else as much as pays.
+pub fn default_plan(draft: &LoadedDraft) -> DraftPlan {
+    let tuned = draft.manifest.as_ref().and_then(|manifest| manifest.recommended.tuned.as_ref());
+    match tuned.map(|tuned| tuned.drafting) {
+        None | Some(TunedDrafting::Auto) => DraftPlan::Auto,
+        Some(TunedDrafting::Plain) => DraftPlan::None,
+        Some(TunedDrafting::Chain { depth }) => draft_plan(depth, None),
+        Some(TunedDrafting::Tree { depth, top_k, num_draft_tokens }) => {
+            draft_plan(depth, Some((top_k, Some(num_draft_tokens))))
+        }
+    }
 }
 
 /// A chain, or a tree if `tree` names candidates per node (and nodes in all, 4 per level if not said).

@@ -7,6 +7,19 @@ use draftsmith_pull::PullError;
 use crate::state::StateError;
 use crate::target::TargetTextError;
 
+/// One thing that is wrong, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// What is wrong, with file, line and key.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+fn joined(faults: &[Told]) -> String {
+    faults.iter().map(|fault| fault.message.as_str()).collect::<Vec<_>>().join("; ")
+}
+
 /// Declares the enum, its conversions and its hints in one table.
 macro_rules! errors {
     ($($(#[doc = $doc:literal])* $variant:ident($error:ty),)*) => {
@@ -21,6 +34,12 @@ macro_rules! errors {
                 what: String,
                 /// The command that goes on.
                 resume: Option<String>,
+            },
+            /// Several things at once, each with its own advice.
+            #[error("{}", joined(faults))]
+            Several {
+                /// What is wrong, in the order in which it was found.
+                faults: Vec<Told>,
             },
             /// A rule between inputs that no single library sees.
             #[error("{message}")]
@@ -41,6 +60,15 @@ macro_rules! errors {
                         resume.as_ref().map(|command| format!("`{command}` goes on where this stopped"))
                     }
                     Error::Input { hint, .. } => hint.clone(),
+                    Error::Several { faults } => {
+                        let mut hints: Vec<&str> = Vec::new();
+                        for hint in faults.iter().filter_map(|fault| fault.hint.as_deref()) {
+                            if !hints.contains(&hint) {
+                                hints.push(hint);
+                            }
+                        }
+                        (!hints.is_empty()).then(|| hints.join("; "))
+                    }
                 };
                 own.or_else(|| self.general_hint().map(str::to_string))
             }
@@ -83,7 +111,7 @@ impl Error {
             Error::State(_) | Error::Disk(_) => {
                 "check that the path is right, and that it can be read and written"
             }
-            Error::Interrupted { .. } | Error::Input { .. } => return None,
+            Error::Interrupted { .. } | Error::Input { .. } | Error::Several { .. } => return None,
         })
     }
 }
@@ -149,6 +177,23 @@ impl Error {
     /// A rule between inputs that no single library sees.
     pub fn input(message: impl Into<String>, hint: impl Into<String>) -> Error {
         Error::Input { message: message.into(), hint: Some(hint.into()) }
+    }
+
+    /// Everything that it tells, one by one.
+    pub fn told(&self) -> Vec<Told> {
+        match self {
+            Error::Several { faults } => faults.clone(),
+            one => vec![Told { message: one.to_string(), hint: one.hint() }],
+        }
+    }
+
+    /// The error that tells all of these; `None` of nothing.
+    pub(crate) fn of_all(mut faults: Vec<Told>) -> Option<Error> {
+        match faults.len() {
+            0 => None,
+            1 => faults.pop().map(|Told { message, hint }| Error::Input { message, hint }),
+            _ => Some(Error::Several { faults }),
+        }
     }
 
     /// A file that cannot be read.

@@ -5,8 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use draftsmith_bench::{Record, report_html};
 use draftsmith_bundle::{
-    Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE, input_of,
-    remake,
+    Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo, Tuned, WEIGHTS_FILE,
+    input_of, remake,
 };
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::sha256_file;
@@ -101,11 +101,29 @@ pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -
         input.report_html = Some(report_html(&read)?);
     }
     if let Some(recommended) = Recommended::measured(&input.results) {
-        input.recommended = recommended;
+        let Recommended { tuned, verdict, .. } = input.recommended;
+        // A verdict spoke of the records that the bundle had.
+        let verdict = verdict.filter(|_| records.is_empty());
+        input.recommended = Recommended { tuned, verdict, ..recommended };
     }
     if base_model.is_some() {
         input.target.hub_name = hub_name(base_model, &[])?;
     }
+    Ok(remake(&input)?)
+}
+
+/// Writes the fastest setting of this machine into a bundle: what `generate` and `serve` use unless they are told
+/// otherwise.
+///
+/// # Errors
+/// A folder that is no bundle, or that cannot be written.
+pub fn write_tuned(dir: &Path, tuned: Tuned) -> Result<Made, Error> {
+    let mut input = input_of(dir)?;
+    for path in records_of(dir)? {
+        let text = String::from_utf8_lossy(&atomic::read(&path)?).into_owned();
+        input.results.push(measured(&Record::from_json(&path.display().to_string(), &text)?)?);
+    }
+    input.recommended.tuned = Some(tuned);
     Ok(remake(&input)?)
 }
 

@@ -19,18 +19,23 @@ pub mod doctor;
 pub mod engine;
 mod error;
 pub mod imports;
+mod init;
 pub mod inspect;
 mod license;
 pub mod measure;
 pub mod packs;
 pub mod peer;
+pub mod plan;
+mod rates;
 mod regenerate;
+pub mod rules;
 pub mod serve_gap;
 pub mod server;
 mod size;
 pub mod state;
 pub mod target;
 mod train;
+pub mod verdict;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -54,13 +59,14 @@ use draftsmith_gpu::Gpu;
 #[cfg(feature = "gpu-flex")]
 use draftsmith_model::Target;
 use draftsmith_model::{DraftConfig, Precision, is_method, methods};
-use draftsmith_pull::{Places, PullError, Reference};
+use draftsmith_pull::{Places, PullError, Pulled, Reference};
 use serde::Serialize;
 
 use aside::Aside;
 pub use capture::Bill;
 pub use check::Origin;
-pub use error::Error;
+pub use error::{Error, Told};
+pub use init::{Init, InitOptions, init, run_name};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
 use crate::device::Compute;
@@ -115,6 +121,8 @@ pub struct Run<'a> {
     target: OnceCell<LoadedTarget>,
     /// The run file that was saved here before this one.
     saved: Option<RunFile>,
+    /// The sizes of a draft that left them to the target, in words.
+    decided: Option<String>,
     /// Held by whoever works here; who only looks has none.
     _lock: Option<RunLock>,
 }
@@ -152,14 +160,42 @@ fn version(of: &[(Stage, u32)], stage: Stage) -> u32 {
 /// # Errors
 /// As [`RunFile::load`].
 pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
-    let mut file = RunFile::load(path, overrides)?;
+    let file = RunFile::load(path, overrides)?;
     check_method(&file, path, overrides)?;
+    Ok(moved(file, path, overrides))
+}
+
+/// The same, with everything that is wrong with it: the faults come with what is left of the run file, for
+/// [`Run::look_on`] to find those that only show beside target and data.
+///
+/// # Errors
+/// All faults at once, if they are such that nothing can be looked at beside them.
+pub fn load_all(path: &Path, overrides: &[String]) -> Result<(RunFile, Vec<Told>), Error> {
+    let faulty = match RunFile::load_all(path, overrides) {
+        Ok(file) => {
+            check_method(&file, path, overrides)?;
+            return Ok((moved(file, path, overrides), Vec::new()));
+        }
+        Err(faulty) => faulty,
+    };
+    let mut told: Vec<Told> = faulty.faults.into_iter().flat_map(|fault| Error::from(fault).told()).collect();
+    match faulty.mended {
+        Some(file) if check_method(&file, path, overrides).is_ok() => Ok((moved(*file, path, overrides), told)),
+        rest => {
+            let method = rest.and_then(|file| check_method(&file, path, overrides).err());
+            told.extend(method.into_iter().flat_map(|fault| Error::from(fault).told()));
+            Err(Error::of_all(told).unwrap_or_else(|| Error::input("the run file is wrong", "mend it")))
+        }
+    }
+}
+
+fn moved(mut file: RunFile, path: &Path, overrides: &[String]) -> RunFile {
     let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = RunFolder::new(parent);
     let is_copy = path.file_name() == folder.run_file().file_name() && folder.is_run();
     if !is_copy || sets("run.dir") {
-        return Ok(file);
+        return file;
     }
     let before = file.dir();
     if !sets("bundle.dir")
@@ -168,7 +204,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
         file.bundle.dir = Some(parent.join(inside));
     }
     file.run.dir = Some(parent.to_path_buf());
-    Ok(file)
+    file
 }
 
 /// A run file may name any kind of draft; here it must be one that there is.
@@ -227,7 +263,16 @@ impl<'a> Run<'a> {
     /// A busy folder, inputs that are not there, rules between keys, files and target: all that can be known before the
     /// work, named with key and line.
     pub fn open(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
-        let mut run = Run::look(file, origin, env)?;
+        Run::open_on(file, Vec::new(), origin, env)
+    }
+
+    /// [`Run::open`] of a run file with faults that were found before.
+    ///
+    /// # Errors
+    /// As [`Run::look_on`], and a busy folder.
+    pub fn open_on(file: RunFile, faults: Vec<Told>, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        let mut run = Run::look_on(file, faults, origin, env)?;
+        run.decided.iter().for_each(|decided| env.report.note(decided));
         run._lock = Some(run.folder.lock()?);
         atomic::write(run.folder.run_file(), run.file.to_toml())?;
         Ok(run)
@@ -237,21 +282,77 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     /// As [`Run::open`], without the folder's.
-    pub fn look(mut file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
-        check::check_alone(&file, &origin)?;
-        let compute = Compute::open(&file.run)?;
+    pub fn look(file: RunFile, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        Run::look_on(file, Vec::new(), origin, env)
+    }
+
+    /// Like [`Run::look`], of a run file with faults that were found before: those that show beside target and data are
+    /// told with them, and nothing is fetched for a run that cannot begin.
+    ///
+    /// # Errors
+    /// As [`Run::look`], all at once.
+    pub fn look_on(
+        mut file: RunFile,
+        mut faults: Vec<Told>,
+        origin: Origin,
+        env: Env<'a>,
+    ) -> Result<Run<'a>, Error> {
+        faults.extend(check::check_alone(&file, &origin));
+        let compute = match Compute::open(&file.run) {
+            Ok(compute) => Some(compute),
+            Err(error) => {
+                faults.extend(error.told());
+                None
+            }
+        };
         let folder = RunFolder::new(file.dir());
-        let inputs = Inputs::find(&file, env)?;
-        if let Some(decided) = check::check_with_target(&mut file, &origin, &inputs.target_path)? {
-            env.report.note(&decided.to_string());
+        let offline;
+        let places = match faults.is_empty() {
+            true => env.places,
+            false => {
+                offline = Places { offline: true, ..env.places.clone() };
+                &offline
+            }
+        };
+        let look = Env { places, ..env };
+        let target = keep(&mut faults, Inputs::find_target(&file, look));
+        let data = Inputs::find_data(&file, look, &mut faults);
+        let mut decided = None;
+        if let Some(target) = &target {
+            let found = check::check_with_target(&mut file, &origin, &target.path, &mut faults);
+            decided = keep(&mut faults, found).flatten();
         }
+        if let Some(error) = Error::of_all(faults) {
+            return Err(error);
+        }
+        let (Some(compute), Some(target)) = (compute, target) else {
+            return Err(Error::input("the target was not found", "name it in `target.source`"));
+        };
+        let inputs = data.with_target(target)?;
+        let decided = decided.map(|decided| decided.to_string());
         let saved = RunFile::load(folder.run_file(), &[]).ok();
-        Ok(Run { file, folder, env, origin, inputs, compute, target: OnceCell::new(), saved, _lock: None })
+        Ok(Run {
+            file,
+            folder,
+            env,
+            origin,
+            inputs,
+            compute,
+            target: OnceCell::new(),
+            saved,
+            decided,
+            _lock: None,
+        })
     }
 
     /// The folder.
     pub fn folder(&self) -> &RunFolder {
         &self.folder
+    }
+
+    /// The run file, sizes of the draft decided.
+    pub(crate) fn file(&self) -> &RunFile {
+        &self.file
     }
 
     /// The stages that this run file has.
@@ -277,6 +378,9 @@ impl<'a> Run<'a> {
             }
         }
         check::check_servers(&self.file, &self.origin, self.env.places, self.env.variable, &to_do)?;
+        if to_do.contains(&Stage::Train) {
+            self.warn();
+        }
         let mut done: Vec<StageDone> = Vec::new();
         for due in &due {
             // A bundle that was made again has lost its results: the measurement puts them back.
@@ -287,6 +391,18 @@ impl<'a> Run<'a> {
             }
         }
         Ok(done)
+    }
+
+    /// Says before the work what of this run is bound to disappoint. Where no plan was made before, answers are taken to
+    /// be as long as they may be: what is too little then is too little for certain.
+    fn warn(&self) {
+        // Whatever is wrong with the data is its stage's to tell.
+        let Ok(mut amounts) = self.count() else { return };
+        let rates = self.kept_rates().unwrap_or_default();
+        self.complete(&mut amounts, &rates);
+        for warning in rules::warnings(&self.facts(Some(&amounts), None)) {
+            self.env.report.note(&format!("warning: {}", warning.line()));
+        }
     }
 
     /// The version of a stage, as this run file has it.
@@ -629,56 +745,93 @@ fn kept_line(aside: &Aside) -> String {
     )
 }
 
+/// The value, or its error among the faults. That something could not be looked for is none: it was not fetched because
+/// of the others.
+fn keep<T>(faults: &mut Vec<Told>, found: Result<T, Error>) -> Option<T> {
+    match found {
+        Ok(value) => Some(value),
+        Err(Error::Pull(error)) if !faults.is_empty() && !is_local(&error) => None,
+        Err(error) => {
+            faults.extend(error.told());
+            None
+        }
+    }
+}
+
+/// True of what no network could change.
+fn is_local(error: &PullError) -> bool {
+    matches!(
+        error,
+        PullError::BadReference { .. } | PullError::NoSuchPath { .. } | PullError::WrongHash { .. }
+    )
+}
+
 impl Inputs {
-    fn find(file: &RunFile, env: Env<'_>) -> Result<Inputs, Error> {
-        let target =
-            locate(&file.target.source.0, file.target.sha256.as_deref(), env.places, env.report, env.stop)?;
-        let target_sha256 = match target.sha256 {
+    fn find_target(file: &RunFile, env: Env<'_>) -> Result<Pulled, Error> {
+        locate(&file.target.source.0, file.target.sha256.as_deref(), env.places, env.report, env.stop)
+    }
+
+    fn with_target(mut self, target: Pulled) -> Result<Inputs, Error> {
+        self.target_sha256 = match target.sha256 {
             Some(sha256) => sha256,
             None => model_hash(&target.path)?,
         };
-        let mut files = Vec::new();
-        let mut find = |key: &str, name: &str| -> Result<PathBuf, Error> {
-            let reference: Reference = name.parse()?;
-            let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
-                Err(PullError::NoSuchPath { .. }) => {
-                    return Err(Error::input(
-                        format!("`{key}` names `{name}`, which does not exist"),
-                        "relative paths start at the working directory",
-                    ));
-                }
-                found => found?,
-            };
-            files.push((key.to_string(), found.sha256.clone().unwrap_or_default()));
-            match found.sha256 {
-                Some(_) => Ok(found.path),
-                None => Err(Error::input(
-                    format!("`{key}` names `{name}`, a folder, expected a file"),
-                    "name one file, for `hf:` references after a `:`",
-                )),
-            }
+        (self.target_path, self.target_reference) = (target.path, target.reference);
+        Ok(self)
+    }
+
+    /// Everything but the target.
+    fn find_data(file: &RunFile, env: Env<'_>, faults: &mut Vec<Told>) -> Inputs {
+        let mut inputs = Inputs {
+            target_path: PathBuf::new(),
+            target_reference: String::new(),
+            target_sha256: String::new(),
+            sources: Vec::new(),
+            validation: None,
+            files: Vec::new(),
         };
-        let mut sources = Vec::new();
+        let files = &mut inputs.files;
+        let mut find = |key: &str, name: &str| -> Option<PathBuf> {
+            let found = Inputs::find_file(key, name, env);
+            let (path, sha256) = keep(faults, found)?;
+            files.push((key.to_string(), sha256));
+            Some(path)
+        };
         for (i, source) in file.data.sources.iter().enumerate() {
-            sources.push(SourceSpec {
-                path: find(&format!("data.sources.{i}.path"), &source.path)?,
-                weight: source.weight,
-                max_rows: source.max_rows,
-            });
+            inputs.sources.extend(
+                find(&format!("data.sources.{i}.path"), &source.path).map(|path| SourceSpec {
+                    path,
+                    weight: source.weight,
+                    max_rows: source.max_rows,
+                }),
+            );
         }
-        let validation =
-            file.data.validation.as_deref().map(|name| find("data.validation", name)).transpose()?;
+        inputs.validation = file.data.validation.as_deref().and_then(|name| find("data.validation", name));
         if let Some(template) = &file.data.template {
-            find("data.template", &template.display().to_string())?;
+            find("data.template", &template.display().to_string());
         }
-        Ok(Inputs {
-            target_path: target.path,
-            target_reference: target.reference,
-            target_sha256,
-            sources,
-            validation,
-            files,
-        })
+        inputs
+    }
+
+    /// Where a file is, and its hash.
+    fn find_file(key: &str, name: &str, env: Env<'_>) -> Result<(PathBuf, String), Error> {
+        let reference: Reference = name.parse()?;
+        let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
+            Err(PullError::NoSuchPath { .. }) => {
+                return Err(Error::input(
+                    format!("`{key}` names `{name}`, which does not exist"),
+                    "relative paths start at the working directory",
+                ));
+            }
+            found => found?,
+        };
+        match found.sha256 {
+            Some(sha256) => Ok((found.path, sha256)),
+            None => Err(Error::input(
+                format!("`{key}` names `{name}`, a folder, expected a file"),
+                "name one file, for `hf:` references after a `:`",
+            )),
+        }
     }
 }
 

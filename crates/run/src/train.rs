@@ -147,12 +147,17 @@ impl Run<'_> {
 
     /// The draft vocabulary: the most frequent trained tokens, and the share of them that it covers.
     fn vocab_map(&self, tokens: &TokenFile) -> Result<(VocabMap, Option<f64>), Error> {
-        let target = self.target()?;
-        let vocab = target.target.config().vocab_size;
-        let mut counts = TokenCounts::new(vocab);
+        let mut counts = TokenCounts::new(self.target()?.target.config().vocab_size);
         for row in tokens.rows() {
             counts.add(&row.ids, &row.loss_mask);
         }
+        self.vocab_map_of(&counts)
+    }
+
+    /// The same from counts of trained tokens.
+    pub(super) fn vocab_map_of(&self, counts: &TokenCounts) -> Result<(VocabMap, Option<f64>), Error> {
+        let target = self.target()?;
+        let vocab = target.target.config().vocab_size;
         let size = (self.file.draft.vocab_size as usize).min(vocab);
         let always = target.text.tokenizer.always_in_draft_vocab();
         let map = counts.vocab_map(size, &always).map_err(|e| {
@@ -165,7 +170,7 @@ impl Run<'_> {
         Ok((map, coverage))
     }
 
-    fn method<K: TrainKernels>(
+    pub(super) fn method<K: TrainKernels>(
         &self,
         kernels: K,
         vocab_map: VocabMap,

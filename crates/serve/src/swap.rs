@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_core::AcceptStats;
-use draftsmith_decode::{DecodeError, Engine};
+use draftsmith_decode::{DecodeError, DraftPlan, Engine};
 use draftsmith_kernels::Cpu;
 use tokio::sync::oneshot;
 
@@ -27,6 +27,8 @@ pub struct DraftInfo {
     pub bundle: PathBuf,
     /// Hash of its weights.
     pub sha256: Option<String>,
+    /// How it drafts where a request says nothing.
+    pub plan: DraftPlan,
 }
 
 /// A draft joined to the target that is being served.

@@ -100,6 +100,7 @@ fn server(drafter: Arc<Shaky>) -> Server {
                 kind: "eagle3".into(),
                 bundle: "nowhere".into(),
                 sha256: None,
+                plan: draftsmith_decode::DraftPlan::Auto,
             }),
             tokenizer: Arc::new(Tokenizer::from_json(&json, SpecialIds::default()).unwrap()),
             template: None,

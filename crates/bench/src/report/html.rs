@@ -93,6 +93,9 @@ pub(super) fn page(records: &[Record], options: &ReportOptions) -> Result<String
         escape(&utc(first.created_unix_s)),
     );
     let several = distinct(records, |r| r.settings.drafting.short_label()) != setting;
+    if let Some(verdict) = &options.verdict {
+        let _ = writeln!(out, "<p class=\"verdict\"><strong>{}</strong></p>", sentence(verdict));
+    }
     answers(&mut out, &per_record, &best, several.then_some(setting.as_str()), advice_against(records));
     doubts(&mut out, &per_record, &best);
     results(&mut out, &shown);

@@ -7,6 +7,8 @@ pub struct ReportOptions {
     pub title: Option<String>,
     /// How training went, if it is known.
     pub training: Option<TrainingCurve>,
+    /// Whether the draft is worth using, in a paragraph.
+    pub verdict: Option<String>,
 }
 
 /// Values over training. Estimated and measured ones are kept, and drawn, apart.

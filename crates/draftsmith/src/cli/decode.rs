@@ -9,7 +9,7 @@ use draftsmith_core::VerifyRule;
 #[derive(Debug, Args)]
 pub struct Drafting {
     /// Draft as much as pays by the costs measured on this machine, and repetitions of the text (default of `generate`
-    /// with a bundle; works without one).
+    /// with a bundle that `bench tune --write` has not tuned; works without one).
     #[arg(long, conflicts_with_all = ["depth", "tree_top_k", "tree_nodes"])]
     pub auto: bool,
     /// Draft tokens per proposal (a chain), or levels of the tree (default of `bench`: 5).
@@ -54,17 +54,17 @@ pub struct Choosing {
 #[command(after_help = "Examples:\n  \
     draftsmith generate --target fixtures/tiny-target --prompt \"Calculate 22 + 20.\"\n  \
     draftsmith generate --target REF --bundle runs/smoke/bundle --prompt \"Why?\" --temperature 0.8 --seed 7 --json\n  \
-    draftsmith generate --target REF --bundle runs/smoke/bundle --messages chat.json --prove\n  \
+    draftsmith generate --bundle runs/smoke --messages chat.json --prove\n  \
     draftsmith generate --target REF --draft-model SMALLER --prompt \"Why?\"\n  \
     draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n\n\
     With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
     JSON: prompt_ids, token_ids, text, finish_reason, accept_len.")]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "prompt_ids", "messages"]))]
 pub struct Generate {
-    /// The target: `hf:…`, `pip:…` or a path.
-    #[arg(long, value_name = "REF")]
-    pub target: String,
-    /// The draft: a bundle folder.
+    /// The target: `hf:…`, `pip:…` or a path (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF", required_unless_present = "bundle")]
+    pub target: Option<String>,
+    /// The draft: a bundle folder, or the folder of a run that made one.
     #[arg(long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
@@ -212,6 +212,10 @@ pub struct BenchTune {
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
+    /// Write the fastest setting for one sequence into the bundle: `generate` and `serve` use it unless they are told
+    /// otherwise.
+    #[arg(long, conflicts_with = "draft_model")]
+    pub write: bool,
     /// Write one JSON object to a file, or print it if none is named.
     #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,

@@ -21,8 +21,8 @@ pub use serve::{KvBudget, Serve};
 pub use shell::{Completions, Man};
 pub use stages::{
     Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,
-    Capture, Data, DataPrepare, DataPreview, DataRender, DataVerb, ExportFormat, Regenerate, Run, RunArgs,
-    Status, Train,
+    Capture, Data, DataPrepare, DataPreview, DataRender, DataVerb, ExportFormat, Init, Make, Making,
+    Regenerate, Run, RunArgs, Status, Train,
 };
 pub use written::{completion_script, man_pages};
 
@@ -59,6 +59,8 @@ pub enum Verb {
     Quickstart(Quickstart),
     Doctor(Doctor),
     Pull(Pull),
+    Make(Make),
+    Init(Init),
     Run(Run),
     Status(Status),
     Data(Data),

@@ -307,12 +307,82 @@ pub struct BundleImport {
 /// Finished stages are not done again unless what they were made from changed; then the old result is kept as
 /// `STAGE.old-KEY` and found again when the run file is edited back. Killed at any moment, the same command goes on.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  draftsmith run recipes/smoke.toml\n  \
-                        draftsmith run recipes/smollm2-135m-eagle3.toml run.threads=2")]
+#[command(
+    after_help = "Examples:\n  draftsmith run recipes/smoke.toml\n  draftsmith run recipes/smoke.toml --plan\n  \
+                        draftsmith run recipes/smollm2-135m-eagle3.toml run.threads=2"
+)]
 pub struct Run {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub run: RunArgs,
+    /// Only print the bill of all stages: rows, tokens, steps, time, disk, memory. No stage is begun; what this machine
+    /// takes is measured in about half a minute, or known from the last time.
+    #[arg(long)]
+    pub plan: bool,
+}
+
+/// What a run file is made of.
+#[derive(Debug, Args)]
+pub struct Making {
+    /// The target: `hf:…`, `pip:…` or a path.
+    #[arg(value_name = "TARGET")]
+    pub target: String,
+    /// Conversations of the kind that the draft is for: JSONL (plain, .gz, .zst) or Parquet; may be given several times
+    /// (default: the prompts that ship with draftsmith).
+    #[arg(long, value_name = "FILE")]
+    pub data: Vec<PathBuf>,
+    /// Hours for the whole run.
+    #[arg(long, value_name = "H", default_value_t = 1.0, value_parser = hours)]
+    pub hours: f64,
+    /// The run file (default: `NAME.toml`).
+    #[arg(long, value_name = "RUN.toml")]
+    pub out: Option<PathBuf>,
+    /// Name of the run (default: the target's).
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Write the run file anew if it is there.
+    #[arg(long)]
+    pub replace: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Hours from a few seconds to a year.
+fn hours(text: &str) -> Result<f64, String> {
+    let hours = text.parse::<f64>().ok().filter(|hours| (0.001..=8760.0).contains(hours));
+    hours.ok_or_else(|| "expected hours, at least 0.001 and at most 8760".to_string())
+}
+
+/// Writes a run file for a target by rules: looks at target, data and machine, and spends the hours that it is given.
+///
+/// Kind and size of the draft, answers, steps and learning rate follow from what was measured (docs/LOG.md); the file
+/// says why, and every key can be changed. Some conversations are held out beside it, to choose drafts by and to measure
+/// the result on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith init hf:ORG/NAME --data chats.jsonl --hours 2\n  \
+                        draftsmith init fixtures/tiny-target --data fixtures/tiny-target/prompts-train.jsonl --hours 0.02 --out tiny.toml\n\n\
+                        Then `draftsmith run RUN.toml --plan` shows the bill, and `draftsmith run RUN.toml` does it.")]
+pub struct Init {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub making: Making,
+}
+
+/// Makes a draft for a target, from nothing to a measured bundle and a verdict: `init`, the bill, and `run`.
+///
+/// It begins at once. Stopped at any moment, the same command goes on.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  draftsmith make hf:ORG/NAME --data chats.jsonl --hours 2\n  \
+                        draftsmith make fixtures/tiny-target --data fixtures/tiny-target/prompts-train.jsonl --hours 0.02\n  \
+                        draftsmith make hf:ORG/NAME --plan")]
+pub struct Make {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub making: Making,
+    /// Write the run file and print the bill, no more.
+    #[arg(long)]
+    pub plan: bool,
 }
 
 /// Shows where a run is: stages, rows or steps done, time left, best accept length.

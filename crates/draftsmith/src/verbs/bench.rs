@@ -12,7 +12,7 @@ use draftsmith::cli;
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, engine};
+use draftsmith::engine::{LoadedDraft, LoadedTarget, bundle_place, engine};
 use draftsmith::formats::atomic;
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
@@ -136,25 +136,34 @@ pub(crate) fn target_and_draft(
     thread_count: Option<u32>,
     session: &Session,
 ) -> Result<(LoadedTarget, LoadedDraft), Failure> {
+    let sources = target_sources(Some(source), target)?;
+    let target = session.load_target(&sources, None, false, thread_count)?;
+    let draft = session.load_source(source, &target, PackMode::Q8)?;
+    Ok((target, draft))
+}
+
+/// References of the target: the one that is named, or those that a bundle remembers.
+pub(crate) fn target_sources(
+    source: Option<DraftSource<'_>>,
+    target: Option<&String>,
+) -> Result<Vec<String>, Failure> {
     let name_it = || Some("name the target with `--target REF`".to_string());
-    let sources = match (target, source) {
+    Ok(match (target, source) {
         (Some(reference), _) => vec![reference.clone()],
-        (None, DraftSource::Bundle(bundle)) => {
-            let sources = Manifest::read(bundle).map_err(Error::from)?.target.references;
+        (None, None) => return Err(Failure::input("no target is named", name_it())),
+        (None, Some(DraftSource::Bundle(bundle))) => {
+            let sources = Manifest::read(bundle_place(bundle)).map_err(Error::from)?.target.references;
             if sources.is_empty() {
                 let message = format!("bundle `{}` names no source of its target", bundle.display());
                 return Err(Failure::input(message, name_it()));
             }
             sources
         }
-        (None, DraftSource::Model(reference)) => {
+        (None, Some(DraftSource::Model(reference))) => {
             let message = format!("draft model `{reference}` does not say which target it drafts for");
             return Err(Failure::input(message, name_it()));
         }
-    };
-    let target = session.load_target(&sources, None, false, thread_count)?;
-    let draft = session.load_source(source, &target, PackMode::Q8)?;
-    Ok((target, draft))
+    })
 }
 
 pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {

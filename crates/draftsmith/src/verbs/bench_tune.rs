@@ -1,15 +1,20 @@
 //! `draftsmith bench tune`.
 
+use std::path::Path;
 use std::time::Instant;
 
 use draftsmith::Error;
 use draftsmith::bench::record::Drafting;
-use draftsmith::bench::tune::{GroupOutput, TuneReport, TuneRunner, tune_load, tune_steps, tune_text};
+use draftsmith::bench::tune::{
+    GroupOutput, LoadResult, TuneReport, TuneRunner, tune_load, tune_steps, tune_text,
+};
 use draftsmith::bench::{BenchError, BoxError};
+use draftsmith::bundle::{Tuned, TunedDrafting};
 use draftsmith::cli;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
 use draftsmith::engine::engine;
+use draftsmith::imports::write_tuned;
 use draftsmith::kernels::Cpu;
 use draftsmith::measure::{drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
@@ -85,6 +90,12 @@ impl TuneRunner for Runner<'_> {
 }
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
+    if args.write && !args.sequences.contains(&1) {
+        return Err(Failure::input(
+            "`--write` keeps the fastest setting for one sequence, and `--sequences` has no 1",
+            Some("give `--sequences 1,8`, or leave `--write` out".to_string()),
+        ));
+    }
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
     let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
     let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
@@ -138,5 +149,119 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
     if !args.json.as_deref().is_some_and(cli::is_stdout) {
         printer::out(&tune_text(&report))?;
     }
+    if args.write {
+        write(&report, args.bundle.as_deref(), session)?;
+    }
     Ok(if report.identical() { 0 } else { NOT_HELD })
+}
+
+/// The setting that a bundle is given: the fastest for one sequence.
+///
+/// A fixed shape is kept only where it is shown to beat the automatic plan and loses to it at none of the loads: that one
+/// adapts, and falls silent where drafting loses. Decoding without the draft is kept where nothing was faster at any load.
+fn chosen(one: &LoadResult, report: &TuneReport) -> Tuned {
+    let of = |load: &LoadResult, drafting: Option<Drafting>| {
+        load.settings.iter().find(|s| s.drafting == drafting).and_then(|s| s.speedup)
+    };
+    let best = one.settings.iter().find(|s| s.name == one.best);
+    let shape = best.and_then(|s| s.drafting);
+    let auto = of(one, Some(Drafting::Auto)).map_or(1.0, |e| e.value.max(1.0));
+    let beats = best.and_then(|s| s.speedup?.interval).is_some_and(|interval| interval.low > auto);
+    let holds = report.loads.iter().all(|load| {
+        let here = of(load, shape).map_or(1.0, |e| e.value);
+        here >= of(load, Some(Drafting::Auto)).map_or(1.0, |e| e.value.max(1.0))
+    });
+    let is_plain =
+        |load: &LoadResult| load.settings.iter().any(|s| s.name == load.best && s.drafting.is_none());
+    let drafting = match shape {
+        None if report.loads.iter().all(is_plain) => TunedDrafting::Plain,
+        Some(Drafting::Chain { depth }) if beats && holds => TunedDrafting::Chain { depth },
+        Some(Drafting::Tree { depth, top_k, num_draft_tokens }) if beats && holds => {
+            TunedDrafting::Tree { depth, top_k, num_draft_tokens }
+        }
+        _ => TunedDrafting::Auto,
+    };
+    let speedup = best.and_then(|s| s.speedup).map_or_else(
+        || "no setting was faster than the target alone for one sequence".to_string(),
+        |e| {
+            let interval = e.interval.map_or_else(String::new, |i| format!(" [{:.2}, {:.2}]", i.low, i.high));
+            format!(
+                "fastest for one sequence was {}, {:.2}x{interval} over the target alone",
+                one.best, e.value
+            )
+        },
+    );
+    let because =
+        format!("{speedup}; {} prompts, {}, {} threads", report.prompts, report.machine.cpu, report.threads);
+    Tuned { drafting, because }
+}
+
+fn write(report: &TuneReport, bundle: Option<&Path>, session: &Session) -> Result<(), Failure> {
+    let load = report.loads.iter().find(|load| load.sequences == 1);
+    // Looked at before anything was measured.
+    let (Some(load), Some(bundle)) = (load, bundle) else { return Ok(()) };
+    let tuned = chosen(load, report);
+    let line = format!("written into `{}`: {}", bundle.display(), tuned.because);
+    write_tuned(bundle, tuned)?;
+    session.printer.note(&line);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use draftsmith::bench::record::{ArtifactInfo, CostsInfo, Machine};
+    use draftsmith::bench::tune::SettingResult;
+    use draftsmith::bench::{Estimate, Interval};
+
+    use super::*;
+
+    fn load(sequences: usize, best: &str, chain: (f64, f64), auto: (f64, f64)) -> LoadResult {
+        let result = |drafting: Option<Drafting>, speedup: Option<(f64, f64)>| SettingResult {
+            name: drafting.map_or("plain".to_string(), |d| d.short_label()),
+            drafting,
+            tokens_per_s: None,
+            speedup: speedup.map(|(value, low)| Estimate {
+                value,
+                interval: Some(Interval { low, high: 2.0 * value - low }),
+                rows: 8,
+            }),
+            accept_len: None,
+            identical: true,
+        };
+        let settings = vec![
+            result(None, None),
+            result(Some(Drafting::Chain { depth: 3 }), Some(chain)),
+            result(Some(Drafting::Auto), Some(auto)),
+        ];
+        LoadResult { sequences, settings, best: best.to_string() }
+    }
+
+    #[track_caller]
+    fn check(loads: Vec<LoadResult>, expected: TunedDrafting) {
+        let report = TuneReport {
+            loads,
+            prompts: 8,
+            max_new_tokens: 96,
+            threads: 2,
+            target: ArtifactInfo::default(),
+            draft: ArtifactInfo::default(),
+            machine: Machine::default(),
+            costs: CostsInfo::default(),
+        };
+        assert_eq!(chosen(&report.loads[0], &report).drafting, expected);
+    }
+
+    #[test]
+    fn a_fixed_shape_is_kept_only_where_it_is_shown_to_beat_the_automatic_plan() {
+        let chain = TunedDrafting::Chain { depth: 3 };
+        check(vec![load(1, "chain 3", (1.4, 1.3), (1.2, 1.1))], chain);
+        check(vec![load(1, "chain 3", (1.4, 1.15), (1.2, 1.1))], TunedDrafting::Auto);
+        check(vec![load(1, "chain 3", (1.02, 0.9), (0.95, 0.9))], TunedDrafting::Auto);
+        check(vec![load(1, "auto", (1.2, 1.1), (1.4, 1.3))], TunedDrafting::Auto);
+        let many = load(8, "auto", (0.75, 0.7), (0.98, 0.9));
+        check(vec![load(1, "chain 3", (1.4, 1.3), (1.2, 1.1)), many], TunedDrafting::Auto);
+        check(vec![load(1, "plain", (0.8, 0.7), (0.9, 0.8))], TunedDrafting::Plain);
+        let many = load(8, "auto", (0.9, 0.8), (1.2, 1.1));
+        check(vec![load(1, "plain", (0.8, 0.7), (0.9, 0.8)), many], TunedDrafting::Auto);
+    }
 }

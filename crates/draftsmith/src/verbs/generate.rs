@@ -7,13 +7,14 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
-use draftsmith::engine::{draft_plan, engine};
+use draftsmith::engine::{default_plan, draft_plan, engine};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids_at;
 use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
 
+use super::bench::target_sources;
 use super::{DraftSource, Session};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
@@ -126,9 +127,10 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         (None, Some(path)) => Some(read_messages(path)?),
         (None, None) => None,
     };
-    let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let sources = target_sources(source, args.target.as_ref())?;
+    let target = session.load_target(&sources, None, args.f32, args.threads)?;
     let draft = source.map(|source| session.load_source(source, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
         (Some(messages), _) => prompt_ids_at(&target.text, messages, Some(today()))?,
@@ -147,7 +149,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
         (None, Some(_)) if args.verifying.verify != VerifyRule::Seeded => {
             DraftPlan::Chain { depth: DEFAULT_DEPTH as usize }
         }
-        (None, Some(_)) => DraftPlan::Auto,
+        (None, Some(draft)) => default_plan(draft),
         (None, None) => DraftPlan::None,
     };
     let verify = rule(&args.verifying, &args.drafting, &sampling)?;

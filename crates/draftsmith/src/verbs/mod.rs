@@ -12,6 +12,7 @@ pub(crate) mod doctor;
 pub(crate) mod doctor_draft;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod make;
 pub(crate) mod pull;
 pub(crate) mod quickstart;
 pub(crate) mod serve;
@@ -126,6 +127,15 @@ impl DraftSource<'_> {
     pub(crate) fn needed<'a>(bundle: Option<&'a PathBuf>, model: Option<&'a String>) -> DraftSource<'a> {
         DraftSource::of(bundle, model).unwrap_or(DraftSource::Bundle(Path::new("")))
     }
+}
+
+/// Something that ships with draftsmith: looked for in the current folder and those above it, then beside the program and
+/// above that.
+pub(crate) fn find_shipped(path: &str) -> Option<PathBuf> {
+    let here = std::env::current_dir().unwrap_or_default();
+    let program = std::env::current_exe().and_then(|p| p.canonicalize()).unwrap_or_default();
+    let folders = here.ancestors().chain(program.ancestors().skip(1));
+    folders.map(|folder| folder.join(path)).find(|found| found.exists())
 }
 
 /// The environment, for text values.

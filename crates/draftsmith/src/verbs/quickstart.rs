@@ -4,20 +4,21 @@ use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use draftsmith::bench::{BusyTimes, Doubt};
 use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::AcceptStats;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
 use draftsmith::engine::engine;
 use draftsmith::kernels::PackMode;
-use draftsmith::measure::prompt_ids;
+use draftsmith::measure::{busy_times_with, prompt_ids};
 use draftsmith::pull::Reference;
 use draftsmith::report::Report;
 use draftsmith::text::Message;
 use draftsmith::{Error, cli};
 use serde_json::json;
 
-use super::Session;
+use super::{Session, find_shipped};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -36,14 +37,9 @@ const GREEN: &str = "\x1b[32m";
 const BOLD: &str = "\x1b[1m";
 const RESET: &str = "\x1b[0m";
 
-/// Looks in the current folder and those above it, then beside the program and above that.
 fn find_bundle() -> Result<PathBuf, Failure> {
-    let here = std::env::current_dir().unwrap_or_default();
-    let program = std::env::current_exe().and_then(|p| p.canonicalize()).unwrap_or_default();
-    here.ancestors()
-        .chain(program.ancestors().skip(1))
-        .map(|folder| folder.join(BUNDLE))
-        .find(|folder| folder.join(MANIFEST_FILE).is_file())
+    find_shipped(&format!("{BUNDLE}/{MANIFEST_FILE}"))
+        .and_then(|manifest| manifest.parent().map(Path::to_path_buf))
         .ok_or_else(|| {
             Failure::input(
                 format!("the draft `{BUNDLE}` was not found here, above here, or beside the program"),
@@ -130,6 +126,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     decode(&warm, plan, 8, silent)?;
 
     let limit = args.max_new_tokens as usize;
+    let before = busy_times_with(None);
     let mut total = Total::default();
     let mut rows = Vec::new();
     for (i, prompt) in PROMPTS.iter().enumerate() {
@@ -170,6 +167,8 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     let (plain_rate, spec_rate) =
         (total.plain_tokens / total.plain_s.max(1e-9), total.spec_tokens / total.spec_s.max(1e-9));
     let speedup = spec_rate / plain_rate;
+    let others = before.zip(busy_times_with(None)).and_then(|(a, b)| BusyTimes::others_share(a, b));
+    let busy = others.and_then(Doubt::of_others);
     if args.json {
         printer::json(&json!({
             "accept_len": accept_len,
@@ -181,6 +180,10 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
             "tokens_compared": total.compared,
             "threads": target.threads,
             "prompts": rows,
+            "others_busy_share": others,
+            "doubts": busy.iter().map(|doubt| json!({
+                "kind": doubt.kind(), "message": doubt.message(), "advice": doubt.advice(),
+            })).collect::<Vec<_>>(),
         }))?;
     } else {
         let accept = accept_len.map_or("none".to_string(), |a| format!("{a:.2}"));
@@ -195,6 +198,9 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
             PROMPTS.len(),
             total.compared
         ))?;
+        if let Some(doubt) = &busy {
+            printer::out(&format!("doubt          {}: {}\n", doubt.message(), doubt.advice()))?;
+        }
     }
     Ok(if identical { 0 } else { NOT_HELD })
 }

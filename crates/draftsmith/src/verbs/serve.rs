@@ -11,7 +11,7 @@ use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::disk::human;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, SMALL, engine, load_draft, load_small};
+use draftsmith::engine::{LoadedDraft, LoadedTarget, SMALL, default_plan, engine, load_draft, load_small};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Silent, Stop};
@@ -71,6 +71,7 @@ fn info(draft: &LoadedDraft) -> DraftInfo {
         kind: draft.artifact.kind.clone(),
         bundle: draft.path.clone(),
         sha256: draft.artifact.sha256.clone(),
+        plan: default_plan(draft),
     }
 }
 

@@ -1,11 +1,13 @@
 //! The verbs that work on a run: one stage, or all of them.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use draftsmith::cli;
 use draftsmith::disk::human;
 use draftsmith::formats::run::{RunFile, Stage};
-use draftsmith::run::{Env, Origin, Run, StageDone};
+use draftsmith::run::plan::Plan;
+use draftsmith::run::{Env, Origin, Run, StageDone, Told};
 use serde_json::{Value, json};
 
 use super::{Session, variable};
@@ -13,20 +15,93 @@ use crate::failure::{Failure, NOT_HELD};
 use crate::printer::{self, duration};
 
 fn open<'a>(verb: &str, args: &cli::RunArgs, session: &'a Session) -> Result<Run<'a>, Failure> {
-    let (file, origin, env) = prepare(verb, args, session)?;
-    Ok(Run::open(file, origin, env)?)
+    let (file, faults, origin, env) = prepare(verb, args, session)?;
+    Ok(Run::open_on(file, faults, origin, env)?)
+}
+
+fn look<'a>(verb: &str, args: &cli::RunArgs, session: &'a Session) -> Result<Run<'a>, Failure> {
+    let (file, faults, origin, env) = prepare(verb, args, session)?;
+    Ok(Run::look_on(file, faults, origin, env)?)
 }
 
 fn prepare<'a>(
     verb: &str,
     args: &cli::RunArgs,
     session: &'a Session,
-) -> Result<(RunFile, Origin, Env<'a>), Failure> {
-    let file = draftsmith::run::load(&args.run_file, &args.overrides)?;
+) -> Result<(RunFile, Vec<Told>, Origin, Env<'a>), Failure> {
+    let (file, faults) = draftsmith::run::load_all(&args.run_file, &args.overrides)?;
     let origin =
         Origin { verb: verb.to_string(), path: args.run_file.clone(), overrides: args.overrides.clone() };
     let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
-    Ok((file, origin, env))
+    Ok((file, faults, origin, env))
+}
+
+/// The bill of all stages.
+pub(crate) fn plan(verb: &str, args: &cli::RunArgs, session: &Session) -> Result<u8, Failure> {
+    let plan = plan_of(verb, args, session)?;
+    match args.json {
+        true => printer::json(&plan)?,
+        false => printer::out(&plan_text(&plan))?,
+    }
+    Ok(0)
+}
+
+/// The bill, looked at and not printed.
+pub(crate) fn plan_of(verb: &str, args: &cli::RunArgs, session: &Session) -> Result<Plan, Failure> {
+    Ok(look(verb, args, session)?.plan()?)
+}
+
+/// The bill as a table.
+pub(crate) fn plan_text(plan: &Plan) -> String {
+    let number = |n: Option<u64>| n.map_or_else(|| "–".to_string(), |n| n.to_string());
+    let time =
+        |s: Option<f64>| s.map_or_else(|| "?".to_string(), |s| duration(Duration::from_secs_f64(s.max(0.0))));
+    let bytes = |n: Option<u64>| n.map_or_else(|| "–".to_string(), human);
+    let mut page = format!(
+        "{:<11} {:>7} {:>9} {:>6} {:>7} {:>10} {:>10}  \n",
+        "", "rows", "tokens", "steps", "time", "disk", "memory"
+    );
+    for stage in &plan.stages {
+        let _ = writeln!(
+            page,
+            "{:<11} {:>7} {:>9} {:>6} {:>7} {:>10} {:>10}  {}",
+            stage.stage.name(),
+            number(stage.rows),
+            number(stage.tokens),
+            number(stage.steps),
+            time(stage.seconds),
+            bytes(Some(stage.disk_bytes)),
+            bytes(stage.memory_bytes),
+            stage.how
+        );
+    }
+    let free = plan.free_bytes.map_or_else(String::new, |free| format!(", {} are free", human(free)));
+    let _ = writeln!(
+        page,
+        "{:<11} {:>7} {:>9} {:>6} {:>7} {:>10} {:>10}  of the disk {} may go when the run is over{free}",
+        "all",
+        "",
+        "",
+        "",
+        time(Some(plan.seconds)),
+        bytes(Some(plan.disk_bytes)),
+        bytes(plan.memory_bytes),
+        human(plan.freed_bytes)
+    );
+    if let Some(draft) = &plan.draft {
+        let _ = writeln!(page, "draft       {draft}");
+    }
+    let _ = writeln!(page, "rates       {}", plan.measured);
+    if plan.free_bytes.is_some_and(|free| free < plan.disk_bytes) {
+        let _ = writeln!(
+            page,
+            "warning     the disk has too little room: `capture.mode=online` needs none for states"
+        );
+    }
+    for warning in &plan.warnings {
+        let _ = writeln!(page, "warning     {}", warning.line());
+    }
+    page
 }
 
 /// Does everything up to `last`; `None`: all stages.
@@ -52,14 +127,25 @@ pub(crate) fn advance(
     }
     let done = run.advance(last.unwrap_or(Stage::Bench))?;
     let root = run.folder().root();
+    let verdict = match last {
+        None => Some(run.verdict(&done)?),
+        Some(_) => None,
+    };
     if args.json {
-        printer::json(&json!({ "run": root, "stages": done }))?;
+        let mut value = json!({ "run": root, "stages": done });
+        if let Some(verdict) = &verdict {
+            value["verdict"] = verdict.clone();
+        }
+        printer::json(&value)?;
     } else {
         let mut page = String::new();
         for stage in &done {
             let _ = writeln!(page, "{:<11} {}", stage.stage.name(), line(stage));
         }
         let _ = writeln!(page, "{:<11} {}", "run", root.display());
+        if let Some(verdict) = &verdict {
+            page.push_str(&draftsmith::run::verdict::text_of(verdict));
+        }
         printer::out(&page)?;
     }
     let identical = done
@@ -113,7 +199,7 @@ fn line(done: &StageDone) -> String {
         }
     };
     let when = if done.before { "done before, " } else { "" };
-    format!("{what} ({when}{})", duration(std::time::Duration::from_secs_f64(done.file.seconds.max(0.0))))
+    format!("{what} ({when}{})", duration(Duration::from_secs_f64(done.file.seconds.max(0.0))))
 }
 
 fn text(value: &Value) -> &str {
@@ -124,8 +210,7 @@ pub(crate) fn capture(args: &cli::Capture, session: &Session) -> Result<u8, Fail
     if !args.plan {
         return advance("capture", &args.run, Some(Stage::Capture), session);
     }
-    let (file, origin, env) = prepare("capture", &args.run, session)?;
-    let bill = Run::look(file, origin, env)?.plan_capture()?;
+    let bill = look("capture", &args.run, session)?.plan_capture()?;
     if args.run.json {
         printer::json(&bill)?;
     } else {

@@ -104,3 +104,10 @@ fn every_verb_has_a_manual_page() {
     assert!(page("draftsmith-serve.1").contains("kv\\-budget"));
     assert!(page("draftsmith-bench-kernels.1").contains("threads"));
 }
+
+#[test]
+fn a_name_of_the_hub_without_its_mark_is_understood() {
+    let ended = Home::new().run(&["pull", "Qwen/Qwen2.5-0.5B-Instruct"]);
+    assert_eq!(ended.code, Some(2));
+    assert!(ended.stderr.contains("hint: write `hf:Qwen/Qwen2.5-0.5B-Instruct`"), "{}", ended.stderr);
+}

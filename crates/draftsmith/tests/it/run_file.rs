@@ -77,3 +77,27 @@ fn files_that_are_not_there_are_told_before_the_work() {
     assert_snapshot!(run("", &["data.template=none.jinja"]));
     assert_snapshot!(run("", &["target.source=none.gguf"]));
 }
+
+#[test]
+fn everything_that_is_wrong_is_told_at_once() {
+    let text = run(
+        "max_length = 1\n[train]\nlrr = 1\nepochs = -1\n[bench]\nworkloads = [\"none.jsonl\"]\n[draft]\nhidden = 7\n",
+        &["data.sources.0.path=gone.jsonl", "bundle.license=' '", "validate.depth=0"],
+    );
+    let told: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("error: ")).collect();
+    let wanted = [
+        "run file `run.toml`, line 9: unknown key `train.lrr`",
+        "run file `run.toml`, line 10: `train.epochs` is ",
+        "run file `run.toml`, line 7: `data.max_length` is 1, expected at least 2",
+        "override `validate.depth=0`: `validate.depth` is 0, expected at least 1",
+        "override `bundle.license=' '`: `bundle.license` is missing",
+        "run file `run.toml`, line 12: `bench.workloads.0` names `none.jsonl`, which does not exist",
+        "`data.sources.0.path` names `gone.jsonl`, which does not exist",
+        "run file `run.toml`, line 14: `draft.hidden` is 7, but the draft shares the target's embedding",
+    ];
+    assert_eq!(told.len(), wanted.len(), "{text}");
+    for (told, wanted) in told.iter().zip(wanted) {
+        assert!(told.starts_with(wanted), "{told}\nexpected {wanted}\nin {text}");
+    }
+    assert_eq!(text.lines().filter(|line| line.starts_with("hint: ")).count(), wanted.len(), "{text}");
+}

@@ -126,13 +126,14 @@ impl ServerTable {
 const MAX_DEPTH: u64 = 64;
 
 impl RunFile {
-    pub(super) fn check(&self) -> Result<(), Broken> {
-        self.check_run_and_target()?;
-        self.check_data()?;
-        self.check_capture_and_draft()?;
-        self.check_train()?;
-        self.check_validate_and_bench()
-    }
+    /// The rules, table by table; each gives the first that is broken.
+    pub(super) const RULES: [fn(&RunFile) -> Result<(), Broken>; 5] = [
+        RunFile::check_run_and_target,
+        RunFile::check_data,
+        RunFile::check_capture_and_draft,
+        RunFile::check_train,
+        RunFile::check_validate_and_bench,
+    ];
 
     fn check_run_and_target(&self) -> Result<(), Broken> {
         let name = &self.run.name;

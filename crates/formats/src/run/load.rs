@@ -97,6 +97,21 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// The line of the run file that it speaks of.
+    fn line(&self) -> Option<usize> {
+        match self {
+            RunError::Syntax { place, .. }
+            | RunError::UnknownKey { place, .. }
+            | RunError::MissingKey { place, .. }
+            | RunError::Type { place, .. }
+            | RunError::Value { place, .. } => match place {
+                Place::File { line, .. } => *line,
+                Place::Override { .. } => None,
+            },
+            RunError::Read { .. } => None,
+        }
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -142,55 +157,146 @@ impl RunError {
     }
 }
 
+/// All that is wrong with a run file.
+#[derive(Debug)]
+pub struct Faulty {
+    /// The faults, in the order in which they are found; at least one.
+    pub faults: Vec<RunError>,
+    /// The run file with what is wrong put back to its default, for whoever looks for more; `None` if a key is missing
+    /// without which there is no run, or the text is none.
+    pub mended: Option<Box<RunFile>>,
+}
+
+impl From<RunError> for Faulty {
+    fn from(fault: RunError) -> Faulty {
+        Faulty { faults: vec![fault], mended: None }
+    }
+}
+
 impl RunFile {
     /// Reads a run file, applies overrides in order, fills in defaults and checks everything.
+    ///
+    /// # Errors
+    /// The first fault.
     pub fn load(path: impl AsRef<Path>, overrides: &[String]) -> Result<RunFile, RunError> {
-        let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| RunError::Read { path: path.to_path_buf(), source })?;
-        RunFile::parse(path, &text, overrides)
+        RunFile::load_all(path, overrides).map_err(first)
     }
 
     /// Like [`RunFile::load`], from text; `path` is for errors.
+    ///
+    /// # Errors
+    /// The first fault.
     pub fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<RunFile, RunError> {
+        RunFile::parse_all(path, text, overrides).map_err(first)
+    }
+
+    /// Like [`RunFile::load`].
+    ///
+    /// # Errors
+    /// All faults at once.
+    pub fn load_all(path: impl AsRef<Path>, overrides: &[String]) -> Result<RunFile, Faulty> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| RunError::Read { path: path.to_path_buf(), source })?;
+        RunFile::parse_all(path, &text, overrides)
+    }
+
+    /// Like [`RunFile::parse`].
+    ///
+    /// # Errors
+    /// All faults at once. What is wrong is put back to its default, and the rest is looked at again; a fault that comes
+    /// of that alone is not told.
+    pub fn parse_all(path: &Path, text: &str, overrides: &[String]) -> Result<RunFile, Faulty> {
         let source = Source::new(path, text)?;
+        let mut faults = Vec::new();
         // Errors that an override cannot mend are told with their line, before any override is looked at.
-        let mut state: Result<RunFile, RunError> = toml::from_str(text).map_err(|e| source.explain(&e));
-        if let Err(e) = state
-            && (overrides.is_empty() || !matches!(e, RunError::MissingKey { .. }))
-        {
-            return Err(e);
+        let (mut table, mut told) = source.written(text, &mut faults)?;
+        faults.sort_by_key(RunError::line);
+        let mut state = source.deserialize(&table);
+        if overrides.is_empty() && state.is_err() {
+            // From the text the line of its table is known.
+            let spanned = toml::from_str::<RunFile>(text).map_err(|e| source.explain(&e)).err();
+            let spanned = spanned.filter(|fault| matches!(fault, RunError::MissingKey { .. }));
+            let missing = spanned.or(state.err()).filter(|missing| !is_below(&told, missing));
+            faults.extend(missing);
+            return Err(Faulty { faults, mended: None });
         }
-        let mut table: toml::Table = toml::from_str(text).map_err(|e| source.explain(&e))?;
-        state = source.deserialize(&table);
-        let twice = |table: &toml::Table| match eagle3::given_twice(table) {
-            None => Ok(()),
-            Some((old, new)) => Err(RunError::Value {
+        if let Some((old, new)) = eagle3::given_twice(&table) {
+            unset(&mut table, &old);
+            faults.push(RunError::Value {
                 place: source.place_of_key(&old, overrides),
                 problem: format!("is given beside `{new}`, its newer name"),
                 advice: Some(format!("remove `{old}`")),
                 key: old,
-            }),
-        };
-        twice(&table)?;
-        for text in overrides {
-            state = source.apply(&mut table, text)?;
+            });
         }
-        let mut file = state?.resolve();
-        file.take_train_defaults(&table);
-        match file.check_size(&table).and_then(|()| file.check()) {
-            Ok(()) => Ok(file),
-            Err(broken) => {
-                let place = source.place_of_key(&broken.key, overrides);
-                Err(RunError::Value {
-                    place,
-                    key: broken.key,
-                    problem: broken.problem,
-                    advice: broken.advice,
-                })
+        for text in overrides {
+            match source.apply(&mut table, text) {
+                Ok(now) => state = now,
+                Err(fault) => faults.push(fault),
             }
         }
+        let written = match state {
+            Ok(written) => written,
+            Err(missing) => {
+                if !is_below(&told, &missing) {
+                    faults.push(missing);
+                }
+                return Err(Faulty { faults, mended: None });
+            }
+        };
+        let resolved = |written: RunFile, table: &toml::Table| {
+            let mut file = written.resolve();
+            file.take_train_defaults(table);
+            file
+        };
+        let mut file = resolved(written, &table);
+        let rules = 1 + RunFile::RULES.len();
+        for rule in 0..rules {
+            loop {
+                let held = match rule {
+                    0 => file.check_size(&table),
+                    n => RunFile::RULES[n - 1](&file),
+                };
+                let Err(broken) = held else { break };
+                // Said already, and its default is no better beside the rest.
+                if told.contains(&broken.key) {
+                    break;
+                }
+                let follows = told.iter().any(|key| broken.problem.contains(&format!("`{key}`")));
+                let key = broken.key.clone();
+                if !follows {
+                    faults.push(RunError::Value {
+                        place: source.place_of_key(&broken.key, overrides),
+                        key: broken.key,
+                        problem: broken.problem,
+                        advice: broken.advice,
+                    });
+                }
+                let mut changed = table.clone();
+                unset(&mut changed, &key);
+                eagle3::other_place(&key).iter().for_each(|other| unset(&mut changed, other));
+                told.push(key);
+                let Ok(mended) = source.deserialize(&changed) else { break };
+                file = resolved(mended, &changed);
+                table = changed;
+            }
+        }
+        match faults.is_empty() {
+            true => Ok(file),
+            false => Err(Faulty { faults, mended: Some(Box::new(file)) }),
+        }
     }
+}
+
+fn first(faulty: Faulty) -> RunError {
+    faulty.faults.into_iter().next().expect("there is at least one fault")
+}
+
+/// True if a missing key stood where something was put aside: then it is not missing.
+fn is_below(told: &[String], missing: &RunError) -> bool {
+    let RunError::MissingKey { key, .. } = missing else { return false };
+    told.iter().any(|t| t == key || t.starts_with(&format!("{key}.")) || key.starts_with(&format!("{t}.")))
 }
 
 /// Where a key is set: the last override that sets it, or else its line in the run file, or that of the closest table
@@ -235,6 +341,55 @@ impl<'t> Source<'t> {
         let before = |at: usize| &self.text.as_bytes()[..at.min(self.text.len())];
         let line = offset.map(|at| before(at).iter().filter(|b| **b == b'\n').count() + 1);
         Place::File { path: self.path.to_path_buf(), line }
+    }
+
+    /// What is written, without what no override could mend: unknown keys and wrong types, each told with its line. Beside
+    /// it the keys that went with them.
+    fn written(&self, text: &str, faults: &mut Vec<RunError>) -> Result<(toml::Table, Vec<String>), Faulty> {
+        let give_up = |faults: &mut Vec<RunError>| Faulty { faults: std::mem::take(faults), mended: None };
+        let mut text = text.to_string();
+        let mut told: Vec<String> = Vec::new();
+        while let Err(error) = toml::from_str::<RunFile>(&text) {
+            let fault = self.explain(&error);
+            let key = match &fault {
+                RunError::UnknownKey { key, .. } | RunError::Type { key, .. } => key.clone(),
+                _ => break,
+            };
+            faults.push(fault);
+            // The nearest thing that stands in the text; where nothing does, the rest cannot be looked at.
+            let Some(gone) = self.blank(&mut text, &key).filter(|gone| !told.contains(&gone[0])) else {
+                return Err(give_up(faults));
+            };
+            told.extend(gone);
+        }
+        match toml::from_str(&text) {
+            Ok(table) => Ok((table, told)),
+            // What is left after a part of a list went need not be TOML: what was found by then is enough.
+            Err(error) => {
+                if faults.is_empty() {
+                    faults.push(self.explain(&error));
+                }
+                Err(give_up(faults))
+            }
+        }
+    }
+
+    /// Blanks the lines of a key with everything below it, so that all others keep their places; gives the keys that stood
+    /// there, its own first.
+    fn blank(&self, text: &mut String, key: &str) -> Option<Vec<String>> {
+        let below = format!("{key}.");
+        let own = |entry: &&Entry| entry.key == key || entry.key.starts_with(&below);
+        let start =
+            self.entries.iter().filter(own).map(|e| e.key_span.start.min(e.value_span.start)).min()?;
+        let end = self.entries.iter().filter(own).map(|e| e.key_span.end.max(e.value_span.end)).max()?;
+        let first = text[..start].rfind('\n').map_or(0, |at| at + 1);
+        let last = text[end..].find('\n').map_or(text.len(), |at| end + at);
+        let mut keys = vec![key.to_string()];
+        let inside = |e: &&Entry| (first..last).contains(&e.key_span.start) && e.key != key;
+        keys.extend(self.entries.iter().filter(inside).map(|e| e.key.clone()));
+        let blanks: String = text[first..last].bytes().map(|b| if b == b'\n' { '\n' } else { ' ' }).collect();
+        text.replace_range(first..last, &blanks);
+        Some(keys)
     }
 
     /// The override that set the key, or else its line in the file.
@@ -440,11 +595,16 @@ fn set(table: &mut toml::Table, key: &str, value: toml::Value) -> Result<(), Str
 fn unset(table: &mut toml::Table, key: &str) {
     match key.split_once('.') {
         None => drop(table.remove(key)),
-        Some((first, rest)) => {
-            if let Some(toml::Value::Table(inner)) = table.get_mut(first) {
-                unset(inner, rest);
+        Some((first, rest)) => match table.get_mut(first) {
+            Some(toml::Value::Table(inner)) => unset(inner, rest),
+            Some(toml::Value::Array(items)) => {
+                let (number, rest) = rest.split_once('.').unwrap_or((rest, ""));
+                if let Ok(toml::Value::Table(inner)) = element(items, number) {
+                    unset(inner, rest);
+                }
             }
-        }
+            _ => {}
+        },
     }
 }
 

@@ -513,3 +513,47 @@ fn a_size_that_is_decided_is_not_written_too() {
     // Another kind's layers are not in the way.
     assert!(load("method = \"eagle3\"\ndspark.layers = 2\n").is_ok());
 }
+
+/// The faults of a run file behind a good beginning, each with its place, and whether the rest could be looked at.
+fn faults(more: &str, overrides: &[&str]) -> (Vec<String>, bool) {
+    let text = format!("[target]\nsource = \"-\"\n[data]\nsources = [{{ path = \"-\" }}]\n{more}");
+    let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+    let faulty = RunFile::parse_all(Path::new("run.toml"), &text, &overrides).unwrap_err();
+    (faulty.faults.iter().map(ToString::to_string).collect(), faulty.mended.is_some())
+}
+
+#[test]
+fn all_faults_are_told_at_once() {
+    let (told, mended) = faults(
+        "max_length = 1\n[trian]\nlr = 1\n[train]\nlrr = 2\nepochs = -1\nbeta1 = 2\nlr = \"fast\"\n[bench]\ndepth = 0\n",
+        &["validate.prompts=0", "draft.vocab_sice=3"],
+    );
+    let wanted = [
+        "run file `run.toml`, line 6: unknown key `trian`",
+        "run file `run.toml`, line 9: unknown key `train.lrr`",
+        "run file `run.toml`, line 10: `train.epochs` is ",
+        "run file `run.toml`, line 12: `train.lr` is string \"fast\", expected ",
+        "override `draft.vocab_sice=3`: unknown key `draft.vocab_sice`",
+        "run file `run.toml`, line 5: `data.max_length` is 1, expected at least 2",
+        "run file `run.toml`, line 11: `train.beta1` is 2, expected a number from 0 to below 1",
+        "override `validate.prompts=0`: `validate.prompts` is 0, expected at least 1",
+        "run file `run.toml`, line 14: `bench.depth` is 0, expected at least 1",
+    ];
+    assert_eq!(told.len(), wanted.len(), "{told:#?}");
+    for (told, wanted) in told.iter().zip(wanted) {
+        assert!(told.starts_with(wanted), "{told}");
+    }
+    assert!(mended);
+}
+
+#[test]
+fn what_follows_from_a_fault_alone_is_not_told() {
+    // With its default of 2048 the length of a row would not fit the pack.
+    assert_eq!(faults("max_length = 1\n[train]\npack_length = 512\n", &[]).0.len(), 1);
+    // A list that cannot be read is not missing.
+    let text = "[target]\nsource = \"m\"\n[data]\nsources = [{ path = 7 }]\n";
+    let faulty = RunFile::parse_all(Path::new("run.toml"), text, &[]).unwrap_err();
+    let told: Vec<String> = faulty.faults.iter().map(ToString::to_string).collect();
+    assert!(told.len() == 1 && told[0].contains("line 4: `data.sources.0.path` is "), "{told:?}");
+    assert!(faulty.mended.is_none());
+}

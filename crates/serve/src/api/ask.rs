@@ -432,7 +432,12 @@ fn verify(ours: Option<Fields<'_>>, service: &Service) -> Result<VerifyRule, Api
 /// How much to draft for this request.
 fn draft_plan(ours: Option<Fields<'_>>, service: &Service) -> Result<DraftPlan, ApiError> {
     let name = "draftsmith.draft";
-    let Some(asked) = ours.and_then(|ours| ours.get("draft")) else { return Ok(DraftPlan::Auto) };
+    let Some(asked) = ours.and_then(|ours| ours.get("draft")) else {
+        // A tree is no chain that other rules of verification could draw.
+        let plan = service.board.draft().map_or(DraftPlan::Auto, |draft| draft.plan);
+        let drawn = verify(ours, service)? != VerifyRule::Seeded;
+        return Ok(if drawn && matches!(plan, DraftPlan::Tree { .. }) { DraftPlan::Auto } else { plan });
+    };
     let plan = match asked {
         Value::String(word) if word == "auto" => DraftPlan::Auto,
         Value::String(word) if word == "none" => DraftPlan::None,
