@@ -17,12 +17,14 @@ use draftsmith::text::Message;
 use draftsmith::{Error, cli};
 use serde_json::json;
 
-use super::Session;
+use super::{Session, variable};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
 /// The draft that ships with draftsmith.
 const BUNDLE: &str = "bundles/smollm2-135m-instruct-eagle3";
+/// Where installers put what ships with a program, beside the folder of programs.
+const SHARE: &str = "share/draftsmith";
 
 /// Everyday requests of different kinds: a sum, an explanation, code, a list.
 const PROMPTS: [&str; 4] = [
@@ -36,20 +38,30 @@ const GREEN: &str = "\x1b[32m";
 const BOLD: &str = "\x1b[1m";
 const RESET: &str = "\x1b[0m";
 
-/// Looks in the current folder and those above it, then beside the program and above that.
+/// Looks where a checkout or an installed copy has it, in this order: the current folder and those above it; beside the program
+/// (whose link is followed) and above that, as such and below `share/draftsmith`; the user's own data folder.
 fn find_bundle() -> Result<PathBuf, Failure> {
     let here = std::env::current_dir().unwrap_or_default();
     let program = std::env::current_exe().and_then(|p| p.canonicalize()).unwrap_or_default();
-    here.ancestors()
-        .chain(program.ancestors().skip(1))
-        .map(|folder| folder.join(BUNDLE))
-        .find(|folder| folder.join(MANIFEST_FILE).is_file())
-        .ok_or_else(|| {
-            Failure::input(
-                format!("the draft `{BUNDLE}` was not found here, above here, or beside the program"),
-                Some("run it inside the repository, or name a bundle with `--bundle DIR`".to_string()),
-            )
-        })
+    let beside = program.ancestors().skip(1).flat_map(|folder| [folder.to_path_buf(), folder.join(SHARE)]);
+    let data = variable("XDG_DATA_HOME")
+        .filter(|folder| !folder.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".local/share")))
+        .map(|folder| folder.join("draftsmith"));
+    let mut places = here.ancestors().map(Path::to_path_buf).chain(beside).chain(data.clone());
+    let found = places.find(|folder| folder.join(BUNDLE).join(MANIFEST_FILE).is_file());
+    found.map(|folder| folder.join(BUNDLE)).ok_or_else(|| {
+        let copy = |data: PathBuf| format!(", copy the repository's `bundles` into `{}`", data.display());
+        let copy = data.map_or(String::new(), copy);
+        Failure::input(
+            format!("the draft `{BUNDLE}` was not found here, above here, or beside the program"),
+            Some(format!(
+                "install the wheel or unpack the archive, which bring it{copy}, run it inside the repository, or \
+                 name a bundle with `--bundle DIR`"
+            )),
+        )
+    })
 }
 
 pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failure> {

@@ -12,6 +12,7 @@ mod fake_http;
 mod fake_openai;
 mod generators;
 mod hub;
+mod installed;
 mod models;
 mod openai_client;
 mod pip;

@@ -1,0 +1,213 @@
+//! `cargo xtask dist`: what is handed out, from one program: a wheel, an archive, their bill of materials and checksums.
+//!
+//! The same program and commit give the same bytes: names are sorted, and no clock is asked.
+
+mod archive;
+mod elf;
+mod notices;
+mod sbom;
+mod wheel;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use draftsmith::formats::atomic;
+use sha2::{Digest, Sha256};
+
+use crate::packages;
+use crate::tree::Tree;
+
+/// The program may take this much of a wheel.
+const PROGRAM_BYTES_MAX: usize = 30 << 20;
+
+/// Makes what is handed out: a wheel and an archive for one machine, with bills of materials and checksums.
+#[derive(Debug, Args)]
+pub(crate) struct Dist {
+    /// Program to pack (default: it is built first)
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+    /// Build for this target with cargo-zigbuild: `x86_64-unknown-linux-gnu` or `aarch64-unknown-linux-gnu`
+    #[arg(long, value_name = "TRIPLE", conflicts_with = "program")]
+    target: Option<String>,
+    /// Oldest glibc that a build for `--target` runs on
+    #[arg(long, value_name = "MAJOR.MINOR", default_value = "2.28", requires = "target")]
+    glibc: String,
+    /// Folder for what is made
+    #[arg(long, value_name = "DIR", default_value = "target/dist")]
+    out: PathBuf,
+    /// The wheel alone; its name is printed
+    #[arg(long)]
+    wheel_only: bool,
+}
+
+/// One file of a wheel or archive.
+pub(crate) struct Entry {
+    /// With `/`, relative to the root of what it stands in.
+    pub(crate) name: String,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) executable: bool,
+}
+
+impl Entry {
+    pub(crate) fn file(name: impl Into<String>, bytes: impl Into<Vec<u8>>) -> Entry {
+        Entry { name: name.into(), bytes: bytes.into(), executable: false }
+    }
+}
+
+/// What wheel and archive are made of.
+pub(crate) struct Parts<'t> {
+    pub(crate) tree: &'t Tree,
+    pub(crate) version: String,
+    pub(crate) program: Vec<u8>,
+    pub(crate) needs: elf::Needs,
+    pub(crate) sbom: Vec<u8>,
+    /// Licences of the packages in the program.
+    pub(crate) notices: Vec<u8>,
+}
+
+impl Parts<'_> {
+    /// Tracked files below a folder, by what they are called below it.
+    pub(crate) fn below(&self, folder: &str) -> Result<Vec<Entry>> {
+        let prefix = format!("{folder}/");
+        let files = self.tree.files.iter().filter_map(|f| Some((f, f.strip_prefix(&prefix)?)));
+        let entries: Vec<Entry> = files
+            .map(|(file, name)| {
+                let path = self.tree.root.join(file);
+                let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{file}`"))?;
+                Ok(Entry::file(name, bytes))
+            })
+            .collect::<Result<_>>()?;
+        match entries.is_empty() {
+            true => bail!("there is no file below `{folder}`"),
+            false => Ok(entries),
+        }
+    }
+
+    /// Our own licences, and the notices of others.
+    pub(crate) fn licences(&self) -> Result<Vec<Entry>> {
+        let mut entries = vec![Entry::file("THIRD-PARTY.txt", self.notices.clone())];
+        for file in ["LICENSE-APACHE", "LICENSE-MIT", "NOTICE"] {
+            entries.push(Entry::file(file, self.tree.read(file)?));
+        }
+        Ok(entries)
+    }
+}
+
+pub(crate) fn run(tree: &Tree, args: &Dist) -> Result<()> {
+    let program = match &args.program {
+        Some(program) => program.clone(),
+        None => build(tree, args.target.as_deref(), &args.glibc)?,
+    };
+    let out = tree.root.join(&args.out);
+    std::fs::create_dir_all(&out).with_context(|| format!("cannot make `{}`", out.display()))?;
+    let program = stripped(&program, &out)?;
+    if program.len() > PROGRAM_BYTES_MAX {
+        bail!("the stripped program has {} bytes, more than {PROGRAM_BYTES_MAX}", program.len());
+    }
+    let needs = elf::needs(&program)?;
+    let triple = format!("{}-unknown-linux-gnu", needs.machine);
+    let packages = packages::of_program(tree, &triple)?;
+    let (id, root) = packages
+        .iter()
+        .find(|(_, p)| p.source.is_none() && p.name == "draftsmith")
+        .context("no package `draftsmith`")?;
+    let parts = Parts {
+        tree,
+        version: root.version.clone(),
+        sbom: sbom::of(tree, &packages, id, &program)?,
+        notices: notices::of(&packages)?,
+        program,
+        needs,
+    };
+    let mut made = vec![wheel::write(&parts, &out)?];
+    if !args.wheel_only {
+        made.push(archive::write(&parts, &out)?);
+        let sbom = format!("draftsmith-{}-{}-linux.cdx.json", parts.version, parts.needs.machine);
+        atomic::write(&out.join(&sbom), &parts.sbom)?;
+        made.push(sbom);
+        checksums(&out)?;
+        made.push(CHECKSUMS.to_string());
+    }
+    let (major, minor) = parts.needs.glibc;
+    eprintln(&format!(
+        "{} bytes of program for {}, glibc {major}.{minor} or newer",
+        parts.program.len(),
+        parts.needs.machine
+    ));
+    for file in made {
+        println(&out.join(file).display().to_string());
+    }
+    Ok(())
+}
+
+/// Builds the program, for this machine or by zig for another.
+fn build(tree: &Tree, target: Option<&str>, glibc: &str) -> Result<PathBuf> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(&tree.root).arg(if target.is_some() { "zigbuild" } else { "build" });
+    command.args(["--release", "--locked", "--package", "draftsmith", "--bin", "draftsmith"]);
+    let mut folder = tree.root.join("target");
+    if let Some(target) = target {
+        command.args(["--target", &format!("{target}.{glibc}")]);
+        // Nobody links these objects again: lines of code would only cost time.
+        command.envs([("CARGO_PROFILE_RELEASE_STRIP", "symbols"), ("CARGO_PROFILE_RELEASE_DEBUG", "false")]);
+        folder.push(target);
+    }
+    let status = command.status().context("cargo does not start")?;
+    match (status.success(), target) {
+        (true, _) => Ok(folder.join("release/draftsmith")),
+        (false, None) => bail!("the program was not built"),
+        (false, Some(target)) => bail!(
+            "the program was not built for `{target}`; it needs `rustup target add {target}` and `pip install cargo-zigbuild \
+             ziglang`, both on the path"
+        ),
+    }
+}
+
+/// The program without symbols. What has none is taken as it is, whichever machine it is for.
+fn stripped(program: &Path, out: &Path) -> Result<Vec<u8>> {
+    let bytes = std::fs::read(program).with_context(|| format!("cannot read `{}`", program.display()))?;
+    if !elf::has_symbols(&bytes)? {
+        return Ok(bytes);
+    }
+    let copy = out.join(".stripped");
+    let done = Command::new("strip").arg("-o").arg(&copy).arg(program).status();
+    if !done.context("`strip` does not start: install binutils")?.success() {
+        bail!("`strip` refuses `{}`", program.display());
+    }
+    let bytes = std::fs::read(&copy)?;
+    std::fs::remove_file(&copy)?;
+    Ok(bytes)
+}
+
+const CHECKSUMS: &str = "SHA256SUMS";
+
+/// As `sha256sum -c` reads it, over all that lies in the folder: programs for several machines may be made in turn.
+fn checksums(out: &Path) -> Result<()> {
+    let mut lines = Vec::new();
+    for entry in std::fs::read_dir(out)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with("draftsmith-") && path.is_file() {
+            lines.push(format!("{}  {name}\n", sha256(&std::fs::read(&path)?)));
+        }
+    }
+    lines.sort_by(|a, b| a[66..].cmp(&b[66..]));
+    atomic::write(&out.join(CHECKSUMS), lines.concat().as_bytes())?;
+    Ok(())
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn println(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+fn eprintln(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
