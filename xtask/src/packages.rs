@@ -94,8 +94,9 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
     let exceptions = licenses.get("exceptions").and_then(|e| e.as_array()).unwrap_or(&empty);
     let (mut used, mut excepted) = (BTreeSet::new(), BTreeSet::new());
     for package in all(tree, "x86_64-unknown-linux-gnu")?.values() {
-        let exception =
-            exceptions.iter().find(|e| e.get("crate").and_then(|c| c.as_str()) == Some(&package.name));
+        let exception = exceptions
+            .iter()
+            .find(|e| e.get("crate").and_then(|c| c.as_str()) == Some(package.name.as_str()));
         let more = exception.and_then(|e| e.get("allow")).map(names).unwrap_or_default();
         let Some(license) = &package.license else {
             findings.push(format!("deny.toml: `{}` names no licence", package.name));
@@ -104,7 +105,9 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
         match grants(license, &|name| allowed.contains(name)) {
             Some(by) => used.extend(by),
             None => match grants(license, &|name| allowed.contains(name) || more.contains(name)) {
-                Some(_) => drop(excepted.insert(package.name.clone())),
+                Some(_) => {
+                    excepted.insert(package.name.clone());
+                }
                 None => findings.push(format!(
                     "deny.toml: `{}` is under `{license}`, which is not allowed",
                     package.name

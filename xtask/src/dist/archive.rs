@@ -8,7 +8,7 @@ use draftsmith::formats::atomic;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
-use super::{Entry, Parts};
+use super::parts::{Entry, Parts};
 
 const BLOCK: usize = 512;
 

@@ -71,7 +71,7 @@ fn sections(b: &Bytes) -> Result<Vec<Section>> {
         bail!("no 64-bit ELF program of a little-endian machine");
     }
     let (table, size, count) = (b.offset(40)?, usize::from(b.u16(58)?), usize::from(b.u16(60)?));
-    let section = |i: usize| {
+    let section = |i: usize| -> Result<Section> {
         let at = table.checked_add(i * size).context("the table of sections overflows")?;
         Ok(Section {
             kind: b.u32(at + 4)?,

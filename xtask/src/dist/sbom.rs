@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::sha256;
+use super::parts::sha256;
 use crate::packages::Package;
 use crate::tree::Tree;
 
@@ -57,7 +57,7 @@ pub(crate) fn of(
     main["hashes"] = json!([{ "alg": "SHA-256", "content": sha256(program) }]);
     let others = packages.iter().filter(|(id, _)| *id != root);
     let others: Vec<Value> = others.map(|(id, package)| component(id, package)).collect::<Result<_>>()?;
-    let edges = packages.iter().map(|(id, package)| {
+    let edges = packages.iter().map(|(id, package)| -> Result<Value> {
         let uses: Vec<String> = package.uses.iter().map(|id| name(id)).collect::<Result<_>>()?;
         Ok(json!({ "ref": name(id)?, "dependsOn": uses }))
     });

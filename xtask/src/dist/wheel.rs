@@ -11,7 +11,8 @@ use sha2::{Digest, Sha256};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, DateTime, ZipWriter};
 
-use super::{Entry, Parts, elf};
+use super::elf;
+use super::parts::{Entry, Parts};
 
 /// The oldest Python that the module is written for.
 const PYTHON_MIN: &str = "3.9";
@@ -26,7 +27,9 @@ pub(crate) fn write(parts: &Parts, out: &Path) -> Result<String> {
     let record = format!("{info}/RECORD");
     let lines: Vec<String> = entries
         .iter()
-        .map(|e| format!("{},sha256={},{}\n", e.name, base64(&Sha256::digest(&e.bytes)), e.bytes.len()))
+        .map(|e| {
+            format!("{},sha256={},{}\n", e.name, base64(Sha256::digest(&e.bytes).as_slice()), e.bytes.len())
+        })
         .collect();
     entries.push(Entry::file(&record, format!("{}{record},,\n", lines.concat())));
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
