@@ -40,7 +40,7 @@ pub(crate) fn write(parts: &Parts, out: &Path) -> Result<String> {
     }
     gzip.write_all(&[0; 2 * BLOCK])?;
     let name = format!("{root}.tar.gz");
-    atomic::write(&out.join(&name), &gzip.finish()?)?;
+    atomic::write(out.join(&name), &gzip.finish()?)?;
     Ok(name)
 }
 

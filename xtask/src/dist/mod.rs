@@ -73,7 +73,7 @@ pub(crate) fn run(tree: &Tree, args: &Dist) -> Result<()> {
     if !args.wheel_only {
         made.push(archive::write(&parts, &out)?);
         let sbom = format!("draftsmith-{}-{}-linux.cdx.json", parts.version, parts.needs.machine);
-        atomic::write(&out.join(&sbom), &parts.sbom)?;
+        atomic::write(out.join(&sbom), &parts.sbom)?;
         made.push(sbom);
         checksums(&out)?;
         made.push(CHECKSUMS.to_string());
@@ -165,7 +165,7 @@ fn checksums(out: &Path) -> Result<()> {
         }
     }
     lines.sort_by(|a, b| a[66..].cmp(&b[66..]));
-    atomic::write(&out.join(CHECKSUMS), lines.concat().as_bytes())?;
+    atomic::write(out.join(CHECKSUMS), lines.concat().as_bytes())?;
     Ok(())
 }
 

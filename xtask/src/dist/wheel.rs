@@ -41,7 +41,7 @@ pub(crate) fn write(parts: &Parts, out: &Path) -> Result<String> {
         zip.start_file(&entry.name, options)?;
         zip.write_all(&entry.bytes)?;
     }
-    atomic::write(&out.join(&name), zip.finish()?.get_ref())?;
+    atomic::write(out.join(&name), zip.finish()?.get_ref())?;
     Ok(name)
 }
 
