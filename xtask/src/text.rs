@@ -2,7 +2,13 @@
 
 use anyhow::Result;
 
+use crate::source::Source;
 use crate::tree::{Findings, Tree};
+
+/// What only the binary does, and how code spells it.
+const BINARY_ALONE: [&str; 5] = ["env::var", "env::set_var", "env::args", "process::exit", "process::abort"];
+/// Starts what `CXX` names, for tests of kernels on the host.
+const SHIM: &str = "crates/cuda/src/shim.rs";
 
 const LINES_MAX: usize = 1500;
 /// Compute, and call what computes: these may be `unsafe`.
@@ -76,6 +82,14 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
                 && file != MAPPED
             {
                 found("only the crates of kernels may hold", "unsafe");
+            }
+        }
+        let is_library =
+            file.starts_with("crates/") && file.contains("/src/") && !file.starts_with("crates/draftsmith/");
+        if file.ends_with(".rs") && is_library && !file.ends_with("/tests.rs") && file != SHIM {
+            let code = Source::of(&text).code;
+            for what in BINARY_ALONE.iter().filter(|what| code.contains(**what)) {
+                findings.push(format!("{file}: only the binary reads the environment or exits: `{what}`"));
             }
         }
         if file.ends_with(".rs")

@@ -129,13 +129,27 @@ impl DraftSource<'_> {
     }
 }
 
-/// Something that ships with draftsmith: looked for in the current folder and those above it, then beside the program and
-/// above that.
+/// Where installers put what ships with a program, beside the folder of programs.
+const SHARE: &str = "share/draftsmith";
+
+/// Something that ships with draftsmith, looked for where a checkout or an installed copy has it, in this order: the
+/// current folder and those above it; beside the program (whose link is followed) and above that, as such and below
+/// `share/draftsmith`; the user's own data folder.
 pub(crate) fn find_shipped(path: &str) -> Option<PathBuf> {
     let here = std::env::current_dir().unwrap_or_default();
     let program = std::env::current_exe().and_then(|p| p.canonicalize()).unwrap_or_default();
-    let folders = here.ancestors().chain(program.ancestors().skip(1));
-    folders.map(|folder| folder.join(path)).find(|found| found.exists())
+    let beside = program.ancestors().skip(1).flat_map(|folder| [folder.to_path_buf(), folder.join(SHARE)]);
+    let places = here.ancestors().map(Path::to_path_buf).chain(beside).chain(shipped_data());
+    places.map(|folder| folder.join(path)).find(|found| found.exists())
+}
+
+/// The user's own data folder of this program.
+pub(crate) fn shipped_data() -> Option<PathBuf> {
+    variable("XDG_DATA_HOME")
+        .filter(|folder| !folder.is_empty())
+        .map(PathBuf::from)
+        .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".local/share")))
+        .map(|folder| folder.join("draftsmith"))
 }
 
 /// The environment, for text values.

@@ -18,7 +18,7 @@ use draftsmith::text::Message;
 use draftsmith::{Error, cli};
 use serde_json::json;
 
-use super::{Session, find_shipped};
+use super::{Session, find_shipped, shipped_data};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -38,14 +38,18 @@ const BOLD: &str = "\x1b[1m";
 const RESET: &str = "\x1b[0m";
 
 fn find_bundle() -> Result<PathBuf, Failure> {
-    find_shipped(&format!("{BUNDLE}/{MANIFEST_FILE}"))
-        .and_then(|manifest| manifest.parent().map(Path::to_path_buf))
-        .ok_or_else(|| {
-            Failure::input(
-                format!("the draft `{BUNDLE}` was not found here, above here, or beside the program"),
-                Some("run it inside the repository, or name a bundle with `--bundle DIR`".to_string()),
-            )
-        })
+    let found = find_shipped(&format!("{BUNDLE}/{MANIFEST_FILE}"));
+    found.and_then(|manifest| manifest.parent().map(Path::to_path_buf)).ok_or_else(|| {
+        let copy = |data: PathBuf| format!(", copy the repository's `bundles` into `{}`", data.display());
+        let copy = shipped_data().map_or(String::new(), copy);
+        Failure::input(
+            format!("the draft `{BUNDLE}` was not found here, above here, or beside the program"),
+            Some(format!(
+                "install the wheel or unpack the archive, which bring it{copy}, run it inside the repository, or \
+                 name a bundle with `--bundle DIR`"
+            )),
+        )
+    })
 }
 
 pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failure> {

@@ -13,6 +13,7 @@ mod fake_http;
 mod fake_openai;
 mod generators;
 mod hub;
+mod installed;
 mod make;
 mod models;
 mod openai_client;
