@@ -27,3 +27,4 @@ mod stages;
 mod support;
 mod templates;
 mod thinking;
+mod tools;

@@ -8,13 +8,15 @@ use axum::Json;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
 use draftsmith_text::{ChatTemplate, MaskOptions, Turns, mask_conversation};
 use serde_json::{Value, json};
 
-use super::ask::{chat_ids, check_model, messages, render_options, text_error};
+use super::ask::{Form, chat_ids, check_model, messages, render_options, text_error};
 use super::error::ApiError;
 use super::fields::Fields;
+use super::tools::Wanted;
 use super::{aside, read_json};
 use crate::{App, Service, metrics as page};
 
@@ -27,6 +29,16 @@ impl Service {
             let message = format!("`{}` has no chat template; use /v1/completions", self.name);
             ApiError::invalid("messages", message)
         })
+    }
+
+    /// How much to draft where a request does not say.
+    pub(super) fn plan(&self) -> DraftPlan {
+        match self.default_plan {
+            DraftPlan::Auto | DraftPlan::None => self.default_plan,
+            // The draft that it was meant for may be gone.
+            _ if self.board.draft().is_none() => DraftPlan::Auto,
+            plan => plan,
+        }
     }
 
     fn card(&self) -> Value {
@@ -49,6 +61,11 @@ pub(super) async fn model(State(app): State<Arc<App>>, UrlPath(name): UrlPath<St
     }
 }
 
+/// As vLLM has it.
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
 /// 200 once the model and its draft are loaded.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
     app.service()?;
@@ -61,7 +78,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let service = app.service()?;
     service.metrics.name_draft(service.board.draft().as_ref());
-    let text = service.metrics.page();
+    let text = service.metrics.page(app.began_unix_s);
     Ok(([(header::CONTENT_TYPE, page::CONTENT_TYPE)], text).into_response())
 }
 
@@ -113,7 +130,8 @@ pub(super) async fn render(State(app): State<Arc<App>>, request: Request) -> Ans
                 ));
             }
         };
-        let options = MaskOptions { render: render_options(&fields)?, turns, last_answer_cut: false };
+        let tools = Wanted::read(&fields, Form::Chat, service)?.shown;
+        let options = MaskOptions { render: render_options(&fields, tools)?, turns, last_answer_cut: false };
         let rows =
             mask_conversation(&service.tokenizer, template, &messages, &options).map_err(text_error)?;
         let row = |row: &draftsmith_text::MaskedRow| {
