@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use draftsmith_core::VerifyRule;
+use draftsmith_decode::DraftPlan;
 use draftsmith_serve::{Limits, Options, ServeError, Server};
 
 fn options(address: &str) -> Options {

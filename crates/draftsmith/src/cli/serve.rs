@@ -17,7 +17,7 @@ use super::{Drafting, Verifying};
     draftsmith serve --bundle DIR --target REF --host 0.0.0.0 --port 8000 --api-keys-file keys.txt\n  \
     draftsmith serve --target REF --draft-model SMALLER\n  \
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
-    draftsmith serve --bundle DIR --depth 3 --log-json 2> requests.jsonl\n\n\
+    draftsmith serve --bundle DIR --depth 3 --log-json\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
     /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft\n\
     (docs/SERVE.md). Without --depth or a tree as much is drafted as pays at the load.\n\

@@ -530,7 +530,7 @@ fn responses_are_the_answers_of_a_chat_whole_and_streamed() {
 
 #[test]
 fn the_rest_that_engines_have() {
-    let served = Served::start(Home::new(), &["--log-json", "--no-draft"]);
+    let served = Served::start(Home::new(), &["--quiet", "--log-json", "--no-draft"]);
     assert_eq!(served.get("/version"), (200, json!({"version": env!("CARGO_PKG_VERSION")})));
     let (_, document) = served.get("/openapi.json");
     assert!(document["paths"]["/v1/responses"]["post"].is_object());
@@ -604,7 +604,7 @@ fn the_rest_that_engines_have() {
     assert_eq!(none["metrics"]["speculative_decoding"]["num_spec_steps"], 0);
     let log = served.log();
     let line = log.lines().rfind(|line| line.starts_with("chatcmpl-")).unwrap();
-    for part in [" key=alice ", " /v1/chat/completions 200 ", " out=24 ", " accept=- length"] {
+    for part in [" key=alice ", " /v1/chat/completions 200 ", " out=24 ", " accept=1.00 length"] {
         assert!(line.contains(part), "{line}");
     }
     let ended = Home::new().run(&["serve", "--target", &tiny, "--port", "0", "--depth", "3"]);

