@@ -72,7 +72,10 @@ streamed = "".join(part.choices[0].delta.content or "" for part in parts if part
 check("a streamed answer has the same text", streamed == choice.message.content, streamed)
 reasons = [part.choices[0].finish_reason for part in parts if part.choices]
 check("only the last part says why it ended", reasons[-1] == choice.finish_reason and not any(reasons[:-1]), reasons)
-check("a stream ends with its usage", parts[-1].usage == used and not parts[-1].choices, parts[-1])
+counts = lambda usage: (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+check("a stream ends with its usage", counts(parts[-1].usage) == counts(used) and not parts[-1].choices, parts[-1])
+cached = parts[-1].usage.prompt_tokens_details.cached_tokens
+check("usage says what was in the cache", 0 <= cached < used.prompt_tokens, parts[-1])
 check("all parts have one id", len({part.id for part in parts}) == 1)
 
 seeded = text(temperature=1.0, seed=7)
@@ -165,5 +168,145 @@ refused("a prompt beyond the context is refused", bad, lambda: chat(max_tokens=1
 wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": {"a": {"type": "strnig"}}}}}
 place = "response_format.json_schema.schema.properties.a"
 refused("a wrong schema is refused with its place", bad, lambda: chat(response_format=wrong), place)
-refused("tools are refused, not ignored", bad, lambda: chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools")
+refused("embeddings are refused by name", bad, lambda: client.embeddings.create(model=model, input="a"))
+
+
+def takes_tools():
+    try:
+        chat(max_tokens=1, tools=[TOOL])
+        return True
+    except bad as error:
+        check("a template that knows no tools says so", error.body["param"] == "tools" and "template" in error.body["message"])
+        return False
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Paris", "Oslo"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+FUNCTION = {"name": "get_weather", "description": "Weather of the next days.", "parameters": PARAMETERS, "strict": True}
+TOOL = {"type": "function", "function": FUNCTION}
+OTHER = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
+WEATHER = [{"role": "user", "content": "How will the weather be in Paris in the next 3 days?"}]
+
+
+def follows(arguments):
+    value = json.loads(arguments)
+    return value.get("city") in ("Paris", "Oslo") and 1 <= value.get("days") <= 9 and len(value) == 2
+
+
+def tool_examples():
+    ask = {"messages": WEATHER, "tools": [TOOL], "max_tokens": 120, "temperature": 0, "tool_choice": "required"}
+    whole = chat(**ask)
+    choice = whole.choices[0]
+    calls = choice.message.tool_calls
+    check("a call that is required is made", choice.finish_reason == "tool_calls" and calls and calls[0].type == "function", choice)
+    check("its arguments follow the schema", all(follows(call.function.arguments) for call in calls), calls)
+    check("and it has no text", choice.message.content is None, choice)
+    plain = chat(**ask, extra_body={"draftsmith": {"draft": "none"}}).choices[0].message.tool_calls
+    same = lambda a, b: [c.function for c in a] == [c.function for c in b]
+    check("the call is the same without a draft", same(plain, calls), plain)
+
+    made, reasons, usage = {}, [], None
+    for part in chat(**ask, stream=True, stream_options={"include_usage": True}):
+        usage = part.usage or usage
+        for piece in part.choices:
+            reasons.append(piece.finish_reason)
+            for delta in piece.delta.tool_calls or []:
+                if delta.id:
+                    first = delta.type == "function" and delta.function.arguments == ""
+                    check("the first part of a call names it", first and delta.index not in made, delta)
+                    made[delta.index] = [delta.function.name, ""]
+                else:
+                    check("the others have arguments alone", delta.function.name is None and delta.type is None, delta)
+                    made[delta.index][1] += delta.function.arguments
+    streamed = [made[index] for index in sorted(made)]
+    check("a streamed call is the same", streamed == [[c.function.name, c.function.arguments] for c in calls], streamed)
+    check("and ends for the same reason", reasons[-1] == "tool_calls" and not any(reasons[:-1]), reasons)
+    check("with the same usage", usage.completion_tokens == whole.usage.completion_tokens, usage)
+
+    with client.chat.completions.stream(model=model, **ask) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion().choices[0]
+    check("the client's own reader tells of arguments", "tool_calls.function.arguments.delta" in kinds, kinds)
+    parsed = final.message.tool_calls[0].function.parsed_arguments
+    check("and parses them", parsed == json.loads(calls[0].function.arguments), parsed)
+
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    two = chat(messages=WEATHER, tools=[OTHER, TOOL], tool_choice=named, max_tokens=120, seed=3, n=2).choices
+    each = [choice.message.tool_calls for choice in two]
+    one = all(len(calls) == 1 and calls[0].function.name == "get_weather" for calls in each)
+    check("a named function is called once in each answer", one and all(follows(c[0].function.arguments) for c in each), two)
+    single = {**ask, "tools": [TOOL, OTHER], "parallel_tool_calls": False, "temperature": 1.0}
+    check("parallel calls can be left out", all(len(chat(**single, seed=s).choices[0].message.tool_calls) == 1 for s in range(3)))
+    none = chat(messages=WEATHER, tools=[TOOL], tool_choice="none", temperature=0).choices[0]
+    check("with `none` the answer is text", isinstance(none.message.content, str) and not none.message.tool_calls, none)
+
+    history = WEATHER + [choice.message, {"role": "tool", "tool_call_id": calls[0].id, "content": '{"rain": true}'}]
+    told = chat(messages=history, tools=[TOOL], temperature=0)
+    check("the output of a tool is read", told.usage.prompt_tokens > whole.usage.prompt_tokens, told)
+    wrong = {"type": "function", "function": {"name": "none_such"}}
+    refused("a function that is not there is refused", bad, lambda: chat(**{**ask, "tool_choice": wrong}), "tool_choice")
+    refused("a tool that is no function is refused", bad, lambda: chat(tools=[{"type": "custom"}]), "tools[0].type")
+
+    flat = {"type": "function", **FUNCTION}
+    ask = {"model": model, "input": "How will the weather be in Paris?", "tools": [flat], "tool_choice": "required",
+           "max_output_tokens": 120, "temperature": 0}
+    response = client.responses.create(**ask)
+    made = [item for item in response.output if item.type == "function_call"]
+    check("a response has calls", response.status == "completed" and made and all(follows(c.arguments) for c in made), response)
+    plain = client.responses.create(**ask, extra_body={"draftsmith": {"draft": "none"}})
+    check("the same without a draft", [i.arguments for i in plain.output] == [i.arguments for i in response.output], plain)
+    with client.responses.stream(**ask) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    numbers = [event.sequence_number for event in events]
+    check("events are counted", numbers == list(range(len(events))), numbers)
+    check("a streamed response is the same", [i.arguments for i in final.output] == [i.arguments for i in response.output], final)
+    kinds = [event.type for event in events]
+    order = ["response.created", "response.in_progress", "response.output_item.added", "response.function_call_arguments.delta"]
+    check("events come in order", kinds[:4] == order and kinds[-1] == "response.completed", kinds)
+    items = [{"role": "user", "content": "How will the weather be?"}, *response.output,
+             {"type": "function_call_output", "call_id": made[0].call_id, "output": "Rain."}]
+    told = client.responses.create(model=model, input=items, tools=[flat], max_output_tokens=16, temperature=0)
+    check("the output of a tool is an item", told.output[0].type in ("message", "function_call"), told)
+    hosted = lambda: client.responses.create(model=model, input="a", tools=[{"type": "web_search"}])
+    refused("tools of OpenAI's own are refused by name", bad, hosted, "tools[0].type")
+
+
+def response_examples():
+    ask = {"model": model, "instructions": "Be short.", "input": "Calculate 22 + 20.", "max_output_tokens": 24, "temperature": 0}
+    response = client.responses.create(**ask, metadata={"a": "b"}, store=False)
+    check("a response has text", bool(response.output_text) and response.object == "response", response)
+    check("and says why it ended", response.status in ("completed", "incomplete"), response.status)
+    used = response.usage
+    check("its usage adds up", used.total_tokens == used.input_tokens + used.output_tokens and used.output_tokens <= 24, used)
+    check("what was asked stands in it", response.instructions == "Be short." and response.metadata == {"a": "b"}, response)
+    messages = [{"role": "system", "content": "Be short."}, *QUESTION]
+    check("it is the answer of a chat", response.output_text == text(messages=messages, temperature=0), response.output_text)
+    events = list(client.responses.create(**ask, stream=True))
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    check("a streamed response has the same text", said == response.output_text, said)
+    kinds = [event.type for event in events if event.type != "response.output_text.delta"]
+    expected = ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+                "response.output_text.done", "response.content_part.done", "response.output_item.done", f"response.{response.status}"]
+    check("its events are OpenAI's", kinds == expected, kinds)
+    check("they are counted", [event.sequence_number for event in events] == list(range(len(events))))
+    last = events[-1].response
+    check("the last one has it whole", last.output_text == said and last.usage.output_tokens == used.output_tokens, last)
+    form = {"format": {"type": "json_schema", "name": "thing", "schema": schema, "strict": True}}
+    found = client.responses.create(model=model, input="A thing.", text=form, max_output_tokens=200, temperature=1.0, extra_body={"seed": 0})
+    check("a response follows its schema", list(json.loads(found.output_text)) == ["colour", "size", "tags"], found)
+    earlier = lambda: client.responses.create(model=model, input="a", previous_response_id=response.id)
+    refused("an earlier response is refused by name", bad, earlier, "previous_response_id")
+
+
+response_examples()
+if takes_tools():
+    tool_examples()
 check("the server still answers", text(temperature=0) == full)

@@ -235,8 +235,10 @@ impl<K: Kernels> Engine<K> {
         };
         let (kv, known) = shared.unzip();
         let drafter = known.flatten().or(drafter);
+        let kv = kv.unwrap_or_else(|| self.target.new_kv());
         Ok(Session {
-            kv: kv.unwrap_or_else(|| self.target.new_kv()),
+            cached_len: kv.len(),
+            kv,
             drafter,
             auto,
             drawn: None,

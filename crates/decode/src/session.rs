@@ -75,6 +75,8 @@ pub struct Generation {
     pub decode: Duration,
     /// Of each prompt token but the first, if they were asked for and not taken before.
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Prompt tokens whose keys and values were kept from an earlier sequence.
+    pub cached_tokens: usize,
 }
 
 /// What an automatic plan keeps per sequence.
@@ -108,6 +110,8 @@ pub(crate) struct Session<K: Kernels> {
     /// Prompt and committed tokens. Once decoding, the last one is not in the cache yet.
     pub tokens: Vec<u32>,
     pub prompt_len: usize,
+    /// Of the prompt, those that were in a kept cache.
+    pub cached_len: usize,
     /// Tokens that are read before the next one is chosen: the prompt, and more after a step that broke off.
     pub fill_to: usize,
     /// Of each prompt token but the first; `None` unless asked for, and once handed out.
@@ -170,6 +174,7 @@ impl<K: Kernels> Session<K> {
             prefill: self.prefill,
             decode: self.first_token.map_or(Duration::ZERO, |t| now - t),
             prompt_logprobs: self.prompt_logprobs,
+            cached_tokens: self.cached_len,
         };
         Finished { generation, tokens: self.tokens, kv: self.kv, drafter: self.drafter }
     }

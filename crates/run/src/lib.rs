@@ -180,7 +180,9 @@ pub fn load_all(path: &Path, overrides: &[String]) -> Result<(RunFile, Vec<Told>
     };
     let mut told: Vec<Told> = faulty.faults.into_iter().flat_map(|fault| Error::from(fault).told()).collect();
     match faulty.mended {
-        Some(file) if check_method(&file, path, overrides).is_ok() => Ok((moved(*file, path, overrides), told)),
+        Some(file) if check_method(&file, path, overrides).is_ok() => {
+            Ok((moved(*file, path, overrides), told))
+        }
         rest => {
             let method = rest.and_then(|file| check_method(&file, path, overrides).err());
             told.extend(method.into_iter().flat_map(|fault| Error::from(fault).told()));

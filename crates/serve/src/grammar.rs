@@ -25,6 +25,9 @@ use crate::api::ApiError;
 /// Longest schema, as JSON text.
 const MAX_SCHEMA_BYTES: usize = 64 << 10;
 
+/// Longest grammar of the tools of a request.
+const MAX_TOOLS_BYTES: usize = 1 << 20;
+
 /// Deepest nesting of a schema, in JSON values.
 const MAX_SCHEMA_DEPTH: usize = 64;
 
@@ -109,9 +112,9 @@ impl GrammarError {
         })
     }
 
-    /// The answer to a request with such a schema.
-    pub(crate) fn into_api_error(self) -> ApiError {
-        let mut param = "response_format.json_schema.schema".to_owned();
+    /// The answer to a request with such a schema, which stands in its field `at`.
+    pub(crate) fn into_api_error(self, at: &str) -> ApiError {
+        let mut param = at.to_owned();
         if !self.path().is_empty() {
             param = format!("{param}.{}", self.path());
         }
@@ -190,13 +193,45 @@ impl Grammars {
             return Ok(JsonGrammar::new(compiled));
         }
         check(schema, schema, &mut Vec::new())?;
-        let compiled = Arc::new(self.compile_aside(schema)?);
+        let compiled = self.compile_aside(schema)?;
+        Ok(JsonGrammar::new(self.keep(text, compiled)))
+    }
+
+    /// The grammar of calls, in Lark's words with schemas inside that [`Grammars::json_schema`] takes one by one.
+    ///
+    /// # Errors
+    /// [`GrammarError::TooLarge`]; [`GrammarError::Refused`] without a place.
+    pub(crate) fn calls(
+        &self,
+        lark: &str,
+        trigger: Option<Trigger>,
+        tokenizer: &Arc<Tokenizer>,
+    ) -> Result<JsonGrammar, GrammarError> {
+        let limit = MAX_TOOLS_BYTES;
+        if lark.len() > limit {
+            return Err(GrammarError::TooLarge { found: lark.len(), limit });
+        }
+        let compiled = match self.look_up(lark) {
+            Some(compiled) => compiled,
+            None => {
+                let refused = |detail: String| GrammarError::Refused { path: String::new(), detail };
+                let grammar = TopLevelGrammar::from_lark(lark.to_owned());
+                let compiled = aside(|| self.compile_grammar(grammar).map_err(refused))?;
+                self.keep(lark.to_owned(), compiled)
+            }
+        };
+        let lazy = trigger.map(|trigger| (trigger, Arc::clone(tokenizer)));
+        Ok(JsonGrammar { lazy, ..JsonGrammar::new(compiled) })
+    }
+
+    fn keep(&self, key: String, compiled: Compiled) -> Arc<Compiled> {
+        let compiled = Arc::new(compiled);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT_GRAMMARS {
             kept.pop_front();
         }
-        kept.push_back((text, Arc::clone(&compiled)));
-        Ok(JsonGrammar::new(compiled))
+        kept.push_back((key, Arc::clone(&compiled)));
+        compiled
     }
 
     /// A grammar made before; it becomes the most recently used.
@@ -211,21 +246,11 @@ impl Grammars {
 
     /// Compiles on a thread with room for deep recursion, and names the place that is wrong.
     fn compile_aside(&self, schema: &Value) -> Result<Compiled, GrammarError> {
-        let refused = |path: String, detail: String| GrammarError::Refused { path, detail };
-        std::thread::scope(|scope| {
-            let work = || {
-                self.compile(schema.clone()).map_err(|detail| {
-                    let path = self.find_cause(schema, &detail);
-                    refused(path, detail)
-                })
-            };
-            std::thread::Builder::new()
-                .name("grammar".into())
-                .stack_size(COMPILE_STACK_BYTES)
-                .spawn_scoped(scope, work)
-                .map_err(|e| refused(String::new(), format!("no thread to compile it on: {e}")))?
-                .join()
-                .unwrap_or_else(|_| Err(refused(String::new(), "the schema could not be compiled".into())))
+        aside(|| {
+            self.compile(schema.clone()).map_err(|detail| {
+                let path = self.find_cause(schema, &detail);
+                GrammarError::Refused { path, detail }
+            })
         })
     }
 
@@ -236,27 +261,21 @@ impl Grammars {
         if schema.get(OPTIONS_KEYWORD).is_some() {
             return Err(format!("`{OPTIONS_KEYWORD}` is not taken"));
         }
-        if schema.is_object() {
-            let options = JsonCompileOptions {
-                whitespace_pattern: Some(WHITESPACE.into()),
-                ..JsonCompileOptions::default()
-            };
-            options.apply_to(&mut schema);
-        }
-        let parser = self
-            .factory
-            .create_parser(TopLevelGrammar::from_json_schema(schema))
-            .map_err(|e| first_line(&e.to_string()))?;
+        self.compile_grammar(TopLevelGrammar::from_json_schema(with_options(&schema)))
+    }
+
+    fn compile_grammar(&self, grammar: TopLevelGrammar) -> Result<Compiled, String> {
+        let parser = self.factory.create_parser(grammar).map_err(|e| first_line(&e.to_string()))?;
         let trie = self.factory.tok_env().tok_trie();
         let start = Matcher::new(Ok(parser));
         // A schema that nothing satisfies shows here, not in the middle of an answer.
         start.deep_clone().compute_mask().map_err(|e| first_line(&e.to_string()))?;
-        Ok(Compiled { start, ends: trie.eos_token_set() })
+        Ok(Compiled { start, ends: trie.eos_token_set(), env: Arc::clone(self.factory.tok_env()) })
     }
 
     /// The deepest part of a refused schema that is refused for the same reason when it stands alone.
     fn find_cause(&self, schema: &Value, detail: &str) -> String {
-        let whole = moved(schema);
+        let whole = moved_to(schema, "#/$defs/whole");
         let mut path: Vec<String> = Vec::new();
         let mut trials = 0;
         let mut part = schema;
@@ -376,23 +395,50 @@ fn inner_schemas(schema: &Value) -> Vec<(Vec<String>, &Value)> {
     inner
 }
 
-/// A schema as it stands below `#/$defs/whole`: references into it follow.
-fn moved(value: &Value) -> Value {
+/// Works on a thread with room for deep recursion.
+fn aside<T: Send>(work: impl FnOnce() -> Result<T, GrammarError> + Send) -> Result<T, GrammarError> {
+    let refused = |detail: String| GrammarError::Refused { path: String::new(), detail };
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("grammar".into())
+            .stack_size(COMPILE_STACK_BYTES)
+            .spawn_scoped(scope, work)
+            .map_err(|e| refused(format!("no thread to compile it on: {e}")))?
+            .join()
+            .unwrap_or_else(|_| Err(refused("the schema could not be compiled".into())))
+    })
+}
+
+/// A schema with what we ask of the grammar engine.
+pub(crate) fn with_options(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if schema.is_object() {
+        let options = JsonCompileOptions {
+            whitespace_pattern: Some(WHITESPACE.into()),
+            ..JsonCompileOptions::default()
+        };
+        options.apply_to(&mut schema);
+    }
+    schema
+}
+
+/// A schema as it stands at `place`, for example `#/$defs/whole`: references into it follow.
+pub(crate) fn moved_to(value: &Value, place: &str) -> Value {
     match value {
         Value::Object(entries) => {
             let entries = entries.iter().map(|(key, inner)| {
                 let inner = match (key.as_str(), inner) {
                     ("$ref", Value::String(to)) if to.starts_with('#') => {
                         let below = to.trim_start_matches('#').trim_end_matches('/');
-                        Value::String(format!("#/$defs/whole{below}"))
+                        Value::String(format!("{place}{below}"))
                     }
-                    _ => moved(inner),
+                    _ => moved_to(inner, place),
                 };
                 (key.clone(), inner)
             });
             Value::Object(entries.collect::<Map<_, _>>())
         }
-        Value::Array(items) => Value::Array(items.iter().map(moved).collect()),
+        Value::Array(items) => Value::Array(items.iter().map(|item| moved_to(item, place)).collect()),
         other => other.clone(),
     }
 }
@@ -403,17 +449,38 @@ struct Compiled {
     start: Matcher,
     /// The ids that end an answer.
     ends: SimpleVob,
+    env: TokEnv,
+}
+
+impl Compiled {
+    /// Ids that spell these bytes.
+    fn spell(&self, bytes: &[u8]) -> Vec<u32> {
+        self.env.tok_trie().greedy_tokenize(bytes)
+    }
 }
 
 /// The grammar of one request.
 pub(crate) struct JsonGrammar {
     compiled: Arc<Compiled>,
+    /// The answer is free until this.
+    lazy: Option<(Trigger, Arc<Tokenizer>)>,
     cut: Arc<AtomicBool>,
+}
+
+/// What a grammar begins at that holds a part of the answer alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Trigger {
+    /// This text, which is the grammar's own first one.
+    pub(crate) begin: String,
+    /// Or a brace, where nothing stands before it.
+    pub(crate) bare: bool,
+    /// What is behind a part that was held is free again; else the answer ends there.
+    pub(crate) again: bool,
 }
 
 impl JsonGrammar {
     fn new(compiled: Arc<Compiled>) -> JsonGrammar {
-        JsonGrammar { compiled, cut: Arc::default() }
+        JsonGrammar { compiled, lazy: None, cut: Arc::default() }
     }
 
     /// True once an answer of this request was ended before its JSON was complete, because a step of the grammar would
@@ -431,12 +498,17 @@ impl fmt::Debug for JsonGrammar {
 
 impl Grammar for JsonGrammar {
     fn begin(&self) -> Box<dyn GrammarState> {
-        Box::new(JsonState {
-            // A deep copy: a plain one would share the lexer's states, and with them its limits, with other answers.
-            matcher: self.compiled.start.deep_clone(),
-            compiled: Arc::clone(&self.compiled),
-            cut: Arc::clone(&self.cut),
-        })
+        let compiled = Arc::clone(&self.compiled);
+        match &self.lazy {
+            None => Box::new(JsonState::new(compiled, Arc::clone(&self.cut))),
+            Some((trigger, tokenizer)) => Box::new(LazyState {
+                trigger: trigger.clone(),
+                tokenizer: Arc::clone(tokenizer),
+                compiled,
+                cut: Arc::clone(&self.cut),
+                stage: Stage::Free { tail: Vec::new(), at_start: true },
+            }),
+        }
     }
 }
 
@@ -445,6 +517,23 @@ struct JsonState {
     matcher: Matcher,
     compiled: Arc<Compiled>,
     cut: Arc<AtomicBool>,
+}
+
+impl JsonState {
+    fn new(compiled: Arc<Compiled>, cut: Arc<AtomicBool>) -> JsonState {
+        // A deep copy: a plain one would share the lexer's states, and with them its limits, with other answers.
+        JsonState { matcher: compiled.start.deep_clone(), compiled, cut }
+    }
+
+    fn forked(&self) -> JsonState {
+        JsonState {
+            // Deep, so that what drafted tokens make of the lexer's states stays with them.
+            matcher: self.matcher.deep_clone(),
+            compiled: Arc::clone(&self.compiled),
+            // An answer is cut by what is committed alone.
+            cut: Arc::default(),
+        }
+    }
 }
 
 impl GrammarState for JsonState {
@@ -471,12 +560,105 @@ impl GrammarState for JsonState {
     }
 
     fn fork(&self) -> Box<dyn GrammarState> {
-        Box::new(JsonState {
-            // Deep, so that what drafted tokens make of the lexer's states stays with them.
-            matcher: self.matcher.deep_clone(),
+        Box::new(self.forked())
+    }
+}
+
+/// Where an answer stands whose parts alone are held.
+enum Stage {
+    /// No mark yet: the last bytes, and whether nothing but white space was said.
+    Free {
+        tail: Vec<u8>,
+        at_start: bool,
+    },
+    Held(JsonState),
+    /// Nothing may follow.
+    Over,
+}
+
+/// An answer that is free until a mark, and then held to the grammar to its end.
+struct LazyState {
+    trigger: Trigger,
+    tokenizer: Arc<Tokenizer>,
+    compiled: Arc<Compiled>,
+    cut: Arc<AtomicBool>,
+    stage: Stage,
+}
+
+impl LazyState {
+    /// The grammar behind the bytes that `id` completed; `None` if they are no beginning of it.
+    fn begin_held(&self, id: u32, bytes: &[u8]) -> Option<JsonState> {
+        let mut state = JsonState::new(Arc::clone(&self.compiled), Arc::clone(&self.cut));
+        let whole = !bytes.is_empty() && self.tokenizer.token_to_piece(id) == bytes;
+        let ids = if whole { vec![id] } else { self.compiled.spell(bytes) };
+        if !ids.is_empty() {
+            state.matcher.consume_tokens(&ids).ok()?;
+        }
+        Some(state)
+    }
+}
+
+impl GrammarState for LazyState {
+    fn mask(&mut self, logits: &mut [f32]) {
+        match &mut self.stage {
+            Stage::Free { .. } => {}
+            Stage::Held(state) => state.mask(logits),
+            Stage::Over => {
+                for (id, logit) in logits.iter_mut().enumerate() {
+                    if !u32::try_from(id).is_ok_and(|id| self.tokenizer.eos_ids().contains(&id)) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+    }
+
+    fn advance(&mut self, id: u32) {
+        let begun = match &mut self.stage {
+            Stage::Over => return,
+            Stage::Held(state) => {
+                state.advance(id);
+                if state.matcher.is_accepting().unwrap_or(false) {
+                    self.stage = match self.trigger.again {
+                        true => Stage::Free { tail: Vec::new(), at_start: false },
+                        false => Stage::Over,
+                    };
+                }
+                return;
+            }
+            Stage::Free { tail, at_start } => {
+                let piece = self.tokenizer.token_to_piece(id);
+                tail.extend_from_slice(piece);
+                let begin = self.trigger.begin.as_bytes();
+                let mark = tail.windows(begin.len()).position(|part| part == begin);
+                // A grammar that a brace begins has no mark in it.
+                let mark = mark.map(|at| if self.trigger.bare { at + begin.len() } else { at });
+                let bare = tail.iter().position(|byte| !byte.is_ascii_whitespace());
+                let brace = bare.filter(|at| self.trigger.bare && *at_start && tail[*at] == b'{');
+                *at_start &= bare.is_none();
+                let begun = mark.or(brace).map(|at| tail[at..].to_vec());
+                // What may still become the mark.
+                let keep = tail.len().min(begin.len() - 1);
+                tail.drain(..tail.len() - keep);
+                begun
+            }
+        };
+        if let Some(state) = begun.and_then(|bytes| self.begin_held(id, &bytes)) {
+            self.stage = Stage::Held(state);
+        }
+    }
+
+    fn fork(&self) -> Box<dyn GrammarState> {
+        Box::new(LazyState {
+            trigger: self.trigger.clone(),
+            tokenizer: Arc::clone(&self.tokenizer),
             compiled: Arc::clone(&self.compiled),
-            // An answer is cut by what is committed alone.
             cut: Arc::default(),
+            stage: match &self.stage {
+                Stage::Free { tail, at_start } => Stage::Free { tail: tail.clone(), at_start: *at_start },
+                Stage::Held(state) => Stage::Held(state.forked()),
+                Stage::Over => Stage::Over,
+            },
         })
     }
 }

@@ -18,6 +18,7 @@ mod page;
 mod queue;
 mod speech;
 mod swap;
+mod tools;
 mod worker;
 
 use std::net::SocketAddr;
@@ -27,7 +28,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use draftsmith_core::VerifyRule;
-use draftsmith_decode::Engine;
+use draftsmith_decode::{DraftPlan, Engine};
 use draftsmith_kernels::Cpu;
 use draftsmith_text::{ChatTemplate, Tokenizer};
 
@@ -37,6 +38,7 @@ use crate::grammar::{GrammarError, Grammars};
 use crate::metrics::Metrics;
 use crate::queue::{Order, Queue};
 use crate::swap::InUse;
+use crate::tools::{Ability, Family, Unable};
 use crate::worker::{Room, Shared, Worker};
 
 pub use auth::ApiKey;
@@ -45,6 +47,11 @@ pub use swap::{DraftInfo, Drafts, Loaded, Refused};
 
 /// Takes one line for the log.
 pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Takes what is known of a request that asked for an answer, once it ended: `time` (seconds since 1970), `id`, `key` (the
+/// name of the API key, or the address), `route`, `status`, `model`, `stream`, `prompt_tokens`, `cached_tokens`,
+/// `completion_tokens`, `queue_ms`, `first_token_ms`, `total_ms`, `accept_length`, `finish_reasons`, `reader_left`, `error`.
+pub type RequestLog = Arc<dyn Fn(&serde_json::Value) + Send + Sync>;
 
 /// Why the server does not start.
 #[derive(Debug, thiserror::Error)]
@@ -123,8 +130,19 @@ pub struct Options {
     pub records: Option<PathBuf>,
     /// Which draft tokens of sampled answers are kept, unless a request says.
     pub verify: VerifyRule,
+    /// How much to draft, unless a request says; `None`: as the draft was tuned, and without that as much as pays.
+    pub plan: Option<DraftPlan>,
+    /// How the model writes calls of tools, where its template does not tell: one of [`tool_formats`].
+    pub tool_format: Option<String>,
     /// Takes lines for people.
     pub log: Log,
+    /// Takes a record of each request.
+    pub request_log: Option<RequestLog>,
+}
+
+/// The names of the forms in which models write calls of tools.
+pub fn tool_formats() -> impl Iterator<Item = &'static str> {
+    tools::FAMILIES.iter().map(|family| family.name)
 }
 
 /// A model to serve.
@@ -155,9 +173,12 @@ struct Service {
     tokenizer: Arc<Tokenizer>,
     grammars: Result<Grammars, GrammarError>,
     template: Option<ChatTemplate>,
+    /// What the model can do with tools.
+    tools: Result<Ability, Unable>,
     context: usize,
     vocab: usize,
     verify: VerifyRule,
+    default_plan: Option<DraftPlan>,
     cache_slots: usize,
     created_unix_s: u64,
     queue: Arc<Queue>,
@@ -178,6 +199,7 @@ struct App {
     next_id: AtomicU64,
     /// Makes ids differ from those of another start.
     start: u64,
+    began_unix_s: f64,
 }
 
 impl App {
@@ -243,6 +265,9 @@ impl Server {
             swapping: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
             start: random(),
+            began_unix_s: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0.0, |time| time.as_secs_f64()),
         });
         let http = http::Http::start(&runtime, listener, Arc::clone(&app));
         Ok(Server { app, runtime, address, http, worker: None })
@@ -275,6 +300,8 @@ impl Server {
         let room =
             Room { slots: model.cache_slots, sequences: limits.sequences, watch_steps: limits.watch_steps };
         let target = Arc::new(Engine::new(Arc::clone(model.engine.target()), None));
+        let format = self.app.options.tool_format.as_deref().and_then(Family::named);
+        let ability = Ability::of(model.template.as_ref(), &tokenizer, format);
         let in_use = InUse { engine: Arc::new(model.engine), info: model.draft };
         let service = Service {
             fingerprint: format!(
@@ -286,9 +313,11 @@ impl Server {
             grammars: Grammars::new(&tokenizer),
             tokenizer,
             template: model.template,
+            tools: ability,
             context,
             vocab,
             verify: self.app.options.verify,
+            default_plan: self.app.options.plan,
             cache_slots: model.cache_slots,
             created_unix_s: unix_s(),
             queue,

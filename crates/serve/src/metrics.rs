@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
 use draftsmith_core::AcceptStats;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -36,6 +36,8 @@ pub(crate) struct Metrics {
     accepted_at: Family<Labels, Counter>,
     pub(crate) prompt_tokens: Counter,
     pub(crate) generated_tokens: Counter,
+    pub(crate) prefix_queries: Counter,
+    pub(crate) prefix_hits: Counter,
     pub(crate) ttft: Histogram,
     pub(crate) inter_token: Histogram,
     pub(crate) queue_time: Histogram,
@@ -69,6 +71,8 @@ impl Metrics {
             accepted_at: Family::default(),
             prompt_tokens: Counter::default(),
             generated_tokens: Counter::default(),
+            prefix_queries: Counter::default(),
+            prefix_hits: Counter::default(),
             ttft: Histogram::new(TTFT_S),
             inter_token: Histogram::new(TOKEN_S),
             queue_time: Histogram::new(REQUEST_S),
@@ -100,6 +104,10 @@ impl Metrics {
         r.register("vllm:spec_decode_num_accepted_tokens_per_pos", help, m.accepted_at.clone());
         r.register("vllm:prompt_tokens", "Prompt tokens taken in", m.prompt_tokens.clone());
         r.register("vllm:generation_tokens", "Tokens generated", m.generated_tokens.clone());
+        let help = "Prompt tokens that kept caches were asked for";
+        r.register("vllm:prefix_cache_queries", help, m.prefix_queries.clone());
+        let help = "Prompt tokens that were in a kept cache";
+        r.register("vllm:prefix_cache_hits", help, m.prefix_hits.clone());
         let mut seconds = |name: &str, help: &str, histogram: &Histogram| {
             r.register_with_unit(name, help, Unit::Seconds, histogram.clone());
         };
@@ -170,12 +178,52 @@ impl Metrics {
         self.swaps.get_or_create(&vec![("outcome", outcome.to_owned())]).inc();
     }
 
-    /// The page.
-    pub(crate) fn page(&self) -> String {
+    /// The page. `began_unix_s`: when this process began to serve, in seconds since 1970.
+    pub(crate) fn page(&self, began_unix_s: f64) -> String {
         let mut page = String::new();
-        encode(&mut page, &self.registry).expect("a string takes any text");
+        encode_registry(&mut page, &self.registry).expect("a string takes any text");
+        encode_registry(&mut page, &process(began_unix_s)).expect("a string takes any text");
+        encode_eof(&mut page).expect("a string takes any text");
         page
     }
+}
+
+/// Ticks of a processor's second, as Linux tells them to programs.
+const TICKS_PER_S: f64 = 100.0;
+
+/// What Prometheus' client libraries tell of a process. What the system does not say is left out.
+fn process(began_unix_s: f64) -> Registry {
+    let mut registry = Registry::default();
+    let began = Gauge::<f64, AtomicU64>::default();
+    began.set(began_unix_s);
+    let help = "When the process began to serve, since 1970";
+    registry.register_with_unit("process_start_time", help, Unit::Seconds, began);
+    if let Some(bytes) = resident_bytes() {
+        let resident = Gauge::<i64, AtomicI64>::default();
+        resident.set(bytes);
+        registry.register_with_unit("process_resident_memory", "Memory in use", Unit::Bytes, resident);
+    }
+    if let Some(seconds) = cpu_seconds() {
+        let cpu = Counter::<f64, AtomicU64>::default();
+        cpu.inc_by(seconds);
+        let help = "Time of processors spent, for the program and for the system";
+        registry.register_with_unit("process_cpu", help, Unit::Seconds, cpu);
+    }
+    registry
+}
+
+fn resident_bytes() -> Option<i64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<i64>().ok()?.checked_mul(1024)
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name may have spaces and brackets in it.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
+    Some((ticks(11)? + ticks(12)?) / TICKS_PER_S)
 }
 
 /// Observes `count` tokens that came together after `gap`.
@@ -202,7 +250,7 @@ mod tests {
         metrics.count_finished("stop");
         metrics.count_request("/health", 200);
         metrics.count_swap("kept");
-        let page = metrics.page();
+        let page = metrics.page(0.0);
         let types = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
         types
             .flat_map(|(name, kind)| match kind {

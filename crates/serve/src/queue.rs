@@ -35,8 +35,12 @@ pub(crate) struct End {
     /// Tokens generated.
     pub(crate) tokens: usize,
     pub(crate) stats: draftsmith_core::AcceptStats,
+    /// From its arrival until it was taken in.
+    pub(crate) queued: Duration,
     pub(crate) prefill: Duration,
     pub(crate) decode: Duration,
+    /// Prompt tokens that were in a kept cache.
+    pub(crate) cached: usize,
 }
 
 /// Why an answer ended.
@@ -89,8 +93,10 @@ impl Job {
             rest: Delta::default(),
             tokens: 0,
             stats: Default::default(),
+            queued: self.submitted.elapsed(),
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
+            cached: 0,
         };
         // A reader that left needs no answer.
         let _ = self.events.send((self.choice, Event::End(end)));

@@ -1,10 +1,15 @@
 //! Tokens of one sequence to the text and the tokens that a client sees.
 //!
 //! Text is given out as soon as it is certain that no stop text begins in it. Tokens (for log-probabilities and traces)
-//! follow their text: none is shown before its text is, and of a stop text nothing is shown.
+//! follow their text: none is shown before its text is, and of a stop text nothing is shown. Where the model may call
+//! tools, calls are told apart from the text here, so that an answer ends at the token that completes its last call.
+
+use std::sync::Arc;
 
 use draftsmith_decode::TokenEvent;
 use draftsmith_text::{StreamDecoder, Tokenizer};
+
+use crate::tools::{Part, Reader, Tools};
 
 /// A token as a client sees it.
 #[derive(Clone, Debug)]
@@ -18,13 +23,15 @@ pub(crate) struct Shown {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Delta {
     pub(crate) text: String,
+    /// The same with its calls told apart; empty unless there are tools.
+    pub(crate) parts: Vec<Part>,
     /// Empty unless tokens were asked for.
     pub(crate) tokens: Vec<Shown>,
 }
 
 impl Delta {
     pub(crate) fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.tokens.is_empty()
+        self.text.is_empty() && self.tokens.is_empty() && self.parts.is_empty()
     }
 }
 
@@ -37,11 +44,14 @@ pub(crate) struct SpeechOptions {
     pub(crate) skip_special: bool,
     /// Tokens are wanted beside the text.
     pub(crate) tokens: bool,
+    /// What the model may call.
+    pub(crate) tools: Option<Arc<Tools>>,
 }
 
 /// State of one sequence.
 pub(crate) struct Speech {
     decoder: StreamDecoder,
+    reader: Option<Reader>,
     options: SpeechOptions,
     /// Not given out yet.
     ready: Delta,
@@ -53,8 +63,14 @@ pub(crate) struct Speech {
 
 impl Speech {
     pub(crate) fn new(tokenizer: &Tokenizer, options: SpeechOptions) -> Speech {
+        let decoder = tokenizer.stream_decoder(options.skip_special, &options.stops);
+        let reader = options.tools.as_ref().map(|tools| Reader::new(Arc::clone(tools), crate::random));
         Speech {
-            decoder: tokenizer.stream_decoder(options.skip_special, &options.stops),
+            decoder: match &options.tools {
+                Some(tools) => decoder.showing(Arc::clone(&tools.control_ids)),
+                None => decoder,
+            },
+            reader,
             options,
             ready: Delta::default(),
             held: Vec::new(),
@@ -62,19 +78,24 @@ impl Speech {
         }
     }
 
-    /// Takes in a committed token; true if it completed a stop text.
+    /// Takes in a committed token; true if it completed a stop text, or the last call.
     pub(crate) fn push(&mut self, tokenizer: &Tokenizer, event: &TokenEvent) -> bool {
-        if self.stopped() {
+        if self.stopped() || self.is_over() {
             return true;
         }
         let chunk = self.decoder.push(event.id);
         if self.options.tokens {
-            let silent = self.options.skip_special && tokenizer.is_special(event.id);
+            let silent = self.decoder.hides(event.id);
             let bytes = if silent { Vec::new() } else { tokenizer.token_to_piece(event.id).to_vec() };
             self.held.push(Shown { event: event.clone(), bytes });
         }
         self.add(&chunk.text);
-        chunk.stopped
+        chunk.stopped || self.is_over()
+    }
+
+    /// True once all calls that are wanted were made.
+    fn is_over(&self) -> bool {
+        self.reader.as_ref().is_some_and(Reader::is_over)
     }
 
     /// True once a stop text was completed.
@@ -92,6 +113,9 @@ impl Speech {
         let stopped = self.stopped();
         let chunk = self.decoder.clone().finish();
         self.add(&chunk.text);
+        if let Some(reader) = &mut self.reader {
+            self.ready.parts.extend(reader.finish());
+        }
         if stopped {
             // The token in which the stop text begins is shown up to there.
             if let Some(first) = self.held.first_mut()
@@ -108,6 +132,9 @@ impl Speech {
 
     fn add(&mut self, text: &str) {
         self.ready.text.push_str(text);
+        if let Some(reader) = &mut self.reader {
+            self.ready.parts.extend(reader.push(text));
+        }
         if self.options.stops.is_empty() {
             self.ready.tokens.append(&mut self.held);
             return;
@@ -137,7 +164,8 @@ mod tests {
         let json = include_bytes!("../../../fixtures/tiny-target/tokenizer.json");
         let tokenizer = Tokenizer::from_json(json, SpecialIds::default()).unwrap();
         let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
-        let mut speech = Speech::new(&tokenizer, SpeechOptions { stops, skip_special: true, tokens: true });
+        let mut speech =
+            Speech::new(&tokenizer, SpeechOptions { stops, skip_special: true, tokens: true, tools: None });
         let (mut said, mut tokens) = (String::new(), Vec::new());
         let mut hear = |delta: Delta, last: bool| {
             said.push_str(&delta.text);

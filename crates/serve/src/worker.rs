@@ -26,6 +26,8 @@ const IDLE: Duration = Duration::from_millis(200);
 /// A sequence in the batch.
 struct Running {
     job: Job,
+    /// From its arrival until it was taken in.
+    queued: Duration,
     /// The draft it was admitted under.
     era: u64,
     /// When its last token came; before the first, when it arrived.
@@ -218,14 +220,15 @@ impl Worker {
                 continue;
             }
             let metrics = &self.shared.metrics;
-            metrics.queue_time.observe(job.submitted.elapsed().as_secs_f64());
+            let queued = job.submitted.elapsed();
+            metrics.queue_time.observe(queued.as_secs_f64());
             metrics.prompt_tokens.inc_by(job.prompt.len() as u64);
             metrics.request_prompt_tokens.observe(job.prompt.len() as f64);
             self.reserved += job.slots();
             let (id, last) = (job.id, job.submitted);
             let owes_prompt = job.options.prompt_logprobs.is_some();
             let running =
-                Running { job, era: self.era, last, tokens: 0, owes_prompt, fresh: Fresh::default() };
+                Running { job, queued, era: self.era, last, tokens: 0, owes_prompt, fresh: Fresh::default() };
             self.running.insert(id, running);
         }
         self.make_room();
@@ -331,6 +334,8 @@ impl Worker {
             _ => "abort",
         });
         metrics.count_steps(&generation.stats);
+        metrics.prefix_queries.inc_by(job.prompt.len() as u64);
+        metrics.prefix_hits.inc_by(generation.cached_tokens as u64);
         metrics.request_time.observe(job.submitted.elapsed().as_secs_f64());
         metrics.request_generated_tokens.observe(running.tokens as f64);
         let stats = generation.stats.clone();
@@ -339,8 +344,10 @@ impl Worker {
             rest: job.speech.finish(),
             tokens: running.tokens,
             stats: generation.stats,
+            queued: running.queued,
             prefill: generation.prefill,
             decode: generation.decode,
+            cached: generation.cached_tokens,
         };
         let _ = job.events.send((job.choice, Event::End(end)));
         self.show_load();
@@ -563,7 +570,7 @@ mod tests {
                 }
             }
             assert!(metrics.panics.get() > 0);
-            let page = metrics.page();
+            let page = metrics.page(0.0);
             assert!(page.contains("finished_reason=\"error\"} 1"), "{page}");
             assert!(page.contains("draftsmith:panics_total"), "{page}");
         }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use draftsmith_core::{LayerId, TargetTokenId, TokenTree, VerifyRule};
-use draftsmith_decode::{Ask, Children, Committed, Drafter, DrafterSession, Engine, Node, Shape};
+use draftsmith_decode::{Ask, Children, Committed, DraftPlan, Drafter, DrafterSession, Engine, Node, Shape};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, Target};
 use draftsmith_serve::{DraftInfo, Drafts, Limits, Loaded, Model, Options, Refused, Server};
@@ -87,7 +87,10 @@ fn server(drafter: Arc<Shaky>) -> Server {
         },
         records: None,
         verify: VerifyRule::Seeded,
+        plan: None,
+        tool_format: None,
         log: Arc::new(|_| {}),
+        request_log: None,
     })
     .unwrap();
     server
@@ -100,7 +103,7 @@ fn server(drafter: Arc<Shaky>) -> Server {
                 kind: "eagle3".into(),
                 bundle: "nowhere".into(),
                 sha256: None,
-                plan: draftsmith_decode::DraftPlan::Auto,
+                plan: DraftPlan::Auto,
             }),
             tokenizer: Arc::new(Tokenizer::from_json(&json, SpecialIds::default()).unwrap()),
             template: None,

@@ -26,7 +26,10 @@ fn options(address: &str) -> Options {
         },
         records: None,
         verify: VerifyRule::Seeded,
+        plan: None,
+        tool_format: None,
         log: Arc::new(|_| {}),
+        request_log: None,
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Chunk {
 pub struct StreamDecoder {
     pieces: Arc<Pieces>,
     skip_special: bool,
+    /// Control tokens whose text is shown all the same.
+    shown: Arc<[u32]>,
     stops: Vec<String>,
     /// Bytes of an incomplete character, at most three.
     pending: Vec<u8>,
@@ -37,6 +39,7 @@ impl crate::Tokenizer {
         StreamDecoder {
             pieces: Arc::clone(self.pieces()),
             skip_special,
+            shown: Arc::from([]),
             stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(),
             pending: Vec::new(),
             held: String::new(),
@@ -47,10 +50,20 @@ impl crate::Tokenizer {
 }
 
 impl StreamDecoder {
+    /// Shows the text of these control tokens even where control tokens are skipped: marks that a reader looks for.
+    pub fn showing(self, ids: Arc<[u32]>) -> StreamDecoder {
+        StreamDecoder { shown: ids, ..self }
+    }
+
+    /// True if the text of this token is no part of what is given out.
+    pub fn hides(&self, id: u32) -> bool {
+        self.skip_special && self.pieces.is_special(id) && !self.shown.contains(&id)
+    }
+
     /// Takes the next id.
     pub fn push(&mut self, id: u32) -> Chunk {
         let pieces = Arc::clone(&self.pieces);
-        if self.stopped || (self.skip_special && pieces.is_special(id)) {
+        if self.stopped || self.hides(id) {
             return Chunk { text: String::new(), stopped: self.stopped };
         }
         let mut piece = pieces.get(id);

@@ -176,6 +176,11 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// The source text of the template that conversations with tools go to.
+    pub fn tool_source(&self) -> &str {
+        self.tool_use.as_ref().map_or(&self.source, |template| &template.source)
+    }
+
     /// SHA-256 (hex) of the source, and of that for tools where there is one.
     pub fn hash(&self) -> String {
         let mut hasher = Sha256::new();

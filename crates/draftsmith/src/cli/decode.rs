@@ -9,7 +9,7 @@ use draftsmith_core::VerifyRule;
 #[derive(Debug, Args)]
 pub struct Drafting {
     /// Draft as much as pays by the costs measured on this machine, and repetitions of the text (default of `generate`
-    /// with a bundle that `bench tune --write` has not tuned; works without one).
+    /// and `serve` with a bundle that `bench tune --write` has not tuned; works without one).
     #[arg(long, conflicts_with_all = ["depth", "tree_top_k", "tree_nodes"])]
     pub auto: bool,
     /// Draft tokens per proposal (a chain), or levels of the tree (default of `bench`: 5).

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::Verifying;
+use super::{Drafting, Verifying};
 
 /// Answers OpenAI's HTTP API, with the draft of a bundle or a smaller model.
 ///
@@ -16,9 +16,11 @@ use super::Verifying;
     draftsmith serve --bundle runs/smoke/bundle\n  \
     draftsmith serve --bundle DIR --target REF --host 0.0.0.0 --port 8000 --api-keys-file keys.txt\n  \
     draftsmith serve --target REF --draft-model SMALLER\n  \
-    draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n\n\
-    Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, /tokenize,\n\
-    /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft (docs/SERVE.md).\n\
+    draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
+    draftsmith serve --bundle DIR --depth 3 --log-json\n\n\
+    Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
+    /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft\n\
+    (docs/SERVE.md). Without --depth or a tree as much is drafted as pays at the load.\n\
     Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
 #[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target"]))]
 pub struct Serve {
@@ -47,7 +49,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     pub admin_key_file: Option<PathBuf>,
     /// Origin whose pages may use the server from a browser, `http://HOST:PORT`, or `*` for all; may be given again.
-    #[arg(long, value_name = "ORIGIN", alias = "cors")]
+    #[arg(long, value_name = "ORIGIN", aliases = ["cors", "cors-origin"])]
     pub allow_origin: Vec<String>,
     /// Room for keys and values over all sequences, in tokens or bytes (`65536`, `512MiB`, `4GiB`).
     #[arg(long, value_name = "SIZE", default_value = "2GiB")]
@@ -82,6 +84,22 @@ pub struct Serve {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub verifying: Verifying,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub drafting: Drafting,
+    /// Draft nothing unless a request says so.
+    #[arg(long, conflicts_with_all = ["auto", "depth", "tree_top_k", "tree_nodes"])]
+    pub no_draft: bool,
+    /// How the model writes calls of tools, if its chat template does not tell: `hermes`, `llama3_json`, `mistral`, …
+    /// (docs/SERVE.md).
+    #[arg(long, value_name = "FORMAT")]
+    pub tool_format: Option<String>,
+    /// Tell of each request on stderr once it ended: id, key, tokens, times, accept length.
+    #[arg(long)]
+    pub log_requests: bool,
+    /// The same as one JSON object a line; other lines of the server are objects with `time` and `message` then.
+    #[arg(long)]
+    pub log_json: bool,
     /// Threads to compute with (default: all; results do not depend on it).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

@@ -9,20 +9,24 @@ use std::time::Duration;
 
 use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
 use draftsmith::cli::{self, KvBudget};
+use draftsmith::core::VerifyRule;
 use draftsmith::costs::{with_costs, with_kept_costs};
+use draftsmith::decode::DraftPlan;
 use draftsmith::disk::human;
 use draftsmith::engine::{LoadedDraft, LoadedTarget, SMALL, default_plan, engine, load_draft, load_small};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Silent, Stop};
 use draftsmith::serve::{
-    ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Origin, Refused, Server,
+    ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Origin, Refused, RequestLog, Server,
+    tool_formats,
 };
 use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::bench::target_and_draft;
+use super::generate::plan;
 use super::{DraftSource, Session, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
@@ -182,6 +186,98 @@ fn cache_slots(
     ))
 }
 
+/// How much to draft where a request does not say; `None`: as the draft was tuned.
+fn asked_plan(args: &cli::Serve) -> Result<Option<DraftPlan>, Failure> {
+    if args.no_draft {
+        return Ok(Some(DraftPlan::None));
+    }
+    let Some(plan) = plan(&args.drafting) else { return Ok(None) };
+    let shaped = !matches!(plan, DraftPlan::Auto | DraftPlan::None);
+    if shaped && args.bundle.is_none() && args.draft_model.is_none() {
+        let given = if args.drafting.tree_top_k.is_some() { "--tree-top-k" } else { "--depth" };
+        return Err(Failure::input(
+            format!("`{given}` says how a draft is asked, and there is no draft"),
+            Some("name a draft with `--bundle` or `--draft-model`, or leave the option out".to_string()),
+        ));
+    }
+    if matches!(plan, DraftPlan::Tree { .. }) && args.verifying.verify != VerifyRule::Seeded {
+        return Err(Failure::input(
+            format!(
+                "`--verify {}` needs a chain that the draft draws, and `--tree-top-k` takes its best tokens",
+                args.verifying.verify
+            ),
+            Some("give `--depth` alone, or `--verify seeded`".to_string()),
+        ));
+    }
+    Ok(Some(plan))
+}
+
+fn tool_format(args: &cli::Serve) -> Result<Option<String>, Failure> {
+    match &args.tool_format {
+        Some(name) if !tool_formats().any(|known| known == name) => Err(Failure::input(
+            format!("`--tool-format {name}` is not known"),
+            Some(format!("choose one of: {}", tool_formats().collect::<Vec<_>>().join(", "))),
+        )),
+        format => Ok(format.clone()),
+    }
+}
+
+/// Seconds since 1970.
+fn unix_s() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// A line on stderr, for people or as an object.
+fn log_to_stderr(as_json: bool) -> Log {
+    Arc::new(move |line: &str| {
+        let object = || json!({"time": unix_s(), "message": line}).to_string();
+        let line = if as_json { object() } else { line.to_owned() };
+        // Nobody reads stderr: nothing else can be told.
+        let _ = writeln!(std::io::stderr().lock(), "{line}");
+    })
+}
+
+/// A request on one line, for people.
+fn request_line(request: &Value) -> String {
+    let text = |key: &str| request[key].as_str().unwrap_or("-").to_owned();
+    let ms = |key: &str| request[key].as_f64().map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"));
+    let reasons = request["finish_reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut ended = reasons.collect::<Vec<_>>().join(",");
+    if request["reader_left"] == true {
+        ended = "the reader left".to_owned();
+    }
+    if let Some(message) = request["error"]["message"].as_str() {
+        ended = format!("error: {}", message.replace('\n', " "));
+    }
+    let accept = request["accept_length"].as_f64().map_or_else(|| "-".to_owned(), |n| format!("{n:.2}"));
+    format!(
+        "{} key={} {}{} {} in={} cached={} out={} queue={} first={} total={} accept={accept} {ended}",
+        text("id"),
+        text("key"),
+        text("route"),
+        if request["stream"] == true { " stream" } else { "" },
+        request["status"].as_u64().map_or_else(|| "-".to_owned(), |status| status.to_string()),
+        request["prompt_tokens"],
+        request["cached_tokens"],
+        request["completion_tokens"],
+        ms("queue_ms"),
+        ms("first_token_ms"),
+        ms("total_ms"),
+    )
+}
+
+fn request_log(args: &cli::Serve) -> Option<RequestLog> {
+    let as_json = args.log_json;
+    (args.log_requests || as_json).then(|| {
+        Arc::new(move |request: &Value| {
+            let line = if as_json { request.to_string() } else { request_line(request) };
+            // Nobody reads stderr: nothing else can be told.
+            let _ = writeln!(std::io::stderr().lock(), "{line}");
+        }) as RequestLog
+    })
+}
+
 fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
     let mut api_keys = args.api_keys_file.as_deref().map(keys_of).transpose()?.unwrap_or_default();
     api_keys.extend(keys(variable("DRAFTSMITH_API_KEYS").unwrap_or_default().split(',')));
@@ -212,7 +308,10 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
         },
         records: args.records.clone(),
         verify: args.verifying.verify,
+        plan: asked_plan(args)?,
+        tool_format: tool_format(args)?,
         log,
+        request_log: request_log(args),
     })
 }
 
@@ -250,14 +349,15 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
-    let log: Log = Arc::new(|line: &str| {
-        // Nobody reads stderr: nothing else can be told.
-        let _ = writeln!(std::io::stderr().lock(), "{line}");
-    });
+    let log = log_to_stderr(args.log_json);
+    let note = |line: &str| match args.log_json {
+        true => log(line),
+        false => session.printer.note(line),
+    };
     failure::outlive_panics();
     let mut server = Server::start(options(args, Arc::clone(&log))?)?;
     let url = format!("http://{}", server.address());
-    session.printer.note(&format!("listening at {url}, loading the model"));
+    note(&format!("listening at {url}, loading the model"));
     let model = load(args, session)?;
     let ready = json!({
         "url": url,
@@ -266,7 +366,7 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         "cache_tokens": model.cache_slots,
     });
     server.open(model)?;
-    session.printer.note(&format!("ready: {ready}"));
+    note(&format!("ready: {ready}"));
     if args.json {
         printer::json(&ready)?;
     }

@@ -30,3 +30,4 @@ mod stages;
 mod support;
 mod templates;
 mod thinking;
+mod tools;

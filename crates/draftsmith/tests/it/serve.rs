@@ -48,9 +48,14 @@ fn events(text: &str) -> Vec<Value> {
 impl Served {
     pub(crate) fn start(home: Home, more: &[&str]) -> Served {
         let target = repository().join("fixtures/tiny-target").display().to_string();
+        Served::start_with(home, &target, more)
+    }
+
+    /// A server of another target.
+    pub(crate) fn start_with(home: Home, target: &str, more: &[&str]) -> Served {
         let log = std::fs::File::create(home.path().join("log")).unwrap();
         let mut child = home
-            .command(&["serve", "--target", &target, "--port", "0", "--threads", "1", "--json"])
+            .command(&["serve", "--target", target, "--port", "0", "--threads", "1", "--json"])
             .args(more)
             .stdout(std::process::Stdio::piped())
             .stderr(log)
@@ -64,7 +69,7 @@ impl Served {
         Served { url: text("url"), model: text("model"), home, child }
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.home.path().join("log")).unwrap()
     }
 
@@ -73,13 +78,13 @@ impl Served {
         assert!(ended.success());
     }
 
-    fn get(&self, path: &str) -> (u16, Value) {
+    pub(crate) fn get(&self, path: &str) -> (u16, Value) {
         let mut response = agent().get(format!("{}{path}", self.url)).call().unwrap();
         let text = response.body_mut().read_to_string().unwrap();
         (response.status().as_u16(), serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
     }
 
-    fn send(&self, path: &str, key: Option<&str>, body: &str) -> (u16, String, Option<String>) {
+    pub(crate) fn send(&self, path: &str, key: Option<&str>, body: &str) -> (u16, String, Option<String>) {
         let mut request = agent().post(format!("{}{path}", self.url)).content_type("application/json");
         if let Some(key) = key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -100,13 +105,13 @@ impl Served {
         text(&self.chat(body))
     }
 
-    fn chat(&self, body: &Value) -> Value {
+    pub(crate) fn chat(&self, body: &Value) -> Value {
         let (status, answer) = self.post("/v1/chat/completions", body);
         assert_eq!(status, 200, "{answer}");
         answer
     }
 
-    fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut body = body.clone();
         body["stream"] = true.into();
         body["stream_options"] = json!({"include_usage": true});
@@ -116,7 +121,7 @@ impl Served {
     }
 
     #[track_caller]
-    fn refused(&self, path: &str, body: &str, status: u16, param: Option<&str>, message: &str) {
+    pub(crate) fn refused(&self, path: &str, body: &str, status: u16, param: Option<&str>, message: &str) {
         let (found, text, _) = self.send(path, None, body);
         let answer: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
         let error = &answer["error"];
@@ -175,12 +180,12 @@ impl Served {
     }
 }
 
-fn ask(text: &str) -> Value {
+pub(crate) fn ask(text: &str) -> Value {
     json!({"messages": [{"role": "user", "content": text}], "temperature": 0})
 }
 
 /// `base` with more fields.
-fn with(base: &Value, more: Value) -> Value {
+pub(crate) fn with(base: &Value, more: Value) -> Value {
     let mut body = base.clone();
     more.as_object().unwrap().iter().for_each(|(key, value)| body[key] = value.clone());
     body
@@ -215,8 +220,10 @@ fn serve_answers_as_generate_does_in_the_words_of_openai() {
     assert_eq!(answer["choices"][0]["finish_reason"], wanted["finish_reason"]);
     let prompt = wanted["prompt_ids"].as_array().unwrap().len();
     let tokens = wanted["token_ids"].as_array().unwrap().len();
-    let usage =
-        json!({"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens});
+    let usage = json!({
+        "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    });
     assert_eq!(answer["usage"], usage);
     assert!(answer["system_fingerprint"].as_str().unwrap().starts_with("draftsmith-"));
 
@@ -277,7 +284,11 @@ fn a_stream_says_the_same_as_a_whole_answer() {
         let parts = served.stream("/v1/chat/completions", &body);
         assert_eq!(parts.last(), Some(&Value::Null), "no [DONE]");
         let usage = &parts[parts.len() - 2];
-        assert_eq!((&usage["usage"], &usage["choices"]), (&whole["usage"], &json!([])));
+        let counts = |answer: &Value| {
+            ["prompt_tokens", "completion_tokens", "total_tokens"]
+                .map(|key| answer["usage"][key].as_u64().unwrap())
+        };
+        assert_eq!((counts(usage), &usage["choices"]), (counts(&whole), &json!([])));
         for (index, choice) in whole["choices"].as_array().unwrap().iter().enumerate() {
             let of_choice = || {
                 let chunks = parts.iter().filter_map(|part| part["choices"].get(0));
@@ -411,8 +422,8 @@ fn what_is_wrong_with_a_request_is_named() {
     refuse(json!({"logit_bias": {"99999": 1}}), 400, "logit_bias", "99999");
     refuse(json!({"top_logprobs": 2}), 400, "top_logprobs", "needs `logprobs`");
     refuse(json!({"model": "gpt"}), 404, "model", "not served here");
-    refuse(json!({"tools": [{"type": "function"}]}), 400, "tools", "not supported");
-    refuse(json!({"tool_choice": "required"}), 400, "tool_choice", "not supported");
+    refuse(json!({"tools": [{"type": "file_search"}]}), 400, "tools[0].type", "functions alone");
+    refuse(json!({"tool_choice": "required"}), 400, "tool_choice", "there are no `tools`");
     refuse(json!({"draftsmith": {"draft": {"chain": 3}}}), 400, "draftsmith.draft", "no draft is loaded");
     refuse(json!({"response_format": {"type": "xml"}}), 400, "response_format.type", "`xml`");
     // What clients send out of habit changes nothing.
@@ -637,7 +648,7 @@ fn wrong_settings_are_named_before_anything_is_loaded() {
 
 impl Served {
     /// Head and body of an answer, in full, to a request whose head is written by hand.
-    fn raw(&self, line: &str, headers: &[&str], body: &str) -> (String, String) {
+    pub(crate) fn raw(&self, line: &str, headers: &[&str], body: &str) -> (String, String) {
         let host = self.url.trim_start_matches("http://");
         let mut stream = TcpStream::connect(host).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();

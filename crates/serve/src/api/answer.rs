@@ -15,16 +15,18 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::ask::{Asked, Form};
 use super::echo::{Columns, finite, top};
 use super::error::ApiError;
+use super::ledger::Ledger;
 use crate::queue::{End, Event, Outcome};
 use crate::speech::{Delta, Shown};
+use crate::tools::Part;
 use crate::{App, Service, unix_s};
 
 /// What every part of an answer begins with.
 pub(crate) struct Head {
     pub(crate) form: Form,
-    id: String,
-    created: u64,
-    model: String,
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
     fingerprint: String,
     tokenizer: Arc<Tokenizer>,
 }
@@ -35,10 +37,12 @@ impl Head {
         let prefix = match form {
             Form::Chat => "chatcmpl",
             Form::Completion => "cmpl",
+            Form::Responses => "resp",
         };
+        let mark = if form == Form::Responses { '_' } else { '-' };
         Head {
             form,
-            id: format!("{prefix}-{:016x}{number:08x}", app.start),
+            id: format!("{prefix}{mark}{:016x}{number:08x}", app.start),
             created: unix_s(),
             model: service.name.clone(),
             fingerprint: service.fingerprint.clone(),
@@ -52,6 +56,8 @@ impl Head {
             (Form::Chat, false) => "chat.completion",
             (Form::Chat, true) => "chat.completion.chunk",
             (Form::Completion, _) => "text_completion",
+            // Has a form of its own.
+            (Form::Responses, _) => "response",
         };
         let mut map = Map::new();
         map.insert("id".into(), self.id.as_str().into());
@@ -66,7 +72,7 @@ impl Head {
     /// Log-probabilities of tokens; `offset` is where the first one stands in the text, in characters.
     pub(super) fn logprobs(&self, tokens: &[Shown], offset: usize) -> Value {
         match self.form {
-            Form::Chat => self.chat_logprobs(tokens),
+            Form::Chat | Form::Responses => self.chat_logprobs(tokens),
             Form::Completion => self.completion_logprobs(tokens, offset).into_json(),
         }
     }
@@ -129,23 +135,27 @@ impl Head {
 }
 
 /// What a request used.
-pub(super) fn usage(prompt_tokens: usize, completion_tokens: usize) -> Value {
+pub(super) fn usage(asked: &Asked, sums: &Sums) -> Value {
+    let prompt_tokens = asked.prompt_tokens();
     json!({
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": sums.tokens,
+        "total_tokens": prompt_tokens + sums.tokens,
+        "prompt_tokens_details": {"cached_tokens": sums.cached_tokens()},
     })
 }
 
-/// The word for why an answer ended, or the error that it broke off with.
+/// The word for why an answer ended, or the error that it broke off with. `called`: it has calls.
 pub(super) fn finish_reason(
     outcome: &Outcome,
     asked: &Asked,
+    called: bool,
     timeout_s: f64,
 ) -> Result<&'static str, ApiError> {
     match outcome {
         // JSON that is not complete must not look complete.
         Outcome::Stop if asked.grammar.as_ref().is_some_and(|grammar| grammar.was_cut()) => Ok("length"),
+        Outcome::Stop if called => Ok("tool_calls"),
         Outcome::Stop => Ok("stop"),
         Outcome::Length => Ok("length"),
         Outcome::Timeout => Err(ApiError::timeout(timeout_s)),
@@ -159,17 +169,29 @@ pub(super) fn finish_reason(
 #[derive(Default)]
 pub(super) struct Sums {
     pub(super) tokens: usize,
+    /// Of each prompt, what its first sequence found in a kept cache.
+    cached: Vec<usize>,
     stats: AcceptStats,
     prefill: Duration,
     decode: Duration,
 }
 
 impl Sums {
-    pub(super) fn add(&mut self, end: &End) {
+    /// Adds the end of the request's sequence `index`.
+    pub(super) fn add(&mut self, asked: &Asked, index: usize, end: &End) {
+        self.cached.resize(asked.prompts.len(), 0);
+        if index % asked.n == 0 {
+            self.cached[index / asked.n] = end.cached;
+        }
         self.tokens += end.tokens;
         self.stats.add(&end.stats);
         self.prefill = self.prefill.max(end.prefill);
         self.decode = self.decode.max(end.decode);
+    }
+
+    /// Tokens of the prompts that were in kept caches.
+    pub(super) fn cached_tokens(&self) -> usize {
+        self.cached.iter().sum()
     }
 
     /// Adds `metrics` as vLLM has it, and our times.
@@ -200,20 +222,113 @@ impl Sums {
     }
 }
 
+/// Something that an answer is made of, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Item {
+    Text(String),
+    Call { id: String, name: String, arguments: String },
+}
+
 /// One choice on its way to being whole.
 #[derive(Default)]
-struct Choice {
-    text: String,
-    tokens: Vec<Shown>,
+pub(super) struct Choice {
+    pub(super) items: Vec<Item>,
+    pub(super) tokens: Vec<Shown>,
     /// Of the prompt.
     scores: Vec<TokenLogprobs>,
-    reason: Option<&'static str>,
+    pub(super) reason: Option<&'static str>,
 }
 
 impl Choice {
-    fn add(&mut self, delta: Delta) {
-        self.text.push_str(&delta.text);
+    fn add(&mut self, delta: Delta, has_tools: bool) {
         self.tokens.extend(delta.tokens);
+        if !has_tools {
+            return self.say(&delta.text);
+        }
+        for part in delta.parts {
+            match part {
+                Part::Text(text) => self.say(&text),
+                Part::Call { id, name, .. } => {
+                    self.items.push(Item::Call { id, name, arguments: String::new() });
+                }
+                Part::Arguments { text, .. } => {
+                    if let Some(Item::Call { arguments, .. }) = self.items.last_mut() {
+                        arguments.push_str(&text);
+                    }
+                }
+            }
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        match self.items.last_mut() {
+            Some(Item::Text(before)) => before.push_str(text),
+            _ if text.is_empty() => {}
+            _ => self.items.push(Item::Text(text.to_owned())),
+        }
+    }
+
+    fn called(&self) -> bool {
+        self.items.iter().any(|item| matches!(item, Item::Call { .. }))
+    }
+
+    /// Its text.
+    fn text(&self) -> String {
+        let texts = self.items.iter().filter_map(|item| match item {
+            Item::Text(text) => Some(text.as_str()),
+            Item::Call { .. } => None,
+        });
+        texts.collect()
+    }
+
+    /// As a chat has it.
+    fn message(&self) -> Value {
+        let text = self.text();
+        if !self.called() {
+            return json!({"role": "assistant", "content": text, "refusal": null});
+        }
+        let content = if text.is_empty() { Value::Null } else { text.into() };
+        let calls = self.items.iter().filter_map(|item| match item {
+            Item::Text(_) => None,
+            Item::Call { id, name, arguments } => Some(json!({
+                "id": id, "type": "function", "function": {"name": name, "arguments": arguments},
+            })),
+        });
+        json!({
+            "role": "assistant", "content": content, "refusal": null, "tool_calls": calls.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// Waits for every sequence.
+pub(super) async fn gather(
+    asked: &Asked,
+    mut events: UnboundedReceiver<(usize, Event)>,
+    timeout_s: f64,
+    ledger: &mut Ledger,
+) -> Result<(Vec<Choice>, Sums), ApiError> {
+    let mut choices: Vec<Choice> = (0..asked.sequences()).map(|_| Choice::default()).collect();
+    let mut sums = Sums::default();
+    let has_tools = asked.tools.is_some();
+    while let Some((index, event)) = events.recv().await {
+        let choice = &mut choices[index];
+        match event {
+            Event::Prompt(scores) => choice.scores = scores,
+            Event::Delta(delta) => choice.add(delta, has_tools),
+            Event::End(end) => {
+                sums.add(asked, index, &end);
+                ledger.cached(sums.cached_tokens());
+                let outcome = end.outcome.clone();
+                choice.add(end.rest.clone(), has_tools);
+                let reason = finish_reason(&outcome, asked, choice.called(), timeout_s)?;
+                ledger.end(&end, reason);
+                choice.reason = Some(reason);
+            }
+        }
+    }
+    match choices.iter().all(|choice| choice.reason.is_some()) {
+        true => Ok((choices, sums)),
+        false => Err(ApiError::internal("the engine ended")),
     }
 }
 
@@ -221,25 +336,14 @@ impl Choice {
 pub(super) async fn whole(
     head: &Head,
     asked: &Asked,
-    mut events: UnboundedReceiver<(usize, Event)>,
+    events: UnboundedReceiver<(usize, Event)>,
     timeout_s: f64,
+    ledger: &mut Ledger,
 ) -> Result<Response, ApiError> {
-    let mut choices: Vec<Choice> = (0..asked.sequences()).map(|_| Choice::default()).collect();
-    let mut sums = Sums::default();
-    while let Some((choice, event)) = events.recv().await {
-        match event {
-            Event::Prompt(scores) => choices[choice].scores = scores,
-            Event::Delta(delta) => choices[choice].add(delta),
-            Event::End(end) => {
-                choices[choice].reason = Some(finish_reason(&end.outcome, asked, timeout_s)?);
-                sums.add(&end);
-                choices[choice].add(end.rest);
-            }
-        }
-    }
+    let (choices, sums) = gather(asked, events, timeout_s, ledger).await?;
     let mut written = Vec::with_capacity(choices.len());
     for (index, choice) in choices.into_iter().enumerate() {
-        let reason = choice.reason.ok_or_else(|| ApiError::internal("the engine ended"))?;
+        let reason = choice.reason;
         let echo = asked.echo.as_ref().map(|echo| &echo[index / asked.n]);
         let logprobs = match (asked.options.logprobs, asked.options.prompt_logprobs) {
             (Some(_), None) => head.logprobs(&choice.tokens, echo.map_or(0, |echo| echo.chars())),
@@ -253,15 +357,15 @@ pub(super) async fn whole(
         };
         let echo = echo.map_or("", |echo| echo.text.as_str());
         let mut value = match head.form {
-            Form::Chat => json!({
+            Form::Chat | Form::Responses => json!({
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                "message": choice.message(),
                 "logprobs": logprobs,
                 "finish_reason": reason,
             }),
             Form::Completion => json!({
                 "index": index,
-                "text": format!("{echo}{}", choice.text),
+                "text": format!("{echo}{}", choice.text()),
                 "logprobs": logprobs,
                 "finish_reason": reason,
             }),
@@ -272,7 +376,7 @@ pub(super) async fn whole(
         written.push(value);
     }
     let mut object = head.object(false, Value::Array(written));
-    object.insert("usage".into(), usage(asked.prompt_tokens(), sums.tokens));
+    object.insert("usage".into(), usage(asked, &sums));
     if asked.trace {
         sums.describe(&mut object);
     }

@@ -10,9 +10,12 @@ use serde_json::{Map, Value};
 use super::echo::Echo;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::responses;
+use super::tools::Wanted;
 use crate::Service;
-use crate::grammar::{GrammarError, JsonGrammar};
+use crate::grammar::JsonGrammar;
 use crate::speech::SpeechOptions;
+use crate::tools::{Need, Tools};
 
 /// Sequences per prompt.
 const MOST_CHOICES: i64 = 16;
@@ -23,17 +26,18 @@ const MOST_LOGPROBS: i64 = 20;
 /// Draft tokens of one proposal, and levels of it.
 const MOST_NODES: i64 = 64;
 
-/// The two routes that answer.
+/// The routes that answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Chat,
     Completion,
+    Responses,
 }
 
 /// Fields that would change the answer, and why they are refused. Empty lists, `false` and `null` are let through.
 const REFUSED: &[(&str, &str)] = &[
-    ("tools", "the model's answers are text"),
-    ("functions", "the model's answers are text"),
+    ("functions", "use `tools`"),
+    ("function_call", "use `tool_choice`"),
     ("audio", "the model's answers are text"),
     ("web_search_options", "nothing is searched for"),
     ("best_of", "ask for `n` answers"),
@@ -57,6 +61,10 @@ fn refuse(fields: &Fields<'_>) -> Result<(), ApiError> {
         let asks = match fields.get(name) {
             None | Some(Value::Bool(false)) => false,
             Some(Value::Array(list)) => !list.is_empty(),
+            // The old words for what is done anyway.
+            Some(Value::String(text)) if *name == "function_call" => {
+                !matches!(text.as_str(), "none" | "auto")
+            }
             Some(Value::String(text)) => !text.is_empty(),
             Some(Value::Number(number)) => number.as_f64() != Some(0.0),
             Some(_) => true,
@@ -70,13 +78,6 @@ fn refuse(fields: &Fields<'_>) -> Result<(), ApiError> {
         && modalities.iter().any(|m| m != "text")
     {
         return Err(ApiError::unsupported("modalities", "the model's answers are text"));
-    }
-    for name in ["tool_choice", "function_call"] {
-        if let Some(choice) = fields.get(name)
-            && !matches!(choice.as_str(), Some("none" | "auto"))
-        {
-            return Err(ApiError::unsupported(name, "the model's answers are text"));
-        }
     }
     Ok(())
 }
@@ -92,6 +93,10 @@ pub(crate) struct Asked {
     pub(crate) options: GenerateOptions,
     /// The grammar of `options`.
     pub(crate) grammar: Option<Arc<JsonGrammar>>,
+    /// What the model may call.
+    pub(crate) tools: Option<Arc<Tools>>,
+    /// What `/v1/responses` says again of the request.
+    pub(crate) echoed: Map<String, Value>,
     pub(crate) seed: Option<u64>,
     pub(crate) speech: SpeechOptions,
     pub(crate) stream: bool,
@@ -120,18 +125,37 @@ impl Asked {
         let fields = Fields::of(body)?;
         check_model(&fields, service)?;
         refuse(&fields)?;
-        let n = fields.count("n", 1..=MOST_CHOICES)?.unwrap_or(1);
+        if form == Form::Responses {
+            responses::refuse(&fields)?;
+        }
+        let n = match form {
+            Form::Responses => 1,
+            Form::Chat | Form::Completion => fields.count("n", 1..=MOST_CHOICES)?.unwrap_or(1),
+        };
         let echo = form == Form::Completion && fields.bool("echo")?.unwrap_or(false);
-        let (param, prompts) = match form {
-            Form::Chat => ("messages", vec![chat_prompt(&fields, service)?]),
-            Form::Completion => ("prompt", prompts(&fields, service)?),
+        let (param, wanted, prompts) = match form {
+            Form::Completion => {
+                no_tools(&fields)?;
+                ("prompt", Wanted::default(), prompts(&fields, service)?)
+            }
+            Form::Chat | Form::Responses => {
+                let wanted = Wanted::read(&fields, form, service)?;
+                let (param, messages) = match form {
+                    Form::Responses => ("input", responses::messages(&fields)?),
+                    Form::Chat | Form::Completion => ("messages", messages(&fields)?),
+                };
+                let open = fields.bool("add_generation_prompt")?.unwrap_or(true);
+                let options = render_options(&fields, wanted.shown.clone())?.with_generation_prompt(open);
+                let ids = ids_of(&messages, &options, service).map_err(|error| error.at(param))?;
+                (param, wanted, vec![Prompt { ids, text: None }])
+            }
         };
         let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
         if prompts.iter().any(|prompt| prompt.ids.is_empty()) {
             return Err(ApiError::invalid(param, "the prompt has no tokens"));
         }
         // Without an answer the prompt may fill the context.
-        let answers = form == Form::Chat || fields.get("max_tokens").and_then(Value::as_u64) != Some(0);
+        let answers = form != Form::Completion || fields.get("max_tokens").and_then(Value::as_u64) != Some(0);
         if longest + usize::from(answers) > service.context {
             let message = format!(
                 "the prompt has {longest} tokens, but the context of the model ends at {}",
@@ -154,7 +178,19 @@ impl Asked {
             logit_bias: logit_bias(&fields, service.vocab)?,
         };
         let logprobs = logprobs(&fields, form)?;
-        let grammar = response_format(&fields)?.map(|schema| grammar(&schema, service)).transpose()?;
+        let (format_at, format) = match form {
+            Form::Responses => responses::text_format(&fields)?,
+            Form::Chat | Form::Completion => (FORMAT_AT, response_format(&fields)?),
+        };
+        let tools = wanted.tools;
+        // The answer's own form counts where it may be something else than calls.
+        let called = tools.as_ref().is_some_and(|tools| tools.need == Need::Required);
+        let of_format = format.as_ref().filter(|_| !called);
+        let of_format = of_format.map(|schema| grammar(schema, format_at, service)).transpose()?;
+        let grammar = match &tools {
+            Some(tools) => super::tools::grammar(tools, format.as_ref(), service)?.or(of_format),
+            None => of_format,
+        };
         let ours = fields.object("draftsmith", "draftsmith.")?;
         let trace = ours.map(|f| f.bool("trace")).transpose()?.flatten().unwrap_or(false);
         let draft = draft_plan(ours, service)?;
@@ -167,7 +203,8 @@ impl Asked {
         }
         let draft = if max_new_tokens == 0 { DraftPlan::None } else { draft };
         let stream = fields.bool("stream")?.unwrap_or(false);
-        let stream_options = fields.object("stream_options", "stream_options.")?;
+        let stream_options =
+            fields.object("stream_options", "stream_options.")?.filter(|_| form != Form::Responses);
         if stream_options.is_some() && !stream {
             return Err(ApiError::invalid("stream_options", "`stream_options` needs `stream`"));
         }
@@ -183,6 +220,7 @@ impl Asked {
             stops: stops(&fields)?,
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             tokens: trace || logprobs.is_some(),
+            tools: tools.clone(),
         };
         let prompt_logprobs = logprobs.filter(|_| echo);
         let scored = prompt_logprobs.is_some();
@@ -204,6 +242,11 @@ impl Asked {
                 grammar: grammar.clone().map(|grammar| grammar as _),
             },
             grammar,
+            tools,
+            echoed: match form {
+                Form::Responses => responses::echoed(&fields),
+                Form::Chat | Form::Completion => Map::new(),
+            },
             seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
             speech,
             stream,
@@ -235,14 +278,14 @@ pub(super) fn messages(fields: &Fields<'_>) -> Result<Vec<Message>, ApiError> {
 }
 
 /// What the template gets besides the messages.
-pub(super) fn render_options(fields: &Fields<'_>) -> Result<RenderOptions, ApiError> {
+pub(super) fn render_options(fields: &Fields<'_>, tools: Option<Value>) -> Result<RenderOptions, ApiError> {
     let kwargs = match fields.object("chat_template_kwargs", "chat_template_kwargs.")? {
         None => Map::new(),
         Some(kwargs) => kwargs.entries().map(|(name, value)| (name.clone(), value.clone())).collect(),
     };
     // A conversation is answered today.
     let now = i64::try_from(crate::unix_s()).ok();
-    Ok(RenderOptions { kwargs, now, ..RenderOptions::default() })
+    Ok(RenderOptions { kwargs, now, tools, ..RenderOptions::default() })
 }
 
 /// Refusals of tokenizer and template are the request's fault.
@@ -258,10 +301,26 @@ pub(super) fn chat_ids(
     add_generation_prompt: bool,
 ) -> Result<Vec<u32>, ApiError> {
     let messages = messages(fields)?;
-    let options = render_options(fields)?.with_generation_prompt(add_generation_prompt);
-    let text = service.template()?.render(&messages, &options).map_err(text_error)?;
+    let tools = Wanted::read(fields, Form::Chat, service)?.shown;
+    let options = render_options(fields, tools)?.with_generation_prompt(add_generation_prompt);
+    ids_of(&messages, &options, service)
+}
+
+/// Messages to the ids of a prompt.
+fn ids_of(messages: &[Message], options: &RenderOptions, service: &Service) -> Result<Vec<u32>, ApiError> {
+    let text = service.template()?.render(messages, options).map_err(text_error)?;
     // The template writes its own BOS.
     service.tokenizer.encode(&text, false).map_err(text_error)
+}
+
+/// A text is continued, not answered: nobody is called.
+fn no_tools(fields: &Fields<'_>) -> Result<(), ApiError> {
+    match fields.list("tools")? {
+        Some(list) if !list.is_empty() => {
+            Err(ApiError::unsupported("tools", "ask at /v1/chat/completions, or at /v1/responses"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What is to be continued.
@@ -269,11 +328,6 @@ struct Prompt<'a> {
     ids: Vec<u32>,
     /// As it was asked, if that was a text.
     text: Option<&'a str>,
-}
-
-fn chat_prompt<'a>(fields: &Fields<'a>, service: &Service) -> Result<Prompt<'a>, ApiError> {
-    let ids = chat_ids(fields, service, fields.bool("add_generation_prompt")?.unwrap_or(true))?;
-    Ok(Prompt { ids, text: None })
 }
 
 fn ids(list: &[Value], param: &str, vocab: usize) -> Result<Vec<u32>, ApiError> {
@@ -320,9 +374,13 @@ fn max_tokens(
 ) -> Result<usize, ApiError> {
     let room = service.context.saturating_sub(prompt);
     let new = "max_completion_tokens";
-    let param = if form == Form::Chat && fields.get(new).is_some() { new } else { "max_tokens" };
+    let param = match form {
+        Form::Responses => "max_output_tokens",
+        Form::Chat if fields.get(new).is_some() => new,
+        Form::Chat | Form::Completion => "max_tokens",
+    };
     // A completion of no token shows the prompt, or scores it.
-    let asked = fields.count(param, i64::from(form == Form::Chat)..=i64::from(u32::MAX))?;
+    let asked = fields.count(param, i64::from(form != Form::Completion)..=i64::from(u32::MAX))?;
     if let Some(asked) = asked.filter(|asked| *asked > room) {
         let message = format!(
             "the prompt has {prompt} tokens and `{param}` is {asked}, but the context of the model ends at {}",
@@ -358,6 +416,11 @@ fn logit_bias(fields: &Fields<'_>, vocab: usize) -> Result<Vec<(u32, f32)>, ApiE
 fn logprobs(fields: &Fields<'_>, form: Form) -> Result<Option<usize>, ApiError> {
     match form {
         Form::Completion => fields.count("logprobs", 0..=MOST_LOGPROBS),
+        Form::Responses => {
+            let wanted = responses::includes_logprobs(fields)?;
+            let top = fields.count("top_logprobs", 0..=MOST_LOGPROBS)?;
+            Ok(wanted.then(|| top.unwrap_or(0)))
+        }
         Form::Chat => {
             let wanted = fields.bool("logprobs")?.unwrap_or(false);
             let top = fields.count("top_logprobs", 0..=MOST_LOGPROBS)?;
@@ -391,10 +454,13 @@ fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
 }
 
 /// What holds the answer to a schema.
-fn grammar(schema: &Value, service: &Service) -> Result<Arc<JsonGrammar>, ApiError> {
+fn grammar(schema: &Value, at: &str, service: &Service) -> Result<Arc<JsonGrammar>, ApiError> {
     let made = service.grammars.as_ref().map_err(Clone::clone).and_then(|made| made.json_schema(schema));
-    made.map(Arc::new).map_err(GrammarError::into_api_error)
+    made.map(Arc::new).map_err(|error| error.into_api_error(at))
 }
+
+/// Where the schema of an answer stands.
+const FORMAT_AT: &str = "response_format.json_schema.schema";
 
 /// The JSON schema that the answer is to follow, if one is asked for.
 fn response_format(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
@@ -405,7 +471,7 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
         Some("json_schema") => {
             let described = format.object("json_schema", "response_format.json_schema.")?;
             let schema = described.and_then(|described| described.get("schema")).ok_or_else(|| {
-                let name = "response_format.json_schema.schema";
+                let name = FORMAT_AT;
                 ApiError::invalid(name, format!("`{name}` is missing"))
             })?;
             Ok(Some(schema.clone()))
@@ -433,10 +499,7 @@ fn verify(ours: Option<Fields<'_>>, service: &Service) -> Result<VerifyRule, Api
 fn draft_plan(ours: Option<Fields<'_>>, service: &Service) -> Result<DraftPlan, ApiError> {
     let name = "draftsmith.draft";
     let Some(asked) = ours.and_then(|ours| ours.get("draft")) else {
-        // A tree is no chain that other rules of verification could draw.
-        let plan = service.board.draft().map_or(DraftPlan::Auto, |draft| draft.plan);
-        let drawn = verify(ours, service)? != VerifyRule::Seeded;
-        return Ok(if drawn && matches!(plan, DraftPlan::Tree { .. }) { DraftPlan::Auto } else { plan });
+        return Ok(service.plan(verify(ours, service)?));
     };
     let plan = match asked {
         Value::String(word) if word == "auto" => DraftPlan::Auto,

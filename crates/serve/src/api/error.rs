@@ -41,6 +41,22 @@ impl ApiError {
             .with_code("unsupported_parameter")
     }
 
+    /// The same error of another field.
+    pub(crate) fn at(mut self, param: &str) -> ApiError {
+        self.param = self.param.map(|_| param.to_owned());
+        self
+    }
+
+    /// The same with a message of its own.
+    pub(crate) fn unsupported_as(param: &str, message: impl Into<String>) -> ApiError {
+        ApiError::invalid(param, message).with_code("unsupported_parameter")
+    }
+
+    /// A route of OpenAI's that is not built.
+    pub(crate) fn no_such_api(path: &str, what: &str) -> ApiError {
+        ApiError::malformed(format!("`{path}` is not supported: {what}")).with_code("unsupported_endpoint")
+    }
+
     /// A request that is wrong as a whole.
     pub(crate) fn malformed(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
@@ -137,6 +153,16 @@ impl ApiError {
     pub(crate) fn failed(message: &str) -> ApiError {
         let message = format!("the server has a bug, and this request ran into it: {message}");
         ApiError::internal(message)
+    }
+
+    /// The status that it is answered with.
+    pub(crate) fn status(&self) -> u16 {
+        self.status.as_u16()
+    }
+
+    /// OpenAI's word for it.
+    pub(crate) fn code(&self) -> Option<&'static str> {
+        self.code
     }
 
     /// What is wrong.

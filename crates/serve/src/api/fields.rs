@@ -34,6 +34,15 @@ impl<'a> Fields<'a> {
         Ok(Fields { object, at: "" })
     }
 
+    /// The fields of a value inside the body; `at` is its own name with a dot behind it.
+    pub(crate) fn inside(value: &'a Value, at: &'a str) -> Result<Fields<'a>, ApiError> {
+        let object = value.as_object().ok_or_else(|| {
+            let name = at.trim_end_matches('.');
+            ApiError::invalid(name, format!("`{name}` is {}, not an object", kind(value)))
+        })?;
+        Ok(Fields { object, at })
+    }
+
     /// The same fields under another name; `at` has a dot behind it.
     pub(crate) fn below(self, at: &'a str) -> Fields<'a> {
         Fields { at, ..self }

@@ -8,13 +8,16 @@ use axum::Json;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use draftsmith_core::VerifyRule;
+use draftsmith_decode::DraftPlan;
 use draftsmith_formats::atomic;
 use draftsmith_text::{ChatTemplate, MaskOptions, Turns, mask_conversation};
 use serde_json::{Value, json};
 
-use super::ask::{chat_ids, check_model, messages, render_options, text_error};
+use super::ask::{Form, chat_ids, check_model, messages, render_options, text_error};
 use super::error::ApiError;
 use super::fields::Fields;
+use super::tools::Wanted;
 use super::{aside, read_json};
 use crate::{App, Service, metrics as page};
 
@@ -27,6 +30,21 @@ impl Service {
             let message = format!("`{}` has no chat template; use /v1/completions", self.name);
             ApiError::invalid("messages", message)
         })
+    }
+
+    /// How much to draft where a request does not say: as `serve` was told, else as the draft was tuned.
+    pub(super) fn plan(&self, rule: VerifyRule) -> DraftPlan {
+        let draft = self.board.draft();
+        let plan = match (self.default_plan, draft) {
+            (Some(plan @ (DraftPlan::Auto | DraftPlan::None)), _) => plan,
+            // The draft that it was meant for may be gone.
+            (_, None) => DraftPlan::Auto,
+            (Some(plan), Some(_)) => plan,
+            (None, Some(draft)) => draft.plan,
+        };
+        // A tree is no chain that other rules of verification could draw.
+        let drawn = rule != VerifyRule::Seeded && matches!(plan, DraftPlan::Tree { .. });
+        if drawn { DraftPlan::Auto } else { plan }
     }
 
     fn card(&self) -> Value {
@@ -49,6 +67,11 @@ pub(super) async fn model(State(app): State<Arc<App>>, UrlPath(name): UrlPath<St
     }
 }
 
+/// As vLLM has it.
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
 /// 200 once the model and its draft are loaded.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
     app.service()?;
@@ -61,7 +84,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     let service = app.service()?;
     service.metrics.name_draft(service.board.draft().as_ref());
-    let text = service.metrics.page();
+    let text = service.metrics.page(app.began_unix_s);
     Ok(([(header::CONTENT_TYPE, page::CONTENT_TYPE)], text).into_response())
 }
 
@@ -113,7 +136,8 @@ pub(super) async fn render(State(app): State<Arc<App>>, request: Request) -> Ans
                 ));
             }
         };
-        let options = MaskOptions { render: render_options(&fields)?, turns, last_answer_cut: false };
+        let tools = Wanted::read(&fields, Form::Chat, service)?.shown;
+        let options = MaskOptions { render: render_options(&fields, tools)?, turns, last_answer_cut: false };
         let rows =
             mask_conversation(&service.tokenizer, template, &messages, &options).map_err(text_error)?;
         let row = |row: &draftsmith_text::MaskedRow| {

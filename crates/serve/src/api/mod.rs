@@ -7,8 +7,12 @@ mod echo;
 mod error;
 mod fields;
 mod info;
+mod ledger;
+mod openapi;
 mod records;
+mod responses;
 mod stream;
+mod tools;
 
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,19 +24,21 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, HttpBody};
 use axum::extract::{MatchedPath, Request, State};
+use axum::handler::Handler;
 use axum::http::header;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::Value;
-use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::auth::client_of;
 use crate::cors::share;
-use crate::queue::{Client, Job};
+use crate::queue::{Client, Event, Job};
 use crate::speech::Speech;
 use crate::{App, Service, page, random};
 use ask::{Asked, Form};
+use ledger::Ledger;
 
 pub(crate) use admin::reload;
 pub(crate) use error::ApiError;
@@ -46,25 +52,59 @@ const BODY_OVERFLOW: usize = 16 << 20;
 #[derive(Clone, Copy)]
 pub(crate) struct Peer(pub(crate) IpAddr);
 
+/// The routes as they are made, and a list of them for those who compare it with the description.
+#[derive(Default)]
+struct Routes {
+    router: Router<Arc<App>>,
+    /// Method, lower case, and path.
+    made: Vec<(&'static str, &'static str)>,
+}
+
+impl Routes {
+    fn get<H: Handler<T, Arc<App>>, T: 'static>(mut self, path: &'static str, handler: H) -> Routes {
+        self.made.push(("get", path));
+        Routes { router: self.router.route(path, get(handler)), ..self }
+    }
+
+    fn post<H: Handler<T, Arc<App>>, T: 'static>(mut self, path: &'static str, handler: H) -> Routes {
+        self.made.push(("post", path));
+        Routes { router: self.router.route(path, post(handler)), ..self }
+    }
+}
+
+/// Routes that want a key, where there are keys.
+fn guarded() -> Routes {
+    Routes::default()
+        .post("/v1/chat/completions", chat)
+        .post("/v1/completions", completions)
+        .post("/v1/responses", responses)
+        .post("/v1/embeddings", embeddings)
+        .get("/v1/models", info::models)
+        .get("/v1/models/{*name}", info::model)
+        .post("/v1/chat/completions/render", info::render)
+        .post("/tokenize", info::tokenize)
+        .get("/api/state", info::state)
+        .get("/api/bundle", info::bundle)
+        .get("/api/records", info::records)
+        .get("/api/records/{name}", info::record)
+        .get("/api/records/{name}/summary", records::summary)
+}
+
+/// Routes for everybody, or with a key of their own.
+fn open() -> Routes {
+    Routes::default()
+        .post("/admin/draft", admin::draft)
+        .get("/health", info::health)
+        .get("/metrics", info::metrics)
+        .get("/version", info::version)
+        .get("/openapi.json", openapi::document)
+}
+
 /// All routes.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let guarded = Router::new()
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completions))
-        .route("/v1/models", get(info::models))
-        .route("/v1/models/{*name}", get(info::model))
-        .route("/v1/chat/completions/render", post(info::render))
-        .route("/tokenize", post(info::tokenize))
-        .route("/api/state", get(info::state))
-        .route("/api/bundle", get(info::bundle))
-        .route("/api/records", get(info::records))
-        .route("/api/records/{name}", get(info::record))
-        .route("/api/records/{name}/summary", get(records::summary))
-        .layer(from_fn_with_state(Arc::clone(&app), know_client));
-    Router::new()
-        .route("/admin/draft", post(admin::draft))
-        .route("/health", get(info::health))
-        .route("/metrics", get(info::metrics))
+    let guarded = guarded().router.layer(from_fn_with_state(Arc::clone(&app), know_client));
+    open()
+        .router
         .merge(guarded)
         .merge(page::routes())
         .fallback(async |request: Request| ApiError::no_route(request.uri().path()))
@@ -144,6 +184,18 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response,
     complete(app, request, Form::Chat).await
 }
 
+async fn responses(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    complete(app, request, Form::Responses).await
+}
+
+/// OpenAI's clients know this route, and a model that writes text has nothing to answer there.
+async fn embeddings() -> ApiError {
+    ApiError::no_such_api(
+        "/v1/embeddings",
+        "the model that is served writes text; use one made for embeddings",
+    )
+}
+
 async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     complete(app, request, Form::Completion).await
 }
@@ -162,11 +214,46 @@ async fn aside<T: Send + 'static>(
 
 async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    app.service()?;
     let client = request.extensions().get::<Client>().cloned().unwrap_or_else(|| Arc::from(""));
-    let body = read_json(&app, request.into_body()).await?;
+    let route = match form {
+        Form::Chat => "/v1/chat/completions",
+        Form::Completion => "/v1/completions",
+        Form::Responses => "/v1/responses",
+    };
+    let mut ledger = Ledger::new(&app, route, &client);
+    let begun = begin(&app, request, form, arrived, client).await;
+    let (head, asked, answers) = begun.inspect_err(|error| ledger.fail(error, false))?;
+    ledger.begin(&head.id, &head.model, asked.stream, asked.prompt_tokens(), asked.sequences());
+    let timeout_s = app.options.limits.request_time.as_secs_f64();
+    if asked.stream {
+        let body = match form {
+            Form::Responses => responses::body(head, asked, answers, timeout_s, ledger),
+            Form::Chat | Form::Completion => stream::body(head, asked, answers, timeout_s, ledger),
+        };
+        let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
+        return Ok((headers, body).into_response());
+    }
+    let answer = match form {
+        Form::Responses => responses::whole(&head, &asked, answers, timeout_s, &mut ledger).await,
+        Form::Chat | Form::Completion => answer::whole(&head, &asked, answers, timeout_s, &mut ledger).await,
+    };
+    answer.inspect_err(|error| ledger.fail(error, false))
+}
+
+type Begun = (answer::Head, Asked, UnboundedReceiver<(usize, Event)>);
+
+/// Reads a request and puts its sequences into the queue.
+async fn begin(
+    app: &Arc<App>,
+    request: Request,
+    form: Form,
+    arrived: Instant,
+    client: Client,
+) -> Result<Begun, ApiError> {
+    app.service()?;
+    let body = read_json(app, request.into_body()).await?;
     let default_max_tokens = app.options.limits.default_max_tokens;
-    let asked = aside(&app, move |service| Asked::read(&body, form, service, default_max_tokens)).await?;
+    let asked = aside(app, move |service| Asked::read(&body, form, service, default_max_tokens)).await?;
     if app.draining.load(Ordering::SeqCst) {
         return Err(ApiError::draining());
     }
@@ -194,13 +281,5 @@ async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Respons
         let running = service.metrics.running.get().max(1) as u64;
         ApiError::queue_full(full.waiting, (full.waiting as u64 / running).clamp(1, 30))
     })?;
-    drop(events);
-    let head = answer::Head::new(&app, service, form);
-    let timeout_s = app.options.limits.request_time.as_secs_f64();
-    if asked.stream {
-        let body = stream::body(head, asked, answers, timeout_s);
-        let headers = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache")];
-        return Ok((headers, body).into_response());
-    }
-    answer::whole(&head, &asked, answers, timeout_s).await
+    Ok((answer::Head::new(app, service, form), asked, answers))
 }
