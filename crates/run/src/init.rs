@@ -532,7 +532,7 @@ auto = true
         greedy = rules::GREEDY_SHARE,
         kind = kind.because,
         size_why = say("size"),
-        method = kind.method.name(),
+        method = kind.method,
         steps_why = say("steps"),
         ttt = rules::TTT_LENGTH,
         lr = choice.lr,
@@ -549,7 +549,7 @@ auto = true
 #[cfg(test)]
 mod tests {
     use super::*;
-    use draftsmith_formats::run::{DraftSize, Method};
+    use draftsmith_formats::run::DraftSize;
 
     #[test]
     fn names_come_from_the_reference() {
@@ -610,7 +610,7 @@ mod tests {
             "{text}"
         );
         let file = RunFile::parse(Path::new("a.toml"), &text, &[]).unwrap();
-        assert_eq!((file.draft.size, file.draft.method), (DraftSize::Auto, Method::Eagle3));
+        assert_eq!((file.draft.size, file.draft.method.name()), (DraftSize::Auto, "eagle3"));
         assert_eq!((file.train.lr, file.train.max_steps), (1.5e-3, Some(420)));
         assert_eq!(file.data.sources[0].path, "a \"b\".jsonl");
         assert_eq!((file.validate.every, file.validate.prompts), (105, 20));

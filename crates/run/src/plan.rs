@@ -709,7 +709,7 @@ impl Run<'_> {
             tokens_per_step: file.train.tokens_per_step,
             coverage,
             lr: file.train.lr,
-            method: Some(file.draft.method),
+            method: Some(file.draft.method.clone()),
             random: file.draft.init == draftsmith_formats::run::DraftInit::Random,
             width: self.target.get().map(|target| target.target.config().hidden_size),
             own_answers: file.regenerate.enabled,
