@@ -201,7 +201,8 @@ def follows(arguments):
 
 
 def tool_examples():
-    ask = {"messages": WEATHER, "tools": [TOOL], "max_tokens": 120, "temperature": 0, "tool_choice": "required"}
+    ask = {"messages": WEATHER, "tools": [TOOL], "max_tokens": 400, "temperature": 0, "tool_choice": "required",
+           "parallel_tool_calls": False}
     whole = chat(**ask)
     choice = whole.choices[0]
     calls = choice.message.tool_calls
@@ -238,11 +239,11 @@ def tool_examples():
     check("and parses them", parsed == json.loads(calls[0].function.arguments), parsed)
 
     named = {"type": "function", "function": {"name": "get_weather"}}
-    two = chat(messages=WEATHER, tools=[OTHER, TOOL], tool_choice=named, max_tokens=120, seed=3, n=2).choices
+    two = chat(messages=WEATHER, tools=[OTHER, TOOL], tool_choice=named, max_tokens=400, seed=3, n=2).choices
     each = [choice.message.tool_calls for choice in two]
     one = all(len(calls) == 1 and calls[0].function.name == "get_weather" for calls in each)
     check("a named function is called once in each answer", one and all(follows(c[0].function.arguments) for c in each), two)
-    single = {**ask, "tools": [TOOL, OTHER], "parallel_tool_calls": False, "temperature": 1.0}
+    single = {**ask, "tools": [TOOL, OTHER], "temperature": 1.0}
     check("parallel calls can be left out", all(len(chat(**single, seed=s).choices[0].message.tool_calls) == 1 for s in range(3)))
     none = chat(messages=WEATHER, tools=[TOOL], tool_choice="none", temperature=0).choices[0]
     check("with `none` the answer is text", isinstance(none.message.content, str) and not none.message.tool_calls, none)
@@ -256,7 +257,7 @@ def tool_examples():
 
     flat = {"type": "function", **FUNCTION}
     ask = {"model": model, "input": "How will the weather be in Paris?", "tools": [flat], "tool_choice": "required",
-           "max_output_tokens": 120, "temperature": 0}
+           "parallel_tool_calls": False, "max_output_tokens": 400, "temperature": 0}
     response = client.responses.create(**ask)
     made = [item for item in response.output if item.type == "function_call"]
     check("a response has calls", response.status == "completed" and made and all(follows(c.arguments) for c in made), response)
