@@ -13,7 +13,7 @@ use draftsmith_formats::hash::sha256_file;
 
 use crate::Error;
 use crate::bench::measured;
-use crate::engine::LoadedTarget;
+use crate::engine::{LoadedTarget, bundle_place};
 use crate::license::{hub_name, license_text, target_license};
 
 /// Depth that an unmeasured draft is recommended with: the default of `bench`.
@@ -118,6 +118,7 @@ pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -
 /// # Errors
 /// A folder that is no bundle, or that cannot be written.
 pub fn write_tuned(dir: &Path, tuned: Tuned) -> Result<Made, Error> {
+    let dir = &bundle_place(dir);
     let mut input = input_of(dir)?;
     for path in records_of(dir)? {
         let text = String::from_utf8_lossy(&atomic::read(&path)?).into_owned();

@@ -418,11 +418,7 @@ fn settings_of_late_stages_are_checked_before_the_first_one() {
         // All at once.
         (
             &["draft.heads=3", "capture.layers=[0, 1, 90]", "validate.max_new_tokens=100000"],
-            &[
-                "`draft.heads` is 3",
-                "\nerror: override `capture.layers=[0, 1, 90]`",
-                "`validate.max_new_tokens`",
-            ],
+            &["`draft.heads` is 3", "names layer 90", "\nerror: override `validate.max_new_tokens=100000`"],
         ),
         (
             &["bundle.license=\"\"", "bench.workloads=[\"HOME/none.jsonl\"]"],
