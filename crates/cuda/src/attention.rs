@@ -6,7 +6,7 @@ use draftsmith_kernels::train::{AttentionMask, KeyValue, KeyValueMut, Sight, Spa
 
 use crate::launcher::{Arg, Launcher};
 use crate::memory::{Block, Buf};
-use crate::ops::{CudaTrain, Operands, Place};
+use crate::ops::{Cuda, Operands, Place};
 
 /// Own pairs that one launch takes: `PAIRS` of the kernels.
 const PAIRS: usize = 8;
@@ -127,7 +127,7 @@ fn join(a: Span, b: Span) -> Span {
     }
 }
 
-impl<L: Launcher> CudaTrain<L> {
+impl<L: Launcher> Cuda<L> {
     fn plan(&self, mask: AttentionMask<'_>, context: usize, own: usize) -> Option<Plan<L>> {
         let (found, diagonals);
         let shape = match mask {

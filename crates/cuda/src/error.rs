@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use draftsmith_kernels::DeviceFailure;
+
 use crate::library::{CudaVersion, Library};
 
 /// Bytes, as a person reads them.
@@ -91,6 +93,14 @@ pub enum CudaError {
         /// Bytes of the card.
         total: u64,
     },
+    /// The card does not answer any more: a kernel broke off, memory has an error, or somebody took the card away.
+    #[error("the GPU stopped during {call}: {reason}")]
+    Lost {
+        /// The function that heard of it; what failed may lie before it.
+        call: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
     /// A call of a library failed.
     #[error("{call} failed: {reason}")]
     Call {
@@ -159,8 +169,13 @@ impl CudaError {
                 "use a card from Ampere (A100, RTX 30) on, or set `run.device=cpu`".into()
             }
             CudaError::Memory { .. } => {
-                "pack fewer tokens at once (`train.pack_length`), unroll fewer steps (`train.eagle3.ttt_length`), end other programs on \
-                 the card, or take a larger one"
+                "answer fewer prompts at once (`regenerate.batch_size`), pack fewer tokens (`train.pack_length`), unroll fewer \
+                 steps (`train.eagle3.ttt_length`), end other programs on the card, or take a larger one"
+                    .into()
+            }
+            CudaError::Lost { .. } => {
+                "look for Xid and ECC errors in the driver's log (`dmesg`, `nvidia-smi -q`); the same command goes on from \
+                 what was saved last"
                     .into()
             }
             CudaError::Call { .. } => {
@@ -168,6 +183,12 @@ impl CudaError {
             }
             CudaError::Compile { .. } => "this is a fault of draftsmith: report it with the text above".into(),
         }
+    }
+}
+
+impl From<CudaError> for DeviceFailure {
+    fn from(error: CudaError) -> DeviceFailure {
+        DeviceFailure { message: error.to_string(), hint: error.hint() }
     }
 }
 

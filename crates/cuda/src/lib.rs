@@ -8,7 +8,7 @@
 //! file names of one version of CUDA, and end the program where a library is missing.
 //!
 //! # Layers
-//! [`CudaTrain`] turns operations into launches of kernels and products over a [`Launcher`]: a [`Card`] behind the driver,
+//! [`Cuda`] turns operations into launches of kernels and products over a [`Launcher`]: a [`Card`] behind the driver,
 //! or in the tests the host shim (`shim/`), which compiles the same kernels with the system's C++ compiler, runs every
 //! thread as a fiber, and fails at places outside buffers, races between barriers, and arguments that do not fit.
 //!
@@ -38,5 +38,5 @@ pub use error::CudaError;
 pub use launcher::{Arg, At, Launch, Launcher, Operand, Product};
 pub use library::{CudaVersion, Library};
 pub use memory::Buf;
-pub use ops::{CudaOptions, CudaTrain, Operands};
+pub use ops::{CudaOptions, Cuda, Operands};
 pub use search::Search;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use draftsmith_kernels::RopeTable;
+use draftsmith_kernels::{DeviceFailure, RopeTable};
 
 use crate::error::CudaError;
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
@@ -15,7 +15,7 @@ const BLOCKS: usize = 4096;
 /// Blocks that a launch may have along y.
 pub(crate) const BLOCKS_Y: usize = 65_535;
 
-/// Settings of [`CudaTrain`].
+/// Settings of [`Cuda`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CudaOptions {
     /// What operands of products are rounded to; everything else is f32.
@@ -42,16 +42,16 @@ struct Angles<L: Launcher> {
 }
 
 /// The operations of training on one device.
-pub struct CudaTrain<L: Launcher> {
+pub struct Cuda<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
     pub(crate) operands: Operands,
     pub(crate) logits_at_once: usize,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
 }
 
-impl<L: Launcher> Clone for CudaTrain<L> {
+impl<L: Launcher> Clone for Cuda<L> {
     fn clone(&self) -> Self {
-        CudaTrain {
+        Cuda {
             pool: Arc::clone(&self.pool),
             operands: self.operands,
             logits_at_once: self.logits_at_once,
@@ -63,10 +63,10 @@ impl<L: Launcher> Clone for CudaTrain<L> {
 /// An argument that may be the null buffer.
 pub(crate) type Place<'a, L> = Option<At<'a, <L as Launcher>::Memory>>;
 
-impl<L: Launcher> CudaTrain<L> {
+impl<L: Launcher> Cuda<L> {
     /// The operations on a device.
-    pub fn new(launcher: L, options: CudaOptions) -> CudaTrain<L> {
-        CudaTrain {
+    pub fn new(launcher: L, options: CudaOptions) -> Cuda<L> {
+        Cuda {
             pool: Pool::new(launcher),
             operands: options.operands,
             logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
@@ -88,22 +88,19 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// The operations' signatures know no errors (only memory can run out, and a card can fail): what goes wrong under way
-    /// ends the program with its text.
-    #[track_caller]
+    /// leaves them as a [`DeviceFailure`].
     pub(crate) fn must<T>(&self, result: Result<T, CudaError>) -> T {
         match result {
             Ok(value) => value,
-            Err(error) => panic!("{error}; {}", error.hint()),
+            Err(error) => DeviceFailure::from(error).raise(),
         }
     }
 
-    #[track_caller]
     pub(crate) fn block(&self, bytes: usize) -> Block<L> {
         self.must(self.pool.take(bytes))
     }
 
     /// A small table on the device.
-    #[track_caller]
     pub(crate) fn table<T: bytemuck::Pod>(&self, values: &[T]) -> Block<L> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let block = self.block(bytes.len());
@@ -112,13 +109,11 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// Host copies of `out.len()` values from a place on.
-    #[track_caller]
     pub(crate) fn fetch<T: bytemuck::Pod>(&self, from: At<'_, L::Memory>, out: &mut [T]) {
         self.must(self.pool.launcher.read(from, bytemuck::cast_slice_mut(out)));
     }
 
     /// A launch of whole blocks.
-    #[track_caller]
     pub(crate) fn launch(
         &self,
         kernel: &'static str,
@@ -134,19 +129,16 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// A launch over `count` values.
-    #[track_caller]
     pub(crate) fn over(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
         self.launch(kernel, (count.div_ceil(THREADS).min(BLOCKS), 1), THREADS, args);
     }
 
     /// A launch of a warp for each of `count`.
-    #[track_caller]
     pub(crate) fn warps(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
         self.launch(kernel, (count.div_ceil(THREADS / 32), 1), THREADS, args);
     }
 
     /// The first `len` values rounded to bf16, from the buffer's copy if there is one.
-    #[track_caller]
     fn half(&self, buf: &Buf<L>, len: usize) -> Arc<Block<L>> {
         let mut half = buf.half.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(half) = half.as_ref().filter(|half| half.len >= len) {
@@ -160,7 +152,6 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// `c (+)= a · b` from value `first` of `a` and `to` of `c` on; `b` from its beginning, unless `b_first` says otherwise.
-    #[track_caller]
     pub(crate) fn product(
         &self,
         mut shape: Product,
@@ -195,13 +186,11 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// Overwrites `count` values.
-    #[track_caller]
     pub(crate) fn fill(&self, at: At<'_, L::Memory>, count: usize, value: f32) {
         self.over(count, "fill", &[Arg::Buffer(Some(at)), Arg::F32(value), Arg::I64(count as i64)]);
     }
 
     /// Cosines and sines of all positions up to `last`.
-    #[track_caller]
     pub(crate) fn angles(&self, table: &RopeTable, last: u32) -> Arc<Block<L>> {
         let mut known = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         let needed = last as usize + 1;

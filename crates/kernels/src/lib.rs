@@ -12,7 +12,9 @@
 
 pub mod cell;
 mod cpu;
+mod deferred;
 pub mod experts;
+mod failure;
 mod pool;
 pub mod quant;
 pub mod reference;
@@ -25,6 +27,8 @@ mod weight;
 
 pub use cell::Cell;
 pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
+pub use deferred::Deferred;
+pub use failure::{DeviceFailure, catch_failure};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use top_k::TopK;
