@@ -7,6 +7,9 @@ use draftsmith_kernels::DeviceFailure;
 
 use crate::library::{CudaVersion, Library};
 
+/// Widest heads that the kernels take.
+pub(crate) const MOST_HEAD_DIM: usize = 256;
+
 /// Bytes, as a person reads them.
 pub(crate) struct Bytes(pub(crate) u64);
 
@@ -109,6 +112,12 @@ pub enum CudaError {
         /// What it says.
         reason: String,
     },
+    /// Heads wider than the kernels take.
+    #[error("heads of {found} values, the kernels for NVIDIA GPUs take {MOST_HEAD_DIM} at most")]
+    WideHeads {
+        /// Values of a head.
+        found: usize,
+    },
     /// The kernels do not compile.
     #[error("the kernels do not compile for compute capability {arch}: {log}")]
     Compile {
@@ -181,6 +190,7 @@ impl CudaError {
             CudaError::Call { .. } => {
                 "see `draftsmith doctor` and the driver's log (`dmesg`); the CPU works: `run.device=cpu`".into()
             }
+            CudaError::WideHeads { .. } => "set `run.device=cpu`".into(),
             CudaError::Compile { .. } => "this is a fault of draftsmith: report it with the text above".into(),
         }
     }

@@ -1,12 +1,14 @@
 //! What the operations are made of: launches over buffers, products, uploads of small tables.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use draftsmith_kernels::{DeviceFailure, RopeTable};
 
 use crate::error::CudaError;
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
-use crate::memory::{Block, Buf, Half, Pool};
+use crate::memory::{Block, Buf, Half, KeptTable, Pool};
+use crate::pages::{KvShape, Slabs};
 
 /// Threads of a block.
 pub(crate) const THREADS: usize = 256;
@@ -41,12 +43,16 @@ struct Angles<L: Launcher> {
     block: Arc<Block<L>>,
 }
 
-/// The operations of training on one device.
+/// The operations of training and decoding on one device.
 pub struct Cuda<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
     pub(crate) operands: Operands,
     pub(crate) logits_at_once: usize,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
+    /// Pages of keys and values by their shape.
+    pub(crate) slabs: Arc<Mutex<HashMap<KvShape, Arc<Mutex<Slabs<L>>>>>>,
+    /// Tables of the last steps.
+    pub(crate) tables: Arc<Mutex<Vec<KeptTable<L>>>>,
 }
 
 impl<L: Launcher> Clone for Cuda<L> {
@@ -56,6 +62,8 @@ impl<L: Launcher> Clone for Cuda<L> {
             operands: self.operands,
             logits_at_once: self.logits_at_once,
             angles: Arc::clone(&self.angles),
+            slabs: Arc::clone(&self.slabs),
+            tables: Arc::clone(&self.tables),
         }
     }
 }
@@ -70,7 +78,9 @@ impl<L: Launcher> Cuda<L> {
             pool: Pool::new(launcher),
             operands: options.operands,
             logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
-            angles: Arc::new(Mutex::new(Vec::new())),
+            angles: Arc::default(),
+            slabs: Arc::default(),
+            tables: Arc::default(),
         }
     }
 

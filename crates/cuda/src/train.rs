@@ -25,7 +25,7 @@ fn product(m: usize, n: usize, k: usize, transposed: (bool, bool), accumulate: b
 }
 
 /// Words of the kernels for an activation.
-fn activation_args<'a, M>(activation: Activation) -> [Arg<'a, M>; 3] {
+pub(crate) fn activation_args<'a, M>(activation: Activation) -> [Arg<'a, M>; 3] {
     let (kind, alpha, limit) = match activation {
         Activation::Silu => (0, 0.0, 0.0),
         Activation::GeluTanh => (1, 0.0, 0.0),
@@ -498,7 +498,7 @@ impl<L: Launcher> TrainKernels for Cuda<L> {
         out: &mut Buf<L>,
         lse: &mut Buf<L>,
     ) {
-        self.attend(mask, q, context, own, out, lse);
+        self.attend_packs(mask, q, context, own, out, lse);
     }
     fn attention_grad(
         &self,
@@ -512,7 +512,7 @@ impl<L: Launcher> TrainKernels for Cuda<L> {
         dcontext: KeyValueMut<'_, Buf<L>>,
         down: Vec<KeyValueMut<'_, Buf<L>>>,
     ) {
-        self.attend_grad(mask, q, context, own, forward, dout, dq, dcontext, down);
+        self.attend_packs_grad(mask, q, context, own, forward, dout, dq, dcontext, down);
     }
 
     fn stream_head(&self, x: &Buf<L>, head: &Buf<L>, s: LinearShape) -> (Vec<u32>, Vec<f32>) {
