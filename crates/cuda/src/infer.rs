@@ -199,13 +199,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Outputs of a head in chunks of rows: calls `take` with the first row, their number, and where their outputs are.
-    fn outputs(
-        &self,
-        x: &Buf<L>,
-        rows: usize,
-        w: &Packed<L>,
-        mut take: impl FnMut(usize, usize, &Buf<L>),
-    ) {
+    fn outputs(&self, x: &Buf<L>, rows: usize, w: &Packed<L>, mut take: impl FnMut(usize, usize, &Buf<L>)) {
         let chunk = (self.logits_at_once / w.out.max(1)).max(1).min(rows.max(1));
         let logits = self.scratch(chunk * w.out);
         for first in (0..rows).step_by(chunk) {
@@ -233,13 +227,7 @@ impl<L: Launcher> Kernels for Cuda<L> {
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Packed<L>, KernelError> {
         self.put(name, weight, mode)
     }
-    fn matmuls(
-        &self,
-        x: &Buf<L>,
-        rows: usize,
-        weights: &[(&Packed<L>, Option<&Buf<L>>)],
-        ys: &mut [Buf<L>],
-    ) {
+    fn matmuls(&self, x: &Buf<L>, rows: usize, weights: &[(&Packed<L>, Option<&Buf<L>>)], ys: &mut [Buf<L>]) {
         for ((w, bias), y) in weights.iter().zip(ys) {
             assert!(rows * w.out <= y.capacity, "room for the outputs");
             y.changed();
@@ -415,15 +403,7 @@ impl<L: Launcher> Kernels for Cuda<L> {
             from += width;
         }
     }
-    fn slice_cols(
-        &self,
-        x: &Buf<L>,
-        x_width: usize,
-        from: usize,
-        width: usize,
-        rows: usize,
-        y: &mut Buf<L>,
-    ) {
+    fn slice_cols(&self, x: &Buf<L>, x_width: usize, from: usize, width: usize, rows: usize, y: &mut Buf<L>) {
         assert!(rows * width <= y.capacity, "room for the columns");
         let (own, to) = (Columns { stride: x_width, from }, Columns { stride: width, from: 0 });
         self.copy_cols((x, own), (y, to), rows, width, false);

@@ -118,8 +118,7 @@ impl<L: Launcher> Cuda<L> {
         w.check(name)?;
         let exact = mode == PackMode::F32 || self.operands == Operands::F32;
         let (out, inp) = (w.out_features, w.in_features);
-        let packed =
-            |bytes: &[u8], stored| Packed { block: self.table(bytes), stored, exact, out, inp };
+        let packed = |bytes: &[u8], stored| Packed { block: self.table(bytes), stored, exact, out, inp };
         let floats = w.dtype.block().0 == 1;
         if mode == PackMode::Q8 && floats && inp.is_multiple_of(Q8_BLOCK) {
             return Ok(packed(&quantised(&quant::dequantize(w)), Q8_0));

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use draftsmith_cuda::{Card, CudaError, CudaOptions, Cuda, Operands, Report, Search};
+use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, Operands, Report, Search};
 use draftsmith_kernels::{Memory, catch_failure, testing};
 
 /// Compiles one of the libraries in `tests/fake`.

@@ -7,7 +7,8 @@ use draftsmith_cuda::shim::Shim;
 use draftsmith_cuda::{Cuda, CudaOptions, Operands, source};
 use draftsmith_kernels::testing::{host, infer, noise};
 use draftsmith_kernels::{
-    DrawRow, Kernels, KvDtype, Memory, PackMode, Segment, StepMask, WeightDtype, WeightView, catch_failure, quant,
+    DrawRow, Kernels, KvDtype, Memory, PackMode, Segment, StepMask, WeightDtype, WeightView, catch_failure,
+    quant,
 };
 
 /// What a bf16 of 8 significant bits loses in operands of products.
@@ -134,17 +135,19 @@ fn a_row_of_attention_has_the_same_bits_whatever_else_is_in_the_step() {
         let (base, first) = (len - 3, [None, None, Some(1), Some(2)]);
         let (_, mut kv) = run(&[base]);
         let (_, mut other) = run(&[33]);
-        let pick = |x: &[f32], width: usize| {
-            [&x[..width], &x[base * width..], &x[33 * width..34 * width]].concat()
-        };
+        let pick =
+            |x: &[f32], width: usize| [&x[..width], &x[base * width..], &x[33 * width..34 * width]].concat();
         let alone = [None];
         let mut segments = [
             Segment { kv: &mut kv, mask: StepMask::step(base, &first, window, 0.25) },
             Segment { kv: &mut other, mask: StepMask::step(33, &alone, window, 0.25) },
         ];
         let mut y = k.zeros(5 * width);
-        let (bq, bk, bv) =
-            (k.upload(&pick(&q, width)), k.upload(&pick(&keys, kv_width)), k.upload(&pick(&values, kv_width)));
+        let (bq, bk, bv) = (
+            k.upload(&pick(&q, width)),
+            k.upload(&pick(&keys, kv_width)),
+            k.upload(&pick(&values, kv_width)),
+        );
         k.attend(&bq, &bk, &bv, heads, &mut segments, &mut y);
         let found = host(&k, &y, 5 * width);
         assert!(found[width..4 * width] == whole[base * width..], "{window:?}: a branch");
@@ -202,8 +205,10 @@ fn wanted(logits: &[f32], d: &DrawRow) -> u32 {
         order.truncate(d.top_k as usize);
     }
     if d.top_p < 1.0 {
-        let weights: Vec<f64> =
-            order.iter().map(|i| (f64::from(logits[*i as usize] - most) * f64::from(d.factor)).exp()).collect();
+        let weights: Vec<f64> = order
+            .iter()
+            .map(|i| (f64::from(logits[*i as usize] - most) * f64::from(d.factor)).exp())
+            .collect();
         let (total, mut mass) = (weights.iter().sum::<f64>(), 0.0);
         let cut = weights.iter().position(|w| {
             mass += w;
@@ -217,7 +222,10 @@ fn wanted(logits: &[f32], d: &DrawRow) -> u32 {
         logits[i as usize] * d.factor + (-(-uniform.ln()).ln()) as f32
     };
     order.sort_unstable();
-    order.into_iter().fold((0, f32::NEG_INFINITY), |best, i| if score(i) > best.1 { (i, score(i)) } else { best }).0
+    order
+        .into_iter()
+        .fold((0, f32::NEG_INFINITY), |best, i| if score(i) > best.1 { (i, score(i)) } else { best })
+        .0
 }
 
 #[test]
@@ -228,12 +236,24 @@ fn draws_on_the_device_follow_the_rule() {
     (logits[3], logits[90], logits[91], logits[400]) = (8.5, f32::NAN, 8.5, f32::NEG_INFINITY);
     let mut draws = Vec::new();
     for (n, temperature) in [0.3f32, 0.8, 1.0, 2.5].into_iter().enumerate() {
-        for (least_share, top_k, top_p) in
-            [(0.0, 0, 1.0), (1e-12, 0, 0.9), (1e-12, 5, 1.0), (1e-12, 40, 0.7), (0.05, 0, 1.0), (1e-12, 2, 0.999)]
-        {
+        for (least_share, top_k, top_p) in [
+            (0.0, 0, 1.0),
+            (1e-12, 0, 0.9),
+            (1e-12, 5, 1.0),
+            (1e-12, 40, 0.7),
+            (0.05, 0, 1.0),
+            (1e-12, 2, 0.999),
+        ] {
             for key in 0..6u64 {
                 let key = mix(key + 100 * n as u64);
-                draws.push(DrawRow { factor: 1.0 / temperature, temperature, least_share, top_k, top_p, key });
+                draws.push(DrawRow {
+                    factor: 1.0 / temperature,
+                    temperature,
+                    least_share,
+                    top_k,
+                    top_p,
+                    key,
+                });
             }
         }
     }

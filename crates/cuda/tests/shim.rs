@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Arg, At, CudaError, CudaOptions, Cuda, Launch, Launcher, Operands, source};
+use draftsmith_cuda::{Arg, At, Cuda, CudaError, CudaOptions, Launch, Launcher, Operands, source};
 use draftsmith_kernels::train::{AdamStep, LinearShape, SoftLoss, SoftScale, Teacher};
 use draftsmith_kernels::{Memory, TrainKernels, testing};
 
@@ -252,10 +252,7 @@ fn memory_that_runs_out_names_what_was_asked_for_and_what_is_free() {
     assert!(error.hint().contains("train.pack_length"), "{}", error.hint());
     // From inside an operation it arrives as the same words, without a panic.
     let failure = draftsmith_kernels::catch_failure(|| k.zeros(1 << 20)).err().expect("not enough");
-    assert_eq!(
-        failure.message,
-        "4.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free"
-    );
+    assert_eq!(failure.message, "4.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free");
     assert_eq!(failure.hint, error.hint());
     // What fits goes on.
     assert_eq!(testing::host(&k, &k.zeros(4), 4), [0.0; 4]);

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use draftsmith_core::VocabMap;
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Card, CudaOptions, Cuda, Launcher, Operands, Report, Search};
+use draftsmith_cuda::{Card, Cuda, CudaOptions, Launcher, Operands, Report, Search};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::{Cpu, Memory, TrainKernels, testing};
 use draftsmith_model::eagle3::Eagle3Config;

@@ -441,7 +441,8 @@ impl TrainKernels for crate::Cpu {
     ) -> Deferred<SoftSums> {
         let targets = SoftTargets { p: &teacher.p, mass: &teacher.mass, labels: &teacher.labels, rows };
         let grads = grads.map(|(h, w)| (&mut h[..], &mut w[..]));
-        let sums = soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads);
+        let sums =
+            soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads);
         Deferred::here(sums)
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use draftsmith_core::VocabMap;
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{CudaOptions, Cuda, Operands};
+use draftsmith_cuda::{Cuda, CudaOptions, Operands};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
@@ -23,10 +23,7 @@ use crate::infer;
 /// The kernels for NVIDIA GPUs, on the host.
 pub(crate) fn cuda_shim() -> Cuda<Shim> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-    Cuda::new(
-        Shim::new(folder).unwrap(),
-        CudaOptions { operands: Operands::F32, ..CudaOptions::default() },
-    )
+    Cuda::new(Shim::new(folder).unwrap(), CudaOptions { operands: Operands::F32, ..CudaOptions::default() })
 }
 
 /// One recorded case.
