@@ -63,6 +63,28 @@ impl Sampling {
     }
 }
 
+/// What a backend that draws by itself must know of [`choose_token`]'s rule for one position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DrawKey {
+    /// Logits are multiplied by it: one over the temperature.
+    pub factor: f32,
+    /// Least share of the best token's probability; 0 if every token may be drawn.
+    pub least_share: f32,
+    /// Of the noise: `mix(key ^ mix(2 token + 1)) >> 11`, with the finaliser of SplitMix64, are its 53 bits.
+    pub key: u64,
+}
+
+impl Sampling {
+    /// The draw at a position in the form that backends take; `None` where logits are not multiplied as they are, or the
+    /// arg-max is taken.
+    pub fn draw_key(&self, position: u64) -> Option<DrawKey> {
+        let factor = 1.0 / self.temperature;
+        let plain = !self.is_greedy() && self.temperature >= DIVIDED_AS_IS && factor > 0.0;
+        let least_share = if self.keeps_all() { 0.0 } else { NEGLIGIBLE.max(self.min_p).min(1.0) };
+        plain.then(|| DrawKey { factor, least_share, key: noise_key(self.seed, position) })
+    }
+}
+
 /// Index of the largest value, the lowest index among equals; NaN never wins.
 fn argmax<T: PartialOrd>(values: impl Iterator<Item = T>, least: T) -> usize {
     let mut best = (0, least);

@@ -16,7 +16,7 @@ mod verify;
 mod vocab;
 
 pub use accept::AcceptStats;
-pub use choose::{Sampling, choose_token, gumbel_noise, token_distribution};
+pub use choose::{DrawKey, Sampling, choose_token, gumbel_noise, token_distribution};
 pub use drawn::{Distribution, DrawnChain, Draws, Kept, VerifyRule, accept_probability, verify_drawn};
 pub use ids::{DraftTokenId, LayerId, TargetTokenId, default_target_layers};
 pub use shaping::{Shaping, TokenLogprobs};

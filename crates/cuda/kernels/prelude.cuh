@@ -13,10 +13,13 @@
 #define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(256) name(__VA_ARGS__)
 #define IN(T) const T *__restrict__
 #define OUT(T) T *__restrict__
+// A structure that is read where it was handed over, by indices of the run.
+#define VALUE(T) const __grid_constant__ T
 #define HAS(pointer) ((pointer) != 0)
 #define SHARED(T, name, count) __shared__ T name[count]
 #define SYNC() __syncthreads()
 #define LANE_XOR(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+#define LANE_FROM(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define THREAD ((int)threadIdx.x)
 #define THREADS ((int)blockDim.x)
 #define BLOCK_X ((i64)blockIdx.x)
@@ -26,6 +29,10 @@
 #define UNROLL_SOME _Pragma("unroll 4")
 #define UNROLL_NONE _Pragma("unroll 1")
 #define MINUS_INFINITY __int_as_float(0xff800000)
+// A product that is rounded by itself, whatever is added to it.
+#define MUL(a, b) __fmul_rn(a, b)
+#define F16_TO_F32(to, from) asm("cvt.f32.f16 %0, %1;" : "=f"(to) : "h"(from))
+#define F32_TO_F16(to, from) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to) : "f"(from))
 // A word of two bf16.
 #define PAIR_BF16(word, low, high) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low))
 // sums[16, 8] += left[16, 16] right[16, 8] by a whole warp; operands are pairs of bf16.
@@ -39,6 +46,8 @@
 typedef long long i64;
 typedef unsigned int u32;
 typedef unsigned short bf16;
+typedef unsigned short u16;
+typedef unsigned long long u64;
 
 #define NO_ID 0xffffffffu
 
@@ -54,6 +63,22 @@ DEVICE float from_bf16(bf16 value) {
     union { float f; u32 u; } bits;
     bits.u = (u32)value << 16;
     return bits.f;
+}
+
+DEVICE float from_f16(u16 bits) {
+    float value;
+    F16_TO_F32(value, bits);
+    return value;
+}
+
+// The nearest f16, ties to even; what is larger than the largest becomes that.
+DEVICE u16 to_f16(float value) {
+    u16 bits;
+    float most = 65504.0f;
+    // Comparisons that leave NaN as it is.
+    float clamped = value > most ? most : value < -most ? -most : value;
+    F32_TO_F16(bits, clamped);
+    return bits;
 }
 
 DEVICE float warp_sum(float value) {

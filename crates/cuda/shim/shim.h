@@ -223,6 +223,19 @@ template <class T> void share_in_warp(const T &value, T (&all)[32], int line) {
         memcpy(&all[lane], &machine.exchange[(room + me / 32 * 32 + lane) * 16], sizeof(T));
 }
 
+// The value of one lane, for all of its warp.
+template <class T> T from_lane(T value, int lane, int line) {
+    static_assert(sizeof(T) <= 16, "a lane exchanges at most 16 bytes");
+    if (lane < 0 || lane > 31) fail("lane %d", lane);
+    uint32_t me = machine.thread;
+    unsigned char parity = machine.parity[me] ^= 1;
+    size_t room = parity * (size_t)machine.threads;
+    memcpy(&machine.exchange[(room + me) * 16], &value, sizeof(T));
+    switch_out(AT_EXCHANGE, line);
+    memcpy(&value, &machine.exchange[(room + me / 32 * 32 + lane) * 16], sizeof(T));
+    return value;
+}
+
 // The product of the tensor cores, mma.m16n8k16 of PTX: each lane brings its words of both operands and takes its four
 // numbers of the result.
 inline void mma(float *sums, const uint32_t *left, uint32_t right_low, uint32_t right_high, int line) {
@@ -250,6 +263,37 @@ inline void mma(float *sums, const uint32_t *left, uint32_t right_low, uint32_t 
         }
         sums[i] = sum;
     }
+}
+
+// IEEE's 16-bit floats.
+inline float from_half(uint16_t bits) {
+    uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 0x3ffu;
+    if (exponent == 0) {
+        float value = (float)mantissa * 5.9604644775390625e-8f; // 2^-24
+        return sign ? -value : value;
+    }
+    uint32_t all = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    float value;
+    memcpy(&value, &all, 4);
+    return value;
+}
+inline uint16_t to_half(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
+    uint32_t size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) return sign | 0x7e00u;
+    if (size >= 0x477ff000u) return sign | 0x7c00u;
+    if (size < 0x38800000u) {
+        // Below the smallest normal number: units of 2^-24, rounded by the addition.
+        float magnitude;
+        memcpy(&magnitude, &size, 4);
+        float sum = magnitude + 0.5f;
+        memcpy(&bits, &sum, 4);
+        return sign | (uint16_t)(bits - 0x3f000000u);
+    }
+    size += 0xfffu + (size >> 13 & 1u);
+    return sign | (uint16_t)((size >> 13) - (112u << 10));
 }
 
 template <class T> Pointer<T> shared(int line, size_t count) {
@@ -295,11 +339,16 @@ struct Register {
     static void name(__VA_ARGS__)
 #define IN(T) shim::Pointer<const T>
 #define OUT(T) shim::Pointer<T>
+#define VALUE(T) T
 #define HAS(pointer) ((pointer).buffer != nullptr)
 // Within one launch a line stands for one array: the instance of a template is the same for all threads.
 #define SHARED(T, name, count) shim::Pointer<T> name = shim::shared<T>(__LINE__, count)
 #define SYNC() shim::barrier(__LINE__)
 #define LANE_XOR(value, mask) shim::exchange(value, mask, __LINE__)
+#define LANE_FROM(value, lane) shim::from_lane(value, lane, __LINE__)
+#define MUL(a, b) ((a) * (b))
+#define F16_TO_F32(to, from) to = shim::from_half(from)
+#define F32_TO_F16(to, from) to = shim::to_half(from)
 #define MMA(sums, left, right_low, right_high) shim::mma(sums, left, right_low, right_high, __LINE__)
 #define PAIR_BF16(word, low, high) word = (u32)to_bf16(low) | (u32)to_bf16(high) << 16
 #define THREAD ((int)shim::machine.thread)

@@ -75,6 +75,9 @@ functions! {
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`
 pub(crate) const OUT_OF_MEMORY: c_int = 2;
+/// After these the context answers nothing any more: device unavailable, ECC, NVLink, illegal address, timeout, assert, stack,
+/// instruction, misaligned address, address space, program counter, launch.
+pub(crate) const LOST: [c_int; 12] = [46, 214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719];
 /// `CUDA_ERROR_NO_DEVICE`
 pub(crate) const NO_DEVICE: c_int = 100;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and the minor one behind it.
@@ -87,10 +90,20 @@ pub(crate) const NON_BLOCKING: c_uint = 1;
 impl DriverApi {
     /// What a code of the driver means.
     pub(crate) fn check(&self, call: &'static str, code: c_int) -> Result<(), CudaError> {
-        if code == 0 {
-            return Ok(());
+        match code {
+            0 => Ok(()),
+            _ => Err(self.failed(call, code, "")),
         }
-        Err(CudaError::Call { call, reason: self.describe(code) })
+    }
+
+    /// The error of a call about something that has a name.
+    pub(crate) fn failed(&self, call: &'static str, code: c_int, name: &str) -> CudaError {
+        let meaning = self.describe(code);
+        let reason = if name.is_empty() { meaning } else { format!("`{name}`: {meaning}") };
+        match LOST.contains(&code) {
+            true => CudaError::Lost { call, reason },
+            false => CudaError::Call { call, reason },
+        }
     }
 
     pub(crate) fn describe(&self, code: c_int) -> String {

@@ -4,9 +4,10 @@
 
 use draftsmith_kernels::train::{AttentionMask, KeyValue, KeyValueMut, Sight, Span, SpanShape, TttShape};
 
+use crate::error::CudaError;
 use crate::launcher::{Arg, Launcher};
 use crate::memory::{Block, Buf};
-use crate::ops::{CudaTrain, Operands, Place};
+use crate::ops::{Cuda, Operands, Place};
 
 /// Own pairs that one launch takes: `PAIRS` of the kernels.
 const PAIRS: usize = 8;
@@ -127,7 +128,7 @@ fn join(a: Span, b: Span) -> Span {
     }
 }
 
-impl<L: Launcher> CudaTrain<L> {
+impl<L: Launcher> Cuda<L> {
     fn plan(&self, mask: AttentionMask<'_>, context: usize, own: usize) -> Option<Plan<L>> {
         let (found, diagonals);
         let shape = match mask {
@@ -150,7 +151,7 @@ impl<L: Launcher> CudaTrain<L> {
         shape.check(context / kv_width, if diagonals { 0 } else { own / kv_width });
         let tensor = TENSOR_TILES.iter().filter(|_| self.operands == Operands::Bf16);
         let tiles = tensor.chain(&TILES).find(|t| head_dim <= t.width);
-        let tiles = *tiles.unwrap_or_else(|| panic!("heads of {head_dim} values, 256 at most"));
+        let tiles = *self.must(tiles.ok_or(CudaError::WideHeads { found: head_dim }));
         let table: Vec<u32> =
             sights.iter().flat_map(|s| [s.context.from, s.context.to, s.own.from, s.own.to]).collect();
         let on_device = |most: usize| {
@@ -183,7 +184,7 @@ impl<L: Launcher> CudaTrain<L> {
         ]
     }
 
-    pub(crate) fn attend(
+    pub(crate) fn attend_packs(
         &self,
         mask: AttentionMask<'_>,
         q: &Buf<L>,
@@ -235,7 +236,7 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     #[allow(clippy::too_many_arguments, reason = "the operands of one gradient")]
-    pub(crate) fn attend_grad(
+    pub(crate) fn attend_packs_grad(
         &self,
         mask: AttentionMask<'_>,
         q: &Buf<L>,

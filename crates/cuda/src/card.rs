@@ -198,8 +198,7 @@ impl Card {
         // SAFETY: a handle is written to a handle; the name ends with NUL.
         let code = unsafe { (api.module_function)(&mut function, self.module as Handle, symbol.as_ptr()) };
         if code != 0 {
-            let reason = format!("`{name}`: {}", api.describe(code));
-            return Err(CudaError::Call { call: "cuModuleGetFunction", reason });
+            return Err(api.failed("cuModuleGetFunction", code, name));
         }
         known.insert(name, function as usize);
         Ok(function)
@@ -368,8 +367,7 @@ impl Launcher for Card {
         if code == 0 {
             return Ok(());
         }
-        let reason = format!("`{}`: {}", launch.kernel, api.describe(code));
-        Err(CudaError::Call { call: "cuLaunchKernel", reason })
+        Err(api.failed("cuLaunchKernel", code, launch.kernel))
     }
 
     fn product(

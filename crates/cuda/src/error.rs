@@ -3,7 +3,12 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use draftsmith_kernels::DeviceFailure;
+
 use crate::library::{CudaVersion, Library};
+
+/// Widest heads that the kernels take.
+pub(crate) const MOST_HEAD_DIM: usize = 256;
 
 /// Bytes, as a person reads them.
 pub(crate) struct Bytes(pub(crate) u64);
@@ -91,6 +96,14 @@ pub enum CudaError {
         /// Bytes of the card.
         total: u64,
     },
+    /// The card does not answer any more: a kernel broke off, memory has an error, or somebody took the card away.
+    #[error("the GPU stopped during {call}: {reason}")]
+    Lost {
+        /// The function that heard of it; what failed may lie before it.
+        call: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
     /// A call of a library failed.
     #[error("{call} failed: {reason}")]
     Call {
@@ -98,6 +111,12 @@ pub enum CudaError {
         call: &'static str,
         /// What it says.
         reason: String,
+    },
+    /// Heads wider than the kernels take.
+    #[error("heads of {found} values, the kernels for NVIDIA GPUs take {MOST_HEAD_DIM} at most")]
+    WideHeads {
+        /// Values of a head.
+        found: usize,
     },
     /// The kernels do not compile.
     #[error("the kernels do not compile for compute capability {arch}: {log}")]
@@ -159,15 +178,27 @@ impl CudaError {
                 "use a card from Ampere (A100, RTX 30) on, or set `run.device=cpu`".into()
             }
             CudaError::Memory { .. } => {
-                "pack fewer tokens at once (`train.pack_length`), unroll fewer steps (`train.eagle3.ttt_length`), end other programs on \
-                 the card, or take a larger one"
+                "answer fewer prompts at once (`regenerate.batch_size`), pack fewer tokens (`train.pack_length`), unroll fewer \
+                 steps (`train.eagle3.ttt_length`), end other programs on the card, or take a larger one"
+                    .into()
+            }
+            CudaError::Lost { .. } => {
+                "look for Xid and ECC errors in the driver's log (`dmesg`, `nvidia-smi -q`); the same command goes on from \
+                 what was saved last"
                     .into()
             }
             CudaError::Call { .. } => {
                 "see `draftsmith doctor` and the driver's log (`dmesg`); the CPU works: `run.device=cpu`".into()
             }
+            CudaError::WideHeads { .. } => "set `run.device=cpu`".into(),
             CudaError::Compile { .. } => "this is a fault of draftsmith: report it with the text above".into(),
         }
+    }
+}
+
+impl From<CudaError> for DeviceFailure {
+    fn from(error: CudaError) -> DeviceFailure {
+        DeviceFailure { message: error.to_string(), hint: error.hint() }
     }
 }
 

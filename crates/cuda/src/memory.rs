@@ -79,6 +79,12 @@ impl<L: Launcher> Drop for Block<L> {
     }
 }
 
+/// A table that was uploaded, to be used again where the next layers ask for the same.
+pub(crate) struct KeptTable<L: Launcher> {
+    pub(crate) words: Vec<u32>,
+    pub(crate) block: Arc<Block<L>>,
+}
+
 /// The copy of a buffer that products read.
 pub(crate) struct Half<L: Launcher> {
     pub(crate) block: Arc<Block<L>>,

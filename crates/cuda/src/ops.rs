@@ -1,12 +1,14 @@
 //! What the operations are made of: launches over buffers, products, uploads of small tables.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use draftsmith_kernels::RopeTable;
+use draftsmith_kernels::{DeviceFailure, RopeTable};
 
 use crate::error::CudaError;
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
-use crate::memory::{Block, Buf, Half, Pool};
+use crate::memory::{Block, Buf, Half, KeptTable, Pool};
+use crate::pages::{KvShape, Slabs};
 
 /// Threads of a block.
 pub(crate) const THREADS: usize = 256;
@@ -15,7 +17,7 @@ const BLOCKS: usize = 4096;
 /// Blocks that a launch may have along y.
 pub(crate) const BLOCKS_Y: usize = 65_535;
 
-/// Settings of [`CudaTrain`].
+/// Settings of [`Cuda`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CudaOptions {
     /// What operands of products are rounded to; everything else is f32.
@@ -41,21 +43,27 @@ struct Angles<L: Launcher> {
     block: Arc<Block<L>>,
 }
 
-/// The operations of training on one device.
-pub struct CudaTrain<L: Launcher> {
+/// The operations of training and decoding on one device.
+pub struct Cuda<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
     pub(crate) operands: Operands,
     pub(crate) logits_at_once: usize,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
+    /// Pages of keys and values by their shape.
+    pub(crate) slabs: Arc<Mutex<HashMap<KvShape, Arc<Mutex<Slabs<L>>>>>>,
+    /// Tables of the last steps.
+    pub(crate) tables: Arc<Mutex<Vec<KeptTable<L>>>>,
 }
 
-impl<L: Launcher> Clone for CudaTrain<L> {
+impl<L: Launcher> Clone for Cuda<L> {
     fn clone(&self) -> Self {
-        CudaTrain {
+        Cuda {
             pool: Arc::clone(&self.pool),
             operands: self.operands,
             logits_at_once: self.logits_at_once,
             angles: Arc::clone(&self.angles),
+            slabs: Arc::clone(&self.slabs),
+            tables: Arc::clone(&self.tables),
         }
     }
 }
@@ -63,14 +71,16 @@ impl<L: Launcher> Clone for CudaTrain<L> {
 /// An argument that may be the null buffer.
 pub(crate) type Place<'a, L> = Option<At<'a, <L as Launcher>::Memory>>;
 
-impl<L: Launcher> CudaTrain<L> {
+impl<L: Launcher> Cuda<L> {
     /// The operations on a device.
-    pub fn new(launcher: L, options: CudaOptions) -> CudaTrain<L> {
-        CudaTrain {
+    pub fn new(launcher: L, options: CudaOptions) -> Cuda<L> {
+        Cuda {
             pool: Pool::new(launcher),
             operands: options.operands,
             logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
-            angles: Arc::new(Mutex::new(Vec::new())),
+            angles: Arc::default(),
+            slabs: Arc::default(),
+            tables: Arc::default(),
         }
     }
 
@@ -88,22 +98,19 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// The operations' signatures know no errors (only memory can run out, and a card can fail): what goes wrong under way
-    /// ends the program with its text.
-    #[track_caller]
+    /// leaves them as a [`DeviceFailure`].
     pub(crate) fn must<T>(&self, result: Result<T, CudaError>) -> T {
         match result {
             Ok(value) => value,
-            Err(error) => panic!("{error}; {}", error.hint()),
+            Err(error) => DeviceFailure::from(error).raise(),
         }
     }
 
-    #[track_caller]
     pub(crate) fn block(&self, bytes: usize) -> Block<L> {
         self.must(self.pool.take(bytes))
     }
 
     /// A small table on the device.
-    #[track_caller]
     pub(crate) fn table<T: bytemuck::Pod>(&self, values: &[T]) -> Block<L> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let block = self.block(bytes.len());
@@ -112,13 +119,11 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// Host copies of `out.len()` values from a place on.
-    #[track_caller]
     pub(crate) fn fetch<T: bytemuck::Pod>(&self, from: At<'_, L::Memory>, out: &mut [T]) {
         self.must(self.pool.launcher.read(from, bytemuck::cast_slice_mut(out)));
     }
 
     /// A launch of whole blocks.
-    #[track_caller]
     pub(crate) fn launch(
         &self,
         kernel: &'static str,
@@ -134,19 +139,16 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// A launch over `count` values.
-    #[track_caller]
     pub(crate) fn over(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
         self.launch(kernel, (count.div_ceil(THREADS).min(BLOCKS), 1), THREADS, args);
     }
 
     /// A launch of a warp for each of `count`.
-    #[track_caller]
     pub(crate) fn warps(&self, count: usize, kernel: &'static str, args: &[Arg<'_, L::Memory>]) {
         self.launch(kernel, (count.div_ceil(THREADS / 32), 1), THREADS, args);
     }
 
     /// The first `len` values rounded to bf16, from the buffer's copy if there is one.
-    #[track_caller]
     fn half(&self, buf: &Buf<L>, len: usize) -> Arc<Block<L>> {
         let mut half = buf.half.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(half) = half.as_ref().filter(|half| half.len >= len) {
@@ -160,7 +162,6 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// `c (+)= a · b` from value `first` of `a` and `to` of `c` on; `b` from its beginning, unless `b_first` says otherwise.
-    #[track_caller]
     pub(crate) fn product(
         &self,
         mut shape: Product,
@@ -195,13 +196,11 @@ impl<L: Launcher> CudaTrain<L> {
     }
 
     /// Overwrites `count` values.
-    #[track_caller]
     pub(crate) fn fill(&self, at: At<'_, L::Memory>, count: usize, value: f32) {
         self.over(count, "fill", &[Arg::Buffer(Some(at)), Arg::F32(value), Arg::I64(count as i64)]);
     }
 
     /// Cosines and sines of all positions up to `last`.
-    #[track_caller]
     pub(crate) fn angles(&self, table: &RopeTable, last: u32) -> Arc<Block<L>> {
         let mut known = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
         let needed = last as usize + 1;

@@ -10,13 +10,15 @@ use crate::library::{CudaVersion, Library};
 use crate::search::Search;
 
 /// The files of the kernels in the order in which they are compiled, as one program.
-pub const FILES: [(&str, &str); 6] = [
+pub const FILES: [(&str, &str); 8] = [
     ("prelude.cuh", include_str!("../kernels/prelude.cuh")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("tensor_attention.cu", include_str!("../kernels/tensor_attention.cu")),
     ("loss.cu", include_str!("../kernels/loss.cu")),
     ("optim.cu", include_str!("../kernels/optim.cu")),
+    ("weights.cu", include_str!("../kernels/weights.cu")),
+    ("decode.cu", include_str!("../kernels/decode.cu")),
 ];
 
 /// The compute capability that [`ptx`] is for: cards from it on run it.

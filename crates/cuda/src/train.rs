@@ -7,11 +7,11 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
     SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets,
 };
-use draftsmith_kernels::{Activation, Cell, Memory, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Deferred, Memory, RopeTable, TrainKernels};
 
 use crate::launcher::{Arg, At, Launcher, Operand, Product};
 use crate::memory::Buf;
-use crate::ops::{BLOCKS_Y, CudaTrain, THREADS};
+use crate::ops::{BLOCKS_Y, Cuda, THREADS};
 
 /// Rows that one row of partial sums of a norm's gradient stands for: `rms_norm_dw` of the kernels says the same.
 const NORM_ROWS: usize = 64;
@@ -25,7 +25,7 @@ fn product(m: usize, n: usize, k: usize, transposed: (bool, bool), accumulate: b
 }
 
 /// Words of the kernels for an activation.
-fn activation_args<'a, M>(activation: Activation) -> [Arg<'a, M>; 3] {
+pub(crate) fn activation_args<'a, M>(activation: Activation) -> [Arg<'a, M>; 3] {
     let (kind, alpha, limit) = match activation {
         Activation::Silu => (0, 0.0, 0.0),
         Activation::GeluTanh => (1, 0.0, 0.0),
@@ -41,7 +41,7 @@ fn cell_kind(cell: Cell) -> i32 {
     }
 }
 
-impl<L: Launcher> CudaTrain<L> {
+impl<L: Launcher> Cuda<L> {
     /// `capacity` values, unspecified.
     fn buffer(&self, capacity: usize) -> Buf<L> {
         let block = (capacity > 0).then(|| self.block(capacity * size_of::<f32>()));
@@ -90,7 +90,7 @@ impl<L: Launcher> CudaTrain<L> {
         }
     }
 
-    /// One pass over the rows of [`TrainKernels::linear_soft_ce`].
+    /// One pass over the rows of [`TrainKernels::linear_soft_ce`]; the sums stay on the device.
     fn soft_rows(
         &self,
         (hidden, head): (&Buf<L>, &Buf<L>),
@@ -99,11 +99,10 @@ impl<L: Launcher> CudaTrain<L> {
         rows: &[u32],
         grad: RowGrad,
         mut grads: Option<KeyValueMut<'_, Buf<L>>>,
-    ) -> SoftSums {
-        let mut sums = SoftSums::default();
+    ) -> Deferred<SoftSums> {
         let (vocab, teachers) = (shape.out, teacher.mass.len());
         if shape.rows == 0 || vocab == 0 {
-            return sums;
+            return Deferred::here(SoftSums::default());
         }
         assert!(rows.iter().all(|row| (*row as usize) < teachers), "teacher rows are there");
         assert!(
@@ -112,14 +111,13 @@ impl<L: Launcher> CudaTrain<L> {
         );
         let chunk = (self.logits_at_once / vocab).max(1).min(shape.rows);
         let (masses, labels) = (self.table(&teacher.mass), self.table(&teacher.labels));
-        let (table, stats) = (self.table(rows), self.block(chunk * 3 * 4));
+        let (table, stats) = (self.table(rows), self.block(shape.rows * 3 * 4));
         let mut logits = self.buffer(chunk * vocab);
         let (kind, factor) = match grad.alpha {
             Some(0.0) => (0, 0.0),
             Some(factor) => (1, factor),
             None => (2, grad.log_alpha),
         };
-        let mut found = vec![0.0f32; 3 * chunk];
         for first in (0..shape.rows).step_by(chunk) {
             let n = chunk.min(shape.rows - first);
             let s = LinearShape { rows: n, ..shape };
@@ -137,22 +135,25 @@ impl<L: Launcher> CudaTrain<L> {
                 Arg::F32(grad.kl),
                 Arg::I32(kind),
                 Arg::F32(factor),
-                Arg::Buffer(Some(stats.at(0))),
+                Arg::Buffer(Some(stats.at(first * 3 * 4))),
             ];
             self.launch("soft_rows", (n, 1), THREADS, &args);
             if let Some((dhidden, dhead)) = &mut grads {
                 self.logit_grads(&logits, (hidden, first, shape.rows), head, s, dhidden, Some(dhead));
             }
-            self.fetch(stats.at(0), &mut found[..3 * n]);
-            for row in found[..3 * n].chunks_exact(3) {
-                sums.add_row(row[0], row[1], row[2] != 0.0);
-            }
         }
-        sums
+        let (device, rows) = (self.clone(), shape.rows);
+        Deferred::there(move || {
+            let mut found = vec![0.0f32; 3 * rows];
+            device.fetch(stats.at(0), &mut found);
+            let mut sums = SoftSums::default();
+            found.chunks_exact(3).for_each(|row| sums.add_row(row[0], row[1], row[2] != 0.0));
+            sums
+        })
     }
 }
 
-impl<L: Launcher> Memory for CudaTrain<L> {
+impl<L: Launcher> Memory for Cuda<L> {
     type Buf = Buf<L>;
 
     fn zeros(&self, len: usize) -> Buf<L> {
@@ -178,7 +179,7 @@ impl<L: Launcher> Memory for CudaTrain<L> {
     }
 }
 
-impl<L: Launcher> TrainKernels for CudaTrain<L> {
+impl<L: Launcher> TrainKernels for Cuda<L> {
     fn capacity(&self, buf: &Buf<L>) -> usize {
         buf.capacity
     }
@@ -497,7 +498,7 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         out: &mut Buf<L>,
         lse: &mut Buf<L>,
     ) {
-        self.attend(mask, q, context, own, out, lse);
+        self.attend_packs(mask, q, context, own, out, lse);
     }
     fn attention_grad(
         &self,
@@ -511,7 +512,7 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         dcontext: KeyValueMut<'_, Buf<L>>,
         down: Vec<KeyValueMut<'_, Buf<L>>>,
     ) {
-        self.attend_grad(mask, q, context, own, forward, dout, dq, dcontext, down);
+        self.attend_packs_grad(mask, q, context, own, forward, dout, dq, dcontext, down);
     }
 
     fn stream_head(&self, x: &Buf<L>, head: &Buf<L>, s: LinearShape) -> (Vec<u32>, Vec<f32>) {
@@ -521,20 +522,20 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         }
         let chunk = (self.logits_at_once / s.out).max(1).min(s.rows);
         let logits = self.block(chunk * s.out * 4);
-        let (best, lse) = (self.block(chunk * 4), self.block(chunk * 4));
+        let (best, lse) = (self.block(s.rows * 4), self.block(s.rows * 4));
         for first in (0..s.rows).step_by(chunk) {
             let n = chunk.min(s.rows - first);
             self.logits((x, first, s.rows), head, LinearShape { rows: n, ..s }, false, logits.at(0));
             let args = [
                 Arg::Buffer(Some(logits.at(0))),
-                Arg::Buffer(Some(best.at(0))),
-                Arg::Buffer(Some(lse.at(0))),
+                Arg::Buffer(Some(best.at(first * 4))),
+                Arg::Buffer(Some(lse.at(first * 4))),
                 Arg::I64(s.out as i64),
             ];
             self.launch("log_sum_exp", (n, 1), THREADS, &args);
-            self.fetch(best.at(0), &mut ids[first..first + n]);
-            self.fetch(lse.at(0), &mut sums[first..first + n]);
         }
+        self.fetch(best.at(0), &mut ids);
+        self.fetch(lse.at(0), &mut sums);
         (ids, sums)
     }
     fn soft_targets(
@@ -574,11 +575,13 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         loss: SoftLoss,
         scale: SoftScale,
         grads: Option<KeyValueMut<'_, Buf<L>>>,
-    ) -> SoftSums {
+    ) -> Deferred<SoftSums> {
         assert_eq!(rows.len(), shape.rows, "one teacher row per loss row");
         let run = |grad, grads| self.soft_rows((hidden, head), shape, teacher, rows, grad, grads);
-        let (kl_weight, grad) = weigh(loss, scale, || run(RowGrad::default(), None).mean_alpha());
-        SoftSums { kl_weight, ..run(grad, grads) }
+        // A loss whose weights follow the acceptance asks for it first.
+        let (kl_weight, grad) = weigh(loss, scale, || run(RowGrad::default(), None).get().mean_alpha());
+        let sums = run(grad, grads);
+        Deferred::there(move || SoftSums { kl_weight, ..sums.get() })
     }
 
     fn linear_token_loss(
@@ -603,8 +606,7 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         let labels = self.table(targets.labels);
         let (ce, l1) = (self.table(targets.ce), self.table(targets.l1));
         let lse = targets.teacher.as_ref().and_then(|t| t.lse).map(|lse| self.table(lse));
-        let (values, tops) = (self.block(chunk * 4 * 4), self.block(chunk * 2 * 4));
-        let (mut host_values, mut host_tops) = (vec![0.0f32; 4 * chunk], vec![0u32; 2 * chunk]);
+        let (values, tops) = (self.block(rows * 4 * 4), self.block(rows * 2 * 4));
         for first in (0..rows).step_by(chunk) {
             let n = chunk.min(rows - first);
             logits.changed();
@@ -626,27 +628,28 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
                 Arg::Buffer(lse.as_ref().map(|lse| lse.at(0))),
                 Arg::I64(first as i64),
                 Arg::I64(vocab as i64),
-                Arg::Buffer(Some(values.at(0))),
-                Arg::Buffer(Some(tops.at(0))),
+                Arg::Buffer(Some(values.at(first * 4 * 4))),
+                Arg::Buffer(Some(tops.at(first * 2 * 4))),
             ];
             self.launch("token_rows", (n, 1), THREADS, &args);
             for (part, (dx, dw)) in parts.iter().zip(grads.iter_mut().flatten()) {
                 let s = LinearShape { rows: n, out: vocab, inp: part.inp };
                 self.logit_grads(&logits, (part.x, first, rows), part.w, s, dx, dw.as_deref_mut());
             }
-            self.fetch(values.at(0), &mut host_values[..4 * n]);
-            self.fetch(tops.at(0), &mut host_tops[..2 * n]);
-            let pairs = host_values.chunks_exact(4).zip(host_tops.chunks_exact(2));
-            for (row, (value, top)) in found[first..first + n].iter_mut().zip(pairs) {
-                *row = TokenRow {
-                    ce: value[0],
-                    l1: value[1],
-                    top: top[0],
-                    top_prob: value[2],
-                    teacher_top: top[1],
-                    teacher_top_prob: value[3],
-                };
-            }
+        }
+        let (mut host_values, mut host_tops) = (vec![0.0f32; 4 * rows], vec![0u32; 2 * rows]);
+        self.fetch(values.at(0), &mut host_values);
+        self.fetch(tops.at(0), &mut host_tops);
+        let pairs = host_values.chunks_exact(4).zip(host_tops.chunks_exact(2));
+        for (row, (value, top)) in found.iter_mut().zip(pairs) {
+            *row = TokenRow {
+                ce: value[0],
+                l1: value[1],
+                top: top[0],
+                top_prob: value[2],
+                teacher_top: top[1],
+                teacher_top_prob: value[3],
+            };
         }
         found
     }
@@ -690,20 +693,35 @@ impl<L: Launcher> TrainKernels for CudaTrain<L> {
         }
     }
     fn sum_squares(&self, x: &Buf<L>, len: usize) -> f64 {
-        assert!(len <= x.capacity, "{len} values of {}", x.capacity);
-        let blocks = len.div_ceil(SQUARES);
-        let parts = self.block(blocks * 8);
-        let args = [
-            Arg::Buffer(x.place(0)),
-            Arg::Buffer(Some(parts.at(0))),
-            Arg::I64(len as i64),
-            Arg::I64(SQUARES as i64),
-        ];
-        self.launch("sum_squares", (blocks, 1), THREADS, &args);
-        let mut found = vec![0.0f64; blocks];
-        if blocks > 0 {
-            self.fetch(parts.at(0), &mut found);
+        self.sum_squares_of(&[(x, len)])
+    }
+    fn sum_squares_of(&self, all: &[(&Buf<L>, usize)]) -> f64 {
+        let blocks: Vec<usize> = all.iter().map(|(_, len)| len.div_ceil(SQUARES)).collect();
+        let count = blocks.iter().sum::<usize>();
+        if count == 0 {
+            return 0.0;
         }
-        found.iter().sum()
+        let parts = self.block(count * 8);
+        let mut first = 0;
+        for ((x, len), blocks) in all.iter().zip(&blocks) {
+            assert!(*len <= x.capacity, "{len} values of {}", x.capacity);
+            let args = [
+                Arg::Buffer(x.place(0)),
+                Arg::Buffer(Some(parts.at(first * 8))),
+                Arg::I64(*len as i64),
+                Arg::I64(SQUARES as i64),
+            ];
+            self.launch("sum_squares", (*blocks, 1), THREADS, &args);
+            first += blocks;
+        }
+        let mut found = vec![0.0f64; count];
+        self.fetch(parts.at(0), &mut found);
+        let mut found = found.as_slice();
+        let mut sums = blocks.iter().map(|blocks| {
+            let (own, rest) = found.split_at(*blocks);
+            found = rest;
+            own.iter().sum::<f64>()
+        });
+        sums.by_ref().sum()
     }
 }

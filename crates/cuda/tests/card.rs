@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use draftsmith_cuda::{Card, CudaError, CudaOptions, CudaTrain, Operands, Report, Search};
-use draftsmith_kernels::testing;
+use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, Operands, Report, Search};
+use draftsmith_kernels::{Memory, catch_failure, testing};
 
 /// Compiles one of the libraries in `tests/fake`.
 fn compile(folder: &Path, source: &str, library: &str, defines: &[&str]) {
@@ -100,7 +100,7 @@ fn memory_that_runs_out_is_named_with_what_is_free() {
         "32.0 MiB of memory were asked for on the GPU, 16.0 MiB of 16.0 MiB are free"
     );
     let (_folder, search) = libraries(&["VERSION=13000", "DEVICES=1", "MAJOR=9", "MEMORY=(64<<20)"], true);
-    let k = CudaTrain::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
     let error = k.reserve(40 << 20).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -116,7 +116,7 @@ fn products_of_row_major_matrices_go_through_a_library_that_counts_by_columns() 
         let card = Card::open(&search, 1).unwrap();
         assert_eq!((card.info().name.as_str(), card.info().number), ("Second Card", 1));
         assert_eq!(card.cublas_version(), 120_803);
-        let k = CudaTrain::new(card, CudaOptions { operands, ..CudaOptions::default() });
+        let k = Cuda::new(card, CudaOptions { operands, ..CudaOptions::default() });
         testing::train::linear(&k, rounding);
     }
 }
@@ -124,15 +124,33 @@ fn products_of_row_major_matrices_go_through_a_library_that_counts_by_columns() 
 #[test]
 fn what_the_driver_refuses_names_call_and_kernel() {
     let (_folder, search) = libraries(&GOOD, true);
-    let k = CudaTrain::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
-    let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| testing::train::copies(&k)));
-    let text = *failed.unwrap_err().downcast::<String>().unwrap();
-    assert!(
-        text.starts_with(
-            "cuModuleGetFunction failed: `copy_cols`: CUDA_ERROR_OF_A_TEST (an error of a test); see"
-        ),
-        "{text}"
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    let failure = catch_failure(|| testing::train::copies(&k)).unwrap_err();
+    assert_eq!(
+        failure.message,
+        "cuModuleGetFunction failed: `copy_cols`: CUDA_ERROR_OF_A_TEST (an error of a test)"
     );
+    assert!(failure.hint.contains("run.device=cpu"), "{}", failure.hint);
+}
+
+#[test]
+fn a_card_that_is_lost_says_so_where_it_is_noticed() {
+    let lost: Vec<&str> = GOOD.into_iter().chain(["LOSE=719"]).collect();
+    let (_folder, search) = libraries(&lost, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    let failure = catch_failure(|| {
+        let buf = k.zeros(8);
+        testing::host(&k, &buf, 8)
+    })
+    .unwrap_err();
+    let meaning = "CUDA_ERROR_OF_A_TEST (an error of a test)";
+    assert_eq!(failure.message, format!("the GPU stopped during cuStreamSynchronize: {meaning}"));
+    assert!(failure.hint.contains("goes on from what was saved last"), "{}", failure.hint);
+    let refused: Vec<&str> = GOOD.into_iter().chain(["REFUSE=700"]).collect();
+    let (_folder, search) = libraries(&refused, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    let failure = catch_failure(|| k.zeros(8)).err().expect("no launch");
+    assert_eq!(failure.message, format!("the GPU stopped during cuLaunchKernel: `fill`: {meaning}"));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Arg, At, CudaError, CudaOptions, CudaTrain, Launch, Launcher, Operands, source};
+use draftsmith_cuda::{Arg, At, Cuda, CudaError, CudaOptions, Launch, Launcher, Operands, source};
 use draftsmith_kernels::train::{AdamStep, LinearShape, SoftLoss, SoftScale, Teacher};
 use draftsmith_kernels::{Memory, TrainKernels, testing};
 
@@ -16,8 +16,8 @@ fn folder() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-fn device(operands: Operands) -> CudaTrain<Shim> {
-    CudaTrain::new(Shim::new(folder()).unwrap(), CudaOptions { operands, ..CudaOptions::default() })
+fn device(operands: Operands) -> Cuda<Shim> {
+    Cuda::new(Shim::new(folder()).unwrap(), CudaOptions { operands, ..CudaOptions::default() })
 }
 
 #[test]
@@ -63,11 +63,11 @@ fn losses_in_chunks_of_rows_equal_the_formulas() {
     // Less than a row: one row at a time.
     for logits in [1, 100] {
         let options = CudaOptions { operands: Operands::F32, logits };
-        let k = CudaTrain::new(Shim::new(folder()).unwrap(), options);
+        let k = Cuda::new(Shim::new(folder()).unwrap(), options);
         testing::train::token_loss(&k, 0.0);
     }
     let options = CudaOptions { operands: Operands::F32, logits: 4000 };
-    testing::train::loss(&CudaTrain::new(Shim::new(folder()).unwrap(), options), 0.0);
+    testing::train::loss(&Cuda::new(Shim::new(folder()).unwrap(), options), 0.0);
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn mistakes_in_our_own_kernels_are_found() {
         let text = source::text();
         assert!(text.contains(right), "{right}");
         let shim = Shim::of(folder(), &text.replacen(right, wrong, 1), u64::MAX).unwrap();
-        let k = CudaTrain::new(shim, CudaOptions { operands: Operands::F32, ..CudaOptions::default() });
+        let k = Cuda::new(shim, CudaOptions { operands: Operands::F32, ..CudaOptions::default() });
         let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             testing::train::norm(&k, 0.0);
             testing::train::attention(&k, 0.0);
@@ -243,13 +243,19 @@ fn mistakes_in_our_own_kernels_are_found() {
 #[test]
 fn memory_that_runs_out_names_what_was_asked_for_and_what_is_free() {
     let shim = Shim::of(folder(), &source::text(), 1 << 20).unwrap();
-    let k = CudaTrain::new(shim, CudaOptions::default());
+    let k = Cuda::new(shim, CudaOptions::default());
     assert_eq!(k.reserve(1 << 19), Ok(()));
     // What lies in the pool is given back before a request fails.
     assert_eq!(k.reserve(1 << 20), Ok(()));
     let error = k.reserve(3 << 20).unwrap_err();
     assert_eq!(error.to_string(), "3.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free");
     assert!(error.hint().contains("train.pack_length"), "{}", error.hint());
+    // From inside an operation it arrives as the same words, without a panic.
+    let failure = draftsmith_kernels::catch_failure(|| k.zeros(1 << 20)).err().expect("not enough");
+    assert_eq!(failure.message, "4.0 MiB of memory were asked for on the GPU, 1.0 MiB of 1.0 MiB are free");
+    assert_eq!(failure.hint, error.hint());
+    // What fits goes on.
+    assert_eq!(testing::host(&k, &k.zeros(4), 4), [0.0; 4]);
 }
 
 #[test]
@@ -266,7 +272,7 @@ fn the_same_call_gives_the_same_bits() {
         let chosen: Vec<u32> = (0..rows as u32).collect();
         let scale = SoftScale { kl: 1.0, alpha: 1.0 };
         let grads = Some((&mut dx, &mut dw));
-        k.linear_soft_ce(&x, &head, shape, &teacher, &chosen, SoftLoss::LkAlpha, scale, grads);
+        k.linear_soft_ce(&x, &head, shape, &teacher, &chosen, SoftLoss::LkAlpha, scale, grads).get();
         (testing::host(&k, &dx, rows * width), testing::host(&k, &dw, vocab * width))
     };
     assert!(run() == run());

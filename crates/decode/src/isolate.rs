@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Deref};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use draftsmith_kernels::Kernels;
+use draftsmith_kernels::{DeviceFailure, Kernels};
 
 use crate::batch::Batch;
 use crate::engine::Engine;
@@ -24,6 +24,9 @@ pub struct Survived {
 
 /// What a panic said.
 fn message(payload: &(dyn Any + Send)) -> String {
+    if let Some(failure) = payload.downcast_ref::<DeviceFailure>() {
+        return failure.message.clone();
+    }
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("a panic").to_string()
 }

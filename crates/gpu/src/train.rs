@@ -9,7 +9,7 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
     SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets, TttShape,
 };
-use draftsmith_kernels::{Activation, Cell, Kernels, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Deferred, Kernels, RopeTable, TrainKernels};
 
 use crate::attention::{Heads, join};
 use crate::infer::GELU;
@@ -601,7 +601,7 @@ impl TrainKernels for Gpu {
         loss: SoftLoss,
         scale: SoftScale,
         grads: Option<KeyValueMut<'_, Buf>>,
-    ) -> SoftSums {
+    ) -> Deferred<SoftSums> {
         assert_eq!(rows.len(), s.rows, "one teacher row per loss row");
         let operands =
             (s.rows > 0).then(|| (self.stored(hidden, s.rows, s.inp), self.stored(head, s.out, s.inp)));
@@ -610,7 +610,7 @@ impl TrainKernels for Gpu {
             None => SoftSums::default(),
         };
         let (kl_weight, grad) = weigh(loss, scale, || run(RowGrad::default(), None).mean_alpha());
-        SoftSums { kl_weight, ..run(grad, grads) }
+        Deferred::here(SoftSums { kl_weight, ..run(grad, grads) })
     }
 
     fn linear_token_loss(

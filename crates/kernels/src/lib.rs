@@ -12,7 +12,9 @@
 
 pub mod cell;
 mod cpu;
+mod deferred;
 pub mod experts;
+mod failure;
 mod pool;
 pub mod quant;
 pub mod reference;
@@ -25,6 +27,8 @@ mod weight;
 
 pub use cell::Cell;
 pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
+pub use deferred::Deferred;
+pub use failure::{DeviceFailure, catch_failure};
 pub use pool::Pool;
 pub use rope::{RopeScaling, RopeTable};
 pub use top_k::TopK;
@@ -143,6 +147,10 @@ pub trait Kernels: Memory {
     type Packed: Send + Sync;
     /// Keys and values of one layer of one sequence.
     type Kv: Send;
+    /// Rows of prompts that one step takes: what keeps the device busy, and bounds its memory. Changes no bit.
+    const STEP_ROWS: usize = 256;
+    /// Whether [`Kernels::choose`] is there.
+    const DRAWS: bool = false;
 
     /// Repacks a weight once at load.
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Self::Packed, KernelError>;
@@ -201,6 +209,11 @@ pub trait Kernels: Memory {
         self.download(&y[0], 0, &mut values);
         y[0].give_back();
         values.chunks_exact(outputs).map(|row| TopK::of(row, k)).collect()
+    }
+    /// Per row of `x` a token from the outputs of `x[R, I] · Wᵀ`: the largest, or a draw. The outputs do not leave the device.
+    /// A backend that has it says so ([`Kernels::DRAWS`]); others leave draws to who asks.
+    fn choose(&self, _x: &Self::Buf, _w: &Self::Packed, _draws: &[Option<DrawRow>]) -> Vec<u32> {
+        unreachable!("asked only where `DRAWS` says so")
     }
     /// Rows of an embedding table: `y[R, O] = table[ids] * scale`.
     fn embed(&self, table: &Self::Packed, ids: &[u32], scale: f32, y: &mut Self::Buf);
@@ -271,6 +284,24 @@ pub trait Kernels: Memory {
         segments: &mut [Segment<'_, Self::Kv>],
         y: &mut Self::Buf,
     );
+}
+
+/// How a row's token is drawn: the arg-max of `output * factor` plus noise of `key` and the token, among the tokens that
+/// survive in this order a least share, top-k and top-p.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DrawRow {
+    /// Factor of the outputs, above 0: one over the temperature.
+    pub factor: f32,
+    /// The temperature.
+    pub temperature: f32,
+    /// Share of the largest output's probability that a token needs; 0 keeps all.
+    pub least_share: f32,
+    /// Tokens kept, the largest first; 0 keeps all.
+    pub top_k: u32,
+    /// Mass that the kept ones reach, the largest first; 1 keeps all.
+    pub top_p: f32,
+    /// What the noise is drawn from: seed and position, mixed.
+    pub key: u64,
 }
 
 /// One sequence's rows in a step of several sequences.

@@ -259,7 +259,7 @@ impl PackMode {
 }
 
 /// How keys and values are stored. Sums over them run in f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvDtype {
     /// As computed: the specification.
     F32,

@@ -14,7 +14,7 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, DocSpan, LinearShape, LogitPart, PartGrad, Rotation, Sight, SoftLoss,
     SoftScale, SoftSums, SpanShape, Teacher, TokenRow, TokenTargets, TokenTeacher, TttShape,
 };
-use draftsmith_kernels::{Activation, Cell, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Deferred, RopeTable, TrainKernels};
 
 use crate::ops::{Attend, Ops};
 
@@ -314,11 +314,9 @@ impl<K: TrainKernels> Tape<K> {
 
     /// Global L2 norm of all gradients.
     pub fn grad_norm(&self) -> f64 {
-        let squares = self
-            .params
-            .iter()
-            .filter_map(|p| p.grad.as_ref().map(|g| self.kernels.sum_squares(g, p.numel())));
-        squares.sum::<f64>().sqrt()
+        let all: Vec<_> =
+            self.params.iter().filter_map(|p| p.grad.as_ref().map(|g| (g, p.numel()))).collect();
+        self.kernels.sum_squares_of(&all).sqrt()
     }
 
     /// One AdamW step of a trained parameter with its accumulated gradient.
@@ -519,7 +517,7 @@ impl<K: TrainKernels> Tape<K> {
         loss: SoftLoss,
         scale: SoftScale,
         grads: bool,
-    ) -> SoftSums {
+    ) -> Deferred<SoftSums> {
         let (n, width) = self.shape(hidden);
         let p = &mut self.params[head.0];
         let shape = LinearShape { rows: n, out: p.shape[0], inp: width };

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use draftsmith_core::VocabMap;
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Card, CudaOptions, CudaTrain, Launcher, Operands, Report, Search};
+use draftsmith_cuda::{Card, Cuda, CudaOptions, Launcher, Operands, Report, Search};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::{Cpu, Memory, TrainKernels, testing};
 use draftsmith_model::eagle3::Eagle3Config;
@@ -27,9 +27,9 @@ use serde_json::{Value, json};
 /// A device that can be opened again.
 trait Opener {
     type Device: Launcher;
-    fn open(&self, operands: Operands) -> CudaTrain<Self::Device>;
+    fn open(&self, operands: Operands) -> Cuda<Self::Device>;
     /// Bytes free on the device, where that means something.
-    fn free(&self, device: &CudaTrain<Self::Device>) -> Option<u64>;
+    fn free(&self, device: &Cuda<Self::Device>) -> Option<u64>;
 }
 
 struct OnCard {
@@ -39,9 +39,9 @@ struct OnCard {
 
 impl Opener for OnCard {
     type Device = Card;
-    fn open(&self, operands: Operands) -> CudaTrain<Card> {
+    fn open(&self, operands: Operands) -> Cuda<Card> {
         match Card::open(&self.search, self.number) {
-            Ok(card) => CudaTrain::new(card, CudaOptions { operands, ..CudaOptions::default() }),
+            Ok(card) => Cuda::new(card, CudaOptions { operands, ..CudaOptions::default() }),
             Err(error) => {
                 println!(
                     "{}",
@@ -51,7 +51,7 @@ impl Opener for OnCard {
             }
         }
     }
-    fn free(&self, device: &CudaTrain<Card>) -> Option<u64> {
+    fn free(&self, device: &Cuda<Card>) -> Option<u64> {
         device.launcher().memory().ok().map(|(free, _)| free)
     }
 }
@@ -60,11 +60,11 @@ struct OnHost(PathBuf);
 
 impl Opener for OnHost {
     type Device = Shim;
-    fn open(&self, operands: Operands) -> CudaTrain<Shim> {
+    fn open(&self, operands: Operands) -> Cuda<Shim> {
         let shim = Shim::new(&self.0).unwrap_or_else(|error| panic!("{error}"));
-        CudaTrain::new(shim, CudaOptions { operands, ..CudaOptions::default() })
+        Cuda::new(shim, CudaOptions { operands, ..CudaOptions::default() })
     }
-    fn free(&self, _: &CudaTrain<Shim>) -> Option<u64> {
+    fn free(&self, _: &Cuda<Shim>) -> Option<u64> {
         None
     }
 }
@@ -201,7 +201,7 @@ fn tests<O: Opener>(opener: &O) -> bool {
     for (name, operands, rounding) in [("f32", Operands::F32, 0.0), ("bf16", Operands::Bf16, BF16)] {
         let k = &opener.open(operands);
         type Check<'a, K> = (&'a str, fn(&K, f64));
-        let all: [Check<'_, CudaTrain<O::Device>>; 11] = [
+        let all: [Check<'_, Cuda<O::Device>>; 11] = [
             ("linear", testing::train::linear),
             ("norm", testing::train::norm),
             ("rotation", testing::train::rotation),

@@ -1,8 +1,15 @@
 // A driver without a card, for tests of what calls one: memory is the host's, launches know two kernels. VERSION,
-// DEVICES, MAJOR and MEMORY are set when it is compiled.
+// DEVICES, MAJOR and MEMORY are set when it is compiled, and LOSE and REFUSE, the errors of a wait and of a launch.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifndef LOSE
+#define LOSE 0
+#endif
+#ifndef REFUSE
+#define REFUSE 0
+#endif
 
 typedef void *handle;
 typedef uint64_t pointer;
@@ -50,7 +57,7 @@ int cuMemcpyDtoHAsync_v2(void *to, pointer from, size_t bytes, handle stream) {
     return memcpy(to, (void *)(uintptr_t)from, bytes), stream ? 0 : 400;
 }
 int cuStreamCreate(handle *stream, unsigned flags) { return *stream = (handle)7, flags == 1 && current ? 0 : 1; }
-int cuStreamSynchronize(handle stream) { return stream == (handle)7 ? 0 : 400; }
+int cuStreamSynchronize(handle stream) { return stream == (handle)7 ? LOSE : 400; }
 int cuStreamDestroy_v2(handle stream) { return stream == (handle)7 ? 0 : 400; }
 int cuModuleLoadDataEx(handle *module, const void *image, unsigned count, int *options, void **values) {
     if (count == 2 && options[0] == 5 && options[1] == 6 && (uintptr_t)values[1] > 16) strcpy(values[0], "a log");
@@ -66,6 +73,7 @@ int cuModuleGetFunction(handle *function, handle module, const char *name) {
 int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, handle stream, void **params, void **extra) {
     if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || stream != (handle)7 || extra) return 1;
+    if (REFUSE) return REFUSE;
     int64_t count = *(int64_t *)params[2];
     float *x = *(float **)params[0];
     for (int64_t i = 0; i < count; i++) {

@@ -23,7 +23,7 @@ pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
 pub use spans::{Sight, Span, SpanShape};
 pub use token_loss::{LogitPart, NO_LABEL, PartGrad, TokenRow, TokenTargets, TokenTeacher};
 
-use crate::{Activation, Cell, Memory, RopeTable, cell};
+use crate::{Activation, Cell, Deferred, Memory, RopeTable, cell};
 use attention::{TttGrads, TttInputs};
 use rowwise::NormGrad;
 use soft_ce::SoftTargets;
@@ -191,7 +191,8 @@ pub trait TrainKernels: Memory {
         lse: &[f32],
         p: &mut Self::Buf,
     ) -> Vec<f32>;
-    /// Head, loss and gradients in one call; see [`soft_ce::linear_soft_ce`]. `rows` are teacher rows.
+    /// Head, loss and gradients in one call; see [`soft_ce::linear_soft_ce`]. `rows` are teacher rows. The sums may stay on
+    /// the device until they are asked for.
     #[allow(clippy::too_many_arguments, reason = "the operands of one fused operation")]
     fn linear_soft_ce(
         &self,
@@ -203,7 +204,7 @@ pub trait TrainKernels: Memory {
         loss: SoftLoss,
         scale: SoftScale,
         grads: Option<KeyValueMut<'_, Self::Buf>>,
-    ) -> SoftSums;
+    ) -> Deferred<SoftSums>;
 
     /// Losses against tokens over `(rows, vocab)`, weighed row by row; see [`token_loss`].
     fn linear_token_loss(
@@ -225,6 +226,10 @@ pub trait TrainKernels: Memory {
     );
     /// `Σ x²` over the first `len` values.
     fn sum_squares(&self, x: &Self::Buf, len: usize) -> f64;
+    /// The sum of [`TrainKernels::sum_squares`] over several buffers, in their order; a device is waited for once.
+    fn sum_squares_of(&self, all: &[(&Self::Buf, usize)]) -> f64 {
+        all.iter().map(|(x, len)| self.sum_squares(x, *len)).sum()
+    }
 }
 
 /// Which way to rotate, and whether to add.
@@ -433,10 +438,12 @@ impl TrainKernels for crate::Cpu {
         loss: SoftLoss,
         scale: SoftScale,
         grads: Option<KeyValueMut<'_, Vec<f32>>>,
-    ) -> SoftSums {
+    ) -> Deferred<SoftSums> {
         let targets = SoftTargets { p: &teacher.p, mass: &teacher.mass, labels: &teacher.labels, rows };
         let grads = grads.map(|(h, w)| (&mut h[..], &mut w[..]));
-        soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads)
+        let sums =
+            soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads);
+        Deferred::here(sums)
     }
 
     fn linear_token_loss(

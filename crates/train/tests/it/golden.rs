@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use draftsmith_core::VocabMap;
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{CudaOptions, CudaTrain, Operands};
+use draftsmith_cuda::{Cuda, CudaOptions, Operands};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
@@ -21,12 +21,9 @@ use serde_json::Value;
 use crate::infer;
 
 /// The kernels for NVIDIA GPUs, on the host.
-pub(crate) fn cuda_shim() -> CudaTrain<Shim> {
+pub(crate) fn cuda_shim() -> Cuda<Shim> {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
-    CudaTrain::new(
-        Shim::new(folder).unwrap(),
-        CudaOptions { operands: Operands::F32, ..CudaOptions::default() },
-    )
+    Cuda::new(Shim::new(folder).unwrap(), CudaOptions { operands: Operands::F32, ..CudaOptions::default() })
 }
 
 /// One recorded case.

@@ -406,6 +406,8 @@ impl<K: TrainKernels> Eagle3Train<K> {
             trace.p = vec![0.0; teacher.rows.mass.len() * config.draft_vocab_size];
             tape.kernels().download(&teacher.rows.p, 0, &mut trace.p);
         }
+        // The sums of each step: a device is asked for them when everything has been started.
+        let mut pending = Vec::with_capacity(steps);
         for k in 0..steps {
             let here = if k == 0 { &all } else { &later };
             let tokens: Vec<u32> =
@@ -457,12 +459,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
             let loss = self.options.loss;
             let grads = mode == Mode::Train;
             let sums = tape.soft_ce(head_input, w.lm_head, &teacher.rows, &teacher_rows, loss, scale, grads);
-            depth.loss = step_loss(loss, &sums, kl_base, alpha_base);
-            depth.correct = sums.correct;
-            depth.alpha = sums.alpha;
-            depth.trained = sums.rows;
-            stats.loss += decay * depth.loss;
-            stats.coefficients += decay * depth.trained as f64;
+            pending.push((sums, decay, alpha_base));
             stats.depths.push(depth);
             // From the first step on, only slots that can still reach a loss.
             hidden = if k == 0 && steps > 1 { tape.gather_rows(fed, &later) } else { fed };
@@ -472,6 +469,15 @@ impl<K: TrainKernels> Eagle3Train<K> {
             Mode::Evaluate => tape.reset(),
         }
         tape.recycle(teacher.rows);
+        for (depth, (sums, decay, alpha_base)) in stats.depths.iter_mut().zip(pending) {
+            let sums = sums.get();
+            depth.loss = step_loss(self.options.loss, &sums, kl_base, alpha_base);
+            depth.correct = sums.correct;
+            depth.alpha = sums.alpha;
+            depth.trained = sums.rows;
+            stats.loss += decay * depth.loss;
+            stats.coefficients += decay * depth.trained as f64;
+        }
         Ok(stats)
     }
 

@@ -256,6 +256,8 @@ impl<K: TrainKernels> PEagleTrain<K> {
             trace.elements.clone_from(&elements);
         }
         let factor = some.map_or(1.0, |(_, factor)| factor);
+        // A device is asked for the sums when everything has been started.
+        let mut pending = Vec::new();
         let deepest = elements.iter().map(|e| e.depth).max().unwrap_or(0);
         for depth in 0..=deepest {
             let row_of = |(i, e): (usize, &Element)| {
@@ -265,7 +267,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
             };
             let (rows, teacher_rows): (Vec<u32>, Vec<u32>) =
                 elements.iter().enumerate().filter_map(row_of).unzip();
-            let mut found = DepthStats { slots: rows.len() as u64, ..DepthStats::default() };
+            let found = DepthStats { slots: rows.len() as u64, ..DepthStats::default() };
             if !rows.is_empty() {
                 let chosen = tape.gather_rows(output, &rows);
                 let normed = net.head_input(tape, w, &chosen);
@@ -273,12 +275,8 @@ impl<K: TrainKernels> PEagleTrain<K> {
                 let grads = mode == Mode::Train;
                 let sums =
                     tape.soft_ce(normed, w.lm_head, &teacher.rows, &teacher_rows, SoftLoss::Kl, scale, grads);
-                (found.loss, found.correct, found.alpha, found.trained) =
-                    (sums.kl, sums.correct, sums.alpha, sums.rows);
+                pending.push((stats.depths.len(), sums));
             }
-            stats.loss += factor * found.loss;
-            stats.weight += found.trained as f64;
-            stats.coefficients += factor * found.trained as f64;
             stats.depths.push(found);
         }
         match mode {
@@ -286,6 +284,16 @@ impl<K: TrainKernels> PEagleTrain<K> {
             Mode::Evaluate => tape.reset(),
         }
         tape.recycle(teacher.rows);
+        for (depth, sums) in pending {
+            let (found, sums) = (&mut stats.depths[depth], sums.get());
+            (found.loss, found.correct, found.alpha, found.trained) =
+                (sums.kl, sums.correct, sums.alpha, sums.rows);
+        }
+        for depth in &stats.depths {
+            stats.loss += factor * depth.loss;
+            stats.weight += depth.trained as f64;
+            stats.coefficients += factor * depth.trained as f64;
+        }
         Ok(stats)
     }
 }
