@@ -43,6 +43,9 @@ struct Angles<L: Launcher> {
     block: Arc<Block<L>>,
 }
 
+/// Pages of keys and values by their shape.
+pub(crate) type SlabsByShape<L> = HashMap<KvShape, Arc<Mutex<Slabs<L>>>>;
+
 /// The operations of training and decoding on one device.
 pub struct Cuda<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
@@ -50,7 +53,7 @@ pub struct Cuda<L: Launcher> {
     pub(crate) logits_at_once: usize,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
     /// Pages of keys and values by their shape.
-    pub(crate) slabs: Arc<Mutex<HashMap<KvShape, Arc<Mutex<Slabs<L>>>>>>,
+    pub(crate) slabs: Arc<Mutex<SlabsByShape<L>>>,
     /// Tables of the last steps.
     pub(crate) tables: Arc<Mutex<Vec<KeptTable<L>>>>,
 }

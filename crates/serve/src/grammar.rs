@@ -50,6 +50,8 @@ const MAX_PIECE_BYTES: usize = 1000;
 /// White space between the parts of the JSON: one space, or one line break with indentation. Any amount would also be
 /// JSON, and some models never stop writing it.
 const WHITESPACE: &str = r" |\r?\n[ \t]{0,64}";
+/// The same in the arguments of a call, which are short.
+const CALL_WHITESPACE: &str = r" |\r?\n[ \t]{0,12}";
 
 /// Why a schema is not taken. `path` names the place in the schema, for example `properties.age`; empty at its top.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -411,12 +413,19 @@ fn aside<T: Send>(work: impl FnOnce() -> Result<T, GrammarError> + Send) -> Resu
 
 /// A schema with what we ask of the grammar engine.
 pub(crate) fn with_options(schema: &Value) -> Value {
+    with_white_space(schema, WHITESPACE)
+}
+
+/// The same for the arguments of a call.
+pub(crate) fn with_call_options(schema: &Value) -> Value {
+    with_white_space(schema, CALL_WHITESPACE)
+}
+
+fn with_white_space(schema: &Value, pattern: &str) -> Value {
     let mut schema = schema.clone();
     if schema.is_object() {
-        let options = JsonCompileOptions {
-            whitespace_pattern: Some(WHITESPACE.into()),
-            ..JsonCompileOptions::default()
-        };
+        let options =
+            JsonCompileOptions { whitespace_pattern: Some(pattern.into()), ..JsonCompileOptions::default() };
         options.apply_to(&mut schema);
     }
     schema
@@ -571,7 +580,7 @@ enum Stage {
         tail: Vec<u8>,
         at_start: bool,
     },
-    Held(JsonState),
+    Held(Box<JsonState>),
     /// Nothing may follow.
     Over,
 }
@@ -644,7 +653,7 @@ impl GrammarState for LazyState {
             }
         };
         if let Some(state) = begun.and_then(|bytes| self.begin_held(id, &bytes)) {
-            self.stage = Stage::Held(state);
+            self.stage = Stage::Held(Box::new(state));
         }
     }
 
@@ -656,7 +665,7 @@ impl GrammarState for LazyState {
             cut: Arc::default(),
             stage: match &self.stage {
                 Stage::Free { tail, at_start } => Stage::Free { tail: tail.clone(), at_start: *at_start },
-                Stage::Held(state) => Stage::Held(state.forked()),
+                Stage::Held(state) => Stage::Held(Box::new(state.forked())),
                 Stage::Over => Stage::Over,
             },
         })

@@ -7,20 +7,18 @@ use draftsmith::bench::kernels::{KernelOptions, kernels_text, run_kernels};
 use draftsmith::bench::{
     Contract, MeasureOptions, Progress, Record, RunOptions, Workload, report_html, run_workload, table,
 };
-use draftsmith::bundle::Manifest;
 use draftsmith::cli;
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, bundle_place, engine};
+use draftsmith::engine::engine;
 use draftsmith::formats::atomic;
-use draftsmith::kernels::PackMode;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
 use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 
 use super::generate::{DEFAULT_DEPTH, plan, rule, sampling};
-use super::{DraftSource, Session};
+use super::{DraftSource, Session, target_and_draft};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -127,43 +125,6 @@ pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
         session.printer.detail(&format!("accept length {:.2}", committed as f64 / steps as f64));
     }
     session.stop.flow()
-}
-
-/// Loads a draft and its target: the one named, or the sources that a bundle remembers.
-pub(crate) fn target_and_draft(
-    source: DraftSource<'_>,
-    target: Option<&String>,
-    thread_count: Option<u32>,
-    session: &Session,
-) -> Result<(LoadedTarget, LoadedDraft), Failure> {
-    let sources = target_sources(Some(source), target)?;
-    let target = session.load_target(&sources, None, false, thread_count)?;
-    let draft = session.load_source(source, &target, PackMode::Q8)?;
-    Ok((target, draft))
-}
-
-/// References of the target: the one that is named, or those that a bundle remembers.
-pub(crate) fn target_sources(
-    source: Option<DraftSource<'_>>,
-    target: Option<&String>,
-) -> Result<Vec<String>, Failure> {
-    let name_it = || Some("name the target with `--target REF`".to_string());
-    Ok(match (target, source) {
-        (Some(reference), _) => vec![reference.clone()],
-        (None, None) => return Err(Failure::input("no target is named", name_it())),
-        (None, Some(DraftSource::Bundle(bundle))) => {
-            let sources = Manifest::read(bundle_place(bundle)).map_err(Error::from)?.target.references;
-            if sources.is_empty() {
-                let message = format!("bundle `{}` names no source of its target", bundle.display());
-                return Err(Failure::input(message, name_it()));
-            }
-            sources
-        }
-        (None, Some(DraftSource::Model(reference))) => {
-            let message = format!("draft model `{reference}` does not say which target it drafts for");
-            return Err(Failure::input(message, name_it()));
-        }
-    })
 }
 
 pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {

@@ -17,8 +17,8 @@ use draftsmith::kernels::{Cpu, PackMode};
 use draftsmith::measure::{EngineRunner, busy_times_with, drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
-use super::bench::{read_workloads, target_and_draft, write_json};
-use super::{DraftSource, Session};
+use super::bench::{read_workloads, write_json};
+use super::{DraftSource, Session, target_and_draft};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 

@@ -14,8 +14,7 @@ use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
 
-use super::bench::target_sources;
-use super::{DraftSource, Session};
+use super::{DraftSource, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 

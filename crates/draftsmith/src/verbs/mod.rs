@@ -26,15 +26,18 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use draftsmith::Error;
+use draftsmith::bundle::Manifest;
 use draftsmith::cli::{Cli, Verb};
 use draftsmith::engine::{
-    LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, load_small, weights_warning,
+    LoadedDraft, LoadedTarget, TargetOptions, bundle_place, default_threads, load_draft, load_small,
+    weights_warning,
 };
 use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Stop};
 
+use crate::failure::Failure;
 use crate::printer::Printer;
 use crate::signals;
 
@@ -127,6 +130,43 @@ impl DraftSource<'_> {
     pub(crate) fn needed<'a>(bundle: Option<&'a PathBuf>, model: Option<&'a String>) -> DraftSource<'a> {
         DraftSource::of(bundle, model).unwrap_or(DraftSource::Bundle(Path::new("")))
     }
+}
+
+/// Loads a draft and its target: the one named, or the sources that a bundle remembers.
+pub(crate) fn target_and_draft(
+    source: DraftSource<'_>,
+    target: Option<&String>,
+    thread_count: Option<u32>,
+    session: &Session,
+) -> Result<(LoadedTarget, LoadedDraft), Failure> {
+    let sources = target_sources(Some(source), target)?;
+    let target = session.load_target(&sources, None, false, thread_count)?;
+    let draft = session.load_source(source, &target, PackMode::Q8)?;
+    Ok((target, draft))
+}
+
+/// References of the target: the one that is named, or those that a bundle remembers.
+pub(crate) fn target_sources(
+    source: Option<DraftSource<'_>>,
+    target: Option<&String>,
+) -> Result<Vec<String>, Failure> {
+    let name_it = || Some("name the target with `--target REF`".to_string());
+    Ok(match (target, source) {
+        (Some(reference), _) => vec![reference.clone()],
+        (None, None) => return Err(Failure::input("no target is named", name_it())),
+        (None, Some(DraftSource::Bundle(bundle))) => {
+            let sources = Manifest::read(bundle_place(bundle)).map_err(Error::from)?.target.references;
+            if sources.is_empty() {
+                let message = format!("bundle `{}` names no source of its target", bundle.display());
+                return Err(Failure::input(message, name_it()));
+            }
+            sources
+        }
+        (None, Some(DraftSource::Model(reference))) => {
+            let message = format!("draft model `{reference}` does not say which target it drafts for");
+            return Err(Failure::input(message, name_it()));
+        }
+    })
 }
 
 /// Where installers put what ships with a program, beside the folder of programs.

@@ -25,9 +25,8 @@ use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
 use serde_json::{Value, json};
 
-use super::bench::target_and_draft;
 use super::generate::plan;
-use super::{DraftSource, Session, variable};
+use super::{DraftSource, Session, target_and_draft, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
 

@@ -12,8 +12,7 @@ use draftsmith::server::server_key;
 use draftsmith::text::Message;
 use serde_json::{Value, json};
 
-use super::bench::target_and_draft;
-use super::{DraftSource, Session, variable};
+use super::{DraftSource, Session, target_and_draft, variable};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 

@@ -125,9 +125,12 @@ impl ServerTable {
 /// Longest chain or deepest tree that makes sense to draft.
 const MAX_DEPTH: u64 = 64;
 
+/// One rule of a run file.
+pub(super) type Rule = fn(&RunFile) -> Result<(), Broken>;
+
 impl RunFile {
     /// The rules, table by table; each gives the first that is broken.
-    pub(super) const RULES: [fn(&RunFile) -> Result<(), Broken>; 5] = [
+    pub(super) const RULES: [Rule; 5] = [
         RunFile::check_run_and_target,
         RunFile::check_data,
         RunFile::check_capture_and_draft,

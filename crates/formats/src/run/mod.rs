@@ -932,7 +932,7 @@ impl RunFile {
         let own = self.draft.method.name();
         for table in ["draft", "train"] {
             if let Some(table) = kept.get_mut(table).and_then(toml::Value::as_table_mut) {
-                table.retain(|key, _| key == own || !kind::TABLES.iter().any(|table| *table == key));
+                table.retain(|key, _| key == own || !kind::TABLES.contains(&key));
             }
         }
         if stage >= Stage::Capture

@@ -180,7 +180,7 @@ impl Sums {
     /// Adds the end of the request's sequence `index`.
     pub(super) fn add(&mut self, asked: &Asked, index: usize, end: &End) {
         self.cached.resize(asked.prompts.len(), 0);
-        if index % asked.n == 0 {
+        if index.is_multiple_of(asked.n) {
             self.cached[index / asked.n] = end.cached;
         }
         self.tokens += end.tokens;

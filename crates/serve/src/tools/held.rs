@@ -5,7 +5,7 @@ use draftsmith_text::Tokenizer;
 use serde_json::{Map, Value, json};
 
 use super::{Family, Ids, Need, Pairs, Style, Tool, Tools};
-use crate::grammar::{GrammarError, Trigger, moved_to, with_options};
+use crate::grammar::{GrammarError, Trigger, moved_to, with_call_options, with_options};
 
 /// What an answer is held to.
 #[derive(Clone, Debug, PartialEq)]
@@ -132,7 +132,7 @@ impl Writer<'_> {
                     (false, true) => (format!("{begin} {space}"), String::new()),
                     (false, false) => (format!("{begin} {space}"), format!("{space} {end}")),
                 };
-                Ok(format!("block: {before} %json {} {after}", with_options(&calls)))
+                Ok(format!("block: {before} %json {} {after}", with_call_options(&calls)))
             }
             Style::Named { open, separator, close } => {
                 let (open, separator, close) =
@@ -144,7 +144,7 @@ impl Writer<'_> {
                         }
                         Ids::Any | Ids::Nine => Value::String(tool.name.clone()).to_string(),
                     };
-                    format!("{open} {name} {separator} %json {} {close}", with_options(schema))
+                    format!("{open} {name} {separator} %json {} {close}", with_call_options(schema))
                 });
                 let call = format!("call: {}", alternatives.collect::<Vec<_>>().join("\n    | "));
                 let calls = if one || end.is_empty() { "call" } else { "call (\"\\n\"? call)*" };
@@ -233,7 +233,7 @@ impl Writer<'_> {
                             "$ref": format!("#/$defs/tool/properties/{}", key.replace('~', "~0").replace('/', "~1")),
                             "$defs": {"tool": moved_to(schema, "#/$defs/tool")},
                         });
-                        format!("%json {} {}", with_options(&whole), self.literal(&close))
+                        format!("%json {} {}", with_call_options(&whole), self.literal(&close))
                     }
                 };
                 rules.push(format!("{rule}: {before} {gap} {break_} {value} {line}"));
