@@ -57,7 +57,7 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
         }
     }
     let status = Command::new(env!("CARGO"))
-        .args(["test", "--release", "--package", "draftsmith-run", "--test", "toy_kind"])
+        .args(["test", "--release", "--workspace", "--test", "toy_kind"])
         .current_dir(&copy)
         .env("CARGO_TARGET_DIR", tree.root.join("target"))
         .status()

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use draftsmith_bundle::{Imported, MANIFEST_FILE, Manifest, Problem, layer_problem, number_problems};
 use draftsmith_core::VocabMap;
 use draftsmith_core::report::{Report, Stop, Unit};
-use draftsmith_model::DraftConfig;
+use draftsmith_model::{DraftConfig, Published};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -456,9 +456,9 @@ fn other_layers(problem: &Problem) -> Option<Vec<u32>> {
 }
 
 fn depth(config: &DraftConfig) -> usize {
-    match config {
-        DraftConfig::Eagle3(_) => CHAIN,
-        DraftConfig::Block(_) | DraftConfig::PEagle(_) => BLOCK,
+    match config.published() {
+        Published::Eagle3(_) | Published::Nowhere => CHAIN,
+        Published::Block(_) | Published::PEagle(_) => BLOCK,
     }
 }
 
@@ -560,10 +560,14 @@ fn fit_vocabulary(
             shape[0] = vocab;
         }
     }
-    let (vocab_size, draft_vocab_size) = match config {
-        DraftConfig::Eagle3(config) => (&mut config.vocab_size, &mut config.draft_vocab_size),
-        DraftConfig::Block(config) => (&mut config.vocab_size, &mut config.draft_vocab_size),
-        DraftConfig::PEagle(config) => (&mut config.vocab_size, &mut config.draft_vocab_size),
+    let (vocab_size, draft_vocab_size) = if let DraftConfig::Eagle3(config) = config {
+        (&mut config.vocab_size, &mut config.draft_vocab_size)
+    } else if let DraftConfig::Block(config) = config {
+        (&mut config.vocab_size, &mut config.draft_vocab_size)
+    } else if let DraftConfig::PEagle(config) = config {
+        (&mut config.vocab_size, &mut config.draft_vocab_size)
+    } else {
+        return None;
     };
     (*vocab_size, *draft_vocab_size) = (vocab, kept.len());
     config.check().ok()?;

@@ -1,7 +1,7 @@
 //! What the settings of a draft are called in its own folder.
 
 use draftsmith_bundle::Layout;
-use draftsmith_model::DraftConfig;
+use draftsmith_model::{DraftConfig, Published};
 use serde_json::{Map, Value};
 
 /// Objects that settings stand in beside the outermost one, the most particular first.
@@ -36,9 +36,9 @@ const LAYERS: [&str; 4] = [
 impl Words {
     /// Of a folder with this configuration, or of a GGUF file.
     pub(crate) fn new(layout: Layout, config: &DraftConfig, raw: Map<String, Value>) -> Words {
-        let prefix = match config {
-            DraftConfig::Eagle3(_) => "eagle3",
-            DraftConfig::Block(_) | DraftConfig::PEagle(_) => "dflash",
+        let prefix = match config.published() {
+            Published::Eagle3(_) | Published::Nowhere => "eagle3",
+            Published::Block(_) | Published::PEagle(_) => "dflash",
         };
         Words { layout, prefix, raw }
     }

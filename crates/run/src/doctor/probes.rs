@@ -8,7 +8,7 @@ use draftsmith_core::VocabMap;
 use draftsmith_kernels::RopeScaling;
 use draftsmith_model::block::SparkConfig;
 use draftsmith_model::eagle3::Feedback;
-use draftsmith_model::{DraftConfig, TargetConfig};
+use draftsmith_model::{DraftConfig, Published, TargetConfig};
 
 use super::keys::Words;
 use super::setting::{Copies, Feed, Setting, Source, WeightChange};
@@ -242,8 +242,8 @@ impl List<'_> {
     fn switches(&mut self) {
         let words = self.facts.words;
         let flag = |name: &str, to: bool| (words.key(&[name], name), to.to_string());
-        match &self.setting.config {
-            DraftConfig::Eagle3(config) => {
+        match self.setting.config.clone().published() {
+            Published::Eagle3(config) => {
                 let to = !config.norm_before_residual;
                 let what = match to {
                     true => "the residual is meant to be the normalised hidden state",
@@ -265,7 +265,7 @@ impl List<'_> {
                     }
                 });
             }
-            DraftConfig::PEagle(config) => {
+            Published::PEagle(config) => {
                 let to = !config.norm_before_residual;
                 let what = "the first layer's residual is meant the other way around its norm";
                 self.add("norm_before_residual", what, flag("norm_before_residual", to), |s| {
@@ -274,7 +274,7 @@ impl List<'_> {
                     }
                 });
             }
-            DraftConfig::Block(_) => {}
+            Published::Block(_) | Published::Nowhere => {}
         }
     }
 
@@ -286,18 +286,17 @@ impl List<'_> {
         for (name, theta) in [("the target's", target.rope_theta), ("1e4", 1e4), ("1e6", 1e6)] {
             let key = words.key(&["rope_theta"], "rope.freq_base");
             let what = format!("the base of RoPE is another one: {name}");
-            self.add("rope_theta", what, (key, theta.to_string()), |s| match &mut s.config {
-                DraftConfig::Eagle3(config) => config.rope_theta = theta,
-                DraftConfig::Block(config) => config.rope_theta = theta,
-                DraftConfig::PEagle(config) => config.rope_theta = theta,
+            self.add("rope_theta", what, (key, theta.to_string()), |s| {
+                if let DraftConfig::Eagle3(config) = &mut s.config {
+                    config.rope_theta = theta;
+                } else if let DraftConfig::Block(config) = &mut s.config {
+                    config.rope_theta = theta;
+                } else if let DraftConfig::PEagle(config) = &mut s.config {
+                    config.rope_theta = theta;
+                }
             });
         }
-        let own = match &self.setting.config {
-            DraftConfig::Eagle3(config) => Some(config.rope_scaling.clone()),
-            DraftConfig::Block(config) => Some(config.rope_scaling.clone()),
-            DraftConfig::PEagle(_) => None,
-        };
-        if own.is_some() {
+        if let Published::Eagle3(_) | Published::Block(_) = self.setting.config.published() {
             let mut scalings = vec![(RopeScaling::None, "RoPE is meant without scaling", "null".to_owned())];
             if !matches!(target.rope_scaling, RopeScaling::None) {
                 let write = format!("the target's: {:?}", target.rope_scaling);
@@ -309,20 +308,26 @@ impl List<'_> {
             }
             for (scaling, what, write) in scalings {
                 let key = words.key(&["rope_scaling", "rope_parameters"], "rope.scaling.type");
-                self.add("rope_scaling", what, (key, write), |s| match &mut s.config {
-                    DraftConfig::Eagle3(config) => config.rope_scaling = scaling,
-                    DraftConfig::Block(config) => config.rope_scaling = scaling,
-                    DraftConfig::PEagle(_) => {}
+                self.add("rope_scaling", what, (key, write), |s| {
+                    if let DraftConfig::Eagle3(config) = &mut s.config {
+                        config.rope_scaling = scaling;
+                    } else if let DraftConfig::Block(config) = &mut s.config {
+                        config.rope_scaling = scaling;
+                    }
                 });
             }
         }
         for (name, eps) in [("the target's", target.rms_norm_eps), ("1e-5", 1e-5), ("1e-6", 1e-6)] {
             let key = words.key(&["rms_norm_eps"], "attention.layer_norm_rms_epsilon");
             let what = format!("the small number inside the norms is another one: {name}");
-            self.add("rms_norm_eps", what, (key, eps.to_string()), |s| match &mut s.config {
-                DraftConfig::Eagle3(config) => config.rms_norm_eps = eps,
-                DraftConfig::Block(config) => config.layer.rms_norm_eps = eps,
-                DraftConfig::PEagle(config) => config.layer.rms_norm_eps = eps,
+            self.add("rms_norm_eps", what, (key, eps.to_string()), |s| {
+                if let DraftConfig::Eagle3(config) = &mut s.config {
+                    config.rms_norm_eps = eps;
+                } else if let DraftConfig::Block(config) = &mut s.config {
+                    config.layer.rms_norm_eps = eps;
+                } else if let DraftConfig::PEagle(config) = &mut s.config {
+                    config.layer.rms_norm_eps = eps;
+                }
             });
         }
     }
