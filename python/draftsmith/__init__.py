@@ -25,6 +25,7 @@ from ._records import (
     RunRecord,
     StageRecord,
     TrainRecord,
+    Verdict,
 )
 from ._server import Server, serve
 from ._verbs import bench, generate, run
@@ -45,6 +46,7 @@ __all__ = [
     "Server",
     "StageRecord",
     "TrainRecord",
+    "Verdict",
     "__version__",
     "bench",
     "call",

@@ -22,6 +22,12 @@ class Error(Exception):
         self.hint = hint
         self.exit_code = exit_code
         self.command = tuple(command)
+        #: Further errors of the same input: pairs of message and hint.
+        self.others: Tuple[Tuple[str, str | None], ...] = ()
+
+    def __str__(self) -> str:
+        told = [(self.message, self.hint), *self.others]
+        return "\n".join(message if hint is None else f"{message}\nhint: {hint}" for message, hint in told)
 
     def __reduce__(self) -> Tuple[Any, ...]:
         # Exceptions are made again from their arguments where they cross processes; ours are not those of `Exception`.
@@ -47,13 +53,16 @@ def _again(kind: type[Error], fields: dict[str, Any]) -> Error:
 
 def from_stderr(lines: Sequence[str], exit_code: int, command: Sequence[str]) -> Error:
     """Reads the `error:` and `hint:` lines that the program ends with."""
-    message = hint = None
+    told: list[tuple[str, str | None]] = []
     for line in lines:
         if line.startswith("error: "):
-            message, hint = line[len("error: ") :], None
-        elif line.startswith("hint: ") and message is not None:
-            hint = line[len("hint: ") :]
-    if message is None:
+            told.append((line[len("error: ") :], None))
+        elif line.startswith("hint: ") and told:
+            told[-1] = (told[-1][0], line[len("hint: ") :])
+    if not told:
         last = next((line for line in reversed(lines) if line.strip()), "it wrote nothing")
-        message = f"the program ended with exit code {exit_code}: {last}"
-    return Error(message, hint, exit_code=exit_code, command=command)
+        told.append((f"the program ended with exit code {exit_code}: {last}", None))
+    message, hint = told[0]
+    error = Error(message, hint, exit_code=exit_code, command=command)
+    error.others = tuple(told[1:])
+    return error

@@ -199,6 +199,26 @@ class StageRecord(Record):
 
 
 @dataclass(frozen=True)
+class Verdict(Record):
+    """Whether a run's draft is worth using where it was measured."""
+
+    #: `yes`, `no`, `unknown`: the program's word.
+    worth: str = ""
+    #: The same in a sentence, with numbers.
+    says: str = ""
+    #: The fastest way to draft.
+    setting: Optional[str] = None
+    speedup: Optional[float] = None
+    speedup_ci95: Optional[Tuple[float, float]] = None
+    workloads: Tuple[str, ...] = ()
+    #: What limited it.
+    limits: Tuple[str, ...] = ()
+    #: The next step as a command, and what it is for.
+    next: Optional[str] = None
+    next_is_for: Optional[str] = None
+
+
+@dataclass(frozen=True)
 class RunRecord(Record):
     """A run: its folder and what each stage came to. Stages that the run file leaves out are `None`."""
 
@@ -213,6 +233,7 @@ class RunRecord(Record):
     bench: Optional[BenchRecord] = None
     #: `report.html` of the measurement.
     report: Optional[Path] = None
+    verdict: Optional[Verdict] = None
 
     @classmethod
     def of(cls, value: Mapping[str, Any], base: Path) -> RunRecord:
@@ -233,5 +254,7 @@ class RunRecord(Record):
             made["bench"] = BenchRecord.from_json(told["bench"]["results"])
             if told["bench"].get("report"):
                 made["report"] = base / told["bench"]["report"]
-        extra = {key: kept for key, kept in value.items() if key not in ("run", "stages")}
+        if value.get("verdict"):
+            made["verdict"] = Verdict.from_json(value["verdict"])
+        extra = {key: kept for key, kept in value.items() if key not in ("run", "stages", "verdict")}
         return cls(path=base / value["run"], stages=stages, extra=extra, **made)

@@ -110,6 +110,8 @@ class WithARun(unittest.TestCase):
         self.assertTrue((self.bundle / "bundle.json").is_file())
         self.assertTrue(made.report.is_file())
         self.assertTrue(made.bench.identical)
+        assert made.verdict is not None
+        self.assertIn(made.verdict.setting, made.verdict.says)
         low, high = made.bench.accept_len_ci95 or (0.0, 0.0)
         self.assertLessEqual(low, made.bench.accept_len or 0.0)
         self.assertLessEqual(made.bench.accept_len or 0.0, high)
@@ -215,8 +217,11 @@ class Alone(unittest.TestCase):
             Path(folder, "run.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
             with self.assertRaises(draftsmith.Error) as caught:
                 draftsmith.run("run.toml", cwd=folder, progress=False)
-        self.assertEqual(caught.exception.message, "run file `run.toml`, line 2: unknown key `train.epoch`")
-        self.assertEqual(caught.exception.hint, "did you mean `train.epochs`?")
+        error = caught.exception
+        told = {error.message: error.hint, **dict(error.others)}
+        self.assertEqual(told["run file `run.toml`, line 2: unknown key `train.epoch`"], "did you mean `train.epochs`?")
+        self.assertIn("run file `run.toml`: key `target` is missing", told)
+        self.assertIn("did you mean `train.epochs`?", str(error))
 
     def test_a_server_that_cannot_start_says_why(self) -> None:
         with self.assertRaises(draftsmith.Error) as caught:
