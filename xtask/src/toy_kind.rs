@@ -57,9 +57,11 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
         }
     }
     let status = Command::new(env!("CARGO"))
-        .args(["test", "--release", "--workspace", "--test", "toy_kind"])
+        .args(["test", "--release", "--package", "draftsmith-run", "--test", "toy_kind"])
         .current_dir(&copy)
-        .env("CARGO_TARGET_DIR", tree.root.join("target"))
+        // Of its own: cargo tells crates of a workspace apart by their place inside it, so this copy and the tree would take each
+        // other's libraries for their own.
+        .env("CARGO_TARGET_DIR", home.join("target"))
         .status()
         .context("cargo runs the test of the toy kind")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -164,7 +164,10 @@ fn real_model_doctor_names_what_is_wrong_with_a_draft() {
         threads: 2,
         template: None,
     };
-    let (places, stop) = (Places::from_vars(|_| None), Stop::default());
+    // Without a home packed weights would be kept in the current folder.
+    let home = tempfile::tempdir().unwrap();
+    let vars = |name: &str| (name == "HOME").then(|| home.path().display().to_string());
+    let (places, stop) = (Places::from_vars(vars), Stop::default());
     let target = LoadedTarget::load(&options, &places, &Silent, &stop).unwrap();
     let prompts = built_in_prompts(&target).unwrap();
     let texts = Texts::read(&target, &prompts, 48, &Silent, &stop).unwrap();
