@@ -102,6 +102,20 @@ pub enum Published<'a> {
     PEagle(&'a PEagleConfig),
 }
 
+/// Numbers of a configuration that may be set beside its file, where a draft is read as somebody else may have meant it.
+pub struct DraftNumbers<'a> {
+    /// Tokens of the target.
+    pub vocab_size: &'a mut usize,
+    /// Tokens that can be proposed.
+    pub draft_vocab_size: &'a mut usize,
+    /// Base of RoPE.
+    pub rope_theta: &'a mut f32,
+    /// Its scaling, for a kind that has one.
+    pub rope_scaling: Option<&'a mut RopeScaling>,
+    /// The small number inside the norms.
+    pub rms_norm_eps: &'a mut f32,
+}
+
 /// What a kind of draft says of itself.
 pub trait DraftSpec {
     /// The word in run files, manifests and records.
@@ -121,6 +135,10 @@ pub trait DraftSpec {
     fn set_target_layers(&mut self, layers: &[u32]) -> Result<(), DraftConfigError>;
     /// Sets the token that stands for one to be proposed, for a kind that has one.
     fn set_mask_token(&mut self, _id: u32) {}
+    /// Its numbers to be set; a kind without layouts elsewhere says nothing.
+    fn numbers(&mut self) -> Option<DraftNumbers<'_>> {
+        None
+    }
     /// Sets the ids of special tokens.
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>);
     /// Checks that the numbers fit together.
@@ -299,8 +317,31 @@ pub(crate) struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    pub(crate) fn new(map: &'a Map<String, Value>, supported: &'static str) -> Keys<'a> {
-        Keys { map, supported }
+    /// The keys of a whole `config.json`, which must be an object and ask for neither biases nor a tied head.
+    pub(crate) fn of_config(value: &'a Value, supported: &'static str) -> Result<Keys<'a>, DraftConfigError> {
+        let map = value.as_object().ok_or_else(|| DraftConfigError::Json {
+            message: "the outermost value is not an object".into(),
+        })?;
+        let keys = Keys { map, supported };
+        for key in ["attention_bias", "tie_word_embeddings"] {
+            if keys.flag(key)? {
+                return Err(keys.unsupported(key, "true".into()));
+            }
+        }
+        Ok(keys)
+    }
+
+    /// The object itself.
+    pub(crate) fn object(&self) -> &'a Map<String, Value> {
+        self.map
+    }
+
+    /// The gate of the feed-forward layers is SiLU.
+    pub(crate) fn needs_silu(&self) -> Result<(), DraftConfigError> {
+        match self.present("hidden_act").filter(|act| *act != "silu") {
+            None => Ok(()),
+            Some(act) => Err(self.unsupported("hidden_act", act.to_string())),
+        }
     }
 
     /// Another object of the same configuration.
@@ -365,6 +406,16 @@ impl<'a> Keys<'a> {
                 id.map(Some).ok_or_else(|| self.bad(key, "a token id"))
             }
         }
+    }
+
+    /// The beginning-of-sequence id, which `null` says there is none of; that of the class where the key is left out.
+    pub(crate) fn bos_or(&self, class: Option<u32>) -> Result<Option<u32>, DraftConfigError> {
+        if self.map.contains_key("bos_token_id") { self.id("bos_token_id") } else { Ok(class) }
+    }
+
+    /// [`Keys::eos`], or that of the class where the key is left out.
+    pub(crate) fn eos_or(&self, class: Option<u32>) -> Result<Vec<u32>, DraftConfigError> {
+        if self.map.contains_key("eos_token_id") { self.eos() } else { Ok(class.into_iter().collect()) }
     }
 
     /// End-of-sequence ids: one, a list, or none.

@@ -25,7 +25,9 @@ pub use draft::{
     ChainNetwork, Corrected, Correction, DraftAnswer, DraftError, DraftKv, DraftNetwork, DraftQuestion,
     DraftTensors, PassNetwork, PassPart, Proposer, Shared, read_draft,
 };
-pub use draft_config::{DraftConfigError, DraftShape, DraftSpec, DraftWork, Published, is_method, methods};
+pub use draft_config::{
+    DraftConfigError, DraftNumbers, DraftShape, DraftSpec, DraftWork, Published, is_method, methods,
+};
 pub use dtype::{Precision, weight_dtype};
 pub use error::ModelError;
 pub use family::{Family, Norm, Norms, QkNorm};

@@ -65,7 +65,11 @@ pub(crate) fn trained_tensors<K: TrainKernels>(
     shapes: Vec<(String, Vec<usize>)>,
 ) -> Vec<DraftTensor> {
     let tensor = |(id, (name, shape)): (ParamId, (String, Vec<usize>))| {
-        debug_assert_eq!(tape.param(id).name, name);
+        assert_eq!(
+            tape.param(id).name,
+            name,
+            "a configuration names its tensors in the order of its network"
+        );
         DraftTensor { name, shape, values: tape.param_values(id) }
     };
     tape.trained().into_iter().zip(shapes).map(tensor).collect()

@@ -17,8 +17,8 @@ use serde_json::{Map, Value, json};
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::draft_config::{
-    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
-    rope_scaling_value,
+    DraftConfigError, DraftKind, DraftNumbers, DraftShape, DraftSpec, DraftWork, Keys, Published, Word,
+    eos_value, plain, rope_scaling_value,
 };
 use crate::draft_layer::{LayerShape, PlainLayer};
 use crate::ops::{Attend, Ops};
@@ -181,18 +181,9 @@ impl BlockConfig {
     /// # Errors
     /// What is wrong with it, key named.
     pub fn from_value(value: &Value) -> Result<BlockConfig, DraftConfigError> {
-        let object = value.as_object().ok_or_else(|| DraftConfigError::Json {
-            message: "the outermost value is not an object".into(),
-        })?;
-        let keys = Keys::new(object, SUPPORTED);
-        for key in ["attention_bias", "tie_word_embeddings"] {
-            if keys.flag(key)? {
-                return Err(keys.unsupported(key, "true".into()));
-            }
-        }
-        if let Some(act) = keys.present("hidden_act").filter(|act| *act != "silu") {
-            return Err(keys.unsupported("hidden_act", act.to_string()));
-        }
+        let keys = Keys::of_config(value, SUPPORTED)?;
+        let object = keys.object();
+        keys.needs_silu()?;
         let model_type = keys.present("model_type").and_then(Value::as_str).unwrap_or("qwen3");
         let class = draft_defaults(Some(model_type));
         let table = |key: &str| match keys.present(key) {
@@ -274,14 +265,8 @@ impl BlockConfig {
             target_layer_ids: layer_ids,
             spark: spark_from(object, &nested, either)?,
             initializer_range: keys.float_or("initializer_range", 0.02)?,
-            bos_token_id: match object.contains_key("bos_token_id") {
-                true => keys.id("bos_token_id")?,
-                false => class.bos_token_id,
-            },
-            eos_token_ids: match object.contains_key("eos_token_id") {
-                true => keys.eos()?,
-                false => class.eos_token_id.into_iter().collect(),
-            },
+            bos_token_id: keys.bos_or(class.bos_token_id)?,
+            eos_token_ids: keys.eos_or(class.eos_token_id)?,
             pad_token_id: keys.id("pad_token_id")?,
         };
         config.check()?;
@@ -514,6 +499,16 @@ impl DraftSpec for BlockConfig {
 
     fn set_mask_token(&mut self, id: u32) {
         self.mask_token_id = id;
+    }
+
+    fn numbers(&mut self) -> Option<DraftNumbers<'_>> {
+        Some(DraftNumbers {
+            vocab_size: &mut self.vocab_size,
+            draft_vocab_size: &mut self.draft_vocab_size,
+            rope_theta: &mut self.rope_theta,
+            rope_scaling: Some(&mut self.rope_scaling),
+            rms_norm_eps: &mut self.layer.rms_norm_eps,
+        })
     }
 
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {

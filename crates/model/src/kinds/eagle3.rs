@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::draft_config::{
-    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
-    rope_scaling_value,
+    DraftConfigError, DraftKind, DraftNumbers, DraftShape, DraftSpec, DraftWork, Keys, Published, Word,
+    eos_value, plain, rope_scaling_value,
 };
 use crate::ops::{Attend, Ops};
 use crate::weights::{BuildWeights, TensorList};
@@ -142,23 +142,12 @@ impl Eagle3Config {
 
     /// Reads the parsed `config.json`.
     pub fn from_value(value: &Value) -> Result<Eagle3Config, DraftConfigError> {
-        let object = value.as_object().ok_or_else(|| DraftConfigError::Json {
-            message: "the outermost value is not an object".into(),
-        })?;
-        let keys = Keys::new(object, SUPPORTED);
-        for key in ["attention_bias", "tie_word_embeddings"] {
-            if keys.flag(key)? {
-                return Err(keys.unsupported(key, "true".into()));
-            }
-        }
+        let keys = Keys::of_config(value, SUPPORTED)?;
+        let object = keys.object();
         if keys.size_or("num_hidden_layers", 1)? != 1 {
             return Err(keys.unsupported("num_hidden_layers", object["num_hidden_layers"].to_string()));
         }
-        if let Some(act) = keys.present("hidden_act")
-            && act != "silu"
-        {
-            return Err(keys.unsupported("hidden_act", act.to_string()));
-        }
+        keys.needs_silu()?;
         // What is left out has the defaults of the layer's own class.
         let model_type = keys.present("model_type").and_then(Value::as_str);
         let class = draft_defaults(model_type);
@@ -211,14 +200,8 @@ impl Eagle3Config {
             feedback: if keys.flag("norm_output")? { Feedback::PostNorm } else { Feedback::PreNorm },
             initializer_range: keys.float_or("initializer_range", 0.02)?,
             target_layer_ids: layer_ids_from(&keys)?,
-            bos_token_id: match object.contains_key("bos_token_id") {
-                true => keys.id("bos_token_id")?,
-                false => class.bos_token_id,
-            },
-            eos_token_ids: match object.contains_key("eos_token_id") {
-                true => keys.eos()?,
-                false => class.eos_token_id.into_iter().collect(),
-            },
+            bos_token_id: keys.bos_or(class.bos_token_id)?,
+            eos_token_ids: keys.eos_or(class.eos_token_id)?,
             pad_token_id: keys.id("pad_token_id")?,
         };
         config.check()?;
@@ -404,6 +387,16 @@ impl DraftSpec for Eagle3Config {
         })?;
         self.target_layer_ids = Some(three);
         Ok(())
+    }
+
+    fn numbers(&mut self) -> Option<DraftNumbers<'_>> {
+        Some(DraftNumbers {
+            vocab_size: &mut self.vocab_size,
+            draft_vocab_size: &mut self.draft_vocab_size,
+            rope_theta: &mut self.rope_theta,
+            rope_scaling: Some(&mut self.rope_scaling),
+            rms_norm_eps: &mut self.rms_norm_eps,
+        })
     }
 
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {

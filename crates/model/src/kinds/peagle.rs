@@ -15,7 +15,8 @@ use serde_json::{Value, json};
 use crate::classes::draft_defaults;
 use crate::config::TargetConfig;
 use crate::draft_config::{
-    DraftConfigError, DraftKind, DraftShape, DraftSpec, DraftWork, Keys, Published, Word, eos_value, plain,
+    DraftConfigError, DraftKind, DraftNumbers, DraftShape, DraftSpec, DraftWork, Keys, Published, Word,
+    eos_value, plain,
 };
 use crate::draft_layer::{AttentionWeights, LayerShape, MlpWeights, PlainLayer};
 use crate::ops::{Attend, Ops};
@@ -108,18 +109,9 @@ impl PEagleConfig {
     /// # Errors
     /// What is wrong with it, key named.
     pub fn from_value(value: &Value) -> Result<PEagleConfig, DraftConfigError> {
-        let object = value.as_object().ok_or_else(|| DraftConfigError::Json {
-            message: "the outermost value is not an object".into(),
-        })?;
-        let keys = Keys::new(object, SUPPORTED);
-        for key in ["attention_bias", "tie_word_embeddings"] {
-            if keys.flag(key)? {
-                return Err(keys.unsupported(key, "true".into()));
-            }
-        }
-        if let Some(act) = keys.present("hidden_act").filter(|act| *act != "silu") {
-            return Err(keys.unsupported("hidden_act", act.to_string()));
-        }
+        let keys = Keys::of_config(value, SUPPORTED)?;
+        let object = keys.object();
+        keys.needs_silu()?;
         let class = draft_defaults(keys.present("model_type").and_then(Value::as_str));
         let vocab_size = keys.size_or("vocab_size", class.vocab_size)?;
         let hidden_size = keys.size_or("hidden_size", class.hidden_size)?;
@@ -166,14 +158,8 @@ impl PEagleConfig {
             mask_token_id,
             target_layer_ids: layers_from(&keys)?,
             initializer_range: keys.float_or("initializer_range", 0.02)?,
-            bos_token_id: match object.contains_key("bos_token_id") {
-                true => keys.id("bos_token_id")?,
-                false => class.bos_token_id,
-            },
-            eos_token_ids: match object.contains_key("eos_token_id") {
-                true => keys.eos()?,
-                false => class.eos_token_id.into_iter().collect(),
-            },
+            bos_token_id: keys.bos_or(class.bos_token_id)?,
+            eos_token_ids: keys.eos_or(class.eos_token_id)?,
             pad_token_id: keys.id("pad_token_id")?,
         };
         config.check()?;
@@ -273,6 +259,16 @@ impl DraftSpec for PEagleConfig {
 
     fn set_mask_token(&mut self, id: u32) {
         self.mask_token_id = id;
+    }
+
+    fn numbers(&mut self) -> Option<DraftNumbers<'_>> {
+        Some(DraftNumbers {
+            vocab_size: &mut self.vocab_size,
+            draft_vocab_size: &mut self.draft_vocab_size,
+            rope_theta: &mut self.rope_theta,
+            rope_scaling: None,
+            rms_norm_eps: &mut self.layer.rms_norm_eps,
+        })
     }
 
     fn set_token_ids(&mut self, bos: Option<u32>, eos: &[u32], pad: Option<u32>) {

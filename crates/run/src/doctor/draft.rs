@@ -560,16 +560,8 @@ fn fit_vocabulary(
             shape[0] = vocab;
         }
     }
-    let (vocab_size, draft_vocab_size) = if let DraftConfig::Eagle3(config) = config {
-        (&mut config.vocab_size, &mut config.draft_vocab_size)
-    } else if let DraftConfig::Block(config) = config {
-        (&mut config.vocab_size, &mut config.draft_vocab_size)
-    } else if let DraftConfig::PEagle(config) = config {
-        (&mut config.vocab_size, &mut config.draft_vocab_size)
-    } else {
-        return None;
-    };
-    (*vocab_size, *draft_vocab_size) = (vocab, kept.len());
+    let numbers = config.numbers()?;
+    (*numbers.vocab_size, *numbers.draft_vocab_size) = (vocab, kept.len());
     config.check().ok()?;
     let kept: Vec<u32> = kept.iter().map(|draft| ids[*draft]).collect();
     Some(Some(VocabMap::from_target_ids(&kept, vocab).ok()?))

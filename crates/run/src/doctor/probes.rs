@@ -287,16 +287,14 @@ impl List<'_> {
             let key = words.key(&["rope_theta"], "rope.freq_base");
             let what = format!("the base of RoPE is another one: {name}");
             self.add("rope_theta", what, (key, theta.to_string()), |s| {
-                if let DraftConfig::Eagle3(config) = &mut s.config {
-                    config.rope_theta = theta;
-                } else if let DraftConfig::Block(config) = &mut s.config {
-                    config.rope_theta = theta;
-                } else if let DraftConfig::PEagle(config) = &mut s.config {
-                    config.rope_theta = theta;
+                if let Some(numbers) = s.config.numbers() {
+                    *numbers.rope_theta = theta;
                 }
             });
         }
-        if let Published::Eagle3(_) | Published::Block(_) = self.setting.config.published() {
+        let has_scaling =
+            self.setting.config.clone().numbers().is_some_and(|numbers| numbers.rope_scaling.is_some());
+        if has_scaling {
             let mut scalings = vec![(RopeScaling::None, "RoPE is meant without scaling", "null".to_owned())];
             if !matches!(target.rope_scaling, RopeScaling::None) {
                 let write = format!("the target's: {:?}", target.rope_scaling);
@@ -309,10 +307,8 @@ impl List<'_> {
             for (scaling, what, write) in scalings {
                 let key = words.key(&["rope_scaling", "rope_parameters"], "rope.scaling.type");
                 self.add("rope_scaling", what, (key, write), |s| {
-                    if let DraftConfig::Eagle3(config) = &mut s.config {
-                        config.rope_scaling = scaling;
-                    } else if let DraftConfig::Block(config) = &mut s.config {
-                        config.rope_scaling = scaling;
+                    if let Some(own) = s.config.numbers().and_then(|numbers| numbers.rope_scaling) {
+                        *own = scaling;
                     }
                 });
             }
@@ -321,12 +317,8 @@ impl List<'_> {
             let key = words.key(&["rms_norm_eps"], "attention.layer_norm_rms_epsilon");
             let what = format!("the small number inside the norms is another one: {name}");
             self.add("rms_norm_eps", what, (key, eps.to_string()), |s| {
-                if let DraftConfig::Eagle3(config) = &mut s.config {
-                    config.rms_norm_eps = eps;
-                } else if let DraftConfig::Block(config) = &mut s.config {
-                    config.layer.rms_norm_eps = eps;
-                } else if let DraftConfig::PEagle(config) = &mut s.config {
-                    config.layer.rms_norm_eps = eps;
+                if let Some(numbers) = s.config.numbers() {
+                    *numbers.rms_norm_eps = eps;
                 }
             });
         }

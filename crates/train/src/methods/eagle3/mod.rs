@@ -15,7 +15,6 @@ mod made_up;
 mod replay;
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use draftsmith_core::{TargetTokenId, VocabMap};
@@ -24,12 +23,13 @@ use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums, Teacher};
 use draftsmith_model::eagle3::{Eagle3, Eagle3Config, Eagle3Weights, Feedback};
 use draftsmith_model::tape::{ParamId, Tape, TttAttend, TttLayout};
-use draftsmith_model::{BuildWeights, Ops, TargetTensors};
+use draftsmith_model::{Ops, TargetTensors};
 
 pub use init::{TargetStart, random_weights, warm_weights};
 pub(crate) use made_up::made_up;
 
 use crate::methods::{BoxedMethod, Start};
+use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Replays, TrainError};
 
 /// What the loss of an optimiser step is divided by.
@@ -128,38 +128,6 @@ pub struct Eagle3Train<K: TrainKernels> {
     memo: HashMap<u64, Vec<(u32, f32)>>,
 }
 
-/// Takes weights by name into the tape.
-struct ToTape<'a, K: TrainKernels> {
-    tape: &'a mut Tape<K>,
-    values: HashMap<&'a str, &'a [f32]>,
-}
-
-impl<K: TrainKernels> ToTape<'_, K> {
-    fn add(&mut self, name: &str, shape: &[usize]) -> Result<ParamId, Infallible> {
-        // `Eagle3Train::new` checked names and sizes.
-        Ok(self.tape.add_param(name, shape, self.values[name], true))
-    }
-}
-
-impl<K: TrainKernels> BuildWeights for ToTape<'_, K> {
-    type W = ParamId;
-    type N = ParamId;
-    type Error = Infallible;
-    fn linear(&mut self, name: &str, out: usize, inp: usize) -> Result<ParamId, Infallible> {
-        self.add(name, &[out, inp])
-    }
-    fn norm(&mut self, name: &str, width: usize) -> Result<ParamId, Infallible> {
-        self.add(name, &[width])
-    }
-}
-
-fn expect_len(name: &str, found: usize, wanted: usize) -> Result<(), TrainError> {
-    match found == wanted {
-        true => Ok(()),
-        false => Err(TrainError::Tensor { name: name.to_owned(), found, wanted }),
-    }
-}
-
 impl Eagle3Options {
     /// The settings of a run file, normalised by trained tokens.
     pub fn from_table(table: &Eagle3TrainTable) -> Eagle3Options {
@@ -221,14 +189,9 @@ impl<K: TrainKernels> Eagle3Train<K> {
         expect_len("target lm_head.weight", head.len(), v * ht)?;
         expect_len("t2d", vocab_map.target_vocab(), v)?;
         expect_len("d2t", vocab_map.draft_vocab(), vd)?;
-        for (name, shape) in config.tensors() {
-            let found = weights.iter().find(|w| w.name == name);
-            let found = found.ok_or_else(|| TrainError::MissingTensor { name: name.clone() })?;
-            expect_len(&name, found.values.len(), shape.iter().product())?;
-        }
+        check_tensors(config.tensors(), weights)?;
         let mut tape = Tape::new(kernels);
-        let values = weights.iter().map(|w| (w.name.as_str(), w.values.as_slice())).collect();
-        let Ok(ids) = Eagle3Weights::build(&config, &mut ToTape { tape: &mut tape, values });
+        let Ok(ids) = Eagle3Weights::build(&config, &mut ToTape::new(&mut tape, weights));
         let embed = tape.add_param("embed_tokens.weight", &[v, h], target.embed, false);
         let target_head = match target.head {
             None => embed,
@@ -237,12 +200,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
         let draft_target_head = if vocab_map.is_identity() {
             target_head
         } else {
-            let rows: Vec<f32> = vocab_map
-                .target_ids()
-                .iter()
-                .flat_map(|id| &head[*id as usize * ht..(*id as usize + 1) * ht])
-                .copied()
-                .collect();
+            let rows = head_rows(head, ht, &vocab_map);
             tape.add_param("target lm_head.weight of the draft vocabulary", &[vd, ht], &rows, false)
         };
         let net = Eagle3::new(config);
@@ -553,23 +511,10 @@ impl<K: TrainKernels> Method for Eagle3Train<K> {
         Some(self)
     }
     fn draft(&self) -> Result<DraftWeights, TrainError> {
-        let tensors = self
-            .tape
-            .trained()
-            .into_iter()
-            .map(|id| {
-                let p = self.tape.param(id);
-                DraftTensor {
-                    name: p.name.clone(),
-                    shape: p.shape.clone(),
-                    values: self.tape.param_values(id),
-                }
-            })
-            .collect();
         Ok(DraftWeights {
             method: self.name(),
             config: self.net.config.to_value()?,
-            tensors,
+            tensors: trained_tensors(&self.tape, self.net.config.tensors()),
             vocab_map: Some(self.vocab_map.clone()),
         })
     }
