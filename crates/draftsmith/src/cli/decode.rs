@@ -224,13 +224,14 @@ pub struct BenchTune {
 /// Measures drafts beside each other: every draft alone and with the automatic plan, repetitions of the text alone, and
 /// plain decoding, on the same prompts in turn.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("draft").required(true).multiple(true).args(["bundle", "draft_model"]))]
 #[command(after_help = "Examples:\n  \
     draftsmith bench compare --bundle runs/a/bundle --bundle runs/b/bundle --workload recipes/data/eval/gsm8k.jsonl\n  \
     draftsmith bench compare --target REF --bundle DIR --draft-model SMALLER --workload A.jsonl --workload B.jsonl --markdown table.md\n\n\
     Ends with 1 if a draft changes a text. JSON holds every sample, so that all numbers can be made again from it.")]
 pub struct BenchCompare {
     /// A bundle; may be given several times.
-    #[arg(long, value_name = "DIR", required_unless_present = "draft_model")]
+    #[arg(long, value_name = "DIR")]
     pub bundle: Vec<PathBuf>,
     /// An ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path; may be given several times.
     #[arg(long, value_name = "REF", requires = "target")]
