@@ -2,13 +2,21 @@
 # What a machine with an NVIDIA GPU is asked, in stages that each write their result at once:
 #
 #     bench/gpu/on-device.sh OUT [STAGE...]        stages: doctor tests smoke speed (all of them, in this order)
+#     bench/gpu/on-device.sh OUT scale TARGET MINUTES
+#
+# `scale` makes a draft for a target (a GGUF file or a folder) until the time is over: answers for two fifths of it, then
+# training on states that the target computes as they are asked for, with validation. PROMPTS names the conversations (JSONL,
+# by default those of the tiny target), SETTINGS more keys of the run file. What comes out
+# lies in OUT/scale.tar.gz.*, pieces of at most 16 MiB: `cat scale.tar.gz.* | tar xz`. `speed` times answers and capture of
+# TARGET, too, if that variable is set.
 #
 # It needs no network and no Rust: ON_DEVICE names the program, which is brought along
-# (`cargo build --release -p draftsmith-train --example on_device`, then `strip`; by default where that leaves it).
+# (`cargo build --release -p draftsmith-train --example on_device`, then `strip`; by default where that leaves it). `scale` and
+# the answers of `speed` need the program itself, in DRAFTSMITH.
 # cuBLASLt is taken from the system or from PyTorch's wheels; PyTorch itself is asked for the stage `speed` only.
 #
-# SHIM=1 tries everything on a machine without a GPU: the kernels run on the host, shapes are tiny, and PyTorch, if it is
-# there, runs on the CPU. Stages that take longer than LIMIT seconds (120) are stopped; what they wrote stays.
+# SHIM=1 tries everything on a machine without a GPU: the kernels run on the host (DRAFTSMITH built with `--features
+# cuda-trial`), shapes are tiny, and PyTorch, if it is there, runs on the CPU. Stages that take longer than LIMIT seconds (120) are stopped; what they wrote stays.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${1:?the folder for results}"
@@ -16,15 +24,21 @@ shift
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=(doctor tests smoke speed)
 program="${ON_DEVICE:-$here/../../target/release/examples/on_device}"
+draftsmith="${DRAFTSMITH:-$here/../../target/release/draftsmith}"
 python="${DRAFTSMITH_PYTHON:-python3}"
 limit="${LIMIT:-120}"
 shim=()
 [ -z "${SHIM:-}" ] || shim=(--shim)
 mkdir -p "$out"
-if [ ! -x "$program" ]; then
-    echo "error: $program is not there: build it, or name it in ON_DEVICE" >&2
-    exit 2
-fi
+out="$(cd "$out" && pwd)"
+[ -z "${SHIM:-}" ] || export DRAFTSMITH_CUDA_SHIM="$out"
+needs() {
+    if [ ! -x "$1" ]; then
+        echo "error: $1 is not there: build it, or name it in $2" >&2
+        exit 2
+    fi
+}
+[ "${stages[0]}" = scale ] || needs "$program" ON_DEVICE
 
 # Runs a command under the limit; its lines go to the file of the stage and to the terminal.
 ask() {
@@ -55,7 +69,110 @@ torch_speed() {
     rm -f "$out/torch-$shape.in"
 }
 
+# A run file for a target: answers, states as they are asked for, training, validation.
+run_file() {
+    cat <<END
+[run]
+name = "scale"
+dir = "$out/run"
+seed = 7
+device = "cuda"
+[target]
+source = "$1"
+[data]
+sources = [{ path = "${PROMPTS:-$here/../../fixtures/tiny-target/prompts-train.jsonl}" }]
+[regenerate]
+enabled = true
+batch_size = ${BATCH:-1024}
+[capture]
+mode = "online"
+[train]
+checkpoint_every = ${EVERY:-100}
+[validate]
+every = ${EVERY:-100}
+[bundle]
+name = "scale"
+license = "Apache-2.0"
+END
+}
+
+# Generated tokens that are kept so far.
+answered() {
+    cat "$out"/run/regenerate/answers.jsonl 2>/dev/null | grep -o '"generated_tokens":[0-9]*' | cut -d: -f2 |
+        awk '{ n += $1 } END { print n + 0 }'
+}
+
+# SETTINGS as words: a key that has a space must come from the run file.
+settings() { printf '%s' "${SETTINGS:-}"; }
+
+# One stage of a run, stopped at a safe point when its seconds are over; a line with how long it took.
+timed() {
+    local what="$1" seconds="$2" began ended code tokens
+    shift 2
+    began=$(date +%s)
+    timeout -s INT -k 60 "$seconds" "$draftsmith" "$@" >>"$out/scale.txt" 2>&1
+    code=$?
+    ended=$(date +%s)
+    tokens=$(answered)
+    echo "{\"stage\": \"scale\", \"what\": \"$what\", \"exit\": $code, \"seconds\": $((ended - began)), \"answered_tokens\": $tokens}" |
+        tee -a "$out/scale.jsonl"
+    return "$code"
+}
+
+scale() {
+    local target="$1" seconds=$(($2 * 60)) began tokens left kept whole=""
+    needs "$draftsmith" DRAFTSMITH
+    began=$(date +%s)
+    run_file "$target" >"$out/scale.toml"
+    # shellcheck disable=SC2046
+    set -- "$out/scale.toml" $(settings)
+    timed answers $((seconds * 2 / 5)) regenerate "$@" && whole=1
+    tokens=$(answered)
+    if [ "$tokens" -eq 0 ]; then
+        echo '{"stage": "scale", "ok": false, "error": "no answer in two fifths of the time: see scale.txt"}' | tee -a "$out/scale.jsonl"
+        return 1
+    fi
+    # What is there is enough: the stage ends with these, and training begins.
+    left=$((seconds - ($(date +%s) - began)))
+    [ -n "$whole" ] || set -- "$@" "regenerate.max_tokens=$tokens"
+    timed training "$left" train "$@"
+    kept=(scale.toml scale.jsonl scale.txt)
+    for path in run/run.toml run/state run/regenerate/answers.jsonl run/train/log.jsonl run/train/best run/train/last; do
+        [ ! -e "$out/$path" ] || kept+=("$path")
+    done
+    rm -f "$out"/scale.tar.gz.*
+    tar -C "$out" -cz "${kept[@]}" | split -b 16777216 - "$out/scale.tar.gz."
+    [ -e "$out/run/train/log.jsonl" ]
+}
+
+# Answers and capture of a target: the time of a small stage is taken off that of a large one, so that loading counts out.
+target_speed() {
+    local target="$1" rows more
+    needs "$draftsmith" DRAFTSMITH
+    run_file "$target" >"$out/speed.toml"
+    for what in regenerate capture; do
+        for rows in ${ROWS:-64 2048}; do
+            more=("run.dir=$out/speed-$what-$rows" regenerate.max_new_tokens="${NEW_TOKENS:-256}" capture.mode=cache)
+            case "$what" in
+            regenerate) more+=("regenerate.max_rows=$rows") ;;
+            capture) more+=("data.sources.0.max_rows=$rows" regenerate.enabled=false) ;;
+            esac
+            # shellcheck disable=SC2046
+            ask "speed-$what" "$draftsmith" "$what" --json "$out/speed.toml" "${more[@]}" $(settings) || return 1
+            rm -rf "$out/speed-$what-$rows"
+        done
+    done
+}
+
 failed=0
+if [ "${stages[0]}" = scale ]; then
+    if [ ${#stages[@]} -ne 3 ]; then
+        echo "error: scale takes a target and minutes" >&2
+        exit 2
+    fi
+    scale "${stages[1]}" "${stages[2]}" || failed=1
+    exit "$failed"
+fi
 for stage in "${stages[@]}"; do
     case "$stage" in
     doctor | tests | smoke) ask "$stage" "$program" "$stage" "${shim[@]}" || failed=1 ;;
@@ -70,9 +187,10 @@ for stage in "${stages[@]}"; do
                 torch_speed "$shape" cuda || failed=1
             done
         fi
+        [ -z "${TARGET:-}" ] || target_speed "$TARGET" || failed=1
         ;;
     *)
-        echo "error: no stage $stage: doctor, tests, smoke, speed" >&2
+        echo "error: no stage $stage: doctor, tests, smoke, speed, scale" >&2
         exit 2
         ;;
     esac

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::cache::CaptureRow;
-use draftsmith_kernels::Kernels;
+use draftsmith_kernels::{Buffer, Kernels};
 use draftsmith_model::{Infer, StepItem, Target};
 
 use crate::{Asker, ServerError};
 
-/// Tokens per step; bounds memory and does not change any bit.
+/// Tokens per step where rows are captured one after the other; bounds memory and does not change any bit.
 const CHUNK: usize = 512;
 
 /// A row whose states are wanted.
@@ -149,12 +149,112 @@ impl<K: Kernels> InProcess<K> {
     }
 }
 
+impl<K: Kernels> InProcess<K> {
+    /// Hidden states of several rows side by side, [`Kernels::STEP_ROWS`] tokens in a step. A row's states are those of
+    /// [`InProcess::capture`].
+    fn capture_together(&self, rows: Vec<TokenRow>) -> Vec<CaptureRow> {
+        let (width, joined) = (self.target.config().hidden_size, self.layers.len());
+        let joined = joined * width;
+        let kernels = self.target.kernels();
+        let ops = Infer::new(kernels.as_ref());
+        let mut kvs: Vec<_> = rows.iter().map(|_| self.target.new_kv()).collect();
+        let mut out: Vec<CaptureRow> = rows
+            .into_iter()
+            .map(|row| CaptureRow {
+                features: Vec::with_capacity(row.ids.len() * joined),
+                last: Vec::with_capacity(row.ids.len() * width),
+                ids: row.ids,
+                loss_mask: row.loss_mask,
+            })
+            .collect();
+        loop {
+            // Which tokens of which row: as many as a step takes, from the first rows that are not done.
+            let mut left = K::STEP_ROWS;
+            let mut parts: Vec<(usize, std::ops::Range<usize>)> = Vec::new();
+            for (i, (row, kv)) in out.iter().zip(&kvs).enumerate() {
+                let (from, to) = (kv.len(), row.ids.len().min(kv.len() + left));
+                if from < to {
+                    left -= to - from;
+                    parts.push((i, from..to));
+                }
+            }
+            if parts.is_empty() {
+                return out;
+            }
+            let parents: Vec<_> =
+                parts.iter().map(|(_, part)| TokenTree::chain_parents(part.len())).collect();
+            let output = {
+                let mut kvs: Vec<Option<_>> = kvs.iter_mut().map(Some).collect();
+                let mut items: Vec<StepItem<'_, K>> = parts
+                    .iter()
+                    .zip(&parents)
+                    .filter_map(|((i, part), parents)| {
+                        Some(StepItem { kv: kvs[*i].take()?, tokens: &out[*i].ids[part.clone()], parents })
+                    })
+                    .collect();
+                self.target.forward(&mut items, &self.layers)
+            };
+            let tokens = parts.iter().map(|(_, part)| part.len()).sum::<usize>();
+            let mut buf = kernels.scratch(tokens * joined);
+            let layers: Vec<_> = output.hidden.iter().map(|h| (&h.buf, h.width)).collect();
+            kernels.concat_cols(&layers, tokens, &mut buf); // [tokens, K * Ht]
+            let mut features = vec![0.0; tokens * joined];
+            kernels.download(&buf, 0, &mut features);
+            buf.give_back();
+            let last = ops.values(&output.last);
+            let mut first = 0;
+            for (i, part) in parts {
+                let end = first + part.len();
+                out[i].features.extend_from_slice(&features[first * joined..end * joined]);
+                out[i].last.extend_from_slice(&last[first * width..end * width]);
+                first = end;
+            }
+        }
+    }
+
+    /// Rows side by side, as many as fill a step.
+    fn capture_in_steps(
+        &self,
+        next: &mut dyn FnMut() -> Option<TokenRow>,
+        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
+    ) -> Result<(), CaptureError> {
+        let vocab = self.target.config().vocab_size;
+        loop {
+            let (mut rows, mut tokens, mut failed) = (Vec::new(), 0, None);
+            while tokens < K::STEP_ROWS && failed.is_none() {
+                let Some(row) = next() else { break };
+                match row.check(vocab) {
+                    Ok(()) => {
+                        tokens += row.ids.len();
+                        rows.push(row);
+                    }
+                    Err(error) => failed = Some(error),
+                }
+            }
+            let ended = rows.is_empty();
+            for row in self.capture_together(rows) {
+                if on_row(row).is_break() {
+                    return Ok(());
+                }
+            }
+            match failed {
+                Some(error) => return Err(error),
+                None if ended => return Ok(()),
+                None => {}
+            }
+        }
+    }
+}
+
 impl<K: Kernels> CaptureSource for InProcess<K> {
     fn capture_rows(
         &mut self,
         next: &mut dyn FnMut() -> Option<TokenRow>,
         on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
     ) -> Result<(), CaptureError> {
+        if K::STEP_ROWS > CHUNK {
+            return self.capture_in_steps(next, on_row);
+        }
         while let Some(row) = next() {
             if on_row(self.capture(row)?).is_break() {
                 break;

@@ -8,7 +8,7 @@ use draftsmith_core::{
     AcceptStats, Distribution, DrawnChain, Draws, LayerId, TargetTokenId, TokenLogprobs, TokenTree,
     TreeVerdict, choose_token, verify_tree,
 };
-use draftsmith_kernels::Kernels;
+use draftsmith_kernels::{DrawRow, Kernels};
 use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::DecodeError;
@@ -21,10 +21,6 @@ use crate::lookup::Lookup;
 use crate::options::GenerateOptions;
 use crate::prefix::Prefixes;
 use crate::session::{Auto, FinishReason, Finished, Generation, Session, TokenEvent, TokenOrigin};
-
-/// Prompt tokens taken into one step, over all sequences: bounds the memory of a prefill and how long the sequences that
-/// are decoding wait for it. Does not change any bit of the result.
-const PREFILL_CHUNK: usize = 256;
 
 /// What [`Engine::on_costs_off`] calls.
 type CostsOffHook = Box<dyn Fn(&CostsOff) + Send + Sync>;
@@ -273,12 +269,21 @@ impl<K: Kernels> Engine<K> {
         output: &StepOutput<K::Buf>,
         wanted: &[u32],
         argmax_only: impl Fn(usize) -> bool,
+        by_device: impl Fn(usize) -> Option<Option<DrawRow>>,
     ) -> Choices {
+        let vocab = self.target.config().vocab_size;
+        if K::DRAWS && !(0..wanted.len()).all(&argmax_only) {
+            let draws: Option<Vec<_>> = (0..wanted.len()).map(by_device).collect();
+            if let Some(ids) = draws.and_then(|draws| self.target.choose(output, wanted, &draws)) {
+                let rows = ids.into_iter().map(Choice::Chosen).collect();
+                return Choices { rows, logits: Vec::new(), vocab };
+            }
+        }
         let mut whole = Vec::new();
         let mut rows = Vec::with_capacity(wanted.len());
         for i in 0..wanted.len() {
             if argmax_only(i) {
-                rows.push(Choice::Greedy(0));
+                rows.push(Choice::Chosen(0));
             } else {
                 rows.push(Choice::Logits(whole.len()));
                 whole.push(i as u32);
@@ -291,12 +296,12 @@ impl<K: Kernels> Engine<K> {
         } else {
             let best = self.target.argmax_and_logits(output, wanted, &whole, &mut logits);
             for (row, best) in rows.iter_mut().zip(best) {
-                if let Choice::Greedy(id) = row {
+                if let Choice::Chosen(id) = row {
                     *id = best;
                 }
             }
         }
-        Choices { rows, logits, vocab: self.target.config().vocab_size }
+        Choices { rows, logits, vocab }
     }
 
     /// One target pass over all unfinished sessions.
@@ -309,7 +314,8 @@ impl<K: Kernels> Engine<K> {
             return;
         }
         // Propose.
-        let mut prefill_left = PREFILL_CHUNK;
+        // Over all sequences: bounds the memory of a prefill and how long those that are decoding wait for it.
+        let mut prefill_left = K::STEP_ROWS;
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
         let mut decoding: Vec<usize> = Vec::new();
         for (index, session) in sessions.iter().enumerate().filter(|(_, s)| s.finish.is_none()) {
@@ -385,10 +391,16 @@ impl<K: Kernels> Engine<K> {
             wanted.extend(end - count as u32..end);
             first_row = end;
         }
-        let choices = self.choices(&output, &wanted, |row| {
-            let owner = spans.partition_point(|(_, at, _)| *at <= row) - 1;
-            sessions[work[owner].0].wants_argmax_only()
-        });
+        let owner = |row: usize| spans.partition_point(|(_, at, _)| *at <= row) - 1;
+        let choices = self.choices(
+            &output,
+            &wanted,
+            |row| sessions[work[owner(row)].0].wants_argmax_only(),
+            |row| {
+                let (index, _, tree) = &work[owner(row)];
+                tree.is_empty().then(|| sessions[*index].choice_by_device())?
+            },
+        );
         let pass_ms = began.elapsed().as_secs_f32() * 1e3;
         // The head runs on every row of a pass that verifies; with a piece of a prompt it is another kind of pass.
         if wanted.len() == first_row as usize {
@@ -501,8 +513,8 @@ struct Choices {
 }
 
 enum Choice {
-    /// The arg-max.
-    Greedy(u32),
+    /// The arg-max, or what the device drew.
+    Chosen(u32),
     /// Row of the logits.
     Logits(usize),
 }
@@ -518,7 +530,7 @@ impl Choices {
     /// the text: a grammar is taken forward with it.
     fn get<K: Kernels>(&self, row: usize, session: &mut Session<K>, path: &[Chosen]) -> Chosen {
         let raw = match self.rows[row] {
-            Choice::Greedy(id) => return Chosen { id, logprobs: None },
+            Choice::Chosen(id) => return Chosen { id, logprobs: None },
             Choice::Logits(at) => &self.logits[at * self.vocab..(at + 1) * self.vocab],
         };
         let options = &session.options;
@@ -553,7 +565,7 @@ impl Choices {
     ) -> TreeVerdict {
         let raw = |i: usize| match self.rows[row + i] {
             Choice::Logits(at) => &self.logits[at * self.vocab..(at + 1) * self.vocab],
-            Choice::Greedy(_) => unreachable!("rows of a sampled sequence have logits"),
+            Choice::Chosen(_) => unreachable!("rows of a sampled sequence have logits"),
         };
         let options = &session.options;
         // Where the grammar would stand behind the drafted tokens.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use draftsmith_core::{AcceptStats, DrawnChain, TokenLogprobs};
-use draftsmith_kernels::Kernels;
+use draftsmith_kernels::{DrawRow, Kernels};
 use draftsmith_model::TargetKv;
 
 use crate::auto::{Grown, Pacer};
@@ -141,6 +141,28 @@ impl<K: Kernels> Session<K> {
         let options = &self.options;
         let untouched = options.shaping.is_none() && self.grammar.is_none();
         options.sampling.is_greedy() && untouched && options.logprobs.is_none()
+    }
+
+    /// How a backend may choose the next token by itself: the arg-max (`None` inside) or a draw. `None` if more is asked for
+    /// than the token, or a rule that only the host has.
+    pub(crate) fn choice_by_device(&self) -> Option<Option<DrawRow>> {
+        if self.wants_argmax_only() {
+            return Some(None);
+        }
+        let (options, sampling) = (&self.options, &self.options.sampling);
+        let untouched = options.shaping.is_none() && self.grammar.is_none() && self.drawn.is_none();
+        if !untouched || options.logprobs.is_some() {
+            return None;
+        }
+        let key = sampling.draw_key(self.tokens.len() as u64)?;
+        Some(Some(DrawRow {
+            factor: key.factor,
+            temperature: sampling.temperature,
+            least_share: key.least_share,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            key: key.key,
+        }))
     }
 
     /// Bytes that its drafter holds: keys and values, and features that wait to be taken in.

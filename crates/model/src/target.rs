@@ -11,7 +11,7 @@ use std::sync::Arc;
 use draftsmith_core::LayerId;
 use draftsmith_kernels::experts::Experts;
 use draftsmith_kernels::{
-    Buffer, Kernels, KvDtype, Memory, PackedWeight, RopeTable, Segment, StepMask, TopK,
+    Buffer, DrawRow, Kernels, KvDtype, Memory, PackedWeight, RopeTable, Segment, StepMask, TopK,
 };
 
 use crate::ModelError;
@@ -658,7 +658,22 @@ impl<K: Kernels> Target<K> {
         self.kernels.argmax(&chosen.buf, rows.len(), &self.head.packed)
     }
 
-    /// The same, and the logits `[whole.len(), V]` of the rows at the places `whole` of `rows` in `logits`, whatever it
+    /// A token per chosen row of a step, the most probable or drawn, where the backend does that by itself (`None`: it does
+    /// not, or not for a target whose logits are capped or divided).
+    pub fn choose(
+        &self,
+        output: &StepOutput<K::Buf>,
+        rows: &[u32],
+        draws: &[Option<DrawRow>],
+    ) -> Option<Vec<u32>> {
+        if !K::DRAWS || self.config.final_softcap.is_some() || self.config.logit_divisor != 1.0 {
+            return None;
+        }
+        let chosen = Infer::new(self.kernels.as_ref()).gather(&output.last, rows);
+        Some(self.kernels.choose(&chosen.buf, &self.head.packed, draws))
+    }
+
+    /// [`Target::argmax`], and the logits `[whole.len(), V]` of the rows at the places `whole` of `rows` in `logits`, whatever it
     /// held before: one pass over the head.
     pub fn argmax_and_logits(
         &self,

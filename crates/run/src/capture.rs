@@ -16,7 +16,7 @@ use draftsmith_data::Row;
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
-use draftsmith_kernels::Cpu;
+use draftsmith_kernels::{Cpu, catch_failure};
 use draftsmith_train::RowStore;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -84,9 +84,11 @@ impl Run<'_> {
             }
             None => self.estimate()?,
         };
-        let mut source = self.capture_source(self.env.report)?;
-        source.note_launch(self.env.report);
-        self.bill(amount, rows, &dir, &mut source)
+        catch_failure(|| {
+            let mut source = self.capture_source(self.env.report)?;
+            source.note_launch(self.env.report);
+            self.bill(amount, rows, &dir, &mut source)
+        })?
     }
 
     /// The rows of tokens, if they are there for the inputs of now.
@@ -219,6 +221,10 @@ impl Run<'_> {
                 Compute::Cpu => Box::new(InProcess::new(target, layers)),
                 #[cfg(feature = "gpu-flex")]
                 Compute::Gpu(gpu) => Box::new(InProcess::new(self.target_on(gpu)?, layers)),
+                #[cfg(feature = "cuda-trial")]
+                Compute::Cuda(cuda) => Box::new(InProcess::new(self.target_on(cuda)?, layers)),
+                #[cfg(feature = "cuda-trial")]
+                Compute::Shim(shim) => Box::new(InProcess::new(self.target_on(shim)?, layers)),
             }));
         };
         let mut key = None;

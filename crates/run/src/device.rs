@@ -1,10 +1,12 @@
 //! Which implementation of the operations the heavy stages run on.
 
+#[cfg(feature = "cuda-trial")]
+use draftsmith_cuda::{Card, Cuda, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
 
-use crate::Error;
+use crate::{Env, Error};
 
 /// The device of a run, open.
 #[derive(Clone)]
@@ -14,6 +16,12 @@ pub enum Compute {
     /// Another device, through burn.
     #[cfg(feature = "gpu-flex")]
     Gpu(Gpu),
+    /// An NVIDIA GPU behind its driver.
+    #[cfg(feature = "cuda-trial")]
+    Cuda(Cuda<Card>),
+    /// Its kernels on the host: for tests.
+    #[cfg(feature = "cuda-trial")]
+    Shim(Cuda<draftsmith_cuda::shim::Shim>),
 }
 
 impl Compute {
@@ -21,19 +29,42 @@ impl Compute {
     ///
     /// # Errors
     /// A device that this build or this machine does not have.
-    pub fn open(run: &RunTable) -> Result<Compute, Error> {
+    #[cfg_attr(
+        not(feature = "cuda-trial"),
+        expect(unused_variables, reason = "only a card asks the environment")
+    )]
+    pub(crate) fn open(run: &RunTable, env: Env<'_>) -> Result<Compute, Error> {
         match run.device.unwrap_or_default() {
             Device::Cpu if run.gpu_dtype.is_some() => Err(Error::input(
                 "`run.gpu_dtype` is set, but `run.device` is `cpu`",
                 "set `run.device=gpu`, or leave `run.gpu_dtype` out",
             )),
             Device::Cpu => Ok(Compute::Cpu),
+            #[cfg(not(feature = "cuda-trial"))]
             Device::Cuda(_) => Err(Error::input(
-                "`run.device` asks for CUDA, and no stage can compute on it yet",
+                "`run.device` asks for CUDA, and no stage of this build computes on it",
                 "set `run.device=cpu`; `draftsmith doctor` shows what this machine has of NVIDIA's",
             )),
+            #[cfg(feature = "cuda-trial")]
+            Device::Cuda(_) if run.gpu_dtype.is_some() => Err(Error::input(
+                "`run.gpu_dtype` is set, but `run.device` is `cuda`, where products are bf16 and all else is f32",
+                "leave `run.gpu_dtype` out",
+            )),
+            #[cfg(feature = "cuda-trial")]
+            Device::Cuda(number) => Compute::cuda(number, env),
             device => Compute::other(device, run),
         }
+    }
+
+    #[cfg(feature = "cuda-trial")]
+    fn cuda(number: u32, env: Env<'_>) -> Result<Compute, Error> {
+        if let Some(folder) = (env.variable)("DRAFTSMITH_CUDA_SHIM") {
+            let shim = draftsmith_cuda::shim::Shim::new(std::path::Path::new(&folder))?;
+            return Ok(Compute::Shim(Cuda::new(shim, CudaOptions::default())));
+        }
+        let folders = (env.variable)("DRAFTSMITH_CUDA_LIBS");
+        let card = Card::open(&Search::new(folders.as_deref(), Some(&env.places.python)), number as usize)?;
+        Ok(Compute::Cuda(Cuda::new(card, CudaOptions::default())))
     }
 
     #[cfg(feature = "gpu-flex")]

@@ -157,6 +157,18 @@ errors! {
     Text(draftsmith_text::TextError),
 }
 
+impl From<draftsmith_cuda::CudaError> for Error {
+    fn from(error: draftsmith_cuda::CudaError) -> Error {
+        draftsmith_kernels::DeviceFailure::from(error).into()
+    }
+}
+
+impl From<draftsmith_kernels::DeviceFailure> for Error {
+    fn from(failure: draftsmith_kernels::DeviceFailure) -> Error {
+        Error::Input { message: failure.message, hint: Some(failure.hint) }
+    }
+}
+
 #[cfg(feature = "gpu-flex")]
 impl From<draftsmith_gpu::DeviceError> for Error {
     fn from(error: draftsmith_gpu::DeviceError) -> Error {

@@ -40,7 +40,7 @@ pub mod verdict;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-#[cfg(feature = "gpu-flex")]
+#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use std::sync::Arc;
 use std::sync::Mutex;
 
@@ -56,7 +56,10 @@ use draftsmith_formats::run::{
 };
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
-#[cfg(feature = "gpu-flex")]
+#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
+use draftsmith_kernels::Kernels;
+use draftsmith_kernels::catch_failure;
+#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use draftsmith_model::Target;
 use draftsmith_model::{DraftConfig, Precision, is_method, methods};
 use draftsmith_pull::{Places, PullError, Pulled, Reference};
@@ -300,7 +303,7 @@ impl<'a> Run<'a> {
         env: Env<'a>,
     ) -> Result<Run<'a>, Error> {
         faults.extend(check::check_alone(&file, &origin));
-        let compute = match Compute::open(&file.run) {
+        let compute = match Compute::open(&file.run, env) {
             Ok(compute) => Some(compute),
             Err(error) => {
                 faults.extend(error.told());
@@ -615,14 +618,15 @@ impl<'a> Run<'a> {
         made: &Path,
         report: &dyn Report,
     ) -> Result<serde_json::Value, Error> {
-        match stage {
+        // What a device fails with arrives here from wherever it happened.
+        catch_failure(|| match stage {
             Stage::Data => self.data(made, report),
             Stage::Regenerate => self.regenerate(made, report),
             Stage::Capture => self.capture(made, report),
             Stage::Train => self.train(made, key, report),
             Stage::Bundle => self.bundle(made, key),
             Stage::Bench => self.bench(made, report),
-        }
+        })?
     }
 
     /// The target, loaded once.
@@ -659,6 +663,14 @@ impl<'a> Run<'a> {
         match (&self.compute, self.file.target.precision) {
             (Compute::Cpu, RunPrecision::Stored) => "stored",
             (Compute::Cpu, RunPrecision::F32) => "f32",
+            #[cfg(feature = "cuda-trial")]
+            (Compute::Cuda(_), RunPrecision::Stored) => "cuda-bf16",
+            #[cfg(feature = "cuda-trial")]
+            (Compute::Cuda(_), RunPrecision::F32) => "cuda-f32",
+            #[cfg(feature = "cuda-trial")]
+            (Compute::Shim(_), RunPrecision::Stored) => "cuda-bf16",
+            #[cfg(feature = "cuda-trial")]
+            (Compute::Shim(_), RunPrecision::F32) => "cuda-f32",
             #[cfg(feature = "gpu-flex")]
             (Compute::Gpu(_), _) => match self.file.run.gpu_dtype.unwrap_or_default() {
                 GpuDtype::F32 => "gpu-f32",
@@ -668,9 +680,9 @@ impl<'a> Run<'a> {
     }
 
     /// The target once more, on another device.
-    #[cfg(feature = "gpu-flex")]
-    fn target_on(&self, gpu: &Gpu) -> Result<Arc<Target<Gpu>>, Error> {
-        Ok(Arc::new(Target::load(Arc::new(gpu.clone()), &self.inputs.target_path, self.precision())?))
+    #[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
+    fn target_on<K: Kernels + Clone>(&self, device: &K) -> Result<Arc<Target<K>>, Error> {
+        Ok(Arc::new(Target::load(Arc::new(device.clone()), &self.inputs.target_path, self.precision())?))
     }
 
     fn threads(&self) -> usize {

@@ -24,7 +24,7 @@ use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
     Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError, control_token,
 };
-#[cfg(feature = "gpu-flex")]
+#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
@@ -275,6 +275,16 @@ impl Run<'_> {
                 #[cfg(feature = "gpu-flex")]
                 Compute::Gpu(gpu) => {
                     let engine = Engine::new(self.target_on(gpu)?, None);
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                }
+                #[cfg(feature = "cuda-trial")]
+                Compute::Cuda(cuda) => {
+                    let engine = Engine::new(self.target_on(cuda)?, None);
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                }
+                #[cfg(feature = "cuda-trial")]
+                Compute::Shim(shim) => {
+                    let engine = Engine::new(self.target_on(shim)?, None);
                     run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
                 }
             },
