@@ -81,6 +81,7 @@ device = "cuda"
 source = "$1"
 [data]
 sources = [{ path = "${PROMPTS:-$here/../../fixtures/tiny-target/prompts-train.jsonl}" }]
+max_length = ${LENGTH:-1024}
 [regenerate]
 enabled = true
 batch_size = ${BATCH:-1024}
