@@ -53,6 +53,18 @@ SOURCES = {
     "constraints_open_assistant": 75,
     "reasoning_gym": 280,
 }
+# The mix for drafts of code models; `prompts-functions.jsonl.zst` stands beside it.
+CODE = {
+    "synthetic_code": 1900,
+    "exercism": 355,
+    "python_programming_puzzles": 352,
+    "wikisql": 200,
+    "gsm8k_train": 150,
+    "synthetic_topics": 150,
+    "awesome_chatgpt_prompts": 60,
+}
+# Held-out requests for code, to measure with.
+CODE_EVAL = {"synthetic_code": 24, "exercism": 3, "python_programming_puzzles": 5, "wikisql": 8}
 # Rows with longer prompts (tokens of user and system turns) are left out: the file stays small and the share of
 # tokens stays near the share of rows.
 MAX_PROMPT_TOKENS = 320
@@ -179,7 +191,31 @@ def main():
         write_zst(args.out / name, [compact(row) for row in rows])
         report(name, args.out / name, rows)
 
+    # A set of its own, which may share rows with those above. Its user turns alone: a code model answers all of them.
+    held_out = {key(row) for row in valid}
+    code_eval = pick(valid_pool, CODE_EVAL, f"{SEED}/code-eval", held_out)
+    code = pick(read_rows(args.train), CODE, f"{SEED}/code", held_out)
+    name = "prompts-code.jsonl.zst"
+    write_zst(args.out / name, [compact({**row, "answers": "none"}) for row in code])
+    report(name, args.out / name, code)
+
     (args.out / "eval").mkdir(exist_ok=True)
+    text = "".join(
+        json.dumps(
+            {
+                "id": row["id"],
+                "bench": "code",
+                "category": row["source"],
+                "turns": [m["content"] for m in row["conversations"] if m["role"] == "user"][:1],
+                "split": "public",
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for row in code_eval
+    )
+    (args.out / "eval" / "code.jsonl").write_text(text, encoding="utf-8")
+    print(f"eval/code.jsonl: {len(code_eval)} rows")
     gsm8k = [row for row in read_rows(args.eval_dir / "gsm8k.jsonl")][:GSM8K_ROWS]
     mtbench = read_rows(args.eval_dir / "mtbench.jsonl")
     # The tests that would run the answers are left out: nothing here executes them.
