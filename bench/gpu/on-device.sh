@@ -16,7 +16,7 @@
 # cuBLASLt is taken from the system or from PyTorch's wheels; PyTorch itself is asked for the stage `speed` only.
 #
 # SHIM=1 tries everything on a machine without a GPU: the kernels run on the host (DRAFTSMITH built with `--features
-# cuda-trial`), shapes are tiny, and PyTorch, if it is there, runs on the CPU. Stages that take longer than LIMIT seconds (120) are stopped; what they wrote stays.
+# cuda-shim`), shapes are tiny, and PyTorch, if it is there, runs on the CPU. Stages that take longer than LIMIT seconds (120) are stopped; what they wrote stays.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${1:?the folder for results}"

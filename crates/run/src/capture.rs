@@ -221,9 +221,8 @@ impl Run<'_> {
                 Compute::Cpu => Box::new(InProcess::new(target, layers)),
                 #[cfg(feature = "gpu-flex")]
                 Compute::Gpu(gpu) => Box::new(InProcess::new(self.target_on(gpu)?, layers)),
-                #[cfg(feature = "cuda-trial")]
                 Compute::Cuda(cuda) => Box::new(InProcess::new(self.target_on(cuda)?, layers)),
-                #[cfg(feature = "cuda-trial")]
+                #[cfg(feature = "cuda-shim")]
                 Compute::Shim(shim) => Box::new(InProcess::new(self.target_on(shim)?, layers)),
             }));
         };

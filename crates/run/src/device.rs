@@ -1,6 +1,5 @@
 //! Which implementation of the operations the heavy stages run on.
 
-#[cfg(feature = "cuda-trial")]
 use draftsmith_cuda::{Card, Cuda, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
@@ -17,10 +16,9 @@ pub enum Compute {
     #[cfg(feature = "gpu-flex")]
     Gpu(Gpu),
     /// An NVIDIA GPU behind its driver.
-    #[cfg(feature = "cuda-trial")]
     Cuda(Cuda<Card>),
     /// Its kernels on the host: for tests.
-    #[cfg(feature = "cuda-trial")]
+    #[cfg(feature = "cuda-shim")]
     Shim(Cuda<draftsmith_cuda::shim::Shim>),
 }
 
@@ -29,10 +27,6 @@ impl Compute {
     ///
     /// # Errors
     /// A device that this build or this machine does not have.
-    #[cfg_attr(
-        not(feature = "cuda-trial"),
-        expect(unused_variables, reason = "only a card asks the environment")
-    )]
     pub(crate) fn open(run: &RunTable, env: Env<'_>) -> Result<Compute, Error> {
         match run.device.unwrap_or_default() {
             Device::Cpu if run.gpu_dtype.is_some() => Err(Error::input(
@@ -40,30 +34,27 @@ impl Compute {
                 "set `run.device=gpu`, or leave `run.gpu_dtype` out",
             )),
             Device::Cpu => Ok(Compute::Cpu),
-            #[cfg(not(feature = "cuda-trial"))]
-            Device::Cuda(_) => Err(Error::input(
-                "`run.device` asks for CUDA, and no stage of this build computes on it",
-                "set `run.device=cpu`; `draftsmith doctor` shows what this machine has of NVIDIA's",
-            )),
-            #[cfg(feature = "cuda-trial")]
             Device::Cuda(_) if run.gpu_dtype.is_some() => Err(Error::input(
                 "`run.gpu_dtype` is set, but `run.device` is `cuda`, where products are bf16 and all else is f32",
                 "leave `run.gpu_dtype` out",
             )),
-            #[cfg(feature = "cuda-trial")]
             Device::Cuda(number) => Compute::cuda(number, env),
             device => Compute::other(device, run),
         }
     }
 
-    #[cfg(feature = "cuda-trial")]
     fn cuda(number: u32, env: Env<'_>) -> Result<Compute, Error> {
+        #[cfg(feature = "cuda-shim")]
         if let Some(folder) = (env.variable)("DRAFTSMITH_CUDA_SHIM") {
             let shim = draftsmith_cuda::shim::Shim::new(std::path::Path::new(&folder))?;
             return Ok(Compute::Shim(Cuda::new(shim, CudaOptions::default())));
         }
         let folders = (env.variable)("DRAFTSMITH_CUDA_LIBS");
         let card = Card::open(&Search::new(folders.as_deref(), Some(&env.places.python)), number as usize)?;
+        env.report.note(
+            "run.device: the kernels for NVIDIA GPUs are tested on the host alone and were never timed on a card; \
+             hold a small run against `run.device=cpu` first",
+        );
         Ok(Compute::Cuda(Cuda::new(card, CudaOptions::default())))
     }
 

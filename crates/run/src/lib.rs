@@ -40,7 +40,6 @@ pub mod verdict;
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use std::sync::Arc;
 use std::sync::Mutex;
 
@@ -56,10 +55,8 @@ use draftsmith_formats::run::{
 };
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::Gpu;
-#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use draftsmith_kernels::Kernels;
 use draftsmith_kernels::catch_failure;
-#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use draftsmith_model::Target;
 use draftsmith_model::{DraftConfig, Precision, is_method, methods};
 use draftsmith_pull::{Places, PullError, Pulled, Reference};
@@ -663,13 +660,11 @@ impl<'a> Run<'a> {
         match (&self.compute, self.file.target.precision) {
             (Compute::Cpu, RunPrecision::Stored) => "stored",
             (Compute::Cpu, RunPrecision::F32) => "f32",
-            #[cfg(feature = "cuda-trial")]
             (Compute::Cuda(_), RunPrecision::Stored) => "cuda-bf16",
-            #[cfg(feature = "cuda-trial")]
             (Compute::Cuda(_), RunPrecision::F32) => "cuda-f32",
-            #[cfg(feature = "cuda-trial")]
+            #[cfg(feature = "cuda-shim")]
             (Compute::Shim(_), RunPrecision::Stored) => "cuda-bf16",
-            #[cfg(feature = "cuda-trial")]
+            #[cfg(feature = "cuda-shim")]
             (Compute::Shim(_), RunPrecision::F32) => "cuda-f32",
             #[cfg(feature = "gpu-flex")]
             (Compute::Gpu(_), _) => match self.file.run.gpu_dtype.unwrap_or_default() {
@@ -680,7 +675,6 @@ impl<'a> Run<'a> {
     }
 
     /// The target once more, on another device.
-    #[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
     fn target_on<K: Kernels + Clone>(&self, device: &K) -> Result<Arc<Target<K>>, Error> {
         Ok(Arc::new(Target::load(Arc::new(device.clone()), &self.inputs.target_path, self.precision())?))
     }

@@ -24,7 +24,6 @@ use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
     Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError, control_token,
 };
-#[cfg(any(feature = "gpu-flex", feature = "cuda-trial"))]
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
 use draftsmith_formats::run::Stage;
@@ -277,12 +276,11 @@ impl Run<'_> {
                     let engine = Engine::new(self.target_on(gpu)?, None);
                     run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
                 }
-                #[cfg(feature = "cuda-trial")]
                 Compute::Cuda(cuda) => {
                     let engine = Engine::new(self.target_on(cuda)?, None);
                     run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
                 }
-                #[cfg(feature = "cuda-trial")]
+                #[cfg(feature = "cuda-shim")]
                 Compute::Shim(shim) => {
                     let engine = Engine::new(self.target_on(shim)?, None);
                     run(&mut EngineGenerator { engine: &engine, prompter, batch_size })

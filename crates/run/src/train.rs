@@ -52,9 +52,8 @@ impl Run<'_> {
             }
             #[cfg(feature = "gpu-flex")]
             Compute::Gpu(gpu) => self.train_on(gpu.clone(), dir, key, report),
-            #[cfg(feature = "cuda-trial")]
             Compute::Cuda(cuda) => self.train_on(cuda.clone(), dir, key, report),
-            #[cfg(feature = "cuda-trial")]
+            #[cfg(feature = "cuda-shim")]
             Compute::Shim(shim) => self.train_on(shim.clone(), dir, key, report),
         }
     }
