@@ -191,9 +191,29 @@ fn chosen(one: &LoadResult, report: &TuneReport) -> Tuned {
             )
         },
     );
-    let because =
-        format!("{speedup}; {} prompts, {}, {} threads", report.prompts, report.machine.cpu, report.threads);
+    let kept = name(drafting);
+    let doubt = match one.best == kept {
+        true => String::new(),
+        false => format!(", not shown to beat {kept} at every load"),
+    };
+    let because = format!(
+        "{speedup}{doubt}; {} prompts, {}, {} threads",
+        report.prompts, report.machine.cpu, report.threads
+    );
     Tuned { drafting, because }
+}
+
+/// As the table names it.
+fn name(tuned: TunedDrafting) -> String {
+    let shape = match tuned {
+        TunedDrafting::Plain => return "plain".to_owned(),
+        TunedDrafting::Auto => Drafting::Auto,
+        TunedDrafting::Chain { depth } => Drafting::Chain { depth },
+        TunedDrafting::Tree { depth, top_k, num_draft_tokens } => {
+            Drafting::Tree { depth, top_k, num_draft_tokens }
+        }
+    };
+    shape.short_label()
 }
 
 fn write(report: &TuneReport, bundle: Option<&Path>, session: &Session) -> Result<(), Failure> {
@@ -201,7 +221,7 @@ fn write(report: &TuneReport, bundle: Option<&Path>, session: &Session) -> Resul
     // Looked at before anything was measured.
     let (Some(load), Some(bundle)) = (load, bundle) else { return Ok(()) };
     let tuned = chosen(load, report);
-    let line = format!("written into `{}`: {}", bundle.display(), tuned.because);
+    let line = format!("written into `{}`: {}; {}", bundle.display(), name(tuned.drafting), tuned.because);
     write_tuned(bundle, tuned)?;
     session.printer.note(&line);
     Ok(())
@@ -248,7 +268,10 @@ mod tests {
             machine: Machine::default(),
             costs: CostsInfo::default(),
         };
-        assert_eq!(chosen(&report.loads[0], &report).drafting, expected);
+        let tuned = chosen(&report.loads[0], &report);
+        assert_eq!(tuned.drafting, expected);
+        let doubted = tuned.because.contains(&format!("not shown to beat {} at every load", name(expected)));
+        assert_eq!(doubted, name(expected) != report.loads[0].best, "{}", tuned.because);
     }
 
     #[test]
