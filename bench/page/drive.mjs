@@ -240,6 +240,12 @@ async function view() {
   expect(await page.getByRole("button", { name: "Jump to end" }).isHidden(), "where it is not needed");
   await page.keyboard.press("Escape");
   await answered();
+  await page.waitForTimeout(200);
+  const fold = page.locator(".turn.model:last-child .fold > summary");
+  const before = (await fold.boundingBox()).y;
+  await fold.click();
+  await page.waitForTimeout(300);
+  expect(Math.abs((await fold.boundingBox()).y - before) < 2, "what is unfolded afterwards does not run away");
   await page.getByRole("button", { name: "New chat" }).click();
   await set("Longest answer", "96");
 }

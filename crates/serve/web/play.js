@@ -91,7 +91,7 @@ export function show(main) {
     send.hidden = true;
     stop.hidden = false;
     render();
-    view.toEnd();
+    view.begin();
     announce("The model is answering");
     meter(answer);
     const words = draftWords();
@@ -134,6 +134,7 @@ export function show(main) {
       keep({ where: title, prompt: text, messages: history, drafting: words, temperature: settings.temperature, tokens: answer.tokens, text: answer.text,
         end, rate: last.rate, acceptLen: last.length, finish, stopped });
     }
+    view.end();
     // The box of a failure announces itself.
     announce(failed ? "" : `${stopped ? "Stopped" : "Answer complete"}. ${answer.sentence()}. ${answer.text}`);
     if (document.activeElement === document.body || document.activeElement === stop) input.focus({ preventScroll: true });
@@ -180,6 +181,7 @@ export function show(main) {
   const leave = keys({ send: () => submit(input.value), stop: () => abort?.abort() });
   clear.addEventListener("click", () => {
     turns.length = 0;
+    view.rest();
     render();
     for (const meterValue of [accept, rate, count]) meterValue.textContent = "–";
     input.focus();

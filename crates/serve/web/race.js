@@ -69,7 +69,7 @@ export function show(main) {
     const here = lanes[side];
     const answer = new Answer();
     here.content.replaceChildren(answer.node);
-    here.view.toEnd();
+    here.view.begin();
     here.rate.textContent = "reading the prompt";
     const began = performance.now();
     const fill = here.bar.firstChild;
@@ -99,6 +99,7 @@ export function show(main) {
     } finally {
       clearInterval(ticker);
       answer.finish();
+      here.view.end();
       if (answer.text) {
         keep({ where: title, prompt, messages: [{ role: "user", content: prompt }], drafting: draftWords(draft), temperature: settings.temperature,
           tokens: answer.tokens, text: answer.text, end, rate: answer.rate(), acceptLen: end?.timing?.accept_length ?? answer.acceptLen(), finish, stopped: !end });
@@ -127,6 +128,7 @@ export function show(main) {
       side.rate.textContent = "";
       side.bar.firstChild.style.width = "0";
       side.content.replaceChildren(h("p", { class: "quiet" }, "Waiting"));
+      side.view.rest();
     }
     announce("The race has begun");
     const sides = { plain: () => drive("plain", prompt, "none"), spec: () => drive("spec", prompt, draft) };
