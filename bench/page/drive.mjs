@@ -322,6 +322,7 @@ async function runs() {
     for (const key of ["Home", "ArrowRight"]) await page.keyboard.press(key);
     expect(/^step 2 · 12\.000$/.test(await newest(1)), `arrow keys read single values: ${await newest(1)}`);
     await page.getByText("The measurements").click();
+    await page.waitForSelector(".fold tbody tr");
     expect((await page.$$(".fold tbody tr")).length === 5, "every measurement stands in a table");
     await shot("run", true);
     await open("runs/no-such-run");
