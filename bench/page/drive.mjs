@@ -291,7 +291,7 @@ async function generations() {
 }
 
 const fixture = fileURLToPath(new URL("../../fixtures/run-folder-v1", import.meta.url));
-const step = (n, total) => `${JSON.stringify({ event: "step", step: n, total_steps: total, epoch: 0, loss: 2 + 20 / n, lr: 0.001, acc: [0.9 - 1 / n, 0.6 - 0.5 / n, null], tokens_per_s: 900 })}\n`;
+const step = (n, total) => `${JSON.stringify({ event: "step", step: n, total_steps: total, epoch: 0, loss: 2 + 20 / n, lr: 0.001, acc: [0.9 - 0.8 / n, 0.6 - 0.5 / n, null], tokens_per_s: 900 })}\n`;
 const validation = (n, of) => `${JSON.stringify({ event: "validation", step: n, mean_of: of, accept_len: 1.2 + n / 100, low: 1.1 + n / 100, high: 1.3 + n / 100, verify_steps: 300, committed_tokens: 500, best: true })}\n`;
 
 async function runs() {

@@ -183,7 +183,7 @@ function committed(all) {
     const [left, top, bottom] = [24, 6, height - 22];
     // As many as there is room for; the rest is in the table.
     const size = Math.max(3, Math.min(18, (width - left) / all.length));
-    const shown = all.slice(0, Math.floor((width - left) / size));
+    const shown = all.slice(0, Math.floor((width - left) / size + 1e-6));
     const unit = (bottom - top) / most;
     const svg = s("svg", { width, height, role: "img", "aria-label": `Committed tokens of each verify step: ${shown.map((step) => step.tokens.length).join(", ")}` });
     for (let n = 0; n <= most; n += Math.ceil(most / 4)) {

@@ -171,7 +171,7 @@ function oneView(name) {
     loss.set({ xMax, series: [{ name: "loss", points: curves.steps.filter((one) => one.loss !== null).map((one) => [one.step, one.loss]) }] });
     const positions = Math.max(0, ...curves.steps.map((one) => one.acc.length));
     const shown = positions <= SHOWN.length ? [...Array(positions).keys()] : SHOWN.filter((i) => i < positions);
-    accuracy.set({ xMax, series: shown.map((i) => ({ name: `position ${i + 1}`, points: curves.steps.filter((one) => (one.acc[i] ?? null) !== null).map((one) => [one.step, one.acc[i]]) })) });
+    accuracy.set({ xMax, series: shown.map((i) => ({ name: `position ${i + 1}`, points: curves.steps.filter((one) => (one.acc[i] ?? null) !== null).map((one) => [one.step, one.acc[i]]) })).filter((one) => one.points.length) });
     const points = (list) => list.map((one) => [one.step, one.accept_len, one.low === null || one.high === null ? null : [one.low, one.high]]);
     const means = curves.validations.filter((one) => one.mean_of.length);
     length.set({ xMax, series: [
