@@ -39,15 +39,18 @@ impl ServedRuns {
 
     /// Runs by name. Names come from the folder alone and links lead nowhere else, so no request reaches another place.
     fn found(&self) -> BTreeMap<String, RunFolder> {
-        let is_run = |path: &Path| path.join("run.toml").is_file();
-        let entries = std::fs::read_dir(&self.root).into_iter().flatten().flatten().map(|entry| entry.path());
-        let inside = |path: &PathBuf| path.canonicalize().is_ok_and(|real| real.starts_with(&self.root));
-        let one = Some(self.root.clone()).filter(|root| is_run(root));
+        // A bundle has a run file, too, and no state.
+        let is_run = |path: &Path| path.join("run.toml").is_file() && path.join("state").is_dir();
         let named = |path: PathBuf| {
             let name = path.file_name()?.to_str()?.to_owned();
             Some((name, RunFolder::new(path)))
         };
-        entries.filter(|path| is_run(path) && inside(path)).chain(one).filter_map(named).collect()
+        if is_run(&self.root) {
+            return named(self.root.clone()).into_iter().collect();
+        }
+        let entries = std::fs::read_dir(&self.root).into_iter().flatten().flatten().map(|entry| entry.path());
+        let inside = |path: &PathBuf| path.canonicalize().is_ok_and(|real| real.starts_with(&self.root));
+        entries.filter(|path| is_run(path) && inside(path)).filter_map(named).collect()
     }
 }
 

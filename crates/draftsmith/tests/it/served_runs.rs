@@ -126,7 +126,7 @@ fn no_name_leads_out_of_the_folder() {
     ];
     for name in outside {
         let (head, body) = served.raw(&format!("GET /api/runs/{name} HTTP/1.1"), &[], "");
-        assert!(head.starts_with("HTTP/1.1 404 "), "{name}: {head}");
+        assert!(head.starts_with("http/1.1 404 "), "{name}: {head}");
         assert!(body.contains("not_found"), "{name}: {body}");
     }
 }
@@ -158,8 +158,8 @@ fn runs_want_the_key_where_there_is_one() {
         let head = |key: &str| {
             served.raw(&format!("GET {path} HTTP/1.1"), &[&format!("authorization: Bearer {key}")], "").0
         };
-        assert!(head("wrong").starts_with("HTTP/1.1 401 "), "{path}");
-        let good = if path.ends_with("none") { "HTTP/1.1 404 " } else { "HTTP/1.1 200 " };
+        assert!(head("wrong").starts_with("http/1.1 401 "), "{path}");
+        let good = if path.ends_with("none") { "http/1.1 404 " } else { "http/1.1 200 " };
         assert!(head("secret-a").starts_with(good), "{path}");
     }
 }
@@ -245,5 +245,5 @@ fn a_key_sees_its_own_generations_alone() {
     let id = own[0]["id"].as_str().unwrap();
     let of_bob =
         served.raw(&format!("GET /api/generations/{id} HTTP/1.1"), &["authorization: Bearer secret-b"], "");
-    assert!(of_bob.0.starts_with("HTTP/1.1 404 "), "{}", of_bob.0);
+    assert!(of_bob.0.starts_with("http/1.1 404 "), "{}", of_bob.0);
 }
