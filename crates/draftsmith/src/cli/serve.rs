@@ -19,8 +19,9 @@ use super::{Drafting, Verifying};
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
     draftsmith serve --bundle DIR --depth 3 --log-json\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
-    /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /api/runs,\n\
-    /api/generations, /admin/draft (docs/SERVE.md). Without --depth or a tree as much is drafted as pays at the load.\n\
+    /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records,\n\
+    /api/runs, /api/generations, /admin/draft (docs/SERVE.md).\n\
+    Without --depth or a tree as much is drafted as pays at the load.\n\
     Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
 #[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target"]))]
 pub struct Serve {
