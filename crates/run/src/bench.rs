@@ -20,6 +20,7 @@ use super::state::REPORT;
 use super::{Run, StageDone};
 use crate::Error;
 use crate::costs::{used, with_costs};
+use crate::curve::Curve;
 use crate::engine::{draft_plan, engine, load_draft};
 use crate::measure::{EngineRunner, TemplateDialogue, drafting, machine};
 use crate::rules::{Facts, Warning, warnings};
@@ -194,20 +195,15 @@ impl Run<'_> {
 
     /// Validations of the training log.
     fn training_curve(&self) -> Option<TrainingCurve> {
-        let text = std::fs::read_to_string(self.folder.stage_dir(Stage::Train).join("log.jsonl")).ok()?;
+        let rows = self.file.validate.prompts as usize;
         let mut curve = TrainingCurve::default();
-        for line in text.lines() {
-            let Ok(value) = serde_json::from_str::<Value>(line) else { continue };
-            if value["event"] == "validation"
-                && let (Some(step), Some(accept_len)) = (value["step"].as_u64(), value["accept_len"].as_f64())
-            {
-                let interval = match (value["low"].as_f64(), value["high"].as_f64()) {
-                    (Some(low), Some(high)) => Some(draftsmith_bench::Interval { low, high }),
-                    _ => None,
-                };
-                let rows = self.file.validate.prompts as usize;
-                curve.measured_accept_len.push(TrainingPoint { step, value: accept_len, interval, rows });
-            }
+        for point in Curve::of(&self.folder)?.validations {
+            let interval = match (point.low, point.high) {
+                (Some(low), Some(high)) => Some(draftsmith_bench::Interval { low, high }),
+                _ => None,
+            };
+            let (step, value) = (point.step, point.accept_len);
+            curve.measured_accept_len.push(TrainingPoint { step, value, interval, rows });
         }
         (!curve.measured_accept_len.is_empty()).then_some(curve)
     }

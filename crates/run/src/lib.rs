@@ -12,6 +12,7 @@ mod bundle;
 mod capture;
 mod check;
 pub mod costs;
+pub mod curve;
 mod data;
 pub mod device;
 pub mod disk;

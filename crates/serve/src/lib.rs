@@ -11,6 +11,7 @@ mod api;
 mod auth;
 mod board;
 mod cors;
+mod generations;
 mod grammar;
 mod http;
 mod metrics;
@@ -34,6 +35,7 @@ use draftsmith_text::{ChatTemplate, Tokenizer};
 
 use crate::api::ApiError;
 use crate::board::Board;
+use crate::generations::Generations;
 use crate::grammar::{GrammarError, Grammars};
 use crate::metrics::Metrics;
 use crate::queue::{Order, Queue};
@@ -114,6 +116,14 @@ pub struct Limits {
     pub watch_steps: u64,
 }
 
+/// Runs of training that are shown beside the model, going on or done.
+pub trait Runs: Send + Sync {
+    /// One object per run, with its `name`.
+    fn list(&self) -> Vec<serde_json::Value>;
+    /// A run of the list, with its stages and the curves of its training; `None` where the list has no such name.
+    fn run(&self, name: &str) -> Option<serde_json::Value>;
+}
+
 /// What the server is told before a model is there.
 pub struct Options {
     /// Where to listen: the first of these that can be listened at.
@@ -128,6 +138,10 @@ pub struct Options {
     pub limits: Limits,
     /// Folder of bench records to show beside the bundle's.
     pub records: Option<PathBuf>,
+    /// Runs to show.
+    pub runs: Option<Arc<dyn Runs>>,
+    /// Answers that are kept, token by token, for the clients that asked for them; 0: none.
+    pub keep_generations: usize,
     /// Which draft tokens of sampled answers are kept, unless a request says.
     pub verify: VerifyRule,
     /// How much to draft, unless a request says; `None`: as the draft was tuned, and without that as much as pays.
@@ -193,6 +207,7 @@ struct Service {
 struct App {
     options: Options,
     service: OnceLock<Service>,
+    generations: Arc<Generations>,
     draining: AtomicBool,
     /// A change of the draft is under way.
     swapping: AtomicBool,
@@ -259,6 +274,7 @@ impl Server {
         let bind = |source| ServeError::Bind { address: options.addresses[0], source };
         let address = listener.local_addr().map_err(bind)?;
         let app = Arc::new(App {
+            generations: Arc::new(Generations::new(options.keep_generations)),
             options,
             service: OnceLock::new(),
             draining: AtomicBool::new(false),

@@ -33,14 +33,19 @@ macro_rules! asset {
     };
 }
 
-static ASSETS: [Asset; 19] = [
+static ASSETS: [Asset; 25] = [
     Asset { path: "/", kind: HTML, body: include_bytes!("../web/index.html") },
     asset!("api.js", JS),
     asset!("app.css", CSS),
     asset!("app.js", JS),
     asset!("bundle.js", JS),
+    asset!("code.js", JS),
+    asset!("curve.js", JS),
     asset!("dom.js", JS),
+    asset!("follow.js", JS),
+    asset!("generations.js", JS),
     asset!("icon.svg", SVG),
+    asset!("journal.js", JS),
     asset!("kinds.js", JS),
     asset!("live.js", JS),
     asset!("markdown.js", JS),
@@ -49,6 +54,7 @@ static ASSETS: [Asset; 19] = [
     asset!("plot.js", JS),
     asset!("race.js", JS),
     asset!("records.js", JS),
+    asset!("runs.js", JS),
     asset!("settings.js", JS),
     asset!("state.js", JS),
     asset!("theme.js", JS),

@@ -60,6 +60,20 @@ pub(crate) enum Outcome {
     Failed(String),
 }
 
+impl Outcome {
+    /// One word for it.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Outcome::Stop => "stop",
+            Outcome::Length => "length",
+            Outcome::Timeout => "timeout",
+            Outcome::Drained => "drained",
+            Outcome::Refused(_) => "refused",
+            Outcome::Failed(_) => "failed",
+        }
+    }
+}
+
 /// One sequence to decode.
 pub(crate) struct Job {
     /// Unique in this process.

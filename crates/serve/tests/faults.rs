@@ -86,6 +86,8 @@ fn server(drafter: Arc<Shaky>) -> Server {
             watch_steps: 100,
         },
         records: None,
+        runs: None,
+        keep_generations: 0,
         verify: VerifyRule::Seeded,
         plan: None,
         tool_format: None,

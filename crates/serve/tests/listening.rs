@@ -25,6 +25,8 @@ fn options(address: &str) -> Options {
             watch_steps: 1,
         },
         records: None,
+        runs: None,
+        keep_generations: 0,
         verify: VerifyRule::Seeded,
         plan: None,
         tool_format: None,

@@ -73,7 +73,7 @@ export async function get(path, signal) {
  * A streamed chat completion.
  *
  * `onChunk({ text, tokens, finish })` is called for every event; tokens are `{ id, text, origin }`. Resolves to what the
- * last events said: `{ usage, metrics, timing }`.
+ * last events said: `{ id, usage, metrics, timing }`.
  */
 export async function chat(body, onChunk, signal) {
   const response = await request("/v1/chat/completions", {
@@ -82,11 +82,12 @@ export async function chat(body, onChunk, signal) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  const end = { usage: null, metrics: null, timing: null };
+  const end = { id: null, usage: null, metrics: null, timing: null };
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return end;
     const chunk = JSON.parse(data);
     if (chunk.error) throw failure(500, chunk);
+    end.id ??= chunk.id ?? null;
     if (chunk.usage) end.usage = chunk.usage;
     if (chunk.metrics?.speculative_decoding) end.metrics = chunk.metrics.speculative_decoding;
     if (chunk.draftsmith?.decode_ms !== undefined) end.timing = chunk.draftsmith;

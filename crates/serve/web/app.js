@@ -4,13 +4,15 @@ import { announce, empty, h } from "/assets/dom.js";
 import "/assets/notices.js";
 import * as state from "/assets/state.js";
 import * as bundle from "/assets/bundle.js";
+import * as generations from "/assets/generations.js";
 import * as live from "/assets/live.js";
 import * as play from "/assets/play.js";
 import * as race from "/assets/race.js";
 import * as records from "/assets/records.js";
+import * as runs from "/assets/runs.js";
 
 // Each page: title, and `show(main, rest)`, which fills the page and may return what to call when it is left.
-const PAGES = { play, race, bundle, records, live };
+const PAGES = { play, race, generations, runs, bundle, records, live };
 const main = document.getElementById("main");
 let leave = null;
 

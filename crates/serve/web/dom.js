@@ -44,7 +44,7 @@ export function num(value, digits = 0) {
 }
 
 /** A share as per cent. */
-export const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${num(value * 100, digits)} %`);
+export const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${num(value * 100, digits)}\u00a0%`);
 
 /** Milliseconds in a unit that reads well. */
 export function ms(value) {

@@ -16,6 +16,33 @@ export function problem(error, retry) {
       retry ? h("button", { type: "button", onclick: retry }, "Try again") : null) : null);
 }
 
+/** Says what is wrong with a field beside it, or takes that back. */
+export function complain(input, hint, text) {
+  if (hint.textContent === text && text) hint.textContent = "";
+  hint.textContent = text;
+  input.toggleAttribute("aria-invalid", Boolean(text));
+  if (text) {
+    input.setAttribute("aria-describedby", hint.id);
+    input.focus();
+  } else {
+    input.removeAttribute("aria-describedby");
+  }
+}
+
+/** Ctrl Enter (or Cmd Enter) sends and Escape stops, wherever in the page one is; gives a function that ends that. */
+export function keys({ send, stop }) {
+  const listen = (event) => {
+    if (document.querySelector("dialog[open]")) return;
+    if (event.key === "Escape") stop();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.isComposing) {
+      event.preventDefault();
+      send();
+    }
+  };
+  document.addEventListener("keydown", listen);
+  return () => document.removeEventListener("keydown", listen);
+}
+
 const dialog = document.getElementById("key-dialog");
 const keyInput = document.getElementById("key-input");
 /** Asks for the key. */

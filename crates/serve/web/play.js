@@ -2,8 +2,10 @@
 
 import { chat } from "/assets/api.js";
 import { announce, h, ms, num, percent } from "/assets/dom.js";
-import { problem } from "/assets/notices.js";
-import { draftWords, fields, form } from "/assets/settings.js";
+import { follow } from "/assets/follow.js";
+import { keep } from "/assets/journal.js";
+import { complain, keys, problem } from "/assets/notices.js";
+import { draftWords, fields, form, settings } from "/assets/settings.js";
 import * as state from "/assets/state.js";
 import { Answer, legend } from "/assets/tokens.js";
 
@@ -25,8 +27,10 @@ export function show(main) {
   const send = h("button", { type: "submit", class: "primary" }, "Send");
   const stop = h("button", { type: "button", class: "stop", hidden: true }, "Stop");
   const clear = h("button", { type: "button", class: "ghost", hidden: true }, "New chat");
-  const composer = h("form", { class: "composer" }, input,
-    h("div", { class: "row" }, h("span", { class: "quiet keys-hint" }, h("kbd", {}, "Enter"), " sends, ", h("kbd", {}, "Shift Enter"), " new line, ", h("kbd", {}, "Esc"), " stops"),
+  const hint = h("p", { class: "hint", role: "alert", id: "prompt-hint" });
+  const view = follow(null, log);
+  const composer = h("form", { class: "composer" }, view.button, input, hint,
+    h("div", { class: "row" }, h("span", { class: "quiet keys-hint" }, h("kbd", {}, "Enter"), " or ", h("kbd", {}, "Ctrl Enter"), " sends, ", h("kbd", {}, "Shift Enter"), " new line, ", h("kbd", {}, "Esc"), " stops"),
       h("span", { class: "grow" }), clear, stop, send));
   const accept = h("output", { class: "meter-value" }, "–");
   const rate = h("output", { class: "meter-value" }, "–");
@@ -44,8 +48,6 @@ export function show(main) {
   main.append(h("h1", { class: "sr" }, title), h("div", { class: "chat" }, log, composer), side);
 
   let abort = null;
-  const atEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 60;
-  const follow = (was) => was && scrollTo(0, document.documentElement.scrollHeight);
 
   function welcome() {
     const now = state.latest();
@@ -73,8 +75,10 @@ export function show(main) {
 
   async function submit(text) {
     text = text.trim();
-    if (!text || abort) return;
+    if (abort) return;
+    if (!text) return complain(input, hint, "There is nothing to send yet: write a message first.");
     input.value = "";
+    complain(input, hint, "");
     grow();
     const answer = new Answer();
     const user = { role: "user", content: text, node: h("article", { class: "turn user" }, h("h3", { class: "who" }, "You"), h("div", { class: "bubble" }, text)) };
@@ -87,7 +91,7 @@ export function show(main) {
     send.hidden = true;
     stop.hidden = false;
     render();
-    follow(true);
+    view.begin();
     announce("The model is answering");
     meter(answer);
     const words = draftWords();
@@ -96,10 +100,8 @@ export function show(main) {
     let failed = null;
     let stopped = false;
     const ticker = setInterval(() => {
-      const was = atEnd();
       meter(answer);
-      if (answer.tokens.length) foot.replaceChildren();
-      follow(was);
+      if (answer.text) foot.replaceChildren();
     }, 120);
     try {
       end = await chat({ model: state.latest()?.model ?? "default", messages: history, ...fields() }, (chunk) => {
@@ -111,7 +113,6 @@ export function show(main) {
       failed = stopped ? null : error;
     }
     clearInterval(ticker);
-    const was = atEnd();
     const matched = answer.finish();
     const last = meter(answer, end);
     reply.content = answer.text;
@@ -129,7 +130,11 @@ export function show(main) {
     send.hidden = false;
     stop.hidden = true;
     clear.hidden = false;
-    follow(was);
+    if (answer.text) {
+      keep({ where: title, prompt: text, messages: history, drafting: words, temperature: settings.temperature, tokens: answer.tokens, text: answer.text,
+        end, rate: last.rate, acceptLen: last.length, finish, stopped });
+    }
+    view.end();
     // The box of a failure announces itself.
     announce(failed ? "" : `${stopped ? "Stopped" : "Answer complete"}. ${answer.sentence()}. ${answer.text}`);
     if (document.activeElement === document.body || document.activeElement === stop) input.focus({ preventScroll: true });
@@ -158,9 +163,12 @@ export function show(main) {
     input.style.height = `${Math.min(input.scrollHeight + 2, 200)}px`;
   }
 
-  input.addEventListener("input", grow);
+  input.addEventListener("input", () => {
+    complain(input, hint, "");
+    grow();
+  });
   input.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey && !event.isComposing) {
       event.preventDefault();
       submit(input.value);
     }
@@ -170,12 +178,10 @@ export function show(main) {
     submit(input.value);
   });
   stop.addEventListener("click", () => abort?.abort());
-  const escape = (event) => {
-    if (event.key === "Escape" && !document.querySelector("dialog[open]")) abort?.abort();
-  };
-  document.addEventListener("keydown", escape);
+  const leave = keys({ send: () => submit(input.value), stop: () => abort?.abort() });
   clear.addEventListener("click", () => {
     turns.length = 0;
+    view.rest();
     render();
     for (const meterValue of [accept, rate, count]) meterValue.textContent = "–";
     input.focus();
@@ -188,6 +194,7 @@ export function show(main) {
   return () => {
     abort?.abort();
     unsubscribe();
-    document.removeEventListener("keydown", escape);
+    view.stop();
+    leave();
   };
 }

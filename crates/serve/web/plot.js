@@ -2,8 +2,8 @@
 
 import { h, num, s } from "/assets/dom.js";
 
-const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "bar"];
-const DASHES = [null, "6 4", "2 3", "8 3 2 3", "12 4", "1 5"];
+export const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "bar"];
+export const DASHES = [null, "6 4", "2 3", "8 3 2 3", "12 4", "1 5"];
 
 /** A figure that draws itself anew when its width changes. `draw(width)` gives an SVG. */
 function figure(title, note, draw, after = null) {
@@ -17,7 +17,7 @@ function figure(title, note, draw, after = null) {
 }
 
 /** Round ends and steps for an axis over `[low, high]`. */
-function ticks(low, high, wanted) {
+export function ticks(low, high, wanted) {
   const raw = (high - low || 1) / wanted;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((v) => v >= raw * 0.999);
@@ -26,11 +26,11 @@ function ticks(low, high, wanted) {
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
-function decimals(values) {
+export function decimals(values) {
   return Math.max(0, ...values.map((v) => (String(Number(v.toPrecision(6))).split(".")[1] ?? "").length));
 }
 
-function mark(shape, x, y, kind, tip) {
+export function mark(shape, x, y, kind, tip) {
   const r = 4.5;
   const props = { class: `mark k${kind}`, tabindex: tip ? 0 : null, "data-tip": tip };
   if (shape === "square") return s("rect", { ...props, x: x - r + 0.5, y: y - r + 0.5, width: 2 * r - 1, height: 2 * r - 1 });

@@ -2,7 +2,9 @@
 
 import { chat } from "/assets/api.js";
 import { announce, h, ms, num, table } from "/assets/dom.js";
-import { problem } from "/assets/notices.js";
+import { follow } from "/assets/follow.js";
+import { keep } from "/assets/journal.js";
+import { complain, keys, problem } from "/assets/notices.js";
 import { chosenDraft, draftWords, fields, form, settings } from "/assets/settings.js";
 import * as state from "/assets/state.js";
 import { Answer, legend } from "/assets/tokens.js";
@@ -28,9 +30,11 @@ export function show(main) {
   const start = h("button", { type: "submit", class: "primary" }, "Start");
   const stop = h("button", { type: "button", class: "stop", hidden: true }, "Stop");
   const options = h("details", { class: "options" }, h("summary", {}, "Settings"), form({ withNone: false }));
-  const setup = h("form", { class: "card stack" }, input,
+  const hint = h("p", { class: "hint", role: "alert", id: "prompt-hint" });
+  const setup = h("form", { class: "card stack" }, input, hint,
     h("div", { class: "starters" }, STARTERS.map((text) => h("button", { type: "button", class: "starter", onclick: () => {
       input.value = text;
+      complain(input, hint, "");
       input.focus();
     } }, text))),
     h("div", { class: "row" }, h("label", { class: "check" }, together, "both at once"),
@@ -46,9 +50,11 @@ export function show(main) {
   function lane(name) {
     const clock = h("output", { class: "clock" }, "–");
     const rate = h("output", {}, "");
-    const body = h("div", { class: "lane-body" }, h("p", { class: "quiet" }, "Not started"));
+    const content = h("div", {}, h("p", { class: "quiet" }, "Not started"));
+    const body = h("div", { class: "lane-body", tabIndex: 0, role: "group", ariaLabel: name }, content);
+    const view = follow(body, content);
     const bar = h("div", { class: "progress", ariaHidden: "true" }, h("span"));
-    return { name, clock, rate, body, bar, node: h("section", { class: "card lane", ariaLabel: name }, h("header", {}, h("h2", {}, name), h("div", { class: "lane-numbers" }, rate, clock)), bar, body) };
+    return { name, clock, rate, content, view, bar, node: h("section", { class: "card lane", ariaLabel: name }, h("header", {}, h("h2", {}, name), h("div", { class: "lane-numbers" }, rate, clock)), bar, body, view.button) };
   }
 
   function explain() {
@@ -62,19 +68,21 @@ export function show(main) {
   async function drive(side, prompt, draft) {
     const here = lanes[side];
     const answer = new Answer();
-    here.body.replaceChildren(answer.node);
+    here.content.replaceChildren(answer.node);
+    here.view.begin();
     here.rate.textContent = "reading the prompt";
     const began = performance.now();
     const fill = here.bar.firstChild;
     const tick = () => {
       here.clock.textContent = ms(performance.now() - began);
-      if (answer.tokens.length) here.rate.textContent = `${num(answer.rate())} tokens/s`;
+      if (answer.text) here.rate.textContent = `${num(answer.rate())} tokens/s`;
       fill.style.width = `${Math.min(100, (answer.tokens.length / settings.max_tokens) * 100)}%`;
     };
     const ticker = setInterval(tick, 50);
+    let finish = null;
+    let end = null;
     try {
-      let finish = null;
-      const end = await chat({ model: state.latest()?.model ?? "default", messages: [{ role: "user", content: prompt }], ...fields(draft) }, (chunk) => {
+      end = await chat({ model: state.latest()?.model ?? "default", messages: [{ role: "user", content: prompt }], ...fields(draft) }, (chunk) => {
         answer.add(chunk);
         finish = chunk.finish ?? finish;
       }, abort.signal);
@@ -85,9 +93,17 @@ export function show(main) {
       here.rate.textContent = `${num(rate)} tokens/s`;
       fill.style.width = "100%";
       return { answer, wall, decode, rate, finish, prefill: end.timing?.prefill_ms ?? null, acceptLen: end.timing?.accept_length ?? answer.acceptLen(), byServer: end.timing !== null };
+    } catch (error) {
+      here.rate.textContent = abort.signal.aborted ? "stopped" : "failed";
+      throw error;
     } finally {
       clearInterval(ticker);
       answer.finish();
+      here.view.end();
+      if (answer.text) {
+        keep({ where: title, prompt, messages: [{ role: "user", content: prompt }], drafting: draftWords(draft), temperature: settings.temperature,
+          tokens: answer.tokens, text: answer.text, end, rate: answer.rate(), acceptLen: end?.timing?.accept_length ?? answer.acceptLen(), finish, stopped: !end });
+      }
     }
   }
 
@@ -103,6 +119,7 @@ export function show(main) {
       runs = [];
       plainFirst = true;
       verdict.hidden = true;
+      verdict.replaceChildren();
     }
     raced = setting;
     lanes.spec.node.querySelector("h2").textContent = `With the draft${draft === "auto" ? "" : `, chain of ${draft.chain}`}`;
@@ -110,7 +127,8 @@ export function show(main) {
       side.clock.textContent = "–";
       side.rate.textContent = "";
       side.bar.firstChild.style.width = "0";
-      side.body.replaceChildren(h("p", { class: "quiet" }, "Waiting"));
+      side.content.replaceChildren(h("p", { class: "quiet" }, "Waiting"));
+      side.view.rest();
     }
     announce("The race has begun");
     const sides = { plain: () => drive("plain", prompt, "none"), spec: () => drive("spec", prompt, draft) };
@@ -123,7 +141,7 @@ export function show(main) {
         plainFirst = !plainFirst;
       }
       runs.push(result);
-      judge(draft);
+      judge(prompt, draft);
     } catch (error) {
       if (abort.signal.aborted) announce("Stopped");
       else trouble.replaceChildren(problem(error, () => run(prompt)));
@@ -136,7 +154,7 @@ export function show(main) {
     stop.hidden = true;
   }
 
-  function judge(draft) {
+  function judge(prompt, draft) {
     const { plain, spec } = runs.at(-1);
     const ids = [plain, spec].map((side) => side.answer.tokens.map((token) => token.id));
     const traced = ids.every((list) => list.length > 0);
@@ -154,6 +172,7 @@ export function show(main) {
         h("div", { class: "tile-value" }, `${num(speedup, 2)}×`),
         h("div", {}, h("p", { class: "verdict-text" }, speedup >= 1.02 ? "as fast with the draft as without" : speedup > 0.98 ? "the same speed with and without" : "slower with the draft here"),
           h("p", { class: equal ? "same" : "differs", id: "equal" }, h("span", { ariaHidden: "true" }, equal ? "✓ " : "✗ "), equalWords))),
+      h("p", { class: "quiet asked" }, "Prompt: ", prompt),
       table(["run", "order", "plain tokens/s", "draft tokens/s", "speedup", "accept length", "plain, in all", "draft, in all"], rows, ["r", "", "r", "r", "r", "r", "r", "r"]),
       h("p", { class: "quiet" }, `Decode time per token, without the draft ÷ with it${runs.length > 1 ? `, over ${runs.length} runs` : ""}${plain.byServer ? "; times by the server" : "; times by this browser"}; ${draftWords(draft)}. A race is a glance: `, h("code", {}, "draftsmith bench"), " measures with intervals."));
     verdict.classList.toggle("slower", speedup < 1 || !equal);
@@ -165,22 +184,21 @@ export function show(main) {
   setup.addEventListener("submit", (event) => {
     event.preventDefault();
     const prompt = input.value.trim();
+    complain(input, hint, prompt ? "" : "There is nothing to race with yet: write a prompt first.");
     if (prompt) run(prompt);
-    else input.focus();
   });
+  input.addEventListener("input", () => complain(input, hint, ""));
   input.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey && !event.isComposing) {
       event.preventDefault();
       setup.requestSubmit();
     }
   });
   stop.addEventListener("click", () => abort?.abort());
-  const escape = (event) => {
-    if (event.key === "Escape" && !document.querySelector("dialog[open]")) abort?.abort();
-  };
-  document.addEventListener("keydown", escape);
+  const leave = keys({ send: () => setup.requestSubmit(), stop: () => abort?.abort() });
   return () => {
     abort?.abort();
-    document.removeEventListener("keydown", escape);
+    for (const side of Object.values(lanes)) side.view.stop();
+    leave();
   };
 }

@@ -1,6 +1,8 @@
 // Tokens by how they were made: the colours, the words, the counts.
 
+import { Paper } from "/assets/code.js";
 import { folded, h, num, table } from "/assets/dom.js";
+import { acceptLen } from "/assets/journal.js";
 
 /** Origins in the order of the legend: name and meaning. */
 export const ORIGINS = {
@@ -16,15 +18,21 @@ export function legend() {
     h("li", {}, h("span", { class: `tok ${origin}`, dataset: { tip: sentence } }, name), h("span", { class: "meaning" }, sentence))));
 }
 
-/** A token as nodes: the blanks before it stay unmarked, so that words stand apart. */
-function marked(token, text) {
-  if (!text) return [];
+/**
+ * A token, or a part of it, as nodes: the blanks before it stay unmarked, so that words stand apart. `begins`: the part is
+ * the token's first; one of blanks alone has a mark there.
+ */
+function marked(token, text, begins = true) {
   const known = ORIGINS[token.origin];
   const word = text.trimStart();
+  if (!word && !(begins && !token.text.trim())) return [text];
   const blanks = word ? text.slice(0, text.length - word.length) : "";
   const dataset = known ? { origin: token.origin, tip: `${known[0]}: ${known[1]} · id ${token.id}` } : {};
-  return [blanks, h("span", { class: `tok ${known ? token.origin : ""}`, dataset }, word || text)].filter((part) => part !== "");
+  return [blanks, h("span", { class: `tok ${known ? token.origin : ""}${word ? "" : " blank"}`, dataset }, word || text)].filter((part) => part !== "");
 }
+
+/** Text without tokens. */
+const plain = (text) => [text];
 
 /** False for a token that has only a part of a character's bytes. */
 const whole = (token) => !token.text.includes("\uFFFD");
@@ -61,6 +69,7 @@ export class Answer {
     this.tokens = [];
     this.counts = { draft: 0, recovered: 0, bonus: 0, plain: 0 };
     this.node = h("div", { class: "answer" });
+    this.paper = new Paper(this.node);
     // Tokens that are not shown yet, and how much of the text is.
     this.pending = [];
     this.painted = 0;
@@ -88,13 +97,17 @@ export class Answer {
   /** Shows the tokens whose text is known; at the end of the answer it is known of all. */
   paint(atEnd = false) {
     this.frame = null;
-    if (!this.tokens.length) this.node.textContent = this.text;
+    if (!this.tokens.length) {
+      this.paper.write(this.text.slice(this.painted), plain);
+      this.painted = this.text.length;
+      return;
+    }
     let ready = this.pending.length;
     while (!atEnd && ready && !whole(this.pending[ready - 1])) ready--;
     const tokens = this.pending.slice(0, ready);
     const fit = pieces(tokens, this.text.slice(this.painted));
     if (!fit) return;
-    this.node.append(...tokens.flatMap((token, i) => marked(token, fit.parts[i])));
+    tokens.forEach((token, i) => this.paper.write(fit.parts[i], (text, begins) => marked(token, text, begins)));
     this.painted += fit.end;
     this.pending.splice(0, ready);
   }
@@ -103,20 +116,19 @@ export class Answer {
   finish() {
     if (this.frame !== null) cancelAnimationFrame(this.frame);
     this.paint(true);
+    this.paper.end();
     const matched = this.node.textContent === this.text;
-    if (!matched) this.node.textContent = this.text;
+    if (!matched) {
+      this.paper = new Paper(this.node);
+      this.paper.write(this.text, plain);
+      this.paper.end();
+    }
     return matched;
   }
 
-  /**
-   * Committed tokens per verify step so far; null before the first. The first token comes from the prompt's own pass. A
-   * step ends with the target's own token, also one without a proposal; if the answer is cut, with a drafted one.
-   */
+  /** Committed tokens per verify step so far; null before the first. */
   acceptLen() {
-    const committed = this.tokens.slice(1);
-    const own = committed.filter(({ origin }) => origin !== "draft").length;
-    const steps = own + (committed.at(-1)?.origin === "draft" ? 1 : 0);
-    return steps ? committed.length / steps : null;
+    return acceptLen(this.tokens);
   }
 
   /** Tokens per second since the first one, by this browser's clock; null with fewer than two. */

@@ -19,8 +19,9 @@ use super::{Drafting, Verifying};
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
     draftsmith serve --bundle DIR --depth 3 --log-json\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
-    /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records, /admin/draft\n\
-    (docs/SERVE.md). Without --depth or a tree as much is drafted as pays at the load.\n\
+    /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records,\n\
+    /api/runs, /api/generations, /admin/draft (docs/SERVE.md).\n\
+    Without --depth or a tree as much is drafted as pays at the load.\n\
     Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
 #[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target"]))]
 pub struct Serve {
@@ -81,6 +82,13 @@ pub struct Serve {
     /// Folder of bench records to show beside the bundle's.
     #[arg(long, value_name = "DIR")]
     pub records: Option<PathBuf>,
+    /// Folder of runs, or one run, to show with their training curves while they go on.
+    #[arg(long, value_name = "DIR")]
+    pub runs: Option<PathBuf>,
+    /// Answers that are kept in memory, prompt and tokens, for the page of generations; each key sees its own (without
+    /// keys: each address).
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub keep_generations: u32,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub verifying: Verifying,

@@ -17,6 +17,7 @@ pub(crate) mod pull;
 pub(crate) mod quickstart;
 pub(crate) mod serve;
 pub(crate) mod serve_gap;
+mod served_runs;
 pub(crate) mod shell;
 pub(crate) mod stages;
 pub(crate) mod status;

@@ -26,6 +26,7 @@ use draftsmith::{Error, formats};
 use serde_json::{Value, json};
 
 use super::generate::plan;
+use super::served_runs::ServedRuns;
 use super::{DraftSource, Session, target_and_draft, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
@@ -290,6 +291,7 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
             Some("name a folder with the JSON files that `bench --report` writes".to_string()),
         ));
     }
+    let runs = args.runs.as_deref().map(ServedRuns::of).transpose()?;
     Ok(Options {
         addresses: addresses(args)?,
         api_keys,
@@ -306,6 +308,8 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
             watch_steps: args.watch_steps.into(),
         },
         records: args.records.clone(),
+        runs: runs.map(|runs| Arc::new(runs) as _),
+        keep_generations: args.keep_generations as usize,
         verify: args.verifying.verify,
         plan: asked_plan(args)?,
         tool_format: tool_format(args)?,

@@ -4,12 +4,13 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use draftsmith::Error;
 use draftsmith::cli;
 use draftsmith::disk::human;
 use draftsmith::formats::run::Stage;
+use draftsmith::run::curve::Curve;
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
 use draftsmith::run::{self, made_by, stages_of, with_paths};
-use draftsmith::{Error, formats};
 use serde_json::{Value, json};
 
 use super::Session;
@@ -67,15 +68,9 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
     for stage in stages_of(&file) {
         let known = folder.read(stage).map_err(Error::from)?;
         let known = known.map(|known| with_paths(known, stage, &file));
-        let state = match &known {
-            None => "waiting",
-            Some(StageFile { phase: Phase::Done, .. }) => "done",
-            Some(_) if busy => "running",
-            Some(_) => "interrupted",
-        };
         stages.push(json!({
             "stage": stage,
-            "state": state,
+            "state": state_of(known.as_ref(), busy),
             "seconds": known.as_ref().map(|f| f.seconds),
             "progress": known.as_ref().and_then(|f| f.progress.clone()),
             "summary": known.map(|f| f.summary).unwrap_or(Value::Null),
@@ -96,22 +91,20 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
         "run": folder.root(),
         "name": file.run.name,
         "busy": busy,
-        "best_accept_len": best_accept_len(folder),
+        "best_accept_len": Curve::of(folder).and_then(|curve| curve.best_accept_len()),
         "stages": stages,
         "aside": aside,
     }))
 }
 
-/// The best validation in the log of the training, finished or not.
-fn best_accept_len(folder: &RunFolder) -> Option<f64> {
-    let log = folder.stage_dir(Stage::Train).join("log.jsonl");
-    let bytes = formats::atomic::read(log).ok()?;
-    String::from_utf8_lossy(&bytes)
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|value| value["event"] == "validation")
-        .filter_map(|value| value["accept_len"].as_f64())
-        .max_by(f64::total_cmp)
+/// A word for how far a stage is; `busy`: somebody works in the folder.
+pub(super) fn state_of(known: Option<&StageFile>, busy: bool) -> &'static str {
+    match known {
+        None => "waiting",
+        Some(StageFile { phase: Phase::Done, .. }) => "done",
+        Some(_) if busy => "running",
+        Some(_) => "interrupted",
+    }
 }
 
 fn page(status: &Value) -> String {

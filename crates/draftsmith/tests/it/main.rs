@@ -25,6 +25,7 @@ mod run_file;
 mod run_folder;
 mod serve;
 mod serve_gap;
+mod served_runs;
 mod small;
 mod stages;
 mod support;

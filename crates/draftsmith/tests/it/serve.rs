@@ -69,6 +69,11 @@ impl Served {
         Served { url: text("url"), model: text("model"), home, child }
     }
 
+    /// The folder that it works in.
+    pub(crate) fn folder(&self) -> &Path {
+        self.home.path()
+    }
+
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.home.path().join("log")).unwrap()
     }

@@ -120,6 +120,11 @@ impl Head {
 
     /// How each token came about, for those who asked.
     pub(super) fn trace(tokens: &[Shown]) -> Value {
+        json!({"tokens": Head::traced(tokens)})
+    }
+
+    /// The same as a list.
+    pub(super) fn traced(tokens: &[Shown]) -> Vec<Value> {
         let token = |shown: &Shown| {
             let origin = match shown.event.origin {
                 TokenOrigin::Plain => "plain",
@@ -130,7 +135,7 @@ impl Head {
             let text = String::from_utf8_lossy(&shown.bytes);
             json!({"id": shown.event.id, "text": text, "origin": origin})
         };
-        json!({"tokens": tokens.iter().map(token).collect::<Vec<_>>()})
+        tokens.iter().map(token).collect()
     }
 }
 
@@ -311,6 +316,7 @@ pub(super) async fn gather(
     let mut sums = Sums::default();
     let has_tools = asked.tools.is_some();
     while let Some((index, event)) = events.recv().await {
+        let Some(event) = ledger.see(index, event) else { continue };
         let choice = &mut choices[index];
         match event {
             Event::Prompt(scores) => choice.scores = scores,

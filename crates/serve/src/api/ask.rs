@@ -99,6 +99,8 @@ pub(crate) struct Asked {
     pub(crate) echoed: Map<String, Value>,
     pub(crate) seed: Option<u64>,
     pub(crate) speech: SpeechOptions,
+    /// The request asked for tokens beside the text; `speech` has them if they are kept, too.
+    pub(crate) shows_tokens: bool,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     pub(crate) trace: bool,
@@ -115,12 +117,13 @@ impl Asked {
         self.prompts.iter().map(|prompt| prompt.len()).sum()
     }
 
-    /// Reads and checks a body.
+    /// Reads and checks a body. `keeps`: its tokens are kept, whether it asks for them or not.
     pub(super) fn read(
         body: &Value,
         form: Form,
         service: &Service,
         default_max_tokens: usize,
+        keeps: bool,
     ) -> Result<Asked, ApiError> {
         let fields = Fields::of(body)?;
         check_model(&fields, service)?;
@@ -216,10 +219,11 @@ impl Asked {
         if let Some(more) = fields.list("stop_token_ids")? {
             stop_ids.extend(ids(more, "stop_token_ids", service.vocab)?);
         }
+        let shows_tokens = trace || logprobs.is_some();
         let speech = SpeechOptions {
             stops: stops(&fields)?,
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
-            tokens: trace || logprobs.is_some(),
+            tokens: shows_tokens || keeps,
             tools: tools.clone(),
         };
         let prompt_logprobs = logprobs.filter(|_| echo);
@@ -249,6 +253,7 @@ impl Asked {
             },
             seed: fields.integer("seed", i64::MIN..=i64::MAX)?.map(|seed| seed as u64),
             speech,
+            shows_tokens,
             stream,
             include_usage: include_usage.unwrap_or(false),
             trace,

@@ -104,6 +104,29 @@ impl ApiError {
             .with_code("not_found")
     }
 
+    pub(crate) fn no_run(name: &str) -> ApiError {
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("there is no run `{name}`"))
+            .with_code("not_found")
+    }
+
+    /// The server was told of no runs.
+    pub(crate) fn no_runs() -> ApiError {
+        let message = "this server shows no runs: start it with `--runs DIR`";
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message).with_code("no_runs")
+    }
+
+    pub(crate) fn no_generation(id: &str) -> ApiError {
+        let message = format!("there is no generation `{id}` of yours, or not any more");
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message).with_code("not_found")
+    }
+
+    /// The server was told to keep no generations.
+    pub(crate) fn keeps_none() -> ApiError {
+        let message = "this server keeps no generations: start it with `--keep-generations N`";
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+            .with_code("keeps_no_generations")
+    }
+
     pub(crate) fn too_large(limit: usize) -> ApiError {
         let message = format!("the body has more than {limit} bytes");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)

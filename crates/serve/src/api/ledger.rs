@@ -1,4 +1,4 @@
-//! One line for the log about each request that asks for an answer, however it ended.
+//! One line for the log about each request that asks for an answer, however it ended; and its tokens, where they are kept.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,13 +6,34 @@ use std::time::{Duration, Instant};
 use draftsmith_core::AcceptStats;
 use serde_json::{Value, json};
 
+use super::answer::Head;
+use super::ask::Asked;
 use super::error::ApiError;
-use crate::queue::{Client, End};
+use crate::generations::Generations;
+use crate::queue::{Client, End, Event};
+use crate::speech::{Delta, Shown};
 use crate::{App, RequestLog};
+
+/// A sequence whose tokens are kept.
+#[derive(Default)]
+struct Kept {
+    prompt: String,
+    text: String,
+    tokens: Vec<Shown>,
+}
+
+/// What is kept of a request's answers.
+struct Keeping {
+    place: Arc<Generations>,
+    /// The request does not show tokens: they are taken away here.
+    hide_tokens: bool,
+    sequences: Vec<Kept>,
+}
 
 /// What is known of a request. It is told when this is dropped: at the end of the answer, or when the reader left.
 pub(crate) struct Ledger {
     log: Option<RequestLog>,
+    keeping: Option<Keeping>,
     route: &'static str,
     client: Client,
     arrived: Instant,
@@ -38,6 +59,7 @@ impl Ledger {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Ledger {
             log: app.options.request_log.clone(),
+            keeping: None,
             route,
             client: Arc::clone(client),
             arrived: Instant::now(),
@@ -59,19 +81,80 @@ impl Ledger {
     }
 
     /// The request was understood and waits.
-    pub(super) fn begin(
-        &mut self,
-        id: &str,
-        model: &str,
-        stream: bool,
-        prompt_tokens: usize,
-        sequences: usize,
-    ) {
+    pub(super) fn begin(&mut self, id: &str, model: &str, asked: &Asked, app: &App) {
         self.id = Some(id.to_owned());
         self.model = Some(model.to_owned());
-        self.stream = stream;
-        self.prompt_tokens = prompt_tokens;
-        self.open = sequences;
+        self.stream = asked.stream;
+        self.prompt_tokens = asked.prompt_tokens();
+        self.open = asked.sequences();
+        if let Some(service) = app.service.get().filter(|_| app.generations.keeps()) {
+            let prompt = |index: usize| service.tokenizer.decode(&asked.prompts[index / asked.n], false);
+            let kept = |index: usize| Kept { prompt: prompt(index), ..Kept::default() };
+            self.keeping = Some(Keeping {
+                place: Arc::clone(&app.generations),
+                hide_tokens: !asked.shows_tokens,
+                sequences: (0..asked.sequences()).map(kept).collect(),
+            });
+        }
+    }
+
+    /// What a sequence made, as the request may see it; `None`: there is nothing in it for the request.
+    pub(super) fn see(&mut self, index: usize, mut event: Event) -> Option<Event> {
+        let Some(keeping) = &mut self.keeping else { return Some(event) };
+        let Some(sequence) = keeping.sequences.get_mut(index) else { return Some(event) };
+        let hide = keeping.hide_tokens;
+        let mut take = |delta: &mut Delta| {
+            sequence.text.push_str(&delta.text);
+            match hide {
+                true => sequence.tokens.append(&mut delta.tokens),
+                false => sequence.tokens.extend(delta.tokens.iter().cloned()),
+            }
+        };
+        match &mut event {
+            Event::Prompt(_) => {}
+            Event::Delta(delta) => {
+                take(delta);
+                if delta.is_empty() {
+                    return None;
+                }
+            }
+            Event::End(end) => {
+                take(&mut end.rest);
+                self.keep(index, end);
+            }
+        }
+        Some(event)
+    }
+
+    /// A sequence ended, well or not.
+    fn keep(&mut self, index: usize, end: &End) {
+        let Some(keeping) = &mut self.keeping else { return };
+        let Kept { prompt, text, tokens } = std::mem::take(&mut keeping.sequences[index]);
+        let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
+        let id = self.id.as_deref().unwrap_or_default();
+        // The first token is the prompt's own; the others took the decoding time.
+        let rate = end.tokens.saturating_sub(1) as f64 / end.decode.as_secs_f64();
+        let answer = json!({
+            "id": if keeping.sequences.len() > 1 { format!("{id}-{index}") } else { id.to_owned() },
+            "time": self.unix_s,
+            "route": self.route,
+            "model": self.model,
+            "prompt": prompt,
+            // The end of it tells prompts of one template apart.
+            "prompt_end": prompt.chars().rev().take(300).collect::<Vec<_>>().into_iter().rev().collect::<String>(),
+            "text": text,
+            "tokens": Head::traced(&tokens),
+            "outcome": end.outcome.word(),
+            "completion_tokens": end.tokens,
+            "cached_tokens": end.cached,
+            "accept_length": end.stats.accept_len(),
+            "verify_steps": end.stats.verify_steps,
+            "tokens_per_s": (rate.is_finite() && end.tokens > 1).then_some(rate),
+            "queue_ms": ms(end.queued),
+            "prefill_ms": ms(end.prefill),
+            "decode_ms": ms(end.decode),
+        });
+        keeping.place.keep(&self.client, answer);
     }
 
     /// A sequence ended.

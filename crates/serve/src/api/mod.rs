@@ -6,11 +6,13 @@ mod ask;
 mod echo;
 mod error;
 mod fields;
+mod generations;
 mod info;
 mod ledger;
 mod openapi;
 mod records;
 mod responses;
+mod runs;
 mod stream;
 mod tools;
 
@@ -88,6 +90,10 @@ fn guarded() -> Routes {
         .get("/api/records", info::records)
         .get("/api/records/{name}", info::record)
         .get("/api/records/{name}/summary", records::summary)
+        .get("/api/generations", generations::list)
+        .get("/api/generations/{id}", generations::one)
+        .get("/api/runs", runs::list)
+        .get("/api/runs/{name}", runs::one)
 }
 
 /// Routes for everybody, or with a key of their own.
@@ -223,7 +229,7 @@ async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Respons
     let mut ledger = Ledger::new(&app, route, &client);
     let begun = begin(&app, request, form, arrived, client).await;
     let (head, asked, answers) = begun.inspect_err(|error| ledger.fail(error, false))?;
-    ledger.begin(&head.id, &head.model, asked.stream, asked.prompt_tokens(), asked.sequences());
+    ledger.begin(&head.id, &head.model, &asked, &app);
     let timeout_s = app.options.limits.request_time.as_secs_f64();
     if asked.stream {
         let body = match form {
@@ -253,7 +259,9 @@ async fn begin(
     app.service()?;
     let body = read_json(app, request.into_body()).await?;
     let default_max_tokens = app.options.limits.default_max_tokens;
-    let asked = aside(app, move |service| Asked::read(&body, form, service, default_max_tokens)).await?;
+    let keeps = app.generations.keeps();
+    let asked =
+        aside(app, move |service| Asked::read(&body, form, service, default_max_tokens, keeps)).await?;
     if app.draining.load(Ordering::SeqCst) {
         return Err(ApiError::draining());
     }

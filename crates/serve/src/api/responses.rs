@@ -515,7 +515,8 @@ impl Writes for Writer {
         self.done
     }
 
-    fn take(&mut self, _: usize, event: Event) {
+    fn take(&mut self, index: usize, event: Event) {
+        let Some(event) = self.ledger.see(index, event) else { return };
         match event {
             Event::Prompt(_) => {}
             Event::Delta(delta) => self.delta(&delta),

@@ -259,6 +259,7 @@ impl Writes for Writer {
     }
 
     fn take(&mut self, index: usize, event: Event) {
+        let Some(event) = self.ledger.see(index, event) else { return };
         match event {
             Event::Prompt(scores) => self.scores[index] = scores,
             Event::Delta(delta) => self.delta(index, &delta),
