@@ -244,11 +244,13 @@ fn servers(
 ) {
     let asks = |stage| to_do.contains(&stage);
     let answers = file.regenerate.server.iter().filter(|_| asks(Stage::Regenerate));
-    let answers = answers.map(|s| ("regenerate.server", s.url.as_str(), &s.key_env));
+    let answers =
+        answers.flat_map(|s| s.addresses().into_iter().map(move |url| ("regenerate.server", url, &s.key_env)));
     // Without a cache the states are asked for while training.
     let stage = if file.capture.mode == CaptureMode::Cache { Stage::Capture } else { Stage::Train };
     let states = file.capture.server.iter().filter(|_| asks(stage));
-    let states = states.flat_map(|s| s.urls().map(move |url| ("capture.server", url, &s.key_env)));
+    let states =
+        states.flat_map(|s| s.all_addresses().into_iter().map(move |url| ("capture.server", url, &s.key_env)));
     for (key, url, key_env) in answers.chain(states) {
         if let Err(error) = server_key(url, key_env.as_deref(), places, variable) {
             faults.add(

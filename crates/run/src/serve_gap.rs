@@ -7,7 +7,7 @@
 use std::ops::ControlFlow;
 
 use draftsmith_capture::{
-    Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
+    Alive, Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
     metrics_page,
 };
 use draftsmith_core::report::{Report, Stop, Unit};
@@ -252,6 +252,8 @@ fn ask(
         stop: stop.flag(),
         note: &note,
         asked: Asked::default(),
+        asked_each: Vec::new(),
+        alive: Alive::default(),
     };
     let mut requests = replay.prompts.iter().enumerate().map(|(key, (id, messages))| Request {
         key,
