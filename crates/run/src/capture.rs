@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use draftsmith_capture::{Alive, CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
+use draftsmith_capture::{
+    Alive, CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
+};
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};

@@ -17,8 +17,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use draftsmith_capture::{
-    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
-    SamplingMix, regenerate,
+    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress,
+    Prompter, SamplingMix, regenerate,
 };
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{

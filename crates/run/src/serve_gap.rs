@@ -7,8 +7,8 @@
 use std::ops::ControlFlow;
 
 use draftsmith_capture::{
-    Alive, Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
-    metrics_page,
+    Alive, Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request,
+    ServerError, metrics_page,
 };
 use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_core::{AcceptStats, Sampling, TokenTree};

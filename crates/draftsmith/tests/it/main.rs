@@ -25,6 +25,8 @@ mod run_file;
 mod run_folder;
 mod serve;
 mod serve_gap;
+mod serve_models;
+mod several_servers;
 mod small;
 mod stages;
 mod support;
