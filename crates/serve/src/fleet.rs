@@ -8,6 +8,7 @@
 //! Invariants: a model of which somebody holds a [`Lease`] stays; the estimates of the models that are loaded add up to
 //! no more than the limit. A model that cannot be loaded fails the requests that wait for it and nothing else.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -90,6 +91,8 @@ pub(crate) struct Fleet {
     /// The last lease of a model was given back.
     freed: Notify,
     wishes: Mutex<Sender<Wish>>,
+    /// Nothing is loaded any more.
+    closed: AtomicBool,
     counts: Counts,
     /// Of requests that name no model of ours.
     pub(crate) metrics: Arc<Metrics>,
@@ -169,6 +172,7 @@ impl Fleet {
             loading: tokio::sync::Mutex::default(),
             freed: Notify::new(),
             wishes: Mutex::new(wishes),
+            closed: AtomicBool::new(false),
             counts: Counts::default(),
             metrics: Arc::new(Metrics::new("")),
             created_unix_s,
@@ -316,7 +320,17 @@ impl Fleet {
 
     /// Unloads what is not used until so many bytes have room, or waits until it can.
     async fn make_room(self: &Arc<Fleet>, name: &str, bytes: u64, deadline: Instant) -> Result<(), Trouble> {
+        let room = self.find_room(name, bytes, deadline).await;
+        // One that was to go may not have to.
+        self.members().iter_mut().for_each(|member| member.leaving = false);
+        room
+    }
+
+    async fn find_room(self: &Arc<Fleet>, name: &str, bytes: u64, deadline: Instant) -> Result<(), Trouble> {
         loop {
+            if self.closed.load(Ordering::SeqCst) {
+                return Err(Trouble::Api(ApiError::draining()));
+            }
             match self.room(bytes) {
                 Room::Enough => return Ok(()),
                 Room::Goes(place) => self.unload(place, Some(name)).await,
@@ -333,7 +347,6 @@ impl Fleet {
                     // A lease that was given back meanwhile has left its mark.
                     let freed = self.freed.notified();
                     if tokio::time::timeout_at(deadline.into(), freed).await.is_err() {
-                        self.members().iter_mut().for_each(|member| member.leaving = false);
                         return Err(Trouble::Api(ApiError::no_room(name)));
                     }
                 }
@@ -391,6 +404,12 @@ impl Fleet {
             let size = bytes >> 20;
             (self.log)(&format!("model `{name}`: unloaded, about {size} MiB, to make room for `{other}`"));
         }
+    }
+
+    /// Loads nothing more: who waits for room hears that the server goes down.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.freed.notify_one();
     }
 
     /// Ends the answers of all models.

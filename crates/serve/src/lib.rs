@@ -445,6 +445,9 @@ impl Server {
         app.draining.store(true, Ordering::SeqCst);
         // Nothing is loaded any more: those who wait for it hear so.
         drop(wishes);
+        if let Some(fleet) = app.fleet() {
+            fleet.close();
+        }
         let limits = app.options.limits;
         runtime.block_on(http.drain(limits.drain_time, || match app.served.get() {
             Some(Served::One(service)) => service.queue.order(Order::CutAll),

@@ -20,7 +20,7 @@ use ureq::{Agent, Body, RequestBuilder};
 
 pub use error::{Asker, Fault, ServerError};
 pub use pool::Alive;
-pub(crate) use pool::{Pool, Seat};
+pub(crate) use pool::{Pool, Seat, one_model};
 
 /// Pause before the first repetition; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -170,7 +170,9 @@ pub fn knock(url: &str, key: Option<&str>, timeout_s: f64) -> Result<(), ServerE
         note: Arc::new(|_: &str| {}),
     });
     match http.only_model(Patience::Waits, &Flow::new(&AtomicBool::new(false))) {
-        Err(Failure::Lasting(error @ ServerError::GaveUp { last: Fault::NoConnection { .. }, .. })) => Err(error),
+        Err(Failure::Lasting(error @ ServerError::GaveUp { last: Fault::NoConnection { .. }, .. })) => {
+            Err(error)
+        }
         _ => Ok(()),
     }
 }
@@ -253,11 +255,7 @@ impl<'a> Http<'a> {
     }
 
     /// The only model that the server lists; `None` if it was called off.
-    pub(crate) fn only_model(
-        &self,
-        patience: Patience,
-        flow: &Flow<'_>,
-    ) -> Result<Option<String>, Failure> {
+    pub(crate) fn only_model(&self, patience: Patience, flow: &Flow<'_>) -> Result<Option<String>, Failure> {
         #[derive(Deserialize)]
         struct Model {
             id: String,

@@ -217,7 +217,10 @@ impl<'a> Pool<'a> {
     fn none_left(&self, row: &str, mut said: BTreeMap<usize, ServerError>) -> ServerError {
         let standings = self.standings();
         let why = |(place, standing): (usize, &Standing)| said.remove(&place).or(standing.why.clone());
-        ServerError::NoneLeft { row: row.to_string(), each: standings.iter().enumerate().filter_map(why).collect() }
+        ServerError::NoneLeft {
+            row: row.to_string(),
+            each: standings.iter().enumerate().filter_map(why).collect(),
+        }
     }
 
     /// Waits for the least busy server that is not among `refused`; `None` if it was called off.
@@ -236,9 +239,10 @@ impl<'a> Pool<'a> {
             let busy = |place: usize| standings[place].under_way as f64 / self.seats[place].weight;
             // One that was not measured yet comes first.
             let pace = |place: usize| standings[place].pace.unwrap_or(0.0);
-            let least_busy = open.clone().filter(room).min_by(|a, b| {
-                busy(*a).total_cmp(&busy(*b)).then(pace(*a).total_cmp(&pace(*b)))
-            });
+            let least_busy = open
+                .clone()
+                .filter(room)
+                .min_by(|a, b| busy(*a).total_cmp(&busy(*b)).then(pace(*a).total_cmp(&pace(*b))));
             if let Some(place) = least_busy {
                 return Ok(Some(Self::begin(&mut standings, place, false)));
             }
@@ -259,8 +263,7 @@ impl<'a> Pool<'a> {
             let next = open.filter_map(|place| standings[place].until).min();
             let wait = next.map_or(STOP_POLL, |until| until.saturating_duration_since(now).min(STOP_POLL));
             let wait = wait.max(Duration::from_millis(1));
-            standings =
-                self.changed.wait_timeout(standings, wait).unwrap_or_else(PoisonError::into_inner).0;
+            standings = self.changed.wait_timeout(standings, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -351,6 +354,21 @@ impl<'a> Pool<'a> {
             ));
         }
     }
+}
+
+/// The model that all servers list, of those that were asked; one for requests without a name is empty.
+///
+/// # Errors
+/// [`ServerError::DifferentModels`].
+pub(crate) fn one_model<'u>(
+    listed: impl Iterator<Item = (&'u str, Option<String>)>,
+) -> Result<Option<String>, ServerError> {
+    let each: Vec<(String, String)> =
+        listed.filter_map(|(url, model)| Some((url.to_string(), model?))).collect();
+    if each.windows(2).any(|pair| pair[0].1 != pair[1].1) {
+        return Err(ServerError::DifferentModels { each });
+    }
+    Ok(each.into_iter().next().map(|(_, model)| model))
 }
 
 #[cfg(test)]
@@ -460,6 +478,8 @@ mod tests {
         assert!(matches!(check([well, || Err(refused()), lost]), Err(ServerError::Refused { .. })));
         let several = check([|| Err(refused()), well, || Err(refused())]);
         assert!(matches!(several, Err(ServerError::Several { each }) if each.len() == 2));
-        assert!(matches!(check([lost, lost, lost]), Err(ServerError::NoneLeft { each, .. }) if each.len() == 3));
+        assert!(
+            matches!(check([lost, lost, lost]), Err(ServerError::NoneLeft { each, .. }) if each.len() == 3)
+        );
     }
 }

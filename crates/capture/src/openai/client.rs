@@ -128,12 +128,7 @@ impl<'a> Client<'a> {
 
     /// Asks for one token, without a stream, to learn how many tokens the server reads in the prompt (not all servers
     /// say so in a stream) and whether it gives token ids.
-    pub(super) fn greet(
-        &self,
-        request: &Request,
-        prompt: &Prompt,
-        flow: &Flow<'_>,
-    ) -> Result<(), Failure> {
+    pub(super) fn greet(&self, request: &Request, prompt: &Prompt, flow: &Flow<'_>) -> Result<(), Failure> {
         let ask = |with_ids: bool| {
             let mut body = self.body(request, prompt, with_ids);
             body.insert("max_tokens".to_string(), 1.into());

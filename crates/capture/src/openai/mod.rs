@@ -17,7 +17,7 @@ use draftsmith_formats::run::ServerTable;
 
 use self::client::Client;
 use self::wire::Reply;
-use crate::http::{Alive, Asked, Failure, Flow, Patience, Pool, Seat, ServerError};
+use crate::http::{Alive, Asked, Failure, Flow, Patience, Pool, Seat, ServerError, one_model};
 use crate::{Answer, Generator, IdsFrom, Outcome, Prompt, Prompter, RegenerateError, Request};
 
 pub use client::metrics_page;
@@ -68,13 +68,20 @@ impl Generator for OpenAiGenerator<'_> {
         let client = |seat: &Seat<'_>, url| {
             let patience = if several { Patience::Once } else { Patience::Waits };
             let limit = if several { seat.limit } else { self.batch_size };
-            Client::new(self.server, url, patience, self.key.clone(), limit, stops.clone(), Arc::new(self.note))
+            Client::new(
+                self.server,
+                url,
+                patience,
+                self.key.clone(),
+                limit,
+                stops.clone(),
+                Arc::new(self.note),
+            )
         };
         let clients: Vec<Client<'_>> =
             seats.iter().zip(&addresses).map(|(seat, url)| client(seat, *url)).collect();
-        let pool = several.then(|| {
-            Pool::new(seats, self.server.retries, Arc::new(self.note), self.alive.clone())
-        });
+        let pool =
+            several.then(|| Pool::new(seats, self.server.retries, Arc::new(self.note), self.alive.clone()));
         let side = Side { clients, pool, model: OnceLock::new() };
         if !side.connect(&flow)? {
             return Ok(());
@@ -117,25 +124,19 @@ impl Side<'_> {
             let greeted = client.greet(request, prompt, flow);
             return greeted.map_err(|failure| failure.into_error(client.url(), &request.id));
         };
-        let check = |place: usize| -> Result<Option<String>, Failure> {
-            let client: &Client<'_> = &self.clients[place];
-            let Some(model) = client.connect(flow)? else { return Ok(None) };
-            client.greet(request, prompt, flow).map(|()| Some(model))
-        };
-        let Some(models) = pool.check_all(&request.id, flow, &check)? else { return Ok(()) };
-        let each: Vec<(String, String)> = self
-            .clients
-            .iter()
-            .zip(models)
-            .filter_map(|(client, model)| Some((client.url().to_string(), model?)))
-            .collect();
-        if each.windows(2).any(|pair| pair[0].1 != pair[1].1) {
-            return Err(ServerError::DifferentModels { each });
-        }
-        if let Some((_, model)) = each.into_iter().next() {
+        // All names first: a model that is not meant need not read the prompt.
+        let row = &request.id;
+        let listed = pool.check_all(row, flow, &|place| self.clients[place].connect(flow))?;
+        let Some(listed) = listed else { return Ok(()) };
+        let urls = self.clients.iter().map(Client::url);
+        if let Some(model) = one_model(urls.zip(listed.iter().cloned()))? {
             let _ = self.model.set(model);
         }
-        Ok(())
+        let greet = |place: usize| match &listed[place] {
+            Some(_) => self.clients[place].greet(request, prompt, flow).map(Some),
+            None => Ok(None),
+        };
+        pool.check_all(row, flow, &greet).map(|_| ())
     }
 
     fn answer(

@@ -30,7 +30,7 @@ use self::sglang::Sglang;
 use self::states::RemoteStates;
 use self::vllm::Vllm;
 use crate::http::{
-    Alive, Asked, Failure, Flow, Http, HttpOptions, Note, Patience, Pool, Seat, ServerError,
+    Alive, Asked, Failure, Flow, Http, HttpOptions, Note, Patience, Pool, Seat, ServerError, one_model,
 };
 use crate::{CaptureError, CaptureSource, TokenRow};
 
@@ -350,7 +350,11 @@ impl Servers<'_> {
         match source.compare(&whole, row.number, engine.url()) {
             Ok(()) => Ok(Some((states, model))),
             Err(CaptureError::Server(error)) => Err(Failure::Lasting(error)),
-            Err(CaptureError::Empty { .. } | CaptureError::Lengths { .. } | CaptureError::TokenOutOfRange { .. }) => {
+            Err(
+                CaptureError::Empty { .. }
+                | CaptureError::Lengths { .. }
+                | CaptureError::TokenOutOfRange { .. },
+            ) => {
                 unreachable!("the row was checked before it was asked for")
             }
         }
@@ -367,19 +371,20 @@ impl Servers<'_> {
         let Some(pool) = self.pool.as_ref().filter(|_| !self.checked.load(Ordering::Relaxed)) else {
             return Ok(());
         };
-        let check = |place: usize| -> Result<Option<String>, Failure> {
-            Ok(self.states_of(place, source, row, compares, flow)?.map(|(_, model)| model))
-        };
         let name = format!("row {}", row.number);
-        let Some(models) = pool.check_all(&name, flow, &check)? else { return Ok(()) };
-        let engines = self.engines.iter().zip(models);
-        let each: Vec<(String, String)> =
-            engines.filter_map(|(engine, model)| Some((engine.url().to_string(), model?))).collect();
-        if each.windows(2).any(|pair| pair[0].1 != pair[1].1) {
-            return Err(ServerError::DifferentModels { each });
-        }
-        if let Some((_, model)) = each.into_iter().next() {
+        // All names first: the states of a model that is not meant need not be computed.
+        let listed = pool.check_all(&name, flow, &|place| self.engines[place].connect(flow))?;
+        let Some(listed) = listed else { return Ok(()) };
+        let urls = self.engines.iter().map(Engine::url);
+        if let Some(model) = one_model(urls.zip(listed.iter().cloned()))? {
             let _ = self.model.set(model);
+        }
+        let compare = |place: usize| match &listed[place] {
+            Some(_) => Ok(self.states_of(place, source, row, compares, flow)?.map(|_| ())),
+            None => Ok(None),
+        };
+        if pool.check_all(&name, flow, &compare)?.is_none() {
+            return Ok(());
         }
         self.checked.store(true, Ordering::Relaxed);
         Ok(())

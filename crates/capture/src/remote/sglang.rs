@@ -55,7 +55,9 @@ impl Sglang<'_> {
         flow: &Flow<'_>,
     ) -> Result<Option<RemoteStates>, Failure> {
         let captured = StatesShape { ids: &row.ids, states: layers, width };
-        let Some(features) = ask(&self.layers, self.patience, row.number, captured, flow)? else { return Ok(None) };
+        let Some(features) = ask(&self.layers, self.patience, row.number, captured, flow)? else {
+            return Ok(None);
+        };
         let end = StatesShape { states: 1, ..captured };
         let Some(last) = ask(&self.last, self.patience, row.number, end, flow)? else { return Ok(None) };
         Ok(Some(RemoteStates { features, last }))
