@@ -41,7 +41,7 @@ pub struct Serve {
     pub models: Vec<NamedModel>,
     /// With `--model`, GiB that the loaded models may take together, by estimate (or `12GiB`, `900MiB`; default: four fifths
     /// of the machine's). Where there is no room the model that was not used for longest is unloaded.
-    #[arg(long, value_name = "GIB", requires = "models")]
+    #[arg(long, value_name = "GIB", requires = "models", conflicts_with_all = ["bundle", "target"])]
     pub memory: Option<Memory>,
     /// Address or name to listen at; the default is reached from this machine only.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]

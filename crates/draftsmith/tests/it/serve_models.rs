@@ -244,5 +244,5 @@ fn a_server_of_several_models_ends_while_some_wait_and_wrong_arguments_are_named
     assert!(check(&["--model", "x"]).contains("expected `NAME=BUNDLE`"));
     assert!(check(&["--model", "a=x", "--memory", "4GB"]).contains("a number of GiB above 0"));
     assert!(check(&["--model", "a=x", "--target", "y"]).contains("--target"));
-    assert!(check(&["--target", "y", "--memory", "4"]).contains("--model"));
+    assert!(check(&["--target", "y", "--memory", "4"]).contains("--memory"));
 }
