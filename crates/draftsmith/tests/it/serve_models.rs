@@ -146,7 +146,12 @@ fn where_memory_is_short_the_model_that_was_not_used_for_longest_goes_and_none_t
         for i in 0..9 {
             let (served, long, whole, wanted) = (&served, &long, &whole, &wanted);
             scope.spawn(move || match ["a", "b", "c"][i % 3] {
-                "a" => assert_eq!(text(&served.chat(long)), *whole),
+                "a" => {
+                    // A stream keeps its model to the last event.
+                    let events = served.stream("/v1/chat/completions", long);
+                    let deltas = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
+                    assert_eq!(deltas.collect::<String>(), *whole);
+                }
                 name => assert_eq!(text(&served.chat(&body(name, "Tell me a story."))), *wanted),
             });
         }
