@@ -469,7 +469,8 @@ mod tests {
     fn servers_that_are_wrong_at_the_start_are_all_named() {
         let stop = AtomicBool::new(false);
         let flow = Flow::new(&stop);
-        let check = |results: [fn() -> Result<Option<u8>, Failure>; 3]| {
+        type Check = fn() -> Result<Option<u8>, Failure>;
+        let check = |results: [Check; 3]| {
             pool(&[1.0; 3], 1, 8).check_all("r", &flow, &|place| results[place]())
         };
         let lost = || Err(Failure::Passing(Fault::NoConnection { reason: "refused".into() }));
