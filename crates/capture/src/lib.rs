@@ -2,7 +2,7 @@
 //!
 //! The in-process target implements both with the same forward that decoding uses, so what a draft is trained on is
 //! what it meets when it serves. A server that speaks the OpenAI protocol can write the answers too, and vLLM and SGLang can
-//! compute the states ([`RemoteCapture`]).
+//! compute the states ([`RemoteCapture`]); both take several servers of one model.
 
 mod engine;
 mod error;
@@ -21,7 +21,7 @@ pub use generator::{
     Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request, ends_in_loop,
 };
 pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
-pub use http::{Asked, Asker, Fault, Note, ServerError, knock};
+pub use http::{Alive, Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{
     AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, Progress, SamplingMix, regenerate,

@@ -37,6 +37,14 @@ impl Failure {
         Failure::one(INTERRUPTED, message.into(), hint)
     }
 
+    /// What is wrong, and what to do about it, each in one line.
+    pub(crate) fn in_words(&self) -> (String, Option<String>) {
+        let words = |text: Vec<&str>| text.into_iter().map(one_line).collect::<Vec<_>>().join("; ");
+        let hints: Vec<&str> = self.told.iter().filter_map(|told| told.hint.as_deref()).collect();
+        let message = words(self.told.iter().map(|told| told.message.as_str()).collect());
+        (message, (!hints.is_empty()).then(|| words(hints)))
+    }
+
     /// Prints two lines to stderr for everything that is wrong.
     pub(crate) fn print(self) -> ExitCode {
         let mut err = std::io::stderr().lock();

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use draftsmith_capture::{CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow};
+use draftsmith_capture::{
+    Alive, CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
+};
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
@@ -28,7 +30,7 @@ use crate::Error;
 use crate::device::Compute;
 use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
-use crate::server::server_key;
+use crate::server::server_keys;
 
 /// What a capture costs.
 #[derive(Debug, Clone, Serialize)]
@@ -226,10 +228,8 @@ impl Run<'_> {
                 Compute::Shim(shim) => Box::new(InProcess::new(self.target_on(shim)?, layers)),
             }));
         };
-        let mut key = None;
-        for url in server.urls() {
-            key = server_key(url, server.key_env.as_deref(), self.env.places, self.env.variable)?;
-        }
+        let (key_env, variable) = (server.key_env.as_deref(), self.env.variable);
+        let key = server_keys(&server.all_addresses(), key_env, self.env.places, variable)?;
         let note = Arc::new(|line: &str| report.note(line));
         let options = RemoteOptions { server, key, stop: self.env.stop.flag(), note };
         let capture = Box::new(RemoteCapture::new(options, target, layers));
@@ -289,7 +289,7 @@ impl Run<'_> {
         report.begin("capture", Some(spec.rows), Unit::Rows);
         let began = Instant::now();
         let (first, mut captured, mut failed) = (writer.rows_done(), 0u64, None);
-        let (mut done, stop) = (first, self.env.stop);
+        let (mut done, stop, alive) = (first, self.env.stop, source.alive());
         report.at(first);
         let mut numbers = first as usize..spec.rows as usize;
         let mut next = || {
@@ -305,8 +305,9 @@ impl Run<'_> {
             captured += row.len() as u64;
             report.at(done);
             report.detail(&format!(
-                "{:.0} tokens/s",
-                captured as f64 / began.elapsed().as_secs_f64().max(1e-9)
+                "{:.0} tokens/s{}",
+                captured as f64 / began.elapsed().as_secs_f64().max(1e-9),
+                alive.words()
             ));
             ControlFlow::Continue(())
         });
@@ -365,14 +366,30 @@ impl Source<'_> {
     /// Says what a server must show.
     fn note_launch(&self, report: &dyn Report) {
         if let Source::Remote { capture, server } = self {
-            report.note(&format!("`{}` must run with {}", server.url, capture.launch()));
+            let addresses = server.addresses();
+            let all = addresses.join("`, `");
+            let each = if addresses.len() > 1 { " each" } else { "" };
+            report.note(&format!("`{all}` must{each} run with {}", capture.launch()));
+        }
+    }
+
+    /// How many of several servers answer.
+    fn alive(&self) -> Alive {
+        match self {
+            Source::InProcess(_) => Alive::default(),
+            Source::Remote { capture, .. } => capture.alive(),
         }
     }
 
     /// Says how often a server was asked, and what went wrong with it.
     fn note_requests(&self, report: &dyn Report) {
         if let Source::Remote { capture, server } = self {
-            report.note(&format!("`{}`: {}", server.url, capture.asked()));
+            match server.addresses().as_slice() {
+                [url] => report.note(&format!("`{url}`: {}", capture.asked())),
+                _ => capture.asked_each().iter().for_each(|(url, asked)| {
+                    report.note(&format!("`{url}`: {asked}"));
+                }),
+            }
         }
     }
 }

@@ -122,7 +122,11 @@ pub(super) fn check_with_target(
     Ok(decided)
 }
 
-pub(super) fn target_config(path: &Path) -> Result<TargetConfig, ModelError> {
+/// The configuration of a target, without its weights.
+///
+/// # Errors
+/// A file that cannot be read, an architecture that is not known.
+pub fn target_config(path: &Path) -> Result<TargetConfig, ModelError> {
     match path.is_dir() {
         true => TargetConfig::from_hf(&HfConfig::open(path.join("config.json"))?),
         false => TargetConfig::from_gguf(&GgufFile::open(path)?),
@@ -244,11 +248,13 @@ fn servers(
 ) {
     let asks = |stage| to_do.contains(&stage);
     let answers = file.regenerate.server.iter().filter(|_| asks(Stage::Regenerate));
-    let answers = answers.map(|s| ("regenerate.server", s.url.as_str(), &s.key_env));
+    let answers = answers
+        .flat_map(|s| s.addresses().into_iter().map(move |url| ("regenerate.server", url, &s.key_env)));
     // Without a cache the states are asked for while training.
     let stage = if file.capture.mode == CaptureMode::Cache { Stage::Capture } else { Stage::Train };
     let states = file.capture.server.iter().filter(|_| asks(stage));
-    let states = states.flat_map(|s| s.urls().map(move |url| ("capture.server", url, &s.key_env)));
+    let states = states
+        .flat_map(|s| s.all_addresses().into_iter().map(move |url| ("capture.server", url, &s.key_env)));
     for (key, url, key_env) in answers.chain(states) {
         if let Err(error) = server_key(url, key_env.as_deref(), places, variable) {
             faults.add(

@@ -326,6 +326,13 @@ fn cpu_features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
+/// Bytes of memory that this process may use: the machine's, or less where the system sets a limit; `None` if it does not
+/// say.
+pub fn memory_bytes() -> Option<u64> {
+    let memory = memory();
+    memory.total.into_iter().chain(memory.limit).min()
+}
+
 fn memory() -> Memory {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let field = |name: &str| -> Option<u64> {

@@ -10,7 +10,7 @@ use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, TunedDrafting, laye
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter, small_drafter};
 use draftsmith_formats::atomic::AtomicError;
-use draftsmith_formats::gguf::{GgufFile, SplitName};
+use draftsmith_formats::gguf::{GgufFile, SplitName, parts_of};
 use draftsmith_formats::hash;
 use draftsmith_formats::hash_records::HashRecords;
 use draftsmith_kernels::{Cpu, PackMode};
@@ -77,6 +77,28 @@ pub fn locate(
 ) -> Result<Pulled, Error> {
     let references = sources.iter().map(|s| s.parse::<Reference>()).collect::<Result<Vec<_>, _>>()?;
     Ok(pull(&references, sha256, places, report, stop)?)
+}
+
+/// Bytes of a model's weights on disk, over all parts of a split file or all files of a folder.
+///
+/// # Errors
+/// A file that cannot be read, a part that is missing.
+pub fn weight_bytes(path: &Path) -> Result<u64, Error> {
+    let unreadable = |path: &Path, source| Error::unreadable(path, source);
+    let files = match path.is_dir() {
+        false if path.extension().is_some_and(|e| e == "gguf") => parts_of(path)?,
+        false => vec![path.to_path_buf()],
+        true => {
+            let entries = std::fs::read_dir(path).map_err(|source| unreadable(path, source))?;
+            let files = entries.flatten().map(|entry| entry.path());
+            files.filter(|p| p.extension().is_some_and(|e| e == "safetensors" || e == "gguf")).collect()
+        }
+    };
+    let mut sum = 0;
+    for file in files {
+        sum += std::fs::metadata(&file).map_err(|source| unreadable(&file, source))?.len();
+    }
+    Ok(sum)
 }
 
 /// The hash of a model folder, if it need not be read for it.

@@ -66,6 +66,7 @@ use serde::Serialize;
 use aside::Aside;
 pub use capture::Bill;
 pub use check::Origin;
+pub use check::target_config;
 pub use error::{Error, Told};
 pub use init::{Init, InitOptions, init, run_name};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};

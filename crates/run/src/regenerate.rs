@@ -17,8 +17,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use draftsmith_capture::{
-    Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress, Prompter,
-    SamplingMix, regenerate,
+    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress,
+    Prompter, SamplingMix, regenerate,
 };
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
@@ -37,7 +37,7 @@ use super::state::ANSWERS;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::engine;
-use crate::server::server_key;
+use crate::server::server_keys;
 
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
@@ -239,6 +239,7 @@ impl Run<'_> {
         }
         report.at(max_tokens.map_or(rows_before, |max| tokens_before.min(max)));
         let began = std::time::Instant::now();
+        let alive = Alive::default();
         let stop = self.env.stop;
         let keys: HashMap<&str, &String> = missing.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
         let mut failed = None;
@@ -254,7 +255,7 @@ impl Run<'_> {
                 None => rows_before + progress.dialogues,
             });
             let rate = progress.tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-            report.detail(&format!("{} tokens, {rate:.0} tokens/s", progress.tokens));
+            report.detail(&format!("{} tokens, {rate:.0} tokens/s{}", progress.tokens, alive.words()));
             // Looked at row by row only once there are enough tokens in all.
             let enough = max_tokens.is_some_and(|max| tokens_before + progress.tokens >= max)
                 && answers.reach(wanted, max_tokens).is_some();
@@ -288,10 +289,11 @@ impl Run<'_> {
             },
             Some(server) => {
                 let note = |line: &str| report.note(line);
+                let addresses = server.addresses();
                 let mut generator = OpenAiGenerator {
                     server,
-                    key: server_key(
-                        &server.url,
+                    key: server_keys(
+                        &addresses,
                         server.key_env.as_deref(),
                         self.env.places,
                         self.env.variable,
@@ -301,9 +303,16 @@ impl Run<'_> {
                     stop: stop.flag(),
                     note: &note,
                     asked: Asked::default(),
+                    asked_each: Vec::new(),
+                    alive: alive.clone(),
                 };
                 let ended = run(&mut generator);
-                report.note(&format!("`{}`: {}", server.url, generator.asked));
+                match addresses.as_slice() {
+                    [url] => report.note(&format!("`{url}`: {}", generator.asked)),
+                    _ => generator.asked_each.iter().for_each(|(url, asked)| {
+                        report.note(&format!("`{url}`: {asked}"));
+                    }),
+                }
                 ended
             }
         };

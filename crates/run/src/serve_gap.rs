@@ -7,8 +7,8 @@
 use std::ops::ControlFlow;
 
 use draftsmith_capture::{
-    Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request, ServerError,
-    metrics_page,
+    Alive, Answer, Asked, Generator, OpenAiGenerator, Outcome, Prompter, RegenerateError, Request,
+    ServerError, metrics_page,
 };
 use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_core::{AcceptStats, Sampling, TokenTree};
@@ -252,6 +252,8 @@ fn ask(
         stop: stop.flag(),
         note: &note,
         asked: Asked::default(),
+        asked_each: Vec::new(),
+        alive: Alive::default(),
     };
     let mut requests = replay.prompts.iter().enumerate().map(|(key, (id, messages))| Request {
         key,

@@ -30,3 +30,20 @@ pub fn server_key(
         )),
     }
 }
+
+/// The same for all servers of a table, which share one key.
+///
+/// # Errors
+/// Those of [`server_key`], for the first address that has one.
+pub fn server_keys(
+    urls: &[&str],
+    key_env: Option<&str>,
+    places: &Places,
+    variable: impl Fn(&str) -> Option<String>,
+) -> Result<Option<String>, Error> {
+    let mut key = None;
+    for url in urls {
+        key = server_key(url, key_env, places, &variable)?;
+    }
+    Ok(key)
+}

@@ -91,8 +91,8 @@ async fn connection(
     mut drained: watch::Receiver<bool>,
 ) {
     let count = |by: i64| {
-        if let Some(service) = app.service.get() {
-            service.metrics.connections.inc_by(by);
+        if let Some(metrics) = app.metrics(None) {
+            metrics.connections.inc_by(by);
         }
     };
     count(1);

@@ -1,6 +1,6 @@
 //! OpenAI-compatible HTTP over the decode engine, with speculation that can be watched.
 //!
-//! One thread owns the batch; requests reach it through a queue that is fair between clients, and what
+//! One thread owns the batch of a model; requests reach it through a queue that is fair between clients, and what
 //! it commits goes back through a channel per request that never blocks it. A reader that leaves ends its sequence.
 //!
 //! Invariant: neither the draft, nor the load, nor a change of the draft changes the text of an answer.
@@ -11,6 +11,7 @@ mod api;
 mod auth;
 mod board;
 mod cors;
+mod fleet;
 mod generations;
 mod grammar;
 mod http;
@@ -23,10 +24,12 @@ mod tools;
 mod worker;
 
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use draftsmith_core::VerifyRule;
 use draftsmith_decode::{DraftPlan, Engine};
@@ -35,6 +38,7 @@ use draftsmith_text::{ChatTemplate, Tokenizer};
 
 use crate::api::ApiError;
 use crate::board::Board;
+use crate::fleet::{Fleet, Lease, Wish};
 use crate::generations::Generations;
 use crate::grammar::{GrammarError, Grammars};
 use crate::metrics::Metrics;
@@ -45,6 +49,7 @@ use crate::worker::{Room, Shared, Worker};
 
 pub use auth::ApiKey;
 pub use cors::Origin;
+pub use fleet::Models;
 pub use swap::{DraftInfo, Drafts, Loaded, Refused};
 
 /// Takes one line for the log.
@@ -203,10 +208,18 @@ struct Service {
     target: Arc<Engine<Cpu>>,
 }
 
+/// What is served.
+enum Served {
+    /// One model, from the start to the end.
+    One(Arc<Service>),
+    /// Several, loaded when they are asked for.
+    Fleet(Arc<Fleet>),
+}
+
 /// State of the server.
 struct App {
     options: Options,
-    service: OnceLock<Service>,
+    served: OnceLock<Served>,
     generations: Arc<Generations>,
     draining: AtomicBool,
     /// A change of the draft is under way.
@@ -218,8 +231,98 @@ struct App {
 }
 
 impl App {
-    fn service(&self) -> Result<&Service, ApiError> {
-        self.service.get().ok_or_else(ApiError::loading)
+    fn served(&self) -> Result<&Served, ApiError> {
+        self.served.get().ok_or_else(ApiError::loading)
+    }
+
+    /// The model; of several, the one that was used last.
+    fn service(&self) -> Result<Lease, ApiError> {
+        match self.served()? {
+            Served::One(service) => Ok(Lease::lasting(service)),
+            Served::Fleet(fleet) => fleet.latest().ok_or_else(|| ApiError::asleep(&fleet.first())),
+        }
+    }
+
+    /// Several models, if there are several.
+    fn fleet(&self) -> Option<&Arc<Fleet>> {
+        match self.served.get()? {
+            Served::Fleet(fleet) => Some(fleet),
+            Served::One(_) => None,
+        }
+    }
+
+    /// The model that a request names; of several it is loaded if it must be. Whether the name is right where there is
+    /// one model is looked at later.
+    async fn lease(self: &Arc<App>, name: Option<&str>, arrived: Instant) -> Result<Lease, ApiError> {
+        match self.served()? {
+            Served::One(service) => Ok(Lease::lasting(service)),
+            Served::Fleet(fleet) => match name {
+                Some(name) => fleet.lease(self, name, arrived).await,
+                None => Err(ApiError::which_model()),
+            },
+        }
+    }
+
+    /// What counts requests of a model, or those that name none of ours; `None` before there is a model.
+    fn metrics(&self, name: Option<&str>) -> Option<Arc<Metrics>> {
+        Some(match self.served.get()? {
+            Served::One(service) => Arc::clone(&service.metrics),
+            Served::Fleet(fleet) => fleet.metrics_of(name),
+        })
+    }
+
+    /// Gives a model a thread that decodes for it.
+    fn employ(
+        &self,
+        model: Model,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Service, std::thread::JoinHandle<()>), ServeError> {
+        let limits = self.options.limits;
+        let queue = Arc::new(Queue::new(limits.queue));
+        let board = Arc::new(Board::new(model.draft.clone()));
+        let tokenizer = model.tokenizer;
+        let config = model.engine.target().config();
+        let (context, vocab) = (config.max_position, config.vocab_size);
+        let shared = Shared {
+            tokenizer: Arc::clone(&tokenizer),
+            queue: Arc::clone(&queue),
+            metrics: Arc::clone(&metrics),
+            board: Arc::clone(&board),
+            log: Arc::clone(&self.options.log),
+        };
+        let room =
+            Room { slots: model.cache_slots, sequences: limits.sequences, watch_steps: limits.watch_steps };
+        let target = Arc::new(Engine::new(Arc::clone(model.engine.target()), None));
+        let format = self.options.tool_format.as_deref().and_then(Family::named);
+        let ability = Ability::of(model.template.as_ref(), &tokenizer, format);
+        let in_use = InUse { engine: Arc::new(model.engine), info: model.draft };
+        let service = Service {
+            fingerprint: format!(
+                "draftsmith-{}-{}",
+                env!("CARGO_PKG_VERSION"),
+                model.sha256.get(..8).unwrap_or(&model.sha256)
+            ),
+            name: model.name,
+            grammars: Grammars::new(&tokenizer),
+            tokenizer,
+            template: model.template,
+            tools: ability,
+            context,
+            vocab,
+            verify: self.options.verify,
+            default_plan: self.options.plan,
+            cache_slots: model.cache_slots,
+            created_unix_s: unix_s(),
+            queue,
+            metrics,
+            board,
+            drafts: model.drafts,
+            target,
+        };
+        // A batch stays on the thread that made it.
+        let work = move || Worker::new(in_use, room, shared).run();
+        let thread = std::thread::Builder::new().name("decode".into()).spawn(work);
+        Ok((service, thread.map_err(|source| ServeError::Threads { source })?))
     }
 }
 
@@ -255,6 +358,8 @@ pub struct Server {
     address: SocketAddr,
     http: http::Http,
     worker: Option<std::thread::JoinHandle<()>>,
+    /// What several models ask for.
+    wishes: Option<Receiver<Wish>>,
 }
 
 impl Server {
@@ -276,7 +381,7 @@ impl Server {
         let app = Arc::new(App {
             generations: Arc::new(Generations::new(options.keep_generations)),
             options,
-            service: OnceLock::new(),
+            served: OnceLock::new(),
             draining: AtomicBool::new(false),
             swapping: AtomicBool::new(false),
             next_id: AtomicU64::new(0),
@@ -286,7 +391,7 @@ impl Server {
                 .map_or(0.0, |time| time.as_secs_f64()),
         });
         let http = http::Http::start(&runtime, listener, Arc::clone(&app));
-        Ok(Server { app, runtime, address, http, worker: None })
+        Ok(Server { app, runtime, address, http, worker: None, wishes: None })
     }
 
     /// Where it listens.
@@ -299,57 +404,49 @@ impl Server {
     /// # Errors
     /// [`ServeError::Threads`].
     pub fn open(&mut self, model: Model) -> Result<(), ServeError> {
-        let limits = self.app.options.limits;
-        let metrics = Arc::new(Metrics::new(&model.name));
-        let queue = Arc::new(Queue::new(limits.queue));
-        let board = Arc::new(Board::new(model.draft.clone()));
-        let tokenizer = model.tokenizer;
-        let config = model.engine.target().config();
-        let (context, vocab) = (config.max_position, config.vocab_size);
-        let shared = Shared {
-            tokenizer: Arc::clone(&tokenizer),
-            queue: Arc::clone(&queue),
-            metrics: Arc::clone(&metrics),
-            board: Arc::clone(&board),
-            log: Arc::clone(&self.app.options.log),
-        };
-        let room =
-            Room { slots: model.cache_slots, sequences: limits.sequences, watch_steps: limits.watch_steps };
-        let target = Arc::new(Engine::new(Arc::clone(model.engine.target()), None));
-        let format = self.app.options.tool_format.as_deref().and_then(Family::named);
-        let ability = Ability::of(model.template.as_ref(), &tokenizer, format);
-        let in_use = InUse { engine: Arc::new(model.engine), info: model.draft };
-        let service = Service {
-            fingerprint: format!(
-                "draftsmith-{}-{}",
-                env!("CARGO_PKG_VERSION"),
-                model.sha256.get(..8).unwrap_or(&model.sha256)
-            ),
-            name: model.name,
-            grammars: Grammars::new(&tokenizer),
-            tokenizer,
-            template: model.template,
-            tools: ability,
-            context,
-            vocab,
-            verify: self.app.options.verify,
-            default_plan: self.app.options.plan,
-            cache_slots: model.cache_slots,
-            created_unix_s: unix_s(),
-            queue,
-            metrics,
-            board,
-            drafts: model.drafts,
-            target,
-        };
-        if self.app.service.set(service).is_err() {
+        if self.app.served.get().is_some() {
             return Ok(());
         }
-        // A batch stays on the thread that made it.
-        let work = move || Worker::new(in_use, room, shared).run();
-        let thread = std::thread::Builder::new().name("decode".into()).spawn(work);
-        self.worker = Some(thread.map_err(|source| ServeError::Threads { source })?);
+        let metrics = Arc::new(Metrics::new(&model.name));
+        let (service, worker) = self.app.employ(model, metrics)?;
+        // Nobody else opens it.
+        let _ = self.app.served.set(Served::One(Arc::new(service)));
+        self.worker = Some(worker);
         Ok(())
+    }
+
+    /// Begins to answer for several models, which [`Server::attend`] loads when requests name them. `memory`: bytes that
+    /// those that are loaded may take together, by estimate. The first call counts.
+    pub fn open_fleet(&mut self, names: Vec<String>, memory: u64) {
+        let (wishes, wanted) = channel();
+        let log = Arc::clone(&self.app.options.log);
+        let fleet = Fleet::new(names, memory, wishes, unix_s(), log);
+        if self.app.served.set(Served::Fleet(Arc::new(fleet))).is_ok() {
+            self.wishes = Some(wanted);
+        }
+    }
+
+    /// Loads what is asked for, on this thread, for about so long.
+    pub fn attend(&mut self, models: &mut dyn Models, time: Duration) {
+        let until = Instant::now() + time;
+        let Some(wishes) = &self.wishes else { return std::thread::sleep(time) };
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let wish = match wishes.recv_timeout(left) {
+                Ok(wish) => wish,
+                Err(RecvTimeoutError::Timeout) => return,
+                Err(RecvTimeoutError::Disconnected) => return std::thread::sleep(left),
+            };
+            // Whoever asked may have left. A panic was told where it happened; it costs those who asked.
+            match wish {
+                Wish::Bytes(name, reply) => {
+                    let _ = reply.send(guarded(|| models.bytes(&name)));
+                }
+                Wish::Load(name, reply) => {
+                    let _ = reply.send(guarded(|| models.load(&name).map(Box::new)));
+                }
+            }
+        }
     }
 
     /// Loads the draft in use anew from its folder, checks it and switches to it, in the background.
@@ -360,17 +457,23 @@ impl Server {
 
     /// Takes no more requests, ends those under way within the drain limit and stops.
     pub fn drain(self) {
-        let Server { app, runtime, http, worker, .. } = self;
+        let Server { app, runtime, http, worker, wishes, .. } = self;
         app.draining.store(true, Ordering::SeqCst);
+        // Nothing is loaded any more: those who wait for it hear so.
+        drop(wishes);
+        if let Some(fleet) = app.fleet() {
+            fleet.close();
+        }
         let limits = app.options.limits;
-        let queue = app.service.get().map(|service| Arc::clone(&service.queue));
-        runtime.block_on(http.drain(limits.drain_time, || {
-            if let Some(queue) = &queue {
-                queue.order(Order::CutAll);
-            }
+        runtime.block_on(http.drain(limits.drain_time, || match app.served.get() {
+            Some(Served::One(service)) => service.queue.order(Order::CutAll),
+            Some(Served::Fleet(fleet)) => fleet.cut_all(),
+            None => {}
         }));
-        if let Some(queue) = &queue {
-            queue.order(Order::Stop);
+        match app.served.get() {
+            Some(Served::One(service)) => service.queue.order(Order::Stop),
+            Some(Served::Fleet(fleet)) => fleet.stop(),
+            None => {}
         }
         if let Some(worker) = worker {
             // A panic of the worker was told where it happened.
@@ -378,4 +481,12 @@ impl Server {
         }
         runtime.shutdown_background();
     }
+}
+
+/// The same, but for a panic, which is told as a fault of ours.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Refused>) -> Result<T, Refused> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let message = "draftsmith has a bug, and loading ran into it".to_owned();
+        Err(Refused { message, hint: Some("the server's own log says where".to_owned()) })
+    })
 }

@@ -178,14 +178,24 @@ impl Metrics {
         self.swaps.get_or_create(&vec![("outcome", outcome.to_owned())]).inc();
     }
 
-    /// The page. `began_unix_s`: when this process began to serve, in seconds since 1970.
-    pub(crate) fn page(&self, began_unix_s: f64) -> String {
+    /// What is counted here, without what concerns the process.
+    pub(crate) fn body(&self) -> String {
         let mut page = String::new();
         encode_registry(&mut page, &self.registry).expect("a string takes any text");
-        encode_registry(&mut page, &process(began_unix_s)).expect("a string takes any text");
-        encode_eof(&mut page).expect("a string takes any text");
         page
     }
+
+    /// The page. `began_unix_s`: when this process began to serve, in seconds since 1970.
+    pub(crate) fn page(&self, began_unix_s: f64) -> String {
+        whole_page(self.body(), began_unix_s)
+    }
+}
+
+/// A page with what concerns the process, and its end.
+pub(crate) fn whole_page(mut page: String, began_unix_s: f64) -> String {
+    encode_registry(&mut page, &process(began_unix_s)).expect("a string takes any text");
+    encode_eof(&mut page).expect("a string takes any text");
+    page
 }
 
 /// Ticks of a processor's second, as Linux tells them to programs.

@@ -81,7 +81,7 @@ impl Fault {
 }
 
 /// What a server cannot be asked for.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ServerError {
     /// It failed too often.
     #[error("`{url}` gave no answer for `{row}` (attempts: {attempts}); the last time: {last}")]
@@ -126,6 +126,36 @@ pub enum ServerError {
         url: String,
         /// Models that it lists.
         models: Vec<String>,
+    },
+    /// It lists another model than the other servers do.
+    #[error("`{url}` serves `{found}`, but the other servers serve `{wanted}`")]
+    OtherModel {
+        /// Address of the server.
+        url: String,
+        /// The model that it lists.
+        found: String,
+        /// What was found before.
+        wanted: String,
+    },
+    /// The servers list models of different names.
+    #[error("the servers serve different models: {}", models_of_each(each))]
+    DifferentModels {
+        /// Address and model of each.
+        each: Vec<(String, String)>,
+    },
+    /// Of several servers none can answer.
+    #[error("no server is left for `{row}`: {}", in_one_line(each))]
+    NoneLeft {
+        /// The conversation, or what else was asked for.
+        row: String,
+        /// What is wrong with each server.
+        each: Vec<ServerError>,
+    },
+    /// Several servers cannot be used, each for a reason of its own.
+    #[error("{}", in_one_line(each))]
+    Several {
+        /// What is wrong with each.
+        each: Vec<ServerError>,
     },
     /// It reads another text than training will.
     #[error("`{url}` reads {theirs} tokens in the prompt of `{row}`, but training will see {ours}")]
@@ -203,6 +233,14 @@ pub enum ServerError {
     },
 }
 
+fn models_of_each(each: &[(String, String)]) -> String {
+    each.iter().map(|(url, model)| format!("`{url}` serves `{model}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn in_one_line(each: &[ServerError]) -> String {
+    each.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 fn models_in_words(models: &[String]) -> String {
     if models.is_empty() { "no model".to_string() } else { format!("`{}`", models.join("`, `")) }
 }
@@ -234,6 +272,11 @@ impl Asker {
 }
 
 impl ServerError {
+    /// True if the request itself was refused: it says nothing about other requests to the same server.
+    pub(crate) fn is_of_the_request(&self) -> bool {
+        matches!(self, ServerError::Refused { status: 400 | 413 | 414 | 422, .. })
+    }
+
     /// What the user can do about it.
     pub fn hint(&self, asker: Asker) -> Option<String> {
         let (table, at_once) = (asker.table(), asker.at_once());
@@ -271,6 +314,21 @@ impl ServerError {
             }
             ServerError::NoAccess { had_key: true, .. } => {
                 return Some(format!("check the key in the variable that `{table}.key_env` names"));
+            }
+            ServerError::NoneLeft { each, .. } | ServerError::Several { each } => {
+                let mut hints: Vec<String> = Vec::new();
+                for hint in each.iter().filter_map(|error| error.hint(asker)) {
+                    if !hints.contains(&hint) {
+                        hints.push(hint);
+                    }
+                }
+                return (!hints.is_empty()).then(|| hints.join("; "));
+            }
+            ServerError::OtherModel { .. } | ServerError::DifferentModels { .. } => {
+                return Some(format!(
+                    "leave the servers of other models out of `{table}.urls`; if it is one model under several names, \
+                     start them with the same name"
+                ));
             }
             ServerError::WhichModel { .. } => return Some(format!("name one with `{table}.model`")),
             ServerError::Unexpected { .. } => {

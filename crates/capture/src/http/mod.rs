@@ -1,10 +1,11 @@
-//! One server over HTTP and how patiently it is asked.
+//! One server over HTTP and how patiently it is asked; several of them as a `Pool`.
 //!
 //! Invariant: an answer is given on only when it is whole. Whatever else comes (silence, a status that asks to come
 //! again, half a body, no JSON) is a fault, and the same request is sent again after a pause that doubles each time. A
 //! server that was never reached is not waited for: a wrong address would only be told after minutes.
 
 mod error;
+mod pool;
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
@@ -18,6 +19,8 @@ use ureq::http::Response;
 use ureq::{Agent, Body, RequestBuilder};
 
 pub use error::{Asker, Fault, ServerError};
+pub use pool::Alive;
+pub(crate) use pool::{Pool, Seat, one_model};
 
 /// Pause before the first repetition; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -54,6 +57,7 @@ impl<'a> Flow<'a> {
 }
 
 /// Why an attempt gave nothing.
+#[derive(Debug)]
 pub(crate) enum Failure {
     /// Worth another attempt.
     Passing(Fault),
@@ -61,10 +65,31 @@ pub(crate) enum Failure {
     Lasting(ServerError),
 }
 
+impl Failure {
+    /// As an error, where nobody tries again: [`Patience::Waits`] leaves only those.
+    pub(crate) fn into_error(self, url: &str, row: &str) -> ServerError {
+        match self {
+            Failure::Lasting(error) => error,
+            Failure::Passing(last) => {
+                ServerError::GaveUp { url: url.to_string(), row: row.to_string(), attempts: 1, last }
+            }
+        }
+    }
+}
+
 impl From<Fault> for Failure {
     fn from(fault: Fault) -> Failure {
         Failure::Passing(fault)
     }
+}
+
+/// Who waits for a server that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// The request itself, for as long as the run file allows: there is no other server.
+    Waits,
+    /// Nobody here: another server is asked.
+    Once,
 }
 
 /// How often a server was asked.
@@ -144,8 +169,10 @@ pub fn knock(url: &str, key: Option<&str>, timeout_s: f64) -> Result<(), ServerE
         connections: 1,
         note: Arc::new(|_: &str| {}),
     });
-    match http.only_model(&Flow::new(&AtomicBool::new(false))) {
-        Err(error @ ServerError::GaveUp { last: Fault::NoConnection { .. }, .. }) => Err(error),
+    match http.only_model(Patience::Waits, &Flow::new(&AtomicBool::new(false))) {
+        Err(Failure::Lasting(error @ ServerError::GaveUp { last: Fault::NoConnection { .. }, .. })) => {
+            Err(error)
+        }
         _ => Ok(()),
     }
 }
@@ -208,8 +235,27 @@ impl<'a> Http<'a> {
         add(&mut self.asked.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
     }
 
+    /// One attempt, or as many as the patience allows; `None` if it was called off.
+    pub(crate) fn ask<T>(
+        &self,
+        patience: Patience,
+        row: &str,
+        flow: &Flow<'_>,
+        attempt: impl Fn() -> Result<T, Failure>,
+    ) -> Result<Option<T>, Failure> {
+        match patience {
+            Patience::Waits => self.persist(row, flow, attempt).map_err(Failure::Lasting),
+            Patience::Once if flow.is_cancelled() => Ok(None),
+            Patience::Once => attempt().map(Some).inspect_err(|failure| {
+                if let Failure::Passing(fault) = failure {
+                    self.count(|asked| *asked.faults.entry(fault.kind()).or_default() += 1);
+                }
+            }),
+        }
+    }
+
     /// The only model that the server lists; `None` if it was called off.
-    pub(crate) fn only_model(&self, flow: &Flow<'_>) -> Result<Option<String>, ServerError> {
+    pub(crate) fn only_model(&self, patience: Patience, flow: &Flow<'_>) -> Result<Option<String>, Failure> {
         #[derive(Deserialize)]
         struct Model {
             id: String,
@@ -218,7 +264,7 @@ impl<'a> Http<'a> {
         struct Models {
             data: Vec<Model>,
         }
-        self.persist("models", flow, || {
+        self.ask(patience, "models", flow, || {
             let request = self.agent.get(format!("{}/models", self.url)).header("Accept", "application/json");
             let request = with_key(request, self.key.as_deref());
             let answer = self.check(request.call(), "models", "application/json")?;
@@ -311,7 +357,7 @@ impl<'a> Http<'a> {
     }
 
     /// Tries until it works, cannot work, or the patience ends; `None` if it was called off.
-    pub(crate) fn persist<T>(
+    fn persist<T>(
         &self,
         row: &str,
         flow: &Flow<'_>,

@@ -1,7 +1,7 @@
 //! The OpenAI protocol of answers over [`Http`]: what is sent, and what makes an answer whole.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use draftsmith_formats::run::{ServerApi, ServerTable};
 use serde_json::{Map, Value};
@@ -10,48 +10,61 @@ use ureq::http::Response;
 
 use super::wire::{self, Reply};
 use crate::http::{
-    Asked, Failure, Flow, Http, HttpOptions, SIDE_BODY_BYTES, ServerError, read_body, side_page,
+    Asked, Failure, Flow, Http, HttpOptions, Note, Patience, SIDE_BODY_BYTES, ServerError, read_body,
+    side_page,
 };
 use crate::{Prompt, Request};
 
-/// The metrics page of a server, which stands beside `/v1`; `None` if it has none.
+/// The metrics page of a server, which stands beside `/v1`; `None` if it has none. Of several servers, the first.
 pub fn metrics_page(table: &ServerTable, key: Option<&str>) -> Option<String> {
-    side_page(&table.url, "metrics", key, table.timeout_s)
+    side_page(table.addresses().first()?, "metrics", key, table.timeout_s)
 }
 
 /// One server.
 pub(super) struct Client<'a> {
     http: Http<'a>,
     table: &'a ServerTable,
-    model: String,
+    /// Waits or not, whenever it is asked.
+    patience: Patience,
+    /// The name in requests; empty until it is known.
+    model: Mutex<String>,
     stops: Vec<String>,
     /// The server is asked for token ids: it gave them with its first answer.
     gives_ids: AtomicBool,
 }
 
 impl<'a> Client<'a> {
-    /// Finds out which model is meant.
-    pub(super) fn connect(
+    /// Nothing is sent yet.
+    pub(super) fn new(
         table: &'a ServerTable,
+        url: &'a str,
+        patience: Patience,
         key: Option<String>,
         connections: usize,
         stops: Vec<String>,
-        note: &'a (dyn Fn(&str) + Sync),
-        flow: &Flow<'_>,
-    ) -> Result<Option<Client<'a>>, ServerError> {
-        let http = Http::new(HttpOptions {
-            url: &table.url,
-            key,
-            timeout_s: table.timeout_s,
-            retries: table.retries,
-            connections,
-            note: Arc::new(note),
-        });
-        let model = match &table.model {
+        note: Note<'a>,
+    ) -> Client<'a> {
+        let (timeout_s, retries) = (table.timeout_s, table.retries);
+        let http = Http::new(HttpOptions { url, key, timeout_s, retries, connections, note });
+        let model = Mutex::new(table.model.clone().unwrap_or_default());
+        Client { http, table, patience, model, stops, gives_ids: AtomicBool::new(false) }
+    }
+
+    /// Its address.
+    pub(super) fn url(&self) -> &'a str {
+        self.http.url()
+    }
+
+    /// Finds out which model is meant; `None` if it was called off.
+    pub(super) fn connect(&self, flow: &Flow<'_>) -> Result<Option<String>, Failure> {
+        let model = match &self.table.model {
             Some(model) => Some(model.clone()),
-            None => http.only_model(flow)?,
+            None => self.http.only_model(self.patience, flow)?,
         };
-        Ok(model.map(|model| Client { http, table, model, stops, gives_ids: AtomicBool::new(false) }))
+        if let Some(model) = &model {
+            self.model.lock().unwrap_or_else(PoisonError::into_inner).clone_from(model);
+        }
+        Ok(model)
     }
 
     /// Requests so far.
@@ -65,7 +78,7 @@ impl<'a> Client<'a> {
         request: &Request,
         prompt: &Prompt,
         flow: &Flow<'_>,
-    ) -> Result<Option<(Reply, bool)>, ServerError> {
+    ) -> Result<Option<(Reply, bool)>, Failure> {
         let reply = match self.gives_ids.load(Ordering::Relaxed) {
             false => self.stream(request, prompt, flow, false)?,
             true => match self.stream(request, prompt, flow, true) {
@@ -84,7 +97,7 @@ impl<'a> Client<'a> {
         match reply.beside {
             Some(what) => {
                 let (url, row) = (self.http.url().to_string(), request.id.clone());
-                Err(ServerError::NotPlain { url, row, what })
+                Err(Failure::Lasting(ServerError::NotPlain { url, row, what }))
             }
             None => Ok(Some((reply, cut))),
         }
@@ -96,12 +109,12 @@ impl<'a> Client<'a> {
         prompt: &Prompt,
         flow: &Flow<'_>,
         with_ids: bool,
-    ) -> Result<Option<(Reply, bool)>, ServerError> {
+    ) -> Result<Option<(Reply, bool)>, Failure> {
         let mut body = self.body(request, prompt, with_ids);
         body.insert("stream".to_string(), true.into());
         body.insert("stream_options".to_string(), serde_json::json!({ "include_usage": true }));
         let limit = wire::byte_limit(prompt.max_new_tokens);
-        let reply = self.http.persist(&request.id, flow, || {
+        let reply = self.http.ask(self.patience, &request.id, flow, || {
             let answer = self.post(&request.id, &body, "text/event-stream")?;
             let go_on = || !flow.is_cancelled();
             let Some(reply) = Reply::stream(answer.into_body().into_reader(), limit, &go_on)? else {
@@ -115,16 +128,11 @@ impl<'a> Client<'a> {
 
     /// Asks for one token, without a stream, to learn how many tokens the server reads in the prompt (not all servers
     /// say so in a stream) and whether it gives token ids.
-    pub(super) fn greet(
-        &self,
-        request: &Request,
-        prompt: &Prompt,
-        flow: &Flow<'_>,
-    ) -> Result<(), ServerError> {
+    pub(super) fn greet(&self, request: &Request, prompt: &Prompt, flow: &Flow<'_>) -> Result<(), Failure> {
         let ask = |with_ids: bool| {
             let mut body = self.body(request, prompt, with_ids);
             body.insert("max_tokens".to_string(), 1.into());
-            self.http.persist(&request.id, flow, || {
+            self.http.ask(self.patience, &request.id, flow, || {
                 let mut reply = Reply::default();
                 reply
                     .take(&read_body(self.post(&request.id, &body, "application/json")?, SIDE_BODY_BYTES)?)?;
@@ -152,24 +160,24 @@ impl<'a> Client<'a> {
         self.compare(request, prompt, &reply)
     }
 
-    fn compare(&self, request: &Request, prompt: &Prompt, reply: &Reply) -> Result<(), ServerError> {
+    fn compare(&self, request: &Request, prompt: &Prompt, reply: &Reply) -> Result<(), Failure> {
         let ours = prompt.ids.len();
         match reply.prompt_tokens {
             Some(theirs) if theirs != ours as u64 && self.table.compare_prompts => {
                 let (url, row) = (self.http.url().to_string(), request.id.clone());
-                Err(ServerError::OtherPrompt { url, row, ours, theirs })
+                Err(Failure::Lasting(ServerError::OtherPrompt { url, row, ours, theirs }))
             }
             _ => match reply.prompt_ids.as_ref().filter(|_| self.table.compare_prompts) {
                 Some(theirs) if *theirs != prompt.ids => {
                     let at = theirs.iter().zip(&prompt.ids).take_while(|(a, b)| a == b).count();
                     let id = |ids: &[u32]| ids.get(at).map_or("nothing".to_string(), u32::to_string);
-                    Err(ServerError::Unexpected {
+                    Err(Failure::Lasting(ServerError::Unexpected {
                         url: self.http.url().to_string(),
                         row: request.id.clone(),
                         field: format!("prompt_token_ids[{at}]").into(),
                         found: id(theirs).into(),
                         wanted: id(&prompt.ids).into(),
-                    })
+                    }))
                 }
                 _ => Ok(()),
             },
@@ -182,7 +190,8 @@ impl<'a> Client<'a> {
             // The name that vLLM and SGLang share.
             body.insert("return_token_ids".to_string(), true.into());
         }
-        body.insert("model".to_string(), self.model.as_str().into());
+        let model = self.model.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        body.insert("model".to_string(), model.into());
         body.extend(self.table.extra.clone());
         body
     }
@@ -202,6 +211,6 @@ impl<'a> Client<'a> {
 }
 
 /// True if the server may have refused a request for a field that it does not know.
-fn knows_no_field(error: &ServerError) -> bool {
-    matches!(error, ServerError::Refused { status: 400 | 422, .. })
+fn knows_no_field(failure: &Failure) -> bool {
+    matches!(failure, Failure::Lasting(ServerError::Refused { status: 400 | 422, .. }))
 }

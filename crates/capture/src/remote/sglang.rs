@@ -13,7 +13,7 @@ use serde_json::json;
 
 use super::states::{RemoteStates, StatesProblem, StatesShape, finite};
 use crate::TokenRow;
-use crate::http::{Failure, Flow, Http, ServerError, read_body};
+use crate::http::{Failure, Flow, Http, Patience, read_body};
 
 /// Bytes of a response besides the states.
 const RESPONSE_BYTES: u64 = 1 << 20;
@@ -24,6 +24,7 @@ const VALUE_BYTES: u64 = 32;
 pub(super) struct Sglang<'a> {
     pub(super) layers: Http<'a>,
     pub(super) last: Http<'a>,
+    pub(super) patience: Patience,
 }
 
 /// How to start the first: SGLang counts as we do and adds 1 itself.
@@ -52,24 +53,27 @@ impl Sglang<'_> {
         layers: usize,
         width: usize,
         flow: &Flow<'_>,
-    ) -> Result<Option<RemoteStates>, ServerError> {
+    ) -> Result<Option<RemoteStates>, Failure> {
         let captured = StatesShape { ids: &row.ids, states: layers, width };
-        let Some(features) = ask(&self.layers, row.number, captured, flow)? else { return Ok(None) };
+        let Some(features) = ask(&self.layers, self.patience, row.number, captured, flow)? else {
+            return Ok(None);
+        };
         let end = StatesShape { states: 1, ..captured };
-        let Some(last) = ask(&self.last, row.number, end, flow)? else { return Ok(None) };
+        let Some(last) = ask(&self.last, self.patience, row.number, end, flow)? else { return Ok(None) };
         Ok(Some(RemoteStates { features, last }))
     }
 }
 
 fn ask(
     http: &Http<'_>,
+    patience: Patience,
     number: u64,
     shape: StatesShape<'_>,
     flow: &Flow<'_>,
-) -> Result<Option<Vec<f32>>, ServerError> {
+) -> Result<Option<Vec<f32>>, Failure> {
     let name = format!("row {number}");
     let limit = RESPONSE_BYTES + VALUE_BYTES * shape.values();
-    http.persist(&name, flow, || {
+    http.ask(patience, &name, flow, || {
         let body = json!({
             "input_ids": shape.ids,
             "extra_key": format!("{number}-{:016x}", RandomState::new().hash_one(number)),

@@ -3,6 +3,7 @@
 use crate::http::{Failure, Fault, ServerError};
 
 /// States as a server gives them.
+#[derive(Clone)]
 pub(super) struct RemoteStates {
     /// `[S, K * Ht]` outputs of the captured layers.
     pub(super) features: Vec<f32>,

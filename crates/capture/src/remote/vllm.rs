@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use draftsmith_core::LayerId;
@@ -16,7 +17,7 @@ use serde_json::json;
 
 use super::states::{RemoteStates, StatesProblem, StatesShape, finite, same_ids};
 use crate::TokenRow;
-use crate::http::{Failure, Fault, Flow, Http, ServerError, parse, read_body};
+use crate::http::{Failure, Fault, Flow, Http, Patience, ServerError, parse, read_body};
 
 /// Bytes of a response besides the ids that it repeats.
 const RESPONSE_BYTES: u64 = 1 << 20;
@@ -28,7 +29,11 @@ const LOCK_POLL: Duration = Duration::from_millis(5);
 /// One server and the folder that it writes to.
 pub(super) struct Vllm<'a> {
     pub(super) http: Http<'a>,
-    model: String,
+    patience_of_requests: Patience,
+    /// The name that the run file gives.
+    named: Option<&'a str>,
+    /// The name in requests; empty until it is known.
+    model: Mutex<String>,
     shared_dir: PathBuf,
     /// How long a file may be written.
     patience: Duration,
@@ -57,19 +62,33 @@ struct Transfer {
 }
 
 impl<'a> Vllm<'a> {
-    /// Finds out which model is meant; `None` if it was called off.
-    pub(super) fn connect(
-        table: &CaptureServerTable,
+    /// Nothing is sent yet; `shared_dir` is where the server writes, as seen from here.
+    pub(super) fn new(
+        table: &'a CaptureServerTable,
         http: Http<'a>,
-        flow: &Flow<'_>,
-    ) -> Result<Option<Vllm<'a>>, ServerError> {
-        let model = match &table.model {
-            Some(model) => Some(model.clone()),
-            None => http.only_model(flow)?,
+        shared_dir: &Path,
+        patience_of_requests: Patience,
+    ) -> Vllm<'a> {
+        Vllm {
+            http,
+            patience_of_requests,
+            named: table.model.as_deref(),
+            model: Mutex::default(),
+            shared_dir: shared_dir.to_path_buf(),
+            patience: Duration::from_secs_f64(table.timeout_s),
+        }
+    }
+
+    /// Finds out which model is meant; `None` if it was called off.
+    pub(super) fn connect(&self, flow: &Flow<'_>) -> Result<Option<String>, Failure> {
+        let model = match self.named {
+            Some(model) => Some(model.to_string()),
+            None => self.http.only_model(self.patience_of_requests, flow)?,
         };
-        let shared_dir = table.shared_dir.clone().unwrap_or_default();
-        let patience = Duration::from_secs_f64(table.timeout_s);
-        Ok(model.map(|model| Vllm { http, model, shared_dir, patience }))
+        if let Some(model) = &model {
+            self.model.lock().unwrap_or_else(PoisonError::into_inner).clone_from(model);
+        }
+        Ok(model)
     }
 
     pub(super) fn states(
@@ -78,18 +97,19 @@ impl<'a> Vllm<'a> {
         layers: usize,
         width: usize,
         flow: &Flow<'_>,
-    ) -> Result<Option<RemoteStates>, ServerError> {
+    ) -> Result<Option<RemoteStates>, Failure> {
+        let model = self.model.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let name = format!("row {}", row.number);
         let shape = StatesShape { ids: &row.ids, states: layers + 1, width };
         let body = json!({
-            "model": self.model,
+            "model": model,
             "prompt": row.ids,
             "max_tokens": 1,
             "temperature": 0,
             "return_token_ids": true,
         });
         let limit = RESPONSE_BYTES + TOKEN_BYTES * row.ids.len() as u64;
-        let values = self.http.persist(&name, flow, || {
+        let values = self.http.ask(self.patience_of_requests, &name, flow, || {
             let answer = self.http.post("completions", &name, &body, "application/json")?;
             let completion: Completion = parse(&read_body(answer, limit)?)?;
             let problem = |problem: StatesProblem| problem.of(self.http.url(), &name);

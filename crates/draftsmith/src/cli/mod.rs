@@ -17,7 +17,7 @@ pub use decode::{
     Bench, BenchCompare, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb,
     Choosing, Drafting, Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
 };
-pub use serve::{KvBudget, Serve};
+pub use serve::{KvBudget, Memory, NamedModel, Serve};
 pub use shell::{Completions, Man};
 pub use stages::{
     Bundle, BundleCard, BundleCheck, BundleExport, BundleImport, BundleMake, BundleVerb, BundleVerifyExport,

@@ -17,13 +17,14 @@ use super::{Drafting, Verifying};
     draftsmith serve --bundle DIR --target REF --host 0.0.0.0 --port 8000 --api-keys-file keys.txt\n  \
     draftsmith serve --target REF --draft-model SMALLER\n  \
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
-    draftsmith serve --bundle DIR --depth 3 --log-json\n\n\
+    draftsmith serve --bundle DIR --depth 3 --log-json\n  \
+    draftsmith serve --model coder=runs/coder/bundle --model small=hf:ORG/NAME:FILE.gguf --memory 12\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
     /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records,\n\
     /api/runs, /api/generations, /admin/draft (docs/SERVE.md).\n\
     Without --depth or a tree as much is drafted as pays at the load.\n\
     Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
-#[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target"]))]
+#[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target", "models"]))]
 pub struct Serve {
     /// The draft: a bundle folder.
     #[arg(long, value_name = "DIR")]
@@ -34,6 +35,15 @@ pub struct Serve {
     /// The target (default: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
+    /// One of several models: the name that requests give, and a bundle folder, a run folder or, without a draft, a model
+    /// (`hf:…`, `pip:…` or a path). `,target=REF` behind a bundle names its target. May be given again. A model is loaded
+    /// when a request names it.
+    #[arg(long = "model", value_name = "NAME=BUNDLE", conflicts_with_all = ["bundle", "target", "draft_model", "model_name"])]
+    pub models: Vec<NamedModel>,
+    /// With `--model`, GiB that the loaded models may take together, by estimate (or `12GiB`, `900MiB`; default: four fifths
+    /// of the machine's). Where there is no room the model that was not used for longest is unloaded.
+    #[arg(long, value_name = "GIB", requires = "models", conflicts_with_all = ["bundle", "target"])]
+    pub memory: Option<Memory>,
     /// Address or name to listen at; the default is reached from this machine only.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub host: String,
@@ -111,9 +121,66 @@ pub struct Serve {
     /// Threads to compute with (default: all; results do not depend on it).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
-    /// Print one JSON object once the model answers: url, model, draft.
+    /// Print one JSON object once the model answers: url, model, draft; of several models at once: url, models.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A model of several: `NAME=PLACE`, or `NAME=BUNDLE,target=REF`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedModel {
+    /// What requests call it.
+    pub name: String,
+    /// A bundle's folder, or a reference of a target.
+    pub place: String,
+    /// The target of a bundle, in place of the sources that it names.
+    pub target: Option<String>,
+}
+
+impl FromStr for NamedModel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NamedModel, String> {
+        let wrong = || "expected `NAME=BUNDLE`, for example `coder=runs/coder/bundle`".to_string();
+        let (name, place) = text.split_once('=').ok_or_else(wrong)?;
+        let (place, target) = match place.split_once(",target=") {
+            Some((place, target)) => (place, Some(target.to_owned())),
+            None => (place, None),
+        };
+        let empty = name.is_empty() || place.is_empty() || target.as_deref() == Some("");
+        if empty || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(wrong());
+        }
+        Ok(NamedModel { name: name.to_owned(), place: place.to_owned(), target })
+    }
+}
+
+/// An amount of memory: GiB, or a number with KiB, MiB or GiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory(
+    /// In bytes.
+    pub u64,
+);
+
+impl FromStr for Memory {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Memory, String> {
+        let wrong = || "expected a number of GiB above 0, or one with KiB, MiB or GiB".to_string();
+        let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(at);
+        let factor: u64 = match unit.trim() {
+            "" | "GiB" => 1 << 30,
+            "MiB" => 1 << 20,
+            "KiB" => 1 << 10,
+            _ => return Err(wrong()),
+        };
+        let bytes = number.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+        match (1.0..=(1u64 << 50) as f64).contains(&bytes) {
+            true => Ok(Memory(bytes as u64)),
+            false => Err(wrong()),
+        }
+    }
 }
 
 /// Room for keys and values.
@@ -178,6 +245,28 @@ impl FromStr for KvBudget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn models_have_a_name_and_a_place_and_memory_is_in_gib() {
+        let parse = |text: &str| text.parse::<NamedModel>().ok().map(|m| (m.name, m.place));
+        let named = |name: &str, place: &str| Some((name.to_string(), place.to_string()));
+        assert_eq!(parse("a=runs/a"), named("a", "runs/a"));
+        assert_eq!(parse("org/a:7b=pip:p==1.0:m.gguf"), named("org/a:7b", "pip:p==1.0:m.gguf"));
+        let with_target = "a=b,target=hf:o/n".parse::<NamedModel>().unwrap();
+        assert_eq!((with_target.place.as_str(), with_target.target.as_deref()), ("b", Some("hf:o/n")));
+        for wrong in ["", "a", "=b", "a=", "a b=c", "a=b,target="] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+        let memory = |text: &str| text.parse::<Memory>().ok().map(|memory| memory.0);
+        assert_eq!(
+            (memory("12"), memory("0.5"), memory("12GiB")),
+            (Some(12 << 30), Some(1 << 29), Some(12 << 30))
+        );
+        assert_eq!((memory("900MiB"), memory("1.5KiB")), (Some(900 << 20), Some(1536)));
+        for wrong in ["", "0", "-1", "4GB", "1.2.3", "x", "9999999999"] {
+            assert_eq!(memory(wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn budgets_are_tokens_or_bytes() {

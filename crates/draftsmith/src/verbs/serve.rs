@@ -7,19 +7,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use draftsmith::bundle::{MANIFEST_FILE, check_with_target};
+use draftsmith::bundle::{MANIFEST_FILE, Manifest, check_with_target};
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::decode::DraftPlan;
 use draftsmith::disk::human;
-use draftsmith::engine::{LoadedDraft, LoadedTarget, SMALL, default_plan, engine, load_draft, load_small};
+use draftsmith::doctor::memory_bytes;
+use draftsmith::engine::{
+    LoadedDraft, LoadedTarget, SMALL, bundle_place, default_plan, engine, load_draft, load_small, locate,
+    weight_bytes,
+};
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Silent, Stop};
 use draftsmith::serve::{
-    ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Options, Origin, Refused, RequestLog, Server,
-    tool_formats,
+    ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Models, Options, Origin, Refused, RequestLog,
+    Server, tool_formats,
 };
 use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
@@ -27,7 +31,7 @@ use serde_json::{Value, json};
 
 use super::generate::plan;
 use super::served_runs::ServedRuns;
-use super::{DraftSource, Session, target_and_draft, variable};
+use super::{DraftSource, Session, target_sources, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
 
@@ -193,7 +197,7 @@ fn asked_plan(args: &cli::Serve) -> Result<Option<DraftPlan>, Failure> {
     }
     let Some(plan) = plan(&args.drafting) else { return Ok(None) };
     let shaped = !matches!(plan, DraftPlan::Auto | DraftPlan::None);
-    if shaped && args.bundle.is_none() && args.draft_model.is_none() {
+    if shaped && args.bundle.is_none() && args.draft_model.is_none() && args.models.is_empty() {
         let given = if args.drafting.tree_top_k.is_some() { "--tree-top-k" } else { "--depth" };
         return Err(Failure::input(
             format!("`{given}` says how a draft is asked, and there is no draft"),
@@ -319,13 +323,24 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
 }
 
 fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
-    let (target, draft) = match DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref()) {
-        Some(source) => {
-            let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
-            (target, Some(draft))
-        }
-        None => (session.load_target(args.target.as_slice(), None, false, args.threads)?, None),
+    let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let sources = match source {
+        Some(_) => target_sources(source, args.target.as_ref())?,
+        None => args.target.iter().cloned().collect(),
     };
+    load_model(args, source, &sources, args.model_name.clone(), session)
+}
+
+/// Loads a target and its draft; without a name the model has that of the target.
+fn load_model(
+    args: &cli::Serve,
+    source: Option<DraftSource<'_>>,
+    sources: &[String],
+    name: Option<String>,
+    session: &Session,
+) -> Result<Model, Failure> {
+    let target = session.load_target(sources, None, false, args.threads)?;
+    let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
     let config = target.target.config();
     let engine = engine(&target, draft.as_ref());
     // Keys and values, as 16-bit floats, and those of the draft.
@@ -335,7 +350,7 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
     let cache_slots = cache_slots(args, &target, token_bytes, waiting_bytes)?;
     let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     Ok(Model {
-        name: args.model_name.clone().unwrap_or_else(|| target.name()),
+        name: name.unwrap_or_else(|| target.name()),
         sha256: target.sha256.clone(),
         engine,
         draft: draft.as_ref().map(info),
@@ -351,6 +366,113 @@ fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
     })
 }
 
+/// Share of the machine's memory that several models may take, unless it is said.
+const MEMORY_SHARE: f64 = 0.8;
+/// A model in memory over its file: packed weights take at most that much more.
+const PACKED_SHARE: f64 = 1.03;
+
+/// Several models by name, loaded when the server asks for them.
+struct Several<'a> {
+    args: &'a cli::Serve,
+    session: &'a Session,
+}
+
+/// Where one of them comes from.
+struct Place<'a> {
+    /// The bundle's folder, if there is a draft.
+    bundle: Option<&'a Path>,
+    /// References of the target.
+    sources: Vec<String>,
+}
+
+impl Several<'_> {
+    fn place(&self, name: &str) -> Result<Place<'_>, Failure> {
+        let model = self.args.models.iter().find(|model| model.name == name);
+        let model = model.ok_or_else(|| Failure::input(format!("no model is called `{name}`"), None))?;
+        let folder = Path::new(&model.place);
+        let is_bundle = bundle_place(folder).join(MANIFEST_FILE).is_file();
+        let sources = match (&model.target, is_bundle) {
+            (Some(target), _) => vec![target.clone()],
+            (None, false) => vec![model.place.clone()],
+            (None, true) => Manifest::read(bundle_place(folder)).map_err(Error::from)?.target.references,
+        };
+        if sources.is_empty() {
+            return Err(Failure::input(
+                format!("bundle `{}` names no source of its target", folder.display()),
+                Some(format!("name it: `--model {name}={},target=REF`", model.place)),
+            ));
+        }
+        Ok(Place { bundle: (is_bundle || model.target.is_some()).then_some(folder), sources })
+    }
+
+    fn estimate(&self, name: &str) -> Result<u64, Failure> {
+        let session = self.session;
+        let place = self.place(name)?;
+        let found = locate(&place.sources, None, &session.places, &session.printer, &session.stop)?;
+        let target = weight_bytes(&found.path)? as f64 * PACKED_SHARE;
+        let draft = place.bundle.map_or(Ok(0), |folder| weight_bytes(&bundle_place(folder)))?;
+        let cache = match self.args.kv_budget {
+            KvBudget::Bytes(bytes) => bytes,
+            KvBudget::Tokens(tokens) => {
+                let config = draftsmith::run::target_config(&found.path).map_err(Error::from)?;
+                // Keys and values as 16-bit floats.
+                tokens.saturating_mul(2 * config.kv_values() as u64)
+            }
+        };
+        Ok((target as u64).saturating_add(draft).saturating_add(cache))
+    }
+}
+
+fn refused(failure: &Failure) -> Refused {
+    let (message, hint) = failure.in_words();
+    Refused { message, hint }
+}
+
+impl Models for Several<'_> {
+    fn bytes(&mut self, name: &str) -> Result<u64, Refused> {
+        self.estimate(name).map_err(|failure| refused(&failure))
+    }
+
+    fn load(&mut self, name: &str) -> Result<Model, Refused> {
+        let named = Some(name.to_owned());
+        let loaded = self.place(name).and_then(|place| {
+            let source = place.bundle.map(DraftSource::Bundle);
+            load_model(self.args, source, &place.sources, named, self.session)
+        });
+        loaded.map_err(|failure| refused(&failure))
+    }
+}
+
+/// What of several models can be told to be wrong before any is loaded.
+fn check_models(args: &cli::Serve, note: &dyn Fn(&str)) -> Result<(), Failure> {
+    for (i, model) in args.models.iter().enumerate() {
+        if args.models[..i].iter().any(|other| other.name == model.name) {
+            return Err(Failure::input(
+                format!("`--model {}={}`: another model has this name", model.name, model.place),
+                Some("give each model a name of its own".to_string()),
+            ));
+        }
+        // It may come later; until then requests for it hear so.
+        let is_path = model.place.starts_with(['/', '.']) || !model.place.contains(':');
+        if is_path && !Path::new(&model.place).exists() {
+            note(&format!(
+                "model `{}`: there is nothing at `{}` yet; requests for it are answered with status 503",
+                model.name, model.place
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that several models may take together.
+fn memory(args: &cli::Serve) -> Result<u64, Failure> {
+    let share = || memory_bytes().map(|bytes| (bytes as f64 * MEMORY_SHARE) as u64);
+    args.memory.map(|memory| memory.0).or_else(share).ok_or_else(|| {
+        let hint = "give `--memory`, in GiB: what the models may take together";
+        Failure::input("the system does not say how much memory there is", Some(hint.to_string()))
+    })
+}
+
 pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
     let log = log_to_stderr(args.log_json);
     let note = |line: &str| match args.log_json {
@@ -358,6 +480,9 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
         false => session.printer.note(line),
     };
     failure::outlive_panics();
+    if !args.models.is_empty() {
+        return run_several(args, session, &log, &note);
+    }
     let mut server = Server::start(options(args, Arc::clone(&log))?)?;
     let url = format!("http://{}", server.address());
     note(&format!("listening at {url}, loading the model"));
@@ -378,6 +503,32 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
             server.reload();
         }
         std::thread::sleep(POLL);
+    }
+    log("ending: answers under way are finished");
+    server.drain();
+    log("ended");
+    Ok(0)
+}
+
+/// Several models in one process.
+fn run_several(args: &cli::Serve, session: &Session, log: &Log, note: &dyn Fn(&str)) -> Result<u8, Failure> {
+    let memory = memory(args)?;
+    check_models(args, note)?;
+    let mut server = Server::start(options(args, Arc::clone(log))?)?;
+    let names: Vec<String> = args.models.iter().map(|model| model.name.clone()).collect();
+    let url = format!("http://{}", server.address());
+    let ready = json!({"url": url, "models": names, "memory_bytes": memory});
+    server.open_fleet(names, memory);
+    note(&format!("ready: {ready}"));
+    if args.json {
+        printer::json(&ready)?;
+    }
+    let mut models = Several { args, session };
+    while !session.stop.requested() {
+        if session.reload.swap(false, Ordering::SeqCst) {
+            server.reload();
+        }
+        server.attend(&mut models, POLL);
     }
     log("ending: answers under way are finished");
     server.drain();

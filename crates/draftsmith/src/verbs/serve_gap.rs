@@ -18,9 +18,9 @@ use crate::printer;
 
 pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure> {
     let server = server(args)?;
-    let key = server_key(&server.url, server.key_env.as_deref(), &session.places, variable)?;
+    let key = server_key(&args.url, server.key_env.as_deref(), &session.places, variable)?;
     // A dead address is told before a model is loaded.
-    knock(&server.url, key.as_deref(), server.timeout_s)
+    knock(&args.url, key.as_deref(), server.timeout_s)
         .map_err(|error| Error::from(RegenerateError::Server(error)))?;
     let workload = Workload::read(&args.workload, Some(args.limit as usize)).map_err(Error::from)?;
     let prompts: Vec<(String, Vec<Message>)> = workload

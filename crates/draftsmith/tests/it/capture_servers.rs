@@ -21,10 +21,10 @@ use crate::stages::{bytes, finish, kill_when};
 use crate::support::{Ended, Home, tiny_target};
 
 /// Of the tiny target's 8 layers these are captured by default.
-const LAYERS: [u32; 3] = [1, 3, 4];
+pub(crate) const LAYERS: [u32; 3] = [1, 3, 4];
 
 /// As vLLM must be started: inputs of the next layers, and the output of the last.
-fn vllm(dir: &Path, dtype: Dtype) -> Started {
+pub(crate) fn vllm(dir: &Path, dtype: Dtype) -> Started {
     Started::Vllm { dir: dir.to_path_buf(), layer_ids: vec![2, 4, 5, 8], dtype }
 }
 
@@ -116,7 +116,7 @@ fn states_from_two_sglang_servers_are_those_of_this_process() {
     end.take_rows();
 }
 
-fn arguments(dir: &Path, server: &str, more: &[&str]) -> Vec<String> {
+pub(crate) fn arguments(dir: &Path, server: &str, more: &[&str]) -> Vec<String> {
     let mut args: Vec<String> = [
         "capture",
         "recipes/smoke.toml",
@@ -133,7 +133,7 @@ fn arguments(dir: &Path, server: &str, more: &[&str]) -> Vec<String> {
 }
 
 /// Files of the finished cache, by name.
-fn cache(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn cache(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = std::fs::read_dir(dir.join("capture")).unwrap().flatten();
     files.map(|f| (f.file_name().into_string().unwrap(), bytes(f.path()))).collect()
 }

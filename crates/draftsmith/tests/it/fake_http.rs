@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Serves on a free port until the process ends; gives the address. An error of `answer` ends the connection.
 pub(crate) fn serve(
@@ -11,21 +12,48 @@ pub(crate) fn serve(
 ) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
+    serve_at(listener, Life::default(), answer);
+    address
+}
+
+/// Whether a server is there: one that is not takes no connection and answers nothing more.
+#[derive(Clone, Default)]
+pub(crate) struct Life(Arc<AtomicBool>);
+
+impl Life {
+    pub(crate) fn end(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// The same at an address that is taken already, until its life is over.
+pub(crate) fn serve_at(
+    listener: TcpListener,
+    life: Life,
+    answer: impl Fn(&mut Out<'_>, &Request) -> std::io::Result<()> + Send + Sync + 'static,
+) {
     let answer = Arc::new(answer);
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let answer = Arc::clone(&answer);
+            // Whoever comes after the end is the last one that is let in, to be turned away.
+            if life.is_over() {
+                return;
+            }
+            let (answer, life) = (Arc::clone(&answer), life.clone());
             std::thread::spawn(move || {
                 let mut reader = BufReader::new(stream.try_clone().unwrap());
                 while let Some(request) = read_request(&mut reader) {
-                    if answer(&mut Out(&stream), &request).is_err() {
+                    if life.is_over() || answer(&mut Out(&stream), &request).is_err() {
                         return;
                     }
                 }
             });
         }
     });
-    address
 }
 
 /// One request as it came.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use draftsmith::target::TargetText;
 use draftsmith::text::{Message, RenderOptions};
 use serde_json::{Value, json};
 
-use crate::fake_http::{Out, Request, same, serve};
+use crate::fake_http::{Life, Out, Request, same, serve_at};
 use crate::support::repository;
 
 /// How an answer goes wrong.
@@ -148,6 +149,19 @@ impl Fake {
         speak: impl Fn(&str) -> Said + Send + Sync + 'static,
         fail: impl Fn(u64) -> Option<Fault> + Send + Sync + 'static,
     ) -> Fake {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Fake::start_at(listener, Life::default(), protocol, speak, fail)
+    }
+
+    /// The same at an address that is taken already, until its life is over.
+    pub(crate) fn start_at(
+        listener: TcpListener,
+        life: Life,
+        protocol: Protocol,
+        speak: impl Fn(&str) -> Said + Send + Sync + 'static,
+        fail: impl Fn(u64) -> Option<Fault> + Send + Sync + 'static,
+    ) -> Fake {
+        let address = format!("http://{}/v1", listener.local_addr().unwrap());
         let state = Arc::new(State {
             protocol,
             text: tiny_text(),
@@ -158,7 +172,7 @@ impl Fake {
             wrong: Mutex::default(),
         });
         let shared = Arc::clone(&state);
-        let address = serve(move |out, request| shared.answer(out, request)) + "/v1";
+        serve_at(listener, life, move |out, request| shared.answer(out, request));
         Fake { address, state }
     }
 

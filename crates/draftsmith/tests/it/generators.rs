@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use draftsmith::capture::{
-    Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Outcome, Prompter,
+    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Outcome, Prompter,
     Request, SamplingMix, regenerate,
 };
 use draftsmith::core::Sampling;
@@ -77,6 +77,8 @@ fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
         stop: &stop,
         note: &|_| {},
         asked: Asked::default(),
+        asked_each: Vec::new(),
+        alive: Alive::default(),
     };
     check("behind a server", &mut remote);
     fake.take_prompts();

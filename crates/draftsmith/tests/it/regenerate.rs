@@ -12,7 +12,7 @@ use crate::fake_openai::{Fake, Fault, Protocol, Said, hash};
 use crate::stages::{bytes, finish, kill_when};
 use crate::support::{Ended, Home, repository};
 
-fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
+pub(crate) fn arguments(dir: &Path, more: &[&str]) -> Vec<String> {
     let mut args = vec!["regenerate".to_string(), "recipes/smoke.toml".to_string()];
     args.push(format!("run.dir={}", dir.display()));
     args.push("regenerate.max_new_tokens=32".to_string());
@@ -30,7 +30,7 @@ fn end(home: &Home, dir: &Path, more: &[&str]) -> Ended {
 
 /// Lines of the log of answers, by id; fails if one is there twice.
 #[track_caller]
-fn answers(dir: &Path) -> BTreeMap<String, Value> {
+pub(crate) fn answers(dir: &Path) -> BTreeMap<String, Value> {
     let text = std::fs::read_to_string(dir.join("regenerate/answers.jsonl")).unwrap();
     let mut by_id = BTreeMap::new();
     for line in text.lines() {
@@ -46,7 +46,7 @@ fn report(dir: &Path) -> Value {
 }
 
 /// An answer that depends on the prompt alone: now and then empty, a loop or cut.
-fn speak(prompt: &str) -> Said {
+pub(crate) fn speak(prompt: &str) -> Said {
     let n = hash(prompt);
     match n % 16 {
         0 => Said::default(),
@@ -59,7 +59,7 @@ fn speak(prompt: &str) -> Said {
 }
 
 /// All kinds of faults, a quarter of all requests.
-fn trouble(seed: u64) -> impl Fn(u64) -> Option<Fault> + Send + Sync {
+pub(crate) fn trouble(seed: u64) -> impl Fn(u64) -> Option<Fault> + Send + Sync {
     move |nth| {
         let n = hash(&format!("{seed} {nth}"));
         let faults = [

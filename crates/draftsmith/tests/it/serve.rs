@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running server and the folder that it calls home.
 pub(crate) struct Served {
-    home: Home,
+    pub(crate) home: Home,
     child: Child,
     pub(crate) url: String,
     model: String,
@@ -30,7 +30,7 @@ impl Drop for Served {
     }
 }
 
-fn agent() -> ureq::Agent {
+pub(crate) fn agent() -> ureq::Agent {
     ureq::Agent::config_builder()
         .http_status_as_error(false)
         .timeout_global(Some(PATIENCE))
@@ -53,10 +53,15 @@ impl Served {
 
     /// A server of another target.
     pub(crate) fn start_with(home: Home, target: &str, more: &[&str]) -> Served {
+        Served::start_as(home, &[&["--target", target], more].concat())
+    }
+
+    /// A server of whatever the arguments name.
+    pub(crate) fn start_as(home: Home, what: &[&str]) -> Served {
         let log = std::fs::File::create(home.path().join("log")).unwrap();
         let mut child = home
-            .command(&["serve", "--target", target, "--port", "0", "--threads", "1", "--json"])
-            .args(more)
+            .command(&["serve", "--port", "0", "--threads", "1", "--json"])
+            .args(what)
             .stdout(std::process::Stdio::piped())
             .stderr(log)
             .spawn()
@@ -65,7 +70,7 @@ impl Served {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let log = std::fs::read_to_string(home.path().join("log")).unwrap();
         let ready: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}{log}"));
-        let text = |key: &str| ready[key].as_str().unwrap().to_owned();
+        let text = |key: &str| ready[key].as_str().unwrap_or_default().to_owned();
         Served { url: text("url"), model: text("model"), home, child }
     }
 
@@ -78,7 +83,7 @@ impl Served {
         std::fs::read_to_string(self.home.path().join("log")).unwrap()
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let ended = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(ended.success());
     }
@@ -172,7 +177,7 @@ impl Served {
         BufReader::new(stream)
     }
 
-    fn exit_code(mut self) -> (Option<i32>, String) {
+    pub(crate) fn exit_code(mut self) -> (Option<i32>, String) {
         let began = Instant::now();
         let code = loop {
             match self.child.try_wait().unwrap() {
@@ -197,13 +202,13 @@ pub(crate) fn with(base: &Value, more: Value) -> Value {
 }
 
 /// A request that keeps the server busy for a while: long answers, one token after the other.
-fn long(n: usize) -> Value {
+pub(crate) fn long(n: usize) -> Value {
     let base = ask("Tell me a short story about a cow.");
     let more = json!({"n": n, "max_tokens": 900, "ignore_eos": true, "draftsmith": {"draft": "none"}});
     with(&base, more)
 }
 
-fn text(answer: &Value) -> String {
+pub(crate) fn text(answer: &Value) -> String {
     let choice = &answer["choices"][0];
     choice["message"]["content"].as_str().or(choice["text"].as_str()).unwrap().to_owned()
 }

@@ -59,6 +59,68 @@ fn check_address(key: &str, url: &str, example: &str) -> Result<(), Broken> {
     Ok(())
 }
 
+/// One address or several, and what goes with them. Keys are relative to the table.
+fn check_addresses(
+    (url, urls): (&Option<String>, &Option<Vec<String>>),
+    weights: &Option<Vec<f64>>,
+    example: &str,
+) -> Result<(), Broken> {
+    match (url, urls) {
+        (Some(url), None) => {
+            check_address("url", url, example)?;
+            if weights.is_some() {
+                let advice = "leave it out, or name several addresses in `urls`";
+                return broken_with("weights", "is set, but there is only one server", advice);
+            }
+        }
+        (None, Some(urls)) => {
+            check_list("urls", urls, example)?;
+            let Some(weights) = weights else { return Ok(()) };
+            check_count("weights", weights.len(), urls.len())?;
+            for (i, weight) in weights.iter().enumerate() {
+                let inside = *weight > 0.0 && *weight <= 100.0;
+                number(&format!("weights.{i}"), *weight, inside, "a number above 0 and at most 100")?;
+            }
+        }
+        (Some(_), Some(_)) => {
+            let advice =
+                "leave one of them out: `url` is the address of one server, `urls` are those of several";
+            return broken_with("urls", "is set beside `url`", advice);
+        }
+        (None, None) => {
+            let advice = format!("name the server's address, for example `url = \"{example}\"`");
+            return broken_with("url", "is missing", advice);
+        }
+    }
+    Ok(())
+}
+
+/// Addresses, each once.
+fn check_list(key: &str, urls: &[String], example: &str) -> Result<(), Broken> {
+    if urls.is_empty() {
+        return broken_with(key, "is an empty list", format!("name at least one address, `{example}`"));
+    }
+    for (i, url) in urls.iter().enumerate() {
+        check_address(&format!("{key}.{i}"), url, example)?;
+        let plain = |url: &String| url.trim_end_matches('/').to_ascii_lowercase();
+        if urls[..i].iter().any(|other| plain(other) == plain(url)) {
+            let advice = "name each server once; `weights` says how much one may have under way";
+            return broken_with(&format!("{key}.{i}"), format!("names `{url}` again"), advice);
+        }
+    }
+    Ok(())
+}
+
+/// One for each address.
+fn check_count(key: &str, found: usize, wanted: usize) -> Result<(), Broken> {
+    if found == wanted {
+        return Ok(());
+    }
+    let entries = |n: usize| if n == 1 { "1 entry".to_string() } else { format!("{n} entries") };
+    let problem = format!("has {}, but `urls` has {}", entries(found), entries(wanted));
+    broken_with(key, problem, format!("give `{key}` one entry for each address, in the same order"))
+}
+
 fn check_patience(timeout_s: f64, retries: u32) -> Result<(), Broken> {
     let wanted = "seconds above 0, at most a day";
     number("timeout_s", timeout_s, timeout_s > 0.0 && timeout_s <= 86_400.0, wanted)?;
@@ -72,30 +134,67 @@ impl CaptureServerTable {
             true => broken(key, format!("is set, but means nothing for `{kind}`")),
             false => Ok(()),
         };
+        let addresses = (&self.url, &self.urls);
+        let several = self.urls.is_some();
+        // What goes with one address, and what with several.
+        let other = |key: &str, is_set: bool, instead: &str| match is_set {
+            true => {
+                let which = if several { "`urls` has several" } else { "`url` is one" };
+                broken_with(key, format!("is set, but {which}"), format!("use `{instead}` in its place"))
+            }
+            false => Ok(()),
+        };
         match self.kind {
             CaptureServerKind::Vllm => {
-                check_address("url", &self.url, "http://127.0.0.1:8000/v1")?;
+                check_addresses(addresses, &self.weights, "http://127.0.0.1:8000/v1")?;
                 unused("final_url", self.final_url.is_some(), "vllm")?;
-                if self.shared_dir.is_none() {
-                    let advice = "name the folder that the server writes to (`shared_storage_path`), as seen from here";
-                    return broken_with(
-                        "shared_dir",
-                        "is missing, but vLLM hands states out as files",
-                        advice,
-                    );
+                unused("final_urls", self.final_urls.is_some(), "vllm")?;
+                other("shared_dirs", self.shared_dirs.is_some() && !several, "shared_dir")?;
+                match (&self.shared_dir, &self.shared_dirs) {
+                    (Some(_), Some(_)) => {
+                        let advice = "leave one of them out: `shared_dir` is one folder for all servers";
+                        return broken_with("shared_dirs", "is set beside `shared_dir`", advice);
+                    }
+                    (None, Some(dirs)) => check_count("shared_dirs", dirs.len(), self.addresses().len())?,
+                    (Some(_), None) => {}
+                    (None, None) => {
+                        let advice = "name the folder that the server writes to (`shared_storage_path`), as seen from here";
+                        return broken_with(
+                            "shared_dir",
+                            "is missing, but vLLM hands states out as files",
+                            advice,
+                        );
+                    }
                 }
             }
             CaptureServerKind::Sglang => {
-                check_address("url", &self.url, "http://127.0.0.1:30000")?;
-                let Some(final_url) = &self.final_url else {
-                    let advice =
-                        "start a second server of the same model without speculation, and name it here";
-                    let problem =
-                        "is missing, but one SGLang server shows captured layers or final states, not both";
-                    return broken_with("final_url", problem, advice);
-                };
-                check_address("final_url", final_url, "http://127.0.0.1:30001")?;
+                check_addresses(addresses, &self.weights, "http://127.0.0.1:30000")?;
+                other("final_url", self.final_url.is_some() && several, "final_urls")?;
+                other("final_urls", self.final_urls.is_some() && !several, "final_url")?;
+                let example = "http://127.0.0.1:30001";
+                match (&self.final_url, &self.final_urls) {
+                    (Some(final_url), _) => check_address("final_url", final_url, example)?,
+                    (None, Some(final_urls)) => {
+                        check_list("final_urls", final_urls, example)?;
+                        check_count("final_urls", final_urls.len(), self.addresses().len())?;
+                    }
+                    (None, None) => {
+                        let (key, advice) = match several {
+                            false => (
+                                "final_url",
+                                "start a second server of the same model without speculation, and name it here",
+                            ),
+                            true => (
+                                "final_urls",
+                                "start a second server without speculation for each of `urls`, and name them here",
+                            ),
+                        };
+                        let problem = "is missing, but one SGLang server shows captured layers or final states, not both";
+                        return broken_with(key, problem, advice);
+                    }
+                }
                 unused("shared_dir", self.shared_dir.is_some(), "sglang")?;
+                unused("shared_dirs", self.shared_dirs.is_some(), "sglang")?;
                 unused("model", self.model.is_some(), "sglang")?;
             }
         }
@@ -113,7 +212,7 @@ impl ServerTable {
 
     /// Keys are relative to the table.
     fn check(&self) -> Result<(), Broken> {
-        check_address("url", &self.url, "http://127.0.0.1:8000/v1")?;
+        check_addresses((&self.url, &self.urls), &self.weights, "http://127.0.0.1:8000/v1")?;
         check_patience(self.timeout_s, self.retries)?;
         match self.extra.keys().find(|key| Self::OWN_FIELDS.contains(&key.as_str())) {
             Some(own) => broken(&format!("extra.{own}"), "is set by a key of its own"),

@@ -318,7 +318,7 @@ pub struct RegenerateTable {
     pub seed: Option<u64>,
     /// Share of answers that are greedy instead of sampled.
     pub greedy_share: f64,
-    /// Conversations answered at once.
+    /// Conversations answered at once, at each server if there are several.
     pub batch_size: u32,
     /// Stop after this many rows.
     pub max_rows: Option<u64>,
@@ -339,7 +339,15 @@ pub struct RegenerateTable {
 #[serde(deny_unknown_fields)]
 pub struct ServerTable {
     /// Address up to and including the version, for example `http://127.0.0.1:8000/v1`.
-    pub url: String,
+    #[serde(default)]
+    pub url: Option<String>,
+    /// In place of `url`, the addresses of several servers of the same model: a row goes to the least busy one, and one
+    /// that fails is left out for a while.
+    #[serde(default)]
+    pub urls: Option<Vec<String>>,
+    /// With `urls`, how much each may have under way, in parts of `regenerate.batch_size`. Default: 1 for each.
+    #[serde(default)]
+    pub weights: Option<Vec<f64>>,
     /// Name of the model in requests. Default: the only one that the server lists.
     #[serde(default)]
     pub model: Option<String>,
@@ -379,6 +387,16 @@ impl ServerTable {
         "stream_options",
     ];
 
+    /// The addresses, at least one of a checked table.
+    pub fn addresses(&self) -> Vec<&str> {
+        addresses(&self.url, &self.urls)
+    }
+
+    /// How much each address may have under way, in parts of the batch size.
+    pub fn weights(&self) -> Vec<f64> {
+        self.weights.clone().unwrap_or_else(|| vec![1.0; self.addresses().len()])
+    }
+
     fn default_timeout_s() -> f64 {
         120.0
     }
@@ -388,6 +406,11 @@ impl ServerTable {
     fn default_compare_prompts() -> bool {
         true
     }
+}
+
+/// One address or several; a checked table has one of the two.
+fn addresses<'t>(url: &'t Option<String>, urls: &'t Option<Vec<String>>) -> Vec<&'t str> {
+    url.iter().chain(urls.iter().flatten()).map(String::as_str).collect()
 }
 
 /// True if an address is on this machine.
@@ -468,20 +491,34 @@ pub struct CaptureServerTable {
     pub kind: CaptureServerKind,
     /// Address: of vLLM up to and including the version, `http://127.0.0.1:8000/v1`; of the SGLang server that shows
     /// the captured layers, `http://127.0.0.1:30000`.
-    pub url: String,
+    #[serde(default)]
+    pub url: Option<String>,
+    /// In place of `url`, the addresses of several servers of the same model: a row goes to the least busy one, and one
+    /// that fails is left out for a while.
+    #[serde(default)]
+    pub urls: Option<Vec<String>>,
+    /// With `urls`, how much each may have under way, in parts of `concurrency`. Default: 1 for each.
+    #[serde(default)]
+    pub weights: Option<Vec<f64>>,
     /// Address of a second SGLang server, without speculation, that shows the final states.
     #[serde(default)]
     pub final_url: Option<String>,
+    /// The same for `urls`: the second server of each, in their order.
+    #[serde(default)]
+    pub final_urls: Option<Vec<String>>,
     /// The folder, as seen from here, that vLLM writes states to. They are read and removed there.
     #[serde(default)]
     pub shared_dir: Option<PathBuf>,
+    /// The same for `urls` where each server writes to a folder of its own, in their order.
+    #[serde(default)]
+    pub shared_dirs: Option<Vec<PathBuf>>,
     /// Name of the model in requests to vLLM. Default: the only one that the server lists.
     #[serde(default)]
     pub model: Option<String>,
     /// Name of the environment variable that holds the API key.
     #[serde(default)]
     pub key_env: Option<String>,
-    /// Rows asked for at once.
+    /// Rows asked for at once, at each server.
     #[serde(default = "CaptureServerTable::default_concurrency")]
     pub concurrency: u32,
     /// Seconds of silence after which a request is repeated.
@@ -496,9 +533,32 @@ pub struct CaptureServerTable {
 }
 
 impl CaptureServerTable {
-    /// All addresses.
-    pub fn urls(&self) -> impl Iterator<Item = &str> {
-        [Some(self.url.as_str()), self.final_url.as_deref()].into_iter().flatten()
+    /// All addresses, those of second servers too.
+    pub fn all_addresses(&self) -> Vec<&str> {
+        let mut all = self.addresses();
+        all.extend(addresses(&self.final_url, &self.final_urls));
+        all
+    }
+
+    /// The addresses, at least one of a checked table; of SGLang those that show the captured layers.
+    pub fn addresses(&self) -> Vec<&str> {
+        addresses(&self.url, &self.urls)
+    }
+
+    /// Where the server at this place in [`CaptureServerTable::addresses`] shows the final states.
+    pub fn final_address(&self, place: usize) -> Option<&str> {
+        addresses(&self.final_url, &self.final_urls).get(place).copied()
+    }
+
+    /// The folder that the server at this place writes to.
+    pub fn folder(&self, place: usize) -> Option<&std::path::Path> {
+        let own = self.shared_dirs.as_ref().and_then(|dirs| dirs.get(place));
+        own.or(self.shared_dir.as_ref()).map(PathBuf::as_path)
+    }
+
+    /// How much each address may have under way, in parts of `concurrency`.
+    pub fn weights(&self) -> Vec<f64> {
+        self.weights.clone().unwrap_or_else(|| vec![1.0; self.addresses().len()])
     }
 
     fn default_concurrency() -> u32 {

@@ -92,6 +92,106 @@ fn where_a_server_stands_is_no_part_of_what_it_says() {
 }
 
 #[test]
+fn one_address_is_a_list_of_one_and_what_does_not_go_together_is_named() {
+    let addresses = |table: &str| {
+        let file = parse(SMALL, &[&format!("regenerate.server={{ {table} }}")]).unwrap();
+        let server = file.regenerate.server.unwrap();
+        (server.addresses().into_iter().map(str::to_string).collect::<Vec<_>>(), server.weights())
+    };
+    assert_eq!(addresses("url = \"http://a/v1\""), (vec!["http://a/v1".into()], vec![1.0]));
+    let both = vec!["http://a/v1".to_string(), "http://b/v1".to_string()];
+    assert_eq!(addresses("urls = [\"http://a/v1\", \"http://b/v1\"]"), (both.clone(), vec![1.0, 1.0]));
+    assert_eq!(
+        addresses("urls = [\"http://a/v1\", \"http://b/v1\"], weights = [2, 0.5]"),
+        (both, vec![2.0, 0.5])
+    );
+    let base = parse(SMALL, &["regenerate.server={ url = \"http://a/v1\" }"]).unwrap();
+    let more = parse(SMALL, &["regenerate.server={ urls = [\"http://a/v1\", \"http://b/v1\"] }"]).unwrap();
+    assert_eq!(base.stage_hash(Stage::Regenerate), more.stage_hash(Stage::Regenerate));
+
+    let check = |table: &str, lines: &str, says: &str| {
+        let text = format!("{SMALL}[{table}.server]\n{lines}\n");
+        let error = parse(&text, &[]).unwrap_err();
+        let wanted =
+            says.replace("LINE", &format!("line {}", SMALL.lines().count() + 1 + lines.lines().count()));
+        assert!(error.to_string().contains(&wanted), "{error} should say `{wanted}`");
+    };
+    let a = "url = \"http://a/v1\"";
+    check(
+        "regenerate",
+        &format!("{a}\nurls = [\"http://b/v1\"]"),
+        "LINE: `regenerate.server.urls` is set beside `url`",
+    );
+    check("regenerate", "urls = []", "LINE: `regenerate.server.urls` is an empty list");
+    check("regenerate", "api = \"ids\"", "`regenerate.server.url` is missing");
+    check(
+        "regenerate",
+        "urls = [\"http://a/v1\", \"http://A/v1/\"]",
+        "`regenerate.server.urls.1` names `http://A/v1/` again",
+    );
+    check(
+        "regenerate",
+        "urls = [\"http://a/v1\", \"b\"]",
+        "`regenerate.server.urls.1` is `b`, expected an address",
+    );
+    check(
+        "regenerate",
+        &format!("{a}\nweights = [1]"),
+        "LINE: `regenerate.server.weights` is set, but there is only one",
+    );
+    check(
+        "regenerate",
+        "urls = [\"http://a/v1\"]\nweights = [1, 2]",
+        "LINE: `regenerate.server.weights` has 2 entries, but `urls` has 1 entry",
+    );
+    check(
+        "regenerate",
+        "urls = [\"http://a/v1\"]\nweights = [0]",
+        "`regenerate.server.weights.0` is 0, expected a number above 0",
+    );
+    let two = "urls = [\"http://a/v1\", \"http://b/v1\"]";
+    let vllm = |rest: &str| format!("kind = \"vllm\"\n{rest}");
+    check(
+        "capture",
+        &vllm(&format!("shared_dir = \"d\"\n{a}\n{two}")),
+        "LINE: `capture.server.urls` is set beside `url`",
+    );
+    check(
+        "capture",
+        &vllm(&format!("{two}\nshared_dirs = [\"d\"]")),
+        "LINE: `capture.server.shared_dirs` has 1 entry, but `urls` has 2",
+    );
+    check(
+        "capture",
+        &vllm(&format!("{two}\nshared_dir = \"d\"\nshared_dirs = [\"d\", \"e\"]")),
+        "`capture.server.shared_dirs` is set beside",
+    );
+    check(
+        "capture",
+        &vllm(&format!("{a}\nshared_dirs = [\"d\"]")),
+        "`capture.server.shared_dirs` is set, but `url` is one",
+    );
+    check("capture", &vllm(two), "`capture.server.shared_dir` is missing");
+    let sglang = |rest: &str| format!("kind = \"sglang\"\n{rest}");
+    check("capture", &sglang(two), "`capture.server.final_urls` is missing");
+    check(
+        "capture",
+        &sglang(&format!("{two}\nfinal_url = \"http://c\"")),
+        "LINE: `capture.server.final_url` is set, but `urls` has several",
+    );
+    check(
+        "capture",
+        &sglang(&format!("{two}\nfinal_urls = [\"http://c\"]")),
+        "LINE: `capture.server.final_urls` has 1 entry",
+    );
+    check(
+        "capture",
+        &sglang(&format!("{a}\nfinal_urls = [\"http://c\"]")),
+        "`capture.server.final_urls` is set, but `url` is one",
+    );
+}
+
+#[test]
 fn the_stage_hash_of_version_one_never_changes() {
     // Finished work of old run folders is recognised by this hash.
     let hash = |more: &[&str]| parse(SMALL, more).unwrap().stage_hash_v1(Stage::Train);

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -16,6 +17,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::{Peer, aside, read_json};
 use crate::auth::client_of;
+use crate::fleet::Lease;
 use crate::queue::Order;
 use crate::swap::{Loaded, Replacement};
 use crate::{App, Service};
@@ -64,33 +66,47 @@ pub(super) async fn draft(State(app): State<Arc<App>>, request: Request) -> Resu
         Some(folder) => PathBuf::from(folder),
         None => return Err(ApiError::invalid("bundle", "`bundle` is missing")),
     };
-    swap(&app, bundle).await.map(Json)
+    let name = match app.fleet() {
+        Some(_) => fields.string("model")?.map(str::to_owned),
+        None => None,
+    };
+    let model = app.lease(name.as_deref(), Instant::now()).await?;
+    swap(&app, model, bundle).await.map(Json)
 }
 
 /// Loads the draft in use anew.
 pub(crate) async fn reload(app: Arc<App>) {
-    let bundle = app.service().ok().and_then(|service| service.board.draft()).map(|draft| draft.bundle);
-    let log = Arc::clone(&app.options.log);
-    match bundle {
-        None => log("nothing to reload: no draft is loaded"),
-        Some(bundle) => {
-            // What comes of it is logged there.
-            let _ = swap(&app, bundle).await;
-        }
+    let models = match (app.fleet(), app.service()) {
+        (Some(fleet), _) => fleet.all_loaded(),
+        (None, Ok(model)) => vec![model],
+        (None, Err(_)) => Vec::new(),
+    };
+    let with_drafts = models.into_iter().filter_map(|model| {
+        let bundle = model.board.draft()?.bundle;
+        Some((model, bundle))
+    });
+    let with_drafts: Vec<_> = with_drafts.collect();
+    if with_drafts.is_empty() {
+        (app.options.log)("nothing to reload: no draft is loaded");
+    }
+    for (model, bundle) in with_drafts {
+        // What comes of it is logged there.
+        let _ = swap(&app, model, bundle).await;
     }
 }
 
 /// Changes the draft, or says why not.
-async fn swap(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
+async fn swap(app: &Arc<App>, model: Lease, bundle: PathBuf) -> Result<Value, ApiError> {
     if app.swapping.swap(true, Ordering::SeqCst) {
         return Err(ApiError::busy("another change of the draft is under way"));
     }
     let shared = Arc::clone(app);
     // On a task of its own: the change goes on if the one who asked leaves, and the mark is taken away in any case.
     let task = tokio::spawn(async move {
-        let changed = change(&shared, bundle.clone()).await;
+        let changed = change(&shared, &model, bundle.clone()).await;
         shared.swapping.store(false, Ordering::SeqCst);
-        if let (Err(error), Ok(service)) = (&changed, shared.service()) {
+        if let Err(error) = &changed {
+            let service = &model;
             let reason = error.message();
             service.metrics.count_swap("refused");
             let note = json!({"outcome": "refused", "draft": bundle, "reason": reason});
@@ -102,11 +118,11 @@ async fn swap(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
     task.await.unwrap_or_else(|_| Err(ApiError::internal("the change broke off")))
 }
 
-async fn change(app: &Arc<App>, bundle: PathBuf) -> Result<Value, ApiError> {
-    let loaded = aside(app, move |service| load(service, &bundle)).await?;
+async fn change(app: &Arc<App>, model: &Lease, bundle: PathBuf) -> Result<Value, ApiError> {
+    let loaded = aside(app, model.clone(), move |service| load(service, &bundle)).await?;
     let info = loaded.info.clone();
     let (done, switched) = oneshot::channel();
-    app.service()?.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
+    model.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
     switched
         .await
         .map_err(|_| match app.draining.load(Ordering::SeqCst) {

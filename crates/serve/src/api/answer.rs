@@ -16,10 +16,11 @@ use super::ask::{Asked, Form};
 use super::echo::{Columns, finite, top};
 use super::error::ApiError;
 use super::ledger::Ledger;
+use crate::fleet::Lease;
 use crate::queue::{End, Event, Outcome};
 use crate::speech::{Delta, Shown};
 use crate::tools::Part;
-use crate::{App, Service, unix_s};
+use crate::{App, unix_s};
 
 /// What every part of an answer begins with.
 pub(crate) struct Head {
@@ -28,11 +29,13 @@ pub(crate) struct Head {
     pub(super) created: u64,
     pub(super) model: String,
     fingerprint: String,
-    tokenizer: Arc<Tokenizer>,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    /// Until the answer has ended, its model stays.
+    _model: Lease,
 }
 
 impl Head {
-    pub(super) fn new(app: &App, service: &Service, form: Form) -> Head {
+    pub(super) fn new(app: &App, service: Lease, form: Form) -> Head {
         let number = app.next_id.fetch_add(1, Ordering::Relaxed);
         let prefix = match form {
             Form::Chat => "chatcmpl",
@@ -47,6 +50,7 @@ impl Head {
             model: service.name.clone(),
             fingerprint: service.fingerprint.clone(),
             tokenizer: Arc::clone(&service.tokenizer),
+            _model: service,
         }
     }
 

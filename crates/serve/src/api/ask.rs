@@ -264,7 +264,7 @@ impl Asked {
 /// The model that a request names, if it names one, is the one served.
 pub(super) fn check_model(fields: &Fields<'_>, service: &Service) -> Result<(), ApiError> {
     match fields.string("model")? {
-        Some(asked) if asked != service.name => Err(ApiError::no_model(asked, &service.name)),
+        Some(asked) if asked != service.name => Err(ApiError::no_model(asked, &[&service.name])),
         _ => Ok(()),
     }
 }

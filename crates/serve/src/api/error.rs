@@ -5,6 +5,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::swap::Refused;
+
 /// An error of one request.
 #[derive(Clone, Debug)]
 pub(crate) struct ApiError {
@@ -91,12 +93,41 @@ impl ApiError {
             .with_code("method_not_allowed")
     }
 
-    pub(crate) fn no_model(asked: &str, served: &str) -> ApiError {
-        let message = format!("the model `{asked}` is not served here; `{served}` is");
+    /// `served`: the names that there are.
+    pub(crate) fn no_model(asked: &str, served: &[&str]) -> ApiError {
+        let are = if served.len() == 1 { "is" } else { "are" };
+        let message = format!("the model `{asked}` is not served here; `{}` {are}", served.join("`, `"));
         let mut error = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
             .with_code("model_not_found");
         error.param = Some("model".into());
         error
+    }
+
+    /// Of several models none is named.
+    pub(crate) fn which_model() -> ApiError {
+        ApiError::invalid("model", "`model` is missing: several models are served here (/v1/models)")
+    }
+
+    /// A model that cannot be loaded.
+    pub(crate) fn not_loaded(name: &str, why: &Refused) -> ApiError {
+        let hint = why.hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
+        let message = format!("the model `{name}` cannot be loaded: {}{hint}", why.message);
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message).with_code("model_not_loaded")
+    }
+
+    /// All other models are used, and their requests do not end in time.
+    pub(crate) fn no_room(name: &str) -> ApiError {
+        let message = format!("the model `{name}` has no room beside those that are used now");
+        let mut error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+            .with_code("model_not_loaded");
+        error.retry_after_s = Some(5);
+        error
+    }
+
+    /// Something was asked that only a loaded model can tell, and none is loaded.
+    pub(crate) fn asleep(name: &str) -> ApiError {
+        let message = format!("the model `{name}` is not loaded: a request for an answer loads it");
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message).with_code("model_not_loaded")
     }
 
     pub(crate) fn no_record(name: &str) -> ApiError {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Json;
-use axum::extract::{Path as UrlPath, Request, State};
+use axum::extract::{Path as UrlPath, RawQuery, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use draftsmith_core::VerifyRule;
@@ -18,8 +19,10 @@ use super::ask::{Form, chat_ids, check_model, messages, render_options, text_err
 use super::error::ApiError;
 use super::fields::Fields;
 use super::tools::Wanted;
-use super::{aside, read_json};
-use crate::{App, Service, metrics as page};
+use super::{aside, read_for_model};
+use crate::board::Board;
+use crate::fleet::{Fleet, Lease};
+use crate::{App, Served, Service, metrics as page};
 
 type Answer = Result<Json<Value>, ApiError>;
 
@@ -55,42 +58,117 @@ impl Service {
     }
 }
 
+/// The cards of several models. What only a loaded model can tell is left out of the others.
+fn cards(fleet: &Arc<Fleet>) -> Vec<Value> {
+    let card = |(name, service, _): (String, Option<Arc<Service>>, Value)| {
+        let mut card = json!({
+            "id": name, "object": "model", "created": fleet.created_unix_s, "owned_by": "draftsmith",
+            "loaded": service.is_some(),
+        });
+        if let Some(service) = service {
+            card["max_model_len"] = service.context.into();
+        }
+        card
+    };
+    fleet.states().into_iter().map(card).collect()
+}
+
 pub(super) async fn models(State(app): State<Arc<App>>) -> Answer {
-    Ok(Json(json!({"object": "list", "data": [app.service()?.card()]})))
+    let data = match app.served()? {
+        Served::One(service) => vec![service.card()],
+        Served::Fleet(fleet) => cards(fleet),
+    };
+    Ok(Json(json!({"object": "list", "data": data})))
 }
 
 pub(super) async fn model(State(app): State<Arc<App>>, UrlPath(name): UrlPath<String>) -> Answer {
-    let service = app.service()?;
-    match name == service.name {
-        true => Ok(Json(service.card())),
-        false => Err(ApiError::no_model(&name, &service.name)),
+    let cards = match app.served()? {
+        Served::One(service) => vec![service.card()],
+        Served::Fleet(fleet) => cards(fleet),
+    };
+    let served: Vec<&str> = cards.iter().filter_map(|card| card["id"].as_str()).collect();
+    match cards.iter().find(|card| card["id"] == name.as_str()) {
+        Some(card) => Ok(Json(card.clone())),
+        None => Err(ApiError::no_model(&name, &served)),
     }
 }
 
-/// As vLLM has it.
-pub(super) async fn version() -> Json<Value> {
-    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+/// How several models stand.
+fn states(fleet: &Arc<Fleet>) -> Value {
+    let state = |(_, service, mut state): (String, Option<Arc<Service>>, Value)| {
+        if let Some(draft) = service.and_then(|service| service.board.draft()) {
+            state["draft"] = draft.name.into();
+        }
+        state
+    };
+    fleet.states().into_iter().map(state).collect()
 }
 
-/// 200 once the model and its draft are loaded.
+/// As vLLM has it; of several models also how they stand.
+pub(super) async fn version(State(app): State<Arc<App>>) -> Json<Value> {
+    let mut version = json!({"version": env!("CARGO_PKG_VERSION")});
+    if let Some(fleet) = app.fleet() {
+        version["models"] = states(fleet);
+    }
+    Json(version)
+}
+
+/// 200 once the model and its draft are loaded; of several models at once, with how they stand.
 pub(super) async fn health(State(app): State<Arc<App>>) -> Answer {
-    app.service()?;
+    app.served()?;
     if app.draining.load(std::sync::atomic::Ordering::SeqCst) {
         return Err(ApiError::draining());
     }
-    Ok(Json(json!({"status": "ok"})))
+    let mut health = json!({"status": "ok"});
+    if let Some(fleet) = app.fleet() {
+        health["models"] = states(fleet);
+    }
+    Ok(Json(health))
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let service = app.service()?;
-    service.metrics.name_draft(service.board.draft().as_ref());
-    let text = service.metrics.page(app.began_unix_s);
+    let text = match app.served()? {
+        Served::One(service) => {
+            service.metrics.name_draft(service.board.draft().as_ref());
+            service.metrics.page(app.began_unix_s)
+        }
+        Served::Fleet(fleet) => page::whole_page(fleet.page(), app.began_unix_s),
+    };
     Ok(([(header::CONTENT_TYPE, page::CONTENT_TYPE)], text).into_response())
+}
+
+/// The model that `?model=NAME` names.
+fn asked_model(query: Option<&str>) -> Option<String> {
+    let value = query?.split('&').find_map(|part| part.strip_prefix("model="))?;
+    let mut bytes = Vec::with_capacity(value.len());
+    let mut rest = value.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let code = after.get(..2).and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        match (first, code) {
+            (b'%', Some(code)) => {
+                bytes.push(code);
+                rest = &after[2..];
+                continue;
+            }
+            (b'+', _) => bytes.push(b' '),
+            _ => bytes.push(*first),
+        }
+        rest = after;
+    }
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The model that a page wants to see: of several the one that is named, or the one that was used last.
+pub(super) fn shown(app: &App, query: Option<&str>) -> Result<Lease, ApiError> {
+    match (app.served()?, asked_model(query)) {
+        (Served::Fleet(fleet), Some(name)) => fleet.loaded(&name)?.ok_or_else(|| ApiError::asleep(&name)),
+        _ => app.service(),
+    }
 }
 
 /// `{"prompt"}` or `{"messages"}` to ids.
 pub(super) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let body = read_json(&app, request.into_body()).await?;
+    let (body, model) = read_for_model(&app, request, Instant::now()).await?;
     let read = move |service: &Service| {
         let fields = Fields::of(&body)?;
         check_model(&fields, service)?;
@@ -111,12 +189,12 @@ pub(super) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> A
         }
         Ok(answer)
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
 }
 
 /// The tokens of a conversation and which of them training would learn; asks for an answer if the last turn is not one.
 pub(super) async fn render(State(app): State<Arc<App>>, request: Request) -> Answer {
-    let body = read_json(&app, request.into_body()).await?;
+    let (body, model) = read_for_model(&app, request, Instant::now()).await?;
     let read = move |service: &Service| {
         let fields = Fields::of(&body)?;
         check_model(&fields, service)?;
@@ -151,13 +229,26 @@ pub(super) async fn render(State(app): State<Arc<App>>, request: Request) -> Ans
         }
         Ok(answer)
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
 }
 
-pub(super) async fn state(State(app): State<Arc<App>>) -> Answer {
-    let service = app.service()?;
-    let running = service.metrics.running.get();
-    Ok(Json(service.board.page(&service.name, running, service.queue.waiting())))
+pub(super) async fn state(State(app): State<Arc<App>>, RawQuery(query): RawQuery) -> Answer {
+    let page = |service: &Service| {
+        let running = service.metrics.running.get();
+        service.board.page(&service.name, running, service.queue.waiting())
+    };
+    let Some(fleet) = app.fleet() else { return Ok(Json(page(&*app.service()?))) };
+    let (name, model) = match asked_model(query.as_deref()) {
+        Some(name) => (name.clone(), fleet.loaded(&name)?),
+        None => (fleet.first(), fleet.latest()),
+    };
+    let mut state = match &model {
+        Some(model) => page(model),
+        // As it will be just before the first request.
+        None => Board::new(None).page(&name, 0, 0),
+    };
+    state["models"] = states(fleet);
+    Ok(Json(state))
 }
 
 /// A file of the bundle as text; `None` where it has none.
@@ -166,14 +257,15 @@ fn text(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-pub(super) async fn bundle(State(app): State<Arc<App>>) -> Answer {
+pub(super) async fn bundle(State(app): State<Arc<App>>, RawQuery(query): RawQuery) -> Answer {
+    let model = shown(&app, query.as_deref())?;
     let read = |service: &Service| {
         let folder = service.board.draft().map(|draft| draft.bundle);
         let file = |name: &str| folder.as_ref().and_then(|folder| text(&folder.join(name)));
         let manifest = file("bundle.json").and_then(|text| serde_json::from_str::<Value>(&text).ok());
         Ok(json!({"bundle": manifest, "results_md": file("RESULTS.md"), "card_md": file("README.md")}))
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
 }
 
 /// The records by name. Names come from the folders alone, so no request reaches another file.
@@ -198,7 +290,8 @@ pub(super) fn read_record(path: &Path) -> Option<Value> {
     serde_json::from_slice(&atomic::read(path).ok()?).ok()
 }
 
-pub(super) async fn records(State(app): State<Arc<App>>) -> Answer {
+pub(super) async fn records(State(app): State<Arc<App>>, RawQuery(query): RawQuery) -> Answer {
+    let model = shown(&app, query.as_deref())?;
     let shared = Arc::clone(&app);
     let read = move |service: &Service| {
         let found = find_records(&shared, service);
@@ -208,14 +301,38 @@ pub(super) async fn records(State(app): State<Arc<App>>) -> Answer {
         });
         Ok(list.collect())
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
 }
 
-pub(super) async fn record(State(app): State<Arc<App>>, UrlPath(name): UrlPath<String>) -> Answer {
+pub(super) async fn record(
+    State(app): State<Arc<App>>,
+    UrlPath(name): UrlPath<String>,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let model = shown(&app, query.as_deref())?;
     let shared = Arc::clone(&app);
     let read = move |service: &Service| {
         let path = find_records(&shared, service).remove(&name);
         path.and_then(|path| read_record(&path)).ok_or_else(|| ApiError::no_record(&name))
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::asked_model;
+
+    #[test]
+    fn the_model_of_a_query_is_read_as_browsers_write_it() {
+        for (query, wanted) in [
+            ("model=a", Some("a")),
+            ("x=1&model=org%2Fname%3a7b+x", Some("org/name:7b x")),
+            ("model=%zz%2", Some("%zz%2")),
+            ("model=%C3%A9", Some("é")),
+            ("models=a", None),
+            ("", None),
+        ] {
+            assert_eq!(asked_model(Some(query)).as_deref(), wanted, "{query}");
+        }
+    }
 }

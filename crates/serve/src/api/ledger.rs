@@ -81,14 +81,14 @@ impl Ledger {
     }
 
     /// The request was understood and waits.
-    pub(super) fn begin(&mut self, id: &str, model: &str, asked: &Asked, app: &App) {
-        self.id = Some(id.to_owned());
-        self.model = Some(model.to_owned());
+    pub(super) fn begin(&mut self, head: &Head, asked: &Asked, app: &App) {
+        self.id = Some(head.id.clone());
+        self.model = Some(head.model.clone());
         self.stream = asked.stream;
         self.prompt_tokens = asked.prompt_tokens();
         self.open = asked.sequences();
-        if let Some(service) = app.service.get().filter(|_| app.generations.keeps()) {
-            let prompt = |index: usize| service.tokenizer.decode(&asked.prompts[index / asked.n], false);
+        if app.generations.keeps() {
+            let prompt = |index: usize| head.tokenizer.decode(&asked.prompts[index / asked.n], false);
             let kept = |index: usize| Kept { prompt: prompt(index), ..Kept::default() };
             self.keeping = Some(Keeping {
                 place: Arc::clone(&app.generations),

@@ -18,8 +18,8 @@ mod tools;
 
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -36,10 +36,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::auth::client_of;
 use crate::cors::share;
+use crate::fleet::Lease;
 use crate::queue::{Client, Event, Job};
 use crate::speech::Speech;
 use crate::{App, Service, page, random};
 use ask::{Asked, Form};
+use fields::Fields;
 use ledger::Ledger;
 
 pub(crate) use admin::reload;
@@ -139,7 +141,9 @@ async fn know_client(State(app): State<Arc<App>>, mut request: Request, next: Ne
 }
 
 /// Counts answers, and answers where a handler panics.
-async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+async fn count(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let named = Named::default();
+    request.extensions_mut().insert(named.clone());
     let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let mut handler = std::pin::pin!(next.run(request));
     let response = std::future::poll_fn(|cx| {
@@ -150,15 +154,20 @@ async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
         })
     })
     .await;
-    if let Some(service) = app.service.get() {
-        service.metrics.count_request(route.as_deref().unwrap_or("other"), response.status().as_u16());
+    let model = named.0.get().map(String::as_str);
+    if let Some(metrics) = app.metrics(model) {
+        metrics.count_request(route.as_deref().unwrap_or("other"), response.status().as_u16());
     }
     response
 }
 
+/// The model that a request turned out to name, for its count.
+#[derive(Clone, Default)]
+struct Named(Arc<OnceLock<String>>);
+
 fn count_panic(app: &App) {
-    if let Some(service) = app.service.get() {
-        service.metrics.panics.inc();
+    if let Some(metrics) = app.metrics(None) {
+        metrics.panics.inc();
     }
 }
 
@@ -209,13 +218,34 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
 /// Work on texts of a request, beside the threads that serve connections.
 async fn aside<T: Send + 'static>(
     app: &Arc<App>,
+    model: Lease,
     work: impl FnOnce(&Service) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let shared = Arc::clone(app);
-    tokio::task::spawn_blocking(move || work(shared.service()?)).await.unwrap_or_else(|_| {
+    tokio::task::spawn_blocking(move || work(&model)).await.unwrap_or_else(|_| {
         count_panic(app);
         Err(ApiError::failed("its texts cannot be read"))
     })
+}
+
+/// The body of a request and the model that it names.
+async fn read_for_model(
+    app: &Arc<App>,
+    request: Request,
+    arrived: Instant,
+) -> Result<(Value, Lease), ApiError> {
+    app.served()?;
+    let named = request.extensions().get::<Named>().cloned().unwrap_or_default();
+    let body = read_json(app, request.into_body()).await?;
+    let name = match app.fleet() {
+        Some(_) => Fields::of(&body)?.string("model")?.map(str::to_owned),
+        None => None,
+    };
+    let model = app.lease(name.as_deref(), arrived).await.inspect_err(|_| {
+        // Also of one that cannot be loaded; a name of none of ours is counted with the others.
+        let _ = named.0.set(name.clone().unwrap_or_default());
+    })?;
+    let _ = named.0.set(model.name.clone());
+    Ok((body, model))
 }
 
 async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Response, ApiError> {
@@ -229,7 +259,7 @@ async fn complete(app: Arc<App>, request: Request, form: Form) -> Result<Respons
     let mut ledger = Ledger::new(&app, route, &client);
     let begun = begin(&app, request, form, arrived, client).await;
     let (head, asked, answers) = begun.inspect_err(|error| ledger.fail(error, false))?;
-    ledger.begin(&head.id, &head.model, &asked, &app);
+    ledger.begin(&head, &asked, &app);
     let timeout_s = app.options.limits.request_time.as_secs_f64();
     if asked.stream {
         let body = match form {
@@ -256,16 +286,14 @@ async fn begin(
     arrived: Instant,
     client: Client,
 ) -> Result<Begun, ApiError> {
-    app.service()?;
-    let body = read_json(app, request.into_body()).await?;
+    let (body, service) = read_for_model(app, request, arrived).await?;
     let default_max_tokens = app.options.limits.default_max_tokens;
     let keeps = app.generations.keeps();
-    let asked =
-        aside(app, move |service| Asked::read(&body, form, service, default_max_tokens, keeps)).await?;
+    let read = move |service: &Service| Asked::read(&body, form, service, default_max_tokens, keeps);
+    let asked = aside(app, service.clone(), read).await?;
     if app.draining.load(Ordering::SeqCst) {
         return Err(ApiError::draining());
     }
-    let service = app.service()?;
     let (events, answers) = unbounded_channel();
     let deadline = arrived + app.options.limits.request_time;
     let seed = asked.seed.unwrap_or_else(random);

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{Path, RawQuery, State};
 use draftsmith_bench::{Contract, Record};
 use serde_json::Value;
 
 use super::aside;
 use super::error::ApiError;
-use super::info::{find_records, read_record};
+use super::info::{find_records, read_record, shown};
 use crate::{App, Service};
 
 /// One word for what a record measured; `None` for a shape that is not ours.
@@ -33,7 +33,9 @@ pub(super) fn kind(record: &Value) -> Option<&'static str> {
 pub(super) async fn summary(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
+    RawQuery(query): RawQuery,
 ) -> Result<Json<Value>, ApiError> {
+    let model = shown(&app, query.as_deref())?;
     let shared = Arc::clone(&app);
     let read = move |service: &Service| {
         let value = find_records(&shared, service)
@@ -45,7 +47,7 @@ pub(super) async fn summary(
         serde_json::to_value(Contract::new(&record))
             .map_err(|error| ApiError::internal(format!("the summary cannot be written: {error}")))
     };
-    Ok(Json(aside(&app, read).await?))
+    Ok(Json(aside(&app, model, read).await?))
 }
 
 #[cfg(test)]
