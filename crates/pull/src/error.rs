@@ -132,6 +132,16 @@ pub enum PullError {
         /// Why.
         reason: String,
     },
+    /// A bundle whose files are not those that it lists.
+    #[error("file `{file}` of bundle `{reference}` {problem}")]
+    BundleFile {
+        /// The reference.
+        reference: String,
+        /// Path inside the bundle.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Nobody answered.
     #[error("none of {} sources answered: {}", failures.len(), join(failures))]
     AllFailed {
@@ -246,6 +256,11 @@ impl PullError {
             PullError::BadParts { .. } => Some(
                 "check that `{1..N}` counts all packages of the file in order, and that the path's `{n}` names each one's \
                  own part; give the file's hash with `--sha256`"
+                    .to_string(),
+            ),
+            PullError::BundleFile { .. } => Some(
+                "nothing wrong was kept: run the command again with the network, and if it says the same, whoever made the \
+                 bundle must push it again (`draftsmith push`)"
                     .to_string(),
             ),
             PullError::AllFailed { failures } => failures.first().and_then(PullError::hint),

@@ -1,16 +1,20 @@
-//! `pull`: a model reference becomes a path on this machine `[design §9]`.
+//! `pull`: a model reference becomes a path on this machine `[design §9]`; `push`: a bundle becomes a repository.
 //!
 //! Nothing half-fetched ever stands under its final name, and whatever has a known hash is checked against it.
 //! Several references are alternatives for one thing: the first that answers wins, and when none does the error
 //! lists what each of them said.
 
+mod encodings;
 mod error;
 mod found;
 mod hf;
+mod http;
 mod parts;
 mod pip;
 mod pip_split;
 mod places;
+mod push;
+mod push_error;
 mod reference;
 
 use std::path::Path;
@@ -23,6 +27,8 @@ use draftsmith_formats::hash_records::HashRecords;
 pub use error::{PipCause, PullError};
 pub use found::Pulled;
 pub use places::Places;
+pub use push::{PushFile, PushOptions, PushPlan, Pushed, push, push_plan};
+pub use push_error::PushError;
 pub use reference::{PipParts, Reference};
 
 use found::{Context, folder, model};
