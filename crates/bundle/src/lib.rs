@@ -38,4 +38,4 @@ pub use network::{answer_beside, check_alone, check_with_target, make_with_targe
 pub use portable::machine_places;
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
 pub use problem::{Problem, layer_problem};
-pub use results::{Measured, MeasuredResult, Shape};
+pub use results::{Headline, Measured, MeasuredResult, Shape};

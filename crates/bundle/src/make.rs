@@ -15,10 +15,10 @@ use crate::manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE, Manifest,
     PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
+use crate::portable::{RUN_FILE, Told};
 use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
 use crate::problem::layer_problem;
 use crate::results::{MeasuredResult, record_files};
-use crate::portable::{RUN_FILE, Told};
 use crate::{BundleError, Problem};
 
 /// What to do if the bundle's folder exists.

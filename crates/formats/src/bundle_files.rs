@@ -110,7 +110,8 @@ mod tests {
         assert!(read("{").is_err());
         assert!(read(r#"{"format": "draftsmith-bundle"}"#).unwrap_err().contains("files"));
         let entry = r#"{"path": "a/b", "bytes": 3, "sha256": "00"}"#;
-        let later = format!(r#"{{"format": "draftsmith-bundle", "version": 9, "new": 1, "files": [{entry}]}}"#);
+        let later =
+            format!(r#"{{"format": "draftsmith-bundle", "version": 9, "new": 1, "files": [{entry}]}}"#);
         assert_eq!(read(&later).unwrap().unwrap()[0].path, "a/b");
         let twice = format!(r#"{{"format": "draftsmith-bundle", "files": [{entry}, {entry}]}}"#);
         assert!(read(&twice).unwrap_err().contains("`a/b` twice"));

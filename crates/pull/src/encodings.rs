@@ -21,7 +21,7 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
 
 /// The id of a file in a git repository: SHA-1 over a header and its bytes. It only tells whether a file is there already;
 /// nothing is trusted on its word.
-pub(crate) fn git_blob_id(content: &[u8]) -> String {
+pub fn git_blob_id(content: &[u8]) -> String {
     let mut bytes = format!("blob {}\0", content.len()).into_bytes();
     bytes.extend_from_slice(content);
     sha1_hex(&bytes)

@@ -132,6 +132,12 @@ pub enum PullError {
         /// Why.
         reason: String,
     },
+    /// A repository, but of something else.
+    #[error("`{reference}` holds no bundle: it has no `bundle.json` of draftsmith")]
+    NoBundle {
+        /// The reference.
+        reference: String,
+    },
     /// A bundle whose files are not those that it lists.
     #[error("file `{file}` of bundle `{reference}` {problem}")]
     BundleFile {
@@ -176,7 +182,7 @@ fn join(failures: &[PullError]) -> String {
 }
 
 /// True of a path that could be `ORG/NAME`, as model pages show it.
-fn is_hub_name(path: &Path) -> bool {
+pub fn is_hub_name(path: &Path) -> bool {
     let text = path.to_string_lossy();
     let plain = |part: &str| {
         !part.starts_with(['.', '-']) && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
@@ -258,6 +264,10 @@ impl PullError {
                  own part; give the file's hash with `--sha256`"
                     .to_string(),
             ),
+            PullError::NoBundle { reference } => Some(format!(
+                "`draftsmith bundle import {reference} --target REF --out DIR` makes a bundle of a draft that somebody else \
+                 trained; an ordinary model drafts with `--draft-model`"
+            )),
             PullError::BundleFile { .. } => Some(
                 "nothing wrong was kept: run the command again with the network, and if it says the same, whoever made the \
                  bundle must push it again (`draftsmith push`)"

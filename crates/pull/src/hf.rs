@@ -38,10 +38,37 @@ struct Repo<'a> {
     reference: &'a Reference,
     repo: &'a str,
     revision: &'a str,
+    /// A repository without a bundle is of no use.
+    only_bundle: bool,
     root: PathBuf,
     /// Never follows a redirect: the headers of the first answer describe the file.
     head: Agent,
     get: Agent,
+}
+
+impl<'a> Repo<'a> {
+    fn new(context: &'a Context<'a>, reference: &'a Reference, repo: &'a str, revision: &'a str) -> Repo<'a> {
+        Repo {
+            context,
+            reference,
+            repo,
+            revision,
+            only_bundle: false,
+            root: context.places.hf_cache.join(format!("models--{}", repo.replace('/', "--"))),
+            head: agent(0),
+            get: agent(10),
+        }
+    }
+}
+
+/// A repository that holds a bundle; of any other nothing but its list is fetched.
+pub(super) fn pull_bundle(
+    context: &Context<'_>,
+    reference: &Reference,
+    repo: &str,
+    revision: &str,
+) -> Result<Pulled, PullError> {
+    Repo { only_bundle: true, ..Repo::new(context, reference, repo, revision) }.all()
 }
 
 pub(super) fn pull(
@@ -52,15 +79,7 @@ pub(super) fn pull(
     file: Option<&str>,
     sha256: Option<&str>,
 ) -> Result<Pulled, PullError> {
-    let repo = Repo {
-        context,
-        reference,
-        repo,
-        revision,
-        root: context.places.hf_cache.join(format!("models--{}", repo.replace('/', "--"))),
-        head: agent(0),
-        get: agent(10),
-    };
+    let repo = Repo::new(context, reference, repo, revision);
     match file {
         Some(file) => match SplitName::parse(file).filter(|name| name.count > 1) {
             Some(name) => repo.split(&name, sha256),
@@ -155,7 +174,8 @@ impl Repo<'_> {
         let offline = |repo: &Self| {
             let snapshot = repo.root.join("snapshots").join(repo.cached_commit()?);
             let whole = !matches!(repo.cached_bundle(), Ok(Some(Err(_))) | Err(_));
-            (whole && snapshot.join("config.json").is_file()).then_some(snapshot)
+            let wanted = if repo.only_bundle { MANIFEST_FILE } else { "config.json" };
+            (whole && snapshot.join(wanted).is_file()).then_some(snapshot)
         };
         if self.context.places.offline {
             let alone = || {
@@ -163,6 +183,9 @@ impl Repo<'_> {
                 gguf::only_model(&snapshot).ok().flatten()
             };
             return match (offline(self), alone()) {
+                (None, _) if self.only_bundle => {
+                    Err(PullError::Offline { reference: self.name(), looked_in: self.root.clone() })
+                }
                 (Some(path), _) => Ok(folder(self.reference, path, true)),
                 (None, Some(file)) => {
                     model(self.reference, &file, None, true, &self.context.places.hash_records())
@@ -184,6 +207,9 @@ impl Repo<'_> {
             && let Some(pulled) = self.bundle(&commit)?
         {
             return Ok(pulled);
+        }
+        if self.only_bundle {
+            return Err(PullError::NoBundle { reference: self.name() });
         }
         let wanted: Vec<&String> = files
             .iter()
@@ -274,8 +300,7 @@ impl Repo<'_> {
         match found.eq_ignore_ascii_case(&entry.sha256) {
             true => Ok(()),
             false => {
-                let problem =
-                    format!("has sha256 `{found}`, but `{MANIFEST_FILE}` lists `{}`", entry.sha256);
+                let problem = format!("has sha256 `{found}`, but `{MANIFEST_FILE}` lists `{}`", entry.sha256);
                 Err(self.wrong_file(&entry.path, problem))
             }
         }

@@ -568,7 +568,10 @@ impl Hub<'_> {
             let content = self.content(&file.path)?;
             if sha256_hex(&content) != file.sha256 {
                 let path = self.options.folder.join(&file.path);
-                return Err(PushError::WrongFile { path, problem: "changed while it was pushed".to_string() });
+                return Err(PushError::WrongFile {
+                    path,
+                    problem: "changed while it was pushed".to_string(),
+                });
             }
             line("file", json!({ "path": file.path, "content": base64(&content), "encoding": "base64" }));
         }
