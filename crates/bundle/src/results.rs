@@ -79,6 +79,9 @@ pub struct Headline {
     pub identical: bool,
     /// Machine and threads, in words.
     pub machine: String,
+    /// Reasons not to trust the number, each with its workload.
+    #[serde(default)]
+    pub doubts: Vec<String>,
     /// The records behind it, as the bundle's folder `results` holds them.
     pub records: Vec<String>,
 }
@@ -107,6 +110,11 @@ impl Headline {
                 workloads: workloads.iter().map(|name| (*name).to_string()).collect(),
                 identical: found.iter().all(|i| results[*i].identical_samples == results[*i].samples),
                 machine: results[*found.first()?].machine.clone(),
+                doubts: found
+                    .iter()
+                    .map(|i| &results[*i])
+                    .flat_map(|r| r.doubts.iter().map(|doubt| format!("{}: {doubt}", r.workload)))
+                    .collect(),
                 records: found.iter().map(|i| format!("results/{}", files[*i].0)).collect(),
             })
         });

@@ -22,8 +22,8 @@ use crate::target::model_hash_with;
 
 /// Levels of folders that are looked through.
 const DEPTH: usize = 3;
-/// Smaller files are hashed to be compared.
-const SMALL: u64 = 1 << 20;
+/// Smaller files are hashed to be compared: of these no record is kept, and it takes milliseconds.
+const SMALL: u64 = 16 << 20;
 
 /// What is looked through.
 pub struct ListOptions<'a> {
@@ -489,6 +489,9 @@ impl Listing {
                         measured.machine,
                         if measured.identical { "" } else { "; TEXTS DIFFER" }
                     );
+                    for doubt in &measured.doubts {
+                        let _ = writeln!(text, "    doubt about {doubt}");
+                    }
                 }
                 None => text.push_str("    not measured: `draftsmith bench --bundle` does\n"),
             }
