@@ -318,7 +318,7 @@ impl Hub<'_> {
         self.read(step, self.accepted(step, answer)?)
     }
 
-    /// True if the repository was made, false if it was there.
+    /// True if the repository was made, false if it was there. What is to be private is seen to be before anything is sent.
     fn create(&self) -> Result<bool, PushError> {
         let step = format!("create the repository `{}`", self.options.repo);
         let (organization, name) = self.options.repo.split_once('/').unwrap_or(("", self.options.repo));
@@ -327,24 +327,26 @@ impl Hub<'_> {
             wanted["private"] = true.into();
         }
         let url = format!("{}/api/repos/create", self.endpoint);
-        let error = match self.post(&step, &url, "application/json", wanted.to_string().as_bytes()) {
-            Ok(_) => return Ok(true),
-            Err(error) => error,
+        let refused = match self.post(&step, &url, "application/json", wanted.to_string().as_bytes()) {
+            Ok(_) => None,
+            // It is there; or the token may write to it, but make none.
+            Err(error @ PushError::Status { status: 403 | 409, .. }) => Some(error),
+            Err(error) => return Err(error),
         };
-        let PushError::Status { status: status @ (403 | 409), .. } = &error else { return Err(error) };
-        // A token may be allowed to write to a repository, but not to make one.
-        if *status == 403 || self.options.private {
+        let is_new = refused.is_none();
+        let is_forbidden = matches!(refused, Some(PushError::Status { status: 403, .. }));
+        if is_forbidden || self.options.private {
             let url = format!("{}/api/models/{}", self.endpoint, self.options.repo);
-            let found = match self.ask("show the repository", &url) {
-                Ok(found) => found,
-                Err(PushError::Status { .. }) if *status == 403 => return Err(error),
-                Err(other) => return Err(other),
+            let found = match (self.ask("show the repository", &url), refused) {
+                (Ok(found), _) => found,
+                (Err(PushError::Status { .. }), Some(error)) if is_forbidden => return Err(error),
+                (Err(other), _) => return Err(other),
             };
             if self.options.private && found["private"] != true {
                 return Err(PushError::NotPrivate { repo: self.options.repo.to_string() });
             }
         }
-        Ok(false)
+        Ok(is_new)
     }
 
     fn preupload(&self, files: &[PushFile]) -> Result<BTreeMap<String, Way>, PushError> {

@@ -65,7 +65,7 @@ pub enum PushError {
         path: String,
     },
     /// The repository stands open.
-    #[error("repository `{repo}` exists and everybody may read it, but `--private` was asked for")]
+    #[error("everybody may read repository `{repo}`, but `--private` was asked for: nothing was sent")]
     NotPrivate {
         /// `ORG/NAME`.
         repo: String,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_bundle::{Headline, MANIFEST_FILE, Manifest};
 use draftsmith_formats::atomic::AtomicError;
+use draftsmith_formats::bundle_files::listed_files;
 use draftsmith_formats::gguf::{self, GgufFile, SplitName};
 use draftsmith_formats::hash::{is_sha256_hex, sha256_file};
 use draftsmith_formats::hf_config::HfConfig;
@@ -18,6 +19,7 @@ use crate::catalogue::catalogue;
 use crate::disk::human;
 use crate::engine::{bundle_place, target_references};
 use crate::imports::measured_results;
+use crate::state::RunFolder;
 use crate::target::model_hash_with;
 
 /// Levels of folders that are looked through.
@@ -250,9 +252,13 @@ impl Found<'_> {
     /// Bundles, runs and models at a folder or below it.
     fn below(&mut self, folder: &Path, depth: usize) {
         let place = bundle_place(folder);
-        if place.join(MANIFEST_FILE).is_file() {
+        if is_bundle(&place) {
             // The folder of a run is what a user writes.
             self.bundle(&place, &folder.display().to_string(), "folder");
+            return;
+        }
+        // What else lies in a run is on its way to one.
+        if RunFolder::new(folder).is_run() {
             return;
         }
         if folder.is_file() {
@@ -295,7 +301,7 @@ impl Found<'_> {
                     Some((branch, _)) => format!("hf:{name}@{branch}"),
                     None => format!("hf:{name}@{commit}"),
                 };
-                if snapshot.join(MANIFEST_FILE).is_file() {
+                if is_bundle(&snapshot) {
                     self.bundle(&snapshot, &reference, "hub");
                     continue;
                 }
@@ -408,6 +414,13 @@ impl Found<'_> {
             targets: self.targets,
         }
     }
+}
+
+/// True of a folder with a manifest of ours, even if that is damaged: others call files so, too, the state of a run among
+/// them.
+fn is_bundle(folder: &Path) -> bool {
+    let manifest = folder.join(MANIFEST_FILE);
+    manifest.is_file() && std::fs::read(manifest).is_ok_and(|bytes| !matches!(listed_files(&bytes), Ok(None)))
 }
 
 /// What lies in a folder, by name; nothing where it cannot be read.

@@ -74,7 +74,7 @@ impl Shelf<'_> {
         match meant {
             Some(name) => hint.push_str(&format!("write `{name}`; ")),
             None if is_hub_name(written) => {
-                hint.push_str(&format!("write `hf:{shown}` for the repository on the Hugging Face hub; "));
+                hint.push_str(&format!("write `hf:{shown}` if it is a repository on the Hugging Face hub; "));
             }
             None => {}
         }

@@ -174,6 +174,16 @@ pub(crate) fn target_sources(
                 let message = format!("bundle `{}` names no source of its target", bundle.display());
                 return Err(Failure::input(message, name_it()));
             }
+            let is_to_be_had =
+                |s: &String| s.starts_with("hf:") || s.starts_with("pip:") || Path::new(s).exists();
+            if !sources.iter().any(is_to_be_had) {
+                let message = format!(
+                    "bundle `{}` names its target as `{}`, which is not here",
+                    bundle.display(),
+                    sources.join("`, `")
+                );
+                return Err(Failure::input(message, name_it()));
+            }
             sources
         }
         (None, Some(DraftSource::Model(reference))) => {

@@ -46,9 +46,9 @@ fn a_bundle_names_no_folder_of_its_maker_and_the_run_still_knows_its_target() {
     let place = secret.display();
     let text = format!(
         "[run]\nname = \"a\"\ndir = \"{place}/run\"\n[target]\nsource = \"{place}/my-target\"\n\
-         [data]\nsources = [{{ path = \"{place}/chats.jsonl\", max_rows = 6 }}]\nmax_length = 256\nvalidation_rows = 2\n\
-         [regenerate]\nmax_new_tokens = 8\n[capture]\nshard_rows = 6\n[draft]\nvocab_size = 64\nintermediate = 16\ninit = \"random\"\n\
-         [train]\nepochs = 1\nmax_steps = 2\ntokens_per_step = 256\npack_length = 256\n[validate]\nevery = 2\nprompts = 2\n\
+         [data]\nsources = [{{ path = \"{place}/chats.jsonl\", max_rows = 30 }}]\nmax_length = 256\nvalidation_rows = 4\n\
+         [regenerate]\nmax_new_tokens = 16\n[capture]\nshard_rows = 8\n[draft]\nvocab_size = 64\n\
+         [train]\nepochs = 6\nmax_steps = 8\ntokens_per_step = 256\npack_length = 256\n[validate]\nevery = 8\nprompts = 2\n\
          max_new_tokens = 8\n[bundle]\nlicense = \"MIT\"\n[bench]\nworkloads = [\"{place}/own.jsonl\"]\nlimit = 1\nmax_new_tokens = 8\n"
     );
     home.write("secret-place/a.toml", text);
@@ -202,7 +202,7 @@ fn what_is_no_bundle_is_told_with_what_could_be_meant() {
     let home = Home::new();
     for (written, hint) in [
         ("smollm2", format!("write `{SHIPPED}`; a bundle is")),
-        ("org/draft", "write `hf:org/draft` for the repository".to_string()),
+        ("org/draft", "write `hf:org/draft` if it is a repository".to_string()),
         ("runs/none/bundle", "`draftsmith list` shows".to_string()),
     ] {
         for args in [

@@ -236,13 +236,17 @@ fn tokens_come_from_the_usual_places_and_a_push_without_one_is_refused() {
 #[test]
 fn a_repository_that_stands_open_is_not_taken_for_a_private_one() {
     let (home, hub) = with_hub();
-    push(&home, &["--private", "--json"]).json();
+    assert_eq!(push(&home, &["--private", "--json"]).json()["created"], true);
     assert_eq!(hub.state().repo, Some(true));
-    hub.take_log();
+    assert_eq!(hub.take_log()[..3], ["create", "show", "preupload"], "it is seen to be private first");
     push(&home, &["--private"]);
     assert_eq!(hub.take_log(), ["create", "show", "preupload", "revision"]);
     hub.state().repo = Some(false);
-    refused(&push(&home, &["--private"]), "everybody may read it", "leave `--private` out");
+    refused(
+        &push(&home, &["--private"]),
+        "everybody may read repository `org/draft`",
+        "leave `--private` out",
+    );
     assert_eq!(hub.take_log(), ["create", "show"]);
     // A token that may write to this repository alone cannot make one, and need not.
     hub.state().may_not_create = true;
