@@ -16,6 +16,7 @@ mod layout;
 mod make;
 mod manifest;
 mod network;
+mod portable;
 mod probe;
 mod problem;
 mod results;
@@ -34,6 +35,7 @@ pub use manifest::{
     Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, Tuned, TunedDrafting, WEIGHTS_FILE,
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
+pub use portable::machine_places;
 pub use probe::{AnswerFn, EmbedFn, PROBE_TOLERANCE, Probe, ProbeFn, ProbeInput};
 pub use problem::{Problem, layer_problem};
-pub use results::{Measured, MeasuredResult, Shape};
+pub use results::{Headline, Measured, MeasuredResult, Shape};

@@ -15,6 +15,7 @@ use crate::manifest::{
     BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE, Manifest,
     PROBE_FILE, Recommended, TargetInfo, TrainingInfo, WEIGHTS_FILE,
 };
+use crate::portable::{RUN_FILE, Told};
 use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
 use crate::problem::layer_problem;
 use crate::results::{MeasuredResult, record_files};
@@ -82,7 +83,8 @@ pub struct Made {
 /// Makes a bundle. `network` answers the probes with the draft of the *checkpoint* as bundled (weights rounded to
 /// bf16).
 ///
-/// Nothing is left on disk if it fails.
+/// Nothing is left on disk if it fails. Places of this machine become references or names: what a bundle says is for
+/// others.
 ///
 /// # Errors
 /// [`BundleError::Draft`] names the first tensor or key that does not fit; [`BundleError::MissingField`] if
@@ -101,6 +103,9 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     if input.existing == Existing::Refuse && input.out.exists() {
         return Err(BundleError::Exists { path: input.out.clone() });
     }
+    let mut input = input.clone();
+    let MakeInput { target, training, imported, notice, run_toml, .. } = &mut input;
+    Told { target, training, imported, notice, run_toml }.make_portable();
     let refused = |problems| BundleError::draft(&input.checkpoint, "bundled", problems);
     let (_, mut config) =
         read_config(&input.checkpoint.join(CONFIG_FILE)).map_err(|problem| refused(vec![problem]))?;
@@ -180,7 +185,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     files.insert(CONFIG_FILE.into(), json(&config_value)?.into());
     files.insert(WEIGHTS_FILE.into(), to_bytes(&tensors, &one));
     files.insert(PROBE_FILE.into(), to_file(&probes, shape.features_width()));
-    files.insert("run.toml".into(), input.run_toml.clone().into());
+    files.insert(RUN_FILE.into(), input.run_toml.clone().into());
     files.insert("LICENSE".into(), input.license_text.clone().into());
     files.insert("NOTICE".into(), input.notice.clone().into());
     for (name, record) in record_files(&input.results) {
@@ -238,7 +243,7 @@ pub fn input_of(dir: &Path) -> Result<MakeInput, BundleError> {
         notice: text("NOTICE")?,
         results: Vec::new(),
         recommended: manifest.recommended,
-        run_toml: text("run.toml")?,
+        run_toml: text(RUN_FILE)?,
         report_html: if dir.join(report).is_file() { Some(text(report)?) } else { None },
         probe_inputs: Vec::new(),
         created_unix_s: manifest.created_unix_s,

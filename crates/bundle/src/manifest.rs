@@ -4,18 +4,15 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use draftsmith_formats::atomic;
+pub use draftsmith_formats::bundle_files::{BUNDLE_FORMAT, FileEntry, MANIFEST_FILE};
 use draftsmith_model::is_method;
 use serde::{Deserialize, Serialize};
 
 use crate::BundleError;
 use crate::results::{MeasuredResult, Shape};
 
-/// First field of the manifest.
-pub const BUNDLE_FORMAT: &str = "draftsmith-bundle";
 /// Newest version of the manifest that this crate reads and writes.
 pub const BUNDLE_VERSION: u32 = 1;
-/// Name of the manifest.
-pub const MANIFEST_FILE: &str = "bundle.json";
 /// Name of the weights.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// Name of the draft's configuration.
@@ -298,18 +295,6 @@ fn mean(
         .collect();
     let logs = logs.filter(|logs| !logs.is_empty())?;
     Some((logs.iter().sum::<f64>() / logs.len() as f64).exp())
-}
-
-/// A file of the bundle.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FileEntry {
-    /// Path inside the bundle, `/` between folders.
-    pub path: String,
-    /// Size.
-    pub bytes: u64,
-    /// Hash.
-    pub sha256: String,
 }
 
 impl Manifest {

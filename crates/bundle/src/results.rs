@@ -1,5 +1,7 @@
 //! What was measured with a draft, for the tables of its bundle.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 /// A proposal of fixed shape; ordered from short to long.
@@ -61,9 +63,68 @@ pub struct MeasuredResult {
     pub record_json: String,
 }
 
+/// What a draft gained with the way to draft that gained most.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Headline {
+    /// Over target-only decoding: geometric mean over the workloads.
+    pub speedup: f64,
+    /// Committed tokens per verify step, likewise.
+    pub accept_len: Option<f64>,
+    /// How it was drafted, `chain, depth 1`.
+    pub drafting: String,
+    /// Workloads, by name.
+    pub workloads: Vec<String>,
+    /// Every compared text was that of the target alone.
+    pub identical: bool,
+    /// Machine and threads, in words.
+    pub machine: String,
+    /// Reasons not to trust the number, each with its workload.
+    #[serde(default)]
+    pub doubts: Vec<String>,
+    /// The records behind it, as the bundle's folder `results` holds them.
+    pub records: Vec<String>,
+}
+
+impl Headline {
+    /// The largest speedup of the ways to draft that were measured on every workload; `None` if there is none.
+    pub fn of(results: &[MeasuredResult]) -> Option<Headline> {
+        let workloads: BTreeSet<&str> = results.iter().map(|r| r.workload.as_str()).collect();
+        let ways: BTreeSet<&str> = results.iter().map(|r| r.drafting.as_str()).collect();
+        let files = record_files(results);
+        let mean = |values: Option<Vec<f64>>| {
+            let values = values.filter(|values| !values.is_empty())?;
+            Some((values.iter().map(|v| v.ln()).sum::<f64>() / values.len() as f64).exp())
+        };
+        let scored = ways.iter().filter_map(|way| {
+            // Of several records of one workload the first counts, as in the recommendation.
+            let of = |name: &str| results.iter().position(|r| r.workload == name && r.drafting == *way);
+            let found: Vec<usize> = workloads.iter().map(|name| of(name)).collect::<Option<_>>()?;
+            let one = |value: fn(&MeasuredResult) -> Option<Measured>| {
+                mean(found.iter().map(|i| value(&results[*i]).map(|m| m.value)).collect())
+            };
+            Some(Headline {
+                speedup: one(|r| r.speedup)?,
+                accept_len: one(|r| r.accept_len),
+                drafting: (*way).to_string(),
+                workloads: workloads.iter().map(|name| (*name).to_string()).collect(),
+                identical: found.iter().all(|i| results[*i].identical_samples == results[*i].samples),
+                machine: results[*found.first()?].machine.clone(),
+                doubts: found
+                    .iter()
+                    .map(|i| &results[*i])
+                    .flat_map(|r| r.doubts.iter().map(|doubt| format!("{}: {doubt}", r.workload)))
+                    .collect(),
+                records: found.iter().map(|i| format!("results/{}", files[*i].0)).collect(),
+            })
+        });
+        scored.reduce(|best, other| if other.speedup > best.speedup { other } else { best })
+    }
+}
+
 /// A distinct file name for each record: the workload's name, numbered where several settings were measured.
 pub(crate) fn record_files(results: &[MeasuredResult]) -> Vec<(String, &String)> {
-    let mut taken = std::collections::BTreeSet::new();
+    let mut taken = BTreeSet::new();
     results
         .iter()
         .map(|result| {

@@ -27,14 +27,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
+fn run(mut cli: Cli, session: &Session) -> Result<u8, Failure> {
+    // Whatever verb asks for a bundle is handed its folder.
+    for bundle in cli.verb.bundles_mut() {
+        *bundle = session.bundle(bundle)?;
+    }
     match cli.verb {
         Verb::Doctor(args) => match &args.verb {
             Some(DoctorVerb::ServeGap(args)) => verbs::serve_gap::run(args, session),
             None if args.draft.is_some() => verbs::doctor_draft::run(&args, session),
             None => verbs::doctor::run(&args, session),
         },
+        Verb::List(args) => verbs::list::run(&args, session),
         Verb::Pull(args) => verbs::pull::run(&args, session),
+        Verb::Push(args) => verbs::push::run(&args, session),
         Verb::Data(args) => match args.verb {
             DataVerb::Prepare(args) => {
                 verbs::stages::advance("data prepare", &args.run, Some(Stage::Data), session)
@@ -55,14 +61,14 @@ fn run(cli: Cli, session: &Session) -> Result<u8, Failure> {
             BundleVerb::Export(args) => verbs::bundle::export(&args, session),
             BundleVerb::VerifyExport(args) => verbs::bundle::verify_export(&args),
             BundleVerb::Import(args) => verbs::bundle::import(&args, session),
-            BundleVerb::Card(args) => verbs::bundle::card(&args),
+            BundleVerb::Card(args) => verbs::bundle::card(&args, session),
         },
         Verb::Make(args) => verbs::make::make(&args, session),
         Verb::Init(args) => verbs::make::init(&args.making, session),
         Verb::Run(args) if args.plan => verbs::stages::plan("run", &args.run, session),
         Verb::Run(args) => verbs::stages::advance("run", &args.run, None, session),
         Verb::Status(args) => verbs::status::run(&args, session),
-        Verb::Inspect(args) => verbs::inspect::run(&args),
+        Verb::Inspect(args) => verbs::inspect::run(&args, session),
         Verb::Generate(args) => verbs::generate::run(&args, session),
         Verb::Bench(args) => match &args.verb {
             Some(BenchVerb::Kernels(args)) => verbs::bench::kernels(args, session),

@@ -7,6 +7,7 @@
 //! Each format is one module with one error type.
 
 pub mod atomic;
+pub mod bundle_files;
 pub mod cache;
 pub mod gguf;
 pub mod hash;

@@ -132,6 +132,22 @@ pub enum PullError {
         /// Why.
         reason: String,
     },
+    /// A repository, but of something else.
+    #[error("`{reference}` holds no bundle: it has no `bundle.json` of draftsmith")]
+    NoBundle {
+        /// The reference.
+        reference: String,
+    },
+    /// A bundle whose files are not those that it lists.
+    #[error("file `{file}` of bundle `{reference}` {problem}")]
+    BundleFile {
+        /// The reference.
+        reference: String,
+        /// Path inside the bundle.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Nobody answered.
     #[error("none of {} sources answered: {}", failures.len(), join(failures))]
     AllFailed {
@@ -166,7 +182,7 @@ fn join(failures: &[PullError]) -> String {
 }
 
 /// True of a path that could be `ORG/NAME`, as model pages show it.
-fn is_hub_name(path: &Path) -> bool {
+pub fn is_hub_name(path: &Path) -> bool {
     let text = path.to_string_lossy();
     let plain = |part: &str| {
         !part.starts_with(['.', '-']) && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
@@ -246,6 +262,15 @@ impl PullError {
             PullError::BadParts { .. } => Some(
                 "check that `{1..N}` counts all packages of the file in order, and that the path's `{n}` names each one's \
                  own part; give the file's hash with `--sha256`"
+                    .to_string(),
+            ),
+            PullError::NoBundle { reference } => Some(format!(
+                "`draftsmith bundle import {reference} --target REF --out DIR` makes a bundle of a draft that somebody else \
+                 trained; an ordinary model drafts with `--draft-model`"
+            )),
+            PullError::BundleFile { .. } => Some(
+                "nothing wrong was kept: run the command again with the network, and if it says the same, whoever made the \
+                 bundle must push it again (`draftsmith push`)"
                     .to_string(),
             ),
             PullError::AllFailed { failures } => failures.first().and_then(PullError::hint),

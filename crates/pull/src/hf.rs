@@ -5,16 +5,17 @@
 //! models--ORG--NAME/blobs/ETAG           the bytes; `ETAG.incomplete` while they come
 //! models--ORG--NAME/snapshots/COMMIT/F   relative link into blobs
 //! ```
-//! A blob whose name is a sha256 (large files) is checked against it before it gets its name. A download that
+//! A repository with a bundle gives the files that its `bundle.json` lists, each checked by size and hash; any other its
+//! weights and text files. A blob whose name is a sha256 (large files) is checked against it before it gets its name. A download that
 //! stopped goes on from where it was, by a range request.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use draftsmith_core::report::Unit;
 use draftsmith_formats::atomic::{self, AtomicError};
+use draftsmith_formats::bundle_files::{FileEntry, MANIFEST_FILE, listed_files};
 use draftsmith_formats::gguf::{self, SplitName};
 use draftsmith_formats::hash;
 use ureq::http::{HeaderMap, Response};
@@ -22,6 +23,7 @@ use ureq::{Agent, Body};
 
 use crate::error::PullError;
 use crate::found::{Context, Pulled, check_hash, folder, model, open_partial};
+use crate::http::{agent, encode, text};
 use crate::reference::{Reference, is_inner_path};
 
 /// One file as the hub describes it.
@@ -36,10 +38,37 @@ struct Repo<'a> {
     reference: &'a Reference,
     repo: &'a str,
     revision: &'a str,
+    /// A repository without a bundle is of no use.
+    only_bundle: bool,
     root: PathBuf,
     /// Never follows a redirect: the headers of the first answer describe the file.
     head: Agent,
     get: Agent,
+}
+
+impl<'a> Repo<'a> {
+    fn new(context: &'a Context<'a>, reference: &'a Reference, repo: &'a str, revision: &'a str) -> Repo<'a> {
+        Repo {
+            context,
+            reference,
+            repo,
+            revision,
+            only_bundle: false,
+            root: context.places.hf_cache.join(format!("models--{}", repo.replace('/', "--"))),
+            head: agent(0),
+            get: agent(10),
+        }
+    }
+}
+
+/// A repository that holds a bundle; of any other nothing but its list is fetched.
+pub(super) fn pull_bundle(
+    context: &Context<'_>,
+    reference: &Reference,
+    repo: &str,
+    revision: &str,
+) -> Result<Pulled, PullError> {
+    Repo { only_bundle: true, ..Repo::new(context, reference, repo, revision) }.all()
 }
 
 pub(super) fn pull(
@@ -50,29 +79,7 @@ pub(super) fn pull(
     file: Option<&str>,
     sha256: Option<&str>,
 ) -> Result<Pulled, PullError> {
-    let agent = |redirects: u32| -> Agent {
-        let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
-        Agent::config_builder()
-            .tls_config(tls)
-            .http_status_as_error(false)
-            .max_redirects(redirects)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(Duration::from_secs(20)))
-            .timeout_recv_response(Some(Duration::from_secs(60)))
-            .timeout_per_read(Some(Duration::from_secs(60)))
-            .user_agent(concat!("draftsmith/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent()
-    };
-    let repo = Repo {
-        context,
-        reference,
-        repo,
-        revision,
-        root: context.places.hf_cache.join(format!("models--{}", repo.replace('/', "--"))),
-        head: agent(0),
-        get: agent(10),
-    };
+    let repo = Repo::new(context, reference, repo, revision);
     match file {
         Some(file) => match SplitName::parse(file).filter(|name| name.count > 1) {
             Some(name) => repo.split(&name, sha256),
@@ -156,9 +163,19 @@ impl Repo<'_> {
 
     /// Weights and text files of the repository's top folder.
     fn all(&self) -> Result<Pulled, PullError> {
+        // A bundle that is pinned and whole needs no network; whatever lacks a file needs it.
+        if is_commit(self.revision) || self.context.places.offline {
+            match self.cached_bundle()? {
+                Some(Ok(pulled)) => return Ok(pulled),
+                Some(Err(problem)) if self.context.places.offline => return Err(problem),
+                Some(Err(_)) | None => {}
+            }
+        }
         let offline = |repo: &Self| {
             let snapshot = repo.root.join("snapshots").join(repo.cached_commit()?);
-            snapshot.join("config.json").is_file().then_some(snapshot)
+            let whole = !matches!(repo.cached_bundle(), Ok(Some(Err(_))) | Err(_));
+            let wanted = if repo.only_bundle { MANIFEST_FILE } else { "config.json" };
+            (whole && snapshot.join(wanted).is_file()).then_some(snapshot)
         };
         if self.context.places.offline {
             let alone = || {
@@ -166,6 +183,9 @@ impl Repo<'_> {
                 gguf::only_model(&snapshot).ok().flatten()
             };
             return match (offline(self), alone()) {
+                (None, _) if self.only_bundle => {
+                    Err(PullError::Offline { reference: self.name(), looked_in: self.root.clone() })
+                }
                 (Some(path), _) => Ok(folder(self.reference, path, true)),
                 (None, Some(file)) => {
                     model(self.reference, &file, None, true, &self.context.places.hash_records())
@@ -183,6 +203,14 @@ impl Repo<'_> {
             }
             Err(error) => return Err(error),
         };
+        if files.iter().any(|file| file == MANIFEST_FILE)
+            && let Some(pulled) = self.bundle(&commit)?
+        {
+            return Ok(pulled);
+        }
+        if self.only_bundle {
+            return Err(PullError::NoBundle { reference: self.name() });
+        }
         let wanted: Vec<&String> = files
             .iter()
             .filter(|f| !f.contains('/'))
@@ -216,6 +244,130 @@ impl Repo<'_> {
             cached &= was_here;
         }
         Ok(folder(self.reference, self.root.join("snapshots").join(commit), cached))
+    }
+
+    /// The bundle that the cache holds of the revision, if it holds one: whole, or what is wrong with it.
+    fn cached_bundle(&self) -> Result<Option<Result<Pulled, PullError>>, PullError> {
+        let Some(commit) = self.cached_commit() else { return Ok(None) };
+        let snapshot = self.root.join("snapshots").join(commit);
+        let manifest = snapshot.join(MANIFEST_FILE);
+        if !manifest.is_file() {
+            return Ok(None);
+        }
+        let Ok(Some(entries)) = listed_files(&atomic::read(&manifest)?) else { return Ok(None) };
+        for entry in &entries {
+            if let Err(problem) = self.check_listed(&snapshot, entry) {
+                return Ok(Some(Err(problem)));
+            }
+        }
+        Ok(Some(Ok(self.bundle_done(snapshot, &entries, true)?)))
+    }
+
+    fn bundle_done(&self, path: PathBuf, entries: &[FileEntry], cached: bool) -> Result<Pulled, PullError> {
+        let manifest = path.join(MANIFEST_FILE);
+        let own = fs::metadata(&manifest).map_err(|e| AtomicError::from_io("read", &manifest, e))?.len();
+        let bytes = own + entries.iter().map(|entry| entry.bytes).sum::<u64>();
+        Ok(Pulled { path, reference: self.name(), sha256: None, bytes, cached })
+    }
+
+    fn wrong_file(&self, file: &str, problem: String) -> PullError {
+        PullError::BundleFile { reference: self.name(), file: file.to_string(), problem }
+    }
+
+    fn check_listed(&self, snapshot: &Path, entry: &FileEntry) -> Result<(), PullError> {
+        if !is_inner_path(&entry.path) {
+            return Err(self.wrong_file(&entry.path, "is listed, but is no path inside it".to_string()));
+        }
+        let path = snapshot.join(&entry.path);
+        let Ok(meta) = fs::metadata(&path) else {
+            return Err(self.wrong_file(&entry.path, "is listed, but not there".to_string()));
+        };
+        self.check_size(entry, meta.len())?;
+        self.check_sha256(entry, &self.context.places.hash_records().sha256_file(&path)?)
+    }
+
+    fn check_size(&self, entry: &FileEntry, found: u64) -> Result<(), PullError> {
+        match found == entry.bytes {
+            true => Ok(()),
+            false => {
+                let problem = format!("has {found} bytes, but `{MANIFEST_FILE}` lists {}", entry.bytes);
+                Err(self.wrong_file(&entry.path, problem))
+            }
+        }
+    }
+
+    fn check_sha256(&self, entry: &FileEntry, found: &str) -> Result<(), PullError> {
+        match found.eq_ignore_ascii_case(&entry.sha256) {
+            true => Ok(()),
+            false => {
+                let problem = format!("has sha256 `{found}`, but `{MANIFEST_FILE}` lists `{}`", entry.sha256);
+                Err(self.wrong_file(&entry.path, problem))
+            }
+        }
+    }
+
+    /// Every file that the bundle of this commit lists, each as it is listed; `None` if its `bundle.json` is none of ours.
+    fn bundle(&self, commit: &str) -> Result<Option<Pulled>, PullError> {
+        let (manifest, mut cached) = self.fetch(MANIFEST_FILE, None)?;
+        let entries = listed_files(&atomic::read(&manifest)?)
+            .map_err(|problem| self.wrong_file(MANIFEST_FILE, format!("cannot be read: {problem}")))?;
+        let Some(entries) = entries else { return Ok(None) };
+        let snapshot = self.root.join("snapshots").join(commit);
+        let moved = || PullError::BadAnswer {
+            reference: self.name(),
+            reason: "the repository was changed while it was fetched".to_string(),
+        };
+        if !manifest.starts_with(&snapshot) {
+            return Err(moved());
+        }
+        for entry in &entries {
+            // What is here needs no question: its hash says that it is the one.
+            if self.check_listed(&snapshot, entry).is_ok() {
+                continue;
+            }
+            if !is_inner_path(&entry.path) {
+                return Err(self.wrong_file(&entry.path, "is listed, but is no path inside it".to_string()));
+            }
+            let url = self.url(&entry.path);
+            let remote = self.describe(&url).map_err(|error| match error {
+                PullError::NotFound { .. } => {
+                    self.wrong_file(&entry.path, "is listed, but the repository lacks it".to_string())
+                }
+                other => other,
+            })?;
+            if remote.commit != commit {
+                return Err(moved());
+            }
+            // The hub says beforehand what it has: nothing wrong need be fetched to be found wrong.
+            remote.size.map_or(Ok(()), |size| self.check_size(entry, size))?;
+            if hash::is_sha256_hex(&remote.etag) {
+                self.check_sha256(entry, &remote.etag)?;
+            }
+            let blob = self.root.join("blobs").join(&remote.etag);
+            // A blob that is damaged on this disk is fetched anew, once.
+            loop {
+                let (path, was_here) = self.keep(&entry.path, &url, &remote)?;
+                match self.check_listed(&snapshot, entry) {
+                    Ok(()) => {
+                        cached &= was_here;
+                        break;
+                    }
+                    Err(problem) => {
+                        let _ = fs::remove_file(&path);
+                        let _ = fs::remove_file(&blob);
+                        if !was_here {
+                            return Err(problem);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(Some(self.bundle_done(snapshot, &entries, cached)?))
+    }
+
+    fn url(&self, file: &str) -> String {
+        let endpoint = &self.context.places.hf_endpoint;
+        format!("{endpoint}/{}/resolve/{}/{}", self.repo, encode(self.revision, false), encode(file, true))
     }
 
     /// Commit and file names of the revision.
@@ -328,22 +480,21 @@ impl Repo<'_> {
 
     /// The snapshot path of a file, and whether its bytes were here already.
     fn fetch(&self, file: &str, sha256: Option<&str>) -> Result<(PathBuf, bool), PullError> {
-        let url = format!(
-            "{}/{}/resolve/{}/{}",
-            self.context.places.hf_endpoint,
-            self.repo,
-            encode(self.revision, false),
-            encode(file, true)
-        );
+        let url = self.url(file);
         let remote = self.describe(&url)?;
         if let (Some(wanted), true) = (sha256, hash::is_sha256_hex(&remote.etag)) {
             // The hub already says which bytes it has: no need to fetch them to find them wrong.
             check_hash(self.reference, &remote.etag, Some(wanted))?;
         }
+        self.keep(file, &url, &remote)
+    }
+
+    /// Gives a file that the hub described its place, fetching what is not here.
+    fn keep(&self, file: &str, url: &str, remote: &Remote) -> Result<(PathBuf, bool), PullError> {
         let blob = self.root.join("blobs").join(&remote.etag);
         let cached = blob.is_file();
         if !cached {
-            self.download(&url, file, &remote, &blob)?;
+            self.download(url, file, remote, &blob)?;
         }
         let snapshot = self.root.join("snapshots").join(&remote.commit).join(file);
         link(&blob, &snapshot, file)?;
@@ -458,10 +609,6 @@ impl Repo<'_> {
     }
 }
 
-fn text(headers: &HeaderMap, name: &str) -> Option<String> {
-    headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_string)
-}
-
 fn range_starts_at(headers: &HeaderMap, have: u64) -> bool {
     text(headers, "content-range")
         .and_then(|r| r.strip_prefix("bytes ")?.split('-').next()?.parse::<u64>().ok())
@@ -471,20 +618,6 @@ fn range_starts_at(headers: &HeaderMap, have: u64) -> bool {
 /// A 40-digit git commit.
 fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit())
-}
-
-/// Percent-encodes what may not stand in a path of an address.
-fn encode(text: &str, keep_slash: bool) -> String {
-    let mut out = String::new();
-    for byte in text.bytes() {
-        let keep = byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) || (keep_slash && byte == b'/');
-        if keep {
-            out.push(byte as char);
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
 }
 
 /// Puts a relative link to the blob into the snapshot (a copy where links are not to be had).

@@ -1,16 +1,20 @@
-//! `pull`: a model reference becomes a path on this machine `[design §9]`.
+//! `pull`: a model reference becomes a path on this machine `[design §9]`; `push`: a bundle becomes a repository.
 //!
 //! Nothing half-fetched ever stands under its final name, and whatever has a known hash is checked against it.
 //! Several references are alternatives for one thing: the first that answers wins, and when none does the error
 //! lists what each of them said.
 
+mod encodings;
 mod error;
 mod found;
 mod hf;
+mod http;
 mod parts;
 mod pip;
 mod pip_split;
 mod places;
+mod push;
+mod push_error;
 mod reference;
 
 use std::path::Path;
@@ -20,9 +24,12 @@ use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::gguf;
 use draftsmith_formats::hash_records::HashRecords;
 
-pub use error::{PipCause, PullError};
+pub use encodings::git_blob_id;
+pub use error::{PipCause, PullError, is_hub_name};
 pub use found::Pulled;
 pub use places::Places;
+pub use push::{PushFile, PushOptions, PushPlan, Pushed, push, push_plan};
+pub use push_error::PushError;
 pub use reference::{PipParts, Reference};
 
 use found::{Context, folder, model};
@@ -68,6 +75,29 @@ pub fn pull(
     match failures.len() {
         1 => Err(failures.remove(0)),
         _ => Err(PullError::AllFailed { failures }),
+    }
+}
+
+/// Makes the bundle in a repository of the hub available on this machine: every file that it lists, each checked.
+///
+/// # Errors
+/// [`PullError::NoBundle`] of any other repository, before its files are fetched; [`PullError::BundleFile`];
+/// [`PullError::BadReference`] of what is no whole repository.
+pub fn pull_bundle(
+    reference: &Reference,
+    places: &Places,
+    report: &dyn Report,
+    stop: &Stop,
+) -> Result<Pulled, PullError> {
+    let context = Context { places, report, stop };
+    match reference {
+        Reference::Hf { repo, revision, file: None } => hf::pull_bundle(&context, reference, repo, revision),
+        Reference::Hf { .. } | Reference::Pip { .. } | Reference::PipParts(_) | Reference::Path(_) => {
+            Err(PullError::BadReference {
+                reference: reference.to_string(),
+                reason: "a bundle is a whole repository, `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`".to_string(),
+            })
+        }
     }
 }
 

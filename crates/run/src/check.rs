@@ -31,6 +31,22 @@ pub struct Origin {
 }
 
 impl Origin {
+    /// What to do about a path that is not there: those of a run file start at the working directory, and where the file
+    /// is beside the run file instead, what to write is known.
+    pub(super) fn path_advice(&self, name: &str) -> String {
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let beside = folder.filter(|_| Path::new(name).is_relative()).map(|folder| folder.join(name));
+        match (beside.filter(|path| path.exists()), folder) {
+            (Some(beside), Some(folder)) => format!(
+                "relative paths start at the working directory, not at the run file: write `{}`, or run the command in \
+                 `{}`",
+                beside.display(),
+                folder.display()
+            ),
+            _ => "relative paths start at the working directory".to_string(),
+        }
+    }
+
     /// The command that goes on after an interruption.
     pub(super) fn resume(&self) -> String {
         let mut command = format!("draftsmith {} {}", self.verb, self.path.display());
@@ -75,7 +91,7 @@ pub(super) fn check_alone(file: &RunFile, origin: &Origin) -> Vec<Told> {
     let mut faults = Faults::default();
     bundle_keys(file, &mut faults);
     folders(file, &mut faults);
-    workloads(file, &mut faults);
+    workloads(file, origin, &mut faults);
     faults.told(origin)
 }
 
@@ -202,7 +218,7 @@ fn absolute(path: &Path) -> PathBuf {
 }
 
 /// Every workload can be read, and each has a name of its own: records are named after it.
-fn workloads(file: &RunFile, faults: &mut Faults) {
+fn workloads(file: &RunFile, origin: &Origin, faults: &mut Faults) {
     let mut names: BTreeMap<String, &Path> = BTreeMap::new();
     for (i, path) in file.bench.workloads.iter().enumerate() {
         let key = format!("bench.workloads.{i}");
@@ -210,7 +226,7 @@ fn workloads(file: &RunFile, faults: &mut Faults) {
             faults.add(
                 key,
                 format!("names `{}`, which does not exist", path.display()),
-                "relative paths start at the working directory",
+                origin.path_advice(&path.to_string_lossy()),
             );
             continue;
         }

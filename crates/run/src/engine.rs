@@ -10,9 +10,11 @@ use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, TunedDrafting, laye
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter, small_drafter};
 use draftsmith_formats::atomic::AtomicError;
+use draftsmith_formats::bundle_files::portable;
 use draftsmith_formats::gguf::{GgufFile, SplitName, parts_of};
 use draftsmith_formats::hash;
 use draftsmith_formats::hash_records::HashRecords;
+use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 use draftsmith_pull::{Places, Pulled, Reference, pull};
@@ -271,12 +273,37 @@ pub struct LoadedDraft {
 
 /// Where a bundle lies: a folder that is one, or the folder of a run that made one.
 pub fn bundle_place(dir: &Path) -> PathBuf {
-    let inside = dir.join("bundle");
     let is_bundle = |dir: &Path| dir.join(MANIFEST_FILE).is_file();
-    match !is_bundle(dir) && is_bundle(&inside) && RunFolder::new(dir).is_run() {
-        true => inside,
-        false => dir.to_path_buf(),
+    let run = RunFolder::new(dir);
+    if is_bundle(dir) || !run.is_run() {
+        return dir.to_path_buf();
     }
+    let inside = dir.join("bundle");
+    if is_bundle(&inside) {
+        return inside;
+    }
+    // A run file may put it elsewhere.
+    let elsewhere = RunFile::load(run.run_file(), &[]).ok().map(|file| file.bundle_dir());
+    elsewhere.filter(|place| is_bundle(place)).unwrap_or_else(|| dir.to_path_buf())
+}
+
+/// References that lead to the target of a bundle, best first. A bundle names no folder of the machine that made it; where
+/// it still lies in the folder of its run, the run file does.
+///
+/// # Errors
+/// A folder that is no bundle.
+pub fn target_references(bundle: &Path) -> Result<Vec<String>, Error> {
+    let bundle = bundle_place(bundle);
+    let named = Manifest::read(&bundle)?.target.references;
+    let run = bundle.parent().map(RunFolder::new).filter(RunFolder::is_run);
+    let Some(file) = run.and_then(|run| RunFile::load(run.run_file(), &[]).ok()) else { return Ok(named) };
+    let mut found = Vec::new();
+    for reference in &named {
+        // The source that this name stands for, where it was a path of this machine.
+        let source = file.target.source.0.iter().find(|source| portable(source) == *reference);
+        found.push(source.unwrap_or(reference).clone());
+    }
+    Ok(found)
 }
 
 /// Loads a bundle, or a plain draft folder, for a target.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use draftsmith_pull::PullError;
+use draftsmith_pull::{PullError, PushError};
 
 use crate::state::StateError;
 use crate::target::TargetTextError;
@@ -89,6 +89,7 @@ impl Error {
             Error::Pull(_) => {
                 "check how the reference is written: `hf:ORG/NAME:FILE`, `pip:NAME==VERSION:PATH` or a path"
             }
+            Error::Push(_) => "check the reference of the repository: `hf:ORG/NAME` or `hf:ORG/NAME@BRANCH`",
             Error::TargetText(_) | Error::Text(_) => {
                 "get tokenizer and chat template of the model again, or give a template with `data.template`"
             }
@@ -119,6 +120,8 @@ impl Error {
 errors! {
     /// A model reference gave nothing.
     Pull(PullError),
+    /// A bundle was not put on a hub.
+    Push(PushError),
     /// Tokenizer or chat template.
     TargetText(TargetTextError),
     /// The run file.
@@ -218,6 +221,7 @@ impl Error {
         match self {
             Error::Interrupted { .. } => true,
             Error::Pull(error) => error.is_interrupt(),
+            Error::Push(error) => error.is_interrupt(),
             _ => false,
         }
     }

@@ -5,8 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use draftsmith_bench::{Record, report_html};
 use draftsmith_bundle::{
-    Existing, Imported, Made, MakeInput, Recommended, TargetInfo, TrainingInfo, Tuned, WEIGHTS_FILE,
-    input_of, remake,
+    Existing, Imported, Made, MakeInput, MeasuredResult, Recommended, TargetInfo, TrainingInfo, Tuned,
+    WEIGHTS_FILE, input_of, remake,
 };
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::sha256_file;
@@ -120,12 +120,22 @@ pub fn rewrite_card(dir: &Path, records: &[PathBuf], base_model: Option<&str>) -
 pub fn write_tuned(dir: &Path, tuned: Tuned) -> Result<Made, Error> {
     let dir = &bundle_place(dir);
     let mut input = input_of(dir)?;
-    for path in records_of(dir)? {
-        let text = String::from_utf8_lossy(&atomic::read(&path)?).into_owned();
-        input.results.push(measured(&Record::from_json(&path.display().to_string(), &text)?)?);
-    }
+    input.results = measured_results(dir)?;
     input.recommended.tuned = Some(tuned);
     Ok(remake(&input)?)
+}
+
+/// What a bundle's own records say, in the order of their names.
+///
+/// # Errors
+/// A record that cannot be read, or is none.
+pub fn measured_results(dir: &Path) -> Result<Vec<MeasuredResult>, Error> {
+    let mut results = Vec::new();
+    for path in records_of(dir)? {
+        let text = String::from_utf8_lossy(&atomic::read(&path)?).into_owned();
+        results.push(measured(&Record::from_json(&path.display().to_string(), &text)?)?);
+    }
+    Ok(results)
 }
 
 /// The raw records of a bundle, by name.

@@ -15,6 +15,7 @@ use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::WeightDtype;
 use draftsmith_model::{ModelError, weight_dtype};
+use draftsmith_pull::is_hub_name;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -66,10 +67,15 @@ pub fn inspect(path: &Path, hashes: bool) -> Result<Node, Error> {
     let name =
         path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
     if !path.exists() {
-        return Err(Error::input(
-            format!("`{}` does not exist", path.display()),
-            "give a model, draft, bundle, cache, checkpoint, token file or the folder of a run",
-        ));
+        let what = "a model, draft, bundle, cache, checkpoint, token file or the folder of a run";
+        let advice = match is_hub_name(path) {
+            true => format!(
+                "`draftsmith pull hf:{}` fetches a repository of the hub and prints its place; give that, or {what}",
+                path.display()
+            ),
+            false => format!("give {what}"),
+        };
+        return Err(Error::input(format!("`{}` does not exist", path.display()), advice));
     }
     // Asked for by name, a part stands for its model; in a folder the first one does.
     let parts = if is_gguf(path) { parts_of(path)? } else { Vec::new() };

@@ -10,6 +10,7 @@ pub mod aside;
 mod bench;
 mod bundle;
 mod capture;
+pub mod catalogue;
 mod check;
 pub mod costs;
 pub mod curve;
@@ -23,6 +24,7 @@ pub mod imports;
 mod init;
 pub mod inspect;
 mod license;
+pub mod list;
 pub mod measure;
 pub mod packs;
 pub mod peer;
@@ -32,6 +34,7 @@ mod regenerate;
 pub mod rules;
 pub mod serve_gap;
 pub mod server;
+pub mod shelf;
 mod size;
 pub mod state;
 pub mod target;
@@ -319,8 +322,8 @@ impl<'a> Run<'a> {
             }
         };
         let look = Env { places, ..env };
-        let target = keep(&mut faults, Inputs::find_target(&file, look));
-        let data = Inputs::find_data(&file, look, &mut faults);
+        let target = keep(&mut faults, Inputs::find_target(&file, &origin, look));
+        let data = Inputs::find_data(&file, &origin, look, &mut faults);
         let mut decided = None;
         if let Some(target) = &target {
             let found = check::check_with_target(&mut file, &origin, &target.path, &mut faults);
@@ -777,8 +780,23 @@ fn is_local(error: &PullError) -> bool {
 }
 
 impl Inputs {
-    fn find_target(file: &RunFile, env: Env<'_>) -> Result<Pulled, Error> {
-        locate(&file.target.source.0, file.target.sha256.as_deref(), env.places, env.report, env.stop)
+    fn find_target(file: &RunFile, origin: &Origin, env: Env<'_>) -> Result<Pulled, Error> {
+        let sources = &file.target.source.0;
+        let found = locate(sources, file.target.sha256.as_deref(), env.places, env.report, env.stop);
+        match found {
+            Err(Error::Pull(PullError::NoSuchPath { path })) => {
+                let name = path.to_string_lossy();
+                let beside = origin.path.parent().is_some_and(|folder| folder.join(&path).exists());
+                Err(match beside && path.is_relative() {
+                    true => Error::input(
+                        format!("`target.source` names `{name}`, which does not exist"),
+                        origin.path_advice(&name),
+                    ),
+                    false => PullError::NoSuchPath { path }.into(),
+                })
+            }
+            found => found,
+        }
     }
 
     fn with_target(mut self, target: Pulled) -> Result<Inputs, Error> {
@@ -791,7 +809,7 @@ impl Inputs {
     }
 
     /// Everything but the target.
-    fn find_data(file: &RunFile, env: Env<'_>, faults: &mut Vec<Told>) -> Inputs {
+    fn find_data(file: &RunFile, origin: &Origin, env: Env<'_>, faults: &mut Vec<Told>) -> Inputs {
         let mut inputs = Inputs {
             target_path: PathBuf::new(),
             target_reference: String::new(),
@@ -802,7 +820,7 @@ impl Inputs {
         };
         let files = &mut inputs.files;
         let mut find = |key: &str, name: &str| -> Option<PathBuf> {
-            let found = Inputs::find_file(key, name, env);
+            let found = Inputs::find_file(key, name, origin, env);
             let (path, sha256) = keep(faults, found)?;
             files.push((key.to_string(), sha256));
             Some(path)
@@ -824,13 +842,13 @@ impl Inputs {
     }
 
     /// Where a file is, and its hash.
-    fn find_file(key: &str, name: &str, env: Env<'_>) -> Result<(PathBuf, String), Error> {
+    fn find_file(key: &str, name: &str, origin: &Origin, env: Env<'_>) -> Result<(PathBuf, String), Error> {
         let reference: Reference = name.parse()?;
         let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
             Err(PullError::NoSuchPath { .. }) => {
                 return Err(Error::input(
                     format!("`{key}` names `{name}`, which does not exist"),
-                    "relative paths start at the working directory",
+                    origin.path_advice(name),
                 ));
             }
             found => found?,

@@ -55,6 +55,7 @@ pub struct Choosing {
     draftsmith generate --target fixtures/tiny-target --prompt \"Calculate 22 + 20.\"\n  \
     draftsmith generate --target REF --bundle runs/smoke/bundle --prompt \"Why?\" --temperature 0.8 --seed 7 --json\n  \
     draftsmith generate --bundle runs/smoke --messages chat.json --prove\n  \
+    draftsmith generate --bundle smollm2-135m-instruct-eagle3 --prompt \"Why?\"\n  \
     draftsmith generate --target REF --draft-model SMALLER --prompt \"Why?\"\n  \
     draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n\n\
     With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
@@ -64,8 +65,8 @@ pub struct Generate {
     /// The target: `hf:…`, `pip:…` or a path (default: the sources that the bundle names).
     #[arg(long, value_name = "REF", required_unless_present = "bundle")]
     pub target: Option<String>,
-    /// The draft: a bundle folder, or the folder of a run that made one.
-    #[arg(long, value_name = "DIR")]
+    /// The draft: the folder of a bundle or of a run that made one, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle")]
@@ -126,8 +127,8 @@ pub struct Bench {
     /// Verbs besides the measurement of a bundle.
     #[command(subcommand)]
     pub verb: Option<BenchVerb>,
-    /// The bundle.
-    #[arg(long, value_name = "DIR")]
+    /// The bundle: its folder or that of the run that made it, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
@@ -188,8 +189,8 @@ pub enum BenchVerb {
     draftsmith bench tune --bundle DIR --workload A.jsonl --workload B.jsonl --sequences 1,4,16 --json out.json\n\n\
     Ends with 1 if a setting changes a text. The draft's vocabulary is fixed when it is trained (`draft.vocab_size`).")]
 pub struct BenchTune {
-    /// The bundle.
-    #[arg(long, value_name = "DIR")]
+    /// The bundle: its folder or that of the run that made it, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]
@@ -230,8 +231,8 @@ pub struct BenchTune {
     draftsmith bench compare --target REF --bundle DIR --draft-model SMALLER --workload A.jsonl --workload B.jsonl --markdown table.md\n\n\
     Ends with 1 if a draft changes a text. JSON holds every sample, so that all numbers can be made again from it.")]
 pub struct BenchCompare {
-    /// A bundle; may be given several times.
-    #[arg(long, value_name = "DIR")]
+    /// A bundle: folder, name or `hf:ORG/NAME`; may be given several times.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Vec<PathBuf>,
     /// An ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path; may be given several times.
     #[arg(long, value_name = "REF", requires = "target")]
@@ -266,15 +267,15 @@ pub struct BenchCompare {
 /// draft; alone and in a batch; with every thread count.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    draftsmith bench identity --target REF --bundle DIR --workload recipes/data/eval/mtbench.jsonl --limit 10\n  \
+    draftsmith bench identity --bundle DIR --workload recipes/data/eval/mtbench.jsonl --limit 10\n  \
     draftsmith bench identity --target REF --bundle DIR --workload FILE --temperature 0.8 --top-p 0.95 --json out.json\n\n\
     Ends with 1 if any text differs. JSON: identical, ways, prompts (id, sha256 of the token ids), differences.")]
 pub struct BenchIdentity {
-    /// The target: `hf:…`, `pip:…` or a path.
-    #[arg(long, value_name = "REF")]
-    pub target: String,
-    /// The draft; without one only plain decoding and repetitions are compared.
-    #[arg(long, value_name = "DIR")]
+    /// The target: `hf:…`, `pip:…` or a path (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF", required_unless_present = "bundle")]
+    pub target: Option<String>,
+    /// The draft: folder, name or `hf:ORG/NAME` of a bundle; without one only plain decoding and repetitions are compared.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle")]
@@ -359,11 +360,11 @@ pub enum PeerKind {
     `bench/peers/install-llama-cpp-python.sh` installs the peer. Every side decodes the same number of tokens greedily,\n\
     past any end of text.")]
 pub struct BenchDecode {
-    /// The target: `hf:…`, `pip:…` or a path.
-    #[arg(long, value_name = "REF")]
-    pub target: String,
-    /// Measure our decoding with this draft as well.
-    #[arg(long, value_name = "DIR")]
+    /// The target: `hf:…`, `pip:…` or a path (default: the sources that the bundle names).
+    #[arg(long, value_name = "REF", required_unless_present = "bundle")]
+    pub target: Option<String>,
+    /// Measure our decoding with this draft as well: folder, name or `hf:ORG/NAME` of a bundle.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle")]
@@ -427,8 +428,8 @@ pub struct Quickstart {
     /// The target, if it is here already (default: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
-    /// The draft (default: the bundle that ships with draftsmith).
-    #[arg(long, value_name = "DIR")]
+    /// The draft: folder, name or `hf:ORG/NAME` (default: the bundle that ships with draftsmith).
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// Longest answer in tokens.
     #[arg(long, value_name = "M", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]

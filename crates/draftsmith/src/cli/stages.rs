@@ -172,8 +172,8 @@ pub struct BundleMake {
 #[command(after_help = "Examples:\n  draftsmith bundle check runs/smoke/bundle\n  \
                         draftsmith bundle check runs/smoke/bundle --target fixtures/tiny-target --json")]
 pub struct BundleCheck {
-    /// The bundle.
-    #[arg(value_name = "DIR")]
+    /// The bundle: its folder or that of the run that made it, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(value_name = "BUNDLE")]
     pub dir: PathBuf,
     /// The target it was made for: its hash, template and embedding are checked too.
     #[arg(long, value_name = "REF")]
@@ -205,8 +205,8 @@ pub enum ExportFormat {
     draftsmith bundle export DIR --format gguf --target model.gguf --out draft-gguf\n\n\
     What the engine cannot serve is refused before anything is written. `bundle verify-export` compares the result.")]
 pub struct BundleExport {
-    /// The bundle.
-    #[arg(value_name = "DIR")]
+    /// The bundle: its folder or that of the run that made it, a name of `draftsmith list`, or `hf:ORG/NAME`.
+    #[arg(value_name = "BUNDLE")]
     pub dir: PathBuf,
     /// The layout.
     #[arg(long, value_name = "LAYOUT")]
@@ -214,7 +214,7 @@ pub struct BundleExport {
     /// Folder to be made.
     #[arg(long, value_name = "DIR2")]
     pub out: PathBuf,
-    /// The target; `gguf` needs it, for the draft carries its tokenizer.
+    /// The target (default for `gguf`, whose draft carries the target's tokenizer: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
     pub target: Option<String>,
     /// Replace the folder if it is there.
@@ -236,8 +236,8 @@ pub struct BundleVerifyExport {
     /// The exported folder.
     #[arg(value_name = "DIR2")]
     pub dir: PathBuf,
-    /// The bundle that it was made from.
-    #[arg(long, value_name = "DIR")]
+    /// The bundle that it was made from: folder, name or `hf:ORG/NAME`.
+    #[arg(long, value_name = "BUNDLE")]
     pub bundle: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
@@ -251,8 +251,8 @@ pub struct BundleVerifyExport {
     draftsmith bench --bundle bundles/draft --workload w.jsonl --report measured\n  \
     draftsmith bundle card bundles/draft --record measured/w.json")]
 pub struct BundleCard {
-    /// The bundle.
-    #[arg(value_name = "DIR")]
+    /// The bundle: its folder or that of the run that made it, or a name of `draftsmith list`.
+    #[arg(value_name = "BUNDLE")]
     pub dir: PathBuf,
     /// Records that become its results; may be given several times (default: those it has).
     #[arg(long, value_name = "FILE")]

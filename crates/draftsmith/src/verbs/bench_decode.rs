@@ -22,7 +22,7 @@ use draftsmith::{Error, bench};
 use serde::Serialize;
 
 use super::bench::write_json;
-use super::{DraftSource, Session};
+use super::{DraftSource, Session, target_sources};
 use crate::failure::Failure;
 use crate::printer;
 
@@ -103,8 +103,9 @@ fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> 
 
 pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Failure> {
     let workload = Workload::read(&args.workload, args.limit.map(|l| l as usize)).map_err(Error::from)?;
-    let target = session.load_target(std::slice::from_ref(&args.target), None, false, args.threads)?;
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let sources = target_sources(source, args.target.as_ref())?;
+    let target = session.load_target(&sources, None, false, args.threads)?;
     let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
     let mut engine = engine(&target, draft.as_ref());
     if draft.is_some() {

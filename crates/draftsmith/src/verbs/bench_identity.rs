@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::bench::{read_workloads, write_json};
 use super::generate::sampling;
-use super::{DraftSource, Session};
+use super::{DraftSource, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -133,10 +133,11 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     let mut target_sha256 = String::new();
     let mut draft_sha256 = None;
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
+    let sources = target_sources(source, args.target.as_ref())?;
     let per_thread_count = 2 * if source.is_some() { WAYS.len() } else { 2 };
     session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
     for threads in &args.threads {
-        let target = session.load_target(std::slice::from_ref(&args.target), None, false, Some(*threads))?;
+        let target = session.load_target(&sources, None, false, Some(*threads))?;
         let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)).with_costs(eager()));

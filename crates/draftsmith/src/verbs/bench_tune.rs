@@ -96,6 +96,9 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
             Some("give `--sequences 1,8`, or leave `--write` out".to_string()),
         ));
     }
+    if let Some(bundle) = args.bundle.as_ref().filter(|_| args.write) {
+        session.shelf().check_own(bundle)?;
+    }
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
     let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
     let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;

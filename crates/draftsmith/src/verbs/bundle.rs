@@ -13,7 +13,7 @@ use draftsmith::report::Report;
 use draftsmith::target::gguf_tokenizer;
 use serde_json::json;
 
-use super::Session;
+use super::{DraftSource, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -49,7 +49,14 @@ fn existing(replace: bool) -> Existing {
 
 pub(crate) fn export(args: &cli::BundleExport, session: &Session) -> Result<u8, Failure> {
     Manifest::read(&args.dir).map_err(Error::from)?;
-    let target = args.target.as_ref().map(|reference| load(reference, session)).transpose()?;
+    // Only a GGUF draft asks for its target; the rest would load one for nothing.
+    let target = match (&args.target, args.format) {
+        (None, ExportFormat::Gguf) => {
+            let sources = target_sources(Some(DraftSource::Bundle(&args.dir)), None)?;
+            Some(session.load_target(&sources, None, false, None)?)
+        }
+        (target, _) => target.as_ref().map(|reference| load(reference, session)).transpose()?,
+    };
     let tokenizer = match (&target, args.format) {
         (Some(target), ExportFormat::Gguf) => gguf_tokenizer(&target.path).map_err(Error::from)?,
         _ => Vec::new(),
@@ -189,7 +196,8 @@ pub(crate) fn import(args: &cli::BundleImport, session: &Session) -> Result<u8, 
     Ok(0)
 }
 
-pub(crate) fn card(args: &cli::BundleCard) -> Result<u8, Failure> {
+pub(crate) fn card(args: &cli::BundleCard, session: &Session) -> Result<u8, Failure> {
+    session.shelf().check_own(&args.dir)?;
     let made = rewrite_card(&args.dir, &args.record, args.base_model.as_deref())?;
     let recommended = &made.manifest.recommended;
     if args.json {

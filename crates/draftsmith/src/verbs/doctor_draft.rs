@@ -1,30 +1,43 @@
 //! `draftsmith doctor --draft`.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::slice::from_ref;
 
 use draftsmith::Error;
 use draftsmith::bench::Workload;
+use draftsmith::bundle::MANIFEST_FILE;
+use draftsmith::catalogue::catalogued;
 use draftsmith::cli;
 use draftsmith::doctor::draft::{DraftReport, Patient, Suspicion};
 use draftsmith::doctor::score::Measure;
 use draftsmith::doctor::texts::{Texts, built_in_prompts};
-use draftsmith::engine::locate;
+use draftsmith::engine::{bundle_place, locate};
 use draftsmith::measure::first_prompt;
 
-use super::Session;
+use super::{DraftSource, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
 pub(crate) fn run(args: &cli::Doctor, session: &Session) -> Result<u8, Failure> {
-    let (Some(draft), Some(target)) = (&args.draft, &args.target) else { return Ok(0) };
+    let Some(draft) = &args.draft else { return Ok(0) };
     let (report, stop) = (&session.printer, &session.stop);
+    let draft = &place(draft, session)?;
     let pulled = locate(from_ref(draft), None, &session.places, report, stop)?;
     // What cannot be read is told before the target is fetched.
     let patient = Patient::open(&pulled.path)?;
     let workload = args.workload.as_ref().map(|file| Workload::read(file, Some(args.limit as usize)));
     let workload = workload.transpose().map_err(Error::from)?;
-    let target = session.load_target(from_ref(target), None, false, args.threads)?;
+    let sources = match &args.target {
+        None if !pulled.path.join(MANIFEST_FILE).is_file() => {
+            return Err(Failure::input(
+                format!("draft `{draft}` does not say which target it drafts for"),
+                Some("name the target with `--target REF`".to_string()),
+            ));
+        }
+        target => target_sources(Some(DraftSource::Bundle(&pulled.path)), target.as_ref())?,
+    };
+    let target = session.load_target(&sources, None, false, args.threads)?;
     let mut prompts = match &workload {
         Some(workload) => {
             workload.rows.iter().map(|row| first_prompt(&target.text, row)).collect::<Result<_, _>>()?
@@ -41,6 +54,16 @@ pub(crate) fn run(args: &cli::Doctor, session: &Session) -> Result<u8, Failure> 
         false => printer::out(&page(&found, draft))?,
     }
     Ok(if found.is_well() { 0 } else { NOT_HELD })
+}
+
+/// A name of the catalogue and the folder of a run become the folder of a bundle; anything else may be a draft of any layout.
+fn place(draft: &str, session: &Session) -> Result<String, Failure> {
+    let path = Path::new(draft);
+    Ok(match (path.exists(), catalogued(draft)) {
+        (true, _) => bundle_place(path).display().to_string(),
+        (false, Some(_)) => session.bundle(path)?.display().to_string(),
+        (false, None) => draft.to_string(),
+    })
 }
 
 fn rates(measure: &Measure) -> String {

@@ -12,8 +12,10 @@ pub(crate) mod doctor;
 pub(crate) mod doctor_draft;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod list;
 pub(crate) mod make;
 pub(crate) mod pull;
+pub(crate) mod push;
 pub(crate) mod quickstart;
 pub(crate) mod serve;
 pub(crate) mod serve_gap;
@@ -27,16 +29,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use draftsmith::Error;
-use draftsmith::bundle::Manifest;
 use draftsmith::cli::{Cli, Verb};
 use draftsmith::engine::{
-    LoadedDraft, LoadedTarget, TargetOptions, bundle_place, default_threads, load_draft, load_small,
+    LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, load_small, target_references,
     weights_warning,
 };
 use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Stop};
+use draftsmith::shelf::Shelf;
 
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -47,6 +49,8 @@ pub(crate) struct Session {
     pub(crate) places: Places,
     pub(crate) printer: Printer,
     pub(crate) stop: Stop,
+    /// Folders that may hold what ships with draftsmith, in order.
+    pub(crate) roots: Vec<PathBuf>,
     /// Set by SIGHUP while `serve` runs.
     pub(crate) reload: Arc<AtomicBool>,
 }
@@ -60,7 +64,17 @@ impl Session {
         let (stop, reload) = (Stop::default(), Arc::new(AtomicBool::new(false)));
         let reloads = matches!(cli.verb, Verb::Serve(_)).then(|| Arc::clone(&reload));
         signals::watch(stop.clone(), reloads);
-        Session { places, printer: Printer::new(cli.quiet), stop, reload }
+        Session { places, printer: Printer::new(cli.quiet), stop, roots: shipped_roots(), reload }
+    }
+
+    /// Where bundles are found by name.
+    pub(crate) fn shelf(&self) -> Shelf<'_> {
+        Shelf { places: &self.places, roots: &self.roots, report: &self.printer, stop: &self.stop }
+    }
+
+    /// The folder of whatever is written where a bundle is asked.
+    pub(crate) fn bundle(&self, written: &Path) -> Result<PathBuf, Error> {
+        self.shelf().bundle(written)
     }
 
     /// Locates and loads a target, with its weights as stored or as 32-bit floats.
@@ -156,9 +170,19 @@ pub(crate) fn target_sources(
         (Some(reference), _) => vec![reference.clone()],
         (None, None) => return Err(Failure::input("no target is named", name_it())),
         (None, Some(DraftSource::Bundle(bundle))) => {
-            let sources = Manifest::read(bundle_place(bundle)).map_err(Error::from)?.target.references;
+            let sources = target_references(bundle)?;
             if sources.is_empty() {
                 let message = format!("bundle `{}` names no source of its target", bundle.display());
+                return Err(Failure::input(message, name_it()));
+            }
+            let is_to_be_had =
+                |s: &String| s.starts_with("hf:") || s.starts_with("pip:") || Path::new(s).exists();
+            if !sources.iter().any(is_to_be_had) {
+                let message = format!(
+                    "bundle `{}` names its target as `{}`, which is not here",
+                    bundle.display(),
+                    sources.join("`, `")
+                );
                 return Err(Failure::input(message, name_it()));
             }
             sources
@@ -173,15 +197,19 @@ pub(crate) fn target_sources(
 /// Where installers put what ships with a program, beside the folder of programs.
 const SHARE: &str = "share/draftsmith";
 
-/// Something that ships with draftsmith, looked for where a checkout or an installed copy has it, in this order: the
+/// Where things that ship with draftsmith are looked for, as a checkout or an installed copy has them, in this order: the
 /// current folder and those above it; beside the program (whose link is followed) and above that, as such and below
 /// `share/draftsmith`; the user's own data folder.
-pub(crate) fn find_shipped(path: &str) -> Option<PathBuf> {
+fn shipped_roots() -> Vec<PathBuf> {
     let here = std::env::current_dir().unwrap_or_default();
     let program = std::env::current_exe().and_then(|p| p.canonicalize()).unwrap_or_default();
     let beside = program.ancestors().skip(1).flat_map(|folder| [folder.to_path_buf(), folder.join(SHARE)]);
-    let places = here.ancestors().map(Path::to_path_buf).chain(beside).chain(shipped_data());
-    places.map(|folder| folder.join(path)).find(|found| found.exists())
+    here.ancestors().map(Path::to_path_buf).chain(beside).chain(shipped_data()).collect()
+}
+
+/// Something that ships with draftsmith.
+pub(crate) fn find_shipped(path: &str) -> Option<PathBuf> {
+    shipped_roots().into_iter().map(|folder| folder.join(path)).find(|found| found.exists())
 }
 
 /// The user's own data folder of this program.

@@ -9,7 +9,7 @@ use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::AcceptStats;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
-use draftsmith::engine::engine;
+use draftsmith::engine::{engine, target_references};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::{busy_times_with, prompt_ids};
 use draftsmith::pull::Reference;
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     let (sources, sha256) = match &args.target {
         Some(reference) => (vec![reference.clone()], None),
         // Exactly the weights that the draft was trained for.
-        None => (manifest.target.references.clone(), Some(manifest.target.weights_sha256.as_str())),
+        None => (target_references(&bundle)?, Some(manifest.target.weights_sha256.as_str())),
     };
     session.printer.note(&format!("target {} ({})", manifest.target.name, manifest.target.license));
     // A folder has no hash before it is loaded: it is compared then.

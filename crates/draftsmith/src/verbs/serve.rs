@@ -25,6 +25,7 @@ use draftsmith::serve::{
     ApiKey, DraftInfo, Drafts, Limits, Loaded, Log, Model, Models, Options, Origin, Refused, RequestLog,
     Server, tool_formats,
 };
+use draftsmith::shelf::Shelf;
 use draftsmith::text::{Message, RenderOptions};
 use draftsmith::{Error, formats};
 use serde_json::{Value, json};
@@ -43,6 +44,8 @@ struct Bundles {
     target: LoadedTarget,
     places: Places,
     stop: Stop,
+    /// Where bundles of the catalogue may lie.
+    roots: Vec<PathBuf>,
     /// The draft model that it was started with.
     small: Option<PathBuf>,
 }
@@ -61,6 +64,8 @@ impl Drafts for Bundles {
             let draft = load_small(&reference, &self.target, &self.places, &Silent, &self.stop);
             return joined(draft.map_err(refused)?);
         }
+        let shelf = Shelf { places: &self.places, roots: &self.roots, report: &Silent, stop: &self.stop };
+        let bundle = &shelf.bundle(bundle).map_err(refused)?;
         if bundle.join(MANIFEST_FILE).is_file() {
             let report = check_with_target(bundle, &self.target.info(), &self.target.target)
                 .map_err(|error| refused(error.into()))?;
@@ -361,6 +366,7 @@ fn load_model(
             target,
             places: session.places.clone(),
             stop: session.stop.clone(),
+            roots: session.roots.clone(),
             small: draft.filter(|draft| draft.artifact.kind == SMALL).map(|draft| draft.path),
         }),
     })

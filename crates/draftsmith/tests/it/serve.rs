@@ -565,7 +565,7 @@ fn a_draft_is_changed_while_serving_and_a_broken_one_is_refused() {
     let mut bytes = std::fs::read(&weights).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&weights, bytes).unwrap();
-    for (name, message) in [("broken", "model.safetensors"), ("nowhere", "is not a folder")] {
+    for (name, message) in [("broken", "model.safetensors"), ("nowhere", "does not exist")] {
         let (status, answer) = change(&served, &folder(name));
         assert_eq!(status, 400, "{answer}");
         assert!(answer["error"]["message"].as_str().unwrap().contains(message), "{answer}");

@@ -15,6 +15,7 @@ mod eagle3;
 mod inputs;
 mod kind;
 mod load;
+mod portable;
 mod reference;
 mod replay;
 mod size;
