@@ -21,8 +21,8 @@ use draftsmith_kernels::{PackMode, TrainKernels};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::{
-    DraftWeights, Event, Flow, Hooks, Method, ReplayReport, StepReport, TrainError, TrainOptions,
-    ValidationResult, method, train,
+    Alone, DraftWeights, Event, Flow, Hooks, Method, ReplayReport, StepReport, TrainError, TrainOptions,
+    ValidationResult, Validator, method, train,
 };
 use serde_json::{Value, json};
 
@@ -118,7 +118,8 @@ impl Run<'_> {
             measure_draft(target, draft, &prompts, depth, max_new_tokens, stop)
         };
         let validates = self.file.validate.every > 0;
-        let hooks = Hooks { on_event: &mut on_event, validate: validates.then_some(&mut measure) };
+        let validate: Option<&mut Validator<'_>> = if validates { Some(&mut measure) } else { None };
+        let hooks = Hooks { on_event: &mut on_event, validate, collective: &Alone };
         let outcome = train(method.as_mut(), store.as_mut(), &options, hooks)?;
         report.end();
         if let Some(replay) = &replay {

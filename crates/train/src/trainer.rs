@@ -1,6 +1,6 @@
 //! The trainer loop: packs in, optimiser steps, logs, checkpoints, validation. It knows no method.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use draftsmith_formats::run::{RunFile, Schedule};
@@ -10,8 +10,8 @@ use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
-    AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
-    TensorBoard, TrainError,
+    AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
+    Pack, RowStore, TensorBoard, TrainError,
 };
 
 /// Settings of the loop.
@@ -174,6 +174,19 @@ pub struct Hooks<'a> {
     pub on_event: &'a mut dyn FnMut(&Event) -> Flow,
     /// Measures drafts; without it the last draft is the result.
     pub validate: Option<&'a mut Validator<'a>>,
+    /// The processes that train together. Rank 0 alone writes, and what its `on_event` answers counts for all.
+    pub collective: &'a dyn Collective,
+}
+
+impl Hooks<'_> {
+    /// Tells an event. What rank 0 wants next is what all do.
+    fn tell(&mut self, event: &Event) -> Flow {
+        let flow = (self.on_event)(event);
+        match self.collective.broadcast(vec![u8::from(flow == Flow::Stop)]).as_slice() {
+            [0] => Flow::Continue,
+            _ => Flow::Stop,
+        }
+    }
 }
 
 /// How a run ended.
@@ -255,13 +268,15 @@ pub fn train<M: Method + ?Sized>(
     }
     let resumed = checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start)?;
     let mut state = resumed.unwrap_or(start);
-    draftsmith_formats::atomic::create_dir_all(&options.dir)?;
-    let mut log = JsonLog::open(&options.dir.join("log.jsonl"), state.step)?;
-    let mut board = TensorBoard::create(&options.dir.join("tensorboard"), state.step)?;
+    let collective = hooks.collective;
+    let mut logs = match collective.is_first() {
+        true => Some(Logs::open(&options.dir, state.step)?),
+        false => None,
+    };
     let widths = (method.feature_width(), method.last_width());
     let mut packs = Packs { order, store, options, current: (u64::MAX, Vec::new()) };
     let (began, done_before, slots_before) = (Instant::now(), state.step, state.slots);
-    let mut flow = (hooks.on_event)(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
+    let mut flow = hooks.tell(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
     let mut saved_at = state.step;
     let mut has_trained = state.step > 0;
     while state.step < total_steps && flow == Flow::Continue {
@@ -312,36 +327,36 @@ pub fn train<M: Method + ?Sized>(
             eta_s: elapsed / new_steps as f64 * left as f64,
             replay: replay.as_ref().map(Replay::report),
         };
-        if state.step % options.log_every.max(1) == 0 || left == 0 {
-            write_logs(&mut log, &mut board, &report)?;
+        if let Some(logs) = &mut logs
+            && (state.step.is_multiple_of(options.log_every.max(1)) || left == 0)
+        {
+            logs.write(&report)?;
         }
-        flow = (hooks.on_event)(&Event::Step(report));
+        flow = hooks.tell(&Event::Step(report));
         let due = options.validate_every.is_some_and(|n| state.step.is_multiple_of(n.max(1))) || left == 0;
         if due && hooks.validate.is_some() && flow == Flow::Continue {
-            let mut validation = Validation {
-                options,
-                candidates: &candidates,
-                hooks: &mut hooks,
-                log: &mut log,
-                board: &mut board,
-            };
+            let mut validation =
+                Validation { options, candidates: &candidates, hooks: &mut hooks, logs: logs.as_mut() };
             flow = validation.trained(method, &mut state)?;
             if left == 0 && flow == Flow::Continue {
                 flow = validation.means(method, &mut state)?;
             }
         }
         if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
-            let saved = (&state, replay.as_ref());
-            let path = checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
+            let path = checkpoints.join(checkpoint::folder_name(state.step));
+            if collective.is_first() {
+                let saved = (&state, replay.as_ref());
+                checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
+                candidates.prune(&state.candidates)?;
+            }
             saved_at = state.step;
-            candidates.prune(&state.candidates)?;
-            if (hooks.on_event)(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
+            if hooks.tell(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
                 flow = Flow::Stop;
             }
         }
     }
     if state.step < total_steps {
-        if saved_at != state.step {
+        if saved_at != state.step && collective.is_first() {
             let saved = (&state, replay.as_ref());
             checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
         }
@@ -352,7 +367,9 @@ pub fn train<M: Method + ?Sized>(
         return Err(TrainError::NoData);
     }
     let last = options.dir.join("last");
-    method.draft()?.save(&last)?;
+    if collective.is_first() {
+        method.draft()?.save(&last)?;
+    }
     let draft = if state.best.is_some() { options.dir.join("best") } else { last };
     Ok(Outcome { state, finished: true, draft: Some(draft) })
 }
@@ -362,8 +379,8 @@ struct Validation<'a, 'h> {
     options: &'a TrainOptions,
     candidates: &'a Candidates,
     hooks: &'a mut Hooks<'h>,
-    log: &'a mut JsonLog,
-    board: &'a mut TensorBoard,
+    /// Those of rank 0.
+    logs: Option<&'a mut Logs>,
 }
 
 impl Validation<'_, '_> {
@@ -376,13 +393,18 @@ impl Validation<'_, '_> {
         // What is measured is what is saved: weights rounded to bfloat16.
         let draft = method.draft()?.rounded();
         let (found, flow) = self.measure(&draft, state, Vec::new())?;
-        self.board.scalars(state.step, &[("validation/accept_len", found.result.accept_len)])?;
-        self.candidates.offer(&mut state.candidates, &found, &draft)?;
+        if let Some(logs) = &mut self.logs {
+            logs.board.scalars(state.step, &[("validation/accept_len", found.result.accept_len)])?;
+        }
+        let write = self.hooks.collective.is_first();
+        self.candidates.offer(&mut state.candidates, &found, write.then_some(&draft))?;
         Ok(flow)
     }
 
     /// The means of the best drafts so far.
     fn means<M: Method + ?Sized>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+        // They are read from what rank 0 wrote.
+        self.hooks.collective.barrier();
         for count in 2..=state.candidates.len() {
             let of = &state.candidates[..count];
             let steps = of.iter().map(|b| b.step).collect();
@@ -407,69 +429,88 @@ impl Validation<'_, '_> {
         let is_best = state.best.as_ref().is_none_or(|b| result.accept_len > b.result.accept_len);
         let found = Best { step, result: result.clone(), mean_of };
         if is_best {
-            draft.save(&self.options.dir.join("best"))?;
             state.best = Some(found.clone());
         }
-        self.log.write(&json!({
-            "event": "validation",
-            "step": step,
-            "mean_of": found.mean_of,
-            "accept_len": result.accept_len,
-            "low": result.low,
-            "high": result.high,
-            "verify_steps": result.verify_steps,
-            "committed_tokens": result.committed_tokens,
-            "best": is_best,
-        }))?;
+        if let Some(logs) = &mut self.logs {
+            if is_best {
+                draft.save(&self.options.dir.join("best"))?;
+            }
+            logs.log.write(&json!({
+                "event": "validation",
+                "step": step,
+                "mean_of": found.mean_of,
+                "accept_len": result.accept_len,
+                "low": result.low,
+                "high": result.high,
+                "verify_steps": result.verify_steps,
+                "committed_tokens": result.committed_tokens,
+                "best": is_best,
+            }))?;
+        }
         let event = Event::Validated { step, mean_of: found.mean_of.len(), result, is_best };
-        Ok((found, (self.hooks.on_event)(&event)))
+        Ok((found, self.hooks.tell(&event)))
     }
 }
 
-fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Result<(), TrainError> {
-    let mut line = json!({
-        "event": "step",
-        "step": r.step,
-        "total_steps": r.total_steps,
-        "epoch": r.epoch,
-        "loss": r.loss,
-        "lr": r.lr,
-        "grad_norm": r.grad_norm,
-        "acc": r.acc,
-        "alpha": r.alpha,
-        "slots": r.slots,
-        "total_slots": r.total_slots,
-        "tokens_per_s": r.tokens_per_s,
-    });
-    if let Some(length) = r.sim_accept_len {
-        line["sim_accept_len"] = json!(length);
+/// What is written beside the checkpoints.
+struct Logs {
+    log: JsonLog,
+    board: TensorBoard,
+}
+
+impl Logs {
+    /// Those of a run that goes on after `step` steps.
+    fn open(dir: &Path, step: u64) -> Result<Logs, TrainError> {
+        draftsmith_formats::atomic::create_dir_all(dir)?;
+        let log = JsonLog::open(&dir.join("log.jsonl"), step)?;
+        Ok(Logs { log, board: TensorBoard::create(&dir.join("tensorboard"), step)? })
     }
-    if let Some(replay) = &r.replay {
-        line["replay"] = json!({
-            "seconds": replay.seconds,
-            "loss": replay.loss,
-            "positions": replay.positions,
-            "slots": replay.slots,
-            "buffered_rows": replay.buffered_rows,
-            "sim_accept_len": replay.sim_accept_len,
-            "rejected": replay.rejected,
+
+    fn write(&mut self, r: &StepReport) -> Result<(), TrainError> {
+        let mut line = json!({
+            "event": "step",
+            "step": r.step,
+            "total_steps": r.total_steps,
+            "epoch": r.epoch,
+            "loss": r.loss,
+            "lr": r.lr,
+            "grad_norm": r.grad_norm,
+            "acc": r.acc,
+            "alpha": r.alpha,
+            "slots": r.slots,
+            "total_slots": r.total_slots,
+            "tokens_per_s": r.tokens_per_s,
         });
+        if let Some(length) = r.sim_accept_len {
+            line["sim_accept_len"] = json!(length);
+        }
+        if let Some(replay) = &r.replay {
+            line["replay"] = json!({
+                "seconds": replay.seconds,
+                "loss": replay.loss,
+                "positions": replay.positions,
+                "slots": replay.slots,
+                "buffered_rows": replay.buffered_rows,
+                "sim_accept_len": replay.sim_accept_len,
+                "rejected": replay.rejected,
+            });
+        }
+        self.log.write(&line)?;
+        let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
+        let others = [
+            ("train/lr".to_owned(), r.lr),
+            ("train/grad_norm".to_owned(), r.grad_norm),
+            ("train/tokens_per_s".to_owned(), r.tokens_per_s),
+        ];
+        let sim = r.sim_accept_len.map(|length| ("train/sim_accept_len".to_owned(), length));
+        let names: Vec<(String, f64)> = loss
+            .into_iter()
+            .chain(sim)
+            .chain(others)
+            .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
+            .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
+            .collect();
+        let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+        self.board.scalars(r.step, &values)
     }
-    log.write(&line)?;
-    let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
-    let others = [
-        ("train/lr".to_owned(), r.lr),
-        ("train/grad_norm".to_owned(), r.grad_norm),
-        ("train/tokens_per_s".to_owned(), r.tokens_per_s),
-    ];
-    let sim = r.sim_accept_len.map(|length| ("train/sim_accept_len".to_owned(), length));
-    let names: Vec<(String, f64)> = loss
-        .into_iter()
-        .chain(sim)
-        .chain(others)
-        .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
-        .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
-        .collect();
-    let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-    board.scalars(r.step, &values)
 }

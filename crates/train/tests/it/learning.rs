@@ -9,8 +9,8 @@ use draftsmith_model::eagle3::Feedback;
 use draftsmith_model::{DraftConfig, read_draft};
 use draftsmith_train::eagle3::{TargetStart, warm_weights};
 use draftsmith_train::{
-    AdamWOptions, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode,
-    Outcome, Pack, ReplayOptions, RowStore, TrainError, TrainOptions, ValidationResult, train,
+    AdamWOptions, Alone, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method,
+    Mode, Outcome, Pack, ReplayOptions, RowStore, TrainError, TrainOptions, ValidationResult, train,
 };
 
 use crate::infer::Random;
@@ -145,7 +145,7 @@ fn run(random: &Random, options: &TrainOptions, stop: Option<u64>) -> (Outcome, 
         let accept_len = 3.0 - (step as f64 - 10.0).abs() / 10.0;
         Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
     };
-    let hooks = Hooks { on_event: &mut on_event, validate: Some(&mut measure) };
+    let hooks = Hooks { on_event: &mut on_event, validate: Some(&mut measure), collective: &Alone };
     let outcome = train(&mut method, &mut Memory(random.rows.clone()), options, hooks).unwrap();
     (outcome, events)
 }
@@ -263,7 +263,8 @@ fn the_mean_of_the_best_drafts_wins_if_it_is_measured_better() {
             seen.push((step, accept_len, draft.clone()));
             Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
         };
-        let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: Some(&mut measure) };
+        let hooks =
+            Hooks { on_event: &mut |_| Flow::Continue, validate: Some(&mut measure), collective: &Alone };
         let options = TrainOptions { max_steps: Some(20), ..options(dir.path()) };
         let outcome = train(&mut method, &mut Memory(random.rows.clone()), &options, hooks).unwrap();
         let best = outcome.state.best.unwrap();
@@ -295,7 +296,7 @@ fn a_checkpoint_of_another_run_is_refused() {
     run(&random, &options(dir.path()), Some(3));
     let mut method = random.method(1, Eagle3Options::default());
     let other = TrainOptions { run_hash: "other".into(), ..options(dir.path()) };
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error = train(&mut method, &mut Memory(random.rows.clone()), &other, hooks).unwrap_err();
     assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
     // Two numbers exchanged: a readable file of the right size, with other weights.
@@ -307,13 +308,13 @@ fn a_checkpoint_of_another_run_is_refused() {
         bytes.swap(end - 4 + i, end - 4 * other - 4 + i);
     }
     std::fs::write(&tensors, bytes).unwrap();
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error =
         train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
     assert!(error.to_string().contains("`tensors.safetensors` has hash"), "{error}");
     assert!(error.hint().is_some());
     std::fs::write(dir.path().join("checkpoints/step-00000003/state.json"), "{").unwrap();
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error =
         train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
     assert!(matches!(error, TrainError::BadCheckpoint { .. }), "{error}");
@@ -420,7 +421,7 @@ fn a_first_step_without_a_trained_slot_is_counted_and_the_run_goes_on() {
         };
         let options =
             TrainOptions { epochs: 1, tokens_per_step: 32, validate_every: None, seed, ..options(dir) };
-        let hooks = Hooks { on_event: &mut on_event, validate: None };
+        let hooks = Hooks { on_event: &mut on_event, validate: None, collective: &Alone };
         (train(&mut method, &mut Memory(rows.to_vec()), &options, hooks), losses)
     };
     let mut first_was_empty = 0;
