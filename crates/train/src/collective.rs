@@ -40,6 +40,9 @@ pub trait Collective {
     /// Bytes of gradients that this process has sent so far.
     fn sent_bytes(&self) -> u64;
 
+    /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others.
+    fn give_up(&self, words: &[u8]);
+
     /// Ends all processes at once with an exit code. Does nothing where there is only this one.
     fn abort(&self, code: u8);
 }
@@ -72,6 +75,8 @@ impl Collective for Alone {
     fn sent_bytes(&self) -> u64 {
         0
     }
+
+    fn give_up(&self, _: &[u8]) {}
 
     fn abort(&self, _: u8) {}
 }

@@ -26,8 +26,33 @@ pub trait Link {
     /// know their lengths; nobody sends to itself.
     fn exchange(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]);
 
+    /// Tells rank 0 why this process ends, and waits a while to be ended with all others.
+    fn give_up(&self, words: &[u8]);
+
     /// Ends all processes with an exit code.
     fn abort(&self, code: u8);
+}
+
+impl<L: Link + ?Sized> Link for std::rc::Rc<L> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn ranks(&self) -> usize {
+        (**self).ranks()
+    }
+
+    fn exchange(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]) {
+        (**self).exchange(outgoing, incoming);
+    }
+
+    fn give_up(&self, words: &[u8]) {
+        (**self).give_up(words);
+    }
+
+    fn abort(&self, code: u8) {
+        (**self).abort(code);
+    }
 }
 
 /// A [`Collective`] over a [`Link`].
@@ -171,6 +196,10 @@ impl<L: Link> Collective for Ranks<L> {
         self.sent.get()
     }
 
+    fn give_up(&self, words: &[u8]) {
+        self.link.give_up(words);
+    }
+
     fn abort(&self, code: u8) {
         self.link.abort(code);
     }
@@ -234,6 +263,10 @@ pub mod threads {
                 assert_eq!(found.len(), bytes.len(), "both sides know the length");
                 bytes.copy_from_slice(&found);
             }
+        }
+
+        fn give_up(&self, words: &[u8]) {
+            panic!("gave up: {}", String::from_utf8_lossy(words));
         }
 
         fn abort(&self, code: u8) {

@@ -11,7 +11,7 @@ use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
     AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
-    Pack, RowStore, TensorBoard, TrainError,
+    Pack, RowStore, SumTree, TensorBoard, TrainError, Visit,
 };
 
 /// Settings of the loop.
@@ -123,6 +123,8 @@ pub struct StepReport {
     pub eta_s: f64,
     /// What the replay did, if it is on.
     pub replay: Option<ReplayReport>,
+    /// What several processes did for it, where there are several.
+    pub ranks: Option<RanksReport>,
 }
 
 /// What happens while training.
@@ -209,35 +211,177 @@ struct Packs<'a> {
     current: (u64, Vec<Vec<usize>>),
 }
 
+/// Which pack comes next: epoch, and number in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    epoch: u64,
+    pack: u64,
+}
+
 impl Packs<'_> {
-    /// The pack at a position, which then moves on; `None` after the last epoch.
-    fn next(
+    /// The numbers of the rows of an epoch's packs.
+    fn of_epoch(&mut self, epoch: u64) -> &[Vec<usize>] {
+        if self.current.0 != epoch {
+            self.current = (epoch, self.order.epoch(epoch));
+        }
+        &self.current.1
+    }
+
+    /// The place behind a place; `None` of a place behind the last epoch.
+    fn behind(&mut self, place: Place) -> Option<Place> {
+        if place.epoch >= self.options.epochs {
+            return None;
+        }
+        let Place { epoch, pack } = place;
+        Some(match pack + 1 < self.of_epoch(epoch).len() as u64 {
+            true => Place { epoch, pack: pack + 1 },
+            false => Place { epoch: epoch + 1, pack: 0 },
+        })
+    }
+
+    /// Reads the pack at a place.
+    fn read(
         &mut self,
-        (epoch, pack): (&mut u64, &mut u64),
+        place: Place,
         (feature_width, last_width): (usize, usize),
-    ) -> Result<Option<Pack>, TrainError> {
-        if *epoch >= self.options.epochs {
-            return Ok(None);
-        }
-        if self.current.0 != *epoch {
-            self.current = (*epoch, self.order.epoch(*epoch));
-        }
-        let numbers = &self.current.1[*pack as usize];
-        let rows = self.store.read(numbers).map_err(|source| TrainError::Rows { source })?;
-        let mut out = Pack { pass: *epoch, ..Pack::default() };
+    ) -> Result<Pack, TrainError> {
+        let numbers = self.of_epoch(place.epoch)[place.pack as usize].clone();
+        let rows = self.store.read(&numbers).map_err(|source| TrainError::Rows { source })?;
+        let mut out = Pack { pass: place.epoch, ..Pack::default() };
         for (number, row) in numbers.iter().zip(&rows) {
             out.push(*number as u64, row, self.options.pack_slots, feature_width, last_width)?;
         }
-        *pack += 1;
-        if *pack as usize >= self.current.1.len() {
-            (*epoch, *pack) = (*epoch + 1, 0);
+        Ok(out)
+    }
+}
+
+/// What the ranks did for the sums of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RanksReport {
+    /// How many there are.
+    pub ranks: usize,
+    /// Bytes of gradients that rank 0 sent in this step.
+    pub sent_bytes: u64,
+    /// Seconds that rank 0 spent in this step for sums of gradients.
+    pub sum_s: f64,
+    /// Seconds that it waited for the others to be ready for that.
+    pub wait_s: f64,
+}
+
+/// The micro-batches of one step, shared by rank.
+struct Step<'a> {
+    places: &'a [Place],
+    widths: (usize, usize),
+    collective: &'a dyn Collective,
+    /// Packs are wanted after the step.
+    keep: bool,
+}
+
+impl Step<'_> {
+    /// Leaves the gradients of all micro-batches in the tape. Returns the sums over all of them, and this process's packs by
+    /// number where they are wanted.
+    fn run<M: Method + ?Sized>(
+        &self,
+        method: &mut M,
+        packs: &mut Packs<'_>,
+    ) -> Result<(BatchStats, Vec<(usize, Pack)>, Option<RanksReport>), TrainError> {
+        let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
+        let tree = SumTree::new(self.places.len(), ranks);
+        let (mut found, mut seen) = (Vec::new(), Vec::new());
+        // Sums of this process's pieces but the last, which stays where gradients are added up.
+        let (mut done, mut held) = (Vec::new(), Vec::new());
+        for (i, piece) in tree.pieces_of(rank).enumerate() {
+            if i > 0 {
+                done.push(method.tape_mut().take_grads());
+            }
+            for visit in tree.visits(piece) {
+                match visit {
+                    Visit::MicroBatch(number) => {
+                        let pack = packs.read(self.places[number], self.widths)?;
+                        found.push((number, method.micro_batch(&pack, Mode::Train)?));
+                        if self.keep {
+                            seen.push((number, pack));
+                        }
+                    }
+                    Visit::Hold => held.push(method.tape_mut().take_grads()),
+                    Visit::Add => {
+                        let even = held.pop().expect("a sum is added that was put aside");
+                        method.tape_mut().add_grads(even);
+                    }
+                }
+            }
         }
-        Ok(Some(out))
+        let began = Instant::now();
+        if ranks > 1 {
+            found = self.share(&found);
+        }
+        let wait_s = began.elapsed().as_secs_f64();
+        found.sort_by_key(|(number, _)| *number);
+        let mut stats = BatchStats::default();
+        found.iter().for_each(|(_, more)| stats.add(more));
+        seen.sort_by_key(|(number, _)| *number);
+        if ranks == 1 {
+            return Ok((stats, seen, None));
+        }
+        let (began, before) = (Instant::now(), self.collective.sent_bytes());
+        let has_piece = tree.pieces_of(rank).next().is_some();
+        let tape = method.tape_mut();
+        for (place, id) in tape.trained().into_iter().enumerate() {
+            let mut mine: Vec<Vec<f32>> = done.iter().map(|grads| tape.taken_values(grads, place)).collect();
+            if has_piece {
+                mine.push(tape.grad_values(id).expect("trained parameters have gradients"));
+            }
+            let sum = self.collective.sum(&tree, mine, tape.param(id).numel());
+            tape.set_grad(id, &sum);
+        }
+        done.into_iter().for_each(|grads| tape.drop_grads(grads));
+        let sent_bytes = self.collective.sent_bytes() - before;
+        let report = RanksReport { ranks, sent_bytes, sum_s: began.elapsed().as_secs_f64(), wait_s };
+        Ok((stats, seen, Some(report)))
+    }
+
+    /// The sums of all micro-batches, of those of all processes.
+    fn share(&self, mine: &[(usize, BatchStats)]) -> Vec<(usize, BatchStats)> {
+        let mut bytes = Vec::new();
+        for (number, stats) in mine {
+            let stats = stats.to_bytes();
+            bytes.extend([*number as u64, stats.len() as u64].into_iter().flat_map(u64::to_le_bytes));
+            bytes.extend(stats);
+        }
+        let mut all = Vec::new();
+        for said in self.collective.gather(bytes) {
+            let mut rest = said.as_slice();
+            while let Some((number, tail)) = rest.split_first_chunk() {
+                let (len, tail) = tail.split_first_chunk().expect("a length stands behind a number");
+                let (stats, tail) = tail.split_at(u64::from_le_bytes(*len) as usize);
+                all.push((u64::from_le_bytes(*number) as usize, BatchStats::from_bytes(stats)));
+                rest = tail;
+            }
+        }
+        all
     }
 }
 
 fn ratio(n: f64, d: u64) -> Option<f64> {
     (d > 0).then(|| n / d as f64)
+}
+
+/// All processes begin at the same step of the same number of steps.
+///
+/// # Errors
+/// They see other checkpoints or other rows.
+fn same_beginning(
+    state: &TrainState,
+    total_steps: u64,
+    collective: &dyn Collective,
+) -> Result<(), TrainError> {
+    let mine = format!("step {} of {total_steps}", state.step);
+    let all = collective.gather(mine.into_bytes());
+    let other = all.iter().position(|said| *said != all[0]);
+    let words = |said: &[u8]| String::from_utf8_lossy(said).into_owned();
+    other.map_or(Ok(()), |rank| {
+        Err(TrainError::Beginning { rank, found: words(&all[rank]), wanted: words(&all[0]) })
+    })
 }
 
 /// Trains until the last step, resuming from the newest checkpoint of the folder.
@@ -266,9 +410,11 @@ pub fn train<M: Method + ?Sized>(
     if replay.is_some() {
         replays(method)?;
     }
-    let resumed = checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start)?;
-    let mut state = resumed.unwrap_or(start);
     let collective = hooks.collective;
+    let resumed =
+        checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start, collective)?;
+    let mut state = resumed.unwrap_or(start);
+    same_beginning(&state, total_steps, collective)?;
     let mut logs = match collective.is_first() {
         true => Some(Logs::open(&options.dir, state.step)?),
         false => None,
@@ -281,16 +427,17 @@ pub fn train<M: Method + ?Sized>(
     let mut has_trained = state.step > 0;
     while state.step < total_steps && flow == Flow::Continue {
         let epoch = state.epoch;
-        let mut stats = BatchStats::default();
-        let looks = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
-        let mut seen = Vec::new();
+        let keep = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
+        let mut places = Vec::new();
+        let mut place = Place { epoch, pack: state.pack };
         for _ in 0..packs_per_step {
-            let Some(pack) = packs.next((&mut state.epoch, &mut state.pack), widths)? else { break };
-            stats.add(&method.micro_batch(&pack, Mode::Train)?);
-            if looks {
-                seen.push(pack);
-            }
+            let Some(next) = packs.behind(place) else { break };
+            places.push(place);
+            place = next;
         }
+        let step = Step { places: &places, widths, collective, keep };
+        let (stats, seen, ranks) = step.run(method, &mut packs)?;
+        (state.epoch, state.pack) = (place.epoch, place.pack);
         let lr = options.schedule.lr(options.lr, options.warmup_ratio, total_steps, state.step);
         // A step without a single trained slot has no gradient; it still counts, so that the schedule is kept.
         let divisor = if stats.weight > 0.0 { stats.weight } else { 1.0 };
@@ -301,7 +448,7 @@ pub fn train<M: Method + ?Sized>(
         let grad_norm = optimizer.step(method.tape_mut(), lr, divisor * more)?;
         state.step += 1;
         if let Some(replay) = &mut replay {
-            replay.look(method, &seen, state.step)?;
+            replay.look(method, &seen, state.step, collective)?;
         }
         state.slots += stats.slots;
         has_trained |= stats.depths.iter().any(|depth| depth.trained > 0);
@@ -326,6 +473,7 @@ pub fn train<M: Method + ?Sized>(
             tokens_per_s: (state.slots - slots_before) as f64 / elapsed,
             eta_s: elapsed / new_steps as f64 * left as f64,
             replay: replay.as_ref().map(Replay::report),
+            ranks,
         };
         if let Some(logs) = &mut logs
             && (state.step.is_multiple_of(options.log_every.max(1)) || left == 0)
@@ -483,6 +631,14 @@ impl Logs {
         });
         if let Some(length) = r.sim_accept_len {
             line["sim_accept_len"] = json!(length);
+        }
+        if let Some(ranks) = &r.ranks {
+            line["ranks"] = json!({
+                "ranks": ranks.ranks,
+                "sent_bytes": ranks.sent_bytes,
+                "sum_s": ranks.sum_s,
+                "wait_s": ranks.wait_s,
+            });
         }
         if let Some(replay) = &r.replay {
             line["replay"] = json!({

@@ -16,6 +16,7 @@ mod hub;
 mod installed;
 mod make;
 mod models;
+mod mpi;
 mod openai_client;
 mod pip;
 mod published;
