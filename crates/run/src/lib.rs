@@ -278,7 +278,15 @@ impl<'a> Run<'a> {
     /// # Errors
     /// As [`Run::look_on`], and a busy folder.
     pub fn open_on(file: RunFile, faults: Vec<Told>, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
+        // What rank 0 fetches and hashes, the others find.
+        let wait = || env.ranks.collective().barrier();
+        if !env.ranks.is_first() {
+            wait();
+        }
         let looked = Run::look_on(file, faults, origin, env);
+        if env.ranks.is_first() {
+            wait();
+        }
         let mut run = env.ranks.agree(looked, Run::identity)?;
         if !env.ranks.is_first() {
             return Ok(run);

@@ -309,3 +309,23 @@ fn mpi_rows_that_a_rank_cannot_read_end_all_with_its_name() {
     fails(&ended, &[shard.file_name().unwrap().to_str().unwrap()]);
     assert!(began.elapsed() < Duration::from_secs(30));
 }
+
+#[test]
+fn a_program_that_cannot_join_the_others_says_so_once_and_touches_nothing() {
+    if cfg!(feature = "mpi") {
+        return;
+    }
+    let mut home = Home::new();
+    home.set("OMPI_COMM_WORLD_SIZE", 2).set("OMPI_COMM_WORLD_RANK", 0);
+    let run = |home: &Home, verb: &[&str]| home.run(&[verb, &["recipes/none.toml"]].concat());
+    let first = run(&home, &["run"]);
+    fails(&first, &["`mpirun` started 2 processes, but this program was built to work as one"]);
+    assert!(first.stderr.contains("--features mpi"), "{}", first.stderr);
+    fails(&run(&home, &["make"]), &["`mpirun` started 2 processes, but `make` works as one"]);
+    home.set("OMPI_COMM_WORLD_RANK", 1);
+    let second = run(&home, &["train"]);
+    assert_eq!((second.code, second.stderr.as_str()), (Some(2), ""));
+    // What each process may do for itself is done.
+    assert_eq!(home.run(&["completions", "bash"]).code, Some(0));
+    assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0);
+}
