@@ -18,7 +18,7 @@ pub(crate) const INTERRUPTED: u8 = 130;
 #[derive(Debug)]
 pub(crate) struct Failure {
     code: u8,
-    /// What is wrong, each with what to do about it; one or more.
+    /// What is wrong, each with what to do about it; nothing where another process tells it.
     told: Vec<Told>,
 }
 
@@ -45,17 +45,37 @@ impl Failure {
         (message, (!hints.is_empty()).then(|| words(hints)))
     }
 
-    /// Prints two lines to stderr for everything that is wrong.
+    /// The input was wrong in all of these.
+    pub(crate) fn told(told: Vec<Told>) -> Failure {
+        Failure { code: BAD_INPUT, told }
+    }
+
+    /// Everything that is wrong.
+    pub(crate) fn all_told(&self) -> &[Told] {
+        &self.told
+    }
+
+    /// The exit code.
+    pub(crate) fn code(&self) -> u8 {
+        self.code
+    }
+
+    /// Prints it and ends.
     pub(crate) fn print(self) -> ExitCode {
+        self.tell();
+        ExitCode::from(self.code)
+    }
+
+    /// Prints two lines to stderr for everything that is wrong.
+    pub(crate) fn tell(&self) {
         let mut err = std::io::stderr().lock();
-        for Told { message, hint } in self.told {
-            let _ = writeln!(err, "error: {}", one_line(&message));
+        for Told { message, hint } in &self.told {
+            let _ = writeln!(err, "error: {}", one_line(message));
             let general = || "correct what the line above names, and run the command again".to_string();
-            if let Some(hint) = hint.or_else(|| (self.code == BAD_INPUT).then(general)) {
+            if let Some(hint) = hint.clone().or_else(|| (self.code == BAD_INPUT).then(general)) {
                 let _ = writeln!(err, "hint: {}", one_line(&hint));
             }
         }
-        ExitCode::from(self.code)
     }
 }
 

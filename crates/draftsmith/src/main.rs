@@ -20,10 +20,13 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return failure::from_clap(&error),
     };
-    let session = Session::new(&cli);
+    let session = match Session::new(&cli) {
+        Ok(session) => session,
+        Err(failure) => return failure.print(),
+    };
     match run(cli, &session) {
         Ok(code) => ExitCode::from(code),
-        Err(failure) => failure.print(),
+        Err(failure) => session.fail(failure),
     }
 }
 

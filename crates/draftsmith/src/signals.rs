@@ -9,20 +9,25 @@ use draftsmith::report::Stop;
 use crate::failure::INTERRUPTED;
 
 /// The first time asks for the next safe point, the second ends at once.
-fn end(stop: &Stop) {
+fn end(stop: &Stop, tells: bool) {
     if stop.requested() {
         std::process::exit(i32::from(INTERRUPTED));
     }
     stop.request();
-    let _ =
-        writeln!(std::io::stderr(), "\nstopping at the next safe point; press Ctrl-C again to stop at once");
+    if tells {
+        let _ = writeln!(
+            std::io::stderr(),
+            "\nstopping at the next safe point; press Ctrl-C again to stop at once"
+        );
+    }
 }
 
-/// Asks for a stop on SIGINT, SIGTERM and SIGHUP; where somebody reloads, SIGHUP sets `reload` instead.
+/// Asks for a stop on SIGINT, SIGTERM and SIGHUP; where somebody reloads, SIGHUP sets `reload` instead. Of several
+/// processes one `tells` the user.
 ///
 /// Without a handler a signal just ends us, and everything on disk is still whole: no reason not to start.
 #[cfg(unix)]
-pub(crate) fn watch(stop: Stop, reload: Option<Arc<AtomicBool>>) {
+pub(crate) fn watch(stop: Stop, reload: Option<Arc<AtomicBool>>, tells: bool) {
     use std::sync::atomic::Ordering;
 
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -31,7 +36,7 @@ pub(crate) fn watch(stop: Stop, reload: Option<Arc<AtomicBool>>) {
         for signal in &mut signals {
             match &reload {
                 Some(reload) if signal == SIGHUP => reload.store(true, Ordering::SeqCst),
-                _ => end(&stop),
+                _ => end(&stop, tells),
             }
         }
     });
@@ -39,6 +44,6 @@ pub(crate) fn watch(stop: Stop, reload: Option<Arc<AtomicBool>>) {
 
 /// Asks for a stop on Ctrl-C and its like; nothing reloads here.
 #[cfg(not(unix))]
-pub(crate) fn watch(stop: Stop, _reload: Option<Arc<AtomicBool>>) {
-    let _ = ctrlc::set_handler(move || end(&stop));
+pub(crate) fn watch(stop: Stop, _reload: Option<Arc<AtomicBool>>, tells: bool) {
+    let _ = ctrlc::set_handler(move || end(&stop, tells));
 }

@@ -211,10 +211,16 @@ impl<B> BufferPool<B> {
     }
 }
 
+/// Gradients of all trained parameters of a tape, taken out of it.
+#[derive(Debug)]
+pub struct Grads<B>(Vec<B>);
+
 /// Records a network and computes gradients. See the module's description.
 pub struct Tape<K: TrainKernels> {
     kernels: K,
     params: Vec<Param<K::Buf>>,
+    /// Cleared ones that nobody holds.
+    spare_grads: Vec<Grads<K::Buf>>,
     nodes: Vec<Node<K::Buf>>,
     pool: BufferPool<K::Buf>,
 }
@@ -222,7 +228,13 @@ pub struct Tape<K: TrainKernels> {
 impl<K: TrainKernels> Tape<K> {
     /// An empty tape.
     pub fn new(kernels: K) -> Tape<K> {
-        Tape { kernels, params: Vec::new(), nodes: Vec::new(), pool: BufferPool(BTreeMap::new()) }
+        Tape {
+            kernels,
+            params: Vec::new(),
+            spare_grads: Vec::new(),
+            nodes: Vec::new(),
+            pool: BufferPool(BTreeMap::new()),
+        }
     }
 
     /// The backend.
@@ -300,6 +312,53 @@ impl<K: TrainKernels> Tape<K> {
         let grad = self.params[id.0].grad.as_mut().expect("only trained parameters have gradients");
         self.kernels.add_to(&buf, values.len(), true, grad);
         self.release(buf);
+    }
+
+    /// Takes the gradients out; the accumulators then hold zeros. Hand them back with [`Tape::add_grads`] or
+    /// [`Tape::drop_grads`].
+    pub fn take_grads(&mut self) -> Grads<K::Buf> {
+        let mut taken = self.spare_grads.pop().unwrap_or_else(|| {
+            let trained = self.params.iter().filter(|p| p.is_trained());
+            Grads(trained.map(|p| self.kernels.zeros(p.numel())).collect())
+        });
+        let grads = self.params.iter_mut().filter_map(|p| p.grad.as_mut());
+        grads.zip(&mut taken.0).for_each(|(grad, taken)| std::mem::swap(grad, taken));
+        taken
+    }
+
+    /// Adds gradients that were taken out before.
+    pub fn add_grads(&mut self, taken: Grads<K::Buf>) {
+        let trained = self.params.iter_mut().filter(|p| p.is_trained());
+        for (p, taken) in trained.zip(&taken.0) {
+            let len = p.numel();
+            let grad = p.grad.as_mut().expect("only trained ones are asked");
+            self.kernels.add_to(taken, len, true, grad);
+        }
+        self.drop_grads(taken);
+    }
+
+    /// Forgets gradients that were taken out before; their memory is used again.
+    pub fn drop_grads(&mut self, mut taken: Grads<K::Buf>) {
+        let trained = self.params.iter().filter(|p| p.is_trained());
+        trained.zip(&mut taken.0).for_each(|(p, taken)| self.kernels.clear(taken, p.numel()));
+        self.spare_grads.push(taken);
+    }
+
+    /// Copies one of the gradients that were taken out to the host: that of a parameter, by its place among the trained.
+    pub fn taken_values(&self, taken: &Grads<K::Buf>, place: usize) -> Vec<f32> {
+        let p = self.params.iter().filter(|p| p.is_trained()).nth(place).expect("a trained parameter");
+        self.host(&taken.0[place], p.numel())
+    }
+
+    /// Overwrites the gradient of a trained parameter.
+    ///
+    /// # Panics
+    /// If the parameter is frozen or the length differs.
+    pub fn set_grad(&mut self, id: ParamId, values: &[f32]) {
+        let p = &mut self.params[id.0];
+        assert_eq!(values.len(), p.numel(), "one gradient per value");
+        let grad = p.grad.as_mut().expect("only trained parameters have gradients");
+        self.kernels.write(grad, values);
     }
 
     /// Zeros every gradient accumulator.

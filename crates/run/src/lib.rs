@@ -29,6 +29,7 @@ pub mod measure;
 pub mod packs;
 pub mod peer;
 pub mod plan;
+pub mod ranks;
 mod rates;
 mod regenerate;
 pub mod rules;
@@ -48,7 +49,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 
 use draftsmith_core::LayerId;
-use draftsmith_core::report::{Report, Stop, Unit};
+use draftsmith_core::report::{Report, Silent, Stop, Unit};
 use draftsmith_data::SourceSpec;
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::{Hasher, sha256_file};
@@ -72,10 +73,12 @@ pub use check::Origin;
 pub use check::target_config;
 pub use error::{Error, Told};
 pub use init::{Init, InitOptions, init, run_name};
+use ranks::Order;
+pub use ranks::{Launch, Ranks};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
 use crate::device::Compute;
-use crate::engine::{LoadedTarget, TargetOptions, default_threads, locate};
+use crate::engine::{LoadedTarget, TargetOptions, locate};
 use crate::target::model_hash;
 
 /// What a run needs from outside.
@@ -89,6 +92,8 @@ pub struct Env<'a> {
     pub stop: &'a Stop,
     /// Looks up the environment variable that a run file names.
     pub variable: fn(&str) -> Option<String>,
+    /// The processes of the run. Rank 0 works as if it were alone, and calls the others to the stages that are shared.
+    pub ranks: &'a Ranks,
 }
 
 /// A stage that is done.
@@ -278,7 +283,19 @@ impl<'a> Run<'a> {
     /// # Errors
     /// As [`Run::look_on`], and a busy folder.
     pub fn open_on(file: RunFile, faults: Vec<Told>, origin: Origin, env: Env<'a>) -> Result<Run<'a>, Error> {
-        let mut run = Run::look_on(file, faults, origin, env)?;
+        // What rank 0 fetches and hashes, the others find.
+        let wait = || env.ranks.collective().barrier();
+        if !env.ranks.is_first() {
+            wait();
+        }
+        let looked = Run::look_on(file, faults, origin, env);
+        if env.ranks.is_first() {
+            wait();
+        }
+        let mut run = env.ranks.agree(looked, Run::identity)?;
+        if !env.ranks.is_first() {
+            return Ok(run);
+        }
         run.decided.iter().for_each(|decided| env.report.note(decided));
         run._lock = Some(run.folder.lock()?);
         atomic::write(run.folder.run_file(), run.file.to_toml())?;
@@ -352,6 +369,18 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// What all ranks of a run must have alike.
+    fn identity(&self) -> BTreeMap<String, String> {
+        let mut identity = self.file.keys();
+        // How many threads a rank has is its own matter.
+        identity.remove("run.threads");
+        identity.insert("target weights".to_string(), self.inputs.target_sha256.clone());
+        for (key, sha256) in &self.inputs.files {
+            identity.insert(format!("content of {key}"), sha256.clone());
+        }
+        identity
+    }
+
     /// The folder.
     pub fn folder(&self) -> &RunFolder {
         &self.folder
@@ -372,6 +401,28 @@ impl<'a> Run<'a> {
     /// # Errors
     /// The first stage that fails; what it had made is kept if it can go on from there.
     pub fn advance(&self, last: Stage) -> Result<Vec<StageDone>, Error> {
+        if !self.env.ranks.is_first() {
+            return self.follow().map(|()| Vec::new());
+        }
+        self.env.ranks.note().iter().for_each(|note| self.env.report.note(note));
+        let done = self.lead(last)?;
+        self.env.ranks.order(&Order::End);
+        Ok(done)
+    }
+
+    /// Does what rank 0 calls for.
+    fn follow(&self) -> Result<(), Error> {
+        loop {
+            match self.env.ranks.hear()? {
+                Order::Train { key } => {
+                    self.train(&self.made_by(Stage::Train), &key, &Silent)?;
+                }
+                Order::End => return Ok(()),
+            }
+        }
+    }
+
+    fn lead(&self, last: Stage) -> Result<Vec<StageDone>, Error> {
         let due: Vec<Due> = self
             .stages()
             .into_iter()
@@ -625,7 +676,12 @@ impl<'a> Run<'a> {
             Stage::Data => self.data(made, report),
             Stage::Regenerate => self.regenerate(made, report),
             Stage::Capture => self.capture(made, report),
-            Stage::Train => self.train(made, key, report),
+            Stage::Train => {
+                if self.env.ranks.count() > 1 {
+                    self.env.ranks.order(&Order::Train { key: key.to_string() });
+                }
+                self.train(made, key, report)
+            }
             Stage::Bundle => self.bundle(made, key),
             Stage::Bench => self.bench(made, report),
         })?
@@ -685,7 +741,7 @@ impl<'a> Run<'a> {
     }
 
     fn threads(&self) -> usize {
-        self.file.run.threads.map_or_else(default_threads, |t| t as usize)
+        self.file.run.threads.map_or_else(|| self.env.ranks.threads(), |t| t as usize)
     }
 
     /// Captured layers: those of the run file, or the default ones of the target.

@@ -229,12 +229,18 @@ pub(crate) struct Training {
     pub(crate) slots: [f64; 2],
 }
 
+/// Micro-batches of a step.
+fn micro_batches(file: &RunFile) -> u64 {
+    let pack = file.train.pack_length as usize;
+    ((file.train.tokens_per_step as usize + pack / 2) / pack.max(1)).max(1) as u64
+}
+
 /// Steps over rows of these lengths.
 pub(crate) fn training(file: &RunFile, lengths: &[(u32, u32)]) -> Training {
     let table = &file.train;
     let pack = table.pack_length as usize;
     let order = Order::new(&Lengths(lengths), pack, table.seed.unwrap_or(file.run.seed));
-    let per_step = ((table.tokens_per_step as usize + pack / 2) / pack.max(1)).max(1) as u64;
+    let per_step = micro_batches(file);
     let packs: Vec<u64> = (0..u64::from(table.epochs)).map(|epoch| order.epoch(epoch).len() as u64).collect();
     let all: u64 = packs.iter().sum();
     let steps = all.div_ceil(per_step).min(table.max_steps.unwrap_or(u64::MAX));
@@ -395,8 +401,10 @@ pub(crate) fn bills(
                 let best = u64::from(file.validate.every > 0);
                 bill.freed_bytes = kept * checkpoint + (1 + candidates) * draft_bytes;
                 bill.disk_bytes = bill.freed_bytes + best * draft_bytes;
-                // A checkpoint is in memory twice while it is written.
-                bill.memory_bytes = Some(rates.memory[2] + 2 * checkpoint + carried);
+                // A checkpoint is in memory twice while it is written; gradients are held aside, one for each level of the
+                // tree over the micro-batches of a step.
+                let held = u64::from(micro_batches(file).next_power_of_two().ilog2()) * 4 * rates.parameters;
+                bill.memory_bytes = Some(rates.memory[2] + 2 * checkpoint + held + carried);
             }
             Stage::Bundle => {
                 bill.seconds = Some(rates.train_setup_s + 4.0 * draft_bytes as f64 * rates.disk_s);

@@ -21,8 +21,8 @@ use draftsmith_kernels::{PackMode, TrainKernels};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::{
-    DraftWeights, Event, Flow, Hooks, Method, ReplayReport, StepReport, TrainError, TrainOptions,
-    ValidationResult, method, train,
+    Collective, DraftWeights, Event, Flow, Hooks, Method, ReplayReport, StepReport, TrainError, TrainOptions,
+    ValidationResult, Validator, method, train,
 };
 use serde_json::{Value, json};
 
@@ -115,13 +115,15 @@ impl Run<'_> {
             }
             if stop.requested() { Flow::Stop } else { Flow::Continue }
         };
+        let collective = self.env.ranks.collective();
         let depth = self.file.validate.depth as usize;
         let max_new_tokens = self.file.validate.max_new_tokens as usize;
         let mut measure = |draft: &DraftWeights, _step: u64| {
-            measure_draft(target, draft, &prompts, depth, max_new_tokens, stop)
+            measure_draft(target, draft, &prompts, depth, max_new_tokens, (stop, collective))
         };
         let validates = self.file.validate.every > 0;
-        let hooks = Hooks { on_event: &mut on_event, validate: validates.then_some(&mut measure) };
+        let validate: Option<&mut Validator<'_>> = if validates { Some(&mut measure) } else { None };
+        let hooks = Hooks { on_event: &mut on_event, validate, collective };
         let outcome = train(method.as_mut(), store.as_mut(), &options, hooks)?;
         report.end();
         if let Some(replay) = &replay {
@@ -314,14 +316,18 @@ fn replay_line(replay: &ReplayReport) -> String {
     )
 }
 
-/// Real speculative decoding of the prompts with a draft in memory.
+/// What rank 0 says instead of its results where the user asked for a stop.
+const INTERRUPTED: u64 = u64::MAX;
+
+/// Real speculative decoding of the prompts with a draft in memory. Ranks take turns with the prompts and all get the whole
+/// result; rank 0 says when to stop.
 fn measure_draft(
     target: &LoadedTarget,
     weights: &DraftWeights,
     prompts: &[ValidationPrompt],
     depth: usize,
     max_new_tokens: usize,
-    stop: &Stop,
+    (stop, collective): (&Stop, &dyn Collective),
 ) -> Result<ValidationResult, BoxError> {
     let config = DraftConfig::from_value(&weights.config)?;
     let tensors: DraftTensors =
@@ -343,16 +349,35 @@ fn measure_draft(
         draft: DraftPlan::Chain { depth },
         ..GenerateOptions::default()
     };
-    let mut rows = Vec::new();
-    let (mut verify_steps, mut committed_tokens) = (0, 0);
-    for prompt in prompts {
-        if stop.requested() {
-            return Err("interrupted".into());
+    // Committed tokens and verify steps of this rank's prompts.
+    let mut mine = Vec::new();
+    let mut interrupted = false;
+    for prompt in prompts.iter().skip(collective.rank()).step_by(collective.ranks()) {
+        interrupted = collective.is_first() && stop.requested();
+        if interrupted {
+            break;
         }
         let done = engine.generate(&prompt.ids, &options, &mut |_| ControlFlow::Continue(()))?;
-        verify_steps += done.stats.verify_steps;
-        committed_tokens += done.stats.committed_tokens;
-        rows.push((done.stats.committed_tokens as f64, done.stats.verify_steps as f64));
+        mine.extend([done.stats.committed_tokens, done.stats.verify_steps]);
+    }
+    if interrupted {
+        mine = vec![INTERRUPTED];
+    }
+    let said = collective.gather(mine.into_iter().flat_map(u64::to_le_bytes).collect());
+    let value = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("chunks of eight bytes"));
+    let said: Vec<Vec<u64>> = said.iter().map(|said| said.chunks_exact(8).map(value).collect()).collect();
+    if said[0] == [INTERRUPTED] {
+        return Err("interrupted".into());
+    }
+    let mut rows = Vec::new();
+    let (mut verify_steps, mut committed_tokens) = (0, 0);
+    for i in 0..prompts.len() {
+        let of_rank = &said[i % said.len()];
+        let at = 2 * (i / said.len());
+        let [committed, steps] = of_rank[at..at + 2] else { unreachable!("two numbers for each prompt") };
+        committed_tokens += committed;
+        verify_steps += steps;
+        rows.push((committed as f64, steps as f64));
     }
     let estimate =
         stats::ratio(&rows).ok_or("the target ended every answer at once: nothing was verified")?;

@@ -12,7 +12,7 @@ use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, Target, TargetTensors};
-use draftsmith_train::{End, Flow, Hooks, Method, Pack, RowStore, TrainOptions, method, train, walk};
+use draftsmith_train::{Alone, End, Flow, Hooks, Method, Pack, RowStore, TrainOptions, method, train, walk};
 
 struct Rows(Vec<CaptureRow>);
 
@@ -87,7 +87,7 @@ fn trained(
     let mut method = method(Cpu::new(2), config, &file, map, &tensors).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let options = TrainOptions::from_run(&file, dir.path().to_path_buf(), "key".into());
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     assert!(train(method.as_mut(), &mut Rows(rows.to_vec()), &options, hooks).unwrap().finished);
     let log = std::fs::read_to_string(dir.path().join("log.jsonl")).unwrap();
     let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();

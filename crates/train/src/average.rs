@@ -27,18 +27,20 @@ impl Candidates {
         self.root.join(checkpoint::folder_name(step))
     }
 
-    /// Keeps a draft if it is among the best; `kept` is best first.
+    /// Keeps a draft if it is among the best; `kept` is best first. Without a draft nothing is written: another process does.
     pub(crate) fn offer(
         &self,
         kept: &mut Vec<Best>,
         new: &Best,
-        draft: &DraftWeights,
+        draft: Option<&DraftWeights>,
     ) -> Result<(), TrainError> {
         let at = kept.partition_point(|b| b.result.accept_len >= new.result.accept_len);
         if at >= self.limit {
             return Ok(());
         }
-        draft.save(&self.folder(new.step))?;
+        if let Some(draft) = draft {
+            draft.save(&self.folder(new.step))?;
+        }
         kept.insert(at, new.clone());
         kept.truncate(self.limit);
         Ok(())

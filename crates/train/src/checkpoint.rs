@@ -12,7 +12,7 @@ use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use serde::{Deserialize, Serialize};
 
 use crate::replay::Replay;
-use crate::{AdamW, Method, TrainError};
+use crate::{AdamW, Collective, Method, TrainError};
 
 /// One measured validation, as the caller's decoder found it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -163,10 +163,14 @@ pub(crate) fn resume<M: Method + ?Sized>(
     optimizer: &mut AdamW<M::Kernels>,
     replay: Option<&mut Replay>,
     wanted: &TrainState,
+    collective: &dyn Collective,
 ) -> Result<Option<TrainState>, TrainError> {
-    for (_, path) in list(root) {
-        atomic::recover(&path)?;
+    if collective.is_first() {
+        for (_, path) in list(root) {
+            atomic::recover(&path)?;
+        }
     }
+    collective.barrier();
     let Some((_, path)) = list(root).pop() else { return Ok(None) };
     let damaged = |what: String| TrainError::BadCheckpoint { path: path.clone(), what };
     let text = atomic::read(path.join("state.json"))?;

@@ -104,6 +104,16 @@ pub enum TrainError {
         /// Method name.
         method: &'static str,
     },
+    /// Processes that train together see other files.
+    #[error("rank {rank} begins at {found}, rank 0 at {wanted}")]
+    Beginning {
+        /// Which of them.
+        rank: usize,
+        /// Where it begins.
+        found: String,
+        /// Where rank 0 does.
+        wanted: String,
+    },
     /// Validation failed.
     #[error("validation failed: {source}")]
     Validation {
@@ -146,6 +156,9 @@ impl TrainError {
                 Some(format!("remove `{}`; training resumes from the one before it", path.display()))
             }
             TrainError::NoReplay { .. } => Some("leave `train.replay.share` at 0".into()),
+            TrainError::Beginning { .. } => {
+                Some("put the folder of the run on a disk that all ranks share".into())
+            }
             TrainError::Config(e) => e.hint(),
             TrainError::Safetensors(e) => e.hint(),
             TrainError::Atomic(e) => e.hint(),

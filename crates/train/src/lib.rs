@@ -6,10 +6,11 @@
 //!
 //! Invariants: one optimiser step is normalised by the trained slots of all its packs; the order of the data, the
 //! weights and the moments at step `n` are functions of run file and seed alone, so a resumed run equals an
-//! uninterrupted one bit for bit.
+//! uninterrupted one bit for bit. Several processes may do it together ([`Collective`]): they change the time, never a bit.
 
 mod average;
 mod checkpoint;
+mod collective;
 mod data;
 mod draft;
 mod error;
@@ -17,14 +18,17 @@ mod log;
 mod method;
 mod methods;
 mod optimizer;
+pub mod ranks;
 mod replay;
 mod rng;
+mod sum_tree;
 mod teacher;
 mod to_tape;
 mod trainer;
 
 pub use block::{BlockLoss, BlockOptions, BlockTrain};
 pub use checkpoint::{Best, TrainState, ValidationResult};
+pub use collective::{Alone, Collective};
 pub use data::{Order, Pack, RowStore};
 pub use draft::{DraftTensor, DraftWeights};
 pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
@@ -35,6 +39,8 @@ pub use method::{BatchStats, DepthStats, Method, Mode};
 pub use methods::{MadeUpShape, block, eagle3, made_up, method, peagle};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
 pub use peagle::{PEagleOptions, PEagleTrain};
+pub use ranks::{Link, Ranks};
 pub use replay::{End, Proposed, Rejected, ReplayOptions, ReplayReport, Replays, walk};
 pub use rng::Rng;
-pub use trainer::{Event, Flow, Hooks, Outcome, StepReport, TrainOptions, Validator, train};
+pub use sum_tree::{Piece, SumTree, Visit};
+pub use trainer::{Event, Flow, Hooks, Outcome, RanksReport, StepReport, TrainOptions, Validator, train};

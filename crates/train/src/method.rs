@@ -68,6 +68,49 @@ impl BatchStats {
     }
 }
 
+/// Values of [`BatchStats`] before those of its depths, and of each depth.
+const STATS_VALUES: usize = 6;
+const DEPTH_VALUES: usize = 5;
+
+impl BatchStats {
+    /// For other processes: every value as 8 bytes, exactly.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let own = [self.loss, self.weight, self.coefficients, self.sim_accepted].map(f64::to_bits);
+        let mut values = own.to_vec();
+        values.extend([self.slots, self.blocks]);
+        for d in &self.depths {
+            values.extend([d.loss.to_bits(), d.correct, d.slots, d.alpha.to_bits(), d.trained]);
+        }
+        values.into_iter().flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// Takes back what [`BatchStats::to_bytes`] gave.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> BatchStats {
+        let value = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("chunks of eight bytes"));
+        let values: Vec<u64> = bytes.chunks_exact(8).map(value).collect();
+        let (own, depths) = values.split_at(STATS_VALUES.min(values.len()));
+        let [loss, weight, coefficients, sim_accepted, slots, blocks] = own else {
+            panic!("{} bytes are no sums of a micro-batch", bytes.len())
+        };
+        let depth = |d: &[u64]| DepthStats {
+            loss: f64::from_bits(d[0]),
+            correct: d[1],
+            slots: d[2],
+            alpha: f64::from_bits(d[3]),
+            trained: d[4],
+        };
+        BatchStats {
+            loss: f64::from_bits(*loss),
+            weight: f64::from_bits(*weight),
+            coefficients: f64::from_bits(*coefficients),
+            slots: *slots,
+            depths: depths.chunks_exact(DEPTH_VALUES).map(depth).collect(),
+            sim_accepted: f64::from_bits(*sim_accepted),
+            blocks: *blocks,
+        }
+    }
+}
+
 /// A kind of draft and how it is trained. The trainer loop knows nothing else of it.
 pub trait Method {
     /// Backend.
@@ -91,4 +134,26 @@ pub trait Method {
     }
     /// The draft as it stands.
     fn draft(&self) -> Result<DraftWeights, TrainError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_come_back_from_their_bytes() {
+        let depth = DepthStats { loss: -0.1, correct: 3, slots: 9, alpha: 1.0 / 3.0, trained: 8 };
+        let stats = BatchStats {
+            loss: 0.7,
+            weight: f64::MIN_POSITIVE,
+            coefficients: 2.5,
+            slots: u64::MAX,
+            depths: vec![depth, DepthStats::default()],
+            sim_accepted: 4.0,
+            blocks: 6,
+        };
+        for stats in [stats, BatchStats::default()] {
+            assert_eq!(BatchStats::from_bytes(&stats.to_bytes()), stats);
+        }
+    }
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use draftsmith_core::{DraftTokenId, TargetTokenId, VocabMap};
 use draftsmith_formats::run::ReplayTable;
 
-use crate::{BatchStats, Method, Pack, Rng, RowStore, TrainError};
+use crate::{BatchStats, Collective, Method, Pack, Rng, RowStore, TrainError};
 
 /// Names the random stream.
 const STREAM: u64 = 0x7265_706c_6179;
@@ -217,6 +217,71 @@ struct Kept {
     rejected: Vec<Rejected>,
 }
 
+/// What a look at one micro-batch finds.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Look {
+    /// Proposals that decoding makes.
+    steps: u64,
+    /// Tokens that they commit.
+    tokens: u64,
+    /// Per slot of a proposal: proposals that got there, and those that were rejected there.
+    counts: Vec<(u64, u64)>,
+    /// By row of the pack; rows without rejected positions too.
+    found: Vec<Kept>,
+}
+
+impl Look {
+    fn new(pack: &Pack, proposed: &[Proposed]) -> Look {
+        let mut look = Look::default();
+        look.found.extend(pack.rows.iter().map(|row| Kept { row: *row, rejected: Vec::new() }));
+        let mut doc = 0;
+        for p in walk(pack, proposed) {
+            while pack.docs[doc].end() <= p.anchor as usize {
+                doc += 1;
+            }
+            look.steps += 1;
+            look.tokens += u64::from(p.accepted) + 1;
+            let judged = p.accepted as usize + usize::from(p.end != End::Open);
+            look.counts.resize(look.counts.len().max(judged), (0, 0));
+            look.counts[..judged].iter_mut().for_each(|c| c.0 += 1);
+            if p.end != End::Open {
+                look.counts[judged - 1].1 += 1;
+            }
+            if p.end == End::Rejected {
+                let anchor = p.anchor - pack.docs[doc].start;
+                look.found[doc].rejected.push(Rejected { anchor, depth: p.accepted });
+            }
+        }
+        look
+    }
+
+    /// As numbers for other processes, behind that of the micro-batch.
+    fn write(&self, number: usize, to: &mut Vec<u64>) {
+        to.extend([number as u64, self.steps, self.tokens, self.counts.len() as u64]);
+        to.extend(self.counts.iter().flat_map(|(got, rejected)| [*got, *rejected]));
+        to.push(self.found.len() as u64);
+        for kept in &self.found {
+            to.extend([kept.row, kept.rejected.len() as u64]);
+            to.extend(kept.rejected.iter().flat_map(|r| [u64::from(r.anchor), u64::from(r.depth)]));
+        }
+    }
+
+    /// Takes back what [`Look::write`] gave, without the number.
+    fn read(values: &mut dyn Iterator<Item = u64>) -> Look {
+        let mut next = || values.next().expect("as many numbers as were written");
+        let (steps, tokens) = (next(), next());
+        let counts = (0..next()).map(|_| (next(), next())).collect();
+        let mut found = Vec::new();
+        for _ in 0..next() {
+            let row = next();
+            let rejected =
+                (0..next()).map(|_| Rejected { anchor: next() as u32, depth: next() as u32 }).collect();
+            found.push(Kept { row, rejected });
+        }
+        Look { steps, tokens, counts, found }
+    }
+}
+
 /// Rows with rejected positions, and when they are looked for and trained on.
 pub(crate) struct Replay {
     options: ReplayOptions,
@@ -286,45 +351,46 @@ impl Replay {
         Ok(1.0 + found.coefficients / stats.coefficients)
     }
 
-    /// After a step: looks, if it is time, at what the draft proposes over the rows of that step.
+    /// After a step: looks, if it is time, at what the draft proposes over the rows of that step. Each process looks at its
+    /// own micro-batches, which come with their numbers; all keep what all have found, in the order of the micro-batches.
     pub(crate) fn look<M: Method + ?Sized>(
         &mut self,
         method: &mut M,
-        packs: &[Pack],
+        packs: &[(usize, Pack)],
         step: u64,
+        collective: &dyn Collective,
     ) -> Result<(), TrainError> {
         if !self.is_due(step) {
             return Ok(());
         }
         let began = Instant::now();
+        let mut mine = Vec::new();
+        for (number, pack) in packs {
+            let look = Look::new(pack, &replays(method)?.propose(pack)?);
+            look.write(*number, &mut mine);
+        }
+        let bytes = mine.into_iter().flat_map(u64::to_le_bytes).collect();
+        let mut looks: Vec<(usize, Look)> = Vec::new();
+        for said in collective.gather(bytes) {
+            let value = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("chunks of eight bytes"));
+            let mut values = said.chunks_exact(8).map(value);
+            while let Some(number) = values.next() {
+                looks.push((number as usize, Look::read(&mut values)));
+            }
+        }
+        looks.sort_by_key(|(number, _)| *number);
         let (mut steps, mut tokens) = (0u64, 0u64);
         // Per slot of a proposal: proposals that got there, and those that were rejected there.
         let mut counts: Vec<(u64, u64)> = Vec::new();
-        for pack in packs {
-            let proposed = replays(method)?.propose(pack)?;
-            let mut found: Vec<Vec<Rejected>> = vec![Vec::new(); pack.docs.len()];
-            let mut doc = 0;
-            for p in walk(pack, &proposed) {
-                while pack.docs[doc].end() <= p.anchor as usize {
-                    doc += 1;
-                }
-                steps += 1;
-                tokens += u64::from(p.accepted) + 1;
-                let judged = p.accepted as usize + usize::from(p.end != End::Open);
-                counts.resize(counts.len().max(judged), (0, 0));
-                counts[..judged].iter_mut().for_each(|c| c.0 += 1);
-                if p.end != End::Open {
-                    counts[judged - 1].1 += 1;
-                }
-                if p.end == End::Rejected {
-                    let anchor = p.anchor - pack.docs[doc].start;
-                    found[doc].push(Rejected { anchor, depth: p.accepted });
-                }
-            }
-            for (row, rejected) in pack.rows.iter().zip(found) {
-                self.kept.retain(|kept| kept.row != *row);
-                if !rejected.is_empty() {
-                    self.kept.push_back(Kept { row: *row, rejected });
+        for (_, look) in looks {
+            steps += look.steps;
+            tokens += look.tokens;
+            counts.resize(counts.len().max(look.counts.len()), (0, 0));
+            counts.iter_mut().zip(&look.counts).for_each(|(sum, c)| *sum = (sum.0 + c.0, sum.1 + c.1));
+            for found in look.found {
+                self.kept.retain(|kept| kept.row != found.row);
+                if !found.rejected.is_empty() {
+                    self.kept.push_back(found);
                 }
             }
         }
@@ -440,6 +506,26 @@ mod tests {
         let mut chains = Chains::new(&pack, &map, &choices, 3);
         chains.judge(&[1]);
         assert_eq!(chains.finish(), [proposed(1, 0, End::Unreachable)]);
+    }
+
+    #[test]
+    fn what_a_look_finds_comes_back_from_its_numbers() {
+        let look = Look {
+            steps: 4,
+            tokens: 9,
+            counts: vec![(4, 1), (2, 2)],
+            found: vec![
+                Kept { row: 7, rejected: vec![Rejected { anchor: 3, depth: 1 }] },
+                Kept { row: 2, rejected: Vec::new() },
+            ],
+        };
+        let mut values = Vec::new();
+        look.write(5, &mut values);
+        Look::default().write(6, &mut values);
+        let mut values = values.into_iter();
+        assert_eq!((values.next(), Look::read(&mut values)), (Some(5), look));
+        assert_eq!((values.next(), Look::read(&mut values)), (Some(6), Look::default()));
+        assert_eq!(values.next(), None);
     }
 
     #[test]

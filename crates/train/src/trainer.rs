@@ -1,6 +1,6 @@
 //! The trainer loop: packs in, optimiser steps, logs, checkpoints, validation. It knows no method.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use draftsmith_formats::run::{RunFile, Schedule};
@@ -10,8 +10,8 @@ use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
-    AdamW, AdamWOptions, BatchStats, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order, Pack, RowStore,
-    TensorBoard, TrainError,
+    AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
+    Pack, RowStore, SumTree, TensorBoard, TrainError, Visit,
 };
 
 /// Settings of the loop.
@@ -123,6 +123,8 @@ pub struct StepReport {
     pub eta_s: f64,
     /// What the replay did, if it is on.
     pub replay: Option<ReplayReport>,
+    /// What several processes did for it, where there are several.
+    pub ranks: Option<RanksReport>,
 }
 
 /// What happens while training.
@@ -174,6 +176,19 @@ pub struct Hooks<'a> {
     pub on_event: &'a mut dyn FnMut(&Event) -> Flow,
     /// Measures drafts; without it the last draft is the result.
     pub validate: Option<&'a mut Validator<'a>>,
+    /// The processes that train together. Rank 0 alone writes, and what its `on_event` answers counts for all.
+    pub collective: &'a dyn Collective,
+}
+
+impl Hooks<'_> {
+    /// Tells an event. What rank 0 wants next is what all do.
+    fn tell(&mut self, event: &Event) -> Flow {
+        let flow = (self.on_event)(event);
+        match self.collective.broadcast(vec![u8::from(flow == Flow::Stop)]).as_slice() {
+            [0] => Flow::Continue,
+            _ => Flow::Stop,
+        }
+    }
 }
 
 /// How a run ended.
@@ -196,35 +211,177 @@ struct Packs<'a> {
     current: (u64, Vec<Vec<usize>>),
 }
 
+/// Which pack comes next: epoch, and number in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    epoch: u64,
+    pack: u64,
+}
+
 impl Packs<'_> {
-    /// The pack at a position, which then moves on; `None` after the last epoch.
-    fn next(
+    /// The numbers of the rows of an epoch's packs.
+    fn of_epoch(&mut self, epoch: u64) -> &[Vec<usize>] {
+        if self.current.0 != epoch {
+            self.current = (epoch, self.order.epoch(epoch));
+        }
+        &self.current.1
+    }
+
+    /// The place behind a place; `None` of a place behind the last epoch.
+    fn behind(&mut self, place: Place) -> Option<Place> {
+        if place.epoch >= self.options.epochs {
+            return None;
+        }
+        let Place { epoch, pack } = place;
+        Some(match pack + 1 < self.of_epoch(epoch).len() as u64 {
+            true => Place { epoch, pack: pack + 1 },
+            false => Place { epoch: epoch + 1, pack: 0 },
+        })
+    }
+
+    /// Reads the pack at a place.
+    fn read(
         &mut self,
-        (epoch, pack): (&mut u64, &mut u64),
+        place: Place,
         (feature_width, last_width): (usize, usize),
-    ) -> Result<Option<Pack>, TrainError> {
-        if *epoch >= self.options.epochs {
-            return Ok(None);
-        }
-        if self.current.0 != *epoch {
-            self.current = (*epoch, self.order.epoch(*epoch));
-        }
-        let numbers = &self.current.1[*pack as usize];
-        let rows = self.store.read(numbers).map_err(|source| TrainError::Rows { source })?;
-        let mut out = Pack { pass: *epoch, ..Pack::default() };
+    ) -> Result<Pack, TrainError> {
+        let numbers = self.of_epoch(place.epoch)[place.pack as usize].clone();
+        let rows = self.store.read(&numbers).map_err(|source| TrainError::Rows { source })?;
+        let mut out = Pack { pass: place.epoch, ..Pack::default() };
         for (number, row) in numbers.iter().zip(&rows) {
             out.push(*number as u64, row, self.options.pack_slots, feature_width, last_width)?;
         }
-        *pack += 1;
-        if *pack as usize >= self.current.1.len() {
-            (*epoch, *pack) = (*epoch + 1, 0);
+        Ok(out)
+    }
+}
+
+/// What the ranks did for the sums of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RanksReport {
+    /// How many there are.
+    pub ranks: usize,
+    /// Bytes of gradients that rank 0 sent in this step.
+    pub sent_bytes: u64,
+    /// Seconds that rank 0 spent in this step for sums of gradients.
+    pub sum_s: f64,
+    /// Seconds that it waited for the others to be ready for that.
+    pub wait_s: f64,
+}
+
+/// The micro-batches of one step, shared by rank.
+struct Step<'a> {
+    places: &'a [Place],
+    widths: (usize, usize),
+    collective: &'a dyn Collective,
+    /// Packs are wanted after the step.
+    keep: bool,
+}
+
+impl Step<'_> {
+    /// Leaves the gradients of all micro-batches in the tape. Returns the sums over all of them, and this process's packs by
+    /// number where they are wanted.
+    fn run<M: Method + ?Sized>(
+        &self,
+        method: &mut M,
+        packs: &mut Packs<'_>,
+    ) -> Result<(BatchStats, Vec<(usize, Pack)>, Option<RanksReport>), TrainError> {
+        let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
+        let tree = SumTree::new(self.places.len(), ranks);
+        let (mut found, mut seen) = (Vec::new(), Vec::new());
+        // Sums of this process's pieces but the last, which stays where gradients are added up.
+        let (mut done, mut held) = (Vec::new(), Vec::new());
+        for (i, piece) in tree.pieces_of(rank).enumerate() {
+            if i > 0 {
+                done.push(method.tape_mut().take_grads());
+            }
+            for visit in tree.visits(piece) {
+                match visit {
+                    Visit::MicroBatch(number) => {
+                        let pack = packs.read(self.places[number], self.widths)?;
+                        found.push((number, method.micro_batch(&pack, Mode::Train)?));
+                        if self.keep {
+                            seen.push((number, pack));
+                        }
+                    }
+                    Visit::Hold => held.push(method.tape_mut().take_grads()),
+                    Visit::Add => {
+                        let even = held.pop().expect("a sum is added that was put aside");
+                        method.tape_mut().add_grads(even);
+                    }
+                }
+            }
         }
-        Ok(Some(out))
+        let began = Instant::now();
+        if ranks > 1 {
+            found = self.share(&found);
+        }
+        let wait_s = began.elapsed().as_secs_f64();
+        found.sort_by_key(|(number, _)| *number);
+        let mut stats = BatchStats::default();
+        found.iter().for_each(|(_, more)| stats.add(more));
+        seen.sort_by_key(|(number, _)| *number);
+        if ranks == 1 {
+            return Ok((stats, seen, None));
+        }
+        let (began, before) = (Instant::now(), self.collective.sent_bytes());
+        let has_piece = tree.pieces_of(rank).next().is_some();
+        let tape = method.tape_mut();
+        for (place, id) in tape.trained().into_iter().enumerate() {
+            let mut mine: Vec<Vec<f32>> = done.iter().map(|grads| tape.taken_values(grads, place)).collect();
+            if has_piece {
+                mine.push(tape.grad_values(id).expect("trained parameters have gradients"));
+            }
+            let sum = self.collective.sum(&tree, mine, tape.param(id).numel());
+            tape.set_grad(id, &sum);
+        }
+        done.into_iter().for_each(|grads| tape.drop_grads(grads));
+        let sent_bytes = self.collective.sent_bytes() - before;
+        let report = RanksReport { ranks, sent_bytes, sum_s: began.elapsed().as_secs_f64(), wait_s };
+        Ok((stats, seen, Some(report)))
+    }
+
+    /// The sums of all micro-batches, of those of all processes.
+    fn share(&self, mine: &[(usize, BatchStats)]) -> Vec<(usize, BatchStats)> {
+        let mut bytes = Vec::new();
+        for (number, stats) in mine {
+            let stats = stats.to_bytes();
+            bytes.extend([*number as u64, stats.len() as u64].into_iter().flat_map(u64::to_le_bytes));
+            bytes.extend(stats);
+        }
+        let mut all = Vec::new();
+        for said in self.collective.gather(bytes) {
+            let mut rest = said.as_slice();
+            while let Some((number, tail)) = rest.split_first_chunk() {
+                let (len, tail) = tail.split_first_chunk().expect("a length stands behind a number");
+                let (stats, tail) = tail.split_at(u64::from_le_bytes(*len) as usize);
+                all.push((u64::from_le_bytes(*number) as usize, BatchStats::from_bytes(stats)));
+                rest = tail;
+            }
+        }
+        all
     }
 }
 
 fn ratio(n: f64, d: u64) -> Option<f64> {
     (d > 0).then(|| n / d as f64)
+}
+
+/// All processes begin at the same step of the same number of steps.
+///
+/// # Errors
+/// They see other checkpoints or other rows.
+fn same_beginning(
+    state: &TrainState,
+    total_steps: u64,
+    collective: &dyn Collective,
+) -> Result<(), TrainError> {
+    let mine = format!("step {} of {total_steps}", state.step);
+    let all = collective.gather(mine.into_bytes());
+    let other = all.iter().position(|said| *said != all[0]);
+    let words = |said: &[u8]| String::from_utf8_lossy(said).into_owned();
+    other.map_or(Ok(()), |rank| {
+        Err(TrainError::Beginning { rank, found: words(&all[rank]), wanted: words(&all[0]) })
+    })
 }
 
 /// Trains until the last step, resuming from the newest checkpoint of the folder.
@@ -253,29 +410,34 @@ pub fn train<M: Method + ?Sized>(
     if replay.is_some() {
         replays(method)?;
     }
-    let resumed = checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start)?;
+    let collective = hooks.collective;
+    let resumed =
+        checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start, collective)?;
     let mut state = resumed.unwrap_or(start);
-    draftsmith_formats::atomic::create_dir_all(&options.dir)?;
-    let mut log = JsonLog::open(&options.dir.join("log.jsonl"), state.step)?;
-    let mut board = TensorBoard::create(&options.dir.join("tensorboard"), state.step)?;
+    same_beginning(&state, total_steps, collective)?;
+    let mut logs = match collective.is_first() {
+        true => Some(Logs::open(&options.dir, state.step)?),
+        false => None,
+    };
     let widths = (method.feature_width(), method.last_width());
     let mut packs = Packs { order, store, options, current: (u64::MAX, Vec::new()) };
     let (began, done_before, slots_before) = (Instant::now(), state.step, state.slots);
-    let mut flow = (hooks.on_event)(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
+    let mut flow = hooks.tell(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
     let mut saved_at = state.step;
     let mut has_trained = state.step > 0;
     while state.step < total_steps && flow == Flow::Continue {
         let epoch = state.epoch;
-        let mut stats = BatchStats::default();
-        let looks = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
-        let mut seen = Vec::new();
+        let keep = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
+        let mut places = Vec::new();
+        let mut place = Place { epoch, pack: state.pack };
         for _ in 0..packs_per_step {
-            let Some(pack) = packs.next((&mut state.epoch, &mut state.pack), widths)? else { break };
-            stats.add(&method.micro_batch(&pack, Mode::Train)?);
-            if looks {
-                seen.push(pack);
-            }
+            let Some(next) = packs.behind(place) else { break };
+            places.push(place);
+            place = next;
         }
+        let step = Step { places: &places, widths, collective, keep };
+        let (stats, seen, ranks) = step.run(method, &mut packs)?;
+        (state.epoch, state.pack) = (place.epoch, place.pack);
         let lr = options.schedule.lr(options.lr, options.warmup_ratio, total_steps, state.step);
         // A step without a single trained slot has no gradient; it still counts, so that the schedule is kept.
         let divisor = if stats.weight > 0.0 { stats.weight } else { 1.0 };
@@ -286,7 +448,7 @@ pub fn train<M: Method + ?Sized>(
         let grad_norm = optimizer.step(method.tape_mut(), lr, divisor * more)?;
         state.step += 1;
         if let Some(replay) = &mut replay {
-            replay.look(method, &seen, state.step)?;
+            replay.look(method, &seen, state.step, collective)?;
         }
         state.slots += stats.slots;
         has_trained |= stats.depths.iter().any(|depth| depth.trained > 0);
@@ -311,37 +473,38 @@ pub fn train<M: Method + ?Sized>(
             tokens_per_s: (state.slots - slots_before) as f64 / elapsed,
             eta_s: elapsed / new_steps as f64 * left as f64,
             replay: replay.as_ref().map(Replay::report),
+            ranks,
         };
-        if state.step % options.log_every.max(1) == 0 || left == 0 {
-            write_logs(&mut log, &mut board, &report)?;
+        if let Some(logs) = &mut logs
+            && (state.step.is_multiple_of(options.log_every.max(1)) || left == 0)
+        {
+            logs.write(&report)?;
         }
-        flow = (hooks.on_event)(&Event::Step(report));
+        flow = hooks.tell(&Event::Step(report));
         let due = options.validate_every.is_some_and(|n| state.step.is_multiple_of(n.max(1))) || left == 0;
         if due && hooks.validate.is_some() && flow == Flow::Continue {
-            let mut validation = Validation {
-                options,
-                candidates: &candidates,
-                hooks: &mut hooks,
-                log: &mut log,
-                board: &mut board,
-            };
+            let mut validation =
+                Validation { options, candidates: &candidates, hooks: &mut hooks, logs: logs.as_mut() };
             flow = validation.trained(method, &mut state)?;
             if left == 0 && flow == Flow::Continue {
                 flow = validation.means(method, &mut state)?;
             }
         }
         if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
-            let saved = (&state, replay.as_ref());
-            let path = checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
+            let path = checkpoints.join(checkpoint::folder_name(state.step));
+            if collective.is_first() {
+                let saved = (&state, replay.as_ref());
+                checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
+                candidates.prune(&state.candidates)?;
+            }
             saved_at = state.step;
-            candidates.prune(&state.candidates)?;
-            if (hooks.on_event)(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
+            if hooks.tell(&Event::Checkpoint { step: state.step, path }) == Flow::Stop {
                 flow = Flow::Stop;
             }
         }
     }
     if state.step < total_steps {
-        if saved_at != state.step {
+        if saved_at != state.step && collective.is_first() {
             let saved = (&state, replay.as_ref());
             checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
         }
@@ -352,7 +515,9 @@ pub fn train<M: Method + ?Sized>(
         return Err(TrainError::NoData);
     }
     let last = options.dir.join("last");
-    method.draft()?.save(&last)?;
+    if collective.is_first() {
+        method.draft()?.save(&last)?;
+    }
     let draft = if state.best.is_some() { options.dir.join("best") } else { last };
     Ok(Outcome { state, finished: true, draft: Some(draft) })
 }
@@ -362,8 +527,8 @@ struct Validation<'a, 'h> {
     options: &'a TrainOptions,
     candidates: &'a Candidates,
     hooks: &'a mut Hooks<'h>,
-    log: &'a mut JsonLog,
-    board: &'a mut TensorBoard,
+    /// Those of rank 0.
+    logs: Option<&'a mut Logs>,
 }
 
 impl Validation<'_, '_> {
@@ -376,13 +541,18 @@ impl Validation<'_, '_> {
         // What is measured is what is saved: weights rounded to bfloat16.
         let draft = method.draft()?.rounded();
         let (found, flow) = self.measure(&draft, state, Vec::new())?;
-        self.board.scalars(state.step, &[("validation/accept_len", found.result.accept_len)])?;
-        self.candidates.offer(&mut state.candidates, &found, &draft)?;
+        if let Some(logs) = &mut self.logs {
+            logs.board.scalars(state.step, &[("validation/accept_len", found.result.accept_len)])?;
+        }
+        let write = self.hooks.collective.is_first();
+        self.candidates.offer(&mut state.candidates, &found, write.then_some(&draft))?;
         Ok(flow)
     }
 
     /// The means of the best drafts so far.
     fn means<M: Method + ?Sized>(&mut self, method: &M, state: &mut TrainState) -> Result<Flow, TrainError> {
+        // They are read from what rank 0 wrote.
+        self.hooks.collective.barrier();
         for count in 2..=state.candidates.len() {
             let of = &state.candidates[..count];
             let steps = of.iter().map(|b| b.step).collect();
@@ -407,69 +577,96 @@ impl Validation<'_, '_> {
         let is_best = state.best.as_ref().is_none_or(|b| result.accept_len > b.result.accept_len);
         let found = Best { step, result: result.clone(), mean_of };
         if is_best {
-            draft.save(&self.options.dir.join("best"))?;
             state.best = Some(found.clone());
         }
-        self.log.write(&json!({
-            "event": "validation",
-            "step": step,
-            "mean_of": found.mean_of,
-            "accept_len": result.accept_len,
-            "low": result.low,
-            "high": result.high,
-            "verify_steps": result.verify_steps,
-            "committed_tokens": result.committed_tokens,
-            "best": is_best,
-        }))?;
+        if let Some(logs) = &mut self.logs {
+            if is_best {
+                draft.save(&self.options.dir.join("best"))?;
+            }
+            logs.log.write(&json!({
+                "event": "validation",
+                "step": step,
+                "mean_of": found.mean_of,
+                "accept_len": result.accept_len,
+                "low": result.low,
+                "high": result.high,
+                "verify_steps": result.verify_steps,
+                "committed_tokens": result.committed_tokens,
+                "best": is_best,
+            }))?;
+        }
         let event = Event::Validated { step, mean_of: found.mean_of.len(), result, is_best };
-        Ok((found, (self.hooks.on_event)(&event)))
+        Ok((found, self.hooks.tell(&event)))
     }
 }
 
-fn write_logs(log: &mut JsonLog, board: &mut TensorBoard, r: &StepReport) -> Result<(), TrainError> {
-    let mut line = json!({
-        "event": "step",
-        "step": r.step,
-        "total_steps": r.total_steps,
-        "epoch": r.epoch,
-        "loss": r.loss,
-        "lr": r.lr,
-        "grad_norm": r.grad_norm,
-        "acc": r.acc,
-        "alpha": r.alpha,
-        "slots": r.slots,
-        "total_slots": r.total_slots,
-        "tokens_per_s": r.tokens_per_s,
-    });
-    if let Some(length) = r.sim_accept_len {
-        line["sim_accept_len"] = json!(length);
+/// What is written beside the checkpoints.
+struct Logs {
+    log: JsonLog,
+    board: TensorBoard,
+}
+
+impl Logs {
+    /// Those of a run that goes on after `step` steps.
+    fn open(dir: &Path, step: u64) -> Result<Logs, TrainError> {
+        draftsmith_formats::atomic::create_dir_all(dir)?;
+        let log = JsonLog::open(&dir.join("log.jsonl"), step)?;
+        Ok(Logs { log, board: TensorBoard::create(&dir.join("tensorboard"), step)? })
     }
-    if let Some(replay) = &r.replay {
-        line["replay"] = json!({
-            "seconds": replay.seconds,
-            "loss": replay.loss,
-            "positions": replay.positions,
-            "slots": replay.slots,
-            "buffered_rows": replay.buffered_rows,
-            "sim_accept_len": replay.sim_accept_len,
-            "rejected": replay.rejected,
+
+    fn write(&mut self, r: &StepReport) -> Result<(), TrainError> {
+        let mut line = json!({
+            "event": "step",
+            "step": r.step,
+            "total_steps": r.total_steps,
+            "epoch": r.epoch,
+            "loss": r.loss,
+            "lr": r.lr,
+            "grad_norm": r.grad_norm,
+            "acc": r.acc,
+            "alpha": r.alpha,
+            "slots": r.slots,
+            "total_slots": r.total_slots,
+            "tokens_per_s": r.tokens_per_s,
         });
+        if let Some(length) = r.sim_accept_len {
+            line["sim_accept_len"] = json!(length);
+        }
+        if let Some(ranks) = &r.ranks {
+            line["ranks"] = json!({
+                "ranks": ranks.ranks,
+                "sent_bytes": ranks.sent_bytes,
+                "sum_s": ranks.sum_s,
+                "wait_s": ranks.wait_s,
+            });
+        }
+        if let Some(replay) = &r.replay {
+            line["replay"] = json!({
+                "seconds": replay.seconds,
+                "loss": replay.loss,
+                "positions": replay.positions,
+                "slots": replay.slots,
+                "buffered_rows": replay.buffered_rows,
+                "sim_accept_len": replay.sim_accept_len,
+                "rejected": replay.rejected,
+            });
+        }
+        self.log.write(&line)?;
+        let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
+        let others = [
+            ("train/lr".to_owned(), r.lr),
+            ("train/grad_norm".to_owned(), r.grad_norm),
+            ("train/tokens_per_s".to_owned(), r.tokens_per_s),
+        ];
+        let sim = r.sim_accept_len.map(|length| ("train/sim_accept_len".to_owned(), length));
+        let names: Vec<(String, f64)> = loss
+            .into_iter()
+            .chain(sim)
+            .chain(others)
+            .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
+            .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
+            .collect();
+        let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+        self.board.scalars(r.step, &values)
     }
-    log.write(&line)?;
-    let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
-    let others = [
-        ("train/lr".to_owned(), r.lr),
-        ("train/grad_norm".to_owned(), r.grad_norm),
-        ("train/tokens_per_s".to_owned(), r.tokens_per_s),
-    ];
-    let sim = r.sim_accept_len.map(|length| ("train/sim_accept_len".to_owned(), length));
-    let names: Vec<(String, f64)> = loss
-        .into_iter()
-        .chain(sim)
-        .chain(others)
-        .chain(r.acc.iter().enumerate().filter_map(|(k, a)| Some((format!("train/acc_{k}"), (*a)?))))
-        .chain(r.alpha.iter().enumerate().filter_map(|(k, a)| Some((format!("train/alpha_{k}"), (*a)?))))
-        .collect();
-    let values: Vec<(&str, f64)> = names.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-    board.scalars(r.step, &values)
 }

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use draftsmith::formats::atomic;
 use draftsmith::report::Report;
-use draftsmith::run::{Env, InitOptions, init as write_init, run_name};
+use draftsmith::run::{InitOptions, init as write_init, run_name};
 use draftsmith::{Error, cli};
 use serde_json::json;
 
 use super::stages::{advance, plan, plan_of, plan_text};
-use super::{Session, find_shipped, variable};
+use super::{Session, find_shipped};
 use crate::failure::Failure;
 use crate::printer;
 
@@ -37,7 +37,7 @@ fn place(args: &cli::Making) -> (PathBuf, String, String) {
 /// Writes the run file.
 fn write(args: &cli::Making, session: &Session) -> Result<PathBuf, Failure> {
     let (out, name, command) = place(args);
-    let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
+    let env = session.env();
     let shipped = find_shipped(SHIPPED).and_then(|file| file.parent().map(Path::to_path_buf));
     let options = InitOptions {
         target: &args.target,

@@ -25,11 +25,13 @@ pub(crate) mod stages;
 pub(crate) mod status;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use draftsmith::Error;
-use draftsmith::cli::{Cli, Verb};
+use draftsmith::cli::{BundleVerb, Cli, DataVerb, Verb};
 use draftsmith::engine::{
     LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, load_small, target_references,
     weights_warning,
@@ -38,6 +40,7 @@ use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Stop};
+use draftsmith::run::{Env, Launch, Ranks};
 use draftsmith::shelf::Shelf;
 
 use crate::failure::Failure;
@@ -53,18 +56,80 @@ pub(crate) struct Session {
     pub(crate) roots: Vec<PathBuf>,
     /// Set by SIGHUP while `serve` runs.
     pub(crate) reload: Arc<AtomicBool>,
+    /// The processes that a launcher started; for verbs that do not work together this one alone.
+    pub(crate) ranks: Ranks,
 }
 
+/// What a verb does with the other processes of a launcher.
+enum Together {
+    /// Works with them.
+    Joins,
+    /// They would be in each other's way.
+    Refuses(&'static str),
+    /// Each does the same for itself.
+    Apart,
+}
+
+fn together(verb: &Verb) -> Together {
+    match verb {
+        Verb::Run(args) if args.plan => Together::Refuses("run --plan"),
+        Verb::Capture(args) if args.plan => Together::Refuses("capture --plan"),
+        Verb::Data(args) if !matches!(args.verb, DataVerb::Prepare(_)) => Together::Apart,
+        Verb::Bundle(args) if !matches!(args.verb, BundleVerb::Make(_)) => Together::Apart,
+        Verb::Run(_)
+        | Verb::Data(_)
+        | Verb::Regenerate(_)
+        | Verb::Capture(_)
+        | Verb::Train(_)
+        | Verb::Bundle(_) => Together::Joins,
+        Verb::Make(_) => Together::Refuses("make"),
+        Verb::Init(_) => Together::Refuses("init"),
+        Verb::Quickstart(_) => Together::Refuses("quickstart"),
+        Verb::Serve(_) => Together::Refuses("serve"),
+        Verb::Push(_) => Together::Refuses("push"),
+        Verb::Doctor(_)
+        | Verb::Pull(_)
+        | Verb::List(_)
+        | Verb::Status(_)
+        | Verb::Inspect(_)
+        | Verb::Generate(_)
+        | Verb::Bench(_)
+        | Verb::Completions(_)
+        | Verb::Man(_) => Together::Apart,
+    }
+}
+
+/// How long a process whose launch is refused waits for rank 0 to say so: its own end might take rank 0 with it.
+const TOLD_BY_FIRST: Duration = Duration::from_secs(3);
+
 impl Session {
-    pub(crate) fn new(cli: &Cli) -> Session {
+    /// Finds the caches, and the other processes if a launcher started several.
+    ///
+    /// # Errors
+    /// A launch that cannot be joined: said by rank 0, the others end without a word.
+    pub(crate) fn new(cli: &Cli) -> Result<Session, Failure> {
+        let launch = Launch::of(variable);
+        let ranks = match together(&cli.verb) {
+            Together::Joins => Ranks::join(launch, |told| Failure::told(vec![told.clone()]).tell()),
+            Together::Refuses(verb) => launch.map_or_else(|| Ok(Ranks::alone()), |l| Err(l.refuse(verb))),
+            Together::Apart => Ok(Ranks::alone()),
+        };
+        let ranks = ranks.map_err(|error| match launch.is_some_and(|launch| launch.rank > 0) {
+            true => {
+                std::thread::sleep(TOLD_BY_FIRST);
+                Failure::told(Vec::new())
+            }
+            false => error.into(),
+        })?;
         let mut places = Places::from_vars(variable);
         places.offline |= cli.offline;
         // `pull` is there to check what came.
         places.pack_cache = !cli.no_pack_cache && !matches!(cli.verb, Verb::Pull(_));
         let (stop, reload) = (Stop::default(), Arc::new(AtomicBool::new(false)));
         let reloads = matches!(cli.verb, Verb::Serve(_)).then(|| Arc::clone(&reload));
-        signals::watch(stop.clone(), reloads);
-        Session { places, printer: Printer::new(cli.quiet), stop, roots: shipped_roots(), reload }
+        signals::watch(stop.clone(), reloads, ranks.is_first());
+        let printer = Printer::new(cli.quiet || !ranks.is_first());
+        Ok(Session { places, printer, stop, roots: shipped_roots(), reload, ranks })
     }
 
     /// Where bundles are found by name.
@@ -75,6 +140,20 @@ impl Session {
     /// The folder of whatever is written where a bundle is asked.
     pub(crate) fn bundle(&self, written: &Path) -> Result<PathBuf, Error> {
         self.shelf().bundle(written)
+    }
+
+    /// What a run needs of this.
+    pub(crate) fn env(&self) -> Env<'_> {
+        Env { places: &self.places, report: &self.printer, stop: &self.stop, variable, ranks: &self.ranks }
+    }
+
+    /// Ends with an error, and all other processes with it.
+    pub(crate) fn fail(&self, failure: Failure) -> ExitCode {
+        self.ranks.give_up(failure.all_told());
+        let code = failure.code();
+        let ended = failure.print();
+        self.ranks.abort(code);
+        ended
     }
 
     /// Locates and loads a target, with its weights as stored or as 32-bit floats.

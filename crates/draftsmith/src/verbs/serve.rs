@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use draftsmith::bundle::{MANIFEST_FILE, Manifest, check_with_target};
+use draftsmith::catalogue::catalogued;
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{with_costs, with_kept_costs};
@@ -384,31 +385,35 @@ struct Several<'a> {
 }
 
 /// Where one of them comes from.
-struct Place<'a> {
+struct Place {
     /// The bundle's folder, if there is a draft.
-    bundle: Option<&'a Path>,
+    bundle: Option<PathBuf>,
     /// References of the target.
     sources: Vec<String>,
 }
 
 impl Several<'_> {
-    fn place(&self, name: &str) -> Result<Place<'_>, Failure> {
+    fn place(&self, name: &str) -> Result<Place, Failure> {
         let model = self.args.models.iter().find(|model| model.name == name);
         let model = model.ok_or_else(|| Failure::input(format!("no model is called `{name}`"), None))?;
-        let folder = Path::new(&model.place);
-        let is_bundle = bundle_place(folder).join(MANIFEST_FILE).is_file();
-        let sources = match (&model.target, is_bundle) {
+        let written = Path::new(&model.place);
+        // Beside a target of its own it is a draft in any case; alone it may be a target.
+        let is_bundle = model.target.is_some()
+            || bundle_place(written).join(MANIFEST_FILE).is_file()
+            || (!written.exists() && catalogued(&model.place).is_some());
+        let bundle = is_bundle.then(|| self.session.bundle(written)).transpose()?;
+        let sources = match (&model.target, &bundle) {
             (Some(target), _) => vec![target.clone()],
-            (None, false) => vec![model.place.clone()],
-            (None, true) => Manifest::read(bundle_place(folder)).map_err(Error::from)?.target.references,
+            (None, None) => vec![model.place.clone()],
+            (None, Some(bundle)) => Manifest::read(bundle).map_err(Error::from)?.target.references,
         };
         if sources.is_empty() {
             return Err(Failure::input(
-                format!("bundle `{}` names no source of its target", folder.display()),
+                format!("bundle `{}` names no source of its target", written.display()),
                 Some(format!("name it: `--model {name}={},target=REF`", model.place)),
             ));
         }
-        Ok(Place { bundle: (is_bundle || model.target.is_some()).then_some(folder), sources })
+        Ok(Place { bundle, sources })
     }
 
     fn estimate(&self, name: &str) -> Result<u64, Failure> {
@@ -416,7 +421,7 @@ impl Several<'_> {
         let place = self.place(name)?;
         let found = locate(&place.sources, None, &session.places, &session.printer, &session.stop)?;
         let target = weight_bytes(&found.path)? as f64 * PACKED_SHARE;
-        let draft = place.bundle.map_or(Ok(0), |folder| weight_bytes(&bundle_place(folder)))?;
+        let draft = place.bundle.map_or(Ok(0), |folder| weight_bytes(&folder))?;
         let cache = match self.args.kv_budget {
             KvBudget::Bytes(bytes) => bytes,
             KvBudget::Tokens(tokens) => {
@@ -442,7 +447,7 @@ impl Models for Several<'_> {
     fn load(&mut self, name: &str) -> Result<Model, Refused> {
         let named = Some(name.to_owned());
         let loaded = self.place(name).and_then(|place| {
-            let source = place.bundle.map(DraftSource::Bundle);
+            let source = place.bundle.as_deref().map(DraftSource::Bundle);
             load_model(self.args, source, &place.sources, named, self.session)
         });
         loaded.map_err(|failure| refused(&failure))
@@ -460,7 +465,7 @@ fn check_models(args: &cli::Serve, note: &dyn Fn(&str)) -> Result<(), Failure> {
         }
         // It may come later; until then requests for it hear so.
         let is_path = model.place.starts_with(['/', '.']) || !model.place.contains(':');
-        if is_path && !Path::new(&model.place).exists() {
+        if is_path && !Path::new(&model.place).exists() && catalogued(&model.place).is_none() {
             note(&format!(
                 "model `{}`: there is nothing at `{}` yet; requests for it are answered with status 503",
                 model.name, model.place

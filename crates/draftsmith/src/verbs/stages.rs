@@ -1,5 +1,6 @@
 //! The verbs that work on a run: one stage, or all of them.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use draftsmith::run::plan::Plan;
 use draftsmith::run::{Env, Origin, Run, StageDone, Told};
 use serde_json::{Value, json};
 
-use super::{Session, variable};
+use super::Session;
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer::{self, duration};
 
@@ -29,11 +30,11 @@ fn prepare<'a>(
     args: &cli::RunArgs,
     session: &'a Session,
 ) -> Result<(RunFile, Vec<Told>, Origin, Env<'a>), Failure> {
-    let (file, faults) = draftsmith::run::load_all(&args.run_file, &args.overrides)?;
+    let loaded = draftsmith::run::load_all(&args.run_file, &args.overrides);
+    let (file, faults) = session.ranks.agree(loaded, |_| BTreeMap::new())?;
     let origin =
         Origin { verb: verb.to_string(), path: args.run_file.clone(), overrides: args.overrides.clone() };
-    let env = Env { places: &session.places, report: &session.printer, stop: &session.stop, variable };
-    Ok((file, faults, origin, env))
+    Ok((file, faults, origin, session.env()))
 }
 
 /// The bill of all stages.
@@ -126,6 +127,9 @@ pub(crate) fn advance(
         ));
     }
     let done = run.advance(last.unwrap_or(Stage::Bench))?;
+    if !session.ranks.is_first() {
+        return Ok(0);
+    }
     let root = run.folder().root();
     let verdict = match last {
         None => Some(run.verdict(&done)?),

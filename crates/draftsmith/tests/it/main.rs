@@ -17,6 +17,7 @@ mod hub;
 mod installed;
 mod make;
 mod models;
+mod mpi;
 mod names;
 mod openai_client;
 mod pip;

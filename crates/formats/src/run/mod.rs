@@ -939,6 +939,13 @@ impl RunFile {
         toml::Table::try_from(self).expect("a checked run file has only values that TOML can write")
     }
 
+    /// All keys that are set, as `table.key`, with their values.
+    pub fn keys(&self) -> BTreeMap<String, String> {
+        let mut flat = BTreeMap::new();
+        flatten("", &toml::Value::Table(self.to_table()), &mut flat);
+        flat
+    }
+
     /// SHA-256 over all keys and values, independent of layout and comments.
     pub fn hash(&self) -> String {
         canonical_hash(&self.to_table())

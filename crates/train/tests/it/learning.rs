@@ -9,8 +9,9 @@ use draftsmith_model::eagle3::Feedback;
 use draftsmith_model::{DraftConfig, read_draft};
 use draftsmith_train::eagle3::{TargetStart, warm_weights};
 use draftsmith_train::{
-    AdamWOptions, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor, LrSchedule, Method, Mode,
-    Outcome, Pack, ReplayOptions, RowStore, TrainError, TrainOptions, ValidationResult, train,
+    AdamWOptions, Alone, Collective, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor,
+    LrSchedule, Method, Mode, Outcome, Pack, Ranks, ReplayOptions, RowStore, TrainError, TrainOptions,
+    TrainState, ValidationResult, train,
 };
 
 use crate::infer::Random;
@@ -132,6 +133,15 @@ fn options(dir: &Path) -> TrainOptions {
 
 /// Trains until the end, or stops after `stop` steps of this process.
 fn run(random: &Random, options: &TrainOptions, stop: Option<u64>) -> (Outcome, Vec<Event>) {
+    run_as(&Alone, random, options, stop)
+}
+
+fn run_as(
+    collective: &dyn Collective,
+    random: &Random,
+    options: &TrainOptions,
+    stop: Option<u64>,
+) -> (Outcome, Vec<Event>) {
     let unroll = Eagle3Options { ttt_length: 3, ..Eagle3Options::default() };
     let mut method = random.method(2, unroll);
     let mut events = Vec::new();
@@ -145,9 +155,20 @@ fn run(random: &Random, options: &TrainOptions, stop: Option<u64>) -> (Outcome, 
         let accept_len = 3.0 - (step as f64 - 10.0).abs() / 10.0;
         Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
     };
-    let hooks = Hooks { on_event: &mut on_event, validate: Some(&mut measure) };
+    let hooks = Hooks { on_event: &mut on_event, validate: Some(&mut measure), collective };
     let outcome = train(&mut method, &mut Memory(random.rows.clone()), options, hooks).unwrap();
     (outcome, events)
+}
+
+/// The same run by several processes, here threads: what each has at the end.
+fn run_on(ranks: usize, random: &Random, options: &TrainOptions, stop: Option<u64>) -> Vec<Outcome> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = draftsmith_train::ranks::threads::links(ranks)
+            .into_iter()
+            .map(|link| scope.spawn(move || run_as(&Ranks::new(link), random, options, stop).0))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
 }
 
 fn data() -> Random {
@@ -263,7 +284,8 @@ fn the_mean_of_the_best_drafts_wins_if_it_is_measured_better() {
             seen.push((step, accept_len, draft.clone()));
             Ok(ValidationResult { accept_len, low: 1.0, high: 3.0, verify_steps: 10, committed_tokens: 20 })
         };
-        let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: Some(&mut measure) };
+        let hooks =
+            Hooks { on_event: &mut |_| Flow::Continue, validate: Some(&mut measure), collective: &Alone };
         let options = TrainOptions { max_steps: Some(20), ..options(dir.path()) };
         let outcome = train(&mut method, &mut Memory(random.rows.clone()), &options, hooks).unwrap();
         let best = outcome.state.best.unwrap();
@@ -289,13 +311,62 @@ fn the_mean_of_the_best_drafts_wins_if_it_is_measured_better() {
 }
 
 #[test]
+fn any_number_of_ranks_gives_the_same_bits_and_resumes_what_another_number_began() {
+    let random = data();
+    let replay = ReplayOptions { share: 0.4, tokens: 48, every: 2, buffer: 6 };
+    for (packs, replay) in [(1, None), (2, Some(replay)), (4, None), (5, Some(replay))] {
+        let options =
+            |dir: &Path| TrainOptions { tokens_per_step: 32 * packs, epochs: 3, replay, ..options(dir) };
+        let whole = tempfile::tempdir().unwrap();
+        let (alone, _) = run(&random, &options(whole.path()), None);
+        assert!(alone.finished);
+        let tensors = |dir: &Path, state: &TrainState| {
+            let step = dir.join(format!("checkpoints/step-{:08}/tensors.safetensors", state.step));
+            [step, dir.join("last/model.safetensors"), dir.join("best/model.safetensors")]
+                .map(|path| std::fs::read(path).unwrap())
+        };
+        let wanted = tensors(whole.path(), &alone.state);
+        let steps = |dir: &Path| {
+            let log = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
+            let line = |line: &str| {
+                let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+                line["tokens_per_s"] = serde_json::Value::Null;
+                line.as_object_mut().unwrap().remove("ranks");
+                if line["replay"].is_object() {
+                    line["replay"]["seconds"] = serde_json::Value::Null;
+                }
+                line
+            };
+            log.lines().map(line).collect::<Vec<_>>()
+        };
+        for ranks in 1..=4 {
+            let dir = tempfile::tempdir().unwrap();
+            let outcomes = run_on(ranks, &random, &options(dir.path()), None);
+            for outcome in &outcomes {
+                assert_eq!(outcome.state, alone.state, "{packs} micro-batches over {ranks}");
+                assert_eq!(outcome.finished, alone.finished);
+            }
+            assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches over {ranks}");
+            assert_eq!(steps(dir.path()), steps(whole.path()));
+            // Begun by so many, and gone on with by others.
+            let dir = tempfile::tempdir().unwrap();
+            for (more, stop) in [(ranks, Some(3)), (5 - ranks, Some(2)), (1, Some(1)), (ranks, None)] {
+                run_on(more, &random, &options(dir.path()), stop);
+            }
+            assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches, {ranks} in turns");
+            assert_eq!(steps(dir.path()), steps(whole.path()));
+        }
+    }
+}
+
+#[test]
 fn a_checkpoint_of_another_run_is_refused() {
     let random = data();
     let dir = tempfile::tempdir().unwrap();
     run(&random, &options(dir.path()), Some(3));
     let mut method = random.method(1, Eagle3Options::default());
     let other = TrainOptions { run_hash: "other".into(), ..options(dir.path()) };
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error = train(&mut method, &mut Memory(random.rows.clone()), &other, hooks).unwrap_err();
     assert!(matches!(error, TrainError::OtherRun { .. }), "{error}");
     // Two numbers exchanged: a readable file of the right size, with other weights.
@@ -307,13 +378,13 @@ fn a_checkpoint_of_another_run_is_refused() {
         bytes.swap(end - 4 + i, end - 4 * other - 4 + i);
     }
     std::fs::write(&tensors, bytes).unwrap();
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error =
         train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
     assert!(error.to_string().contains("`tensors.safetensors` has hash"), "{error}");
     assert!(error.hint().is_some());
     std::fs::write(dir.path().join("checkpoints/step-00000003/state.json"), "{").unwrap();
-    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None };
+    let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
     let error =
         train(&mut method, &mut Memory(random.rows.clone()), &options(dir.path()), hooks).unwrap_err();
     assert!(matches!(error, TrainError::BadCheckpoint { .. }), "{error}");
@@ -420,7 +491,7 @@ fn a_first_step_without_a_trained_slot_is_counted_and_the_run_goes_on() {
         };
         let options =
             TrainOptions { epochs: 1, tokens_per_step: 32, validate_every: None, seed, ..options(dir) };
-        let hooks = Hooks { on_event: &mut on_event, validate: None };
+        let hooks = Hooks { on_event: &mut on_event, validate: None, collective: &Alone };
         (train(&mut method, &mut Memory(rows.to_vec()), &options, hooks), losses)
     };
     let mut first_was_empty = 0;

@@ -1,0 +1,471 @@
+//! The processes of a run: how a launcher's are found, how they agree before the work, and how one that fails ends all.
+//!
+//! Every rank reads the run file and looks at target and data; then all compare what they found. From there on rank 0 does
+//! the stages as if it were alone, and calls the others to those that are shared: they wait for its [`Order`]s and follow.
+
+#[cfg(feature = "mpi")]
+mod mpi;
+
+use std::collections::BTreeMap;
+
+use draftsmith_train::{Alone, Collective};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::engine::default_threads;
+use crate::{Error, Told};
+
+/// What a launcher says of its processes in their environment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// The command.
+    pub by: &'static str,
+    /// How many processes it started.
+    pub ranks: usize,
+    /// Which of them this is.
+    pub rank: usize,
+}
+
+/// Launchers with their variables for the number of processes and for the number of a process. A Slurm job has its number of
+/// tasks everywhere, a step alone has that of the step.
+const LAUNCHERS: [(&str, &str, &str); 5] = [
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpiexec", "PMI_SIZE", "PMI_RANK"),
+    (TORCHRUN, "WORLD_SIZE", "RANK"),
+];
+
+/// Its processes find each other without MPI.
+const TORCHRUN: &str = "torchrun";
+
+impl Launch {
+    /// The launcher that started more than this process; `None` if nobody did.
+    pub fn of(variable: impl Fn(&str) -> Option<String>) -> Option<Launch> {
+        let number = |name: &str| variable(name)?.trim().parse::<usize>().ok();
+        LAUNCHERS.iter().find_map(|(by, size, rank)| {
+            let (ranks, rank) = (number(size)?, number(rank)?);
+            (ranks > 1).then_some(Launch { by, ranks, rank })
+        })
+    }
+
+    /// Refuses to be one of several where a command works as one process.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn refuse(&self, verb: &str) -> Error {
+        Error::input(
+            format!("`{}` started {} processes, but `{verb}` works as one", self.by, self.ranks),
+            format!("start `draftsmith {verb}` without `{}`", self.by),
+        )
+    }
+}
+
+/// What rank 0 calls the others to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Train under this key.
+    Train {
+        /// Key of the stage.
+        key: String,
+    },
+    /// All is done.
+    End,
+}
+
+/// What a rank says of itself when it begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Hello {
+    host: String,
+    process: u32,
+    version: String,
+    /// Cores that it may run on, as the system writes them.
+    cores: String,
+    /// How many that are.
+    num_cores: usize,
+}
+
+impl Hello {
+    #[cfg_attr(not(feature = "mpi"), expect(dead_code, reason = "said where there are others to hear it"))]
+    fn mine(host: String) -> Hello {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        Hello {
+            host,
+            process: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            cores: cores.unwrap_or_default().trim().to_string(),
+            num_cores: default_threads(),
+        }
+    }
+}
+
+/// Threads of a rank whose run file names none: its cores, shared with the ranks that may run on the same ones.
+fn threads_of(hellos: &[Hello], rank: usize) -> usize {
+    let me = &hellos[rank];
+    let beside = hellos.iter().filter(|h| h.host == me.host && h.cores == me.cores).count();
+    (me.num_cores / beside.max(1)).max(1)
+}
+
+/// The processes of a run.
+pub struct Ranks {
+    collective: Box<dyn Collective>,
+    /// By rank: `rank 1 of 4 (host, process 77)`.
+    names: Vec<String>,
+    threads: usize,
+}
+
+impl std::fmt::Debug for Ranks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ranks").field("names", &self.names).field("threads", &self.threads).finish()
+    }
+}
+
+impl Ranks {
+    /// This process and no other.
+    pub fn alone() -> Ranks {
+        Ranks { collective: Box::new(Alone), names: vec!["rank 0".to_string()], threads: default_threads() }
+    }
+
+    /// Finds the others of a launch. `tell` is called when another rank fails, before all end.
+    ///
+    /// # Errors
+    /// A launcher whose processes this build cannot join, or that are not what it says; ranks of different versions.
+    pub fn join(launch: Option<Launch>, tell: fn(&Told)) -> Result<Ranks, Error> {
+        let Some(launch) = launch else { return Ok(Ranks::alone()) };
+        let Launch { by, ranks, .. } = launch;
+        if by == TORCHRUN {
+            return Err(Error::input(
+                format!("`{by}` started {ranks} processes, but draftsmith's find each other through MPI"),
+                format!("start it as `mpirun -n {ranks} draftsmith run RUN.toml`; docs/RANKS.md says how"),
+            ));
+        }
+        Ranks::join_launch(launch, tell)
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told)) -> Result<Ranks, Error> {
+        Err(Error::input(
+            format!("`{by}` started {ranks} processes, but this program was built to work as one"),
+            format!(
+                "build it with `cargo build --release --features mpi` (docs/RANKS.md), or start it without `{by}`"
+            ),
+        ))
+    }
+
+    #[cfg(feature = "mpi")]
+    fn join_launch(launch: Launch, tell: fn(&Told)) -> Result<Ranks, Error> {
+        mpi::join(launch, tell)
+    }
+
+    /// Of a collective whose processes say this of themselves.
+    ///
+    /// # Errors
+    /// Different versions.
+    #[cfg_attr(not(any(feature = "mpi", test)), expect(dead_code, reason = "made where there are others"))]
+    fn of(collective: Box<dyn Collective>, mine: &Hello) -> Result<Ranks, Error> {
+        let said = collective.gather(json!(mine).to_string().into_bytes());
+        let rank = collective.rank();
+        let count = said.len();
+        let mut hellos: Vec<Hello> = Vec::new();
+        for (number, said) in said.iter().enumerate() {
+            let hello = serde_json::from_slice(said).map_err(|_| {
+                Error::input(
+                    format!("rank {number} of {count} is another program than rank {rank}"),
+                    "start the same program everywhere",
+                )
+            })?;
+            hellos.push(hello);
+        }
+        let names = hellos.iter().enumerate();
+        let names = names.map(|(i, h)| format!("rank {i} of {count} ({}, process {})", h.host, h.process));
+        let names: Vec<String> = names.collect();
+        if let Some(other) = hellos.iter().position(|h| h.version != hellos[0].version) {
+            return Err(Error::input(
+                format!(
+                    "{} is draftsmith {}, rank 0 is draftsmith {}",
+                    names[other], hellos[other].version, hellos[0].version
+                ),
+                "start the same program everywhere",
+            ));
+        }
+        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank) })
+    }
+
+    /// What training needs of them.
+    pub fn collective(&self) -> &dyn Collective {
+        self.collective.as_ref()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.collective.ranks()
+    }
+
+    /// True of the one that prints and writes.
+    pub fn is_first(&self) -> bool {
+        self.collective.is_first()
+    }
+
+    /// This rank, with host and process; nothing where there are no others.
+    pub fn name(&self) -> Option<&str> {
+        (self.count() > 1).then(|| self.names[self.collective.rank()].as_str())
+    }
+
+    /// Threads of this rank where nobody says.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// What the user is told before the work; nothing where there are no others.
+    pub fn note(&self) -> Option<String> {
+        (self.count() > 1).then(|| {
+            let threads = if self.threads == 1 { "thread" } else { "threads" };
+            format!("{} ranks; {} has {} {threads}", self.count(), self.names[0], self.threads)
+        })
+    }
+
+    /// Goes on if all ranks can, and say the same of what they found.
+    ///
+    /// # Errors
+    /// What is wrong with any of them, on all of them.
+    pub fn agree<T>(
+        &self,
+        found: Result<T, Error>,
+        said: impl FnOnce(&T) -> BTreeMap<String, String>,
+    ) -> Result<T, Error> {
+        if self.count() == 1 {
+            return found;
+        }
+        let mine = match &found {
+            Ok(found) => Said::Found(said(found)),
+            Err(error) => Said::Faults(error.told().into_iter().map(|t| (t.message, t.hint)).collect()),
+        };
+        let all = self.collective.gather(json!(mine).to_string().into_bytes());
+        let all: Vec<Said> = all
+            .iter()
+            .map(|said| serde_json::from_slice(said).unwrap_or_else(|_| Said::Faults(Vec::new())))
+            .collect();
+        match judge(&all, &self.names) {
+            Some(faults) => Err(Error::of_all(faults).unwrap_or_else(|| {
+                Error::input("a rank says nothing of what it found", "start the same program everywhere")
+            })),
+            None => found,
+        }
+    }
+
+    /// Calls the others.
+    pub(crate) fn order(&self, order: &Order) {
+        self.collective.broadcast(json!(order).to_string().into_bytes());
+    }
+
+    /// Waits for rank 0.
+    ///
+    /// # Errors
+    /// It says what this version does not know.
+    pub(crate) fn hear(&self) -> Result<Order, Error> {
+        let said = self.collective.broadcast(Vec::new());
+        serde_json::from_slice(&said).map_err(|e| {
+            Error::input(format!("rank 0 says what nobody knows: {e}"), "start the same program everywhere")
+        })
+    }
+
+    /// This rank fails. Rank 0 is told, which tells the user and ends all; returns where this is rank 0, or if it did not.
+    pub fn give_up(&self, told: &[Told]) {
+        if let Some(name) = self.name().filter(|_| !self.is_first()) {
+            let words: Vec<(String, &Option<String>)> =
+                told.iter().map(|t| (format!("{name}: {}", t.message), &t.hint)).collect();
+            self.collective.give_up(json!(words).to_string().as_bytes());
+        }
+    }
+
+    /// Ends all ranks at once, where there are several.
+    pub fn abort(&self, code: u8) {
+        self.collective.abort(code);
+    }
+}
+
+/// What a rank says to the others before the work.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum Said {
+    /// What it works on.
+    Found(BTreeMap<String, String>),
+    /// What is wrong, with advice.
+    Faults(Vec<(String, Option<String>)>),
+}
+
+/// What is wrong with what the ranks say; `None` if nothing is.
+fn judge(all: &[Said], names: &[String]) -> Option<Vec<Told>> {
+    let told =
+        |(message, hint): &(String, Option<String>)| Told { message: message.clone(), hint: hint.clone() };
+    if let Said::Faults(faults) = &all[0]
+        && all.iter().all(|said| *said == all[0])
+    {
+        return Some(faults.iter().map(told).collect());
+    }
+    let mut faults: Vec<Told> = Vec::new();
+    for (said, name) in all.iter().zip(names) {
+        let Said::Faults(list) = said else { continue };
+        for fault in list {
+            let Told { message, hint } = told(fault);
+            faults.push(Told { message: format!("{name}: {message}"), hint });
+        }
+    }
+    if all.iter().any(|said| matches!(said, Said::Faults(_))) {
+        return Some(faults);
+    }
+    let Said::Found(first) = &all[0] else { return None };
+    for (said, name) in all.iter().zip(names) {
+        let Said::Found(found) = said else { continue };
+        let mut lines = crate::changes(first, found);
+        if lines.is_empty() {
+            continue;
+        }
+        let more = lines.len().saturating_sub(crate::WHY_SHOWN);
+        lines.truncate(crate::WHY_SHOWN);
+        let more = if more > 0 { format!(", and {more} more") } else { String::new() };
+        faults.push(Told {
+            message: format!("{name} works on something else than rank 0: {}{more}", lines.join(", ")),
+            hint: Some("start all ranks with the same command, run file, model and data".to_string()),
+        });
+    }
+    (!faults.is_empty()).then_some(faults)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use draftsmith_train::ranks::threads;
+
+    fn launch(variables: &[(&str, &str)]) -> Option<Launch> {
+        Launch::of(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_string()))
+    }
+
+    #[test]
+    fn launchers_are_known_by_their_variables() {
+        let of = |by, ranks, rank| Some(Launch { by, ranks, rank });
+        assert_eq!(launch(&[]), None);
+        assert_eq!(launch(&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")]), None);
+        let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "3")];
+        assert_eq!(launch(&mpirun), of("mpirun", 4, 3));
+        assert_eq!(launch(&[("PMI_SIZE", "2"), ("PMI_RANK", "1")]), of("mpiexec", 2, 1));
+        // A job of many tasks, whose script is one process; then a step of it.
+        let job = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
+        assert_eq!(launch(&job), None);
+        assert_eq!(launch(&[job[0], ("SLURM_PROCID", "5"), ("SLURM_STEP_NUM_TASKS", "8")]), of("srun", 8, 5));
+        assert_eq!(launch(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), None);
+        assert_eq!(launch(&[("WORLD_SIZE", "2"), ("RANK", "0")]), of("torchrun", 2, 0));
+        assert_eq!(launch(&[("WORLD_SIZE", "two"), ("RANK", "0")]), None);
+    }
+
+    #[test]
+    fn a_launch_that_cannot_be_joined_is_refused_with_the_way_out() {
+        let torchrun = Launch { by: "torchrun", ranks: 2, rank: 0 };
+        let error = Ranks::join(Some(torchrun), |_| ()).unwrap_err();
+        assert!(error.to_string().contains("`torchrun` started 2 processes"), "{error}");
+        assert!(error.hint().unwrap().contains("mpirun -n 2"));
+        let error = torchrun.refuse("make");
+        assert_eq!(error.to_string(), "`torchrun` started 2 processes, but `make` works as one");
+        #[cfg(not(feature = "mpi"))]
+        {
+            let error = Ranks::join(Some(Launch { by: "srun", ranks: 8, rank: 0 }), |_| ()).unwrap_err();
+            assert!(error.to_string().contains("`srun` started 8 processes"), "{error}");
+            assert!(error.hint().unwrap().contains("--features mpi"));
+        }
+        assert_eq!(Ranks::join(None, |_| ()).unwrap().count(), 1);
+    }
+
+    fn hello(host: &str, cores: &str, num_cores: usize) -> Hello {
+        let (host, cores, version) = (host.to_string(), cores.to_string(), "1.0.0".to_string());
+        Hello { host, process: 7, version, cores, num_cores }
+    }
+
+    #[test]
+    fn ranks_share_the_cores_that_they_may_run_on() {
+        let free = [hello("a", "0-15", 16), hello("a", "0-15", 16), hello("b", "0-15", 16)];
+        assert_eq!((0..3).map(|r| threads_of(&free, r)).collect::<Vec<_>>(), [8, 8, 16]);
+        let bound = [hello("a", "0", 1), hello("a", "1", 1)];
+        assert_eq!((threads_of(&bound, 0), threads_of(&bound, 1)), (1, 1));
+        let crowded = vec![hello("a", "0-1", 2); 4];
+        assert_eq!(threads_of(&crowded, 3), 1);
+    }
+
+    /// What each of so many ranks comes to.
+    fn on_ranks<T: Send>(count: usize, work: impl Fn(usize, Box<dyn Collective>) -> T + Sync) -> Vec<T> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = threads::links(count)
+                .into_iter()
+                .enumerate()
+                .map(|(rank, link)| {
+                    scope.spawn(move || work(rank, Box::new(draftsmith_train::Ranks::new(link))))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    fn agreed(
+        count: usize,
+        found: impl Fn(usize) -> Result<BTreeMap<String, String>, Error> + Sync,
+    ) -> Vec<String> {
+        on_ranks(count, |rank, collective| {
+            let ranks = Ranks::of(collective, &hello("host", "0-3", 4)).unwrap();
+            match ranks.agree(found(rank), |found| found.clone()) {
+                Ok(_) => "agreed".to_string(),
+                Err(error) => format!("{error} | {}", error.hint().unwrap()),
+            }
+        })
+    }
+
+    #[test]
+    fn ranks_that_found_different_things_all_say_the_same_of_it() {
+        let of = |lr: &str| {
+            let found = [("train.lr", lr), ("target weights", "aa")];
+            found.into_iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<BTreeMap<_, _>>()
+        };
+        assert_eq!(agreed(3, |_| Ok(of("0.1"))), ["agreed"; 3]);
+        let other = agreed(2, |rank| Ok(of(["0.1", "0.2"][rank])));
+        let wanted = "rank 1 of 2 (host, process 7) works on something else than rank 0: train.lr: 0.1 → 0.2 | \
+                      start all ranks with the same command, run file, model and data";
+        assert_eq!(other, [wanted; 2]);
+        let target = agreed(2, |rank| {
+            let mut found = of("0.1");
+            found.insert("target weights".to_string(), ["aa", "bb"][rank].to_string());
+            Ok(found)
+        });
+        assert!(target[0].contains("rank 1 of 2 (host, process 7)"), "{target:?}");
+        assert!(target[0].contains("target weights changed"), "{target:?}");
+        let one = agreed(2, |rank| match rank {
+            0 => Ok(of("0.1")),
+            _ => Err(Error::input("`a.toml` is not there", "name one that is")),
+        });
+        assert_eq!(one, ["rank 1 of 2 (host, process 7): `a.toml` is not there | name one that is"; 2]);
+        let all = agreed(3, |_| Err(Error::input("`a.toml` is not there", "name one that is")));
+        assert_eq!(all, ["`a.toml` is not there | name one that is"; 3]);
+    }
+
+    #[test]
+    fn ranks_of_different_versions_do_not_begin() {
+        let said = on_ranks(2, |rank, collective| {
+            let mine = Hello { version: ["1.0.0", "2.0.0"][rank].to_string(), ..hello("host", "0", 1) };
+            Ranks::of(collective, &mine).unwrap_err().to_string()
+        });
+        let wanted = "rank 1 of 2 (host, process 7) is draftsmith 2.0.0, rank 0 is draftsmith 1.0.0";
+        assert_eq!(said, [wanted; 2]);
+    }
+
+    #[test]
+    fn the_others_hear_what_rank_0_calls_them_to() {
+        let heard = on_ranks(3, |rank, collective| {
+            let ranks = Ranks::of(collective, &hello("host", "0", 1)).unwrap();
+            let orders = [Order::Train { key: "k".to_string() }, Order::End];
+            match rank {
+                0 => orders.iter().for_each(|order| ranks.order(order)),
+                _ => assert_eq!([ranks.hear().unwrap(), ranks.hear().unwrap()], orders),
+            }
+            ranks.note()
+        });
+        assert_eq!(heard[0].as_deref(), Some("3 ranks; rank 0 of 3 (host, process 7) has 1 thread"));
+    }
+}

@@ -1,0 +1,82 @@
+//! Processes that train together: what the trainer asks of them.
+//!
+//! The micro-batches of a step are shared out, their gradients are summed between backward and optimiser, and from there on
+//! every process does the same: weights, moments and state are equal everywhere, so only what is written or printed has to
+//! be left to one of them, rank 0.
+//!
+//! These operations know no errors. A process that is lost, or that gives up, ends all of them; whoever made the collective
+//! decides how that is told.
+
+use crate::SumTree;
+
+/// Processes that train together. All of them call the same operations in the same order.
+pub trait Collective {
+    /// Which of them this is, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn ranks(&self) -> usize;
+
+    /// True of the one that prints, writes and decides when to stop.
+    fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Sums values over the micro-batches of a step, in the order of the tree. `mine` are the sums of this process's own
+    /// pieces, in the order of [`SumTree::pieces_of`], `[len]` each; every process gets the whole sum.
+    fn sum(&self, tree: &SumTree, mine: Vec<Vec<f32>>, len: usize) -> Vec<f32>;
+
+    /// What every process has to say, by rank.
+    fn gather(&self, mine: Vec<u8>) -> Vec<Vec<u8>>;
+
+    /// What rank 0 has to say; what the others hand in is dropped.
+    fn broadcast(&self, from_first: Vec<u8>) -> Vec<u8>;
+
+    /// Returns when all have come here.
+    fn barrier(&self) {
+        self.gather(Vec::new());
+    }
+
+    /// Bytes of gradients that this process has sent so far.
+    fn sent_bytes(&self) -> u64;
+
+    /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others.
+    fn give_up(&self, words: &[u8]);
+
+    /// Ends all processes at once with an exit code. Does nothing where there is only this one.
+    fn abort(&self, code: u8);
+}
+
+/// One process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Alone;
+
+impl Collective for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn ranks(&self) -> usize {
+        1
+    }
+
+    fn sum(&self, _: &SumTree, mut mine: Vec<Vec<f32>>, len: usize) -> Vec<f32> {
+        mine.pop().unwrap_or_else(|| vec![0.0; len])
+    }
+
+    fn gather(&self, mine: Vec<u8>) -> Vec<Vec<u8>> {
+        vec![mine]
+    }
+
+    fn broadcast(&self, from_first: Vec<u8>) -> Vec<u8> {
+        from_first
+    }
+
+    fn sent_bytes(&self) -> u64 {
+        0
+    }
+
+    fn give_up(&self, _: &[u8]) {}
+
+    fn abort(&self, _: u8) {}
+}
