@@ -467,12 +467,11 @@ mod tests {
 
     #[test]
     fn servers_that_are_wrong_at_the_start_are_all_named() {
+        type Check = fn() -> Result<Option<u8>, Failure>;
         let stop = AtomicBool::new(false);
         let flow = Flow::new(&stop);
-        type Check = fn() -> Result<Option<u8>, Failure>;
-        let check = |results: [Check; 3]| {
-            pool(&[1.0; 3], 1, 8).check_all("r", &flow, &|place| results[place]())
-        };
+        let check =
+            |results: [Check; 3]| pool(&[1.0; 3], 1, 8).check_all("r", &flow, &|place| results[place]());
         let lost = || Err(Failure::Passing(Fault::NoConnection { reason: "refused".into() }));
         let well = || Ok(Some(1));
         assert_eq!(check([well, lost, well]).unwrap(), Some(vec![Some(1), None, Some(1)]));

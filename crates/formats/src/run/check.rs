@@ -83,7 +83,8 @@ fn check_addresses(
             }
         }
         (Some(_), Some(_)) => {
-            let advice = "leave one of them out: `url` is the address of one server, `urls` are those of several";
+            let advice =
+                "leave one of them out: `url` is the address of one server, `urls` are those of several";
             return broken_with("urls", "is set beside `url`", advice);
         }
         (None, None) => {
@@ -179,16 +180,16 @@ impl CaptureServerTable {
                     }
                     (None, None) => {
                         let (key, advice) = match several {
-                            false => {
-                                ("final_url", "start a second server of the same model without speculation, and name it here")
-                            }
+                            false => (
+                                "final_url",
+                                "start a second server of the same model without speculation, and name it here",
+                            ),
                             true => (
                                 "final_urls",
                                 "start a second server without speculation for each of `urls`, and name them here",
                             ),
                         };
-                        let problem =
-                            "is missing, but one SGLang server shows captured layers or final states, not both";
+                        let problem = "is missing, but one SGLang server shows captured layers or final states, not both";
                         return broken_with(key, problem, advice);
                     }
                 }
