@@ -325,5 +325,5 @@ fn drafts_are_compared_on_the_same_prompts_and_none_changes_a_text() {
         "{page}"
     );
     let bad = home.run(&["bench", "compare", "--workload", "w.jsonl"]);
-    assert!(bad.code == Some(2) && bad.stderr.contains("--bundle <DIR>"), "{}", bad.stderr);
+    assert!(bad.code == Some(2) && bad.stderr.contains("--bundle <BUNDLE>"), "{}", bad.stderr);
 }

@@ -103,7 +103,7 @@ fn a_model_of_another_tokenizer_is_refused_by_its_first_id_and_padding_is_none()
         let ended = home.run(&[verb, &["--draft-model", &tiny, "--workload", &workload]].concat());
         assert!(ended.code == Some(2) && ended.stderr.contains("--target <REF>"), "{}", ended.stderr);
         let ended = home.run(&[verb, &["--workload", &workload]].concat());
-        assert!(ended.code == Some(2) && ended.stderr.contains("--bundle <DIR>"), "{}", ended.stderr);
+        assert!(ended.code == Some(2) && ended.stderr.contains("--bundle <BUNDLE>"), "{}", ended.stderr);
     }
 }
 
@@ -135,6 +135,6 @@ fn a_measurement_without_a_draft_is_told_both_ways_to_name_one() {
         let ended = home.run(&[verb, &["--workload", "w.jsonl"]].concat());
         assert_eq!(ended.code, Some(2), "{}", ended.stderr);
         let hint = ended.stderr.lines().find(|line| line.starts_with("hint: ")).unwrap_or_default();
-        assert!(hint.contains("<--bundle <DIR>|--draft-model <REF>>"), "{}", ended.stderr);
+        assert!(hint.contains("<--bundle <BUNDLE>|--draft-model <REF>>"), "{}", ended.stderr);
     }
 }
