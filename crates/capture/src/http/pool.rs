@@ -420,7 +420,11 @@ mod tests {
         for lease in sent.iter().filter(|lease| lease.place == 0) {
             pool.left_out(lease, "r", Failure::Passing(Fault::Cut), false);
         }
-        assert_eq!((pool.standings()[0].failures, pool.standings()[0].under_way), (1, 0));
+        let first = |pool: &Pool<'_>| {
+            let standings = pool.standings();
+            (standings[0].failures, standings[0].under_way)
+        };
+        assert_eq!(first(&pool), (1, 0));
         assert_eq!(pool.alive.words(), ", 1 of 2 servers");
         let answer = pool.ask("r", &flow, &|place, fresh| {
             asked.fetch_add(1, Ordering::Relaxed);
