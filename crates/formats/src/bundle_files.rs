@@ -53,7 +53,7 @@ pub fn listed_files(manifest: &[u8]) -> Result<Option<Vec<FileEntry>>, String> {
 ///
 /// assert_eq!(portable("hf:ORG/NAME:model.gguf"), "hf:ORG/NAME:model.gguf");
 /// assert_eq!(portable("recipes/data/prompts.jsonl"), "recipes/data/prompts.jsonl");
-/// assert_eq!(portable("/home/me/models/model.gguf"), "model.gguf");
+/// assert_eq!(portable("/big/me/models/model.gguf"), "model.gguf");
 /// assert_eq!(portable("../models/tiny/"), "tiny");
 /// ```
 pub fn portable(place: &str) -> String {

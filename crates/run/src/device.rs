@@ -1,11 +1,25 @@
 //! Which implementation of the operations the heavy stages run on.
 
+use std::path::Path;
+
+use draftsmith_core::report::Report;
 use draftsmith_cuda::{Card, Cuda, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
 
-use crate::{Env, Error};
+use crate::Error;
+
+/// What a device is looked for with.
+#[derive(Clone, Copy)]
+pub(crate) struct Around<'a> {
+    /// Looks up an environment variable.
+    pub variable: fn(&str) -> Option<String>,
+    /// The Python whose packages bring NVIDIA's libraries.
+    pub python: &'a Path,
+    /// Where notes go.
+    pub report: &'a dyn Report,
+}
 
 /// The device of a run, open.
 #[derive(Clone)]
@@ -27,7 +41,7 @@ impl Compute {
     ///
     /// # Errors
     /// A device that this build or this machine does not have.
-    pub(crate) fn open(run: &RunTable, env: Env<'_>) -> Result<Compute, Error> {
+    pub(crate) fn open(run: &RunTable, around: Around<'_>) -> Result<Compute, Error> {
         match run.device.unwrap_or_default() {
             Device::Cpu if run.gpu_dtype.is_some() => Err(Error::input(
                 "`run.gpu_dtype` is set, but `run.device` is `cpu`",
@@ -38,20 +52,20 @@ impl Compute {
                 "`run.gpu_dtype` is set, but `run.device` is `cuda`, where products are bf16 and all else is f32",
                 "leave `run.gpu_dtype` out",
             )),
-            Device::Cuda(number) => Compute::cuda(number, env),
+            Device::Cuda(number) => Compute::cuda(number, around),
             device => Compute::other(device, run),
         }
     }
 
-    fn cuda(number: u32, env: Env<'_>) -> Result<Compute, Error> {
+    fn cuda(number: u32, around: Around<'_>) -> Result<Compute, Error> {
         #[cfg(feature = "cuda-shim")]
-        if let Some(folder) = (env.variable)("DRAFTSMITH_CUDA_SHIM") {
+        if let Some(folder) = (around.variable)("DRAFTSMITH_CUDA_SHIM") {
             let shim = draftsmith_cuda::shim::Shim::new(std::path::Path::new(&folder))?;
             return Ok(Compute::Shim(Cuda::new(shim, CudaOptions::default())));
         }
-        let folders = (env.variable)("DRAFTSMITH_CUDA_LIBS");
-        let card = Card::open(&Search::new(folders.as_deref(), Some(&env.places.python)), number as usize)?;
-        env.report.note(
+        let folders = (around.variable)("DRAFTSMITH_CUDA_LIBS");
+        let card = Card::open(&Search::new(folders.as_deref(), Some(around.python)), number as usize)?;
+        around.report.note(
             "run.device: the kernels for NVIDIA GPUs are tested on the host alone and were never timed on a card; \
              hold a small run against `run.device=cpu` first",
         );

@@ -77,7 +77,7 @@ use ranks::Order;
 pub use ranks::{Launch, Ranks};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
 
-use crate::device::Compute;
+use crate::device::{Around, Compute};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
 use crate::target::model_hash;
 
@@ -322,7 +322,8 @@ impl<'a> Run<'a> {
         env: Env<'a>,
     ) -> Result<Run<'a>, Error> {
         faults.extend(check::check_alone(&file, &origin));
-        let compute = match Compute::open(&file.run, env) {
+        let around = Around { variable: env.variable, python: &env.places.python, report: env.report };
+        let compute = match Compute::open(&file.run, around) {
             Ok(compute) => Some(compute),
             Err(error) => {
                 faults.extend(error.told());

@@ -86,7 +86,7 @@ impl<L: Link> Ranks<L> {
 }
 
 /// Cuts consecutive slices of known lengths out of values.
-fn cut_mut<'a>(mut values: &'a mut [f32], ranges: impl Iterator<Item = Range<usize>>) -> Vec<&'a mut [f32]> {
+fn cut_mut(mut values: &mut [f32], ranges: impl Iterator<Item = Range<usize>>) -> Vec<&mut [f32]> {
     let mut cuts = Vec::new();
     for range in ranges {
         let (cut, rest) = values.split_at_mut(range.len());

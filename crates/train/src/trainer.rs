@@ -140,7 +140,7 @@ pub enum Event {
         packs_per_step: usize,
     },
     /// An optimiser step.
-    Step(StepReport),
+    Step(Box<StepReport>),
     /// A checkpoint was written.
     Checkpoint {
         /// Steps done.
@@ -277,6 +277,9 @@ struct Step<'a> {
     keep: bool,
 }
 
+/// Sums over a step's micro-batches, this process's packs by number where they are wanted, and what several processes did.
+type Ran = (BatchStats, Vec<(usize, Pack)>, Option<RanksReport>);
+
 impl Step<'_> {
     /// Leaves the gradients of all micro-batches in the tape. Returns the sums over all of them, and this process's packs by
     /// number where they are wanted.
@@ -284,7 +287,7 @@ impl Step<'_> {
         &self,
         method: &mut M,
         packs: &mut Packs<'_>,
-    ) -> Result<(BatchStats, Vec<(usize, Pack)>, Option<RanksReport>), TrainError> {
+    ) -> Result<Ran, TrainError> {
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
         let tree = SumTree::new(self.places.len(), ranks);
         let (mut found, mut seen) = (Vec::new(), Vec::new());
@@ -480,7 +483,7 @@ pub fn train<M: Method + ?Sized>(
         {
             logs.write(&report)?;
         }
-        flow = hooks.tell(&Event::Step(report));
+        flow = hooks.tell(&Event::Step(Box::new(report)));
         let due = options.validate_every.is_some_and(|n| state.step.is_multiple_of(n.max(1))) || left == 0;
         if due && hooks.validate.is_some() && flow == Flow::Continue {
             let mut validation =

@@ -228,6 +228,51 @@ fn page_of(command: &mut clap::Command, level: usize, page: &mut String) {
     }
 }
 
+impl Verb {
+    /// Every argument that names a bundle, of whatever verb was called.
+    pub fn bundles_mut(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Verb::Doctor(args) => match &mut args.verb {
+                Some(DoctorVerb::ServeGap(args)) => args.bundle.iter_mut().collect(),
+                // Its draft may be of any layout.
+                None => Vec::new(),
+            },
+            Verb::Bundle(args) => match &mut args.verb {
+                BundleVerb::Check(args) => vec![&mut args.dir],
+                BundleVerb::Export(args) => vec![&mut args.dir],
+                BundleVerb::VerifyExport(args) => vec![&mut args.bundle],
+                BundleVerb::Card(args) => vec![&mut args.dir],
+                BundleVerb::Make(_) | BundleVerb::Import(_) => Vec::new(),
+            },
+            Verb::Bench(args) => match &mut args.verb {
+                Some(BenchVerb::Decode(args)) => args.bundle.iter_mut().collect(),
+                Some(BenchVerb::Identity(args)) => args.bundle.iter_mut().collect(),
+                Some(BenchVerb::Tune(args)) => args.bundle.iter_mut().collect(),
+                Some(BenchVerb::Compare(args)) => args.bundle.iter_mut().collect(),
+                Some(BenchVerb::Kernels(_) | BenchVerb::Train(_)) => Vec::new(),
+                None => args.bundle.iter_mut().collect(),
+            },
+            Verb::Generate(args) => args.bundle.iter_mut().collect(),
+            Verb::Serve(args) => args.bundle.iter_mut().collect(),
+            Verb::Quickstart(args) => args.bundle.iter_mut().collect(),
+            Verb::Push(args) => vec![&mut args.bundle],
+            Verb::List(_)
+            | Verb::Pull(_)
+            | Verb::Make(_)
+            | Verb::Init(_)
+            | Verb::Run(_)
+            | Verb::Status(_)
+            | Verb::Data(_)
+            | Verb::Regenerate(_)
+            | Verb::Capture(_)
+            | Verb::Train(_)
+            | Verb::Inspect(_)
+            | Verb::Completions(_)
+            | Verb::Man(_) => Vec::new(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{BenchVerb, BundleVerb, DoctorVerb, Verb};
-
 /// Lists the bundles and targets that are on this machine: size, which fits which, and the measured speedup.
 ///
 /// Looks into the caches, into `runs` and `bundles`, and into the folders that are named. A bundle's first line is what to write
@@ -88,49 +86,4 @@ pub struct Pull {
     /// Print one JSON object: path, reference, sha256, bytes, cached.
     #[arg(long)]
     pub json: bool,
-}
-
-impl Verb {
-    /// Every argument that names a bundle, of whatever verb was called.
-    pub fn bundles_mut(&mut self) -> Vec<&mut PathBuf> {
-        match self {
-            Verb::Doctor(args) => match &mut args.verb {
-                Some(DoctorVerb::ServeGap(args)) => args.bundle.iter_mut().collect(),
-                // Its draft may be of any layout.
-                None => Vec::new(),
-            },
-            Verb::Bundle(args) => match &mut args.verb {
-                BundleVerb::Check(args) => vec![&mut args.dir],
-                BundleVerb::Export(args) => vec![&mut args.dir],
-                BundleVerb::VerifyExport(args) => vec![&mut args.bundle],
-                BundleVerb::Card(args) => vec![&mut args.dir],
-                BundleVerb::Make(_) | BundleVerb::Import(_) => Vec::new(),
-            },
-            Verb::Bench(args) => match &mut args.verb {
-                Some(BenchVerb::Decode(args)) => args.bundle.iter_mut().collect(),
-                Some(BenchVerb::Identity(args)) => args.bundle.iter_mut().collect(),
-                Some(BenchVerb::Tune(args)) => args.bundle.iter_mut().collect(),
-                Some(BenchVerb::Compare(args)) => args.bundle.iter_mut().collect(),
-                Some(BenchVerb::Kernels(_) | BenchVerb::Train(_)) => Vec::new(),
-                None => args.bundle.iter_mut().collect(),
-            },
-            Verb::Generate(args) => args.bundle.iter_mut().collect(),
-            Verb::Serve(args) => args.bundle.iter_mut().collect(),
-            Verb::Quickstart(args) => args.bundle.iter_mut().collect(),
-            Verb::Push(args) => vec![&mut args.bundle],
-            Verb::List(_)
-            | Verb::Pull(_)
-            | Verb::Make(_)
-            | Verb::Init(_)
-            | Verb::Run(_)
-            | Verb::Status(_)
-            | Verb::Data(_)
-            | Verb::Regenerate(_)
-            | Verb::Capture(_)
-            | Verb::Train(_)
-            | Verb::Inspect(_)
-            | Verb::Completions(_)
-            | Verb::Man(_) => Vec::new(),
-        }
-    }
 }

@@ -298,8 +298,8 @@ fn mpi_rows_that_a_rank_cannot_read_end_all_with_its_name() {
     let ended = Ended::from(mpirun(&home, &program, &[(1, args(&dir)), (1, args(&other))]).output().unwrap());
     fails(&ended, &["rank 1 of 2 (", "run.dir"]);
     // Damaged for whoever reads them.
-    let shard = std::fs::read_dir(dir.join("capture")).unwrap().flatten().map(|e| e.path());
-    let shard = shard.filter(|path| path.extension().is_some_and(|e| e == "dscache")).next().unwrap();
+    let mut shard = std::fs::read_dir(dir.join("capture")).unwrap().flatten().map(|e| e.path());
+    let shard = shard.find(|path| path.extension().is_some_and(|e| e == "dscache")).unwrap();
     let mut bytes = std::fs::read(&shard).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle..middle + 4096].iter_mut().for_each(|b| *b ^= 0x55);
