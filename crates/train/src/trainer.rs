@@ -283,11 +283,7 @@ type Ran = (BatchStats, Vec<(usize, Pack)>, Option<RanksReport>);
 impl Step<'_> {
     /// Leaves the gradients of all micro-batches in the tape. Returns the sums over all of them, and this process's packs by
     /// number where they are wanted.
-    fn run<M: Method + ?Sized>(
-        &self,
-        method: &mut M,
-        packs: &mut Packs<'_>,
-    ) -> Result<Ran, TrainError> {
+    fn run<M: Method + ?Sized>(&self, method: &mut M, packs: &mut Packs<'_>) -> Result<Ran, TrainError> {
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
         let tree = SumTree::new(self.places.len(), ranks);
         let (mut found, mut seen) = (Vec::new(), Vec::new());

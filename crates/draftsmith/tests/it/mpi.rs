@@ -301,8 +301,9 @@ fn mpi_rows_that_a_rank_cannot_read_end_all_with_its_name() {
     let mut shard = std::fs::read_dir(dir.join("capture")).unwrap().flatten().map(|e| e.path());
     let shard = shard.find(|path| path.extension().is_some_and(|e| e == "dscache")).unwrap();
     let mut bytes = std::fs::read(&shard).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle..middle + 4096].iter_mut().for_each(|b| *b ^= 0x55);
+    // Most rows of it, for a short training does not read all.
+    let (first, last) = (bytes.len() / 8, bytes.len() / 8 * 7);
+    bytes[first..last].iter_mut().for_each(|b| *b ^= 0x55);
     std::fs::write(&shard, bytes).unwrap();
     let began = Instant::now();
     let ended = on_ranks(&home, &program, 2, args(&dir));
