@@ -75,7 +75,7 @@ pub use error::{Error, Told};
 pub use init::{Init, InitOptions, init, run_name};
 use ranks::Order;
 pub use ranks::{Launch, Ranks};
-use state::{Phase, RunFolder, RunLock, StageClock, StageFile};
+use state::{Phase, RunFolder, RunLock, StageClock, StageFile, WHY_SHOWN, changes};
 
 use crate::device::{Around, Compute};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
@@ -784,23 +784,6 @@ pub fn stages_of(file: &RunFile) -> Vec<Stage> {
             Stage::Capture => file.capture.mode == CaptureMode::Cache,
             Stage::Bench => !file.bench.workloads.is_empty(),
             Stage::Data | Stage::Train | Stage::Bundle => true,
-        })
-        .collect()
-}
-
-/// Changed inputs that are named.
-const WHY_SHOWN: usize = 4;
-
-/// What differs between two lists of inputs. An input that one list lacks has its default there.
-fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    let names: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
-    let show = |side: Option<&String>| side.map_or("the default", String::as_str).to_string();
-    names
-        .into_iter()
-        .filter(|name| before.get(*name) != now.get(*name))
-        .map(|name| match name.starts_with("content of ") || name == "target weights" {
-            true => format!("{name} changed"),
-            false => format!("{name}: {} → {}", show(before.get(name)), show(now.get(name))),
         })
         .collect()
 }

@@ -12,7 +12,7 @@
 //! stage that is `running` under the right key was interrupted: it goes on by its own means. No file here names the
 //! folder of the run, so the folder can be moved.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -351,6 +351,23 @@ impl StageClock {
 
 fn unix_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Changed inputs that are named.
+pub(crate) const WHY_SHOWN: usize = 4;
+
+/// What differs between two lists of inputs. An input that one list lacks has its default there.
+pub(crate) fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    let names: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let show = |side: Option<&String>| side.map_or("the default", String::as_str).to_string();
+    names
+        .into_iter()
+        .filter(|name| before.get(*name) != now.get(*name))
+        .map(|name| match name.starts_with("content of ") || name == "target weights" {
+            true => format!("{name} changed"),
+            false => format!("{name}: {} → {}", show(before.get(name)), show(now.get(name))),
+        })
+        .collect()
 }
 
 #[cfg(test)]

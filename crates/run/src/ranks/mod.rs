@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::engine::default_threads;
+use crate::state::{WHY_SHOWN, changes};
 use crate::{Error, Told};
 
 /// What a launcher says of its processes in their environment.
@@ -155,7 +156,11 @@ impl Ranks {
 
     #[cfg(feature = "mpi")]
     fn join_launch(launch: Launch, tell: fn(&Told)) -> Result<Ranks, Error> {
-        mpi::join(launch, tell)
+        let (link, host) = mpi::join(launch.by, launch.ranks, tell)?;
+        let ranks = draftsmith_train::Ranks::new(std::rc::Rc::clone(&link));
+        let found = Ranks::of(Box::new(ranks), &Hello::mine(host));
+        link.greeted();
+        found
     }
 
     /// Of a collective whose processes say this of themselves.
@@ -317,12 +322,12 @@ fn judge(all: &[Said], names: &[String]) -> Option<Vec<Told>> {
     let Said::Found(first) = &all[0] else { return None };
     for (said, name) in all.iter().zip(names) {
         let Said::Found(found) = said else { continue };
-        let mut lines = crate::changes(first, found);
+        let mut lines = changes(first, found);
         if lines.is_empty() {
             continue;
         }
-        let more = lines.len().saturating_sub(crate::WHY_SHOWN);
-        lines.truncate(crate::WHY_SHOWN);
+        let more = lines.len().saturating_sub(WHY_SHOWN);
+        lines.truncate(WHY_SHOWN);
         let more = if more > 0 { format!(", and {more} more") } else { String::new() };
         faults.push(Told {
             message: format!("{name} works on something else than rank 0: {}{more}", lines.join(", ")),

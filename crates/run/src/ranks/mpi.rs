@@ -4,17 +4,17 @@
 //! for hours that is its alone. While it asks, rank 0 also hears of ranks that fail.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use draftsmith_train::Link;
 use draftsmith_train::ranks::{Incoming, Outgoing};
-use draftsmith_train::{Link, Ranks as TrainRanks};
 use mpi::Threading;
 use mpi::environment::Universe;
 use mpi::request::{LocalScope, Request};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, Destination, Source};
 
-use super::{Hello, Launch, Ranks};
 use crate::{Error, Told};
 
 /// Of messages of the collective, and of last words.
@@ -45,6 +45,11 @@ pub(super) struct MpiLink {
 type Pending<'a, 's> = Request<'a, [u8], &'s LocalScope<'a>>;
 
 impl MpiLink {
+    /// All are there: from now on a wait may last.
+    pub(super) fn greeted(&self) {
+        self.patience.set(None);
+    }
+
     /// Ends all because of what a rank says.
     fn end(&self, words: &[u8]) -> ! {
         let told: Vec<(String, Option<String>)> = serde_json::from_slice(words).unwrap_or_default();
@@ -140,8 +145,9 @@ impl Link for MpiLink {
     }
 }
 
-/// All processes of a launch, through MPI.
-pub(super) fn join(Launch { by, ranks, .. }: Launch, tell: fn(&Told)) -> Result<Ranks, Error> {
+/// All processes that a launcher started, through MPI, and the name of this one's host. Until [`MpiLink::greeted`] a wait
+/// that lasts too long ends all.
+pub(super) fn join(by: &str, ranks: usize, tell: fn(&Told)) -> Result<(Rc<MpiLink>, String), Error> {
     let broken = |what: String| {
         Error::input(
             what,
@@ -161,8 +167,5 @@ pub(super) fn join(Launch { by, ranks, .. }: Launch, tell: fn(&Told)) -> Result<
     }
     let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown host".to_string());
     let patience = Cell::new(Some(HELLO));
-    let link = std::rc::Rc::new(MpiLink { world, _universe: universe, tell, patience });
-    let found = Ranks::of(Box::new(TrainRanks::new(std::rc::Rc::clone(&link))), &Hello::mine(host));
-    link.patience.set(None);
-    found
+    Ok((Rc::new(MpiLink { world, _universe: universe, tell, patience }), host))
 }
