@@ -58,8 +58,6 @@ use draftsmith_formats::run::GpuDtype;
 use draftsmith_formats::run::{
     CaptureMode, Precision as RunPrecision, RunError, RunFile, Stage, place_of_key,
 };
-#[cfg(feature = "gpu-flex")]
-use draftsmith_gpu::Gpu;
 use draftsmith_kernels::Kernels;
 use draftsmith_kernels::catch_failure;
 use draftsmith_model::Target;
