@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_core::{DraftTokenId, TargetTokenId, VocabMap};
 use draftsmith_formats::run::ReplayTable;
+use serde::Serialize;
 
 use crate::{BatchStats, Collective, Method, Pack, Rng, RowStore, TrainError};
 
@@ -191,7 +192,7 @@ pub fn walk(pack: &Pack, proposed: &[Proposed]) -> Vec<Proposed> {
 }
 
 /// What the replay has done so far in this process.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ReplayReport {
     /// Seconds spent.
     pub seconds: f64,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use draftsmith_formats::run::{RunFile, Schedule};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::average::Candidates;
@@ -256,7 +257,7 @@ impl Packs<'_> {
 }
 
 /// What the ranks did for the sums of a step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RanksReport {
     /// How many there are.
     pub ranks: usize,
@@ -632,23 +633,10 @@ impl Logs {
             line["sim_accept_len"] = json!(length);
         }
         if let Some(ranks) = &r.ranks {
-            line["ranks"] = json!({
-                "ranks": ranks.ranks,
-                "sent_bytes": ranks.sent_bytes,
-                "sum_s": ranks.sum_s,
-                "wait_s": ranks.wait_s,
-            });
+            line["ranks"] = json!(ranks);
         }
         if let Some(replay) = &r.replay {
-            line["replay"] = json!({
-                "seconds": replay.seconds,
-                "loss": replay.loss,
-                "positions": replay.positions,
-                "slots": replay.slots,
-                "buffered_rows": replay.buffered_rows,
-                "sim_accept_len": replay.sim_accept_len,
-                "rejected": replay.rejected,
-            });
+            line["replay"] = json!(replay);
         }
         self.log.write(&line)?;
         let loss = r.loss.map(|loss| ("train/loss".to_owned(), loss));
