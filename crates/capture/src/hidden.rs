@@ -12,7 +12,7 @@ use draftsmith_model::{Infer, StepItem, Target};
 
 use crate::{Asker, ServerError};
 
-/// Tokens per step where rows are captured one after the other; bounds memory and does not change any bit.
+/// Tokens per step of a backend that takes no more by itself.
 const CHUNK: usize = 512;
 
 /// A row whose states are wanted.
@@ -124,35 +124,17 @@ impl<K: Kernels> InProcess<K> {
     /// # Errors
     /// A row without tokens, with another number of mask entries, or with tokens that the target does not have.
     pub fn capture(&self, row: TokenRow) -> Result<CaptureRow, CaptureError> {
-        let width = self.target.config().hidden_size;
         row.check(self.target.config().vocab_size)?;
-        let ids = &row.ids;
-        let kernels = self.target.kernels();
-        let ops = Infer::new(kernels.as_ref());
-        let mut kv = self.target.new_kv();
-        let joined = self.layers.len() * width;
-        let mut features = Vec::with_capacity(ids.len() * joined);
-        let mut last = Vec::with_capacity(ids.len() * width);
-        for chunk in ids.chunks(CHUNK) {
-            let parents = TokenTree::chain_parents(chunk.len());
-            let item = StepItem { kv: &mut kv, tokens: chunk, parents: &parents };
-            let output = self.target.forward(&mut [item], &self.layers);
-            let mut buf = kernels.scratch(chunk.len() * joined);
-            let parts: Vec<_> = output.hidden.iter().map(|h| (&h.buf, h.width)).collect();
-            kernels.concat_cols(&parts, chunk.len(), &mut buf); // [chunk, K * Ht]
-            let from = features.len();
-            features.resize(from + chunk.len() * joined, 0.0);
-            kernels.download(&buf, 0, &mut features[from..]);
-            last.extend(ops.values(&output.last));
-        }
-        Ok(CaptureRow { ids: row.ids, loss_mask: row.loss_mask, features, last })
+        Ok(self.together(vec![row]).remove(0))
     }
-}
 
-impl<K: Kernels> InProcess<K> {
-    /// Hidden states of several rows side by side, [`Kernels::STEP_ROWS`] tokens in a step. A row's states are those of
-    /// [`InProcess::capture`].
-    fn capture_together(&self, rows: Vec<TokenRow>) -> Vec<CaptureRow> {
+    /// Tokens per step; bounds memory and does not change any bit.
+    const CHUNK: usize = if K::STEP_ROWS > CHUNK { K::STEP_ROWS } else { CHUNK };
+    /// Tokens from which on rows fill a step. Where a step takes no more than a chunk, rows go one by one.
+    const FULL: usize = if K::STEP_ROWS > CHUNK { K::STEP_ROWS } else { 1 };
+
+    /// Hidden states of several rows side by side.
+    fn together(&self, rows: Vec<TokenRow>) -> Vec<CaptureRow> {
         let (width, joined) = (self.target.config().hidden_size, self.layers.len());
         let joined = joined * width;
         let kernels = self.target.kernels();
@@ -169,7 +151,7 @@ impl<K: Kernels> InProcess<K> {
             .collect();
         loop {
             // Which tokens of which row: as many as a step takes, from the first rows that are not done.
-            let mut left = K::STEP_ROWS;
+            let mut left = Self::CHUNK;
             let mut parts: Vec<(usize, std::ops::Range<usize>)> = Vec::new();
             for (i, (row, kv)) in out.iter().zip(&kvs).enumerate() {
                 let (from, to) = (kv.len(), row.ids.len().min(kv.len() + left));
@@ -211,17 +193,18 @@ impl<K: Kernels> InProcess<K> {
             }
         }
     }
+}
 
-    /// Rows side by side, as many as fill a step.
-    fn capture_in_steps(
-        &self,
+impl<K: Kernels> CaptureSource for InProcess<K> {
+    fn capture_rows(
+        &mut self,
         next: &mut dyn FnMut() -> Option<TokenRow>,
         on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
     ) -> Result<(), CaptureError> {
         let vocab = self.target.config().vocab_size;
         loop {
             let (mut rows, mut tokens, mut failed) = (Vec::new(), 0, None);
-            while tokens < K::STEP_ROWS && failed.is_none() {
+            while tokens < Self::FULL && failed.is_none() {
                 let Some(row) = next() else { break };
                 match row.check(vocab) {
                     Ok(()) => {
@@ -232,7 +215,7 @@ impl<K: Kernels> InProcess<K> {
                 }
             }
             let ended = rows.is_empty();
-            for row in self.capture_together(rows) {
+            for row in self.together(rows) {
                 if on_row(row).is_break() {
                     return Ok(());
                 }
@@ -243,23 +226,5 @@ impl<K: Kernels> InProcess<K> {
                 None => {}
             }
         }
-    }
-}
-
-impl<K: Kernels> CaptureSource for InProcess<K> {
-    fn capture_rows(
-        &mut self,
-        next: &mut dyn FnMut() -> Option<TokenRow>,
-        on_row: &mut dyn FnMut(CaptureRow) -> ControlFlow<()>,
-    ) -> Result<(), CaptureError> {
-        if K::STEP_ROWS > CHUNK {
-            return self.capture_in_steps(next, on_row);
-        }
-        while let Some(row) = next() {
-            if on_row(self.capture(row)?).is_break() {
-                break;
-            }
-        }
-        Ok(())
     }
 }
