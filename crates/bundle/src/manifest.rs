@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use draftsmith_formats::atomic;
-pub use draftsmith_formats::bundle_files::{BUNDLE_FORMAT, FileEntry, MANIFEST_FILE};
+pub use draftsmith_formats::bundle_files::{BUNDLE_FORMAT, FileEntry, MANIFEST_FILE, has_manifest};
 use draftsmith_model::is_method;
 use serde::{Deserialize, Serialize};
 

@@ -10,6 +10,11 @@ pub const BUNDLE_FORMAT: &str = "draftsmith-bundle";
 /// Name of a bundle's manifest, which lists every other file.
 pub const MANIFEST_FILE: &str = "bundle.json";
 
+/// True of a folder with a file of that name, whatever it says.
+pub fn has_manifest(folder: &Path) -> bool {
+    folder.join(MANIFEST_FILE).is_file()
+}
+
 /// A file of a bundle.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,10 +1,10 @@
 //! The catalogue of bundles that ships inside the program: names that stand for a folder or a repository wherever a
 //! bundle is asked. Its numbers are those of the bundles' own records; a test compares them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use draftsmith_bundle::{Headline, MANIFEST_FILE};
+use draftsmith_bundle::{Headline, has_manifest};
 use serde::{Deserialize, Serialize};
 
 /// The file, as it stands in the repository.
@@ -79,17 +79,15 @@ impl CatalogueEntry {
     /// The folder of the bundle below the first of some folders that has it.
     pub fn find_below(&self, roots: &[PathBuf]) -> Option<PathBuf> {
         let folder = self.folder.as_ref()?;
-        roots.iter().map(|root| root.join(folder)).find(|found| is_bundle(found))
+        roots.iter().map(|root| root.join(folder)).find(|found| has_manifest(found))
     }
-}
-
-fn is_bundle(folder: &Path) -> bool {
-    folder.join(MANIFEST_FILE).is_file()
 }
 
 #[cfg(test)]
 mod tests {
-    use draftsmith_bundle::{Manifest, WEIGHTS_FILE};
+    use std::path::Path;
+
+    use draftsmith_bundle::{MANIFEST_FILE, Manifest, WEIGHTS_FILE};
 
     use super::*;
     use crate::imports::measured_results;
@@ -104,7 +102,7 @@ mod tests {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let mut found = Vec::new();
         let entries = std::fs::read_dir(root.join("bundles")).unwrap().flatten();
-        let mut folders: Vec<PathBuf> = entries.map(|e| e.path()).filter(|path| is_bundle(path)).collect();
+        let mut folders: Vec<PathBuf> = entries.map(|e| e.path()).filter(|path| has_manifest(path)).collect();
         folders.sort();
         for folder in folders {
             let manifest = Manifest::read(&folder).unwrap();

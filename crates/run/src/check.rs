@@ -178,7 +178,7 @@ fn folders(file: &RunFile, faults: &mut Faults) {
             format!("is `{}`, a folder that the run itself needs", shown.display()),
             "leave `bundle.dir` out, or name a folder of its own",
         );
-    } else if made.symlink_metadata().is_ok() && !made.join(draftsmith_bundle::MANIFEST_FILE).is_file() {
+    } else if made.symlink_metadata().is_ok() && !draftsmith_bundle::has_manifest(&made) {
         faults.add(
             "bundle.dir",
             format!("is `{}`, which exists and is not a bundle", shown.display()),

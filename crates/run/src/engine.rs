@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_bench::other_weights;
 use draftsmith_bench::record::ArtifactInfo;
-use draftsmith_bundle::{MANIFEST_FILE, Manifest, TargetInfo, TunedDrafting, layer_problem, target_problems};
+use draftsmith_bundle::{Manifest, TargetInfo, TunedDrafting, has_manifest, layer_problem, target_problems};
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_decode::{DraftPlan, Drafter, Engine, drafter, small_drafter};
 use draftsmith_formats::atomic::AtomicError;
@@ -273,18 +273,17 @@ pub struct LoadedDraft {
 
 /// Where a bundle lies: a folder that is one, or the folder of a run that made one.
 pub fn bundle_place(dir: &Path) -> PathBuf {
-    let is_bundle = |dir: &Path| dir.join(MANIFEST_FILE).is_file();
     let run = RunFolder::new(dir);
-    if is_bundle(dir) || !run.is_run() {
+    if has_manifest(dir) || !run.is_run() {
         return dir.to_path_buf();
     }
     let inside = dir.join("bundle");
-    if is_bundle(&inside) {
+    if has_manifest(&inside) {
         return inside;
     }
     // A run file may put it elsewhere.
     let elsewhere = RunFile::load(run.run_file(), &[]).ok().map(|file| file.bundle_dir());
-    elsewhere.filter(|place| is_bundle(place)).unwrap_or_else(|| dir.to_path_buf())
+    elsewhere.filter(|place| has_manifest(place)).unwrap_or_else(|| dir.to_path_buf())
 }
 
 /// References that lead to the target of a bundle, best first. A bundle names no folder of the machine that made it; where
@@ -318,7 +317,7 @@ pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<L
             "give the folder of a bundle: `draftsmith run` makes one, and one ships in `bundles`",
         ));
     }
-    let manifest = match dir.join(MANIFEST_FILE).is_file() {
+    let manifest = match has_manifest(dir) {
         true => Some(Manifest::read(dir)?),
         false => None,
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-use draftsmith_bundle::{Headline, MANIFEST_FILE, Manifest};
+use draftsmith_bundle::{Headline, MANIFEST_FILE, Manifest, has_manifest};
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::bundle_files::listed_files;
 use draftsmith_formats::gguf::{self, GgufFile, SplitName};
@@ -419,8 +419,9 @@ impl Found<'_> {
 /// True of a folder with a manifest of ours, even if that is damaged: others call files so, too, the state of a run among
 /// them.
 fn is_bundle(folder: &Path) -> bool {
-    let manifest = folder.join(MANIFEST_FILE);
-    manifest.is_file() && std::fs::read(manifest).is_ok_and(|bytes| !matches!(listed_files(&bytes), Ok(None)))
+    has_manifest(folder)
+        && std::fs::read(folder.join(MANIFEST_FILE))
+            .is_ok_and(|bytes| !matches!(listed_files(&bytes), Ok(None)))
 }
 
 /// What lies in a folder, by name; nothing where it cannot be read.

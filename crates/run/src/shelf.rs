@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use draftsmith_bundle::MANIFEST_FILE;
+use draftsmith_bundle::has_manifest;
 use draftsmith_core::report::{Report, Stop};
 use draftsmith_pull::{Places, Reference, is_hub_name, pull_bundle};
 
@@ -38,7 +38,7 @@ impl Shelf<'_> {
         if written.exists() {
             let place = bundle_place(written);
             // What is no bundle may be a bare draft: whoever wants one says so. A run that has none yet is told here.
-            return match place == written && RunFolder::new(written).is_run() && !is_bundle(written) {
+            return match place == written && RunFolder::new(written).is_run() && !has_manifest(written) {
                 true => Err(Error::input(
                     format!("the run in `{}` has no bundle yet", written.display()),
                     format!("finish it: `draftsmith run {}`", RunFolder::new(written).run_file().display()),
@@ -100,8 +100,4 @@ impl Shelf<'_> {
             false => Ok(()),
         }
     }
-}
-
-fn is_bundle(folder: &Path) -> bool {
-    folder.join(MANIFEST_FILE).is_file()
 }

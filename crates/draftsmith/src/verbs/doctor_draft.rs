@@ -6,7 +6,7 @@ use std::slice::from_ref;
 
 use draftsmith::Error;
 use draftsmith::bench::Workload;
-use draftsmith::bundle::MANIFEST_FILE;
+use draftsmith::bundle::has_manifest;
 use draftsmith::catalogue::catalogued;
 use draftsmith::cli;
 use draftsmith::doctor::draft::{DraftReport, Patient, Suspicion};
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &cli::Doctor, session: &Session) -> Result<u8, Failure> 
     let workload = args.workload.as_ref().map(|file| Workload::read(file, Some(args.limit as usize)));
     let workload = workload.transpose().map_err(Error::from)?;
     let sources = match &args.target {
-        None if !pulled.path.join(MANIFEST_FILE).is_file() => {
+        None if !has_manifest(&pulled.path) => {
             return Err(Failure::input(
                 format!("draft `{draft}` does not say which target it drafts for"),
                 Some("name the target with `--target REF`".to_string()),

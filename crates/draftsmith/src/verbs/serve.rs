@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use draftsmith::bundle::{MANIFEST_FILE, Manifest, check_with_target};
+use draftsmith::bundle::{Manifest, check_with_target, has_manifest};
 use draftsmith::catalogue::catalogued;
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
@@ -67,7 +67,7 @@ impl Drafts for Bundles {
         }
         let shelf = Shelf { places: &self.places, roots: &self.roots, report: &Silent, stop: &self.stop };
         let bundle = &shelf.bundle(bundle).map_err(refused)?;
-        if bundle.join(MANIFEST_FILE).is_file() {
+        if has_manifest(bundle) {
             let report = check_with_target(bundle, &self.target.info(), &self.target.target)
                 .map_err(|error| refused(error.into()))?;
             if let Some(problem) = report.failures().next() {
@@ -399,7 +399,7 @@ impl Several<'_> {
         let written = Path::new(&model.place);
         // Beside a target of its own it is a draft in any case; alone it may be a target.
         let is_bundle = model.target.is_some()
-            || bundle_place(written).join(MANIFEST_FILE).is_file()
+            || has_manifest(&bundle_place(written))
             || (!written.exists() && catalogued(&model.place).is_some());
         let bundle = is_bundle.then(|| self.session.bundle(written)).transpose()?;
         let sources = match (&model.target, &bundle) {

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use draftsmith_bundle::{Imported, MANIFEST_FILE, Manifest, Problem, layer_problem, number_problems};
+use draftsmith_bundle::{Imported, Manifest, Problem, has_manifest, layer_problem, number_problems};
 use draftsmith_core::VocabMap;
 use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_model::{DraftConfig, Published};
@@ -216,7 +216,7 @@ impl Patient {
     }
 
     fn manifest(&self) -> Option<Manifest> {
-        self.path.join(MANIFEST_FILE).is_file().then(|| Manifest::read(&self.path).ok()).flatten()
+        has_manifest(&self.path).then(|| Manifest::read(&self.path).ok()).flatten()
     }
 
     /// The first token that means something else in a tokenizer that came along.
