@@ -1,22 +1,11 @@
 //! Two encodings that the hub's commits want: base64 `[rfc4648, §4]`, and the id that git gives a file's content.
 
-/// The 64 digits.
-const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use sha1::{Digest, Sha1};
 
 /// Bytes in base64, padded.
 pub(crate) fn base64(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for digit in 0..4 {
-            match digit <= chunk.len() {
-                true => text.push(DIGITS[(bits >> (18 - 6 * digit) & 63) as usize] as char),
-                false => text.push('='),
-            }
-        }
-    }
-    text
+    BASE64_STANDARD.encode(bytes)
 }
 
 /// The id of a file in a git repository: SHA-1 over a header and its bytes. It only tells whether a file is there already;
@@ -27,37 +16,9 @@ pub fn git_blob_id(content: &[u8]) -> String {
     sha1_hex(&bytes)
 }
 
-/// SHA-1 `[fips180-4, §6.1]`.
+/// SHA-1 `[fips180-4, §6.1]`, in hexadecimal digits.
 fn sha1_hex(message: &[u8]) -> String {
-    let mut state: [u32; 5] = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476, 0xc3d2_e1f0];
-    let mut padded = message.to_vec();
-    padded.push(0x80);
-    padded.resize((padded.len() + 8).next_multiple_of(64) - 8, 0);
-    padded.extend_from_slice(&(message.len() as u64 * 8).to_be_bytes());
-    for block in padded.chunks_exact(64) {
-        let mut words = [0u32; 80];
-        for (word, bytes) in words.iter_mut().zip(block.chunks_exact(4)) {
-            *word = u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        }
-        for i in 16..80 {
-            words[i] = (words[i - 3] ^ words[i - 8] ^ words[i - 14] ^ words[i - 16]).rotate_left(1);
-        }
-        let [mut a, mut b, mut c, mut d, mut e] = state;
-        for (i, word) in words.iter().enumerate() {
-            let (mixed, constant) = match i {
-                0..20 => (b & c | !b & d, 0x5a82_7999),
-                20..40 => (b ^ c ^ d, 0x6ed9_eba1),
-                40..60 => (b & c | b & d | c & d, 0x8f1b_bcdc),
-                _ => (b ^ c ^ d, 0xca62_c1d6),
-            };
-            let next = [a.rotate_left(5), mixed, e, constant, *word].into_iter().fold(0, u32::wrapping_add);
-            (a, b, c, d, e) = (next, a, b.rotate_left(30), c, d);
-        }
-        for (sum, value) in state.iter_mut().zip([a, b, c, d, e]) {
-            *sum = sum.wrapping_add(value);
-        }
-    }
-    state.iter().map(|word| format!("{word:08x}")).collect()
+    Sha1::digest(message).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
