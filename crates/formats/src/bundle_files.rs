@@ -70,9 +70,14 @@ pub fn portable(place: &str) -> String {
     names.next().unwrap_or("unnamed").to_string()
 }
 
+/// True of a name that is no path: what it leads to is fetched.
+pub fn is_reference(place: &str) -> bool {
+    place.starts_with("hf:") || place.starts_with("pip:") || place.contains("://")
+}
+
 /// True of a path that means something on one machine only: from the root, from home, from a drive, or upwards.
 pub fn is_of_a_machine(place: &str) -> bool {
-    if place.starts_with("hf:") || place.starts_with("pip:") {
+    if is_reference(place) {
         return false;
     }
     let drive = matches!(place.as_bytes(), [letter, b':', b'/' | b'\\', ..] if letter.is_ascii_alphabetic());

@@ -51,7 +51,7 @@ impl Run<'_> {
         let strings = |value: &Value| -> Vec<String> {
             value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_string).collect()
         };
-        let sources: Vec<String> = self.file.data.sources.iter().map(|s| s.path.clone()).collect();
+        let sources: Vec<String> = self.sources_as_written();
         let input = MakeInput {
             out: dir.to_path_buf(),
             existing: Existing::Replace,
@@ -121,14 +121,21 @@ impl Run<'_> {
         let answered = &self.inputs.target_reference;
         let others = self.file.target.source.0.iter().filter(|other| *other != answered);
         let pinned = self.file.target.sha256.is_some();
-        std::iter::once(answered).chain(others.filter(|_| pinned)).cloned().collect()
+        std::iter::once(answered)
+            .chain(others.filter(|_| pinned))
+            .map(|name| self.file.as_written(name))
+            .collect()
+    }
+
+    fn sources_as_written(&self) -> Vec<String> {
+        self.file.data.sources.iter().map(|source| self.file.as_written(&source.path)).collect()
     }
 
     fn notice(&self, origins: &[String], licenses: &[String]) -> String {
         let mut text = format!(
             "Draft for {}, trained by draftsmith.\n\nTraining data: {}.\n",
             self.inputs.target_path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
-            self.file.data.sources.iter().map(|s| s.path.as_str()).collect::<Vec<_>>().join(", ")
+            self.sources_as_written().join(", ")
         );
         if !origins.is_empty() {
             text.push_str(&format!("Rows come from: {}.\n", origins.join(", ")));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_bench::Workload;
 use draftsmith_formats::gguf::GgufFile;
 use draftsmith_formats::hf_config::HfConfig;
-use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key};
+use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, place_of_key, way_to};
 use draftsmith_model::{DraftConfig, ModelError, TargetConfig};
 use draftsmith_pull::Places;
 
@@ -31,20 +31,30 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// What to do about a path that is not there: those of a run file start at the working directory, and where the file
-    /// is beside the run file instead, what to write is known.
-    pub(super) fn path_advice(&self, name: &str) -> String {
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let beside = folder.filter(|_| Path::new(name).is_relative()).map(|folder| folder.join(name));
-        match (beside.filter(|path| path.exists()), folder) {
-            (Some(beside), Some(folder)) => format!(
-                "relative paths start at the working directory, not at the run file: write `{}`, or run the command in \
-                 `{}`",
-                beside.display(),
-                folder.display()
+    /// What to do about a place of a run file that is not there.
+    pub(super) fn path_advice(&self, file: &RunFile, name: &str) -> String {
+        let general = || match file.paths_from().as_os_str().is_empty() {
+            true => "check the path; relative paths in a run file count from its folder".to_string(),
+            false => format!(
+                "check the path; relative paths in this run file count from `{}`",
+                file.paths_from().display()
             ),
-            _ => "relative paths start at the working directory".to_string(),
-        }
+        };
+        self.way_advice(file, name).unwrap_or_else(general)
+    }
+
+    /// What to write for a place of a run file that is not there, if the working directory leads to it.
+    pub(super) fn way_advice(&self, file: &RunFile, name: &str) -> Option<String> {
+        let (from, written) = (file.paths_from(), file.as_written(name));
+        let is_here =
+            !from.as_os_str().is_empty() && Path::new(&written).is_relative() && Path::new(&written).exists();
+        is_here.then(|| {
+            format!(
+                "relative paths in this run file count from `{}`; for what is in the working directory write `{}`",
+                from.display(),
+                way_to(from, &written)
+            )
+        })
     }
 
     /// The command that goes on after an interruption.
@@ -226,7 +236,7 @@ fn workloads(file: &RunFile, origin: &Origin, faults: &mut Faults) {
             faults.add(
                 key,
                 format!("names `{}`, which does not exist", path.display()),
-                origin.path_advice(&path.to_string_lossy()),
+                origin.path_advice(file, &path.to_string_lossy()),
             );
             continue;
         }

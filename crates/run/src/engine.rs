@@ -282,7 +282,7 @@ pub fn bundle_place(dir: &Path) -> PathBuf {
         return inside;
     }
     // A run file may put it elsewhere.
-    let elsewhere = RunFile::load(run.run_file(), &[]).ok().map(|file| file.bundle_dir());
+    let elsewhere = RunFile::load_saved(run.run_file(), &[]).ok().map(|file| file.bundle_dir());
     elsewhere.filter(|place| has_manifest(place)).unwrap_or_else(|| dir.to_path_buf())
 }
 
@@ -295,11 +295,14 @@ pub fn target_references(bundle: &Path) -> Result<Vec<String>, Error> {
     let bundle = bundle_place(bundle);
     let named = Manifest::read(&bundle)?.target.references;
     let run = bundle.parent().map(RunFolder::new).filter(RunFolder::is_run);
-    let Some(file) = run.and_then(|run| RunFile::load(run.run_file(), &[]).ok()) else { return Ok(named) };
+    let Some(file) = run.and_then(|run| RunFile::load_saved(run.run_file(), &[]).ok()) else {
+        return Ok(named);
+    };
     let mut found = Vec::new();
     for reference in &named {
         // The source that this name stands for, where it was a path of this machine.
-        let source = file.target.source.0.iter().find(|source| portable(source) == *reference);
+        let source =
+            file.target.source.0.iter().find(|source| portable(&file.as_written(source)) == *reference);
         found.push(source.unwrap_or(reference).clone());
     }
     Ok(found)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_data::{Dedupe, LoadOptions, LocatedRow, ReadOptions, Row, SourceSpec, hold_back, load};
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::{RunFile, Stage};
+use draftsmith_formats::run::{RunFile, Stage, way_to};
 use serde_json::{Value, json};
 
 use super::check::{Origin, target_config};
@@ -129,7 +129,8 @@ fn shipped(options: &InitOptions<'_>) -> Result<Prepared, Error> {
     let here = std::env::current_dir().unwrap_or_default();
     let folder = folder.strip_prefix(&here).unwrap_or(folder);
     let file = |name: &str| folder.join(name);
-    let source = |name: &str, weight: &str| format!("{{ path = {}{weight} }}", quoted(&file(name)));
+    let source =
+        |name: &str, weight: &str| format!("{{ path = {}{weight} }}", named(options.out, &file(name)));
     // All held-out conversations are answered: no more of them than are asked.
     let held = load(&[SourceSpec::new(file("prompts-valid.jsonl.zst"))], &how, |_| {})?.rows;
     let held: String = held
@@ -226,7 +227,7 @@ fn own(files: &[PathBuf], options: &InitOptions<'_>, env: Env<'_>) -> Result<Pre
     atomic::write(&validation, conversations)?;
     atomic::write(&workload, prompts)?;
     Ok(Prepared {
-        sources: files.iter().map(|file| format!("{{ path = {} }}", quoted(file))).collect(),
+        sources: files.iter().map(|file| format!("{{ path = {} }}", named(options.out, file))).collect(),
         validation: (validation.clone(), validate),
         workloads: vec![workload.clone()],
         says: format!(
@@ -429,8 +430,9 @@ fn reasons(
     all
 }
 
-fn quoted(path: &Path) -> String {
-    Value::from(path.display().to_string()).to_string()
+/// A path as the run file at `out` names it.
+fn named(out: &Path, path: &Path) -> String {
+    Value::from(way_to(out.parent().unwrap_or(Path::new("")), &path.to_string_lossy())).to_string()
 }
 
 /// The run file.
@@ -449,7 +451,7 @@ fn text(
     let every = (choice.steps / (choice.steps / 100).clamp(2, 8)).max(10);
     let checkpoint = (choice.steps / 10).clamp(20, 200);
     let (validation, validate) = &prepared.validation;
-    let workloads: Vec<String> = prepared.workloads.iter().map(|path| quoted(path)).collect();
+    let workloads: Vec<String> = prepared.workloads.iter().map(|path| named(options.out, path)).collect();
     let out = options.out.display();
     format!(
         r#"# {command}
@@ -521,10 +523,10 @@ auto = true
         bill = say("bill"),
         doubt = say("doubt"),
         name = Value::from(options.name),
-        target = Value::from(options.target),
+        target = named(options.out, Path::new(options.target)),
         says = prepared.says,
         sources = prepared.sources.join(", "),
-        validation = quoted(validation),
+        validation = named(options.out, validation),
         slots = choice.slots,
         max_tokens_why = say("max_tokens"),
         answer = choice.answer,

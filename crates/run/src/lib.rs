@@ -56,13 +56,13 @@ use draftsmith_formats::hash::{Hasher, sha256_file};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_formats::run::GpuDtype;
 use draftsmith_formats::run::{
-    CaptureMode, Precision as RunPrecision, RunError, RunFile, Stage, place_of_key,
+    CaptureMode, Faulty, Precision as RunPrecision, RunError, RunFile, Stage, place_of_key,
 };
 use draftsmith_kernels::Kernels;
 use draftsmith_kernels::catch_failure;
 use draftsmith_model::Target;
 use draftsmith_model::{DraftConfig, Precision, is_method, methods};
-use draftsmith_pull::{Places, PullError, Pulled, Reference};
+use draftsmith_pull::{Places, PullError, Pulled, Reference, is_hub_name};
 use serde::Serialize;
 
 use aside::Aside;
@@ -168,7 +168,7 @@ fn version(of: &[(Stage, u32)], stage: Stage) -> u32 {
 /// # Errors
 /// As [`RunFile::load`].
 pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
-    let file = RunFile::load(path, overrides)?;
+    let file = read(path, overrides).map_err(Faulty::first)?;
     check_method(&file, path, overrides)?;
     Ok(moved(file, path, overrides))
 }
@@ -179,7 +179,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<RunFile, Error> {
 /// # Errors
 /// All faults at once, if they are such that nothing can be looked at beside them.
 pub fn load_all(path: &Path, overrides: &[String]) -> Result<(RunFile, Vec<Told>), Error> {
-    let faulty = match RunFile::load_all(path, overrides) {
+    let faulty = match read(path, overrides) {
         Ok(file) => {
             check_method(&file, path, overrides)?;
             return Ok((moved(file, path, overrides), Vec::new()));
@@ -199,14 +199,24 @@ pub fn load_all(path: &Path, overrides: &[String]) -> Result<(RunFile, Vec<Told>
     }
 }
 
-fn moved(mut file: RunFile, path: &Path, overrides: &[String]) -> RunFile {
-    let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
+/// The run of which this is the completed copy of the run file.
+fn copy_of(path: &Path) -> Option<RunFolder> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = RunFolder::new(parent);
-    let is_copy = path.file_name() == folder.run_file().file_name() && folder.is_run();
-    if !is_copy || sets("run.dir") {
-        return file;
+    (path.file_name() == folder.run_file().file_name() && folder.is_run()).then_some(folder)
+}
+
+fn read(path: &Path, overrides: &[String]) -> Result<RunFile, Faulty> {
+    match copy_of(path) {
+        Some(_) => RunFile::load_saved(path, overrides),
+        None => RunFile::load_all(path, overrides),
     }
+}
+
+fn moved(mut file: RunFile, path: &Path, overrides: &[String]) -> RunFile {
+    let sets = |key: &str| overrides.iter().any(|o| o.split('=').next().is_some_and(|k| k.trim() == key));
+    let Some(folder) = copy_of(path).filter(|_| !sets("run.dir")) else { return file };
+    let parent = folder.root();
     let before = file.dir();
     if !sets("bundle.dir")
         && let Ok(inside) = file.bundle_dir().strip_prefix(&before)
@@ -266,6 +276,16 @@ struct Due {
     keys: Vec<String>,
 }
 
+fn key_of(stage: Stage, inputs: &BTreeMap<String, String>) -> String {
+    let mut hasher = Hasher::default();
+    hasher.field(stage.name().as_bytes());
+    for (name, value) in inputs {
+        hasher.field(name.as_bytes());
+        hasher.field(value.as_bytes());
+    }
+    hasher.finish()
+}
+
 impl<'a> Run<'a> {
     /// Takes the folder of a run, finds its inputs, and saves the completed run file there.
     ///
@@ -296,7 +316,7 @@ impl<'a> Run<'a> {
         }
         run.decided.iter().for_each(|decided| env.report.note(decided));
         run._lock = Some(run.folder.lock()?);
-        atomic::write(run.folder.run_file(), run.file.to_toml())?;
+        atomic::write(run.folder.run_file(), run.file.to_saved_toml())?;
         Ok(run)
     }
 
@@ -353,7 +373,7 @@ impl<'a> Run<'a> {
         };
         let inputs = data.with_target(target)?;
         let decided = decided.map(|decided| decided.to_string());
-        let saved = RunFile::load(folder.run_file(), &[]).ok();
+        let saved = RunFile::load_saved(folder.run_file(), &[]).ok();
         Ok(Run {
             file,
             folder,
@@ -472,7 +492,17 @@ impl<'a> Run<'a> {
 
     /// What a stage depends on, and the keys of that.
     fn due(&self, stage: Stage) -> Result<Due, Error> {
-        let mut inputs = self.file.stage_inputs(stage);
+        let inputs = self.stage_inputs(&self.file, stage)?;
+        // Once the paths of a run file counted from the working directory.
+        let then = self.file.from_here();
+        let mut keys = vec![key_of(stage, &inputs), key_of(stage, &self.stage_inputs(&then, stage)?)];
+        keys.extend(self.key_v1(&self.file, stage)?);
+        keys.extend(self.key_v1(&then, stage)?);
+        Ok(Due { stage, inputs, keys })
+    }
+
+    fn stage_inputs(&self, file: &RunFile, stage: Stage) -> Result<BTreeMap<String, String>, Error> {
+        let mut inputs = file.stage_inputs(stage);
         inputs.insert("target weights".to_string(), self.inputs.target_sha256.clone());
         for (key, sha256) in &self.inputs.files {
             inputs.insert(format!("content of {key}"), sha256.clone());
@@ -486,26 +516,18 @@ impl<'a> Run<'a> {
                 inputs.insert(format!("content of bench.workloads.{i}"), sha256_file(workload)?);
             }
         }
-        let mut hasher = Hasher::default();
-        hasher.field(stage.name().as_bytes());
-        for (name, value) in &inputs {
-            hasher.field(name.as_bytes());
-            hasher.field(value.as_bytes());
-        }
-        let mut keys = vec![hasher.finish()];
-        keys.extend(self.key_v1(stage)?);
-        Ok(Due { stage, inputs, keys })
+        Ok(inputs)
     }
 
     /// The key that the first version of run folders gave to a stage; `None` if its result would differ today.
-    fn key_v1(&self, last: Stage) -> Result<Option<String>, Error> {
+    fn key_v1(&self, file: &RunFile, last: Stage) -> Result<Option<String>, Error> {
         let mut files = Hasher::default();
         self.inputs.files.iter().for_each(|(_, sha256)| files.field(sha256.as_bytes()));
         let files = files.finish();
         let mut key = String::new();
         for stage in self.stages().into_iter().filter(|s| *s <= last) {
             let then = version(&STAGE_VERSIONS_V1, stage);
-            let hash = self.file.stage_hash_v1(stage).filter(|_| then == self.version(stage));
+            let hash = file.stage_hash_v1(stage).filter(|_| then == self.version(stage));
             let Some(hash) = hash else { return Ok(None) };
             let mut hasher = Hasher::default();
             for part in [stage.name(), &then.to_string(), &hash, &key, &self.inputs.target_sha256, &files] {
@@ -824,13 +846,16 @@ impl Inputs {
         match found {
             Err(Error::Pull(PullError::NoSuchPath { path })) => {
                 let name = path.to_string_lossy();
-                let beside = origin.path.parent().is_some_and(|folder| folder.join(&path).exists());
-                Err(match beside && path.is_relative() {
-                    true => Error::input(
-                        format!("`target.source` names `{name}`, which does not exist"),
-                        origin.path_advice(&name),
-                    ),
-                    false => PullError::NoSuchPath { path }.into(),
+                Err(match origin.way_advice(file, &name) {
+                    Some(advice) => {
+                        Error::input(format!("`target.source` names `{name}`, which does not exist"), advice)
+                    }
+                    // A name of the hub is no path: what to write for it is known better.
+                    None => {
+                        let written = PathBuf::from(file.as_written(&name));
+                        PullError::NoSuchPath { path: if is_hub_name(&written) { written } else { path } }
+                            .into()
+                    }
                 })
             }
             found => found,
@@ -858,7 +883,7 @@ impl Inputs {
         };
         let files = &mut inputs.files;
         let mut find = |key: &str, name: &str| -> Option<PathBuf> {
-            let found = Inputs::find_file(key, name, origin, env);
+            let found = Inputs::find_file(key, name, file, origin, env);
             let (path, sha256) = keep(faults, found)?;
             files.push((key.to_string(), sha256));
             Some(path)
@@ -880,13 +905,19 @@ impl Inputs {
     }
 
     /// Where a file is, and its hash.
-    fn find_file(key: &str, name: &str, origin: &Origin, env: Env<'_>) -> Result<(PathBuf, String), Error> {
+    fn find_file(
+        key: &str,
+        name: &str,
+        file: &RunFile,
+        origin: &Origin,
+        env: Env<'_>,
+    ) -> Result<(PathBuf, String), Error> {
         let reference: Reference = name.parse()?;
         let found = match draftsmith_pull::pull(&[reference], None, env.places, env.report, env.stop) {
             Err(PullError::NoSuchPath { .. }) => {
                 return Err(Error::input(
                     format!("`{key}` names `{name}`, which does not exist"),
-                    origin.path_advice(name),
+                    origin.path_advice(file, name),
                 ));
             }
             found => found?,

@@ -68,7 +68,7 @@ fn a_bundle_names_no_folder_of_its_maker_and_the_run_still_knows_its_target() {
     assert_eq!(manifest["target"]["references"], serde_json::json!(["my-target"]));
     assert_eq!(manifest["training"]["data"][0]["name"], "chats.jsonl");
     let run = std::fs::read_to_string(bundle.join("run.toml")).unwrap();
-    assert!(run.contains("dir = \"runs/a\"") && run.contains("workloads = [\"own.jsonl\"]"), "{run}");
+    assert!(run.contains("dir = \"run\"") && run.contains("workloads = [\"own.jsonl\"]"), "{run}");
     let hash = draftsmith::formats::hash::sha256_hex(&run);
     assert_eq!(manifest["training"]["run_sha256"], hash);
 
@@ -243,31 +243,44 @@ fn what_is_no_bundle_is_told_with_what_could_be_meant() {
 }
 
 #[test]
-fn a_path_that_lies_beside_the_run_file_is_not_taken_silently_but_named() {
+fn paths_of_a_run_file_count_from_its_folder_wherever_it_is_called_from() {
     let home = Home::new();
     home.write("sub/chats.jsonl", "{\"messages\": []}\n");
-    home.write("sub/model.gguf", "x");
-    let run = |target: &str, data: &str| {
+    home.write("here.jsonl", "{\"messages\": []}\n");
+    home.write("here.gguf", "x");
+    let run = |target: &str, data: &str, overrides: &[&str]| {
         let text = format!(
-            "[run]\nname = \"a\"\n[target]\nsource = \"{target}\"\n[data]\nsources = [{{ path = \"{data}\" }}]\n[bundle]\nlicense = \"MIT\"\n"
+            "[run]\nname = \"a\"\n[target]\nsource = \"{target}\"\n[data]\nsources = [{{ path = \"{data}\" }}]\nmax_length = 256\n[bundle]\nlicense = \"MIT\"\n"
         );
         home.write("sub/a.toml", text);
-        home.run(&["run", "sub/a.toml"])
+        let ended = home.run(&[&["run", "sub/a.toml"], overrides].concat());
+        assert_eq!(ended.code, Some(2));
+        ended.stderr
     };
-    let told = run(&target(), "chats.jsonl");
-    assert_eq!(told.code, Some(2));
-    assert!(
-        told.stderr.contains("not at the run file: write `sub/chats.jsonl`, or run the command in `sub`"),
-        "{}",
-        told.stderr
+    let has = |told: String, parts: &[&str]| {
+        parts.iter().for_each(|part| assert!(told.contains(part), "{part} in {told}"));
+    };
+    // It is found, and empty.
+    has(run(&target(), "chats.jsonl", &[]), &["`sub/chats.jsonl`, line 1: the conversation is empty"]);
+    has(
+        run(&target(), "none.jsonl", &["data.sources.0.path=here.jsonl"]),
+        &["here.jsonl`, line 1: the conversation is empty"],
     );
-    let told = run("model.gguf", "sub/chats.jsonl");
-    assert!(
-        told.stderr.contains("`target.source` names `model.gguf`")
-            && told.stderr.contains("write `sub/model.gguf`"),
-        "{}",
-        told.stderr
+    has(
+        run(&target(), "here.jsonl", &[]),
+        &[
+            "error: `data.sources.0.path` names `sub/here.jsonl`, which does not exist\n",
+            "hint: relative paths in this run file count from `sub`; for what is in the working directory write \
+             `../here.jsonl`\n",
+        ],
     );
-    let told = run(&target(), "none.jsonl");
-    assert!(told.stderr.contains("hint: relative paths start at the working directory\n"), "{}", told.stderr);
+    has(
+        run("here.gguf", "chats.jsonl", &[]),
+        &["error: `target.source` names `sub/here.gguf`, which does not exist\n", "write `../here.gguf`\n"],
+    );
+    has(
+        run(&target(), "none.jsonl", &[]),
+        &["hint: check the path; relative paths in this run file count from `sub`\n"],
+    );
+    has(run("Qwen/Qwen2.5-0.5B", "chats.jsonl", &[]), &["hf:Qwen/Qwen2.5-0.5B"]);
 }

@@ -114,7 +114,7 @@ fn defaults() -> &'static BTreeMap<String, String> {
 }
 
 /// `data.sources.0.path` → `data.sources.N.path`.
-fn without_indices(key: &str) -> String {
+pub(super) fn without_indices(key: &str) -> String {
     let parts = key.split('.').map(|part| match part.bytes().all(|b| b.is_ascii_digit()) {
         true if !part.is_empty() => "N",
         _ => part,

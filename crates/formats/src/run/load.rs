@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use super::{RunFile, eagle3, reference};
+use super::inputs::without_indices;
+use super::{RunFile, eagle3, places, reference};
 
 /// Where in the input something is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +168,13 @@ pub struct Faulty {
     pub mended: Option<Box<RunFile>>,
 }
 
+impl Faulty {
+    /// The first fault.
+    pub fn first(self) -> RunError {
+        self.faults.into_iter().next().expect("there is at least one fault")
+    }
+}
+
 impl From<RunError> for Faulty {
     fn from(fault: RunError) -> Faulty {
         Faulty { faults: vec![fault], mended: None }
@@ -174,12 +182,13 @@ impl From<RunError> for Faulty {
 }
 
 impl RunFile {
-    /// Reads a run file, applies overrides in order, fills in defaults and checks everything.
+    /// Reads a run file, applies overrides in order, fills in defaults and checks everything. Relative paths in it count from
+    /// its folder or from what `run.paths_from` says, those of overrides from the working directory.
     ///
     /// # Errors
     /// The first fault.
     pub fn load(path: impl AsRef<Path>, overrides: &[String]) -> Result<RunFile, RunError> {
-        RunFile::load_all(path, overrides).map_err(first)
+        RunFile::load_all(path, overrides).map_err(Faulty::first)
     }
 
     /// Like [`RunFile::load`], from text; `path` is for errors.
@@ -187,7 +196,7 @@ impl RunFile {
     /// # Errors
     /// The first fault.
     pub fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<RunFile, RunError> {
-        RunFile::parse_all(path, text, overrides).map_err(first)
+        RunFile::parse_all(path, text, overrides).map_err(Faulty::first)
     }
 
     /// Like [`RunFile::load`].
@@ -196,9 +205,18 @@ impl RunFile {
     /// All faults at once.
     pub fn load_all(path: impl AsRef<Path>, overrides: &[String]) -> Result<RunFile, Faulty> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| RunError::Read { path: path.to_path_buf(), source })?;
-        RunFile::parse_all(path, &text, overrides)
+        RunFile::parse_all(path, &read(path)?, overrides)
+    }
+
+    /// Like [`RunFile::load_all`], of the completed copy in the folder of a run: it says what its paths count from
+    /// ([`RunFile::to_saved_toml`]), and where it does not, an earlier version wrote it and they count from the working
+    /// directory.
+    ///
+    /// # Errors
+    /// All faults at once.
+    pub fn load_saved(path: impl AsRef<Path>, overrides: &[String]) -> Result<RunFile, Faulty> {
+        let path = path.as_ref();
+        RunFile::parse_from(path, &read(path)?, overrides, Path::new(""))
     }
 
     /// Like [`RunFile::parse`].
@@ -207,7 +225,14 @@ impl RunFile {
     /// All faults at once. What is wrong is put back to its default, and the rest is looked at again; a fault that comes
     /// of that alone is not told.
     pub fn parse_all(path: &Path, text: &str, overrides: &[String]) -> Result<RunFile, Faulty> {
-        let source = Source::new(path, text)?;
+        RunFile::parse_from(path, text, overrides, path.parent().unwrap_or(Path::new("")))
+    }
+
+    /// `from` is what relative paths count from unless the run file says otherwise.
+    fn parse_from(path: &Path, text: &str, overrides: &[String], from: &Path) -> Result<RunFile, Faulty> {
+        let mut source = Source::new(path, text)?;
+        source.is_here =
+            from.as_os_str().is_empty() && !source.entries.iter().any(|e| e.key == "run.paths_from");
         let mut faults = Vec::new();
         // Errors that an override cannot mend are told with their line, before any override is looked at.
         let (mut table, mut told) = source.written(text, &mut faults)?;
@@ -245,7 +270,8 @@ impl RunFile {
                 return Err(Faulty { faults, mended: None });
             }
         };
-        let resolved = |written: RunFile, table: &toml::Table| {
+        let resolved = |mut written: RunFile, table: &toml::Table| {
+            written.count_from(places::counted_from(table, from));
             let mut file = written.resolve();
             file.take_train_defaults(table);
             file
@@ -289,8 +315,8 @@ impl RunFile {
     }
 }
 
-fn first(faulty: Faulty) -> RunError {
-    faulty.faults.into_iter().next().expect("there is at least one fault")
+fn read(path: &Path) -> Result<String, RunError> {
+    std::fs::read_to_string(path).map_err(|source| RunError::Read { path: path.to_path_buf(), source })
 }
 
 /// True if a missing key stood where something was put aside: then it is not missing.
@@ -317,6 +343,8 @@ struct Source<'t> {
     path: &'t Path,
     text: &'t str,
     entries: Vec<Entry>,
+    /// True if its paths count from the working directory, as those of overrides do.
+    is_here: bool,
 }
 
 struct Entry {
@@ -327,7 +355,7 @@ struct Entry {
 
 impl<'t> Source<'t> {
     fn new(path: &'t Path, text: &'t str) -> Result<Source<'t>, RunError> {
-        let mut source = Source { path, text, entries: Vec::new() };
+        let mut source = Source { path, text, entries: Vec::new(), is_here: true };
         let table = DeTable::parse(text).map_err(|e| RunError::Syntax {
             place: source.at(e.span().map(|s| s.start)),
             problem: first_line(e.message()),
@@ -501,7 +529,10 @@ impl<'t> Source<'t> {
         // A word that happens to look like a number or a date may stand where text is wanted.
         let as_text = (!value.is_str()).then(|| toml::Value::String(written.to_string()));
         let mut first_error = None;
-        for candidate in [Some(value), as_text].into_iter().flatten() {
+        for mut candidate in [Some(value), as_text].into_iter().flatten() {
+            if !self.is_here {
+                places::fix(&without_indices(key), &mut candidate);
+            }
             let mut changed = table.clone();
             // An override holds, by whatever name the file has its key.
             if let Some(other) = eagle3::other_place(key) {

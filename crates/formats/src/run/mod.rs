@@ -7,7 +7,7 @@
 //!
 //! The doc comments of the tables are the reference page for users: see [`reference`].
 //!
-//! Relative paths start at the working directory.
+//! Relative paths count from the folder of the run file ([`places`]).
 
 mod block;
 mod check;
@@ -15,7 +15,7 @@ mod eagle3;
 mod inputs;
 mod kind;
 mod load;
-mod portable;
+mod places;
 mod reference;
 mod replay;
 mod size;
@@ -37,6 +37,7 @@ pub use block::{
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use kind::{Method, MethodWord};
 pub use load::{Faulty, Place, RunError, place_of_key};
+pub use places::way_to;
 pub use reference::{KeyReference, json_schema, reference};
 pub use replay::ReplayTable;
 pub use size::DraftSize;
@@ -73,6 +74,9 @@ pub struct RunFile {
     /// Measurement of the finished bundle.
     #[serde(default)]
     pub bench: BenchTable,
+    /// What the places above counted from where they were written ([`RunFile::paths_from`]).
+    #[serde(skip)]
+    from: PathBuf,
 }
 
 /// Name, place and resources of the run.
@@ -81,8 +85,12 @@ pub struct RunFile {
 pub struct RunTable {
     /// Name of the run: letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// Folder of the run. Default: `runs/NAME`.
+    /// Folder of the run. Default: `runs/NAME` in the working directory.
     pub dir: Option<PathBuf>,
+    /// The folder that relative paths in this file count from. Default: the one that the file is in. The completed copy in
+    /// the folder of a run has it; paths in overrides (`key=value` behind a command) count from the working directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub paths_from: Option<PathBuf>,
     /// Seed of everything random that has no seed of its own.
     pub seed: u64,
     /// Threads to compute with. Default: all that the machine has. Results do not depend on it.
@@ -99,6 +107,7 @@ impl Default for RunTable {
         RunTable {
             name: "run".to_string(),
             dir: None,
+            paths_from: None,
             seed: 42,
             threads: None,
             device: None,
@@ -930,13 +939,13 @@ impl RunFile {
         self
     }
 
-    /// The resolved run file as TOML; loading it gives the same run file.
+    /// The resolved run file as TOML, its paths as they were written: loading it from the same folder gives the same run file.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("a checked run file has only values that TOML can write")
+        toml::to_string(&self.written()).expect("a checked run file has only values that TOML can write")
     }
 
     fn to_table(&self) -> toml::Table {
-        toml::Table::try_from(self).expect("a checked run file has only values that TOML can write")
+        toml::Table::try_from(self.written()).expect("a checked run file has only values that TOML can write")
     }
 
     /// All keys that are set, as `table.key`, with their values.
