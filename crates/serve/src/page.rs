@@ -33,7 +33,7 @@ macro_rules! asset {
     };
 }
 
-static ASSETS: [Asset; 25] = [
+static ASSETS: [Asset; 27] = [
     Asset { path: "/", kind: HTML, body: include_bytes!("../web/index.html") },
     asset!("api.js", JS),
     asset!("app.css", CSS),
@@ -49,6 +49,8 @@ static ASSETS: [Asset; 25] = [
     asset!("kinds.js", JS),
     asset!("live.js", JS),
     asset!("markdown.js", JS),
+    asset!("model.js", JS),
+    asset!("models.js", JS),
     asset!("notices.js", JS),
     asset!("play.js", JS),
     asset!("plot.js", JS),

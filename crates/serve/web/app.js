@@ -6,6 +6,7 @@ import * as state from "/assets/state.js";
 import * as bundle from "/assets/bundle.js";
 import * as generations from "/assets/generations.js";
 import * as live from "/assets/live.js";
+import { chooser } from "/assets/models.js";
 import * as play from "/assets/play.js";
 import * as race from "/assets/race.js";
 import * as records from "/assets/records.js";
@@ -76,11 +77,18 @@ labelTheme();
 // The pill: is the server there, with what.
 const pill = document.getElementById("pill");
 const pillText = document.getElementById("pill-text");
+const standing = (now) => now.models.find(({ id }) => id === now.model)?.state ?? "not loaded";
+// A conversation is with one model; a page that shows another's is shown anew.
+pill.before(chooser(() => {
+  play.begin();
+  route();
+}));
 state.subscribe(() => {
   const now = state.latest();
   const failed = state.problem;
   pill.dataset.state = failed ? "off" : now?.has_draft ? "on" : "plain";
   if (failed) pillText.textContent = failed.code === "loading" ? "loading" : failed.status === 401 ? "key needed" : "no answer";
+  else if (now.models?.length > 1) pillText.textContent = now.has_draft ? "with a draft" : standing(now) === "loaded" ? "no draft" : standing(now);
   else pillText.textContent = now.has_draft ? now.model : `${now.model}, no draft`;
   pill.title = failed ? failed.message : now.has_draft ? `${now.model}, with the draft ${now.draft?.name ?? ""}` : `${now.model} without a draft`;
 });

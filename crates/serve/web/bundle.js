@@ -4,6 +4,7 @@ import { get } from "/assets/api.js";
 import { bytes, day, empty, facts, folded, h, hash, loading, num, percent, span, table, tile } from "/assets/dom.js";
 import { doubts, drafting } from "/assets/kinds.js";
 import { markdown } from "/assets/markdown.js";
+import { ofModel } from "/assets/model.js";
 import { problem } from "/assets/notices.js";
 import { intervals, lines } from "/assets/plot.js";
 
@@ -31,10 +32,10 @@ export function show(main) {
 /** The records that the bundle itself holds, with their summaries. */
 async function measured(bundle, signal) {
   const own = new Set((bundle.files ?? []).map((file) => file.path.match(/^results\/(.*)\.json$/)?.[1]));
-  const list = (await get("/api/records", signal)).filter(({ name, kind }) => kind === "decode" && own.has(name));
+  const list = (await get(ofModel("/api/records"), signal)).filter(({ name, kind }) => kind === "decode" && own.has(name));
   const all = await Promise.all(list.map(async ({ name }) => {
     const path = `/api/records/${encodeURIComponent(name)}`;
-    const [record, summary] = await Promise.all([get(path, signal), get(`${path}/summary`, signal)]);
+    const [record, summary] = await Promise.all([get(ofModel(path), signal), get(ofModel(`${path}/summary`), signal)]);
     return { name, record, summary };
   }));
   return all.sort((a, b) => label(a).localeCompare(label(b)));
@@ -43,7 +44,7 @@ async function measured(bundle, signal) {
 const label = ({ record }) => `${record.workload.name}, ${drafting(record.settings.drafting)}`;
 
 async function content(signal) {
-  const { bundle, results_md: results, card_md: card } = await get("/api/bundle", signal);
+  const { bundle, results_md: results, card_md: card } = await get(ofModel("/api/bundle"), signal);
   if (!bundle) {
     return [empty("No bundle", "The server decodes with the target alone, or an ordinary model drafts (--draft-model). Start it with a bundle, or switch one in while it runs.",
       h("pre", {}, h("code", {}, "draftsmith serve --bundle bundles/smollm2-135m-instruct-eagle3")))];

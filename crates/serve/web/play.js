@@ -4,6 +4,7 @@ import { chat } from "/assets/api.js";
 import { announce, h, ms, num, percent } from "/assets/dom.js";
 import { follow } from "/assets/follow.js";
 import { keep } from "/assets/journal.js";
+import { chosen } from "/assets/model.js";
 import { complain, keys, problem } from "/assets/notices.js";
 import { draftWords, fields, form, settings } from "/assets/settings.js";
 import * as state from "/assets/state.js";
@@ -20,6 +21,11 @@ const STARTERS = [
 // The conversation outlives a visit to another page; it is gone with the tab.
 const turns = [];
 let system = "";
+
+/** Begins anew: the next message is the first. */
+export function begin() {
+  turns.length = 0;
+}
 
 export function show(main) {
   const log = h("div", { class: "log", role: "log", ariaLive: "off", ariaLabel: "Conversation" });
@@ -104,7 +110,7 @@ export function show(main) {
       if (answer.text) foot.replaceChildren();
     }, 120);
     try {
-      end = await chat({ model: state.latest()?.model ?? "default", messages: history, ...fields() }, (chunk) => {
+      end = await chat({ model: chosen() ?? state.latest()?.model ?? "default", messages: history, ...fields() }, (chunk) => {
         answer.add(chunk);
         finish = chunk.finish ?? finish;
       }, abort.signal);

@@ -4,6 +4,7 @@ import { chat } from "/assets/api.js";
 import { announce, h, ms, num, table } from "/assets/dom.js";
 import { follow } from "/assets/follow.js";
 import { keep } from "/assets/journal.js";
+import { chosen } from "/assets/model.js";
 import { complain, keys, problem } from "/assets/notices.js";
 import { chosenDraft, draftWords, fields, form, settings } from "/assets/settings.js";
 import * as state from "/assets/state.js";
@@ -82,7 +83,7 @@ export function show(main) {
     let finish = null;
     let end = null;
     try {
-      end = await chat({ model: state.latest()?.model ?? "default", messages: [{ role: "user", content: prompt }], ...fields(draft) }, (chunk) => {
+      end = await chat({ model: chosen() ?? state.latest()?.model ?? "default", messages: [{ role: "user", content: prompt }], ...fields(draft) }, (chunk) => {
         answer.add(chunk);
         finish = chunk.finish ?? finish;
       }, abort.signal);

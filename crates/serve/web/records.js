@@ -3,6 +3,7 @@
 import { get } from "/assets/api.js";
 import { day, empty, facts, folded, h, hash, loading, num } from "/assets/dom.js";
 import { drafting, kindOf } from "/assets/kinds.js";
+import { ofModel } from "/assets/model.js";
 import { problem } from "/assets/notices.js";
 
 export const title = "Records";
@@ -24,7 +25,7 @@ export function show(main, [name]) {
 }
 
 async function list(signal) {
-  const records = await get("/api/records", signal);
+  const records = await get(ofModel("/api/records"), signal);
   const head = [h("h1", {}, title), h("p", { class: "lead" }, "What was measured, with the raw samples. Every number in this page comes from one of these files.")];
   if (!records.length) {
     return [...head, empty("No records yet", "Records appear here once the bundle has results, or the server was started with a folder of them.",
@@ -56,9 +57,9 @@ function kindWords(kind) {
 
 async function one(name, signal) {
   const path = `/api/records/${encodeURIComponent(name)}`;
-  const record = await get(path, signal);
+  const record = await get(ofModel(path), signal);
   const [kind, , draw] = kindOf(record);
-  const summary = record.format === "draftsmith-bench-record" ? await get(`${path}/summary`, signal) : null;
+  const summary = record.format === "draftsmith-bench-record" ? await get(ofModel(`${path}/summary`), signal) : null;
   const raw = JSON.stringify(record, null, 2);
   const file = URL.createObjectURL(new Blob([raw], { type: "application/json" }));
   signal.addEventListener("abort", () => URL.revokeObjectURL(file));

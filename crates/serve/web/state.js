@@ -1,6 +1,7 @@
 // What the server is doing: `/api/state`, asked for as long as the page is seen, and kept for three minutes.
 
 import { get } from "/assets/api.js";
+import { choose, chosen, ofModel } from "/assets/model.js";
 
 const KEPT_MS = 180_000;
 const listeners = new Set();
@@ -21,6 +22,11 @@ export function subscribe(listener) {
   return () => listeners.delete(listener);
 }
 
+/** What was told so far was of another model. */
+export function forget() {
+  history.length = 0;
+}
+
 /** How often to ask. */
 export function setPace(ms) {
   everyMs = ms;
@@ -32,11 +38,21 @@ export async function refresh() {
   clearTimeout(timer);
   timer = null;
   const at = Date.now();
+  const asked = chosen();
   try {
-    const state = await get("/api/state");
+    const state = await get(ofModel("/api/state"));
+    if (asked !== chosen()) return;
+    // From now on it is this one, whichever others use.
+    if (state.models && asked === null) choose(state.model);
     problem = null;
     history.push({ at, state });
   } catch (error) {
+    if (asked !== chosen()) return;
+    // The server was started anew with other models.
+    if (error.status === 404 && asked !== null) {
+      choose(null);
+      return refresh();
+    }
     problem = error;
     history.push({ at, state: null });
   }
