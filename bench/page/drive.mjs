@@ -389,6 +389,32 @@ async function keyboard() {
   expect(await page.evaluate(() => document.activeElement.id === "main"), "and it does");
 }
 
+// Only of a server of several models.
+async function models() {
+  await open("play");
+  const select = page.getByLabel("Model", { exact: true });
+  await page.waitForTimeout(500);
+  if (!(await select.isVisible())) return;
+  const names = await select.locator("option").evaluateAll((all) => all.map((one) => one.value));
+  expect(names.length > 1, "the models of the server stand in the header");
+  for (const name of names) {
+    await select.selectOption(name);
+    await page.waitForFunction((name) => document.querySelector(".welcome h2")?.textContent === `Chat with ${name}`, name);
+    expect((await page.locator(".turn").count()) === 0, `a conversation with ${name} begins anew`);
+    await page.getByLabel("Message", { exact: true }).fill("Why is the sky blue?");
+    const sent = page.waitForRequest((request) => request.url().endsWith("/v1/chat/completions"));
+    await page.keyboard.press("Enter");
+    expect((await sent).postDataJSON().model === name, `${name} is asked`);
+    await answered();
+    await page.waitForFunction(() => document.getElementById("pill-text").textContent === "with a draft");
+    await shot(`models-${names.indexOf(name)}`);
+    await open("bundle");
+    const own = await page.evaluate((name) => fetch(`/api/bundle?model=${encodeURIComponent(name)}`).then((answer) => answer.json()), name);
+    expect((await page.getByRole("heading", { level: 1 }).textContent()).includes(own.bundle.name), `the bundle of ${name} is shown`);
+    await open("play");
+  }
+}
+
 async function looks() {
   for (const width of [1280, 360]) {
     await page.setViewportSize({ width, height: width === 360 ? 740 : 860 });
@@ -418,7 +444,7 @@ async function looks() {
 
 let failed = null;
 try {
-  for (const part of [playground, errors, code, view, race, generations, runs, measured, live, keyboard, looks]) await part();
+  for (const part of [models, playground, errors, code, view, race, generations, runs, measured, live, keyboard, looks]) await part();
   expect(complaints.length === 0, `nothing complained in the console ${complaints.join("; ")}`);
   const strangers = asked.filter((url) => !url.startsWith(base) && !url.startsWith("blob:") && !url.startsWith("data:"));
   expect(strangers.length === 0, `nothing was fetched from elsewhere ${strangers.join(" ")}`);

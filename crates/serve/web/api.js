@@ -36,7 +36,7 @@ const TITLES = {
 
 const CODES = {
   loading: "The model is being loaded",
-  model_not_loaded: "The model is not loaded yet",
+  model_not_loaded: "The model is not loaded",
   draining: "The server is going down",
   timeout: "The answer took too long",
 };

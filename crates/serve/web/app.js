@@ -77,7 +77,6 @@ labelTheme();
 // The pill: is the server there, with what.
 const pill = document.getElementById("pill");
 const pillText = document.getElementById("pill-text");
-const standing = (now) => now.models.find(({ id }) => id === now.model)?.state ?? "not loaded";
 // A conversation is with one model; a page that shows another's is shown anew.
 pill.before(chooser(() => {
   play.begin();
@@ -88,9 +87,9 @@ state.subscribe(() => {
   const failed = state.problem;
   pill.dataset.state = failed ? "off" : now?.has_draft ? "on" : "plain";
   if (failed) pillText.textContent = failed.code === "loading" ? "loading" : failed.status === 401 ? "key needed" : "no answer";
-  else if (now.models?.length > 1) pillText.textContent = now.has_draft ? "with a draft" : standing(now) === "loaded" ? "no draft" : standing(now);
+  else if (now.models?.length > 1) pillText.textContent = state.asleep() ?? (now.has_draft ? "with a draft" : "no draft");
   else pillText.textContent = now.has_draft ? now.model : `${now.model}, no draft`;
-  pill.title = failed ? failed.message : now.has_draft ? `${now.model}, with the draft ${now.draft?.name ?? ""}` : `${now.model} without a draft`;
+  pill.title = failed ? failed.message : state.asleep() ? `${now.model}: ${state.asleep()}` : now.has_draft ? `${now.model}, with the draft ${now.draft?.name ?? ""}` : `${now.model} without a draft`;
 });
 
 // One tip for everything with data-tip: pointer, touch and keyboard focus.

@@ -59,7 +59,9 @@ export function show(main) {
     const now = state.latest();
     return h("div", { class: "welcome" },
       h("h2", {}, now ? `Chat with ${now.model}` : "Chat with the model"),
-      h("p", { class: "quiet" }, now && !now.has_draft
+      h("p", { class: "quiet" }, state.asleep()
+        ? "This model is not loaded yet: the first message loads it, which takes a moment."
+        : now && !now.has_draft
         ? "The server has no draft: every token is decoded by the target alone."
         : "A small draft guesses ahead, the model checks. What it would not have written itself is put right, so the text is the same with and without the draft."),
       h("div", { class: "starters" }, STARTERS.map((text) => h("button", { type: "button", class: "starter", onclick: () => submit(text) }, text))));

@@ -16,6 +16,13 @@ export let problem = null;
 /** The last state that the server told, or null. */
 export const latest = () => history.findLast((entry) => entry.state)?.state ?? null;
 
+/** Why the shown model, one of several, does not answer at once, or null: `not loaded`, `failed`, `unloading`. */
+export function asleep() {
+  const now = latest();
+  const how = now?.models?.find(({ id }) => id === now.model)?.state;
+  return how === undefined || how === "loaded" ? null : how;
+}
+
 /** Calls `listener` after every try; gives a function that ends that. */
 export function subscribe(listener) {
   listeners.add(listener);

@@ -17,7 +17,7 @@ use draftsmith::disk::human;
 use draftsmith::doctor::memory_bytes;
 use draftsmith::engine::{
     LoadedDraft, LoadedTarget, SMALL, bundle_place, default_plan, engine, load_draft, load_small, locate,
-    weight_bytes,
+    target_references, weight_bytes,
 };
 use draftsmith::kernels::PackMode;
 use draftsmith::pull::Places;
@@ -405,7 +405,7 @@ impl Several<'_> {
         let sources = match (&model.target, &bundle) {
             (Some(target), _) => vec![target.clone()],
             (None, None) => vec![model.place.clone()],
-            (None, Some(bundle)) => Manifest::read(bundle).map_err(Error::from)?.target.references,
+            (None, Some(bundle)) => target_references(bundle)?,
         };
         if sources.is_empty() {
             return Err(Failure::input(

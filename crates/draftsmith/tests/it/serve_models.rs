@@ -176,7 +176,14 @@ fn a_model_that_does_not_load_fails_its_own_requests_and_a_bundle_brings_its_dra
     let (with_draft, of_broken) =
         (format!("drafted=bundle,target={}", tiny()), format!("broken=broken,target={}", tiny()));
     let plain = format!("plain={}", tiny());
-    let models = [&with_draft, &of_broken, &plain, &"nowhere=./nothing".to_string()];
+    // Beside the run file that made it a bundle's target is known, though the bundle names no folder.
+    let text_of_run =
+        format!("[target]\nsource = \"{}\"\n[data]\nsources = [{{ path = \"a.jsonl\" }}]\n", tiny());
+    home.write("run/run.toml", text_of_run);
+    home.write("run/state/lock", "");
+    let own = home.path().join("run/bundle");
+    std::process::Command::new("cp").arg("-r").arg(home.path().join("bundle")).arg(&own).status().unwrap();
+    let models = [&with_draft, &of_broken, &plain, &"nowhere=./nothing".to_string(), &"of-a-run=run".to_string()];
     let models: Vec<&str> = models.into_iter().flat_map(|model| ["--model", model]).collect();
     let served = Served::start_as(home, &[&models[..], &["--kv-budget", "8192", "--depth", "3"]].concat());
     assert!(
@@ -195,7 +202,9 @@ fn a_model_that_does_not_load_fails_its_own_requests_and_a_bundle_brings_its_dra
     }
     let drafted = served.chat(&body("drafted", "Tell me a story."));
     assert_eq!(text(&drafted), text(&served.chat(&body("plain", "Tell me a story."))));
-    assert_eq!(stand(&served), "drafted loaded, broken failed, plain loaded, nowhere failed");
+    assert_eq!(text(&drafted), text(&served.chat(&body("of-a-run", "Tell me a story."))));
+    let standing = "drafted loaded, broken failed, plain loaded, nowhere failed, of-a-run loaded";
+    assert_eq!(stand(&served), standing);
     let label = "model_name=\"drafted\"";
     assert!(served.counter("vllm:spec_decode_num_drafts_total", label) > 0.0, "the flag's plan drafts");
     assert_eq!(served.counter("vllm:spec_decode_num_drafts_total", "model_name=\"plain\""), 0.0);
@@ -213,10 +222,10 @@ fn a_model_that_does_not_load_fails_its_own_requests_and_a_bundle_brings_its_dra
     served.signal("-HUP");
     let began = Instant::now();
     let reloaded = || served.counter("draftsmith:draft_swaps_total", "outcome=\"switched\"");
-    while reloaded() < 3.0 && began.elapsed() < Duration::from_secs(60) {
+    while reloaded() < 4.0 && began.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!(reloaded(), 3.0, "{}", served.log());
+    assert_eq!(reloaded(), 4.0, "{}", served.log());
 }
 
 #[test]
