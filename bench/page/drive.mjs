@@ -112,6 +112,7 @@ async function playground() {
 
   await set("Longest answer", "1000");
   for (const [way, stop] of [["Esc", () => page.keyboard.press("Escape")], ["the button", () => page.getByRole("button", { name: "Stop" }).click()]]) {
+    await page.getByRole("button", { name: "New chat" }).click();
     await page.getByLabel("Message", { exact: true }).fill("Write a long story about a lighthouse.");
     await page.keyboard.press("Enter");
     await page.waitForFunction(() => document.querySelectorAll(".turn.model:last-child .tok").length > 3);
@@ -413,6 +414,7 @@ async function models() {
     expect((await page.getByRole("heading", { level: 1 }).textContent()).includes(own.bundle.name), `the bundle of ${name} is shown`);
     await open("play");
   }
+  await page.reload();
 }
 
 async function looks() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use draftsmith::bundle::{Manifest, check_with_target, has_manifest};
+use draftsmith::bundle::{check_with_target, has_manifest};
 use draftsmith::catalogue::catalogued;
 use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
