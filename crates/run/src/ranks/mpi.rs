@@ -17,9 +17,12 @@ use mpi::traits::{Communicator, Destination, Source};
 
 use crate::{Error, Told};
 
-/// Of messages of the collective, and of last words.
+/// Of messages of the collective, of last words, and of what is told meanwhile.
 const WORK: i32 = 1;
 const LAST_WORDS: i32 = 2;
+const POSTED: i32 = 3;
+/// What was posted and is not underway yet is kept in a buffer of so many bytes.
+const BUFFER: usize = 8 << 20;
 /// MPI counts by 32-bit numbers.
 const LARGEST_MESSAGE: usize = 1 << 30;
 /// A rank that does not say hello in this time is missing.
@@ -135,6 +138,24 @@ impl Link for MpiLink {
         });
     }
 
+    fn post(&self, to: usize, words: &[u8]) {
+        self.world.process_at_rank(to as i32).buffered_send_with_tag(words, POSTED);
+    }
+
+    fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+        // Whoever asks is not in a wait, where rank 0 would hear of ranks that fail.
+        if self.world.rank() == 0 {
+            self.listen();
+        }
+        let mut all = Vec::new();
+        while let Some(status) = self.world.any_process().immediate_probe_with_tag(POSTED) {
+            let from = status.source_rank();
+            let (words, _) = self.world.process_at_rank(from).receive_vec_with_tag::<u8>(POSTED);
+            all.push((from as usize, words));
+        }
+        all
+    }
+
     fn give_up(&self, words: &[u8]) {
         self.world.process_at_rank(0).buffered_send_with_tag(words, LAST_WORDS);
         std::thread::sleep(GRACE);
@@ -160,7 +181,7 @@ pub(super) fn join(by: &str, ranks: usize, tell: fn(&Told)) -> Result<(Rc<MpiLin
     let Some((mut universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
         return Err(broken("MPI does not begin".to_string()));
     };
-    universe.set_buffer_size(1 << 20);
+    universe.set_buffer_size(BUFFER);
     let world = universe.world();
     if world.size() as usize != ranks {
         return Err(broken(format!("`{by}` started {ranks} processes, but MPI sees {}", world.size())));
