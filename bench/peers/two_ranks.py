@@ -46,6 +46,8 @@ log_every = 1
 checkpoint_every = 1000
 [validate]
 every = 0
+[bundle]
+license = "Apache-2.0"
 """
 
 
@@ -133,7 +135,7 @@ def main():
     # Rank 0 sends what others own of its gradient, and what it owns of the sum: 4 bytes, twice, half of them.
     formula = 4 * 2 * (2 - 1) * parameters // 2
     record = {
-        "command": shlex.join(["bench/peers/two_ranks.py", *sys.argv[1:]]),
+        "command": f"bench/peers/two_ranks.py --repetitions {args.repetitions} --steps {args.steps}",
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "target": pathlib.Path(args.target).name,
         "pack_length": args.pack,
@@ -150,6 +152,9 @@ def main():
             "most": max(ratios),
         },
         "traffic": {"sent_bytes_a_step": sent, "formula_bytes": formula},
+        "one_process_step_s": statistics.median(
+            s["seconds"] for steps in raw["one process, two threads"] for s in steps
+        ),
         "sum_s_a_step": statistics.median(ranks["sum_s"] for ranks in of_ranks),
         "wait_s_a_step": statistics.median(ranks["wait_s"] for ranks in of_ranks),
         "step_s": {name: [[s["seconds"] for s in steps] for steps in all_of] for name, all_of in raw.items()},

@@ -183,6 +183,11 @@ impl Answers {
         Ok(Answers { log, wanted: HashSet::new(), by_key: HashMap::new(), without_ids: 0 })
     }
 
+    /// Ends the log: all of it is on the device, and seen by whoever opens it.
+    pub(super) fn close(self) -> Result<(), Error> {
+        self.log.sync()
+    }
+
     /// Takes over what the other ranks wrote since this was opened.
     pub(super) fn take_over(&mut self, dir: &Path) -> Result<(), Error> {
         let mut known = self.by_key.keys().cloned().collect();

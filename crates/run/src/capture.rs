@@ -364,7 +364,7 @@ impl Run<'_> {
         if ranks > 1 {
             self.env.ranks.order(&Order::Capture { shares: shares.clone() });
         }
-        let side = self.env.ranks.side();
+        let side = self.env.ranks.side(self.env.stop);
         let mine = self.capture_share(dir, tokens, &shares[0], source, &mut |row_tokens| {
             count(1, row_tokens);
             side.told().into_iter().for_each(|[rows, tokens]| count(rows, tokens));
@@ -396,7 +396,7 @@ impl Run<'_> {
     /// What another rank than the first does when it is called to capture.
     pub(super) fn follow_capture(&self, shares: &[Vec<Range<u64>>]) -> Result<(), Error> {
         let dir = self.made_by(Stage::Capture);
-        let (tokens, side) = (self.tokens()?, self.env.ranks.side());
+        let (tokens, side) = (self.tokens()?, self.env.ranks.side(self.env.stop));
         let mut source = self.capture_source(&Silent)?;
         let share = &shares[self.env.ranks.rank()];
         let made = self.capture_share(&dir, &tokens, share, &mut source, &mut |row_tokens| {

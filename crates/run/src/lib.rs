@@ -5,6 +5,7 @@
 //! taken back when its key comes back. So `run` can be killed at any moment and called again, and an edit of the run
 //! file loses nothing.
 
+pub mod among;
 mod answers;
 pub mod aside;
 mod bench;
@@ -33,6 +34,7 @@ pub mod ranks;
 mod rates;
 mod regenerate;
 pub mod rules;
+pub mod scale;
 pub mod serve_gap;
 pub mod server;
 pub mod shelf;

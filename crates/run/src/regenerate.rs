@@ -254,7 +254,7 @@ impl Run<'_> {
             let rows = missing.iter().map(|w| w.number).collect();
             self.env.ranks.order(&Order::Answer { held, rows });
         }
-        let side = self.env.ranks.side();
+        let side = self.env.ranks.side(self.env.stop);
         let done: Vec<&AnswerLine> = wanted.iter().filter_map(|w| answers.get(w)).collect();
         let (rows_before, tokens_before) =
             (done.len() as u64, done.iter().map(|line| line.generated_tokens).sum::<u64>());
@@ -268,11 +268,14 @@ impl Run<'_> {
         let alive = Alive::default();
         let stop = self.env.stop;
         // What others have answered, by place: their tokens. Rank 0 hears of it; the answers come when all is over.
-        let mut others: HashMap<u32, u64> = HashMap::new();
+        let (mut others, mut others_tokens) = (HashMap::<u32, u64>::new(), 0);
         // Takes over what others tell, and says how it goes on. `mine` is what this rank did.
         let mut look = |mine: Progress, answers: &Answers, told: Vec<[u64; 2]>| {
-            others.extend(told.into_iter().map(|[row, tokens]| (row as u32, tokens)));
-            let tokens = mine.tokens + others.values().sum::<u64>();
+            for [row, tokens] in told {
+                others.insert(row as u32, tokens);
+                others_tokens += tokens;
+            }
+            let tokens = mine.tokens + others_tokens;
             report.at(match max_tokens {
                 Some(max) => (tokens_before + tokens).min(max),
                 None => rows_before + mine.dialogues + others.len() as u64,
@@ -312,7 +315,7 @@ impl Run<'_> {
     /// What another rank than the first does when it is called to answer.
     pub(super) fn follow_answer(&self, held: bool, numbers: &[u32]) -> Result<(), Error> {
         let (ranks, rank) = (self.env.ranks.count(), self.env.ranks.rank());
-        let side = self.env.ranks.side();
+        let side = self.env.ranks.side(self.env.stop);
         let numbers: HashSet<u32> = numbers.iter().skip(rank).step_by(ranks).copied().collect();
         let rows = (0..).zip(self.asked_rows(held)?).filter(|(number, _)| numbers.contains(number));
         let template_sha256 = self.target()?.text.template()?.hash();
@@ -330,6 +333,8 @@ impl Run<'_> {
         };
         let mine: Vec<&Wanted> = wanted.iter().collect();
         self.answer_share(&mine, &|| side.is_over(), &Alive::default(), on_line, &Silent)?;
+        // Disks that machines share show to others what was closed.
+        log.close()?;
         side.end();
         self.env.ranks.meet(&(), self.env.stop.requested())?;
         Ok(())

@@ -427,6 +427,18 @@ fn mpi_ranks_that_do_not_fit_together_are_refused_in_one_line() {
 }
 
 #[test]
+fn mpi_a_rank_that_does_not_come_ends_all_within_two_minutes() {
+    let Some(program) = program() else { return };
+    let home = Home::new();
+    let dir = home.path().join("run");
+    let mut command = mpirun(&home, &program, &[(1, arguments("run", &dir, &[]))]);
+    command.args([":", "-n", "1", "sleep", "300"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (ended, _) = ends_within(command.spawn().unwrap(), Duration::from_secs(120));
+    fails(&ended, &["rank 0 waited 60 s for another to start, in vain"]);
+    assert!(!dir.exists(), "nothing was begun");
+}
+
+#[test]
 fn mpi_rows_that_a_rank_cannot_read_end_all_with_its_name() {
     let Some(program) = program() else { return };
     let home = Home::new();

@@ -15,6 +15,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use draftsmith_core::report::Stop;
 use draftsmith_train::{Alone, Collective};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -152,11 +153,12 @@ impl Ranks {
         Ranks { collective: Box::new(Alone), names, threads, orders: Cell::new(0) }
     }
 
-    /// Finds the others of a launch. `tell` is called when another rank fails, before all end.
+    /// Finds the others of a launch. `tell` is called when another rank fails, before all end; `exit` ends this process where there
+    /// is no other way.
     ///
     /// # Errors
     /// A launcher whose processes this build cannot join, or that are not what it says; ranks of different versions.
-    pub fn join(launch: Option<Launch>, tell: fn(&Told)) -> Result<Ranks, Error> {
+    pub fn join(launch: Option<Launch>, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
         let Some(launch) = launch else { return Ok(Ranks::alone()) };
         let Launch { by, ranks, .. } = launch;
         if by == TORCHRUN {
@@ -165,11 +167,11 @@ impl Ranks {
                 format!("start it as `mpirun -n {ranks} draftsmith run RUN.toml`; docs/RANKS.md says how"),
             ));
         }
-        Ranks::join_launch(launch, tell)
+        Ranks::join_launch(launch, tell, exit)
     }
 
     #[cfg(not(feature = "mpi"))]
-    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told)) -> Result<Ranks, Error> {
+    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told), _: fn(u8)) -> Result<Ranks, Error> {
         Err(Error::input(
             format!("`{by}` started {ranks} processes, but this program was built to work as one"),
             format!(
@@ -179,8 +181,8 @@ impl Ranks {
     }
 
     #[cfg(feature = "mpi")]
-    fn join_launch(launch: Launch, tell: fn(&Told)) -> Result<Ranks, Error> {
-        let (link, host) = mpi::join(launch.by, launch.ranks, tell)?;
+    fn join_launch(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
+        let (link, host) = mpi::join(launch, tell, exit)?;
         let ranks = draftsmith_train::Ranks::new(std::rc::Rc::clone(&link));
         let found = Ranks::of(Box::new(ranks), &Hello::mine(host));
         link.greeted();
@@ -307,8 +309,8 @@ impl Ranks {
     }
 
     /// The messages beside the work that the last order began.
-    pub(crate) fn side(&self) -> Side<'_> {
-        Side::new(self.collective(), self.orders.get())
+    pub(crate) fn side<'a>(&'a self, stop: &'a Stop) -> Side<'a> {
+        Side::new(self.collective(), self.orders.get(), stop)
     }
 
     /// Ends work that was shared: all ranks come here, each with what it made and whether it was to stop before its rows were

@@ -55,7 +55,7 @@ fn file(dir: &Path, more: &[&str]) -> RunFile {
     let text = format!(
         "[run]\nname = \"rows\"\nseed = 7\n[target]\nsource = {target:?}\n[data]\nsources = [{{ path = {rows:?} }}]\n\
          validation = {held:?}\nmax_length = 256\n[regenerate]\nmax_rows = 40\nmax_new_tokens = 20\nbatch_size = 3\n\
-         [capture]\nshard_rows = 6\n[draft]\nvocab_size = 512\n"
+         [capture]\nshard_rows = 6\n[draft]\nvocab_size = 512\n[bundle]\nlicense = \"CC0-1.0\"\n"
     );
     let mut overrides = vec![format!("run.dir={}", dir.display())];
     overrides.extend(more.iter().map(|o| o.to_string()));

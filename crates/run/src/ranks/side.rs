@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use draftsmith_core::report::Stop;
 use draftsmith_train::Collective;
 
 /// Between two messages of a rank.
@@ -27,6 +28,8 @@ pub(crate) struct Side<'a> {
     collective: &'a dyn Collective,
     /// Messages of other rounds are too late.
     round: u64,
+    /// A rank that was asked to stop asks rank 0.
+    stop: &'a Stop,
     state: RefCell<State>,
 }
 
@@ -42,10 +45,10 @@ struct State {
 
 impl<'a> Side<'a> {
     /// The round that the last order began.
-    pub(super) fn new(collective: &'a dyn Collective, round: u64) -> Side<'a> {
+    pub(super) fn new(collective: &'a dyn Collective, round: u64, stop: &'a Stop) -> Side<'a> {
         let ended = (0..collective.ranks()).map(|rank| rank == 0).collect();
         let state = State { waiting: Vec::new(), told_at: Instant::now(), ended, over: false };
-        Side { collective, round, state: RefCell::new(state) }
+        Side { collective, round, stop, state: RefCell::new(state) }
     }
 
     fn post(&self, to: usize, kind: u8, items: &[Item]) {
@@ -74,7 +77,8 @@ impl<'a> Side<'a> {
         if !self.collective.is_first() {
             let waiting = std::mem::take(&mut self.state.borrow_mut().waiting);
             self.post(0, ITEMS, &waiting);
-            self.post(0, ENDED, &[]);
+            let stopped: &[Item] = if self.stop.requested() { &[[0, 0]] } else { &[] };
+            self.post(0, ENDED, stopped);
         }
     }
 
@@ -88,7 +92,12 @@ impl<'a> Side<'a> {
                 continue;
             }
             match rest.split_first() {
-                Some((&ENDED, _)) => state.ended[from] = true,
+                Some((&ENDED, stopped)) => {
+                    state.ended[from] = true;
+                    if !stopped.is_empty() {
+                        self.stop.request();
+                    }
+                }
                 Some((&OVER, _)) => state.over = true,
                 Some((_, rest)) => {
                     let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
@@ -144,18 +153,39 @@ mod tests {
     use draftsmith_train::ranks::threads;
 
     #[test]
+    fn a_rank_that_is_to_stop_stops_rank_0() {
+        let stopped = std::thread::scope(|scope| {
+            let work = |link| {
+                let (collective, stop) = (Ranks::new(link), Stop::default());
+                let side = Side::new(&collective, 1, &stop);
+                if !collective.is_first() {
+                    stop.request();
+                    side.end();
+                } else {
+                    side.wait(|_| ControlFlow::Continue(()));
+                }
+                stop.requested()
+            };
+            let threads: Vec<_> =
+                threads::links(2).into_iter().map(|link| scope.spawn(move || work(link))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(stopped, [true, true]);
+    }
+
+    #[test]
     fn rank_0_hears_of_all_rows_and_can_call_the_rest_off() {
         for ranks in 1..=4u64 {
             let heard = std::thread::scope(|scope| {
                 let work = |link| {
-                    let collective = Ranks::new(link);
+                    let (collective, stop) = (Ranks::new(link), Stop::default());
                     let rank = collective.rank() as u64;
                     // What an earlier round left is not heard.
-                    let early = Side::new(&collective, 6);
+                    let early = Side::new(&collective, 6, &stop);
                     early.tell([99, 99]);
                     early.end();
                     collective.barrier();
-                    let side = Side::new(&collective, 7);
+                    let side = Side::new(&collective, 7, &stop);
                     if rank > 0 {
                         (0..10).for_each(|row| side.tell([rank, row]));
                         side.end();

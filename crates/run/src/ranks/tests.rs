@@ -27,18 +27,18 @@ fn launchers_are_known_by_their_variables() {
 #[test]
 fn a_launch_that_cannot_be_joined_is_refused_with_the_way_out() {
     let torchrun = Launch { by: "torchrun", ranks: 2, rank: 0 };
-    let error = Ranks::join(Some(torchrun), |_| ()).unwrap_err();
+    let error = Ranks::join(Some(torchrun), |_| (), |_| ()).unwrap_err();
     assert!(error.to_string().contains("`torchrun` started 2 processes"), "{error}");
     assert!(error.hint().unwrap().contains("mpirun -n 2"));
     let error = torchrun.refuse("make");
     assert_eq!(error.to_string(), "`torchrun` started 2 processes, but `make` works as one");
     #[cfg(not(feature = "mpi"))]
     {
-        let error = Ranks::join(Some(Launch { by: "srun", ranks: 8, rank: 0 }), |_| ()).unwrap_err();
+        let error = Ranks::join(Some(Launch { by: "srun", ranks: 8, rank: 0 }), |_| (), |_| ()).unwrap_err();
         assert!(error.to_string().contains("`srun` started 8 processes"), "{error}");
         assert!(error.hint().unwrap().contains("--features mpi"));
     }
-    assert_eq!(Ranks::join(None, |_| ()).unwrap().count(), 1);
+    assert_eq!(Ranks::join(None, |_| (), |_| ()).unwrap().count(), 1);
 }
 
 pub(super) fn hello(host: &str, cores: &str, num_cores: usize) -> Hello {
