@@ -149,7 +149,13 @@ mod tests {
         assert_eq!((Among::ALONE.share(7), Among::ALONE.sent_bytes_a_step(4, 9)), (1.0, 0));
         assert_eq!((Among::ALONE.sums_aside(8), four.sums_aside(8), four.sums_aside(4)), (3, 1, 0));
         assert_eq!(four.uneven(8, 512), None);
-        assert!(four.uneven(2, 512).unwrap().contains("2 ranks have nothing to do in it; with `train.tokens_per_step = 2048`"));
-        assert!(four.uneven(6, 512).unwrap().contains("2 ranks wait for 2; with `train.tokens_per_step = 4096`"));
+        assert!(
+            four.uneven(2, 512)
+                .unwrap()
+                .contains("2 ranks have nothing to do in it; with `train.tokens_per_step = 2048`")
+        );
+        assert!(
+            four.uneven(6, 512).unwrap().contains("2 ranks wait for 2; with `train.tokens_per_step = 4096`")
+        );
     }
 }

@@ -964,7 +964,8 @@ mod tests {
         }
         // A slower link shows in training alone.
         let slow = of(4, 1.0);
-        let differ: Vec<Stage> = four.iter().zip(&slow).filter(|(a, b)| a != b).map(|(a, _)| a.stage).collect();
+        let differ: Vec<Stage> =
+            four.iter().zip(&slow).filter(|(a, b)| a != b).map(|(a, _)| a.stage).collect();
         assert_eq!(differ, [Stage::Train]);
         // As many ranks as one likes: somebody has a whole row, micro-batch and prompt.
         let many = of(1000, 10.0);

@@ -352,8 +352,7 @@ impl Run<'_> {
         let stop = self.env.stop;
         let keys: HashMap<&str, &String> = mine.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
         let mut failed = None;
-        let mut source =
-            mine.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested() && !over());
+        let mut source = mine.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested() && !over());
         let mut on_done = |done: FinishedDialogue, progress: Progress| {
             let key = keys[done.id.as_str()].clone();
             on_line(AnswerLine::new(key, done), progress).unwrap_or_else(|error| {

@@ -219,15 +219,15 @@ fn costs(shape: &Shape, gpus: u64) -> Costs {
         (answers + prompts) / 3600.0
     });
     let capture = at_work.map(|at_work| tokens * 2.0 * shape.active / (at_work * flops) / 3600.0);
-    let states =
-        estimate_bytes(tokens as u64, shape.hidden as u64, work::LAYERS, CaptureDtype::Int8) as f64;
+    let states = estimate_bytes(tokens as u64, shape.hidden as u64, work::LAYERS, CaptureDtype::Int8) as f64;
 
     let (draft, among) = (&shape.draft, Among { ranks: gpus, link_bytes_per_s: link(gpus) });
     let slots = work::PACK * work::MICRO_BATCHES as f64;
     let steps = (work::EPOCHS * tokens / slots).ceil();
     let teacher = shape.vocab * shape.hidden / work::EPOCHS;
     let share = work::ANSWER / (work::PROMPT + work::ANSWER);
-    let products = among.share(work::MICRO_BATCHES) * draft.flops(slots, share, work::UNROLLED, teacher) / flops;
+    let products =
+        among.share(work::MICRO_BATCHES) * draft.flops(slots, share, work::UNROLLED, teacher) / flops;
     let sent = among.sent_bytes_a_step(work::MICRO_BATCHES, draft.trained as u64) as f64;
     let sums = sent / among.link_bytes_per_s;
     // Weight, gradient and two moments are read, weight, two moments and a bf16 copy are written.
@@ -469,14 +469,14 @@ keeps a target on one device. Its draft trains without it.
 const READING: &str = "
 What the table says, as far as it is right:
 
-* Answers cost most, by far more than training; they need no GPU to know of another, so they scale with the copies.
-* Sums of gradients are small inside one machine. Between machines they are what training waits for, and more so with smaller steps:
-  a step of twice the micro-batches halves their share.
-* The optimiser is done in full by every GPU: its share grows with `N`, and stays the smaller of the two.
-* Reading states asks more of the disks than anything else: a shared disk must give what the column says, or `capture.mode = \"online\"`
-  computes them where they are used.
-* Drafts of the shape of a layer of 400B do not fit one GPU with their optimiser. Moments by rank would make them fit from a few GPUs
-  on; draftsmith does not have that yet. Until then such a draft is made smaller: `draft.intermediate`, `draft.vocab_size`.
+* Answers and states need no GPU to know of another: they get faster with the copies of the target. So does training inside one machine,
+  where sums of gradients take less than 1 %. Between machines they take 11 to 12 % of it on 16 GPUs and a third on 64; a step of twice the
+  micro-batches halves that.
+* The optimiser, which every GPU does in full, stays below 3 %.
+* Reading states on 64 GPUs asks for up to 19 GB/s of a disk that they share; `capture.mode = \"online\"` computes them where they are used.
+* Drafts for targets of up to 235B fit one GPU. One of the shape of a layer of 405B fits on none of these numbers of GPUs. Moments by rank,
+  which draftsmith does not have, would make it fit on 64 alone, for the sums that wait in the tree are as large. It has to be made smaller:
+  `draft.intermediate`, `draft.vocab_size`, fewer micro-batches a step.
 
 ## Held against measurements
 
@@ -496,7 +496,8 @@ mod tests {
 
     #[test]
     fn shapes_have_as_many_numbers_as_their_names_say() {
-        let wanted = [(8.03e9, 8.03e9), (32.8e9, 32.8e9), (70.6e9, 70.6e9), (235.1e9, 22.2e9), (405.9e9, 405.9e9)];
+        let wanted =
+            [(8.03e9, 8.03e9), (32.8e9, 32.8e9), (70.6e9, 70.6e9), (235.1e9, 22.2e9), (405.9e9, 405.9e9)];
         for (shape, (all, active)) in all().iter().zip(wanted) {
             assert!((shape.all / all - 1.0).abs() < 0.01, "{}: {}", shape.name, shape.all);
             // An embedding is looked up, not multiplied.
@@ -536,17 +537,26 @@ mod tests {
     /// What the page says in words.
     #[test]
     fn the_words_of_the_page_are_what_its_numbers_say() {
+        let percent = |share: f64| (100.0 * share).round() as u32;
+        let room = USABLE * gpu::MEMORY;
+        let mut most_read = 0.0f64;
         for shape in all() {
             for gpus in COUNTS {
                 let c = costs(&shape, gpus);
-                assert!(c.regenerate.is_none_or(|h| h > c.train), "answers cost most: {} on {gpus}", shape.name);
-                assert!(gpus == 1 || gpus > gpu::PER_MACHINE || c.sums < 0.05, "small inside a machine");
-                assert!(gpus <= gpu::PER_MACHINE || c.sums > c.optimiser, "the optimiser is the smaller");
+                let sums = match gpus {
+                    1..=8 => 0..=1,
+                    16 => 11..=12,
+                    _ => 33..=36,
+                };
+                assert!(sums.contains(&percent(c.sums)), "{} on {gpus}: {}", shape.name, c.sums);
+                assert!(c.optimiser < 0.03, "{} on {gpus}: {}", shape.name, c.optimiser);
+                let is_largest = shape.name == "Llama-3.1-405B";
+                assert_eq!(c.memory > room, is_largest, "{} on {gpus}: {}", shape.name, c.memory);
+                assert_eq!(c.memory_shared > room, is_largest && gpus < 64, "{} on {gpus}", shape.name);
+                most_read = most_read.max(c.read_s);
             }
         }
-        let largest = &all()[4];
-        assert!(costs(largest, 64).memory > USABLE * gpu::MEMORY);
-        assert!(costs(largest, 16).memory_shared < USABLE * gpu::MEMORY);
+        assert_eq!((most_read / 1e9).round(), 19.0);
     }
 
     #[test]
@@ -569,11 +579,13 @@ mod tests {
 
     #[test]
     fn formulas_agree_with_what_was_measured() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/2026-11-29-two-ranks.json");
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/results/2026-11-29-two-ranks.json");
         let record: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         for check in checks(&record) {
             let ratio = check.measured / check.formula;
-            let exact = check.unit == "B" && check.what.starts_with("bytes that") || check.what.starts_with("trained");
+            let exact = check.unit == "B" && check.what.starts_with("bytes that")
+                || check.what.starts_with("trained");
             let within = if exact { 1e-6 } else { 0.2 };
             assert!((ratio - 1.0).abs() < within, "{}: {} for {}", check.what, check.measured, check.formula);
         }

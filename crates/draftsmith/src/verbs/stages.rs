@@ -144,7 +144,11 @@ fn ranks_text(ranks: &RanksPlan, stages: &[StagePlan]) -> String {
         );
     }
     if let Some(bytes) = ranks.one_machine_memory_bytes {
-        let _ = writeln!(page, "ranks       memory is that of each rank; all of them on one machine need {}", human(bytes));
+        let _ = writeln!(
+            page,
+            "ranks       memory is that of each rank; all of them on one machine need {}",
+            human(bytes)
+        );
     }
     for note in &ranks.notes {
         let _ = writeln!(page, "ranks       {note}");

@@ -78,7 +78,8 @@ fn the_bill_for_several_ranks_says_what_they_share_and_what_they_do_not() {
     let home = Home::new();
     run_file(&home, "");
     let of = |more: &[&str]| {
-        let args = ["run", "a.toml", "train.tokens_per_step=1024", "train.pack_length=256", "--plan", "--json"];
+        let args =
+            ["run", "a.toml", "train.tokens_per_step=1024", "train.pack_length=256", "--plan", "--json"];
         home.run(&args.into_iter().chain(more.iter().copied()).collect::<Vec<_>>()).json()
     };
     let one = of(&[]);
@@ -86,7 +87,11 @@ fn the_bill_for_several_ranks_says_what_they_share_and_what_they_do_not() {
     let four = of(&["--ranks", "4", "--link-gbit", "8"]);
     assert!(!home.path().join("runs").exists(), "nothing may be written");
     let ranks = &four["ranks"];
-    assert_eq!((&ranks["ranks"], &ranks["link_bytes_per_s"]), (&Value::from(4), &Value::from(1e9)), "{ranks}");
+    assert_eq!(
+        (&ranks["ranks"], &ranks["link_bytes_per_s"]),
+        (&Value::from(4), &Value::from(1e9)),
+        "{ranks}"
+    );
     assert_eq!(ranks["micro_batches"], 4);
     let seconds = |plan: &Value, name: &str| stage(plan, name)["seconds"].as_f64().unwrap();
     // The rates of the first plan are kept, so all but what is shared is the same.
@@ -105,8 +110,20 @@ fn the_bill_for_several_ranks_says_what_they_share_and_what_they_do_not() {
     let memory = |plan: &Value| plan["memory_bytes"].as_u64().unwrap();
     assert_eq!(ranks["one_machine_memory_bytes"].as_u64().unwrap(), 4 * memory(&four));
     // Micro-batches that do not go round are told with what to write.
-    let page = home.run(&["run", "a.toml", "train.tokens_per_step=1024", "train.pack_length=256", "--plan", "--ranks", "3"]);
-    for text in ["ranks       3: one process takes", "in its last round 2 ranks wait for 1", "`train.tokens_per_step = 1536`"] {
+    let page = home.run(&[
+        "run",
+        "a.toml",
+        "train.tokens_per_step=1024",
+        "train.pack_length=256",
+        "--plan",
+        "--ranks",
+        "3",
+    ]);
+    for text in [
+        "ranks       3: one process takes",
+        "in its last round 2 ranks wait for 1",
+        "`train.tokens_per_step = 1536`",
+    ] {
         assert!(page.stdout.contains(text), "{text}: {}", page.stdout);
     }
     let alone = home.run(&["run", "a.toml", "--ranks", "2"]);

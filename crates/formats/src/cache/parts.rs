@@ -348,7 +348,8 @@ impl Parts {
             let index = index_at.and_then(|at| file.get(at..at + rows * INDEX_ENTRY));
             let index = index.ok_or_else(|| damaged("it is too short"))?;
             for entry in index.chunks_exact(INDEX_ENTRY) {
-                let number = |at: usize| u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
+                let number =
+                    |at: usize| u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
                 let at = number(0) as usize | (number(4) as usize) << 32;
                 let frame = at.checked_add(number(8) as usize).and_then(|end| file.get(at..end));
                 shard.push(frame.ok_or_else(|| damaged("a row lies outside of it"))?, number(12))?;
@@ -536,7 +537,10 @@ mod tests {
         let spec = spec(CaptureDtype::Int8, 3);
         let mut writer = PartWriter::create(dir.path(), &spec, 1..2).unwrap();
         assert!(writer.push(&row(1, 4)).unwrap());
-        assert_eq!(writer.push(&row(2, 4)).unwrap_err().to_string(), "row 2 cannot be stored: its part is full");
+        assert_eq!(
+            writer.push(&row(2, 4)).unwrap_err().to_string(),
+            "row 2 cannot be stored: its part is full"
+        );
         let writer = PartWriter::create(dir.path(), &spec, 0..2).unwrap();
         let error = writer.finish().unwrap_err();
         assert_eq!(error.to_string(), "row 0 cannot be stored: its part ends before it");

@@ -5,9 +5,9 @@
 
 #[cfg(feature = "mpi")]
 mod mpi;
-mod side;
 #[cfg(test)]
 mod rows_tests;
+mod side;
 #[cfg(test)]
 mod tests;
 

@@ -181,11 +181,7 @@ fn begins(rank: usize, tell: fn(&Told), exit: fn(u8)) -> std::sync::mpsc::Sender
 
 /// All processes that a launcher started, through MPI, and the name of this one's host. Until [`MpiLink::greeted`] a wait
 /// that lasts too long ends all.
-pub(super) fn join(
-    launch: Launch,
-    tell: fn(&Told),
-    exit: fn(u8),
-) -> Result<(Rc<MpiLink>, String), Error> {
+pub(super) fn join(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<(Rc<MpiLink>, String), Error> {
     let Launch { by, ranks, rank } = launch;
     let broken = |what: String| {
         Error::input(

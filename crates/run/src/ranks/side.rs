@@ -11,7 +11,7 @@ use draftsmith_core::report::Stop;
 use draftsmith_train::Collective;
 
 /// Between two messages of a rank.
-const TELL_EVERY: Duration = Duration::from_millis(200);
+const TELL_EVERY: Duration = Duration::from_millis(50);
 /// Between two questions of rank 0, once its own rows are done.
 const ASK_EVERY: Duration = Duration::from_millis(20);
 

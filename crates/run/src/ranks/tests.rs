@@ -63,9 +63,7 @@ fn on_ranks<T: Send>(count: usize, work: impl Fn(usize, Box<dyn Collective>) -> 
         let threads: Vec<_> = threads::links(count)
             .into_iter()
             .enumerate()
-            .map(|(rank, link)| {
-                scope.spawn(move || work(rank, Box::new(draftsmith_train::Ranks::new(link))))
-            })
+            .map(|(rank, link)| scope.spawn(move || work(rank, Box::new(draftsmith_train::Ranks::new(link)))))
             .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
