@@ -8,7 +8,9 @@ pub(crate) fn check(tree: &Tree, write: bool, findings: &mut Findings) -> Result
     let schema =
         serde_json::to_string_pretty(&draftsmith::formats::run::json_schema(&draftsmith::model::methods()))?
             + "\n";
+    let record = tree.read("bench/results/2026-11-29-two-ranks.json")?;
     let pages = [
+        ("docs/SCALING.md", draftsmith::run::scale::page(&serde_json::from_str(&record)?)),
         ("docs/CLI.md", draftsmith::cli::reference_page()),
         ("docs/RUN_FILE.md", run_file_page()),
         ("docs/run.schema.json", schema),

@@ -68,15 +68,23 @@ impl Failure {
 
     /// Prints two lines to stderr for everything that is wrong.
     pub(crate) fn tell(&self) {
-        let mut err = std::io::stderr().lock();
+        let mut text = String::new();
         for Told { message, hint } in &self.told {
-            let _ = writeln!(err, "error: {}", one_line(message));
+            text.push_str(&format!("error: {}\n", one_line(message)));
             let general = || "correct what the line above names, and run the command again".to_string();
             if let Some(hint) = hint.clone().or_else(|| (self.code == BAD_INPUT).then(general)) {
-                let _ = writeln!(err, "hint: {}", one_line(&hint));
+                text.push_str(&format!("hint: {}\n", one_line(&hint)));
             }
         }
+        write_at_once(&text);
     }
+}
+
+/// To stderr by one call of the system: a launcher of several processes mixes what they write, call by call.
+fn write_at_once(text: &str) {
+    let mut err = std::io::stderr().lock();
+    let _ = err.write_all(text.as_bytes());
+    let _ = err.flush();
 }
 
 /// Messages may quote what others said over several lines; ours is one.
@@ -120,13 +128,11 @@ fn tell(info: &std::panic::PanicHookInfo<'_>) {
         .or_else(|| info.payload().downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "no message".to_string());
     let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-    let mut err = std::io::stderr().lock();
-    let _ = writeln!(err, "error: draftsmith has a bug: {}{place}", one_line(&what));
-    let _ = writeln!(
-        err,
-        "hint: please report it with this line, the command and the output of `draftsmith doctor --json`"
-    );
-    let _ = err.flush();
+    write_at_once(&format!(
+        "error: draftsmith has a bug: {}{place}\nhint: please report it with this line, the command and the output of \
+         `draftsmith doctor --json`\n",
+        one_line(&what)
+    ));
 }
 
 /// How a wrong command line is put right: as its usage says, or with another value.

@@ -68,7 +68,7 @@ fn run(mut cli: Cli, session: &Session) -> Result<u8, Failure> {
         },
         Verb::Make(args) => verbs::make::make(&args, session),
         Verb::Init(args) => verbs::make::init(&args.making, session),
-        Verb::Run(args) if args.plan => verbs::stages::plan("run", &args.run, session),
+        Verb::Run(args) if args.plan => verbs::stages::plan_run(&args, session),
         Verb::Run(args) => verbs::stages::advance("run", &args.run, None, session),
         Verb::Status(args) => verbs::status::run(&args, session),
         Verb::Inspect(args) => verbs::inspect::run(&args, session),

@@ -5,18 +5,23 @@
 //! generated token is either in a row or counted among those left out.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use draftsmith_capture::{AnswerMark, AnswerSpan, AnsweredRow, Dialogue, FinishedDialogue, SamplingMix};
 use draftsmith_core::Sampling;
 use draftsmith_data::{Conversation, LocatedRow, Row, TokenRow};
+use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::hash::Hasher;
 use draftsmith_formats::run::RegenerateTable;
 use draftsmith_text::{Message, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use super::data::RowLog;
+use super::state::ANSWERS;
 use crate::Error;
+
+/// Beginning of the names of logs of other ranks.
+const RANK_LOG: &str = "answers-rank-";
 
 /// Changed whenever the same inputs give other answers.
 const ANSWERS_VERSION: &str = "answers 1";
@@ -83,6 +88,8 @@ impl AnswerLine {
 
 /// A conversation that wants answers.
 pub(super) struct Wanted {
+    /// Its place among those of the data.
+    pub(super) number: u32,
     pub(super) key: String,
     pub(super) dialogue: Dialogue,
     /// Where the answers go.
@@ -139,26 +146,73 @@ impl Origin<'_> {
 /// The log of answers, and those in it that are wanted.
 pub(super) struct Answers {
     log: RowLog,
+    /// Keys of what is wanted; nothing else is kept in memory.
+    wanted: HashSet<String>,
     by_key: HashMap<String, AnswerLine>,
     /// Answers that are wanted and in the log, but without ids.
     without_ids: usize,
 }
 
 impl Answers {
-    /// Opens the log. Lines that nobody wants stay in it: a later run file may want them again.
-    pub(super) fn open<'w>(path: &Path, wanted: impl Iterator<Item = &'w Wanted>) -> Result<Answers, Error> {
-        let (log, lines) = RowLog::open(path)?;
-        let wanted: HashSet<&str> = wanted.map(|w| w.key.as_str()).collect();
+    /// Opens the log, and takes over what other ranks left beside it. Lines that nobody wants stay in it: a later run file may want
+    /// them again.
+    pub(super) fn open<'w>(dir: &Path, wanted: impl Iterator<Item = &'w Wanted>) -> Result<Answers, Error> {
+        let (log, lines) = RowLog::open(&dir.join(ANSWERS))?;
+        let wanted = wanted.map(|w| w.key.clone()).collect();
+        let mut answers = Answers { log, wanted, by_key: HashMap::new(), without_ids: 0 };
+        let (mut known, mut without_ids) = (HashSet::new(), HashSet::new());
         let lines = lines.into_iter().filter_map(|line| serde_json::from_value::<AnswerLine>(line).ok());
-        let (mut by_key, mut without_ids) = (HashMap::new(), HashSet::new());
-        for line in lines.filter(|line| wanted.contains(line.key.as_str())) {
+        for line in lines {
             match line.has_ids() {
-                true => drop(by_key.insert(line.key.clone(), line)),
+                true => {
+                    known.insert(line.key.clone());
+                    answers.keep(line);
+                }
                 false => drop(without_ids.insert(line.key)),
             }
         }
-        let without_ids = without_ids.iter().filter(|key| !by_key.contains_key(*key)).count();
-        Ok(Answers { log, by_key, without_ids })
+        answers.merge(dir, &mut known)?;
+        without_ids.retain(|key| answers.wanted.contains(key) && !answers.by_key.contains_key(key));
+        answers.without_ids = without_ids.len();
+        Ok(answers)
+    }
+
+    /// The log of another rank than the first.
+    pub(super) fn of_rank(dir: &Path, rank: usize) -> Result<Answers, Error> {
+        let (log, _) = RowLog::open(&dir.join(format!("{RANK_LOG}{rank}.jsonl")))?;
+        Ok(Answers { log, wanted: HashSet::new(), by_key: HashMap::new(), without_ids: 0 })
+    }
+
+    /// Ends the log: all of it is on the device, and seen by whoever opens it.
+    pub(super) fn close(self) -> Result<(), Error> {
+        self.log.sync()
+    }
+
+    /// Takes over what the other ranks wrote since this was opened.
+    pub(super) fn take_over(&mut self, dir: &Path) -> Result<(), Error> {
+        let mut known = self.by_key.keys().cloned().collect();
+        self.merge(dir, &mut known)
+    }
+
+    /// Puts every answer of other ranks into the log, once, and removes their logs.
+    fn merge(&mut self, dir: &Path, known: &mut HashSet<String>) -> Result<(), Error> {
+        for path in rank_logs(dir) {
+            let (_, lines) = RowLog::open(&path)?;
+            for line in lines.into_iter().filter_map(|line| serde_json::from_value::<AnswerLine>(line).ok()) {
+                if line.has_ids() && known.insert(line.key.clone()) {
+                    self.push(line)?;
+                }
+            }
+            self.log.sync()?;
+            std::fs::remove_file(&path).map_err(|e| AtomicError::from_io("remove", &path, e))?;
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, line: AnswerLine) {
+        if self.wanted.contains(&line.key) {
+            self.by_key.insert(line.key.clone(), line);
+        }
     }
 
     /// Answers that are wanted and in the log, but without ids: they have to be asked for again.
@@ -172,22 +226,39 @@ impl Answers {
 
     pub(super) fn push(&mut self, line: AnswerLine) -> Result<(), Error> {
         self.log.push(&serde_json::to_value(&line).expect("an answer is JSON"))?;
-        self.by_key.insert(line.key.clone(), line);
+        self.keep(line);
         Ok(())
     }
 
-    /// How many rows, from the first, reach a limit of tokens; `None` while they do not, or while one of them is missing.
-    pub(super) fn reach(&self, wanted: &[Wanted], max_tokens: Option<u64>) -> Option<usize> {
+    /// How many rows, from the first, reach a limit of tokens; `None` while they do not, or while one of them is missing. Those of
+    /// other ranks are not here yet, but their tokens are known by place.
+    pub(super) fn reach(
+        &self,
+        wanted: &[Wanted],
+        max_tokens: Option<u64>,
+        others: &HashMap<u32, u64>,
+    ) -> Option<usize> {
         let max_tokens = max_tokens?;
         let mut sum = 0;
         for (i, wanted) in wanted.iter().enumerate() {
-            sum += self.get(wanted)?.generated_tokens;
+            let here = self.get(wanted).map(|line| line.generated_tokens);
+            sum += here.or_else(|| others.get(&wanted.number).copied())?;
             if sum >= max_tokens {
                 return Some(i + 1);
             }
         }
         None
     }
+}
+
+/// Logs of other ranks in a folder.
+pub(super) fn rank_logs(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_one = |name: &str| name.starts_with(RANK_LOG) && name.ends_with(".jsonl");
+    let mut logs: Vec<PathBuf> =
+        entries.filter(|e| e.file_name().to_str().is_some_and(is_one)).map(|e| e.path()).collect();
+    logs.sort();
+    logs
 }
 
 /// Answers of one domain, counted. Tokens are conserved: `generated_tokens` = `trained_tokens` + `left_out_tokens`.

@@ -3,9 +3,11 @@
 //! ```text
 //! capture/manifest.json, shard-*   the target cache
 //! ```
-//! The states come from the target in this process, or from a server of it; rows arrive in order either way.
+//! The states come from the target in this process, or from a server of it; rows arrive in order either way. Several processes
+//! share the rows ([`Parts`]) unless a server has them; the finished cache is the same.
 
-use std::ops::ControlFlow;
+use std::cell::Cell;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,9 +15,11 @@ use std::time::Instant;
 use draftsmith_capture::{
     Alive, CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
 };
-use draftsmith_core::report::{Report, Unit};
+use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::Row;
-use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
+use draftsmith_formats::cache::{
+    CacheError, CacheReader, CacheSpec, CacheWriter, CaptureRow, Part, PartWriter, Parts, estimate_bytes,
+};
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::{Cpu, catch_failure};
@@ -30,6 +34,7 @@ use crate::Error;
 use crate::device::Compute;
 use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
+use crate::ranks::Order;
 use crate::server::server_keys;
 
 /// What a capture costs.
@@ -261,18 +266,22 @@ impl Run<'_> {
     pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
-        let mut writer = CacheWriter::open(dir, &spec)?;
+        let parts = Parts::open(dir, &spec)?;
         let mut source = self.capture_source(report)?;
         source.note_launch(report);
-        if writer.rows_done() == 0 {
+        // A server is asked by one.
+        let ranks = if self.file.capture.server.is_some() { 1 } else { self.env.ranks.count() };
+        if parts.rows_done() == 0 {
             let trial = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
-            let bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
+            let mut bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
+            bill.minutes /= ranks as f64;
             report.note(&format!(
-                "capture: {} rows, {} tokens, about {}, {:.0} minutes",
+                "capture: {} rows, {} tokens, about {}, {:.0} minutes{}",
                 bill.rows,
                 bill.tokens,
                 human(bill.bytes),
-                bill.minutes.ceil()
+                bill.minutes.ceil(),
+                if ranks > 1 { format!(" by {ranks} ranks") } else { String::new() }
             ));
             if let Some(free) = bill.free_bytes.filter(|free| *free < bill.bytes) {
                 return Err(Error::input(
@@ -288,40 +297,162 @@ impl Run<'_> {
         }
         report.begin("capture", Some(spec.rows), Unit::Rows);
         let began = Instant::now();
-        let (first, mut captured, mut failed) = (writer.rows_done(), 0u64, None);
-        let (mut done, stop, alive) = (first, self.env.stop, source.alive());
-        report.at(first);
-        let mut numbers = first as usize..spec.rows as usize;
+        let (mut done, mut captured, alive) = (parts.rows_done(), 0, source.alive());
+        report.at(done);
+        let mut count = |rows: u64, tokens: u64| {
+            done += rows;
+            captured += tokens;
+            report.at(done);
+            let rate = captured as f64 / began.elapsed().as_secs_f64().max(1e-9);
+            report.detail(&format!("{rate:.0} tokens/s{}", alive.words()));
+        };
+        let ended = match ranks == 1 && parts.is_empty() {
+            true => self.capture_alone(dir, &spec, &tokens, &mut source, &mut count),
+            false => self.capture_together(dir, parts, &tokens, (&mut source, ranks), &mut count),
+        };
+        source.note_requests(report);
+        let bytes = ended?;
+        report.at(spec.rows);
+        report.end();
+        Ok(json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes }))
+    }
+
+    /// Captures all missing rows, one after the other. Gives the bytes of all.
+    fn capture_alone(
+        &self,
+        dir: &Path,
+        spec: &CacheSpec,
+        tokens: &TokenFile,
+        source: &mut Source<'_>,
+        count: &mut dyn FnMut(u64, u64),
+    ) -> Result<u64, Error> {
+        let mut writer = CacheWriter::open(dir, spec)?;
+        let (mut failed, stop) = (None, self.env.stop);
+        let mut numbers = writer.rows_done() as usize..spec.rows as usize;
         let mut next = || {
             let number = if stop.requested() { None } else { numbers.next() };
-            number.map(|n| token_row(&tokens, n))
+            number.map(|n| token_row(tokens, n))
         };
         let ended = source.capture_rows(&mut next, &mut |row| {
             if let Err(error) = writer.push(&row) {
                 failed = Some(error);
                 return ControlFlow::Break(());
             }
-            done += 1;
-            captured += row.len() as u64;
-            report.at(done);
-            report.detail(&format!(
-                "{:.0} tokens/s{}",
-                captured as f64 / began.elapsed().as_secs_f64().max(1e-9),
-                alive.words()
-            ));
+            count(1, row.len() as u64);
             ControlFlow::Continue(())
         });
-        source.note_requests(report);
         if let Some(error) = failed {
             return Err(error.into());
         }
         ended?;
         self.check_stop(Stage::Capture)?;
-        report.at(spec.rows);
-        report.end();
         let bytes = writer.bytes_written();
         writer.finish()?;
-        Ok(json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes }))
+        Ok(bytes)
+    }
+
+    /// Captures all missing rows, each rank those of its share, and joins what they wrote. Gives the bytes of all.
+    fn capture_together(
+        &self,
+        dir: &Path,
+        mut parts: Parts,
+        tokens: &TokenFile,
+        (source, ranks): (&mut Source<'_>, usize),
+        count: &mut dyn FnMut(u64, u64),
+    ) -> Result<u64, Error> {
+        let shares = parts.shares(ranks, |row| tokens.row_counts(row as usize).0 as u64);
+        if ranks > 1 {
+            self.env.ranks.order(&Order::Capture { shares: shares.clone() });
+        }
+        let side = self.env.ranks.side(self.env.stop);
+        let mine = self.capture_share(dir, tokens, &shares[0], source, &mut |row_tokens| {
+            count(1, row_tokens);
+            side.told().into_iter().for_each(|[rows, tokens]| count(rows, tokens));
+            if self.env.stop.requested() {
+                side.call_off();
+            }
+            false
+        })?;
+        let mut made = vec![mine];
+        if ranks > 1 {
+            side.wait(|told| {
+                told.into_iter().for_each(|[rows, tokens]| count(rows, tokens));
+                self.env.stop.flow()
+            });
+            let (all, stopped) = self.env.ranks.meet(&made[0], self.env.stop.requested())?;
+            made = all;
+            if stopped {
+                self.env.stop.request();
+            }
+        }
+        made.into_iter().flatten().for_each(|part| parts.add(part));
+        self.check_stop(Stage::Capture)?;
+        parts.join()?;
+        let bytes = parts.bytes();
+        parts.finish()?;
+        Ok(bytes)
+    }
+
+    /// What another rank than the first does when it is called to capture.
+    pub(super) fn follow_capture(&self, shares: &[Vec<Range<u64>>]) -> Result<(), Error> {
+        let dir = self.made_by(Stage::Capture);
+        let (tokens, side) = (self.tokens()?, self.env.ranks.side(self.env.stop));
+        let mut source = self.capture_source(&Silent)?;
+        let share = &shares[self.env.ranks.rank()];
+        let made = self.capture_share(&dir, &tokens, share, &mut source, &mut |row_tokens| {
+            side.tell([1, row_tokens]);
+            side.is_over()
+        })?;
+        side.end();
+        self.env.ranks.meet(&made, self.env.stop.requested())?;
+        Ok(())
+    }
+
+    /// Captures the rows of a share into parts, until `on_row` says that it is over or the user wants to stop: then the part under
+    /// way is lost, and finished ones are kept.
+    fn capture_share(
+        &self,
+        dir: &Path,
+        tokens: &TokenFile,
+        share: &[Range<u64>],
+        source: &mut Source<'_>,
+        on_row: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Vec<Part>, Error> {
+        let spec = self.cache_spec(tokens)?;
+        let (mut made, mut failed) = (Vec::new(), None);
+        let (over, mut waiting, mut writer) = (Cell::new(false), share.iter(), None::<PartWriter>);
+        let mut numbers = share.iter().cloned().flatten();
+        let mut next = || {
+            let number = if over.get() || self.env.stop.requested() { None } else { numbers.next() };
+            number.map(|n| token_row(tokens, n as usize))
+        };
+        let mut write = |row: &CaptureRow| -> Result<(), CacheError> {
+            let part = match &mut writer {
+                Some(part) => part,
+                None => {
+                    let rows = waiting.next().expect("a row is of a part").clone();
+                    writer.insert(PartWriter::create(dir, &spec, rows)?)
+                }
+            };
+            if part.push(row)?
+                && let Some(full) = writer.take()
+            {
+                made.push(full.finish()?);
+            }
+            Ok(())
+        };
+        source.capture_rows(&mut next, &mut |row| {
+            if let Err(error) = write(&row) {
+                failed = Some(error);
+                return ControlFlow::Break(());
+            }
+            over.set(over.get() || on_row(row.len() as u64));
+            ControlFlow::Continue(())
+        })?;
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(made),
+        }
     }
 
     /// The rows that training reads: from the cache, or captured as they are asked for.

@@ -328,4 +328,10 @@ impl RowLog {
             .and_then(|()| self.file.flush())
             .map_err(|e| AtomicError::from_io("write", &self.path, e).into())
     }
+
+    /// Flushes to the device.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        let synced = self.file.get_ref().sync_data();
+        synced.map_err(|e| AtomicError::from_io("write", &self.path, e).into())
+    }
 }

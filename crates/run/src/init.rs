@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::check::{Origin, target_config};
 use super::data::to_json;
+use crate::among::Among;
 use crate::engine::locate;
 use crate::license::target_license;
 use crate::plan::{Amounts, StagePlan, bills, training};
@@ -328,7 +329,7 @@ fn write(
         let steps = whole.steps as f64 * budget.passes / f64::from(choice.epochs.max(1));
         choice.steps = (steps.round() as u64).max(1);
         let file = parse(&choice)?;
-        bill = bills(&file, &taken, &rates, &workloads(&choice));
+        bill = bills(&file, &taken, &rates, &workloads(&choice), &Among::ALONE);
         let of = |stage: Stage| bill.iter().find(|b| b.stage == stage).and_then(|b| b.seconds).unwrap_or(0.0);
         let bench = of(Stage::Bench);
         if bench > BENCH_SHARE * seconds && choice.bench_limit > 8 {

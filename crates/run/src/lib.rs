@@ -5,6 +5,7 @@
 //! taken back when its key comes back. So `run` can be killed at any moment and called again, and an edit of the run
 //! file loses nothing.
 
+pub mod among;
 mod answers;
 pub mod aside;
 mod bench;
@@ -33,6 +34,7 @@ pub mod ranks;
 mod rates;
 mod regenerate;
 pub mod rules;
+pub mod scale;
 pub mod serve_gap;
 pub mod server;
 pub mod shelf;
@@ -432,11 +434,16 @@ impl<'a> Run<'a> {
     /// Does what rank 0 calls for.
     fn follow(&self) -> Result<(), Error> {
         loop {
-            match self.env.ranks.hear()? {
-                Order::Train { key } => {
-                    self.train(&self.made_by(Stage::Train), &key, &Silent)?;
-                }
-                Order::End => return Ok(()),
+            let order = self.env.ranks.hear()?;
+            // What a device fails with arrives here from wherever it happened.
+            catch_failure(|| match &order {
+                Order::Answer { held, rows } => self.follow_answer(*held, rows),
+                Order::Capture { shares } => self.follow_capture(shares),
+                Order::Train { key } => self.train(&self.made_by(Stage::Train), key, &Silent).map(drop),
+                Order::End => Ok(()),
+            })??;
+            if order == Order::End {
+                return Ok(());
             }
         }
     }
@@ -676,7 +683,11 @@ impl<'a> Run<'a> {
         let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
         if let Some((_, log)) = longest {
             atomic::create_dir_all(made)?;
-            aside::link_file(&log, &answers)?;
+            // What other ranks had not handed over when they were ended lies beside it.
+            let beside = answers::rank_logs(log.parent().unwrap_or(Path::new(".")));
+            for log in beside.iter().chain([&log]) {
+                aside::link_file(log, &made.join(log.file_name().unwrap_or_default()))?;
+            }
         }
         Ok(())
     }

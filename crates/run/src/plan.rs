@@ -24,6 +24,7 @@ use super::aside::bytes_below;
 use super::data::to_json;
 use super::state::Phase;
 use crate::Error;
+use crate::among::{Among, RanksPlan};
 use crate::disk::free_bytes;
 use crate::measure::{prompt_ids, prompt_ids_with};
 use crate::rates::{Prompted, Rates, mean};
@@ -78,8 +79,34 @@ pub struct StagePlan {
     pub disk_bytes: u64,
     /// Of those, bytes that nothing needs once the run is over.
     pub freed_bytes: u64,
-    /// Most memory.
+    /// Most memory; of a rank, where there are several.
     pub memory_bytes: Option<u64>,
+    /// Where there are several ranks: what the busiest one sends to others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
+    /// Where there are several ranks: seconds that more of them would not shorten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fixed_seconds: Option<f64>,
+}
+
+impl StagePlan {
+    /// Of a stage of which nothing is known.
+    fn unknown(stage: Stage) -> StagePlan {
+        StagePlan {
+            stage,
+            state: StageState::Waiting,
+            rows: None,
+            tokens: None,
+            steps: None,
+            seconds: None,
+            how: String::new(),
+            disk_bytes: 0,
+            freed_bytes: 0,
+            memory_bytes: None,
+            sent_bytes: None,
+            fixed_seconds: None,
+        }
+    }
 }
 
 /// The bill of a run.
@@ -107,6 +134,9 @@ pub struct Plan {
     pub measured_unix_s: Option<u64>,
     /// What of this run is bound to disappoint.
     pub warnings: Vec<Warning>,
+    /// About the ranks, if the plan was asked for several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RanksPlan>,
 }
 
 /// What stages go through.
@@ -273,33 +303,37 @@ fn speculation(rates: &Rates, depth: u32, tokens: f64) -> f64 {
     tokens / ACCEPT_LEN * (rates.pass(depth + 1) + proposal)
 }
 
+/// What a rank's part of a queue of answers takes, when all together are to have `max_tokens`.
+fn answers_seconds(
+    rates: &Rates,
+    asked: &[(u32, u32)],
+    batch: usize,
+    (max_tokens, among): (Option<u64>, &Among),
+) -> f64 {
+    // Lengths are drawn from few samples in turn, so any neighbours are as good as what a rank really has.
+    let mine = &asked[..asked.len().div_ceil(among.ranks as usize)];
+    rates.batch_seconds(mine, batch, max_tokens.map(|max| max.div_ceil(among.ranks))).0
+}
+
 /// The bills of all stages, as if none were done.
 pub(crate) fn bills(
     file: &RunFile,
     amounts: &Amounts,
     rates: &Rates,
     bench: &[(u64, u64)],
+    among: &Among,
 ) -> Vec<StagePlan> {
     let mut bills = Vec::new();
     let trained = training(file, &amounts.lengths);
     // What answers kept is not given back before the process ends.
     let carried = match file.regenerate.enabled && !amounts.counted {
-        true => PREFIX_CACHE.min(amounts.kept_bytes(rates)),
+        true => PREFIX_CACHE.min(amounts.kept_bytes(rates) / among.ranks),
         false => 0,
     };
     for stage in super::stages_of(file) {
-        let mut bill = StagePlan {
-            stage,
-            state: StageState::Waiting,
-            rows: None,
-            tokens: None,
-            steps: None,
-            seconds: None,
-            how: String::new(),
-            disk_bytes: 0,
-            freed_bytes: 0,
-            memory_bytes: None,
-        };
+        let mut bill = StagePlan::unknown(stage);
+        // What rank 0 does alone, or every rank in full.
+        let mut fixed = None;
         let (tokens, draft_bytes) = (amounts.tokens() as f64, 2 * rates.parameters);
         let longest = mean(rates.answers.iter().map(|a| a.tokens as usize)).max(16.0);
         match stage {
@@ -332,9 +366,11 @@ pub(crate) fn bills(
                     };
                     let held = dialogues(amounts.held, amounts.held_requests);
                     let rows = dialogues(amounts.rows, amounts.requests);
-                    let held_s = rates.batch_seconds(&held, batch, None).0;
-                    let rows_s = rates.batch_seconds(&rows, batch, table.max_tokens).0;
-                    bill.seconds = Some(held_s + rows_s + amounts.rows as f64 * amounts.tokenise_s);
+                    let held_s = answers_seconds(rates, &held, batch, (None, among));
+                    let rows_s = answers_seconds(rates, &rows, batch, (table.max_tokens, among));
+                    let prompts_s = amounts.rows as f64 * amounts.tokenise_s;
+                    bill.seconds = Some(held_s + rows_s + prompts_s);
+                    fixed = Some(prompts_s);
                     bill.how = format!(
                         "{} prompts answered: {:.0} tokens on average, {:.0} tokens/s in batches of {batch}",
                         rates.answers.len(),
@@ -353,7 +389,9 @@ pub(crate) fn bills(
                 if file.capture.server.is_some() {
                     bill.how = "a server computes the states: nothing was asked of it".to_string();
                 } else {
-                    bill.seconds = Some((tokens + tried) * rates.capture_s);
+                    let most = among.share(amounts.lengths.len() as u64);
+                    bill.seconds = Some((tokens * most + tried) * rates.capture_s);
+                    fixed = Some(tried * rates.capture_s);
                     bill.how = format!("{:.0} tokens/s over a few rows", 1.0 / rates.capture_s.max(1e-12));
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
@@ -371,20 +409,27 @@ pub(crate) fn bills(
                     let drafts = validations(file, trained.steps) as f64;
                     let prompt = mean(amounts.prompts.iter().map(|p| p.ids.len()));
                     let answer = f64::from(validate.max_new_tokens).min(longest.max(8.0));
-                    let one = f64::from(validate.prompts.min(amounts.held.max(1) as u32))
+                    let prompts = validate.prompts.min(amounts.held.max(1) as u32);
+                    let one = f64::from(prompts)
+                        * among.share(u64::from(prompts))
                         * (prompt * rates.pass(32) / 32.0 + speculation(rates, validate.depth, answer));
                     let checkpoints = trained.steps.div_ceil(file.train.checkpoint_every.max(1)) as f64;
                     let written = checkpoints * checkpoint as f64 + 2.0 * drafts * draft_bytes as f64;
+                    // Micro-batches of a step that the busiest rank has.
+                    let most = among.share(micro_batches(file));
                     let capture = match file.capture.mode {
-                        CaptureMode::Online => slots * rates.capture_s,
+                        CaptureMode::Online => slots * most * rates.capture_s,
                         CaptureMode::Cache => 0.0,
                     };
-                    let stepping = trained.slots[0] * rates.slot_s[0]
-                        + trained.slots[1] * rates.slot_s[1]
-                        + trained.steps as f64 * rates.update_s;
-                    bill.seconds = Some(
-                        rates.train_setup_s + stepping + capture + drafts * one + written * rates.disk_s,
-                    );
+                    let updates = trained.steps as f64 * rates.update_s;
+                    let backward = trained.slots[0] * rates.slot_s[0] + trained.slots[1] * rates.slot_s[1];
+                    let sent = trained.steps * among.sent_bytes_a_step(micro_batches(file), rates.parameters);
+                    let sending = sent as f64 / among.link_bytes_per_s;
+                    let stepping = backward * most + updates + sending;
+                    let written_s = written * rates.disk_s;
+                    bill.seconds = Some(rates.train_setup_s + stepping + capture + drafts * one + written_s);
+                    fixed = Some(rates.train_setup_s + updates + sending + written_s);
+                    bill.sent_bytes = Some(sent).filter(|_| among.ranks > 1);
                     bill.how = format!(
                         "{:.0} tokens/s over a few steps, {drafts:.0} validations of {one:.0} s",
                         slots / stepping.max(1e-9)
@@ -403,7 +448,7 @@ pub(crate) fn bills(
                 bill.disk_bytes = bill.freed_bytes + best * draft_bytes;
                 // A checkpoint is in memory twice while it is written; gradients are held aside, one for each level of the
                 // tree over the micro-batches of a step.
-                let held = u64::from(micro_batches(file).next_power_of_two().ilog2()) * 4 * rates.parameters;
+                let held = among.sums_aside(micro_batches(file)) * 4 * rates.parameters;
                 bill.memory_bytes = Some(rates.memory[2] + 2 * checkpoint + held + carried);
             }
             Stage::Bundle => {
@@ -437,6 +482,8 @@ pub(crate) fn bills(
                 bill.memory_bytes = Some(rates.memory[1] + 2 * draft_bytes);
             }
         }
+        // Whatever was not taken apart is rank 0's.
+        bill.fixed_seconds = bill.seconds.map(|seconds| fixed.unwrap_or(seconds)).filter(|_| among.ranks > 1);
         bills.push(bill);
     }
     bills
@@ -456,71 +503,88 @@ impl Run<'_> {
     /// # Errors
     /// Those of the data and of the target.
     pub fn plan(&self) -> Result<Plan, Error> {
+        self.plan_among(&Among::ALONE)
+    }
+
+    /// The bill of all stages for so many processes. Rates are those of this process: each rank is taken to be like it.
+    ///
+    /// # Errors
+    /// Those of the data and of the target.
+    pub fn plan_among(&self, among: &Among) -> Result<Plan, Error> {
         let stages = self.stages();
         let mut states = Vec::new();
         for stage in &stages {
             states.push(self.stage_state(*stage)?);
         }
         let all_done = states.iter().all(|(state, _)| *state == StageState::Done);
-        let empty = || {
-            let of = |stage: &Stage| StagePlan {
-                stage: *stage,
-                state: StageState::Waiting,
-                rows: None,
-                tokens: None,
-                steps: None,
-                seconds: None,
-                how: String::new(),
-                disk_bytes: 0,
-                freed_bytes: 0,
-                memory_bytes: None,
-            };
-            stages.iter().map(of).collect::<Vec<_>>()
-        };
         let mut measured = "nothing had to be measured: every stage is done".to_string();
-        let (mut measured_unix_s, mut told) = (None, Vec::new());
-        let mut bills = match all_done {
-            true => empty(),
-            false => {
-                let (amounts, rates, kept) = self.survey()?;
-                measured = how_measured(&rates, kept);
-                measured_unix_s = Some(rates.measured_unix_s);
-                told = warnings(&self.facts(Some(&amounts), rates.coverage));
-                bills(&self.file, &amounts, &rates, &self.workload_rows()?)
+        let (mut measured_unix_s, mut told, mut parameters) = (None, Vec::new(), 0);
+        let mut alone: Vec<StagePlan> = stages.iter().map(|stage| StagePlan::unknown(*stage)).collect();
+        let mut bills = alone.clone();
+        if !all_done {
+            let (amounts, rates, kept) = self.survey()?;
+            measured = how_measured(&rates, kept);
+            measured_unix_s = Some(rates.measured_unix_s);
+            parameters = rates.parameters;
+            told = warnings(&self.facts(Some(&amounts), rates.coverage));
+            let workloads = self.workload_rows()?;
+            alone = self::bills(&self.file, &amounts, &rates, &workloads, &Among::ALONE);
+            bills = self::bills(&self.file, &amounts, &rates, &workloads, among);
+        }
+        self.without_what_is_done(&mut alone, &states);
+        self.without_what_is_done(&mut bills, &states);
+        let memory_bytes = bills.iter().filter_map(|b| b.memory_bytes).max();
+        let seconds = |bills: &[StagePlan]| bills.iter().filter_map(|b| b.seconds).sum();
+        let ranks = (among.ranks > 1).then(|| {
+            let pack_length = self.file.train.pack_length;
+            let plan = RanksPlan::new(among, micro_batches(&self.file), pack_length, parameters);
+            RanksPlan {
+                alone_seconds: seconds(&alone),
+                fixed_seconds: bills.iter().filter_map(|b| b.fixed_seconds).sum(),
+                one_machine_memory_bytes: memory_bytes.map(|bytes| bytes * among.ranks),
+                ..plan
             }
-        };
+        });
+        let root = self.folder.root();
+        let there = root.ancestors().find(|p| p.is_dir()).unwrap_or(std::path::Path::new("."));
+        Ok(Plan {
+            run: root.to_path_buf(),
+            seconds: seconds(&bills),
+            disk_bytes: bills.iter().map(|b| b.disk_bytes).sum(),
+            freed_bytes: bills.iter().map(|b| b.freed_bytes).sum(),
+            free_bytes: free_bytes(there),
+            memory_bytes,
+            stages: bills,
+            draft: self.decided.clone(),
+            measured,
+            measured_unix_s,
+            warnings: told,
+            ranks,
+        })
+    }
+
+    /// Takes from bills what earlier calls have done.
+    fn without_what_is_done(&self, bills: &mut [StagePlan], states: &[(StageState, f64)]) {
         for (bill, (state, part)) in bills.iter_mut().zip(states) {
-            bill.state = state;
+            bill.state = *state;
             let there = bytes_below(&self.made_by(bill.stage));
             match state {
                 StageState::Done => {
                     bill.seconds = Some(0.0);
                     bill.how = "done before".to_string();
                     (bill.disk_bytes, bill.freed_bytes, bill.memory_bytes) = (0, 0, None);
+                    (bill.sent_bytes, bill.fixed_seconds) = (None, None);
                 }
                 StageState::Interrupted => {
-                    bill.seconds = bill.seconds.map(|seconds| seconds * (1.0 - part));
+                    let left = |seconds: Option<f64>| seconds.map(|seconds| seconds * (1.0 - part));
+                    (bill.seconds, bill.fixed_seconds) = (left(bill.seconds), left(bill.fixed_seconds));
+                    bill.sent_bytes = bill.sent_bytes.map(|bytes| (bytes as f64 * (1.0 - part)) as u64);
                     bill.disk_bytes = bill.disk_bytes.saturating_sub(there);
                     bill.how.push_str(&format!("; {:.0} % is done", 100.0 * part));
                 }
                 StageState::Waiting => {}
             }
         }
-        let root = self.folder.root();
-        let there = root.ancestors().find(|p| p.is_dir()).unwrap_or(std::path::Path::new("."));
-        Ok(Plan {
-            run: root.to_path_buf(),
-            seconds: bills.iter().filter_map(|b| b.seconds).sum(),
-            disk_bytes: bills.iter().map(|b| b.disk_bytes).sum(),
-            freed_bytes: bills.iter().map(|b| b.freed_bytes).sum(),
-            free_bytes: free_bytes(there),
-            memory_bytes: bills.iter().filter_map(|b| b.memory_bytes).max(),
-            stages: bills,
-            draft: self.decided.clone(),
-            measured,
-            measured_unix_s,
-            warnings: told,
-        })
     }
 
     /// Whether a stage is done, and which share of it.
@@ -834,7 +898,7 @@ mod tests {
             ..Amounts::default()
         };
         amounts.bytes = 10_000;
-        let bills = bills(&file, &amounts, &rates(), &[(4, 4)]);
+        let bills = bills(&file, &amounts, &rates(), &[(4, 4)], &Among::ALONE);
         let stages: Vec<Stage> = bills.iter().map(|b| b.stage).collect();
         assert_eq!(stages, [Stage::Data, Stage::Regenerate, Stage::Capture, Stage::Train, Stage::Bundle]);
         let of = |stage: Stage| bills.iter().find(|b| b.stage == stage).unwrap();
@@ -851,5 +915,61 @@ mod tests {
         let seconds = train.seconds.unwrap();
         assert!(seconds > 12.5 + 2.5 && seconds < 60.0, "{seconds}");
         assert_eq!(train.memory_bytes, Some(300 + 24_000_000));
+    }
+
+    #[test]
+    fn ranks_share_what_can_be_shared() {
+        let file = file(
+            "[regenerate]\nbatch_size = 2\n[train]\npack_length = 512\ntokens_per_step = 4096\ncheckpoint_every = 10\n\
+             [validate]\nevery = 10\nprompts = 8\n",
+        );
+        let amounts = Amounts {
+            rows: 100,
+            held: 8,
+            requests: 100,
+            held_requests: 8,
+            prompts: vec![Prompted { ids: vec![1; 50], tokens: 50, turns: 1, ..Prompted::default() }],
+            lengths: vec![(125, 75); 100],
+            generated: 7500,
+            tokenise_s: 1e-3,
+            ..Amounts::default()
+        };
+        let of = |ranks, gbit| bills(&file, &amounts, &rates(), &[(4, 4)], &Among::new(ranks, gbit));
+        let (one, four) = (of(1, 10.0), of(4, 10.0));
+        assert_eq!(one, bills(&file, &amounts, &rates(), &[(4, 4)], &Among::ALONE));
+        assert!(one.iter().all(|bill| bill.sent_bytes.is_none() && bill.fixed_seconds.is_none()));
+        for (one, four) in one.iter().zip(&four) {
+            let (a, b) = (one.seconds.unwrap(), four.seconds.unwrap());
+            let fixed = four.fixed_seconds.unwrap();
+            match one.stage {
+                Stage::Data | Stage::Bundle | Stage::Bench => assert_eq!((a, fixed), (b, b)),
+                // 25 rows each, and the three of the trial.
+                Stage::Capture => assert!((b - (0.25 * 12.5 + 0.375)).abs() < 1e-9, "{b}"),
+                Stage::Regenerate => {
+                    assert!((fixed - 0.1).abs() < 1e-9, "prompts are made by rank 0: {fixed}");
+                    assert!(((a - 0.1) / (b - 0.1) - 4.0).abs() < 0.5, "{a} {b}");
+                }
+                Stage::Train => {
+                    // Eight micro-batches of a step, two each; four steps of 10 M, of which 3/4 go out twice.
+                    assert_eq!((one.steps, four.steps), (Some(4), Some(4)));
+                    assert_eq!(four.sent_bytes, Some(4 * 6_000_000));
+                    let sending = 24e6 / 1.25e9;
+                    let checkpoints = 12e6 * 1e-8 + 2.0 * 2e6 * 1e-8;
+                    assert!((fixed - (4.0 * 0.1 + sending + checkpoints)).abs() < 1e-6, "{fixed}");
+                    assert!(((a - fixed + sending) / (b - fixed) - 4.0).abs() < 1e-6, "{a} {b}");
+                    // Three levels of the tree held aside by one process, one by each of four.
+                    assert_eq!(one.memory_bytes.unwrap() - four.memory_bytes.unwrap(), 2 * 4_000_000);
+                }
+            }
+        }
+        // A slower link shows in training alone.
+        let slow = of(4, 1.0);
+        let differ: Vec<Stage> =
+            four.iter().zip(&slow).filter(|(a, b)| a != b).map(|(a, _)| a.stage).collect();
+        assert_eq!(differ, [Stage::Train]);
+        // As many ranks as one likes: somebody has a whole row, micro-batch and prompt.
+        let many = of(1000, 10.0);
+        let train = many.iter().find(|b| b.stage == Stage::Train).unwrap();
+        assert!(train.seconds.unwrap() > train.fixed_seconds.unwrap());
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! regenerate/answers.jsonl      finished dialogues, as they finish; a later call goes on with the missing ones
+//! regenerate/answers-rank-N.jsonl   those of another rank, while it is at work; they go into the log
 //! regenerate/train.tokens       ids and loss mask of the answered conversations, in the order of the data
 //! regenerate/validation.jsonl   the held-out conversations with their answers
 //! regenerate/report.json        what was answered, what is odd about it, what is trained on
@@ -12,7 +13,7 @@
 //! Invariant: a row is what the model was asked and what it wrote, as ids. Every generated token is trained on or counted
 //! among those left out; what cannot be asked is refused before anything is.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -20,7 +21,7 @@ use draftsmith_capture::{
     Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Progress,
     Prompter, SamplingMix, regenerate,
 };
-use draftsmith_core::report::{Report, Unit};
+use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::{
     Conversation, DataError, LocatedRow, Report as DataReport, Row, RowError, control_token,
 };
@@ -33,10 +34,10 @@ use serde_json::{Value, json};
 use super::Run;
 use super::answers::{AnswerLine, Answers, KeptRow, Origin, Selection, Wanted};
 use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
-use super::state::ANSWERS;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::engine;
+use crate::ranks::Order;
 use crate::server::server_keys;
 
 /// Caches of answered turns that are kept for the next turns of their dialogues.
@@ -45,26 +46,9 @@ const PREFIX_CACHE_BYTES: usize = 256 << 20;
 impl Run<'_> {
     pub(super) fn regenerate(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let table = &self.file.regenerate;
-        let data = self.folder.stage_dir(Stage::Data);
-        let mut rows = self.rows_of(&data.join(CONVERSATIONS))?;
-        if let Some(max) = table.max_rows {
-            rows.truncate(max as usize);
-        }
-        let mut held = self.rows_of(&data.join(VALIDATION))?;
-        held.retain(|row| matches!(row.row, Row::Conversation(_)));
-        let target = self.target()?;
-        let template_sha256 = target.text.template()?.hash();
-        let origin = Origin {
-            target_sha256: &target.sha256,
-            template_sha256: &template_sha256,
-            tokenizer_sha256: target.text.tokenizer.content_hash(),
-            max_context: self.prompter()?.max_context,
-            mix: self.sampling_mix(),
-            table,
-            precision: self.arithmetic(),
-        };
         let mut refused = BTreeMap::new();
-        let (rows, held) = (self.askable(rows, &mut refused)?, self.askable(held, &mut BTreeMap::new())?);
+        let rows = self.askable(self.asked_rows(false)?, &mut refused)?;
+        let held = self.askable(self.asked_rows(true)?, &mut BTreeMap::new())?;
         if rows.is_empty() {
             let why: Vec<String> = refused.iter().map(|(why, n)| format!("{n} {why}")).collect();
             return Err(Error::input(
@@ -77,9 +61,12 @@ impl Run<'_> {
             let why: Vec<String> = refused.iter().map(|(why, n)| format!("{n} {why}")).collect();
             report.note(&format!("regenerate: conversations that cannot be asked: {}", why.join(", ")));
         }
+        let target = self.target()?;
+        let template_sha256 = target.text.template()?.hash();
+        let origin = self.origin_of_answers(&template_sha256)?;
         let (wanted, held) = (wanted(rows, &origin)?, wanted(held, &origin)?);
         atomic::create_dir_all(dir)?;
-        let mut answers = Answers::open(&dir.join(ANSWERS), wanted.iter().chain(&held))?;
+        let mut answers = Answers::open(dir, wanted.iter().chain(&held))?;
         let before = wanted.iter().filter(|w| answers.get(w).is_some()).count();
         if before > 0 {
             report.note(&format!("regenerate: {before} of {} answers are there already", wanted.len()));
@@ -91,11 +78,15 @@ impl Run<'_> {
                 answers.without_ids()
             ));
         }
-        self.answer("answer held-out conversations", &held, &mut answers, None, report)?;
-        self.answer("answer conversations", &wanted, &mut answers, table.max_tokens, report)?;
+        let asking =
+            Asking { task: "answer held-out conversations", held: true, wanted: &held, max_tokens: None };
+        self.answer(&asking, dir, &mut answers, report)?;
+        let max_tokens = table.max_tokens;
+        let asking = Asking { task: "answer conversations", held: false, wanted: &wanted, max_tokens };
+        self.answer(&asking, dir, &mut answers, report)?;
         self.check_stop(Stage::Regenerate)?;
 
-        let count = answers.reach(&wanted, table.max_tokens).unwrap_or(wanted.len());
+        let count = answers.reach(&wanted, table.max_tokens, &HashMap::new()).unwrap_or(wanted.len());
         let tokenizer = &target.text.tokenizer;
         let (validation, mut of_validation) = Selection::choose(tokenizer, table, &held, &answers);
         let (kept, mut selection) = Selection::choose(tokenizer, table, &wanted[..count], &answers);
@@ -150,24 +141,50 @@ impl Run<'_> {
         Ok(value)
     }
 
-    /// The rows whose first prompt can be made; the others are counted by reason, or are errors in strict mode. Nothing
-    /// has been asked yet.
+    /// The conversations to be asked, in the order of the data.
+    fn asked_rows(&self, held: bool) -> Result<Vec<LocatedRow>, Error> {
+        let data = self.folder.stage_dir(Stage::Data);
+        let mut rows = self.rows_of(&data.join(if held { VALIDATION } else { CONVERSATIONS }))?;
+        match (held, self.file.regenerate.max_rows) {
+            (true, _) => rows.retain(|row| matches!(row.row, Row::Conversation(_))),
+            (false, Some(max)) => rows.truncate(max as usize),
+            (false, None) => {}
+        }
+        Ok(rows)
+    }
+
+    /// What all answers depend on.
+    fn origin_of_answers<'o>(&'o self, template_sha256: &'o str) -> Result<Origin<'o>, Error> {
+        let target = self.target()?;
+        Ok(Origin {
+            target_sha256: &target.sha256,
+            template_sha256,
+            tokenizer_sha256: target.text.tokenizer.content_hash(),
+            max_context: self.prompter()?.max_context,
+            mix: self.sampling_mix(),
+            table: &self.file.regenerate,
+            precision: self.arithmetic(),
+        })
+    }
+
+    /// The rows whose first prompt can be made, with their places; the others are counted by reason, or are errors in strict
+    /// mode. Nothing has been asked yet.
     fn askable(
         &self,
         rows: Vec<LocatedRow>,
         refused: &mut BTreeMap<String, u64>,
-    ) -> Result<Vec<LocatedRow>, Error> {
+    ) -> Result<Vec<(u32, LocatedRow)>, Error> {
         let prompter = self.prompter()?;
         let mut out = Vec::with_capacity(rows.len());
-        for row in rows {
+        for (number, row) in (0..).zip(rows) {
             self.check_stop(Stage::Regenerate)?;
             let Row::Conversation(conversation) = &row.row else {
-                out.push(row);
+                out.push((number, row));
                 continue;
             };
             let problem = match first_prompt(&prompter, conversation) {
                 Ok(()) => {
-                    out.push(row);
+                    out.push((number, row));
                     continue;
                 }
                 Err(Problem::Row(problem)) => problem,
@@ -216,19 +233,28 @@ impl Run<'_> {
         })
     }
 
-    /// Has the missing conversations answered, until all are or those from the first on have `max_tokens`.
+    /// Has the missing conversations answered, until all are or those from the first on have `max_tokens`. Ranks take turns with
+    /// them, unless a server answers: each keeps a log of its own until this is over, and tells rank 0 how many tokens a row
+    /// has, so that the limit is reached by the rows from the first on, whoever has them.
     fn answer(
         &self,
-        task: &str,
-        wanted: &[Wanted],
+        asking: &Asking<'_>,
+        dir: &Path,
         answers: &mut Answers,
-        max_tokens: Option<u64>,
         report: &dyn Report,
     ) -> Result<(), Error> {
+        let Asking { task, held, wanted, max_tokens } = *asking;
         let missing: Vec<&Wanted> = wanted.iter().filter(|w| answers.get(w).is_none()).collect();
-        if missing.is_empty() || answers.reach(wanted, max_tokens).is_some() {
+        if missing.is_empty() || answers.reach(wanted, max_tokens, &HashMap::new()).is_some() {
             return Ok(());
         }
+        // A server is asked by one.
+        let ranks = if self.file.regenerate.server.is_some() { 1 } else { self.env.ranks.count() };
+        if ranks > 1 {
+            let rows = missing.iter().map(|w| w.number).collect();
+            self.env.ranks.order(&Order::Answer { held, rows });
+        }
+        let side = self.env.ranks.side(self.env.stop);
         let done: Vec<&AnswerLine> = wanted.iter().filter_map(|w| answers.get(w)).collect();
         let (rows_before, tokens_before) =
             (done.len() as u64, done.iter().map(|line| line.generated_tokens).sum::<u64>());
@@ -241,25 +267,98 @@ impl Run<'_> {
         let began = std::time::Instant::now();
         let alive = Alive::default();
         let stop = self.env.stop;
-        let keys: HashMap<&str, &String> = missing.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
-        let mut failed = None;
-        let mut source = missing.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested());
-        let mut on_done = |done: FinishedDialogue, progress: Progress| {
-            let key = keys[done.id.as_str()];
-            if let Err(error) = answers.push(AnswerLine::new(key.clone(), done)) {
-                failed = Some(error);
-                return ControlFlow::Break(());
+        // What others have answered, by place: their tokens. Rank 0 hears of it; the answers come when all is over.
+        let (mut others, mut others_tokens) = (HashMap::<u32, u64>::new(), 0);
+        // Takes over what others tell, and says how it goes on. `mine` is what this rank did.
+        let mut look = |mine: Progress, answers: &Answers, told: Vec<[u64; 2]>| {
+            for [row, tokens] in told {
+                others.insert(row as u32, tokens);
+                others_tokens += tokens;
             }
+            let tokens = mine.tokens + others_tokens;
             report.at(match max_tokens {
-                Some(max) => (tokens_before + progress.tokens).min(max),
-                None => rows_before + progress.dialogues,
+                Some(max) => (tokens_before + tokens).min(max),
+                None => rows_before + mine.dialogues + others.len() as u64,
             });
-            let rate = progress.tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
-            report.detail(&format!("{} tokens, {rate:.0} tokens/s{}", progress.tokens, alive.words()));
+            let rate = tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
+            report.detail(&format!("{tokens} tokens, {rate:.0} tokens/s{}", alive.words()));
             // Looked at row by row only once there are enough tokens in all.
-            let enough = max_tokens.is_some_and(|max| tokens_before + progress.tokens >= max)
-                && answers.reach(wanted, max_tokens).is_some();
+            let enough = max_tokens.is_some_and(|max| tokens_before + tokens >= max)
+                && answers.reach(wanted, max_tokens, &others).is_some();
             if stop.requested() || enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let mine: Vec<&Wanted> = missing.iter().step_by(ranks).copied().collect();
+        let mut last = Progress::default();
+        let on_line = &mut |line: AnswerLine, progress: Progress| {
+            answers.push(line)?;
+            last = progress;
+            let flow = look(progress, answers, side.told());
+            if flow.is_break() {
+                side.call_off();
+            }
+            Ok(flow)
+        };
+        let mut ended = self.answer_share(&mine, &|| side.is_over(), &alive, on_line, report);
+        if ranks > 1 && ended.is_ok() {
+            side.wait(|told| look(last, answers, told));
+            ended = self.env.ranks.meet(&(), stop.requested()).and_then(|(_, stopped)| {
+                if stopped {
+                    stop.request();
+                }
+                answers.take_over(dir)
+            });
+        }
+        report.end();
+        ended
+    }
+
+    /// What another rank than the first does when it is called to answer.
+    pub(super) fn follow_answer(&self, held: bool, numbers: &[u32]) -> Result<(), Error> {
+        let (ranks, rank) = (self.env.ranks.count(), self.env.ranks.rank());
+        let side = self.env.ranks.side(self.env.stop);
+        let numbers: HashSet<u32> = numbers.iter().skip(rank).step_by(ranks).copied().collect();
+        let rows = (0..).zip(self.asked_rows(held)?).filter(|(number, _)| numbers.contains(number));
+        let template_sha256 = self.target()?.text.template()?.hash();
+        let wanted = wanted(rows.collect(), &self.origin_of_answers(&template_sha256)?)?;
+        let places: HashMap<&str, u32> = wanted.iter().map(|w| (w.key.as_str(), w.number)).collect();
+        let mut log = Answers::of_rank(&self.made_by(Stage::Regenerate), rank)?;
+        let on_line = &mut |line: AnswerLine, _: Progress| {
+            let told = [u64::from(places[line.key.as_str()]), line.generated_tokens];
+            log.push(line)?;
+            side.tell(told);
+            Ok(match side.is_over() || self.env.stop.requested() {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            })
+        };
+        let mine: Vec<&Wanted> = wanted.iter().collect();
+        self.answer_share(&mine, &|| side.is_over(), &Alive::default(), on_line, &Silent)?;
+        // Disks that machines share show to others what was closed.
+        log.close()?;
+        side.end();
+        self.env.ranks.meet(&(), self.env.stop.requested())?;
+        Ok(())
+    }
+
+    /// Has these conversations answered, until all are, `on_line` breaks, it is over or the user wants to stop.
+    fn answer_share(
+        &self,
+        mine: &[&Wanted],
+        over: &dyn Fn() -> bool,
+        alive: &Alive,
+        on_line: &mut dyn FnMut(AnswerLine, Progress) -> Result<ControlFlow<()>, Error>,
+        report: &dyn Report,
+    ) -> Result<(), Error> {
+        let stop = self.env.stop;
+        let keys: HashMap<&str, &String> = mine.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
+        let mut failed = None;
+        let mut source = mine.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested() && !over());
+        let mut on_done = |done: FinishedDialogue, progress: Progress| {
+            let key = keys[done.id.as_str()].clone();
+            on_line(AnswerLine::new(key, done), progress).unwrap_or_else(|error| {
+                failed = Some(error);
+                ControlFlow::Break(())
+            })
         };
         let mut run = |generator: &mut dyn Generator| {
             regenerate(&mut source, generator, self.sampling_mix(), &mut on_done)
@@ -316,7 +415,6 @@ impl Run<'_> {
                 ended
             }
         };
-        report.end();
         match failed {
             Some(error) => Err(error),
             None => Ok(ended.map(|_| ())?),
@@ -324,10 +422,23 @@ impl Run<'_> {
     }
 }
 
+/// Conversations that want answers.
+#[derive(Clone, Copy)]
+struct Asking<'a> {
+    /// For progress.
+    task: &'a str,
+    /// They are the held-out ones.
+    held: bool,
+    /// All of them, in the order of the data.
+    wanted: &'a [Wanted],
+    /// Enough answers, from the first on.
+    max_tokens: Option<u64>,
+}
+
 /// Conversations with the keys of their answers.
-fn wanted(rows: Vec<LocatedRow>, origin: &Origin<'_>) -> Result<Vec<Wanted>, Error> {
+fn wanted(rows: Vec<(u32, LocatedRow)>, origin: &Origin<'_>) -> Result<Vec<Wanted>, Error> {
     rows.into_iter()
-        .map(|row| {
+        .map(|(number, row)| {
             let Row::Conversation(conversation) = &row.row else {
                 return Err(Error::input(
                     format!("{}: the row is tokens already, so it cannot be answered anew", row.location),
@@ -340,7 +451,7 @@ fn wanted(rows: Vec<LocatedRow>, origin: &Origin<'_>) -> Result<Vec<Wanted>, Err
                 turns: conversation.messages.clone(),
                 render: conversation.mask_options(&MaskOptions::default()).render,
             };
-            Ok(Wanted { key: origin.key(&dialogue), dialogue, row })
+            Ok(Wanted { number, key: origin.key(&dialogue), dialogue, row })
         })
         .collect()
 }

@@ -37,6 +37,13 @@ pub trait Collective {
         self.gather(Vec::new());
     }
 
+    /// Tells another process something small without waiting until it listens: how far work is, or that it is over. Unlike
+    /// the operations above this is called by whoever likes to.
+    fn post(&self, to: usize, words: &[u8]);
+
+    /// What was posted to this process since it last asked, each with who said it. What one of them says arrives in its order.
+    fn posted(&self) -> Vec<(usize, Vec<u8>)>;
+
     /// Bytes of gradients that this process has sent so far.
     fn sent_bytes(&self) -> u64;
 
@@ -70,6 +77,12 @@ impl Collective for Alone {
 
     fn broadcast(&self, from_first: Vec<u8>) -> Vec<u8> {
         from_first
+    }
+
+    fn post(&self, _: usize, _: &[u8]) {}
+
+    fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+        Vec::new()
     }
 
     fn sent_bytes(&self) -> u64 {

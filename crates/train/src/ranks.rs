@@ -26,6 +26,12 @@ pub trait Link {
     /// know their lengths; nobody sends to itself.
     fn exchange(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]);
 
+    /// As [`Collective::post`].
+    fn post(&self, to: usize, words: &[u8]);
+
+    /// As [`Collective::posted`].
+    fn posted(&self) -> Vec<(usize, Vec<u8>)>;
+
     /// Tells rank 0 why this process ends, and waits a while to be ended with all others.
     fn give_up(&self, words: &[u8]);
 
@@ -44,6 +50,14 @@ impl<L: Link + ?Sized> Link for std::rc::Rc<L> {
 
     fn exchange(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]) {
         (**self).exchange(outgoing, incoming);
+    }
+
+    fn post(&self, to: usize, words: &[u8]) {
+        (**self).post(to, words);
+    }
+
+    fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+        (**self).posted()
     }
 
     fn give_up(&self, words: &[u8]) {
@@ -192,6 +206,14 @@ impl<L: Link> Collective for Ranks<L> {
         bytes
     }
 
+    fn post(&self, to: usize, words: &[u8]) {
+        self.link.post(to, words);
+    }
+
+    fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+        self.link.posted()
+    }
+
     fn sent_bytes(&self) -> u64 {
         self.sent.get()
     }
@@ -209,12 +231,17 @@ impl<L: Link> Collective for Ranks<L> {
 #[doc(hidden)]
 pub mod threads {
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::{Arc, Mutex};
 
     use super::{Incoming, Link, Outgoing};
+
+    /// What was posted and not asked for, by rank.
+    type Board = Arc<Mutex<Vec<Vec<(usize, Vec<u8>)>>>>;
 
     /// One end.
     pub struct ThreadLink {
         rank: usize,
+        board: Board,
         /// By rank.
         to: Vec<Sender<Vec<u8>>>,
         /// By rank.
@@ -223,8 +250,9 @@ pub mod threads {
 
     /// Ends for so many threads, by rank.
     pub fn links(ranks: usize) -> Vec<ThreadLink> {
-        let mut links: Vec<ThreadLink> =
-            (0..ranks).map(|rank| ThreadLink { rank, to: Vec::new(), from: Vec::new() }).collect();
+        let board: Board = Arc::new(Mutex::new(vec![Vec::new(); ranks]));
+        let link = |rank| ThreadLink { rank, board: Arc::clone(&board), to: Vec::new(), from: Vec::new() };
+        let mut links: Vec<ThreadLink> = (0..ranks).map(link).collect();
         for from in 0..ranks {
             for link in &mut links {
                 let (sender, receiver) = channel();
@@ -263,6 +291,14 @@ pub mod threads {
                 assert_eq!(found.len(), bytes.len(), "both sides know the length");
                 bytes.copy_from_slice(&found);
             }
+        }
+
+        fn post(&self, to: usize, words: &[u8]) {
+            self.board.lock().expect("no thread panics with it")[to].push((self.rank, words.to_vec()));
+        }
+
+        fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+            std::mem::take(&mut self.board.lock().expect("no thread panics with it")[self.rank])
         }
 
         fn give_up(&self, words: &[u8]) {

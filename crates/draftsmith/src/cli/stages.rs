@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use draftsmith_run::among::LINK_GBIT;
 
 /// A run file and changes to it.
 #[derive(Debug, Args)]
@@ -309,6 +310,7 @@ pub struct BundleImport {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  draftsmith run recipes/smoke.toml\n  draftsmith run recipes/smoke.toml --plan\n  \
+                        draftsmith run recipes/smoke.toml --plan --ranks 4 --link-gbit 100\n  \
                         draftsmith run recipes/smollm2-135m-eagle3.toml run.threads=2"
 )]
 pub struct Run {
@@ -319,6 +321,13 @@ pub struct Run {
     /// takes is measured in about half a minute, or known from the last time.
     #[arg(long)]
     pub plan: bool,
+    /// With `--plan`: the bill for so many processes, each on a machine like this one (docs/RANKS.md): what is shared, what is
+    /// not, what goes between them.
+    #[arg(long, value_name = "N", requires = "plan", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub ranks: Option<u32>,
+    /// With `--ranks`: what each can send to the others, in Gbit/s.
+    #[arg(long, value_name = "G", requires = "ranks", default_value_t = LINK_GBIT, value_parser = gbit)]
+    pub link_gbit: f64,
 }
 
 /// What a run file is made of.
@@ -349,6 +358,11 @@ pub struct Making {
 }
 
 /// Hours from a few seconds to a year.
+fn gbit(text: &str) -> Result<f64, String> {
+    let gbit = text.parse::<f64>().ok().filter(|gbit| (0.001..=1e6).contains(gbit));
+    gbit.ok_or_else(|| "expected Gbit/s, at least 0.001 and at most 1000000".to_string())
+}
+
 fn hours(text: &str) -> Result<f64, String> {
     let hours = text.parse::<f64>().ok().filter(|hours| (0.001..=8760.0).contains(hours));
     hours.ok_or_else(|| "expected hours, at least 0.001 and at most 8760".to_string())

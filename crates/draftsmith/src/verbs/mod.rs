@@ -110,7 +110,11 @@ impl Session {
     pub(crate) fn new(cli: &Cli) -> Result<Session, Failure> {
         let launch = Launch::of(variable);
         let ranks = match together(&cli.verb) {
-            Together::Joins => Ranks::join(launch, |told| Failure::told(vec![told.clone()]).tell()),
+            Together::Joins => Ranks::join(
+                launch,
+                |told| Failure::told(vec![told.clone()]).tell(),
+                |code| std::process::exit(i32::from(code)),
+            ),
             Together::Refuses(verb) => launch.map_or_else(|| Ok(Ranks::alone()), |l| Err(l.refuse(verb))),
             Together::Apart => Ok(Ranks::alone()),
         };

@@ -7,7 +7,8 @@ use std::time::Duration;
 use draftsmith::cli;
 use draftsmith::disk::human;
 use draftsmith::formats::run::{RunFile, Stage};
-use draftsmith::run::plan::Plan;
+use draftsmith::run::among::{Among, RanksPlan};
+use draftsmith::run::plan::{Plan, StagePlan};
 use draftsmith::run::{Env, Origin, Run, StageDone, Told};
 use serde_json::{Value, json};
 
@@ -39,10 +40,19 @@ fn prepare<'a>(
 
 /// The bill of all stages.
 pub(crate) fn plan(verb: &str, args: &cli::RunArgs, session: &Session) -> Result<u8, Failure> {
-    let plan = plan_of(verb, args, session)?;
-    match args.json {
-        true => printer::json(&plan)?,
-        false => printer::out(&plan_text(&plan))?,
+    print_plan(&plan_of(verb, args, session)?, args.json)
+}
+
+/// The bill of all stages, for as many processes as were asked for.
+pub(crate) fn plan_run(args: &cli::Run, session: &Session) -> Result<u8, Failure> {
+    let among = args.ranks.map_or(Among::ALONE, |ranks| Among::new(ranks, args.link_gbit));
+    print_plan(&look("run", &args.run, session)?.plan_among(&among)?, args.run.json)
+}
+
+fn print_plan(plan: &Plan, json: bool) -> Result<u8, Failure> {
+    match json {
+        true => printer::json(plan)?,
+        false => printer::out(&plan_text(plan))?,
     }
     Ok(0)
 }
@@ -92,6 +102,9 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
     if let Some(draft) = &plan.draft {
         let _ = writeln!(page, "draft       {draft}");
     }
+    if let Some(ranks) = &plan.ranks {
+        page.push_str(&ranks_text(ranks, &plan.stages));
+    }
     let _ = writeln!(page, "rates       {}", plan.measured);
     if plan.free_bytes.is_some_and(|free| free < plan.disk_bytes) {
         let _ = writeln!(
@@ -101,6 +114,44 @@ pub(crate) fn plan_text(plan: &Plan) -> String {
     }
     for warning in &plan.warnings {
         let _ = writeln!(page, "warning     {}", warning.line());
+    }
+    page
+}
+
+/// What several processes change about a bill.
+fn ranks_text(ranks: &RanksPlan, stages: &[StagePlan]) -> String {
+    let time = |s: f64| duration(Duration::from_secs_f64(s.max(0.0)));
+    let mut page = format!(
+        "ranks       {}: one process takes {}; {} of this stay however many there are\n",
+        ranks.ranks,
+        time(ranks.alone_seconds),
+        time(ranks.fixed_seconds)
+    );
+    let fixed = |stage: &StagePlan| {
+        let fixed = stage.fixed_seconds.filter(|fixed| *fixed > 0.0)?;
+        Some(format!("{} {}", stage.stage.name(), time(fixed)))
+    };
+    let fixed: Vec<String> = stages.iter().filter_map(fixed).collect();
+    let _ = writeln!(page, "ranks       of that {}", fixed.join(", "));
+    if ranks.sent_bytes_a_step > 0 {
+        let all: u64 = stages.iter().filter_map(|stage| stage.sent_bytes).sum();
+        let _ = writeln!(
+            page,
+            "ranks       a rank sends {} in each step of {} micro-batches, {} in all",
+            human(ranks.sent_bytes_a_step),
+            ranks.micro_batches,
+            human(all)
+        );
+    }
+    if let Some(bytes) = ranks.one_machine_memory_bytes {
+        let _ = writeln!(
+            page,
+            "ranks       memory is that of each rank; all of them on one machine need {}",
+            human(bytes)
+        );
+    }
+    for note in &ranks.notes {
+        let _ = writeln!(page, "ranks       {note}");
     }
     page
 }

@@ -74,6 +74,65 @@ fn the_bill_of_a_run_makes_nothing_and_done_stages_cost_nothing() {
 }
 
 #[test]
+fn the_bill_for_several_ranks_says_what_they_share_and_what_they_do_not() {
+    let home = Home::new();
+    run_file(&home, "");
+    let of = |more: &[&str]| {
+        let args =
+            ["run", "a.toml", "train.tokens_per_step=1024", "train.pack_length=256", "--plan", "--json"];
+        home.run(&args.into_iter().chain(more.iter().copied()).collect::<Vec<_>>()).json()
+    };
+    let one = of(&[]);
+    assert!(one.get("ranks").is_none() && stage(&one, "train").get("sent_bytes").is_none(), "{one}");
+    let four = of(&["--ranks", "4", "--link-gbit", "8"]);
+    assert!(!home.path().join("runs").exists(), "nothing may be written");
+    let ranks = &four["ranks"];
+    assert_eq!(
+        (&ranks["ranks"], &ranks["link_bytes_per_s"]),
+        (&Value::from(4), &Value::from(1e9)),
+        "{ranks}"
+    );
+    assert_eq!(ranks["micro_batches"], 4);
+    let seconds = |plan: &Value, name: &str| stage(plan, name)["seconds"].as_f64().unwrap();
+    // The rates of the first plan are kept, so all but what is shared is the same.
+    for name in ["data", "bundle"] {
+        assert_eq!(seconds(&four, name), stage(&four, name)["fixed_seconds"].as_f64().unwrap(), "{name}");
+    }
+    assert_eq!(seconds(&four, "bundle"), seconds(&one, "bundle"));
+    for name in ["regenerate", "capture", "train"] {
+        assert!(seconds(&four, name) < seconds(&one, name), "{name}: {four}");
+    }
+    let (sent, steps) = (stage(&four, "train")["sent_bytes"].as_u64().unwrap(), 12);
+    assert_eq!(sent, steps * ranks["sent_bytes_a_step"].as_u64().unwrap());
+    let total = |plan: &Value| plan["seconds"].as_f64().unwrap();
+    assert!(ranks["fixed_seconds"].as_f64().unwrap() < total(&four), "{ranks}");
+    assert!((ranks["alone_seconds"].as_f64().unwrap() - total(&one)).abs() < 0.5, "{ranks}");
+    let memory = |plan: &Value| plan["memory_bytes"].as_u64().unwrap();
+    assert_eq!(ranks["one_machine_memory_bytes"].as_u64().unwrap(), 4 * memory(&four));
+    // Micro-batches that do not go round are told with what to write.
+    let page = home.run(&[
+        "run",
+        "a.toml",
+        "train.tokens_per_step=1024",
+        "train.pack_length=256",
+        "--plan",
+        "--ranks",
+        "3",
+    ]);
+    for text in [
+        "ranks       3: one process takes",
+        "in its last round 2 ranks wait for 1",
+        "`train.tokens_per_step = 1536`",
+    ] {
+        assert!(page.stdout.contains(text), "{text}: {}", page.stdout);
+    }
+    let alone = home.run(&["run", "a.toml", "--ranks", "2"]);
+    assert!(alone.code == Some(2) && alone.stderr.contains("--plan"), "{}", alone.stderr);
+    let none = home.run(&["run", "a.toml", "--plan", "--ranks", "0"]);
+    assert!(none.code == Some(2) && none.stderr.contains("--ranks"), "{}", none.stderr);
+}
+
+#[test]
 fn one_command_makes_a_draft_and_goes_on_where_it_stopped() {
     let home = Home::new();
     let (target, data) = recipe();

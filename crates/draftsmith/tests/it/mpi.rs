@@ -177,6 +177,151 @@ fn mpi_a_whole_run_of_two_ranks_equals_one_of_one() {
     let bundle = |dir: &Path| std::fs::read(dir.join("bundle/model.safetensors")).unwrap();
     assert!(bundle(&folders[0]) == bundle(&folders[1]));
     assert!(weights(&folders[0]) == weights(&folders[1]));
+    same_rows(&folders[1], &folders[0]);
+}
+
+/// What `regenerate` and `capture` make; answers by line, for they are kept as they come.
+#[track_caller]
+fn same_rows(found: &Path, wanted: &Path) {
+    for stage in ["regenerate", "capture"] {
+        let names = |dir: &Path| {
+            let entries = std::fs::read_dir(dir.join(stage)).unwrap();
+            let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(found), names(wanted));
+        for name in names(wanted) {
+            let read = |dir: &Path| {
+                let mut bytes = std::fs::read(dir.join(stage).join(&name)).unwrap();
+                if name == "answers.jsonl" {
+                    let mut lines: Vec<&[u8]> = bytes.split_inclusive(|b| *b == b'\n').collect();
+                    lines.sort();
+                    bytes = lines.concat();
+                }
+                bytes
+            };
+            assert!(read(found) == read(wanted), "{stage}/{name} differs");
+        }
+    }
+}
+
+/// Waits until something is so while a run is under way.
+#[track_caller]
+fn wait_for(child: &mut Child, what: &str, so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < Duration::from_secs(120), "the run does not come to {what}");
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it came to {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn kill(process: u32) {
+    assert!(Command::new("kill").args(["-9", &process.to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn mpi_rows_of_a_rank_that_is_killed_are_made_by_any_other_number() {
+    let Some(program) = program() else { return };
+    let home = Home::new();
+    let more = ["data.sources.0.max_rows=400", "regenerate.max_rows=400", "capture.shard_rows=8"];
+    let whole = home.path().join("whole");
+    well(&on_ranks(&home, &program, 1, arguments("capture", &whole, &more)));
+    let dir = home.path().join("killed");
+    let lines = |log: &str| {
+        let text = std::fs::read_to_string(dir.join("regenerate").join(log)).unwrap_or_default();
+        text.lines().count()
+    };
+    let has_part = || {
+        let entries = std::fs::read_dir(dir.join("capture")).into_iter().flatten().flatten();
+        entries.filter(|e| e.file_name().to_string_lossy().ends_with(".json")).count() > 3
+    };
+    let start = |ranks| {
+        let mut command = mpirun(&home, &program, &[(ranks, arguments("capture", &dir, &more))]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let end = |mut child: Child, what: &str, victim: usize, so: &dyn Fn() -> bool| {
+        wait_for(&mut child, what, so);
+        kill(process_of(victim, &format!("run.dir={}", dir.display())).expect("the rank runs"));
+        let (ended, _) = ends_within(child, Duration::from_secs(10));
+        assert_ne!(ended.code, Some(0));
+    };
+    // Answers: one that keeps a log of its own, then the one that has them all.
+    end(start(3), "answers of rank 1", 1, &|| lines("answers-rank-1.jsonl") > 8);
+    let before = lines("answers.jsonl") + lines("answers-rank-1.jsonl") + lines("answers-rank-2.jsonl");
+    end(start(2), "more answers", 0, &|| lines("answers.jsonl") > before + 20);
+    let before = lines("answers.jsonl");
+    assert!(before < 440, "there is something left to answer");
+    // States, by another number each time; the last one is alone.
+    end(start(4), "a part of the states", 2, &has_part);
+    assert_eq!(lines("answers.jsonl"), 440, "no answer is lost, none is there twice");
+    let ended = on_ranks(&home, &program, 1, arguments("capture", &dir, &more));
+    assert!(well(&ended).stderr.contains("capture: goes on"), "{}", ended.stderr);
+    same_rows(&dir, &whole);
+}
+
+#[test]
+fn mpi_a_limit_of_tokens_takes_the_same_rows_whoever_answers() {
+    let Some(program) = program() else { return };
+    let home = Home::new();
+    let more = ["regenerate.max_tokens=700"];
+    let folders = [1, 2, 4].map(|ranks| {
+        let dir = home.path().join(format!("ranks-{ranks}"));
+        well(&on_ranks(&home, &program, ranks, arguments("regenerate", &dir, &more)));
+        dir
+    });
+    for file in ["train.tokens", "validation.jsonl", "report.json"] {
+        let read = |dir: &Path| std::fs::read(dir.join("regenerate").join(file)).unwrap();
+        for dir in &folders[1..] {
+            assert!(read(dir) == read(&folders[0]), "{file} of {}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn mpi_a_full_disk_of_one_rank_ends_all_with_file_and_hint() {
+    let Some(program) = program() else { return };
+    let home = Home::new();
+    // Rank 1 alone may write no file of more than so many bytes, from when the stage has begun: MPI has large files of its own.
+    let limited = |bytes: u32, verb: &str, dir: &Path, more: &[&str]| {
+        let mut command = mpirun(&home, &program, &[(1, arguments(verb, dir, more))]);
+        command.args([":", "-n", "1", "bash", "-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(&program);
+        command.args(arguments(verb, dir, more)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        wait_for(&mut child, verb, || dir.join("state").join(format!("{verb}.json")).is_file());
+        let process = process_of(1, &format!("run.dir={}", dir.display())).expect("the rank runs");
+        let limit = format!("--fsize={bytes}:{bytes}");
+        let done = Command::new("prlimit").args(["--pid", &process.to_string(), &limit]).status().unwrap();
+        assert!(done.success());
+        ends_within(child, Duration::from_secs(60)).0
+    };
+    let dir = home.path().join("states");
+    let states = ["capture.shard_rows=16"];
+    well(&on_ranks(&home, &program, 1, arguments("regenerate", &dir, &states)));
+    let ended = limited(65_536, "capture", &dir, &states);
+    fails(&ended, &["rank 1 of 2 (", "no space left while writing `", "capture/part-"]);
+    assert!(ended.stderr.contains("hint: free space and run the same command again"), "{}", ended.stderr);
+    // What rank 0 had under way when all were ended is a temporary file, and goes with the next run.
+    let names = |dir: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(dir.join("capture")).unwrap().flatten();
+        entries.map(|e| e.file_name().into_string().unwrap()).collect()
+    };
+    well(&on_ranks(&home, &program, 2, arguments("capture", &dir, &states)));
+    assert!(
+        names(&dir).iter().all(|name| name.starts_with("shard-") || name == "manifest.json"),
+        "{:?}",
+        names(&dir)
+    );
+    let dir = home.path().join("answers");
+    let ended = limited(2048, "regenerate", &dir, &[]);
+    fails(&ended, &["rank 1 of 2 (", "no space left while writing `", "answers-rank-1.jsonl"]);
+    well(&on_ranks(&home, &program, 3, arguments("regenerate", &dir, &[])));
+    let whole = home.path().join("states");
+    for file in ["train.tokens", "validation.jsonl", "report.json"] {
+        let read = |dir: &Path| std::fs::read(dir.join("regenerate").join(file)).unwrap();
+        assert!(read(&dir) == read(&whole), "{file}");
+    }
 }
 
 /// The process of a rank, by what its environment says; `mark` tells it from those of other tests.
@@ -284,6 +429,18 @@ fn mpi_ranks_that_do_not_fit_together_are_refused_in_one_line() {
     assert!(!dir.exists(), "nothing was begun");
     let plan = on_ranks(&home, &program, 2, vec!["run".into(), "recipes/smoke.toml".into(), "--plan".into()]);
     fails(&plan, &["`mpirun` started 2 processes, but `run --plan` works as one"]);
+}
+
+#[test]
+fn mpi_a_rank_that_does_not_come_ends_all_within_two_minutes() {
+    let Some(program) = program() else { return };
+    let home = Home::new();
+    let dir = home.path().join("run");
+    let mut command = mpirun(&home, &program, &[(1, arguments("run", &dir, &[]))]);
+    command.args([":", "-n", "1", "sleep", "300"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (ended, _) = ends_within(command.spawn().unwrap(), Duration::from_secs(120));
+    fails(&ended, &["rank 0 waited 60 s for another to start, in vain"]);
+    assert!(!dir.exists(), "nothing was begun");
 }
 
 #[test]

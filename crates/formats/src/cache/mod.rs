@@ -20,11 +20,12 @@
 //!
 //! Invariant: a shard is complete or absent; the manifest lists complete shards only; so a killed writer loses at most
 //! the shard that it was filling, and the finished cache has the same bytes as if it had never been interrupted. Row `i` of the
-//! cache belongs to row `i` of the token file.
+//! cache belongs to row `i` of the token file. Several processes may fill one ([`Parts`]).
 //!
 //! Shape legend: `S` tokens of a row, `Ht` target width, `K` captured layers.
 
 mod codec;
+mod parts;
 mod read;
 mod row;
 #[cfg(test)]
@@ -39,6 +40,7 @@ use crate::atomic::{self, AtomicError};
 use crate::mapped::OpenError;
 pub use crate::run::CaptureDtype;
 
+pub use parts::{Part, PartWriter, Parts};
 pub use read::CacheReader;
 pub use row::{CacheSpec, CaptureRow};
 pub use write::CacheWriter;

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 const HIDDEN: usize = 40;
 
-fn spec(dtype: CaptureDtype, rows: u64) -> CacheSpec {
+pub(super) fn spec(dtype: CaptureDtype, rows: u64) -> CacheSpec {
     let hash = |t: &str| crate::hash::sha256_hex(t);
     CacheSpec {
         target: "m.gguf".into(),
@@ -22,7 +22,7 @@ fn spec(dtype: CaptureDtype, rows: u64) -> CacheSpec {
 }
 
 /// Values that repeat for the same seed, with an outlier as residual streams have them.
-fn row(seed: u64, tokens: usize) -> CaptureRow {
+pub(super) fn row(seed: u64, tokens: usize) -> CaptureRow {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = move || {
         state ^= state << 13;
@@ -44,14 +44,14 @@ fn row(seed: u64, tokens: usize) -> CaptureRow {
     }
 }
 
-fn fill(dir: &Path, spec: &CacheSpec, until: u64) {
+pub(super) fn fill(dir: &Path, spec: &CacheSpec, until: u64) {
     let mut w = CacheWriter::open(dir, spec).unwrap();
     while w.rows_done() < until {
         w.push(&row(w.rows_done(), 2 + w.rows_done() as usize)).unwrap();
     }
 }
 
-fn content(dir: &Path) -> Vec<(String, Vec<u8>)> {
+pub(super) fn content(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut all: Vec<_> = std::fs::read_dir(dir)
         .unwrap()
         .map(|e| e.unwrap().path())

@@ -13,6 +13,24 @@ use crate::hash::Hasher;
 /// Level 1 takes what there is: states are close to noise, ids and masks are not.
 const ZSTD_LEVEL: i32 = 1;
 
+/// A row as it is stored, and its tokens. Both fit 32 bits.
+///
+/// # Errors
+/// [`CacheError::Row`], with the row's number.
+pub(super) fn frame_of(
+    row: &CaptureRow,
+    spec: &CacheSpec,
+    number: u64,
+) -> Result<(Vec<u8>, u32), CacheError> {
+    let refuse = |problem: String| CacheError::Row { row: number, problem };
+    let raw = codec::encode(row, spec).map_err(refuse)?;
+    let frame = zstd::bulk::compress(&raw, ZSTD_LEVEL).map_err(|e| refuse(e.to_string()))?;
+    match (u32::try_from(frame.len()), u32::try_from(row.len())) {
+        (Ok(_), Ok(tokens)) => Ok((frame, tokens)),
+        _ => Err(refuse("it is larger than 4 GiB".to_string())),
+    }
+}
+
 /// The shard being filled.
 struct OpenShard {
     file: AtomicFile,
@@ -110,12 +128,8 @@ impl CacheWriter {
         if number >= self.manifest.spec.rows {
             return Err(refuse(format!("the cache is for {} rows", self.manifest.spec.rows)));
         }
-        let raw = codec::encode(row, &self.manifest.spec).map_err(refuse)?;
-        let frame = zstd::bulk::compress(&raw, ZSTD_LEVEL).map_err(|e| refuse(e.to_string()))?;
-        let (Ok(frame_len), Ok(tokens)) = (u32::try_from(frame.len()), u32::try_from(row.len())) else {
-            return Err(refuse("it is larger than 4 GiB".to_string()));
-        };
-        let result = self.append(&frame, frame_len, tokens, row);
+        let (frame, tokens) = frame_of(row, &self.manifest.spec, number)?;
+        let result = self.append(&frame, frame.len() as u32, tokens, row);
         if result.is_err() {
             // What was in the open shard is lost; the numbers must say so.
             self.shard = None;

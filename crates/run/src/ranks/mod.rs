@@ -5,9 +5,17 @@
 
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(test)]
+mod rows_tests;
+mod side;
+#[cfg(test)]
+mod tests;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
+use draftsmith_core::report::Stop;
 use draftsmith_train::{Alone, Collective};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -15,6 +23,8 @@ use serde_json::json;
 use crate::engine::default_threads;
 use crate::state::{WHY_SHOWN, changes};
 use crate::{Error, Told};
+
+pub(crate) use side::Side;
 
 /// What a launcher says of its processes in their environment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +75,18 @@ impl Launch {
 /// What rank 0 calls the others to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Order {
+    /// Answer conversations, each rank every so manieth.
+    Answer {
+        /// The held-out ones.
+        held: bool,
+        /// Which are wanted, by their places among those of the data.
+        rows: Vec<u32>,
+    },
+    /// Capture rows of tokens.
+    Capture {
+        /// By rank.
+        shares: Vec<Vec<Range<u64>>>,
+    },
     /// Train under this key.
     Train {
         /// Key of the stage.
@@ -114,6 +136,8 @@ pub struct Ranks {
     /// By rank: `rank 1 of 4 (host, process 77)`.
     names: Vec<String>,
     threads: usize,
+    /// Orders so far.
+    orders: Cell<u64>,
 }
 
 impl std::fmt::Debug for Ranks {
@@ -125,14 +149,16 @@ impl std::fmt::Debug for Ranks {
 impl Ranks {
     /// This process and no other.
     pub fn alone() -> Ranks {
-        Ranks { collective: Box::new(Alone), names: vec!["rank 0".to_string()], threads: default_threads() }
+        let (names, threads) = (vec!["rank 0".to_string()], default_threads());
+        Ranks { collective: Box::new(Alone), names, threads, orders: Cell::new(0) }
     }
 
-    /// Finds the others of a launch. `tell` is called when another rank fails, before all end.
+    /// Finds the others of a launch. `tell` is called when another rank fails, before all end; `exit` ends this process where there
+    /// is no other way.
     ///
     /// # Errors
     /// A launcher whose processes this build cannot join, or that are not what it says; ranks of different versions.
-    pub fn join(launch: Option<Launch>, tell: fn(&Told)) -> Result<Ranks, Error> {
+    pub fn join(launch: Option<Launch>, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
         let Some(launch) = launch else { return Ok(Ranks::alone()) };
         let Launch { by, ranks, .. } = launch;
         if by == TORCHRUN {
@@ -141,11 +167,11 @@ impl Ranks {
                 format!("start it as `mpirun -n {ranks} draftsmith run RUN.toml`; docs/RANKS.md says how"),
             ));
         }
-        Ranks::join_launch(launch, tell)
+        Ranks::join_launch(launch, tell, exit)
     }
 
     #[cfg(not(feature = "mpi"))]
-    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told)) -> Result<Ranks, Error> {
+    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told), _: fn(u8)) -> Result<Ranks, Error> {
         Err(Error::input(
             format!("`{by}` started {ranks} processes, but this program was built to work as one"),
             format!(
@@ -155,8 +181,8 @@ impl Ranks {
     }
 
     #[cfg(feature = "mpi")]
-    fn join_launch(launch: Launch, tell: fn(&Told)) -> Result<Ranks, Error> {
-        let (link, host) = mpi::join(launch.by, launch.ranks, tell)?;
+    fn join_launch(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
+        let (link, host) = mpi::join(launch, tell, exit)?;
         let ranks = draftsmith_train::Ranks::new(std::rc::Rc::clone(&link));
         let found = Ranks::of(Box::new(ranks), &Hello::mine(host));
         link.greeted();
@@ -194,7 +220,7 @@ impl Ranks {
                 "start the same program everywhere",
             ));
         }
-        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank) })
+        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank), orders: Cell::new(0) })
     }
 
     /// What training needs of them.
@@ -205,6 +231,11 @@ impl Ranks {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.collective.ranks()
+    }
+
+    /// Which this is, from 0.
+    pub fn rank(&self) -> usize {
+        self.collective.rank()
     }
 
     /// True of the one that prints and writes.
@@ -261,6 +292,7 @@ impl Ranks {
 
     /// Calls the others.
     pub(crate) fn order(&self, order: &Order) {
+        self.orders.set(self.orders.get() + 1);
         self.collective.broadcast(json!(order).to_string().into_bytes());
     }
 
@@ -269,10 +301,41 @@ impl Ranks {
     /// # Errors
     /// It says what this version does not know.
     pub(crate) fn hear(&self) -> Result<Order, Error> {
+        self.orders.set(self.orders.get() + 1);
         let said = self.collective.broadcast(Vec::new());
         serde_json::from_slice(&said).map_err(|e| {
             Error::input(format!("rank 0 says what nobody knows: {e}"), "start the same program everywhere")
         })
+    }
+
+    /// The messages beside the work that the last order began.
+    pub(crate) fn side<'a>(&'a self, stop: &'a Stop) -> Side<'a> {
+        Side::new(self.collective(), self.orders.get(), stop)
+    }
+
+    /// Ends work that was shared: all ranks come here, each with what it made and whether it was to stop before its rows were
+    /// done. Gives what all made, by rank, and whether any of them was to stop.
+    ///
+    /// # Errors
+    /// A rank says what nobody knows.
+    pub(crate) fn meet<T: Serialize + for<'d> Deserialize<'d>>(
+        &self,
+        made: &T,
+        stopped: bool,
+    ) -> Result<(Vec<T>, bool), Error> {
+        let said = self.collective.gather(json!([made, stopped]).to_string().into_bytes());
+        let (mut all, mut any) = (Vec::new(), false);
+        for (rank, said) in said.iter().enumerate() {
+            let (made, stopped): (T, bool) = serde_json::from_slice(said).map_err(|e| {
+                Error::input(
+                    format!("{} says what nobody knows: {e}", self.names[rank]),
+                    "start the same program everywhere",
+                )
+            })?;
+            all.push(made);
+            any |= stopped;
+        }
+        Ok((all, any))
     }
 
     /// This rank fails. Rank 0 is told, which tells the user and ends all; returns where this is rank 0, or if it did not.
@@ -335,142 +398,4 @@ fn judge(all: &[Said], names: &[String]) -> Option<Vec<Told>> {
         });
     }
     (!faults.is_empty()).then_some(faults)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use draftsmith_train::ranks::threads;
-
-    fn launch(variables: &[(&str, &str)]) -> Option<Launch> {
-        Launch::of(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_string()))
-    }
-
-    #[test]
-    fn launchers_are_known_by_their_variables() {
-        let of = |by, ranks, rank| Some(Launch { by, ranks, rank });
-        assert_eq!(launch(&[]), None);
-        assert_eq!(launch(&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")]), None);
-        let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "3")];
-        assert_eq!(launch(&mpirun), of("mpirun", 4, 3));
-        assert_eq!(launch(&[("PMI_SIZE", "2"), ("PMI_RANK", "1")]), of("mpiexec", 2, 1));
-        // A job of many tasks, whose script is one process; then a step of it.
-        let job = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0")];
-        assert_eq!(launch(&job), None);
-        assert_eq!(launch(&[job[0], ("SLURM_PROCID", "5"), ("SLURM_STEP_NUM_TASKS", "8")]), of("srun", 8, 5));
-        assert_eq!(launch(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), None);
-        assert_eq!(launch(&[("WORLD_SIZE", "2"), ("RANK", "0")]), of("torchrun", 2, 0));
-        assert_eq!(launch(&[("WORLD_SIZE", "two"), ("RANK", "0")]), None);
-    }
-
-    #[test]
-    fn a_launch_that_cannot_be_joined_is_refused_with_the_way_out() {
-        let torchrun = Launch { by: "torchrun", ranks: 2, rank: 0 };
-        let error = Ranks::join(Some(torchrun), |_| ()).unwrap_err();
-        assert!(error.to_string().contains("`torchrun` started 2 processes"), "{error}");
-        assert!(error.hint().unwrap().contains("mpirun -n 2"));
-        let error = torchrun.refuse("make");
-        assert_eq!(error.to_string(), "`torchrun` started 2 processes, but `make` works as one");
-        #[cfg(not(feature = "mpi"))]
-        {
-            let error = Ranks::join(Some(Launch { by: "srun", ranks: 8, rank: 0 }), |_| ()).unwrap_err();
-            assert!(error.to_string().contains("`srun` started 8 processes"), "{error}");
-            assert!(error.hint().unwrap().contains("--features mpi"));
-        }
-        assert_eq!(Ranks::join(None, |_| ()).unwrap().count(), 1);
-    }
-
-    fn hello(host: &str, cores: &str, num_cores: usize) -> Hello {
-        let (host, cores, version) = (host.to_string(), cores.to_string(), "1.0.0".to_string());
-        Hello { host, process: 7, version, cores, num_cores }
-    }
-
-    #[test]
-    fn ranks_share_the_cores_that_they_may_run_on() {
-        let free = [hello("a", "0-15", 16), hello("a", "0-15", 16), hello("b", "0-15", 16)];
-        assert_eq!((0..3).map(|r| threads_of(&free, r)).collect::<Vec<_>>(), [8, 8, 16]);
-        let bound = [hello("a", "0", 1), hello("a", "1", 1)];
-        assert_eq!((threads_of(&bound, 0), threads_of(&bound, 1)), (1, 1));
-        let crowded = vec![hello("a", "0-1", 2); 4];
-        assert_eq!(threads_of(&crowded, 3), 1);
-    }
-
-    /// What each of so many ranks comes to.
-    fn on_ranks<T: Send>(count: usize, work: impl Fn(usize, Box<dyn Collective>) -> T + Sync) -> Vec<T> {
-        let work = &work;
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = threads::links(count)
-                .into_iter()
-                .enumerate()
-                .map(|(rank, link)| {
-                    scope.spawn(move || work(rank, Box::new(draftsmith_train::Ranks::new(link))))
-                })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        })
-    }
-
-    fn agreed(
-        count: usize,
-        found: impl Fn(usize) -> Result<BTreeMap<String, String>, Error> + Sync,
-    ) -> Vec<String> {
-        on_ranks(count, |rank, collective| {
-            let ranks = Ranks::of(collective, &hello("host", "0-3", 4)).unwrap();
-            match ranks.agree(found(rank), |found| found.clone()) {
-                Ok(_) => "agreed".to_string(),
-                Err(error) => format!("{error} | {}", error.hint().unwrap()),
-            }
-        })
-    }
-
-    #[test]
-    fn ranks_that_found_different_things_all_say_the_same_of_it() {
-        let of = |lr: &str| {
-            let found = [("train.lr", lr), ("target weights", "aa")];
-            found.into_iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<BTreeMap<_, _>>()
-        };
-        assert_eq!(agreed(3, |_| Ok(of("0.1"))), ["agreed"; 3]);
-        let other = agreed(2, |rank| Ok(of(["0.1", "0.2"][rank])));
-        let wanted = "rank 1 of 2 (host, process 7) works on something else than rank 0: train.lr: 0.1 → 0.2 | \
-                      start all ranks with the same command, run file, model and data";
-        assert_eq!(other, [wanted; 2]);
-        let target = agreed(2, |rank| {
-            let mut found = of("0.1");
-            found.insert("target weights".to_string(), ["aa", "bb"][rank].to_string());
-            Ok(found)
-        });
-        assert!(target[0].contains("rank 1 of 2 (host, process 7)"), "{target:?}");
-        assert!(target[0].contains("target weights changed"), "{target:?}");
-        let one = agreed(2, |rank| match rank {
-            0 => Ok(of("0.1")),
-            _ => Err(Error::input("`a.toml` is not there", "name one that is")),
-        });
-        assert_eq!(one, ["rank 1 of 2 (host, process 7): `a.toml` is not there | name one that is"; 2]);
-        let all = agreed(3, |_| Err(Error::input("`a.toml` is not there", "name one that is")));
-        assert_eq!(all, ["`a.toml` is not there | name one that is"; 3]);
-    }
-
-    #[test]
-    fn ranks_of_different_versions_do_not_begin() {
-        let said = on_ranks(2, |rank, collective| {
-            let mine = Hello { version: ["1.0.0", "2.0.0"][rank].to_string(), ..hello("host", "0", 1) };
-            Ranks::of(collective, &mine).unwrap_err().to_string()
-        });
-        let wanted = "rank 1 of 2 (host, process 7) is draftsmith 2.0.0, rank 0 is draftsmith 1.0.0";
-        assert_eq!(said, [wanted; 2]);
-    }
-
-    #[test]
-    fn the_others_hear_what_rank_0_calls_them_to() {
-        let heard = on_ranks(3, |rank, collective| {
-            let ranks = Ranks::of(collective, &hello("host", "0", 1)).unwrap();
-            let orders = [Order::Train { key: "k".to_string() }, Order::End];
-            match rank {
-                0 => orders.iter().for_each(|order| ranks.order(order)),
-                _ => assert_eq!([ranks.hear().unwrap(), ranks.hear().unwrap()], orders),
-            }
-            ranks.note()
-        });
-        assert_eq!(heard[0].as_deref(), Some("3 ranks; rank 0 of 3 (host, process 7) has 1 thread"));
-    }
 }

@@ -15,11 +15,15 @@ use mpi::request::{LocalScope, Request};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, Destination, Source};
 
+use super::Launch;
 use crate::{Error, Told};
 
-/// Of messages of the collective, and of last words.
+/// Of messages of the collective, of last words, and of what is told meanwhile.
 const WORK: i32 = 1;
 const LAST_WORDS: i32 = 2;
+const POSTED: i32 = 3;
+/// What was posted and is not underway yet is kept in a buffer of so many bytes.
+const BUFFER: usize = 8 << 20;
 /// MPI counts by 32-bit numbers.
 const LARGEST_MESSAGE: usize = 1 << 30;
 /// A rank that does not say hello in this time is missing.
@@ -78,16 +82,7 @@ impl MpiLink {
             }
             let waited = began.elapsed();
             if let Some(patience) = self.patience.get().filter(|patience| waited > *patience) {
-                (self.tell)(&Told {
-                    message: format!(
-                        "rank {} waited {} s for {missing}, in vain",
-                        self.world.rank(),
-                        patience.as_secs()
-                    ),
-                    hint: Some(
-                        "look at what the launcher started, and whether its hosts reach each other".into(),
-                    ),
-                });
+                (self.tell)(&in_vain(self.world.rank() as usize, patience, missing));
                 self.world.abort(2);
             }
             match waited < eager {
@@ -135,6 +130,24 @@ impl Link for MpiLink {
         });
     }
 
+    fn post(&self, to: usize, words: &[u8]) {
+        self.world.process_at_rank(to as i32).buffered_send_with_tag(words, POSTED);
+    }
+
+    fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+        // Whoever asks is not in a wait, where rank 0 would hear of ranks that fail.
+        if self.world.rank() == 0 {
+            self.listen();
+        }
+        let mut all = Vec::new();
+        while let Some(status) = self.world.any_process().immediate_probe_with_tag(POSTED) {
+            let from = status.source_rank();
+            let (words, _) = self.world.process_at_rank(from).receive_vec_with_tag::<u8>(POSTED);
+            all.push((from as usize, words));
+        }
+        all
+    }
+
     fn give_up(&self, words: &[u8]) {
         self.world.process_at_rank(0).buffered_send_with_tag(words, LAST_WORDS);
         std::thread::sleep(GRACE);
@@ -145,9 +158,31 @@ impl Link for MpiLink {
     }
 }
 
+fn in_vain(rank: usize, patience: Duration, missing: &str) -> Told {
+    Told {
+        message: format!("rank {rank} waited {} s for {missing}, in vain", patience.as_secs()),
+        hint: Some("look at what the launcher started, and whether its hosts reach each other".into()),
+    }
+}
+
+/// Ends this process if MPI does not begin in time: it waits for every process of the launch, for ever. The launcher ends the
+/// others then. Rank 0 is the first to say so; should it be the one that is missing, another does.
+fn begins(rank: usize, tell: fn(&Told), exit: fn(u8)) -> std::sync::mpsc::Sender<()> {
+    let (begun, waits) = std::sync::mpsc::channel();
+    let patience = if rank == 0 { HELLO } else { HELLO + GRACE };
+    std::thread::spawn(move || {
+        if waits.recv_timeout(patience) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            tell(&in_vain(rank, patience, "another to start"));
+            exit(2);
+        }
+    });
+    begun
+}
+
 /// All processes that a launcher started, through MPI, and the name of this one's host. Until [`MpiLink::greeted`] a wait
 /// that lasts too long ends all.
-pub(super) fn join(by: &str, ranks: usize, tell: fn(&Told)) -> Result<(Rc<MpiLink>, String), Error> {
+pub(super) fn join(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<(Rc<MpiLink>, String), Error> {
+    let Launch { by, ranks, rank } = launch;
     let broken = |what: String| {
         Error::input(
             what,
@@ -157,10 +192,13 @@ pub(super) fn join(by: &str, ranks: usize, tell: fn(&Told)) -> Result<(Rc<MpiLin
             ),
         )
     };
-    let Some((mut universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else {
+    let begun = begins(rank, tell, exit);
+    let universe = mpi::initialize_with_threading(Threading::Funneled);
+    drop(begun);
+    let Some((mut universe, _)) = universe else {
         return Err(broken("MPI does not begin".to_string()));
     };
-    universe.set_buffer_size(1 << 20);
+    universe.set_buffer_size(BUFFER);
     let world = universe.world();
     if world.size() as usize != ranks {
         return Err(broken(format!("`{by}` started {ranks} processes, but MPI sees {}", world.size())));

@@ -1,0 +1,233 @@
+//! Rows that ranks share: whole runs over the tiny target, with ranks as threads.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use draftsmith_core::report::{Report, Stop, Unit};
+use draftsmith_formats::run::{RunFile, Stage};
+use draftsmith_pull::Places;
+use draftsmith_train::ranks::threads;
+
+use super::tests::hello;
+use super::*;
+use crate::{Env, Origin, Run};
+
+/// Asks some of the ranks to stop once a task is so far; keeps what it was told.
+struct Watch<'s> {
+    task: &'static str,
+    at: u64,
+    stops: &'s [Stop],
+    now: Mutex<String>,
+    told: Mutex<Vec<String>>,
+}
+
+impl Report for Watch<'_> {
+    fn begin(&self, task: &str, total: Option<u64>, unit: Unit) {
+        *self.now.lock().unwrap() = task.to_string();
+        self.note(&format!("{task}: {total:?} {}", unit.word()));
+    }
+
+    fn at(&self, done: u64) {
+        if done >= self.at && *self.now.lock().unwrap() == self.task {
+            self.stops.iter().for_each(Stop::request);
+        }
+        let line = format!("{} at {done}", self.now.lock().unwrap());
+        self.note(&line);
+    }
+
+    fn detail(&self, _: &str) {}
+
+    fn end(&self) {}
+
+    fn note(&self, line: &str) {
+        self.told.lock().unwrap().push(line.to_string());
+    }
+}
+
+fn fixture(name: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
+    root.join(name).display().to_string()
+}
+
+fn file(dir: &Path, more: &[&str]) -> RunFile {
+    let (target, rows, held) = (fixture(""), fixture("prompts-train.jsonl"), fixture("prompts-valid.jsonl"));
+    let text = format!(
+        "[run]\nname = \"rows\"\nseed = 7\n[target]\nsource = {target:?}\n[data]\nsources = [{{ path = {rows:?} }}]\n\
+         validation = {held:?}\nmax_length = 256\n[regenerate]\nmax_rows = 40\nmax_new_tokens = 20\nbatch_size = 3\n\
+         [capture]\nshard_rows = 6\n[draft]\nvocab_size = 512\n[bundle]\nlicense = \"CC0-1.0\"\n"
+    );
+    let mut overrides = vec![format!("run.dir={}", dir.display())];
+    overrides.extend(more.iter().map(|o| o.to_string()));
+    RunFile::parse(Path::new("run.toml"), &text, &overrides).unwrap()
+}
+
+/// How a run by so many ranks ended, and what rank 0 was told. The ranks in `stopped` are to stop when a task is so far.
+fn run(
+    dir: &Path,
+    ranks: usize,
+    more: &[&str],
+    (task, at, stopped): (&'static str, u64, &[usize]),
+) -> (Result<(), String>, Vec<String>) {
+    let cache = dir.parent().unwrap().join("cache");
+    let stops: Vec<Stop> = (0..ranks).map(|_| Stop::default()).collect();
+    let to_stop: Vec<Stop> = stopped.iter().map(|rank| stops[*rank].clone()).collect();
+    let watch = Watch { task, at, stops: &to_stop, now: Mutex::default(), told: Mutex::default() };
+    let (stops, watch) = (&stops, &watch);
+    let work = |rank: usize, link| {
+        let collective: Box<dyn Collective> = Box::new(draftsmith_train::Ranks::new(link));
+        let ranks = Ranks::of(collective, &hello("host", "0-1", 2)).unwrap();
+        let var = |name: &str| (name == "DRAFTSMITH_CACHE").then(|| cache.display().to_string());
+        let places = Places { offline: true, pack_cache: false, ..Places::from_vars(var) };
+        let env =
+            Env { places: &places, report: watch, stop: &stops[rank], variable: |_| None, ranks: &ranks };
+        let origin = Origin { verb: "run".into(), path: "run.toml".into(), overrides: Vec::new() };
+        let run = Run::open(file(dir, more), origin, env).unwrap();
+        let done = run.advance(Stage::Capture);
+        if done.is_err() && ranks.is_first() {
+            // The program ends all of them; threads have to be told.
+            ranks.order(&Order::End);
+        }
+        done.map(drop).map_err(|e| e.to_string())
+    };
+    let ended = std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = threads::links(ranks)
+            .into_iter()
+            .enumerate()
+            .map(|(rank, link)| scope.spawn(move || work(rank, link)))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(ended[1..].iter().all(Result::is_ok), "{ended:?}");
+    (ended[0].clone(), watch.told.lock().unwrap().clone())
+}
+
+const NEVER: (&str, u64, &[usize]) = ("", u64::MAX, &[]);
+
+/// What a run made of its rows; answers by key, for they are kept as they come.
+fn made(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for stage in ["regenerate", "capture"] {
+        for entry in std::fs::read_dir(dir.join(stage)).unwrap() {
+            let path = entry.unwrap().path();
+            let mut bytes = std::fs::read(&path).unwrap();
+            if path.ends_with("answers.jsonl") {
+                let mut lines: Vec<&[u8]> = bytes.split_inclusive(|b| *b == b'\n').collect();
+                lines.sort();
+                bytes = lines.concat();
+            }
+            all.push((path.strip_prefix(dir).unwrap().to_path_buf(), bytes));
+        }
+    }
+    all.sort();
+    all
+}
+
+fn names(all: &[(PathBuf, Vec<u8>)]) -> Vec<String> {
+    all.iter().map(|(path, _)| path.display().to_string()).collect()
+}
+
+#[track_caller]
+fn same(found: &[(PathBuf, Vec<u8>)], wanted: &[(PathBuf, Vec<u8>)]) {
+    assert_eq!(names(found), names(wanted));
+    for ((path, found), (_, wanted)) in found.iter().zip(wanted) {
+        assert!(found == wanted, "{} differs", path.display());
+    }
+}
+
+#[test]
+fn any_number_of_ranks_writes_the_answers_and_states_of_one() {
+    let home = tempfile::tempdir().unwrap();
+    let alone = home.path().join("alone");
+    let (ended, told) = run(&alone, 1, &[], NEVER);
+    assert_eq!(ended, Ok(()));
+    let wanted = made(&alone);
+    let rows = told.iter().filter(|line| line.starts_with("answer conversations at ")).next_back().cloned();
+    assert_eq!(rows.as_deref(), Some("answer conversations at 40"));
+    for ranks in [2, 3, 5] {
+        let dir = home.path().join(format!("ranks-{ranks}"));
+        let (ended, told) = run(&dir, ranks, &[], NEVER);
+        assert_eq!(ended, Ok(()));
+        same(&made(&dir), &wanted);
+        // Rank 0 speaks for all.
+        for last in ["answer held-out conversations at 40", "answer conversations at 40", "capture at "] {
+            assert!(told.iter().any(|line| line.starts_with(last)), "{last}: {told:?}");
+        }
+        let of = |line: &&String| line.contains("ranks; ") || line.contains(&format!("by {ranks} ranks"));
+        assert_eq!(told.iter().filter(of).count(), 2, "{told:?}");
+    }
+}
+
+#[test]
+fn a_limit_of_tokens_takes_the_same_rows_whoever_answers_them() {
+    let home = tempfile::tempdir().unwrap();
+    let limit = ["regenerate.max_tokens=300"];
+    let alone = home.path().join("alone");
+    assert_eq!(run(&alone, 1, &limit, NEVER).0, Ok(()));
+    let mut wanted = made(&alone);
+    // More rows than are needed may have been answered; what is made of them must not differ.
+    let results =
+        |all: &mut Vec<(PathBuf, Vec<u8>)>| all.retain(|(path, _)| !path.ends_with("answers.jsonl"));
+    results(&mut wanted);
+    let report = std::fs::read_to_string(alone.join("regenerate/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let generated = report["answers"]["generated_tokens"].as_u64().unwrap();
+    assert!((300..320).contains(&generated), "{generated}: the last row reaches the limit");
+    assert!(report["answers"]["dialogues"].as_u64().unwrap() < 40);
+    for ranks in [2, 3, 4] {
+        let dir = home.path().join(format!("ranks-{ranks}"));
+        assert_eq!(run(&dir, ranks, &limit, NEVER).0, Ok(()));
+        let mut found = made(&dir);
+        results(&mut found);
+        same(&found, &wanted);
+    }
+}
+
+#[test]
+fn what_was_stopped_goes_on_with_any_other_number_of_ranks() {
+    let home = tempfile::tempdir().unwrap();
+    let alone = home.path().join("alone");
+    assert_eq!(run(&alone, 1, &[], NEVER).0, Ok(()));
+    let wanted = made(&alone);
+    for (case, counts) in [[3, 1, 2], [1, 4, 3], [2, 3, 1]].into_iter().enumerate() {
+        let dir = home.path().join(format!("case-{case}"));
+        // The signal reaches rank 0 alone, or another alone: all stop.
+        let last = counts[0] - 1;
+        let (ended, _) = run(&dir, counts[0], &[], ("answer conversations", 9, &[last]));
+        assert!(ended.as_ref().is_err_and(|e| e.contains("interrupted")), "{ended:?}");
+        let lines = |dir: &Path| {
+            let log = std::fs::read_to_string(dir.join("regenerate/answers.jsonl")).unwrap();
+            log.lines().count()
+        };
+        let before = lines(&dir);
+        assert!((49..80).contains(&before), "{before} answers, held-out ones included");
+        let (ended, told) = run(&dir, counts[1], &[], ("capture", 12, &[0]));
+        assert!(ended.as_ref().is_err_and(|e| e.contains("interrupted")), "{ended:?}");
+        assert!(told.iter().any(|line| line.contains(&format!("{} of 40 answers are there", before - 40))));
+        assert_eq!(lines(&dir), 80, "none twice");
+        assert_eq!(run(&dir, counts[2], &[], NEVER).0, Ok(()));
+        same(&made(&dir), &wanted);
+    }
+}
+
+#[test]
+fn logs_of_ranks_that_were_killed_are_taken_over_once() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("run");
+    assert_eq!(run(&dir, 1, &[], ("answer conversations", 20, &[0])).0.is_err(), true);
+    // As a kill leaves them: a rank's own log, one line of it already handed over, the last one half written.
+    let log = dir.join("regenerate/answers.jsonl");
+    let text = std::fs::read_to_string(&log).unwrap();
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    let (mine, theirs) = lines.split_at(lines.len() - 8);
+    std::fs::write(&log, mine.concat()).unwrap();
+    let theirs = [&[mine[mine.len() - 1]], &theirs[..7], &[&theirs[7][..theirs[7].len() / 2]]].concat();
+    std::fs::write(dir.join("regenerate/answers-rank-2.jsonl"), theirs.concat()).unwrap();
+    let (ended, told) = run(&dir, 2, &[], NEVER);
+    assert_eq!(ended, Ok(()));
+    let there = format!("{} of 40 answers are there", lines.len() - 1 - 40);
+    assert!(told.iter().any(|line| line.contains(&there)), "{there}: {told:?}");
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(text.lines().count(), 80);
+    assert_eq!(std::fs::read_dir(dir.join("regenerate")).unwrap().count(), 4, "no log of a rank is left");
+}
