@@ -3,7 +3,8 @@
 //! ```text
 //! capture/manifest.json, shard-*   the target cache
 //! ```
-//! The states come from the target in this process, or from a server of it; rows arrive in order either way.
+//! The states come from the target in this process, or from a server of it; rows arrive in order either way. With
+//! `[capture.store]` shards lie here only until the store has them.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use draftsmith_capture::{
 };
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::Row;
-use draftsmith_formats::cache::{CacheReader, CacheSpec, CacheWriter, CaptureRow, estimate_bytes};
+use draftsmith_formats::cache::{CacheReader, CacheSpec, CaptureRow, estimate_bytes};
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
 use draftsmith_kernels::{Cpu, catch_failure};
@@ -261,7 +262,10 @@ impl Run<'_> {
     pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
-        let mut writer = CacheWriter::open(dir, &spec)?;
+        let mut writer = self.sink(dir, &spec)?;
+        if let Some(place) = writer.place() {
+            report.note(&format!("capture: goes to `{place}`"));
+        }
         let mut source = self.capture_source(report)?;
         source.note_launch(report);
         if writer.rows_done() == 0 {
@@ -274,11 +278,12 @@ impl Run<'_> {
                 human(bill.bytes),
                 bill.minutes.ceil()
             ));
-            if let Some(free) = bill.free_bytes.filter(|free| *free < bill.bytes) {
+            let needed = writer.bytes_here(bill.bytes, &spec);
+            if let Some(free) = bill.free_bytes.filter(|free| *free < needed) {
                 return Err(Error::input(
                     format!(
                         "capture needs about {} in `{}`, but {} are free",
-                        human(bill.bytes),
+                        human(needed),
                         dir.display(),
                         human(free)
                     ),
@@ -312,16 +317,21 @@ impl Run<'_> {
             ControlFlow::Continue(())
         });
         source.note_requests(report);
+        writer.notes().iter().for_each(|note| report.note(note));
         if let Some(error) = failed {
-            return Err(error.into());
+            return Err(error);
         }
         ended?;
         self.check_stop(Stage::Capture)?;
         report.at(spec.rows);
         report.end();
-        let bytes = writer.bytes_written();
+        let (bytes, place) = (writer.bytes_written(), writer.place());
         writer.finish()?;
-        Ok(json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes }))
+        let mut summary = json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes });
+        if let Some(place) = place {
+            summary["store"] = place.into();
+        }
+        Ok(summary)
     }
 
     /// The rows that training reads: from the cache, or captured as they are asked for.
@@ -330,6 +340,9 @@ impl Run<'_> {
         let spec = self.cache_spec(&tokens)?;
         match self.file.capture.mode {
             CaptureMode::Cache => {
+                if let Some(stored) = self.stored_rows(&spec)? {
+                    return Ok(stored);
+                }
                 let reader = CacheReader::open_for(self.folder.stage_dir(Stage::Capture), &spec)?;
                 Ok(Box::new(reader))
             }

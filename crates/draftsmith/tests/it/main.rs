@@ -12,6 +12,8 @@ mod fake_capture;
 mod fake_http;
 mod fake_hub;
 mod fake_openai;
+#[cfg(feature = "object-store")]
+mod fake_s3;
 mod generators;
 mod hub;
 mod installed;
@@ -34,6 +36,8 @@ mod served_runs;
 mod several_servers;
 mod small;
 mod stages;
+#[cfg(feature = "object-store")]
+mod stores;
 mod support;
 mod templates;
 mod thinking;

@@ -22,6 +22,14 @@ impl RunFile {
         if elsewhere(&file.bundle.dir) {
             file.bundle.dir = Some(file.dir().join("bundle"));
         }
+        if let Some(store) = &mut file.capture.store {
+            if elsewhere(&store.cache_dir) {
+                store.cache_dir = None;
+            }
+            if is_of_a_machine(&store.url) {
+                file.capture.store = None;
+            }
+        }
         file
     }
 
@@ -30,6 +38,10 @@ impl RunFile {
         let mut copy = self.clone();
         let folders = [&self.run.dir, &self.bundle.dir].into_iter().flatten();
         let mut places: Vec<String> = folders.map(|dir| dir.to_string_lossy().into_owned()).collect();
+        if let Some(store) = &self.capture.store {
+            places.push(store.url.clone());
+            places.extend(store.cache_dir.iter().map(|dir| dir.to_string_lossy().into_owned()));
+        }
         places.extend(copy.places_mut().iter().map(PlaceMut::get));
         places.retain(|place| is_of_a_machine(place));
         places
@@ -106,6 +118,25 @@ mod tests {
             assert!(text.contains(kept), "{kept} in {text}");
         }
         assert_eq!(parse(&text), portable, "it is a run file");
+    }
+
+    #[test]
+    fn a_store_of_others_stays_and_a_folder_goes() {
+        let with = |url: &str, more: &str| {
+            parse(&format!(
+                "[target]\nsource = \"a\"\n[data]\nsources = [{{ path = \"file:///big/x.jsonl\" }}, {{ path = \"s3://b/x.jsonl\" }}]\n\
+                 [bundle]\nlicense = \"MIT\"\n[capture.store]\nurl = \"{url}\"\n{more}"
+            ))
+        };
+        let kept = with("s3://b/c", "cache_dir = \"/scratch/me\"\n");
+        assert_eq!(kept.machine_places(), ["/scratch/me", "file:///big/x.jsonl"]);
+        let store = kept.portable().capture.store.unwrap();
+        assert_eq!((store.url.as_str(), store.cache_dir), ("s3://b/c", None));
+        let gone = with("file:///big/share", "");
+        assert_eq!(gone.machine_places(), ["file:///big/share", "file:///big/x.jsonl"]);
+        assert_eq!(gone.portable().capture.store, None);
+        assert_eq!(gone.portable().data.sources[0].path, "x.jsonl");
+        assert_eq!(gone.portable().data.sources[1].path, "s3://b/x.jsonl");
     }
 
     #[test]
