@@ -495,12 +495,16 @@ impl Store {
             return Failure::Lasting(in_folder(object, action, error));
         }
         let Seen { status, code, message, region, fault, is_metadata } = seen;
-        if is_metadata {
+        // Whoever had credentials before will have them again.
+        if is_metadata && !self.0.client.link.is_alive() {
             let reason = fault.map_or_else(|| message.clone(), |fault| fault.to_string());
             return Failure::Lasting(StoreError::NoCredentials { address: self.0.address.clone(), reason });
         }
         if let Some(fault) = fault {
             return Failure::Passing(fault);
+        }
+        if is_metadata {
+            return Failure::Passing(Fault::Status { status: status.unwrap_or_default(), message });
         }
         let Some(status) = status else {
             // Nothing was sent: a file of credentials that cannot be read, or the like.

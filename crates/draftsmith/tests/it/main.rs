@@ -13,6 +13,7 @@ mod fake_http;
 mod fake_hub;
 mod fake_openai;
 #[cfg(feature = "object-store")]
+#[expect(dead_code, reason = "it serves the tests of crate `store` too")]
 mod fake_s3;
 mod generators;
 mod hub;
@@ -21,6 +22,8 @@ mod make;
 mod models;
 mod mpi;
 mod names;
+#[cfg(not(feature = "object-store"))]
+mod no_stores;
 mod openai_client;
 mod pip;
 mod published;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use draftsmith_core::report::Report;
 use draftsmith_data::Ranged;
-use draftsmith_formats::cache::{CacheManifest, CacheSpec, CaptureRow};
+use draftsmith_formats::cache::{CacheError, CacheManifest, CacheSpec, CaptureRow};
 use draftsmith_formats::run::{CaptureStoreTable, Stage};
 use draftsmith_store::{
     Address, CacheOptions, Object, Settings, Store, StoreError, StoredCache, StoredWriter, capture_folder,
@@ -153,7 +153,20 @@ impl Run<'_> {
             (None, room) => room.map_or(CACHE_BYTES, |room| CACHE_BYTES.min(room / 2)),
         };
         let options = CacheOptions { dir, bytes, readers: table.readers as usize };
-        let cache = StoredCache::open(&store, spec, options)?;
+        let cache = StoredCache::open(&store, spec, options).map_err(|error| match error {
+            // Its stage ended once: somebody took away what it made.
+            StoreError::Cache(error @ (CacheError::Missing { .. } | CacheError::Incomplete { .. })) => {
+                let state = self.folder.root().join("state").join(format!("{}.json", Stage::Capture.name()));
+                Error::input(
+                    error.to_string(),
+                    format!(
+                        "bring it back, or delete `{}` and run again: what is missing is captured again",
+                        state.display()
+                    ),
+                )
+            }
+            error => error.into(),
+        })?;
         Ok(Box::new(StoredRows { cache, report: self.env.report }))
     }
 
