@@ -50,7 +50,7 @@ pub fn open_source(name: &str, _: &Env<'_>) -> Result<Found, Error> {
 /// Where captured rows go.
 pub(super) enum Sink {
     /// Into the folder of the stage.
-    Here(CacheWriter),
+    Here(Box<CacheWriter>),
     /// Through it into a store.
     #[cfg(feature = "object-store")]
     Stored(Box<StoredWriter>, draftsmith_store::Store),
@@ -77,15 +77,14 @@ impl Sink {
 
     /// Bytes that need room in the folder of the stage, of a capture of so many.
     pub(super) fn bytes_here(&self, bytes: u64, spec: &CacheSpec) -> u64 {
-        match self {
-            Sink::Here(_) => bytes,
+        let shards = spec.rows.div_ceil(u64::from(spec.shard_rows.max(1))).max(1);
+        let at_once = match self {
+            Sink::Here(_) => shards,
             // One is filled, one waits, one travels.
             #[cfg(feature = "object-store")]
-            Sink::Stored(..) => {
-                let shards = spec.rows.div_ceil(u64::from(spec.shard_rows.max(1))).max(1);
-                bytes / shards * shards.min(3)
-            }
-        }
+            Sink::Stored(..) => shards.min(3),
+        };
+        if at_once == shards { bytes } else { bytes / shards * at_once }
     }
 
     /// Where rows go, in words; nothing of a folder of the run.
@@ -128,7 +127,7 @@ impl Run<'_> {
     /// Where captured rows go.
     pub(super) fn sink(&self, dir: &Path, spec: &CacheSpec) -> Result<Sink, Error> {
         match &self.file.capture.store {
-            None => Ok(Sink::Here(CacheWriter::open(dir, spec)?)),
+            None => Ok(Sink::Here(Box::new(CacheWriter::open(dir, spec)?))),
             #[cfg(feature = "object-store")]
             Some(table) => self.stored_sink(table, dir, spec),
             #[cfg(not(feature = "object-store"))]

@@ -7,7 +7,7 @@
 //! Invariant: a row is used only if its bytes have the hash that its row places give, and those the hash that the manifest gives.
 //! Files of the cache together have no more than its bytes; a file that is not what it should be is fetched again.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -68,7 +68,7 @@ struct Shared {
 }
 
 /// A turn that never comes.
-const NEVER: usize = usize::MAX;
+const NEVER: u32 = u32::MAX;
 
 /// What is here, what is on its way, and what comes when.
 #[derive(Debug, Default)]
@@ -79,12 +79,12 @@ struct State {
     at: usize,
     /// The first of them that nobody fetches or has fetched yet.
     next: usize,
-    /// Turns of each row that are still to come.
-    turns: HashMap<u32, VecDeque<usize>>,
+    /// The next two turns of each row: what is expected ends with the next epoch.
+    turns: Vec<[u32; 2]>,
     /// Rows whose files are here, with their bytes.
     have: HashMap<u32, u64>,
     /// The same by their next turn; without those that are being read.
-    by_turn: BTreeSet<(usize, u32)>,
+    by_turn: BTreeSet<(u32, u32)>,
     /// Rows on their way.
     flying: BTreeSet<u32>,
     /// Bytes of files, and of rows on their way that will be files.
@@ -97,8 +97,8 @@ struct State {
 }
 
 impl State {
-    fn turn(&self, row: u32) -> usize {
-        self.turns.get(&row).and_then(VecDeque::front).copied().unwrap_or(NEVER)
+    fn turn(&self, row: u32) -> u32 {
+        self.turns.get(row as usize).map_or(NEVER, |turns| turns[0])
     }
 }
 
@@ -120,7 +120,7 @@ impl Shared {
     }
 
     /// Makes room for a row that is wanted at a turn, at the cost of rows that are wanted later. False where there is none.
-    fn make_room(&self, state: &mut State, row: u32, turn: usize) -> bool {
+    fn make_room(&self, state: &mut State, row: u32, turn: u32) -> bool {
         let len = self.len(row);
         if state.is_full || len > self.bytes {
             return false;
@@ -195,7 +195,7 @@ impl Shared {
                 state.next += 1;
                 continue;
             }
-            if !self.make_room(&mut state, row, turn) {
+            if !self.make_room(&mut state, row, turn as u32) {
                 state = self.wait(state);
                 continue;
             }
@@ -248,7 +248,7 @@ impl Shared {
                 None => self.forget(&mut state, row),
             }
         }
-        let turn = state.at;
+        let turn = state.at as u32;
         let kept = self.make_room(&mut state, row, turn);
         state.flying.insert(row);
         state.bytes += if kept { self.len(row) } else { 0 };
@@ -275,11 +275,9 @@ impl Shared {
         }
         let before = state.turn(row);
         let is_kept = state.by_turn.remove(&(before, row));
-        let at = state.at;
-        if let Some(turns) = state.turns.get_mut(&row) {
-            while turns.front().is_some_and(|turn| *turn <= at) {
-                turns.pop_front();
-            }
+        let at = state.at as u32;
+        if let Some(turns) = state.turns.get_mut(row as usize).filter(|turns| turns[0] <= at) {
+            *turns = [turns[1], NEVER];
         }
         if is_kept {
             let turn = state.turn(row);
@@ -376,9 +374,12 @@ impl StoredCache {
         let mut state = self.shared.lock();
         state.expected = rows.iter().map(|row| *row as u32).collect();
         (state.at, state.next) = (0, 0);
-        let mut turns: HashMap<u32, VecDeque<usize>> = HashMap::new();
+        let mut turns = vec![[NEVER; 2]; self.len()];
         for (turn, row) in state.expected.iter().enumerate() {
-            turns.entry(*row).or_default().push_back(turn);
+            let turns = &mut turns[*row as usize];
+            if let Some(free) = turns.iter_mut().find(|turn| **turn == NEVER) {
+                *free = turn as u32;
+            }
         }
         state.turns = turns;
         // Those that are being read right now come back by themselves.

@@ -78,7 +78,9 @@ fn order() -> Vec<usize> {
 
 fn bytes_in(dir: &Path) -> u64 {
     let files = std::fs::read_dir(dir).unwrap().flatten();
-    files.filter(|f| f.path().extension().is_some_and(|e| e == "row")).map(|f| f.metadata().unwrap().len()).sum()
+    // Files come and go meanwhile.
+    let rows = files.filter(|f| f.path().extension().is_some_and(|e| e == "row"));
+    rows.filter_map(|f| f.metadata().ok()).map(|meta| meta.len()).sum()
 }
 
 fn shards_in(dir: &Path) -> usize {
