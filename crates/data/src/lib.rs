@@ -21,6 +21,7 @@ mod notes;
 mod pack;
 mod prepare;
 mod preview;
+mod ranged;
 mod report;
 mod rng;
 mod row;
@@ -39,6 +40,7 @@ pub use prepare::{MaskedAnswers, PrepareOptions, Preparer, control_token, mask_r
 /// A row as training takes it.
 pub use draftsmith_formats::tokens::TokenRow as PreparedRow;
 pub use preview::{Paint, preview, preview_conversation, preview_notes};
+pub use ranged::Ranged;
 pub use report::{DomainCounts, Lengths, Report};
 pub use row::{Conversation, LocatedRow, Row, TokenRow, parse_conversation_line};
 pub use source::{ReadOptions, SourceReader};

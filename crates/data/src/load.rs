@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use draftsmith_text::Message;
 use sha2::{Digest, Sha256};
@@ -9,13 +10,17 @@ use sha2::{Digest, Sha256};
 use crate::decontam::words;
 use crate::rng::Rng;
 use crate::row::is_system;
-use crate::{DataError, Decontaminator, DropReason, LocatedRow, ReadOptions, Report, Row, SourceReader};
+use crate::{
+    DataError, Decontaminator, DropReason, LocatedRow, Ranged, ReadOptions, Report, Row, SourceReader,
+};
 
 /// A file and how much of it is taken.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct SourceSpec {
-    /// The file.
+    /// The file; of one that lies elsewhere its name in messages.
     pub path: PathBuf,
+    /// The file itself, if it lies elsewhere.
+    pub elsewhere: Option<Arc<dyn Ranged>>,
     /// How often each row is taken; a fraction takes that share of the rows.
     pub weight: f64,
     /// Take at most this many rows, before weighting.
@@ -25,7 +30,18 @@ pub struct SourceSpec {
 impl SourceSpec {
     /// All rows of a file, once.
     pub fn new(path: impl Into<PathBuf>) -> SourceSpec {
-        SourceSpec { path: path.into(), weight: 1.0, max_rows: None }
+        SourceSpec { path: path.into(), elsewhere: None, weight: 1.0, max_rows: None }
+    }
+
+    /// Its rows.
+    ///
+    /// # Errors
+    /// As [`SourceReader::open`].
+    pub fn open(&self, options: ReadOptions) -> Result<SourceReader, DataError> {
+        match &self.elsewhere {
+            Some(file) => SourceReader::open_ranged(&self.path, Arc::clone(file), options),
+            None => SourceReader::open(&self.path, options),
+        }
     }
 }
 
@@ -84,7 +100,7 @@ pub fn load(
     let mut seen: HashSet<[u8; 16]> = HashSet::new();
     for (index, source) in sources.iter().enumerate() {
         let mut sample = Rng::new(options.seed, &format!("weight {index}"));
-        let mut reader = SourceReader::open(&source.path, options.read.clone())?;
+        let mut reader = source.open(options.read.clone())?;
         let mut taken = 0u64;
         while source.max_rows.is_none_or(|max| taken < max) {
             let Some((location, row)) = reader.next_row()? else { break };

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::json::{self, Element, Elements, Repairs};
 use crate::notes::RowNotes;
+use crate::ranged::{Blocks, Ranged, Shared, Stream};
 use crate::row::{parse_line, parse_row};
 use crate::{DataError, Location, Row, RowError};
 
@@ -48,7 +49,9 @@ enum Kind {
 
 /// Row groups of a Parquet file, one after the other: what is broken in one costs the rest of that one.
 struct Groups {
-    file: SerializedFileReader<File>,
+    file: Box<dyn FileReader>,
+    /// Where it reads from, if it lies elsewhere.
+    blocks: Option<Arc<Blocks>>,
     /// The group that comes next.
     next: usize,
     rows: Option<ReaderIter>,
@@ -86,6 +89,9 @@ impl Groups {
         }
     }
 }
+
+/// A Parquet file as it was opened, and where it reads from if it lies elsewhere.
+type OpenedParquet = (Result<Box<dyn FileReader>, parquet::errors::ParquetError>, Option<Arc<Blocks>>);
 
 /// Files that hold no rows we read, by their first bytes: what each is, and what to do with it.
 const OTHER_FILES: [(&[u8], &str, &str); 12] = [
@@ -135,16 +141,56 @@ impl SourceReader {
     /// [`DataError::Io`], [`DataError::Parquet`], [`DataError::UnknownFile`], [`DataError::ArrayTooLong`].
     pub fn open(path: &Path, options: ReadOptions) -> Result<SourceReader, DataError> {
         let io = |source| DataError::Io { path: path.to_path_buf(), source };
-        let mut file = File::open(path).map_err(io)?;
+        let file = File::open(path).map_err(io)?;
         if file.metadata().map_err(io)?.is_dir() {
             return Err(io(io::Error::new(io::ErrorKind::IsADirectory, "is a folder")));
         }
+        let again = || {
+            let file = File::open(path).map_err(io)?;
+            Ok((SerializedFileReader::new(file).map(|file| Box::new(file) as Box<dyn FileReader>), None))
+        };
+        SourceReader::open_bytes(path.into(), Box::new(file), options, again)
+    }
+
+    /// Opens a file that lies elsewhere; `name` is what messages call it. It is read as a stream, or of Parquet in blocks, and
+    /// never lies here as a whole.
+    ///
+    /// # Errors
+    /// As [`SourceReader::open`].
+    pub fn open_ranged(
+        name: &Path,
+        file: Arc<dyn Ranged>,
+        options: ReadOptions,
+    ) -> Result<SourceReader, DataError> {
+        let stream = Box::new(Stream::new(Arc::clone(&file)));
+        let again = || {
+            let blocks = Arc::new(Blocks::new(file));
+            let reader = SerializedFileReader::new(Shared(Arc::clone(&blocks)));
+            if let Some(source) = blocks.take_failure() {
+                return Err(DataError::Io { path: name.to_path_buf(), source });
+            }
+            let reader = reader.map(|reader| {
+                blocks.for_columns(reader.metadata().file_metadata().schema_descr().num_columns());
+                Box::new(reader) as Box<dyn FileReader>
+            });
+            Ok((reader, Some(blocks)))
+        };
+        SourceReader::open_bytes(name.into(), stream, options, again)
+    }
+
+    /// `parquet` opens the same file once more, where its first bytes say that it is one.
+    fn open_bytes(
+        path: Arc<Path>,
+        mut file: Box<dyn Read + Send>,
+        options: ReadOptions,
+        parquet: impl FnOnce() -> Result<OpenedParquet, DataError>,
+    ) -> Result<SourceReader, DataError> {
+        let io = |source| DataError::Io { path: path.to_path_buf(), source };
         let mut magic = [0u8; 4];
-        let length = read_up_to(&mut file, &mut magic).map_err(io)?;
+        let length = read_up_to(&mut *file, &mut magic).map_err(io)?;
         let magic = &magic[..length];
-        let path: Arc<Path> = path.into();
         if magic == b"PAR1" {
-            return SourceReader::open_parquet(path, options);
+            return SourceReader::open_parquet(path, parquet()?, options);
         }
         let start = io::Cursor::new(magic.to_vec()).chain(file);
         let reader: Box<dyn BufRead + Send> = match magic {
@@ -207,17 +253,20 @@ impl SourceReader {
         Ok(SourceReader { path, kind, number: 0, options, notes: RowNotes::default() })
     }
 
-    fn open_parquet(path: Arc<Path>, options: ReadOptions) -> Result<SourceReader, DataError> {
+    fn open_parquet(
+        path: Arc<Path>,
+        (opened, blocks): OpenedParquet,
+        options: ReadOptions,
+    ) -> Result<SourceReader, DataError> {
         let broken = |e: parquet::errors::ParquetError| DataError::Parquet {
             path: path.to_path_buf(),
             row: 0,
             detail: e.to_string(),
         };
-        let file = File::open(&path).map_err(|source| DataError::Io { path: path.to_path_buf(), source })?;
-        let reader = SerializedFileReader::new(file).map_err(broken)?;
+        let file = opened.map_err(broken)?;
         Ok(SourceReader {
             path,
-            kind: Kind::Parquet(Box::new(Groups { file: reader, next: 0, rows: None, left: 0 })),
+            kind: Kind::Parquet(Box::new(Groups { file, blocks, next: 0, rows: None, left: 0 })),
             number: 0,
             options,
             notes: RowNotes::default(),
@@ -302,6 +351,10 @@ impl SourceReader {
                             parse_row(&value, &repairs, &mut self.notes)
                         }
                         Some(Err(detail)) => {
+                            // That nothing comes from where the file lies is no fault of its rows.
+                            if let Some(source) = groups.blocks.as_ref().and_then(|b| b.take_failure()) {
+                                return Err(DataError::IoAt { location, source });
+                            }
                             // This row, and those behind it in its group.
                             let lost = std::mem::take(&mut groups.left).max(1);
                             self.number += lost - 1;
@@ -370,7 +423,7 @@ impl Iterator for SourceReader {
 }
 
 /// `read` until the buffer is full or the file ends.
-fn read_up_to(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+fn read_up_to(file: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut length = 0;
     while length < buffer.len() {
         match file.read(&mut buffer[length..])? {

@@ -7,7 +7,7 @@ pub mod cli;
 
 pub use draftsmith_run::{
     Error, catalogue, costs, device, disk, doctor, engine, imports, inspect, list, measure, packs, peer,
-    serve_gap, server, shelf, target,
+    serve_gap, server, shelf, stored, target,
 };
 
 pub use draftsmith_bench as bench;

@@ -77,6 +77,9 @@ pub fn is_reference(place: &str) -> bool {
 
 /// True of a path that means something on one machine only: from the root, from home, from a drive, or upwards.
 pub fn is_of_a_machine(place: &str) -> bool {
+    if place.starts_with("file://") {
+        return true;
+    }
     if is_reference(place) {
         return false;
     }
@@ -96,7 +99,16 @@ mod tests {
             assert_eq!(portable(place), expected, "`{place}`");
             assert!(!is_of_a_machine(&portable(place)), "`{place}`");
         }
-        for kept in ["hf:a/b@v1:x/y.gguf", "pip:p{1..3}==1:a{n}/b", "x.gguf", "a/b/c", "./a", "~x", "a:b"] {
+        for kept in [
+            "hf:a/b@v1:x/y.gguf",
+            "pip:p{1..3}==1:a{n}/b",
+            "x.gguf",
+            "a/b/c",
+            "./a",
+            "~x",
+            "a:b",
+            "s3://b/x.jsonl",
+        ] {
             check(kept, kept);
         }
         check("/a/b/c.gguf", "c.gguf");
@@ -106,6 +118,8 @@ mod tests {
         check("a/../../x", "x");
         check("C:\\Users\\me\\x.gguf", "x.gguf");
         check("C:/x", "x");
+        check("file:///a/b.jsonl", "b.jsonl");
+        check("file:///", "unnamed");
         check("\\\\host\\share\\x", "x");
         for nameless in ["/", "..", "~", "C:\\"] {
             check(nameless, "unnamed");

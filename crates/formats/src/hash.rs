@@ -54,11 +54,15 @@ impl Hasher {
         self.update(bytes);
     }
 
+    /// The hash of everything added, as bytes.
+    pub fn finish_bytes(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+
     /// The hash of everything added.
     pub fn finish(self) -> String {
-        let digest = self.0.finalize();
         let mut hex = String::with_capacity(64);
-        for byte in digest.iter() {
+        for byte in self.finish_bytes() {
             for nibble in [byte >> 4, byte & 15] {
                 hex.push(char::from_digit(u32::from(nibble), 16).expect("a nibble is below 16"));
             }

@@ -4,7 +4,8 @@
 //! capture/manifest.json, shard-*   the target cache
 //! ```
 //! The states come from the target in this process, or from a server of it; rows arrive in order either way. Several processes
-//! share the rows ([`Parts`]) unless a server has them; the finished cache is the same.
+//! share the rows ([`Parts`]) unless a server has them or a store takes them; the finished cache is the same. With
+//! `[capture.store]` shards lie here only until the store has them.
 
 use std::cell::Cell;
 use std::ops::{ControlFlow, Range};
@@ -18,7 +19,7 @@ use draftsmith_capture::{
 use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{
-    CacheError, CacheReader, CacheSpec, CacheWriter, CaptureRow, Part, PartWriter, Parts, estimate_bytes,
+    CacheError, CacheReader, CacheSpec, CaptureRow, Part, PartWriter, Parts, estimate_bytes,
 };
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
@@ -36,6 +37,7 @@ use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
 use crate::ranks::Order;
 use crate::server::server_keys;
+use crate::stored::Sink;
 
 /// What a capture costs.
 #[derive(Debug, Clone, Serialize)]
@@ -266,12 +268,25 @@ impl Run<'_> {
     pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
-        let parts = Parts::open(dir, &spec)?;
+        // A server is asked by one, and a store is filled by one.
+        let alone = self.file.capture.server.is_some() || self.file.capture.store.is_some();
+        let ranks = if alone { 1 } else { self.env.ranks.count() };
+        let parts = match self.file.capture.store {
+            Some(_) => None,
+            None => Some(Parts::open(dir, &spec)?).filter(|parts| ranks > 1 || !parts.is_empty()),
+        };
+        let work = match parts {
+            Some(parts) => Work::Together(parts),
+            None => Work::Alone(self.sink(dir, &spec)?),
+        };
+        if let Work::Alone(sink) = &work
+            && let Some(place) = sink.place()
+        {
+            report.note(&format!("capture: goes to `{place}`"));
+        }
         let mut source = self.capture_source(report)?;
         source.note_launch(report);
-        // A server is asked by one.
-        let ranks = if self.file.capture.server.is_some() { 1 } else { self.env.ranks.count() };
-        if parts.rows_done() == 0 {
+        if work.rows_done() == 0 {
             let trial = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
             let mut bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
             bill.minutes /= ranks as f64;
@@ -283,11 +298,15 @@ impl Run<'_> {
                 bill.minutes.ceil(),
                 if ranks > 1 { format!(" by {ranks} ranks") } else { String::new() }
             ));
-            if let Some(free) = bill.free_bytes.filter(|free| *free < bill.bytes) {
+            let needed = match &work {
+                Work::Alone(sink) => sink.bytes_here(bill.bytes, &spec),
+                Work::Together(_) => bill.bytes,
+            };
+            if let Some(free) = bill.free_bytes.filter(|free| *free < needed) {
                 return Err(Error::input(
                     format!(
                         "capture needs about {} in `{}`, but {} are free",
-                        human(bill.bytes),
+                        human(needed),
                         dir.display(),
                         human(free)
                     ),
@@ -297,7 +316,7 @@ impl Run<'_> {
         }
         report.begin("capture", Some(spec.rows), Unit::Rows);
         let began = Instant::now();
-        let (mut done, mut captured, alive) = (parts.rows_done(), 0, source.alive());
+        let (mut done, mut captured, alive) = (work.rows_done(), 0, source.alive());
         report.at(done);
         let mut count = |rows: u64, tokens: u64| {
             done += rows;
@@ -306,49 +325,60 @@ impl Run<'_> {
             let rate = captured as f64 / began.elapsed().as_secs_f64().max(1e-9);
             report.detail(&format!("{rate:.0} tokens/s{}", alive.words()));
         };
-        let ended = match ranks == 1 && parts.is_empty() {
-            true => self.capture_alone(dir, &spec, &tokens, &mut source, &mut count),
-            false => self.capture_together(dir, parts, &tokens, (&mut source, ranks), &mut count),
+        let mut summary = json!({ "rows": spec.rows, "tokens": tokens.summary().tokens });
+        let ended = match work {
+            Work::Alone(sink) => {
+                sink.place().into_iter().for_each(|place| summary["store"] = place.into());
+                let (ended, notes) = self.capture_alone(sink, &spec, &tokens, &mut source, &mut count);
+                notes.iter().for_each(|note| report.note(note));
+                ended
+            }
+            Work::Together(parts) => {
+                self.capture_together(dir, parts, &tokens, (&mut source, ranks), &mut count)
+            }
         };
         source.note_requests(report);
-        let bytes = ended?;
+        summary["bytes"] = ended?.into();
         report.at(spec.rows);
         report.end();
-        Ok(json!({ "rows": spec.rows, "tokens": tokens.summary().tokens, "bytes": bytes }))
+        Ok(summary)
     }
 
-    /// Captures all missing rows, one after the other. Gives the bytes of all.
+    /// Captures all missing rows, one after the other. Gives the bytes of all, and what is to be said of where they went.
     fn capture_alone(
         &self,
-        dir: &Path,
+        mut sink: Sink,
         spec: &CacheSpec,
         tokens: &TokenFile,
         source: &mut Source<'_>,
         count: &mut dyn FnMut(u64, u64),
-    ) -> Result<u64, Error> {
-        let mut writer = CacheWriter::open(dir, spec)?;
+    ) -> (Result<u64, Error>, Vec<String>) {
         let (mut failed, stop) = (None, self.env.stop);
-        let mut numbers = writer.rows_done() as usize..spec.rows as usize;
+        let mut numbers = sink.rows_done() as usize..spec.rows as usize;
         let mut next = || {
             let number = if stop.requested() { None } else { numbers.next() };
             number.map(|n| token_row(tokens, n))
         };
         let ended = source.capture_rows(&mut next, &mut |row| {
-            if let Err(error) = writer.push(&row) {
+            if let Err(error) = sink.push(&row) {
                 failed = Some(error);
                 return ControlFlow::Break(());
             }
             count(1, row.len() as u64);
             ControlFlow::Continue(())
         });
-        if let Some(error) = failed {
-            return Err(error.into());
-        }
-        ended?;
-        self.check_stop(Stage::Capture)?;
-        let bytes = writer.bytes_written();
-        writer.finish()?;
-        Ok(bytes)
+        let notes = sink.notes();
+        let all = || {
+            match failed {
+                Some(error) => return Err(error),
+                None => ended?,
+            }
+            self.check_stop(Stage::Capture)?;
+            let bytes = sink.bytes_written();
+            sink.finish()?;
+            Ok(bytes)
+        };
+        (all(), notes)
     }
 
     /// Captures all missing rows, each rank those of its share, and joins what they wrote. Gives the bytes of all.
@@ -461,6 +491,9 @@ impl Run<'_> {
         let spec = self.cache_spec(&tokens)?;
         match self.file.capture.mode {
             CaptureMode::Cache => {
+                if let Some(stored) = self.stored_rows(&spec)? {
+                    return Ok(stored);
+                }
                 let reader = CacheReader::open_for(self.folder.stage_dir(Stage::Capture), &spec)?;
                 Ok(Box::new(reader))
             }
@@ -485,6 +518,24 @@ fn counted(tokens: &TokenFile) -> Amount {
 fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
     let row = tokens.row(number);
     TokenRow { number: number as u64, ids: row.ids.to_vec(), loss_mask: row.loss_mask.to_vec() }
+}
+
+/// How rows come to the cache.
+enum Work {
+    /// One after the other, here or in a store.
+    Alone(Sink),
+    /// In parts that are joined.
+    Together(Parts),
+}
+
+impl Work {
+    /// Rows that are there already.
+    fn rows_done(&self) -> u64 {
+        match self {
+            Work::Alone(sink) => sink.rows_done(),
+            Work::Together(parts) => parts.rows_done(),
+        }
+    }
 }
 
 /// Who computes the states.

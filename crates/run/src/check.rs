@@ -67,7 +67,7 @@ impl Origin {
         command
     }
 
-    fn place(&self, key: &str) -> Place {
+    pub(super) fn place(&self, key: &str) -> Place {
         place_of_key(&self.path, &self.overrides, key)
     }
 }

@@ -15,7 +15,7 @@ use std::path::Path;
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_data::{
     Change, Conversation, Dedupe, LoadOptions, Loaded, LocatedRow, PrepareOptions, Preparer, ReadOptions,
-    Report as DataReport, Row, SourceReader, SourceSpec, hold_back, leave_out_prompts, load,
+    Report as DataReport, Row, SourceReader, hold_back, leave_out_prompts, load,
 };
 use draftsmith_formats::atomic::{self, AtomicError, AtomicFile};
 use draftsmith_formats::run::Stage;
@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
+use crate::stored::data_error;
 
 /// Rows of conversations in their final order.
 pub(super) const CONVERSATIONS: &str = "conversations.jsonl";
@@ -50,14 +51,14 @@ impl Run<'_> {
             shuffle: true,
             seed: self.file.run.seed,
         };
-        let mut loaded = load(&self.inputs.sources, &options, |rows| report.at(rows))?;
+        let mut loaded = load(&self.inputs.sources, &options, |rows| report.at(rows)).map_err(data_error)?;
         report.at(loaded.report.rows_read);
         report.end();
         self.check_stop(Stage::Data)?;
         let validation = match &self.inputs.validation {
-            Some(file) => {
+            Some(source) => {
                 let options = LoadOptions { shuffle: false, dedupe: Dedupe::Off, ..options };
-                let held = load(&[SourceSpec::new(file)], &options, |_| {})?;
+                let held = load(std::slice::from_ref(source), &options, |_| {}).map_err(data_error)?;
                 loaded.report.validation_dropped = held.report.dropped;
                 leave_out_prompts(&mut loaded, &held.rows);
                 held.rows

@@ -40,6 +40,7 @@ pub mod server;
 pub mod shelf;
 mod size;
 pub mod state;
+pub mod stored;
 pub mod target;
 mod train;
 pub mod verdict;
@@ -79,6 +80,7 @@ use state::{Phase, RunFolder, RunLock, StageClock, StageFile, WHY_SHOWN, changes
 
 use crate::device::{Around, Compute};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
+use crate::stored::{is_address, open_source};
 use crate::target::model_hash;
 
 /// What a run needs from outside.
@@ -115,8 +117,8 @@ struct Inputs {
     target_reference: String,
     target_sha256: String,
     sources: Vec<SourceSpec>,
-    validation: Option<PathBuf>,
-    /// Hashes of the content of all data files and of the template file, by key.
+    validation: Option<SourceSpec>,
+    /// Hashes of the content of all data files and of the template file, by key; of what lies in a store what that says of it.
     files: Vec<(String, String)>,
 }
 
@@ -462,6 +464,9 @@ impl<'a> Run<'a> {
             }
         }
         check::check_servers(&self.file, &self.origin, self.env.places, self.env.variable, &to_do)?;
+        if to_do.contains(&Stage::Capture) || to_do.contains(&Stage::Train) {
+            self.check_store()?;
+        }
         if to_do.contains(&Stage::Train) {
             self.warn();
         }
@@ -893,26 +898,47 @@ impl Inputs {
             files: Vec::new(),
         };
         let files = &mut inputs.files;
-        let mut find = |key: &str, name: &str| -> Option<PathBuf> {
-            let found = Inputs::find_file(key, name, file, origin, env);
-            let (path, sha256) = keep(faults, found)?;
-            files.push((key.to_string(), sha256));
-            Some(path)
+        let mut find = |key: &str, name: &str, may_be_stored: bool| -> Option<SourceSpec> {
+            let found = match may_be_stored && is_address(name) {
+                true => Inputs::find_stored(key, name, origin, env),
+                false => Inputs::find_file(key, name, file, origin, env)
+                    .map(|(path, sha256)| (SourceSpec::new(path), sha256)),
+            };
+            let (source, content) = keep(faults, found)?;
+            files.push((key.to_string(), content));
+            Some(source)
         };
         for (i, source) in file.data.sources.iter().enumerate() {
             inputs.sources.extend(
-                find(&format!("data.sources.{i}.path"), &source.path).map(|path| SourceSpec {
-                    path,
+                find(&format!("data.sources.{i}.path"), &source.path, true).map(|found| SourceSpec {
                     weight: source.weight,
                     max_rows: source.max_rows,
+                    ..found
                 }),
             );
         }
-        inputs.validation = file.data.validation.as_deref().and_then(|name| find("data.validation", name));
+        inputs.validation =
+            file.data.validation.as_deref().and_then(|name| find("data.validation", name, true));
         if let Some(template) = &file.data.template {
-            find("data.template", &template.display().to_string());
+            find("data.template", &template.display().to_string(), false);
         }
         inputs
+    }
+
+    /// An object in a store, and what that says of its content.
+    fn find_stored(
+        key: &str,
+        name: &str,
+        origin: &Origin,
+        env: Env<'_>,
+    ) -> Result<(SourceSpec, String), Error> {
+        let (file, content) = open_source(name, &env).map_err(|error| match error {
+            Error::Input { message, hint } => {
+                Error::Input { message: format!("{}: `{key}`: {message}", origin.place(key)), hint }
+            }
+            error => error,
+        })?;
+        Ok((SourceSpec { elsewhere: Some(file), ..SourceSpec::new(name) }, content))
     }
 
     /// Where a file is, and its hash.

@@ -395,6 +395,12 @@ pub(crate) fn bills(
                     bill.how = format!("{:.0} tokens/s over a few rows", 1.0 / rates.capture_s.max(1e-12));
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
+                if file.capture.store.is_some() {
+                    // Shards on their way to the store.
+                    let rows = amounts.lengths.len() as u64;
+                    let shards = rows.div_ceil(u64::from(file.capture.shard_rows.max(1))).max(1);
+                    bill.disk_bytes = bill.disk_bytes / shards * shards.min(3);
+                }
                 bill.freed_bytes = bill.disk_bytes;
                 bill.memory_bytes = Some(rates.memory[1]);
             }

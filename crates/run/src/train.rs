@@ -32,6 +32,7 @@ use crate::Error;
 use crate::device::Compute;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids_with;
+use crate::stored::train_error;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -124,7 +125,7 @@ impl Run<'_> {
         let validates = self.file.validate.every > 0;
         let validate: Option<&mut Validator<'_>> = if validates { Some(&mut measure) } else { None };
         let hooks = Hooks { on_event: &mut on_event, validate, collective };
-        let outcome = train(method.as_mut(), store.as_mut(), &options, hooks)?;
+        let outcome = train(method.as_mut(), store.as_mut(), &options, hooks).map_err(train_error)?;
         report.end();
         if let Some(replay) = &replay {
             report.note(&replay_line(replay));

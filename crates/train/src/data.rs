@@ -18,6 +18,14 @@ pub trait RowStore {
     fn row_slots(&self, row: usize) -> usize;
     /// Reads rows, in the order asked for.
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>>;
+    /// True if it is worth telling what comes.
+    fn looks_ahead(&self) -> bool {
+        false
+    }
+    /// The rows that will be read next, in their order, in place of what was said before; others may be read between them.
+    fn expect(&mut self, rows: &[usize]) {
+        let _ = rows;
+    }
 }
 
 impl RowStore for CacheReader {

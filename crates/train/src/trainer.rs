@@ -240,6 +240,45 @@ impl Packs<'_> {
         })
     }
 
+    /// The places of the step that begins at a place, and the one behind them.
+    fn of_step(&mut self, mut place: Place, packs_per_step: usize) -> (Vec<Place>, Place) {
+        let mut places = Vec::new();
+        for _ in 0..packs_per_step {
+            let Some(next) = self.behind(place) else { break };
+            places.push(place);
+            place = next;
+        }
+        (places, place)
+    }
+
+    /// Tells a store that looks ahead which rows a rank reads from a place on, in their order, to the end of the next epoch or
+    /// of so many steps.
+    fn tell(&mut self, mut place: Place, packs_per_step: usize, mut steps: u64, collective: &dyn Collective) {
+        if !self.store.looks_ahead() {
+            return;
+        }
+        let (rank, ranks) = (collective.rank(), collective.ranks());
+        let last = place.epoch + 1;
+        let mut rows = Vec::new();
+        while steps > 0 && place.epoch <= last {
+            let (places, next) = self.of_step(place, packs_per_step);
+            if places.is_empty() {
+                break;
+            }
+            let tree = SumTree::new(places.len(), ranks);
+            for piece in tree.pieces_of(rank) {
+                for visit in tree.visits(piece) {
+                    if let Visit::MicroBatch(number) = visit {
+                        let Place { epoch, pack } = places[number];
+                        rows.extend_from_slice(&self.of_epoch(epoch)[pack as usize]);
+                    }
+                }
+            }
+            (place, steps) = (next, steps - 1);
+        }
+        self.store.expect(&rows);
+    }
+
     /// Reads the pack at a place.
     fn read(
         &mut self,
@@ -425,16 +464,16 @@ pub fn train<M: Method + ?Sized>(
     let mut flow = hooks.tell(&Event::Started { total_steps, done_steps: state.step, packs_per_step });
     let mut saved_at = state.step;
     let mut has_trained = state.step > 0;
+    let mut told = None;
     while state.step < total_steps && flow == Flow::Continue {
         let epoch = state.epoch;
         let keep = replay.as_ref().is_some_and(|replay| replay.is_due(state.step + 1));
-        let mut places = Vec::new();
-        let mut place = Place { epoch, pack: state.pack };
-        for _ in 0..packs_per_step {
-            let Some(next) = packs.behind(place) else { break };
-            places.push(place);
-            place = next;
+        let begin = Place { epoch, pack: state.pack };
+        if told != Some(epoch) {
+            packs.tell(begin, packs_per_step, total_steps - state.step, collective);
+            told = Some(epoch);
         }
+        let (places, place) = packs.of_step(begin, packs_per_step);
         let step = Step { places: &places, widths, collective, keep };
         let (stats, seen, ranks) = step.run(method, &mut packs)?;
         (state.epoch, state.pack) = (place.epoch, place.pack);

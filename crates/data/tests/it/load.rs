@@ -119,7 +119,7 @@ fn weights_and_limits_are_kept_and_a_seed_fixes_the_order() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = write(folder.path(), "a.jsonl", hundred());
     let run = |weight, max_rows, seed| {
-        let source = SourceSpec { path: path.clone(), weight, max_rows };
+        let source = SourceSpec { weight, max_rows, ..SourceSpec::new(&path) };
         let options = LoadOptions { shuffle: true, seed, ..LoadOptions::default() };
         let loaded = load(&[source], &options, |_| {}).expect("rows");
         conserved(&loaded);
@@ -139,7 +139,7 @@ fn weights_and_limits_are_kept_and_a_seed_fixes_the_order() {
 fn no_prompt_that_is_held_back_stays_in_training() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = write(folder.path(), "a.jsonl", hundred());
-    let source = SourceSpec { path, weight: 2.0, max_rows: None };
+    let source = SourceSpec { weight: 2.0, ..SourceSpec::new(path) };
     let options = LoadOptions { shuffle: true, ..LoadOptions::default() };
     let mut loaded = load(&[source], &options, |_| {}).expect("rows");
     let held = Loaded { rows: hold_back(&mut loaded, 10), ..Loaded::default() };

@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use draftsmith_data::{
-    DataError, DropReason, LoadOptions, ReadOptions, Row, RowError, SourceReader, SourceSpec, load,
+    DataError, DropReason, LoadOptions, Ranged, ReadOptions, Row, RowError, SourceReader, SourceSpec, load,
     parse_conversation_line, parse_work_item, read_workload,
 };
 use parquet::data_type::{ByteArray, ByteArrayType, DoubleType};
@@ -16,8 +17,72 @@ use proptest::prelude::*;
 
 use crate::{chat, write};
 
+/// A file as it is read from elsewhere; requests from this number on fail.
+#[derive(Debug)]
+struct Elsewhere(Vec<u8>, AtomicU64);
+
+impl Elsewhere {
+    fn of(path: &Path, requests: u64) -> Arc<Elsewhere> {
+        Arc::new(Elsewhere(std::fs::read(path).expect("a file"), AtomicU64::new(requests)))
+    }
+}
+
+impl Ranged for Elsewhere {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, from: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        let left = self.1.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        left.map_err(|_| std::io::Error::other("the line is dead"))?;
+        Ok(self.0[from as usize..from as usize + len].to_vec())
+    }
+}
+
+/// The texts of a file's rows, which are the same wherever it lies.
 fn contents(path: &Path) -> Vec<String> {
-    let reader = SourceReader::open(path, ReadOptions::default()).expect("it opens");
+    let here = rows_of(SourceReader::open(path, ReadOptions::default()).expect("it opens"));
+    let file = Elsewhere::of(path, u64::MAX);
+    let there = SourceReader::open_ranged(path, file, ReadOptions::default()).expect("it opens elsewhere");
+    assert_eq!(here, rows_of(there), "{}", path.display());
+    here
+}
+
+#[test]
+fn what_keeps_from_reading_a_file_elsewhere_is_told_as_that() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let long: String = (0..30_000).map(|i| chat(&format!("{i} {}", "x".repeat(900)), "b") + "\n").collect();
+    let lines = write(folder.path(), "a.jsonl", &long);
+    let packed = write(folder.path(), "b.jsonl.zst", zstd::encode_all(long.as_bytes(), 1).expect("zstd"));
+    let dead = |path: &Path, requests: u64| {
+        let opened = SourceReader::open_ranged(path, Elsewhere::of(path, requests), ReadOptions::default());
+        opened.and_then(|mut reader| {
+            while reader.next_row()?.is_some() {}
+            Ok(())
+        })
+    };
+    assert!(matches!(dead(&lines, 0), Err(DataError::Io { .. })));
+    assert!(matches!(dead(&packed, 0), Err(DataError::Io { .. })));
+    match dead(&lines, 2) {
+        Err(DataError::IoAt { location, source }) => {
+            assert!(location.number > 10_000, "{location}");
+            assert_eq!(source.to_string(), "the line is dead");
+        }
+        other => panic!("{other:?}"),
+    }
+    dead(&lines, 4).expect("30 MB are four pieces");
+    let loaded = |requests| {
+        let elsewhere: Option<Arc<dyn Ranged>> = Some(Elsewhere::of(&lines, requests));
+        let source = SourceSpec { elsewhere, ..SourceSpec::new("s3://b/a.jsonl") };
+        // Not even where broken rows are dropped: these rows are not broken.
+        load(&[source], &LoadOptions::default(), |_| {})
+    };
+    assert_eq!(loaded(4).expect("rows").rows.len(), 30_000);
+    let error = loaded(3).expect_err("dead");
+    assert!(error.to_string().starts_with("cannot read `s3://b/a.jsonl`, line "), "{error}");
+}
+
+fn rows_of(reader: SourceReader) -> Vec<String> {
     reader
         .map(|item| match item.expect("a row") {
             (_, Ok(Row::Conversation(row))) => {
@@ -90,6 +155,14 @@ fn parquet_with_a_list_of_messages_is_read() {
     group.close().expect("closed");
     writer.close().expect("closed");
     assert_eq!(contents(&path), ["a|b", "c"]);
+    // A file elsewhere that is gone when its rows are read is no broken file. Opening takes two requests.
+    let mut dead =
+        SourceReader::open_ranged(&path, Elsewhere::of(&path, 2), ReadOptions::default()).expect("it opens");
+    match dead.next_row() {
+        Err(DataError::IoAt { source, .. }) => assert_eq!(source.to_string(), "the line is dead"),
+        other => panic!("{other:?}"),
+    }
+    assert!(dead.next_row().expect("its end").is_none());
 
     let mut bytes = std::fs::read(&path).expect("bytes");
     bytes.truncate(bytes.len() - 7);

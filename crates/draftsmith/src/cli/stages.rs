@@ -54,7 +54,7 @@ pub struct DataPrepare {
     draftsmith data preview fixtures/tiny-target/prompts-train.jsonl --target fixtures/tiny-target\n  \
     draftsmith data preview rows.jsonl.zst --target hf:ORG/NAME --row 12 --rows 3")]
 pub struct DataPreview {
-    /// JSONL (plain, .gz, .zst) or Parquet file of conversations.
+    /// JSONL (plain, .gz, .zst) or Parquet file of conversations, here or in a store.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
     /// Model whose tokenizer and template are used.

@@ -8,6 +8,7 @@ use draftsmith::data::{
     Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes,
 };
 use draftsmith::engine::locate;
+use draftsmith::stored::{data_error, is_address, open_source};
 use draftsmith::target::TargetText;
 use draftsmith::text::{ChatTemplate, MaskOptions, Message, RenderOptions, TextError};
 
@@ -17,7 +18,15 @@ use crate::printer;
 
 pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, Failure> {
     // A wrong file is told before a model is fetched.
-    let mut reader = SourceReader::open(&args.file, ReadOptions::default()).map_err(Error::from)?;
+    let name = args.file.to_string_lossy();
+    let mut reader = match is_address(&name) {
+        true => {
+            let (file, _) = open_source(&name, &session.env())?;
+            SourceReader::open_ranged(&args.file, file, ReadOptions::default())
+        }
+        false => SourceReader::open(&args.file, ReadOptions::default()),
+    }
+    .map_err(data_error)?;
     let pulled =
         locate(std::slice::from_ref(&args.target), None, &session.places, &session.printer, &session.stop)?;
     let text = TargetText::open(&pulled.path, args.template.as_deref()).map_err(Error::from)?;
@@ -26,7 +35,7 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
     let mut shown = 0;
     let paint = if std::io::stdout().is_terminal() { Paint::Ansi } else { Paint::Plain };
     while shown < args.rows {
-        let Some((location, row)) = reader.next_row().map_err(Error::from)? else { break };
+        let Some((location, row)) = reader.next_row().map_err(data_error)? else { break };
         number += 1;
         if number < args.row {
             continue;

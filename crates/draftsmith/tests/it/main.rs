@@ -12,6 +12,9 @@ mod fake_capture;
 mod fake_http;
 mod fake_hub;
 mod fake_openai;
+#[cfg(feature = "object-store")]
+#[expect(dead_code, reason = "it serves the tests of crate `store` too")]
+mod fake_s3;
 mod generators;
 mod hub;
 mod installed;
@@ -19,6 +22,8 @@ mod make;
 mod models;
 mod mpi;
 mod names;
+#[cfg(not(feature = "object-store"))]
+mod no_stores;
 mod openai_client;
 mod pip;
 mod published;
@@ -34,6 +39,8 @@ mod served_runs;
 mod several_servers;
 mod small;
 mod stages;
+#[cfg(feature = "object-store")]
+mod stores;
 mod support;
 mod templates;
 mod thinking;

@@ -183,7 +183,8 @@ fn a_model_that_does_not_load_fails_its_own_requests_and_a_bundle_brings_its_dra
     home.write("run/state/lock", "");
     let own = home.path().join("run/bundle");
     std::process::Command::new("cp").arg("-r").arg(home.path().join("bundle")).arg(&own).status().unwrap();
-    let models = [&with_draft, &of_broken, &plain, &"nowhere=./nothing".to_string(), &"of-a-run=run".to_string()];
+    let models =
+        [&with_draft, &of_broken, &plain, &"nowhere=./nothing".to_string(), &"of-a-run=run".to_string()];
     let models: Vec<&str> = models.into_iter().flat_map(|model| ["--model", model]).collect();
     let served = Served::start_as(home, &[&models[..], &["--kv-budget", "8192", "--depth", "3"]].concat());
     assert!(

@@ -18,6 +18,9 @@
 //! final state, 516 positions): KL of the teacher's distribution 4.0e-3 with one scale per state and the arg-max
 //! changed at 2.3 % of the positions; 6.7e-4 with blocks of 64; 1.9e-4 with blocks of 32, where bf16 has 1.2e-4.
 //!
+//! Where shards lie in an object store, each has its row places beside it ([`RowPlaces`]), and the manifest their hash: rows are
+//! then fetched one by one, and none is used unless its bytes have the hash that was written with it.
+//!
 //! Invariant: a shard is complete or absent; the manifest lists complete shards only; so a killed writer loses at most
 //! the shard that it was filling, and the finished cache has the same bytes as if it had never been interrupted. Row `i` of the
 //! cache belongs to row `i` of the token file. Several processes may fill one ([`Parts`]).
@@ -26,6 +29,7 @@
 
 mod codec;
 mod parts;
+mod places;
 mod read;
 mod row;
 #[cfg(test)]
@@ -41,6 +45,7 @@ use crate::mapped::OpenError;
 pub use crate::run::CaptureDtype;
 
 pub use parts::{Part, PartWriter, Parts};
+pub use places::{RowPlace, RowPlaces, decode_frame};
 pub use read::CacheReader;
 pub use row::{CacheSpec, CaptureRow};
 pub use write::CacheWriter;
@@ -90,7 +95,7 @@ impl CacheSpec {
     }
 
     /// Names and values of what must be equal.
-    fn compared(&self) -> [(&'static str, String); 10] {
+    pub fn compared(&self) -> [(&'static str, String); 10] {
         [
             ("target_sha256", self.target_sha256.clone()),
             ("precision", self.precision.clone()),
@@ -128,6 +133,16 @@ pub struct ShardEntry {
     pub bytes: u64,
     /// Hash.
     pub sha256: String,
+    /// Hash of its row places, where they lie beside it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_sha256: Option<String>,
+}
+
+impl ShardEntry {
+    /// Name of the row places that lie beside the shard in a store.
+    pub fn rows_file(&self) -> String {
+        format!("{}.rows", self.file)
+    }
 }
 
 /// Content of `manifest.json`.
@@ -156,21 +171,29 @@ impl CacheManifest {
         if !path.exists() {
             return Ok(None);
         }
-        let bytes = atomic::read(&path)?;
+        CacheManifest::parse(&atomic::read(&path)?, &path).map(Some)
+    }
+
+    /// The same from the bytes of a manifest; `path` names it in messages.
+    ///
+    /// # Errors
+    /// [`CacheError::Manifest`], [`CacheError::Version`].
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<CacheManifest, CacheError> {
+        let path = path.to_path_buf();
         let problem = |problem: String| CacheError::Manifest { path: path.clone(), problem };
         #[derive(Deserialize)]
         struct Head {
             format: String,
             version: u32,
         }
-        let head: Head = serde_json::from_slice(&bytes).map_err(|e| problem(e.to_string()))?;
+        let head: Head = serde_json::from_slice(bytes).map_err(|e| problem(e.to_string()))?;
         if head.format != FORMAT {
             return Err(problem(format!("`format` is `{}`, expected `{FORMAT}`", head.format)));
         }
         if head.version == 0 || head.version > CACHE_VERSION {
             return Err(CacheError::Version { path, found: head.version, newest: CACHE_VERSION });
         }
-        let manifest: CacheManifest = serde_json::from_slice(&bytes).map_err(|e| problem(e.to_string()))?;
+        let manifest: CacheManifest = serde_json::from_slice(bytes).map_err(|e| problem(e.to_string()))?;
         for (i, shard) in manifest.shards.iter().enumerate() {
             if shard.file != shard_name(i) {
                 return Err(problem(format!("shard {i} is `{}`, expected `{}`", shard.file, shard_name(i))));
@@ -185,13 +208,27 @@ impl CacheManifest {
         if spec.hidden_size == 0 || spec.shard_rows == 0 || spec.target_layer_ids.len() > 1024 {
             return Err(problem("hidden size, shard rows or layers are out of range".to_string()));
         }
-        Ok(Some(manifest))
+        Ok(manifest)
+    }
+
+    /// A manifest without shards.
+    pub fn begin(spec: &CacheSpec) -> CacheManifest {
+        CacheManifest {
+            format: FORMAT.to_string(),
+            version: CACHE_VERSION,
+            spec: spec.clone(),
+            complete: spec.rows == 0,
+            shards: Vec::new(),
+        }
+    }
+
+    /// As it is written.
+    pub fn to_text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("the manifest is plain data") + "\n"
     }
 
     fn write(&self, dir: &Path) -> Result<(), CacheError> {
-        let mut text = serde_json::to_string_pretty(self).expect("the manifest is plain data");
-        text.push('\n');
-        Ok(atomic::write(dir.join(MANIFEST_NAME), text)?)
+        Ok(atomic::write(dir.join(MANIFEST_NAME), self.to_text())?)
     }
 
     /// Rows in finished shards.

@@ -74,7 +74,7 @@ impl ShardFile {
     fn create(dir: &Path, name: String) -> Result<ShardFile, AtomicError> {
         let file = AtomicFile::create(dir.join(&name))?;
         let (rows, tokens, trained_tokens, bytes, sha256) = (0, 0, 0, 0, String::new());
-        let entry = ShardEntry { file: name, rows, tokens, trained_tokens, bytes, sha256 };
+        let entry = ShardEntry { file: name, rows, tokens, trained_tokens, bytes, sha256, rows_sha256: None };
         let mut new = ShardFile { file, hasher: Hasher::default(), at: 0, index: Vec::new(), entry };
         new.write(MAGIC)?;
         Ok(new)

@@ -1,11 +1,9 @@
 //! Reading a finished cache in any order.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{
-    CacheError, CacheManifest, CacheSpec, CaptureRow, INDEX_ENTRY, MAGIC, ShardEntry, TRAILER, codec,
-};
+use super::places::{RowPlace, decode_frame, places_in};
+use super::{CacheError, CacheManifest, CacheSpec, CaptureRow};
 use crate::hash;
 use crate::mapped::Mapped;
 
@@ -16,6 +14,12 @@ struct RowEntry {
     offset: usize,
     len: usize,
     tokens: usize,
+}
+
+impl RowEntry {
+    fn of(shard: u32, RowPlace { offset, len, tokens }: RowPlace) -> RowEntry {
+        RowEntry { shard, offset: offset as usize, len: len as usize, tokens: tokens as usize }
+    }
 }
 
 /// A complete target cache. Rows can be read from several threads at once.
@@ -47,9 +51,9 @@ impl CacheReader {
         for (i, entry) in manifest.shards.iter().enumerate() {
             let path = dir.join(&entry.file);
             let shard = Mapped::open(&path)?;
-            let found = index_of(&shard, entry, i as u32, &manifest.spec)
+            let found = places_in(&shard, entry, &manifest.spec)
                 .map_err(|problem| CacheError::Damaged { path, problem })?;
-            rows.extend(found);
+            rows.extend(found.into_iter().map(|place| RowEntry::of(i as u32, place)));
             shards.push(shard);
         }
         Ok(CacheReader { dir: dir.to_path_buf(), manifest, shards, rows })
@@ -116,14 +120,7 @@ impl CacheReader {
             problem: format!("row {i} at byte {}: {problem}", at.offset),
         };
         let frame = &self.shards[at.shard as usize][at.offset..at.offset + at.len];
-        let expected =
-            codec::encoded_len(at.tokens, self.spec()).ok_or_else(|| damaged("its size overflows".into()))?;
-        let decoder = zstd::stream::read::Decoder::with_buffer(frame).map_err(|e| damaged(e.to_string()))?;
-        // Grown as data comes: the index may lie about the number of tokens.
-        let mut raw = Vec::with_capacity(expected.min(frame.len().saturating_mul(8)));
-        let limit = (expected as u64).saturating_add(1);
-        decoder.take(limit).read_to_end(&mut raw).map_err(|e| damaged(e.to_string()))?;
-        codec::decode(&raw, at.tokens, self.spec()).map_err(damaged)
+        decode_frame(frame, at.tokens, self.spec()).map_err(damaged)
     }
 
     /// Compares the hash of every shard.
@@ -137,49 +134,4 @@ impl CacheReader {
         }
         Ok(())
     }
-}
-
-/// Checks a shard against its manifest entry and returns its rows, which must tile it.
-fn index_of(bytes: &[u8], entry: &ShardEntry, shard: u32, spec: &CacheSpec) -> Result<Vec<RowEntry>, String> {
-    let len = bytes.len();
-    if len as u64 != entry.bytes {
-        return Err(format!("it has {len} bytes, the manifest says {}", entry.bytes));
-    }
-    if len < MAGIC.len() + TRAILER || !bytes.starts_with(MAGIC) || !bytes.ends_with(MAGIC) {
-        return Err("it does not begin and end as a shard does".to_string());
-    }
-    let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-    let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-    let (index_at, rows) = (u64_at(len - TRAILER), u64_at(len - TRAILER + 8));
-    let index_end = rows.checked_mul(INDEX_ENTRY as u64).and_then(|n| n.checked_add(index_at));
-    if rows != entry.rows || index_end != Some((len - TRAILER) as u64) {
-        return Err(format!("an index of {rows} rows at byte {index_at} does not end at the trailer"));
-    }
-    let mut at = MAGIC.len();
-    let (mut out, mut tokens) = (Vec::new(), 0u64);
-    for i in 0..rows as usize {
-        let place = index_at as usize + i * INDEX_ENTRY;
-        let row = RowEntry {
-            shard,
-            offset: at,
-            len: u32_at(place + 8) as usize,
-            tokens: u32_at(place + 12) as usize,
-        };
-        if u64_at(place) != at as u64 || row.len > index_at as usize - at {
-            return Err(format!("row {i} does not begin where the one before it ends"));
-        }
-        if row.tokens == 0 || codec::encoded_len(row.tokens, spec).is_none() {
-            return Err(format!("row {i} says that it has {} tokens", row.tokens));
-        }
-        at += row.len;
-        tokens += row.tokens as u64;
-        out.push(row);
-    }
-    if at as u64 != index_at {
-        return Err(format!("the last row ends at byte {at}, the index begins at {index_at}"));
-    }
-    if tokens != entry.tokens {
-        return Err(format!("it has {tokens} tokens, the manifest says {}", entry.tokens));
-    }
-    Ok(out)
 }

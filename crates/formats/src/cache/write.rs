@@ -3,10 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{
-    CACHE_VERSION, CacheError, CacheManifest, CacheSpec, CaptureRow, FORMAT, MAGIC, ShardEntry, codec,
-    shard_name,
-};
+use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, MAGIC, ShardEntry, codec, shard_name};
 use crate::atomic::{self, AtomicError, AtomicFile};
 use crate::hash::Hasher;
 
@@ -64,10 +61,7 @@ impl CacheWriter {
     /// [`CacheError::Differs`] if the folder holds a cache of something else; nothing is deleted.
     pub fn open(dir: impl AsRef<Path>, spec: &CacheSpec) -> Result<CacheWriter, CacheError> {
         let dir = dir.as_ref();
-        let bad = |problem: &str| CacheError::Row { row: 0, problem: problem.to_string() };
-        if spec.hidden_size == 0 || spec.shard_rows == 0 {
-            return Err(bad("hidden size and shard rows must be above 0"));
-        }
+        check_spec(spec)?;
         let manifest = match CacheManifest::read(dir)? {
             Some(found) => {
                 if let Some((what, found, wanted)) = found.spec.difference(spec) {
@@ -85,20 +79,34 @@ impl CacheWriter {
                 found
             }
             None => {
-                atomic::create_dir_all(dir)?;
-                let new = CacheManifest {
-                    format: FORMAT.to_string(),
-                    version: CACHE_VERSION,
-                    spec: spec.clone(),
-                    complete: spec.rows == 0,
-                    shards: Vec::new(),
-                };
-                new.write(dir)?;
-                new
+                let new = CacheManifest::begin(spec);
+                return CacheWriter::go_on(dir, new);
             }
         };
+        Ok(CacheWriter::of(dir, manifest))
+    }
+
+    /// Goes on behind the shards of a manifest, which lie elsewhere: none is looked for in the folder, and its own manifest
+    /// becomes this one.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn go_on(dir: impl AsRef<Path>, manifest: CacheManifest) -> Result<CacheWriter, CacheError> {
+        let dir = dir.as_ref();
+        check_spec(&manifest.spec)?;
+        atomic::create_dir_all(dir)?;
+        manifest.write(dir)?;
+        Ok(CacheWriter::of(dir, manifest))
+    }
+
+    fn of(dir: &Path, manifest: CacheManifest) -> CacheWriter {
         let rows_done = manifest.rows_done();
-        Ok(CacheWriter { dir: dir.to_path_buf(), manifest, shard: None, rows_done })
+        CacheWriter { dir: dir.to_path_buf(), manifest, shard: None, rows_done }
+    }
+
+    /// The finished shards.
+    pub fn manifest(&self) -> &CacheManifest {
+        &self.manifest
     }
 
     /// Rows that need not be captured again: the next row to push has this number.
@@ -151,6 +159,7 @@ impl CacheWriter {
                     trained_tokens: 0,
                     bytes: 0,
                     sha256: String::new(),
+                    rows_sha256: None,
                 };
                 let new = OpenShard { file, hasher: Hasher::default(), at: 0, index: Vec::new(), entry };
                 let new = self.shard.insert(new);
@@ -204,4 +213,11 @@ impl CacheWriter {
         }
         Err(CacheError::Incomplete { path: self.dir, done: self.rows_done, rows: self.manifest.spec.rows })
     }
+}
+
+fn check_spec(spec: &CacheSpec) -> Result<(), CacheError> {
+    if spec.hidden_size > 0 && spec.shard_rows > 0 {
+        return Ok(());
+    }
+    Err(CacheError::Row { row: 0, problem: "hidden size and shard rows must be above 0".to_string() })
 }

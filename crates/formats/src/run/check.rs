@@ -316,6 +316,7 @@ impl RunFile {
         if let Some(server) = &self.capture.server {
             server.check().map_err(|broken| broken.inside("capture.server"))?;
         }
+        self.check_store()?;
         let draft = &self.draft;
         if let Some(layers) = &self.capture.layers {
             let wanted = draft.own().captured_layers();

@@ -19,6 +19,7 @@ mod places;
 mod reference;
 mod replay;
 mod size;
+mod store;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ pub use places::way_to;
 pub use reference::{KeyReference, json_schema, reference};
 pub use replay::ReplayTable;
 pub use size::DraftSize;
+pub use store::CaptureStoreTable;
 
 /// A run file with every default that does not depend on the target filled in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -296,7 +298,8 @@ impl DataTable {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataSource {
-    /// JSONL (plain, `.gz`, `.zst`) or Parquet file, local or `hf:` reference.
+    /// JSONL (plain, `.gz`, `.zst`) or Parquet file: local, an `hf:` reference, or in a store (`s3://BUCKET/PATH`, `gs://`,
+    /// `az://`), from which it is read as a stream.
     pub path: String,
     /// How often each row is taken; a fraction takes that share of the rows.
     #[serde(default = "DataSource::default_weight")]
@@ -479,6 +482,8 @@ pub struct CaptureTable {
     pub shard_rows: u32,
     /// Let a server compute the states instead of this process.
     pub server: Option<CaptureServerTable>,
+    /// Keep them in an object store, or in a folder that several machines see, instead of on this disk.
+    pub store: Option<CaptureStoreTable>,
 }
 
 impl Default for CaptureTable {
@@ -489,6 +494,7 @@ impl Default for CaptureTable {
             dtype: CaptureDtype::Int8,
             shard_rows: 128,
             server: None,
+            store: None,
         }
     }
 }
@@ -971,6 +977,10 @@ impl RunFile {
                 server.retain(|key, _| says.contains(&key));
             }
         }
+        // Where a capture lies says which one is meant; what comes after it depends on its rows alone.
+        if let Some(store) = all.get_mut("capture").and_then(|t| t.get_mut("store")?.as_table_mut()) {
+            store.retain(|key, _| key == "url");
+        }
         let mut keep = |table: &str, without: &[&str]| {
             if let Some(toml::Value::Table(mut t)) = all.remove(table) {
                 t.retain(|key, _| !without.contains(&key));
@@ -990,7 +1000,7 @@ impl RunFile {
             keep("regenerate", &["batch_size"]);
         }
         if stage >= Stage::Capture {
-            keep("capture", if stage == Stage::Capture { &["mode"] } else { &[] });
+            keep("capture", if stage == Stage::Capture { &["mode"] } else { &["store"] });
         }
         if stage >= Stage::Train {
             keep("draft", &[]);

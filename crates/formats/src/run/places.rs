@@ -10,7 +10,7 @@ use super::RunFile;
 use crate::bundle_files::{is_of_a_machine, is_reference, portable};
 
 /// Keys whose values are places; `N` is any index.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "run.dir",
     "run.paths_from",
     "target.source",
@@ -19,6 +19,7 @@ const KEYS: [&str; 10] = [
     "data.template",
     "capture.server.shared_dir",
     "capture.server.shared_dirs",
+    "capture.store.cache_dir",
     "bundle.dir",
     "bench.workloads",
 ];
@@ -168,6 +169,7 @@ impl RunFile {
     pub fn machine_places(&self) -> Vec<String> {
         let mut written = self.written();
         let mut places: Vec<String> = written.places_mut().iter().map(PlaceMut::get).collect();
+        places.extend(written.capture.store.iter().map(|store| store.url.clone()));
         places.retain(|place| is_of_a_machine(place));
         places
     }
@@ -183,6 +185,14 @@ impl RunFile {
         }
         if elsewhere(&file.bundle.dir) {
             file.bundle.dir = Some(file.dir().join("bundle"));
+        }
+        if let Some(store) = &mut file.capture.store {
+            if elsewhere(&store.cache_dir) {
+                store.cache_dir = None;
+            }
+            if is_of_a_machine(&store.url) {
+                file.capture.store = None;
+            }
         }
         for place in file.places_mut() {
             let named = portable(&place.get());
@@ -233,6 +243,8 @@ impl RunFile {
             places.extend(server.shared_dir.iter_mut().map(PlaceMut::Path));
             places.extend(server.shared_dirs.iter_mut().flatten().map(PlaceMut::Path));
         }
+        let stores = capture.store.iter_mut();
+        places.extend(stores.filter_map(|store| store.cache_dir.as_mut()).map(PlaceMut::Path));
         places.extend(bench.workloads.iter_mut().map(PlaceMut::Path));
         places
     }
@@ -357,6 +369,25 @@ mod tests {
             assert!(text.contains(kept), "{kept} in {text}");
         }
         assert_eq!(parse(&text), portable, "it is a run file");
+    }
+
+    #[test]
+    fn a_store_of_others_stays_and_a_folder_goes() {
+        let with = |url: &str, more: &str| {
+            parse(&format!(
+                "[target]\nsource = \"a\"\n[data]\nsources = [{{ path = \"file:///big/x.jsonl\" }}, {{ path = \"s3://b/x.jsonl\" }}]\n\
+                 [bundle]\nlicense = \"MIT\"\n[capture.store]\nurl = \"{url}\"\n{more}"
+            ))
+        };
+        let kept = with("s3://b/c", "cache_dir = \"/scratch/me\"\n");
+        assert_eq!(kept.machine_places(), ["file:///big/x.jsonl", "/scratch/me"]);
+        let store = kept.portable().capture.store.unwrap();
+        assert_eq!((store.url.as_str(), store.cache_dir), ("s3://b/c", None));
+        let gone = with("file:///big/share", "");
+        assert_eq!(gone.machine_places(), ["file:///big/x.jsonl", "file:///big/share"]);
+        assert_eq!(gone.portable().capture.store, None);
+        assert_eq!(gone.portable().data.sources[0].path, "x.jsonl");
+        assert_eq!(gone.portable().data.sources[1].path, "s3://b/x.jsonl");
     }
 
     #[test]

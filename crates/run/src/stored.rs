@@ -1,0 +1,194 @@
+//! Captures and data that lie in an object store or on a shared folder: where the stages meet crate `store`.
+//!
+//! A build without the feature `object-store` knows the keys and addresses, and says that it cannot use them.
+
+#[cfg(feature = "object-store")]
+mod open;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use draftsmith_data::{DataError, Ranged};
+use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, CaptureRow};
+#[cfg(feature = "object-store")]
+use draftsmith_store::{StoreError, StoredWriter};
+use draftsmith_train::{RowStore, TrainError};
+
+#[cfg(not(feature = "object-store"))]
+use crate::Env;
+use crate::{Error, Run};
+#[cfg(feature = "object-store")]
+pub use open::open_source;
+
+/// True of a name that is an address in a store, known or not: it has a scheme.
+pub fn is_address(name: &str) -> bool {
+    name.split_once("://").is_some_and(|(scheme, _)| {
+        !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+    })
+}
+
+/// A file of conversations in a store, and what the store says of its content.
+pub type Found = (Arc<dyn Ranged>, String);
+
+#[cfg(not(feature = "object-store"))]
+fn built_without(what: &str) -> Error {
+    Error::input(
+        format!("{what}, but this program was built without object stores"),
+        "build it with `cargo build --release --features object-store` (docs/STORE.md), or use files on this machine",
+    )
+}
+
+/// Finds a file of conversations in a store.
+///
+/// # Errors
+/// An address that is none, an object that is not there or may not be read.
+#[cfg(not(feature = "object-store"))]
+pub fn open_source(name: &str, _: &Env<'_>) -> Result<Found, Error> {
+    Err(built_without(&format!("`{name}` lies in a store")))
+}
+
+/// Where captured rows go.
+pub(super) enum Sink {
+    /// Into the folder of the stage.
+    Here(Box<CacheWriter>),
+    /// Through it into a store.
+    #[cfg(feature = "object-store")]
+    Stored(Box<StoredWriter>, draftsmith_store::Store),
+}
+
+impl Sink {
+    /// Rows that need not be captured again.
+    pub(super) fn rows_done(&self) -> u64 {
+        match self {
+            Sink::Here(writer) => writer.rows_done(),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => writer.rows_done(),
+        }
+    }
+
+    /// Bytes of the capture so far.
+    pub(super) fn bytes_written(&self) -> u64 {
+        match self {
+            Sink::Here(writer) => writer.bytes_written(),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => writer.bytes_written(),
+        }
+    }
+
+    /// Bytes that need room in the folder of the stage, of a capture of so many.
+    pub(super) fn bytes_here(&self, bytes: u64, spec: &CacheSpec) -> u64 {
+        let shards = spec.rows.div_ceil(u64::from(spec.shard_rows.max(1))).max(1);
+        let at_once = match self {
+            Sink::Here(_) => shards,
+            // One is filled, one waits, one travels.
+            #[cfg(feature = "object-store")]
+            Sink::Stored(..) => shards.min(3),
+        };
+        if at_once == shards { bytes } else { bytes / shards * at_once }
+    }
+
+    /// Where rows go, in words; nothing of a folder of the run.
+    pub(super) fn place(&self) -> Option<String> {
+        match self {
+            Sink::Here(_) => None,
+            #[cfg(feature = "object-store")]
+            Sink::Stored(_, store) => Some(store.address().to_string()),
+        }
+    }
+
+    pub(super) fn push(&mut self, row: &CaptureRow) -> Result<(), Error> {
+        match self {
+            Sink::Here(writer) => Ok(writer.push(row)?),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => Ok(writer.push(row)?),
+        }
+    }
+
+    /// What the user should know by now.
+    pub(super) fn notes(&self) -> Vec<String> {
+        match self {
+            Sink::Here(_) => Vec::new(),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(_, store) => store.take_notes(),
+        }
+    }
+
+    /// Ends the capture.
+    pub(super) fn finish(self) -> Result<CacheManifest, Error> {
+        match self {
+            Sink::Here(writer) => Ok(writer.finish()?),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => Ok(writer.finish()?),
+        }
+    }
+}
+
+impl Run<'_> {
+    /// Where captured rows go.
+    pub(super) fn sink(&self, dir: &Path, spec: &CacheSpec) -> Result<Sink, Error> {
+        match &self.file.capture.store {
+            None => Ok(Sink::Here(Box::new(CacheWriter::open(dir, spec)?))),
+            #[cfg(feature = "object-store")]
+            Some(table) => self.stored_sink(table, dir, spec),
+            #[cfg(not(feature = "object-store"))]
+            Some(_) => Err(built_without("`capture.store` is set")),
+        }
+    }
+
+    /// The rows of a capture that lies in a store; `None` where it lies in the folder of the run.
+    pub(super) fn stored_rows(&self, spec: &CacheSpec) -> Result<Option<Box<dyn RowStore + '_>>, Error> {
+        match &self.file.capture.store {
+            None => Ok(None),
+            #[cfg(feature = "object-store")]
+            Some(table) => self.open_stored_rows(table, spec).map(Some),
+            #[cfg(not(feature = "object-store"))]
+            Some(_) => {
+                let _ = spec;
+                Err(built_without("`capture.store` is set"))
+            }
+        }
+    }
+
+    /// A store can be used at all: known before the first stage.
+    pub(super) fn check_store(&self) -> Result<(), Error> {
+        match &self.file.capture.store {
+            None => Ok(()),
+            #[cfg(feature = "object-store")]
+            Some(table) => self.look_at_store(table),
+            #[cfg(not(feature = "object-store"))]
+            Some(_) => Err(built_without("`capture.store` is set")),
+        }
+    }
+}
+
+/// What keeps from reading a file that lies elsewhere has better words than "cannot read".
+pub fn data_error(error: DataError) -> Error {
+    #[cfg(feature = "object-store")]
+    {
+        let is_stores =
+            |source: &std::io::Error| source.get_ref().is_some_and(|inner| inner.is::<StoreError>());
+        match error {
+            DataError::Io { source, .. } | DataError::IoAt { source, .. } if is_stores(&source) => {
+                let inner = source.into_inner().and_then(|inner| inner.downcast::<StoreError>().ok());
+                inner.map_or_else(|| StoreError::Stopped.into(), |inner| (*inner).into())
+            }
+            error => error.into(),
+        }
+    }
+    #[cfg(not(feature = "object-store"))]
+    {
+        error.into()
+    }
+}
+
+/// The same of rows that training asked for.
+pub(super) fn train_error(error: TrainError) -> Error {
+    #[cfg(feature = "object-store")]
+    if let TrainError::Rows { source } = error {
+        return match source.downcast::<StoreError>() {
+            Ok(error) => Error::from(*error),
+            Err(source) => TrainError::Rows { source }.into(),
+        };
+    }
+    error.into()
+}

@@ -1,0 +1,208 @@
+//! A capture that goes to a store while it is made.
+//!
+//! A shard is finished in a local folder, uploaded with its row places on a thread of its own, listed in the manifest of the
+//! store, and only then removed here: so at most three shards need room on the disk, and a process that is killed loses the one
+//! it was filling. Who comes after it uploads what was finished and not uploaded, and goes on behind that.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use draftsmith_formats::atomic::AtomicError;
+use draftsmith_formats::cache::{
+    CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, MANIFEST_NAME, RowPlaces, ShardEntry,
+};
+use draftsmith_formats::hash::sha256_file;
+use draftsmith_formats::mapped::Mapped;
+
+use crate::client::Store;
+use crate::error::StoreError;
+
+/// Bytes of the largest manifest that is believed.
+pub(crate) const MANIFEST_MAX: u64 = 256 << 20;
+
+/// Reads the manifest of a capture in a store, and holds it against what is wanted; `None` if there is none.
+pub(crate) fn manifest_in(store: &Store, wanted: &CacheSpec) -> Result<Option<CacheManifest>, StoreError> {
+    let Some(bytes) = store.read_whole(MANIFEST_NAME, MANIFEST_MAX)? else { return Ok(None) };
+    let path = PathBuf::from(store.address().join(MANIFEST_NAME).to_string());
+    let manifest = CacheManifest::parse(&bytes, &path)?;
+    match manifest.spec.difference(wanted) {
+        None => Ok(Some(manifest)),
+        Some((what, found, wanted)) => {
+            let path = PathBuf::from(store.address().to_string());
+            Err(CacheError::Differs { path, what, found, wanted }.into())
+        }
+    }
+}
+
+/// A finished shard on its way.
+struct Job {
+    path: PathBuf,
+    entry: ShardEntry,
+    /// It is ours alone, and goes when the store has it.
+    remove: bool,
+}
+
+/// Writes a target cache into a store. After a kill, opening it again goes on behind the last finished shard.
+pub struct StoredWriter {
+    writer: CacheWriter,
+    dir: PathBuf,
+    /// Shards that were handed over.
+    handed: usize,
+    jobs: Option<SyncSender<Job>>,
+    uploader: Option<JoinHandle<Result<CacheManifest, StoreError>>>,
+}
+
+impl StoredWriter {
+    /// Starts a capture in a store, or goes on with one. Shards are made in `dir`; finished ones of the same capture there, and
+    /// in the folders of `others`, are uploaded instead of being made again.
+    ///
+    /// # Errors
+    /// What keeps from reading or writing in either place.
+    pub fn open(
+        dir: impl AsRef<Path>,
+        spec: &CacheSpec,
+        store: &Store,
+        others: &[PathBuf],
+    ) -> Result<StoredWriter, StoreError> {
+        let dir = dir.as_ref();
+        let mut upload = Upload::begin(store.clone(), spec)?;
+        // Nearest first: what this very capture left.
+        for folder in std::iter::once(dir).chain(others.iter().map(PathBuf::as_path)) {
+            let found = CacheManifest::read(folder).ok().flatten();
+            let Some(found) = found.filter(|found| found.spec.difference(spec).is_none()) else { continue };
+            for entry in found.shards.get(upload.manifest.shards.len()..).unwrap_or_default() {
+                let path = folder.join(&entry.file);
+                let is_whole = path.metadata().is_ok_and(|meta| meta.len() == entry.bytes)
+                    && sha256_file(&path).is_ok_and(|sha256| sha256 == entry.sha256);
+                if !is_whole {
+                    break;
+                }
+                upload.shard(&Job { path, entry: entry.clone(), remove: folder == dir })?;
+            }
+        }
+        let writer = CacheWriter::go_on(dir, upload.manifest.clone())?;
+        let handed = writer.manifest().shards.len();
+        // One shard may wait while another travels.
+        let (jobs, waiting) = sync_channel(1);
+        let uploader = std::thread::spawn(move || upload.run(&waiting));
+        let (jobs, uploader) = (Some(jobs), Some(uploader));
+        Ok(StoredWriter { writer, dir: dir.to_path_buf(), handed, jobs, uploader })
+    }
+
+    /// Rows that need not be captured again: the next row to push has this number.
+    pub fn rows_done(&self) -> u64 {
+        self.writer.rows_done()
+    }
+
+    /// Bytes in finished shards and the open one.
+    pub fn bytes_written(&self) -> u64 {
+        self.writer.bytes_written()
+    }
+
+    /// Adds the row with number [`StoredWriter::rows_done`].
+    ///
+    /// # Errors
+    /// Those of [`CacheWriter::push`], and of an upload that failed meanwhile.
+    pub fn push(&mut self, row: &CaptureRow) -> Result<(), StoreError> {
+        self.writer.push(row)?;
+        let shards = &self.writer.manifest().shards;
+        while self.handed < shards.len() {
+            let entry = shards[self.handed].clone();
+            let job = Job { path: self.dir.join(&entry.file), entry, remove: true };
+            let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+            if !sent {
+                return Err(self.uploaded().err().unwrap_or(StoreError::Stopped));
+            }
+            self.handed += 1;
+        }
+        Ok(())
+    }
+
+    /// Waits until the store has all.
+    fn uploaded(&mut self) -> Result<CacheManifest, StoreError> {
+        self.jobs = None;
+        match self.uploader.take().map(JoinHandle::join) {
+            Some(Ok(done)) => done,
+            // A panic there was told where it happened.
+            Some(Err(_)) | None => Err(StoreError::Stopped),
+        }
+    }
+
+    /// Ends the capture: afterwards the store has all of it.
+    ///
+    /// # Errors
+    /// [`CacheError::Incomplete`] if rows are missing; what keeps from uploading.
+    pub fn finish(mut self) -> Result<CacheManifest, StoreError> {
+        let manifest = self.uploaded()?;
+        match manifest.complete {
+            true => Ok(manifest),
+            false => Err(CacheError::Incomplete {
+                path: self.dir.clone(),
+                done: self.rows_done(),
+                rows: manifest.spec.rows,
+            }
+            .into()),
+        }
+    }
+}
+
+impl Drop for StoredWriter {
+    fn drop(&mut self) {
+        // Whoever gives up waits for what is on its way: the next one would otherwise upload it beside this one.
+        self.jobs = None;
+        drop(self.uploader.take().map(JoinHandle::join));
+    }
+}
+
+/// The side that talks to the store.
+struct Upload {
+    store: Store,
+    manifest: CacheManifest,
+}
+
+impl Upload {
+    fn begin(store: Store, spec: &CacheSpec) -> Result<Upload, StoreError> {
+        let manifest = match manifest_in(&store, spec)? {
+            Some(manifest) => manifest,
+            None => {
+                let new = CacheManifest::begin(spec);
+                // Now, not after the first shard: whoever may not write there learns it before the work.
+                store.write(MANIFEST_NAME, new.to_text().into_bytes())?;
+                new
+            }
+        };
+        Ok(Upload { store, manifest })
+    }
+
+    fn run(mut self, jobs: &Receiver<Job>) -> Result<CacheManifest, StoreError> {
+        for job in jobs {
+            self.shard(&job)?;
+        }
+        Ok(self.manifest)
+    }
+
+    /// Shard first, then its row places, then the manifest that lists both.
+    fn shard(&mut self, job: &Job) -> Result<(), StoreError> {
+        let Job { path, entry, remove } = job;
+        let places = {
+            let shard = Mapped::open(path).map_err(CacheError::from)?;
+            RowPlaces::of_shard(&shard, entry, &self.manifest.spec)
+                .map_err(|problem| CacheError::Damaged { path: path.clone(), problem })?
+        };
+        let rows = places.to_bytes();
+        let mut entry = entry.clone();
+        entry.rows_sha256 = Some(draftsmith_formats::hash::sha256_hex(&rows));
+        self.store.write_file(&entry.file, path)?;
+        self.store.write(&entry.rows_file(), rows)?;
+        let mut manifest = self.manifest.clone();
+        manifest.shards.push(entry);
+        manifest.complete = manifest.rows_done() == manifest.spec.rows;
+        self.store.write(MANIFEST_NAME, manifest.to_text().into_bytes())?;
+        self.manifest = manifest;
+        if *remove {
+            std::fs::remove_file(path).map_err(|e| AtomicError::from_io("remove", path, e))?;
+        }
+        Ok(())
+    }
+}
