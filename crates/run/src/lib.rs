@@ -7,6 +7,7 @@
 
 mod answers;
 pub mod aside;
+mod backend;
 mod bench;
 mod bundle;
 mod capture;
@@ -20,6 +21,7 @@ pub mod disk;
 pub mod doctor;
 pub mod engine;
 mod error;
+mod host;
 pub mod imports;
 mod init;
 pub mod inspect;
@@ -27,6 +29,7 @@ mod license;
 pub mod list;
 pub mod measure;
 pub mod packs;
+mod passes;
 pub mod peer;
 pub mod plan;
 pub mod ranks;
