@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with an NVIDIA GPU is asked, in stages that each write their result at once:
 #
-#     bench/gpu/on-device.sh OUT [STAGE...]        stages: doctor tests smoke speed (all of them, in this order)
+#     bench/gpu/on-device.sh OUT [STAGE...]        stages: doctor tests smoke decode speed (all of them, in this order)
 #     bench/gpu/on-device.sh OUT scale TARGET MINUTES
 #
 # `scale` makes a draft for a target (a GGUF file or a folder) until the time is over: answers for two fifths of it, then
@@ -10,9 +10,14 @@
 # lies in OUT/scale.tar.gz.*, pieces of at most 16 MiB: `cat scale.tar.gz.* | tar xz`. `speed` times answers and capture of
 # TARGET, too, if that variable is set.
 #
+# `decode` is decoding with and without a draft on the card: a proof of one answer, texts alone and in a batch, by every way to
+# draft (`bench identity`, greedy and drawn), rates of plain and drafted decoding and of a batch (`bench decode`), accept length and
+# speedup with a record (`bench`), and where the draft pays (`bench tune`). TARGET and BUNDLE name target and draft (by default the
+# tiny ones), WORKLOAD the prompts, PROMPT_ROWS and NEW_TOKENS how many and how long. Records lie in OUT/decode-report.
+#
 # It needs no network and no Rust: ON_DEVICE names the program, which is brought along
-# (`cargo build --release -p draftsmith-train --example on_device`, then `strip`; by default where that leaves it). `scale` and
-# the answers of `speed` need the program itself, in DRAFTSMITH.
+# (`cargo build --release -p draftsmith-train --example on_device`, then `strip`; by default where that leaves it). `scale`, `decode`
+# and the answers of `speed` need the program itself, in DRAFTSMITH.
 # cuBLASLt is taken from the system or from PyTorch's wheels; PyTorch itself is asked for the stage `speed` only.
 #
 # SHIM=1 tries everything on a machine without a GPU: the kernels run on the host (DRAFTSMITH built with `--features
@@ -22,7 +27,7 @@ here="$(cd "$(dirname "$0")" && pwd)"
 out="${1:?the folder for results}"
 shift
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(doctor tests smoke speed)
+[ ${#stages[@]} -gt 0 ] || stages=(doctor tests smoke decode speed)
 program="${ON_DEVICE:-$here/../../target/release/examples/on_device}"
 draftsmith="${DRAFTSMITH:-$here/../../target/release/draftsmith}"
 python="${DRAFTSMITH_PYTHON:-python3}"
@@ -38,7 +43,10 @@ needs() {
         exit 2
     fi
 }
-[ "${stages[0]}" = scale ] || needs "$program" ON_DEVICE
+case "${stages[*]}" in
+scale* | decode) ;;
+*) needs "$program" ON_DEVICE ;;
+esac
 
 # Runs a command under the limit; its lines go to the file of the stage and to the terminal.
 ask() {
@@ -165,6 +173,29 @@ target_speed() {
     done
 }
 
+# Decoding with and without a draft, each command with its own limit of time; what the ones before wrote stays.
+decode() {
+    local fixtures="$here/../../fixtures" rows="${PROMPT_ROWS:-20}" tokens="${NEW_TOKENS:-128}" batch="${BATCH:-32}" bad=0 more=()
+    local sequences=1,8,32 prefill=512 own
+    needs "$draftsmith" DRAFTSMITH
+    if [ -n "${SHIM:-}" ]; then
+        rows="${PROMPT_ROWS:-1}" tokens="${NEW_TOKENS:-3}" batch=2 sequences=1 prefill=16
+    fi
+    own=(--device cuda --target "${TARGET:-$fixtures/tiny-target}" --bundle "${BUNDLE:-$fixtures/tiny-drafts/eagle3}")
+    more=(--workload "${WORKLOAD:-$fixtures/tiny-target/eval.jsonl}" --limit "$rows")
+    ask decode "$draftsmith" generate "${own[@]}" --prompt "${PROMPT:-Calculate 22 + 20.}" --depth 3 --max-new-tokens "$tokens" \
+        --prove --json || bad=1
+    ask decode "$draftsmith" bench identity "${own[@]}" "${more[@]}" --new-tokens "$tokens" --json || bad=1
+    ask decode "$draftsmith" bench identity "${own[@]}" "${more[@]}" --new-tokens "$tokens" --temperature 0.8 --top-p 0.95 \
+        --json || bad=1
+    ask decode "$draftsmith" bench "${own[@]}" "${more[@]}" --depth 3 --max-new-tokens "$tokens" \
+        --report "$out/decode-report" --json || bad=1
+    ask decode "$draftsmith" bench decode "${own[@]}" "${more[@]}" --new-tokens "$tokens" --batch "$batch" \
+        --prefill-tokens "$prefill" --json || bad=1
+    ask decode "$draftsmith" bench tune "${own[@]}" "${more[@]}" --max-new-tokens "$tokens" --sequences "$sequences" --json || bad=1
+    return "$bad"
+}
+
 failed=0
 if [ "${stages[0]}" = scale ]; then
     if [ ${#stages[@]} -ne 3 ]; then
@@ -176,6 +207,7 @@ if [ "${stages[0]}" = scale ]; then
 fi
 for stage in "${stages[@]}"; do
     case "$stage" in
+    decode) decode || failed=1 ;;
     doctor | tests | smoke) ask "$stage" "$program" "$stage" "${shim[@]}" || failed=1 ;;
     speed)
         if [ -n "${SHIM:-}" ]; then
@@ -191,7 +223,7 @@ for stage in "${stages[@]}"; do
         [ -z "${TARGET:-}" ] || target_speed "$TARGET" || failed=1
         ;;
     *)
-        echo "error: no stage $stage: doctor, tests, smoke, speed, scale" >&2
+        echo "error: no stage $stage: doctor, tests, smoke, decode, speed, scale" >&2
         exit 2
         ;;
     esac

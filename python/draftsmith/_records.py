@@ -63,6 +63,8 @@ class Machine(Record):
     os: Optional[str] = None
     load_average_1m: Optional[float] = None
     others_busy_share: Optional[float] = None
+    #: What target and draft ran on, if not on the processor: `name`, `card`, `driver`, `row_exact`, …
+    device: Optional[Dict[str, Any]] = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Generation(Record):
     tokens_per_s: Optional[float] = None
     #: With `prove`: the answer is the one without the draft.
     identical: Optional[bool] = None
+    #: What it was computed on, if not on the processor: `name`, `card`, `driver`, `row_exact`, …
+    device: Optional[Dict[str, Any]] = None
 
 
 @dataclass(frozen=True)

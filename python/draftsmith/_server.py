@@ -140,6 +140,7 @@ def serve(
     kv_budget: str | None = None,
     max_running: int | None = None,
     max_new_tokens: int | None = None,
+    device: str | None = None,
     threads: int | None = None,
     start_timeout: float = 600.0,
     stop_timeout: float = 40.0,
@@ -166,6 +167,7 @@ def serve(
         "kv_budget": kv_budget,
         "max_running": max_running,
         "max_new_tokens": max_new_tokens,
+        "device": device,
         "threads": threads,
         "offline": offline,
     }

@@ -10,6 +10,19 @@ const BINARY_ALONE: [&str; 5] = ["env::var", "env::set_var", "env::args", "proce
 /// Starts what `CXX` names, for tests of kernels on the host.
 const SHIM: &str = "crates/cuda/src/shim.rs";
 
+/// Crates above the engine: what is computed on is chosen in one place and handed down.
+const ABOVE_DECODE: [&str; 6] = [
+    "crates/bench/src/",
+    "crates/bundle/src/",
+    "crates/capture/src/",
+    "crates/draftsmith/src/",
+    "crates/run/src/",
+    "crates/serve/src/",
+];
+/// That place, and stages that compute beside a device.
+const NAMES_CPU: [&str; 3] =
+    ["crates/run/src/host.rs", "crates/run/src/capture.rs", "crates/run/src/rates.rs"];
+
 const LINES_MAX: usize = 1500;
 /// Compute, and call what computes: these may be `unsafe`.
 const KERNEL_CRATES: [&str; 2] = ["crates/kernels/", "crates/cuda/"];
@@ -92,6 +105,10 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
                 findings.push(format!("{file}: only the binary reads the environment or exits: `{what}`"));
             }
         }
+        let is_above = ABOVE_DECODE.iter().any(|folder| file.starts_with(folder));
+        if file.ends_with(".rs") && is_above && !NAMES_CPU.contains(&file.as_str()) && names_cpu(&text) {
+            findings.push(format!("{file}: above `decode` only `run::host` names the kernels `Cpu`"));
+        }
         if file.ends_with(".rs")
             && !file.contains("/tests/")
             && !file.ends_with("/tests.rs")
@@ -106,4 +123,41 @@ pub(crate) fn check(tree: &Tree, findings: &mut Findings) -> Result<()> {
         findings.push(format!("Cargo.lock: `{line}` is not the public registry"));
     }
     Ok(())
+}
+
+/// Whether a source takes `Cpu` from the kernels, outside its tests.
+fn names_cpu(text: &str) -> bool {
+    let code = Source::of(text).code;
+    code.match_indices("kernels::").any(|(at, word)| {
+        let rest = &code[at + word.len()..];
+        let named = match rest.strip_prefix('{') {
+            Some(list) => list.split('}').next().unwrap_or_default(),
+            None => rest.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default(),
+        };
+        named.split(|c: char| !c.is_alphanumeric() && c != '_').any(|name| name == "Cpu")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_of_the_cpu_are_found_in_paths_and_lists_and_not_in_tests() {
+        for named in [
+            "use draftsmith_kernels::Cpu;",
+            "use draftsmith_kernels::{\n    Cpu, Kernels,\n};",
+            "kernels::Cpu::new(1)",
+        ] {
+            assert!(names_cpu(named), "{named}");
+        }
+        for other in [
+            "use draftsmith_kernels::{CpuFeatures};",
+            "Device::Cpu",
+            "// kernels::Cpu",
+            "#[cfg(test)]\nmod tests {\n    use kernels::Cpu;\n}",
+        ] {
+            assert!(!names_cpu(other), "{other}");
+        }
+    }
 }

@@ -272,11 +272,12 @@ fn closing(report: &CompareReport) -> String {
     let busy = report.machine.others_busy_share;
     format!(
         "{}; {prompts} prompts, greedy, up to {} tokens each, {} threads, sides in turn; others used {} of the \
-         processors\n",
+         processors\n{}",
         report.target.name,
         report.max_new_tokens,
         report.threads,
         busy.map_or_else(|| "an unknown share".to_owned(), |s| format!("{:.0} %", 100.0 * s)),
+        report.machine.device_line(),
     )
 }
 

@@ -315,6 +315,7 @@ pub fn decode_text(report: &DecodeReport) -> String {
         report.prefill_tokens,
         report.threads
     ));
+    out.push_str(&report.machine.device_line());
     for doubt in &report.doubts {
         out.push_str(&format!("doubt: {} ({})\n", doubt.message(), doubt.advice()));
     }

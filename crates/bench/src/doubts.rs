@@ -98,6 +98,11 @@ pub enum Doubt {
     },
     /// No verify step took place.
     NothingDrafted,
+    /// The device's kernels do not give a row the same bits alone and among others.
+    NotRowExact {
+        /// As it was asked for.
+        device: String,
+    },
 }
 
 impl Doubt {
@@ -119,6 +124,7 @@ impl Doubt {
             Doubt::RowsSkipped { .. } => "rows_skipped",
             Doubt::StoppedEarly { .. } => "stopped_early",
             Doubt::NothingDrafted => "nothing_drafted",
+            Doubt::NotRowExact { .. } => "not_row_exact",
         }
     }
 
@@ -156,6 +162,9 @@ impl Doubt {
                 format!("the run was stopped after {rows} of {wanted} rows")
             }
             Doubt::NothingDrafted => "no verify step took place".into(),
+            Doubt::NotRowExact { device } => format!(
+                "`{device}` does not promise the same bits for a row alone and among others: equal texts are an observation"
+            ),
         }
     }
 
@@ -178,6 +187,9 @@ impl Doubt {
             Doubt::RowsSkipped { .. } => "use a workload with shorter prompts, or lower `--max-new-tokens`",
             Doubt::StoppedEarly { .. } => "let it run to the end",
             Doubt::NothingDrafted => "answers ended before the first proposal: raise `--max-new-tokens`",
+            Doubt::NotRowExact { .. } => {
+                "decode where it is promised (`--device cpu` or `cuda`), or compare more texts"
+            }
         }
     }
 }
@@ -252,6 +264,9 @@ pub fn decode_doubts(machine: &Machine, threads: u32, rows: &[(f64, f64)]) -> Ve
 }
 
 fn machine_doubts(machine: &Machine, threads: u32, found: &mut Vec<Doubt>) {
+    if let Some(device) = machine.device.as_ref().filter(|device| !device.row_exact) {
+        found.push(Doubt::NotRowExact { device: device.name.clone() });
+    }
     match (machine.others_busy_share, machine.load_average_1m) {
         (Some(share), _) if share > OTHERS_SHARE_MAX => found.push(Doubt::OthersBusy { share }),
         (Some(_), _) => {}

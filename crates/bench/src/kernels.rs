@@ -211,7 +211,8 @@ pub fn run_kernels(
 /// Aligned text of a kernel report: `t(m)`, its ratio to `t(1)`, and what it means per token.
 pub fn kernels_text(report: &KernelReport) -> String {
     let one = report.t_ms.get(1);
-    let mut out = String::from("   m     t(m) ms   t(m)/t(1)   ms/token   rounds");
+    let mut out = report.machine.device_line();
+    out.push_str("   m     t(m) ms   t(m)/t(1)   ms/token   rounds");
     out.push_str(if report.limits.is_some() { "   floor ms    GB/s   GMAC/s\n" } else { "\n" });
     for step in &report.step_samples {
         let Some(ms) = step.median_ms() else { continue };

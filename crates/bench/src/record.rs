@@ -169,6 +169,42 @@ pub struct Machine {
     /// Share of all processors that other programs used while measuring, 0 to 1, if known.
     #[serde(default)]
     pub others_busy_share: Option<f64>,
+    /// What target and draft ran on, if not on the processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceInfo>,
+}
+
+impl Machine {
+    /// What it was computed on, as a line of a text; nothing for the processor.
+    pub fn device_line(&self) -> String {
+        self.device.as_ref().map_or_else(String::new, |device| format!("computed on {}\n", device.text()))
+    }
+}
+
+/// A device beside the processor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceInfo {
+    /// As it is asked for: `cuda`, `cuda:1`.
+    pub name: String,
+    /// What it calls itself.
+    pub card: String,
+    /// Compute capability.
+    pub capability: String,
+    /// The CUDA that its driver knows.
+    pub driver: String,
+    /// Bytes of its memory.
+    pub memory_bytes: u64,
+    /// Whether a row's result depends, by how its kernels are made, on nothing else in the step: then texts are the same with and
+    /// without a draft by rule; otherwise where they are, that is an observation.
+    pub row_exact: bool,
+}
+
+impl DeviceInfo {
+    /// One line for people.
+    pub fn text(&self) -> String {
+        format!("{} ({}, compute {}, driver for CUDA {})", self.name, self.card, self.capability, self.driver)
+    }
 }
 
 /// What passes cost.

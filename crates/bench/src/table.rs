@@ -72,6 +72,7 @@ pub fn text(records: &[Record]) -> String {
         line(std::array::from_fn(|i| row[i].as_str()));
     }
     out.push_str(&format!("[low, high]: 95 % confidence interval over rows. speedup: decode time per token, baseline {BASELINE}.\n"));
+    out.push_str(&records.first().map_or_else(String::new, |record| record.machine.device_line()));
     if let Some(advice) = advice_against(records) {
         out.push_str(&format!("{advice}\n"));
     }

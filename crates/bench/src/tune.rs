@@ -165,7 +165,7 @@ fn groups(prompts: usize, sequences: usize) -> Vec<Vec<usize>> {
 
 /// Aligned text.
 pub fn tune_text(report: &TuneReport) -> String {
-    let mut out = String::new();
+    let mut out = report.machine.device_line();
     for load in &report.loads {
         let one = if load.sequences == 1 { "sequence" } else { "sequences" };
         out.push_str(&format!(

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::api::{self, CublasLtApi, DriverApi, Handle, Heuristic, check_cublas};
 use crate::device::{Cards, DeviceInfo, Driver, choose};
 use crate::error::CudaError;
-use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
+use crate::launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
 use crate::library::{CudaVersion, Library};
 use crate::search::Search;
 use crate::source::{Compiler, PTX_CUDA, ptx, text};
@@ -108,6 +108,7 @@ pub struct Card {
     module: usize,
     context: Arc<Context>,
     info: DeviceInfo,
+    driver: CudaVersion,
 }
 
 impl Drop for Card {
@@ -152,20 +153,20 @@ impl Card {
         check_cublas("cublasLtCreate", unsafe { (cublas.create)(&mut handle) })?;
         let products = Products { api: cublas, handle, plans: Mutex::new(HashMap::new()) };
         let workspace = allocate(&context, WORKSPACE)?;
-        Ok(Card { products, workspace, functions: Mutex::new(HashMap::new()), module, context, info })
+        Ok(Card {
+            products,
+            workspace,
+            functions: Mutex::new(HashMap::new()),
+            module,
+            context,
+            info,
+            driver: driver.version(),
+        })
     }
 
     /// The card.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
-    }
-
-    /// Bytes free and in all.
-    ///
-    /// # Errors
-    /// If the driver does not say.
-    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
-        memory(&self.context)
     }
 
     /// The version of cuBLASLt.
@@ -285,6 +286,21 @@ fn load_module(context: &Context, ptx: &str) -> Result<Handle, CudaError> {
 
 impl Launcher for Card {
     type Memory = CardMemory;
+
+    fn about(&self) -> About {
+        let DeviceInfo { number, name, capability: (major, minor), memory } = self.info.clone();
+        About {
+            number,
+            card: name,
+            capability: format!("{major}.{minor}"),
+            memory,
+            driver: self.driver.to_string(),
+        }
+    }
+
+    fn memory(&self) -> Result<(u64, u64), CudaError> {
+        memory(&self.context)
+    }
 
     fn allocate(&self, bytes: usize) -> Result<CardMemory, CudaError> {
         allocate(&self.context, bytes)

@@ -144,20 +144,67 @@ fn counted(found: usize) -> String {
     }
 }
 
+/// Where a device is asked for: what is advised is said in these words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Asked {
+    /// `run.device` of a run file.
+    #[default]
+    RunFile,
+    /// `--device` of a command that decodes.
+    Flag,
+}
+
+impl Asked {
+    /// How to do without a card.
+    fn cpu(self) -> &'static str {
+        match self {
+            Asked::RunFile => "set `run.device=cpu`",
+            Asked::Flag => "leave `--device` out: the CPU decodes",
+        }
+    }
+
+    /// What names the number of a card.
+    fn name(self) -> &'static str {
+        match self {
+            Asked::RunFile => "set `run.device`",
+            Asked::Flag => "set `--device`",
+        }
+    }
+
+    /// What takes less memory.
+    fn less(self) -> &'static str {
+        match self {
+            Asked::RunFile => {
+                "answer fewer prompts at once (`regenerate.batch_size`), pack fewer tokens (`train.pack_length`), unroll fewer \
+                 steps (`train.eagle3.ttt_length`), end other programs on the card, or take a larger one"
+            }
+            Asked::Flag => {
+                "keep less of the text (`serve --kv-budget`, `--max-running`), decode fewer sequences at once, name a smaller \
+                 target or a file of fewer bits, end other programs on the card, or take a larger one"
+            }
+        }
+    }
+}
+
 impl CudaError {
-    /// What the user can do about it.
+    /// What the user of a run file can do about it.
     pub fn hint(&self) -> String {
+        self.hint_for(Asked::RunFile)
+    }
+
+    /// What the user can do about it.
+    pub fn hint_for(&self, asked: Asked) -> String {
+        let cpu = asked.cpu();
         match self {
             CudaError::NoDriver { .. } => {
-                "install NVIDIA's driver (in a container: start it with `--gpus all`), or set `run.device=cpu`".into()
+                format!("install NVIDIA's driver (in a container: start it with `--gpus all`), or {cpu}")
             }
-            CudaError::DriverFails { .. } => {
+            CudaError::DriverFails { .. } => format!(
                 "see whether `nvidia-smi` works: the driver's module and library must be of one version and the card \
-                 must be visible; or set `run.device=cpu`"
-                    .into()
-            }
+                 must be visible; or {cpu}"
+            ),
             CudaError::OldDriver { needed, .. } => {
-                format!("update NVIDIA's driver to one that knows CUDA {needed}, or set `run.device=cpu`")
+                format!("update NVIDIA's driver to one that knows CUDA {needed}, or {cpu}")
             }
             CudaError::MissingLibrary { library, driver, .. } => format!(
                 "`pip install {}`, or name the folder that has it in DRAFTSMITH_CUDA_LIBS",
@@ -169,42 +216,71 @@ impl CudaError {
                     .into()
             }
             CudaError::NoSuchDevice { found: 0, .. } => {
-                "see whether CUDA_VISIBLE_DEVICES hides the card, or set `run.device=cpu`".into()
+                format!("see whether CUDA_VISIBLE_DEVICES hides the card, or {cpu}")
             }
-            CudaError::NoSuchDevice { .. } => {
-                "set `run.device` to a number that is there; CUDA_VISIBLE_DEVICES hides cards and counts anew".into()
-            }
+            CudaError::NoSuchDevice { .. } => format!(
+                "{} to a number that is there; CUDA_VISIBLE_DEVICES hides cards and counts anew",
+                asked.name()
+            ),
             CudaError::OldCard { .. } => {
-                "use a card from Ampere (A100, RTX 30) on, or set `run.device=cpu`".into()
+                format!("use a card from Ampere (A100, RTX 30) on, or {cpu}")
             }
-            CudaError::Memory { .. } => {
-                "answer fewer prompts at once (`regenerate.batch_size`), pack fewer tokens (`train.pack_length`), unroll fewer \
-                 steps (`train.eagle3.ttt_length`), end other programs on the card, or take a larger one"
-                    .into()
-            }
+            CudaError::Memory { .. } => asked.less().into(),
             CudaError::Lost { .. } => {
-                "look for Xid and ECC errors in the driver's log (`dmesg`, `nvidia-smi -q`); the same command goes on from \
-                 what was saved last"
-                    .into()
+                let saved = match asked {
+                    Asked::RunFile => "the same command goes on from what was saved last",
+                    Asked::Flag => "then start the command again",
+                };
+                format!("look for Xid and ECC errors in the driver's log (`dmesg`, `nvidia-smi -q`); {saved}")
             }
             CudaError::Call { .. } => {
-                "see `draftsmith doctor` and the driver's log (`dmesg`); the CPU works: `run.device=cpu`".into()
+                format!("see `draftsmith doctor` and the driver's log (`dmesg`), or {cpu}")
             }
-            CudaError::WideHeads { .. } => "set `run.device=cpu`".into(),
+            CudaError::WideHeads { .. } => cpu.into(),
             CudaError::Compile { .. } => "this is a fault of draftsmith: report it with the text above".into(),
         }
     }
 }
 
+impl CudaError {
+    /// The same as a failure of a device.
+    pub fn failure(&self, asked: Asked) -> DeviceFailure {
+        DeviceFailure { message: self.to_string(), hint: self.hint_for(asked) }
+    }
+}
+
 impl From<CudaError> for DeviceFailure {
     fn from(error: CudaError) -> DeviceFailure {
-        DeviceFailure { message: error.to_string(), hint: error.hint() }
+        error.failure(Asked::RunFile)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_advised_names_what_asked_for_the_card() {
+        let errors = [
+            CudaError::NoDriver { reason: String::new() },
+            CudaError::DriverFails { reason: String::new() },
+            CudaError::OldDriver { found: CudaVersion(11040), needed: CudaVersion(12000) },
+            CudaError::NoSuchDevice { asked: 1, found: 0 },
+            CudaError::NoSuchDevice { asked: 1, found: 1 },
+            CudaError::OldCard { name: String::new(), found: (7, 0) },
+            CudaError::Memory { wanted: 2, free: 1, total: 1 },
+            CudaError::Lost { call: "cuLaunchKernel", reason: String::new() },
+            CudaError::Call { call: "cuLaunchKernel", reason: String::new() },
+            CudaError::WideHeads { found: 512 },
+        ];
+        for error in errors {
+            let (run, flag) = (error.hint(), error.hint_for(Asked::Flag));
+            assert!(run.contains("run.") || run.contains("saved") || run.contains("train."), "{run}");
+            for word in ["run.", "train.", "regenerate."] {
+                assert!(!flag.contains(word), "{error}: {flag}");
+            }
+        }
+    }
 
     #[test]
     fn messages_name_numbers_and_hints_name_what_to_do() {

@@ -222,6 +222,7 @@ impl<L: Launcher> Kernels for Cuda<L> {
     type Packed = Packed<L>;
     type Kv = KvPages<L>;
     const STEP_ROWS: usize = 8192;
+    const ROW_EXACT: bool = true;
     const DRAWS: bool = true;
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<Packed<L>, KernelError> {

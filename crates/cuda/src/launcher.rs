@@ -84,6 +84,21 @@ pub struct Product {
     pub operands: Operand,
 }
 
+/// What a device is, for records.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// `N` of `cuda:N`.
+    pub number: usize,
+    /// `NVIDIA H100 80GB HBM3`.
+    pub card: String,
+    /// Compute capability, `9.0`.
+    pub capability: String,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// The CUDA that the driver knows, `13.0`.
+    pub driver: String,
+}
+
 /// A device. Everything runs in the order of the calls.
 pub trait Launcher: Send + Sync + 'static {
     /// An allocation; dropping it gives it back.
@@ -109,6 +124,13 @@ pub trait Launcher: Send + Sync + 'static {
     /// # Errors
     /// What the driver refuses.
     fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<(), CudaError>;
+    /// What the device is, for records.
+    fn about(&self) -> About;
+    /// Bytes free and in all.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    fn memory(&self) -> Result<(u64, u64), CudaError>;
     /// Starts a product. No size is zero.
     ///
     /// # Errors

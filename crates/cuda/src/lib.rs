@@ -39,11 +39,11 @@ mod weights;
 
 pub use card::{Card, CardMemory};
 pub use device::{Cards, DeviceInfo, Driver, MIN_CAPABILITY, MIN_CUDA, Report, choose};
-pub use error::CudaError;
-pub use launcher::{Arg, At, Launch, Launcher, Operand, Product};
+pub use error::{Asked, CudaError};
+pub use launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
 pub use library::{CudaVersion, Library};
 pub use memory::Buf;
-pub use ops::{Cuda, CudaOptions, Operands};
+pub use ops::{Cuda, CudaOptions, Expanded, Operands};
 pub use pages::KvPages;
 pub use search::Search;
 pub use weights::Packed;

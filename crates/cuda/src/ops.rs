@@ -1,11 +1,11 @@
 //! What the operations are made of: launches over buffers, products, uploads of small tables.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use draftsmith_kernels::{DeviceFailure, RopeTable};
+use draftsmith_kernels::RopeTable;
 
-use crate::error::CudaError;
+use crate::error::{Asked, CudaError};
 use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
 use crate::memory::{Block, Buf, Half, KeptTable, Pool};
 use crate::pages::{KvShape, Slabs};
@@ -24,6 +24,8 @@ pub struct CudaOptions {
     pub operands: Operands,
     /// Logits over a vocabulary that exist at once; 0: 64 Mi, which are 256 MiB.
     pub logits: usize,
+    /// What asked for the device: advice on failures names its settings.
+    pub asked: Asked,
 }
 
 /// Types of the operands of matrix products.
@@ -34,6 +36,17 @@ pub enum Operands {
     Bf16,
     /// Not rounded: to compare with the CPU.
     F32,
+}
+
+/// Weights that stand in a larger form on the device than in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Expanded {
+    /// How many.
+    pub weights: usize,
+    /// Their bytes in the file.
+    pub file_bytes: u64,
+    /// Their bytes on the device.
+    pub bytes: u64,
 }
 
 /// Angles of a RoPE table on the device.
@@ -51,6 +64,9 @@ pub struct Cuda<L: Launcher> {
     pub(crate) pool: Arc<Pool<L>>,
     pub(crate) operands: Operands,
     pub(crate) logits_at_once: usize,
+    asked: Asked,
+    /// Weights that the device holds in a larger form than the file, by the type in the file.
+    pub(crate) expanded: Arc<Mutex<BTreeMap<String, Expanded>>>,
     angles: Arc<Mutex<Vec<Angles<L>>>>,
     /// Pages of keys and values by their shape.
     pub(crate) slabs: Arc<Mutex<SlabsByShape<L>>>,
@@ -64,6 +80,8 @@ impl<L: Launcher> Clone for Cuda<L> {
             pool: Arc::clone(&self.pool),
             operands: self.operands,
             logits_at_once: self.logits_at_once,
+            asked: self.asked,
+            expanded: Arc::clone(&self.expanded),
             angles: Arc::clone(&self.angles),
             slabs: Arc::clone(&self.slabs),
             tables: Arc::clone(&self.tables),
@@ -81,6 +99,8 @@ impl<L: Launcher> Cuda<L> {
             pool: Pool::new(launcher),
             operands: options.operands,
             logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
+            asked: options.asked,
+            expanded: Arc::default(),
             angles: Arc::default(),
             slabs: Arc::default(),
             tables: Arc::default(),
@@ -90,6 +110,20 @@ impl<L: Launcher> Cuda<L> {
     /// The device.
     pub fn launcher(&self) -> &L {
         &self.pool.launcher
+    }
+
+    /// Weights that were put on the device in a larger form than the file has since this was last asked, by the type in the file.
+    pub fn take_expanded(&self) -> BTreeMap<String, Expanded> {
+        std::mem::take(&mut *self.expanded.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether so much memory is free.
+    ///
+    /// # Errors
+    /// [`CudaError::Memory`], which names what is free.
+    pub fn room(&self, bytes: u64) -> Result<(), CudaError> {
+        let (free, total) = self.launcher().memory()?;
+        if bytes > free { Err(CudaError::Memory { wanted: bytes, free, total }) } else { Ok(()) }
     }
 
     /// Tries whether so much memory can be had, and gives it back.
@@ -105,7 +139,7 @@ impl<L: Launcher> Cuda<L> {
     pub(crate) fn must<T>(&self, result: Result<T, CudaError>) -> T {
         match result {
             Ok(value) => value,
-            Err(error) => DeviceFailure::from(error).raise(),
+            Err(error) => error.failure(self.asked).raise(),
         }
     }
 

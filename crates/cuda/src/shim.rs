@@ -15,7 +15,7 @@ use draftsmith_kernels::train::linear::{matmul, matmul_acc, matmul_dw_acc, matmu
 use half::bf16;
 
 use crate::error::CudaError;
-use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
+use crate::launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
 use crate::source;
 
 const HEADER: &str = include_str!("../shim/shim.h");
@@ -175,6 +175,20 @@ unsafe fn symbol<T: Copy>(library: &libloading::Library, name: &[u8]) -> Result<
 
 impl Launcher for Shim {
     type Memory = ShimMemory;
+
+    fn about(&self) -> About {
+        About {
+            number: 0,
+            card: "none: the kernels run on the host, for tests".to_owned(),
+            capability: "0.0".to_owned(),
+            memory: self.limit,
+            driver: "none".to_owned(),
+        }
+    }
+
+    fn memory(&self) -> Result<(u64, u64), CudaError> {
+        Ok((self.limit - self.used.load(Ordering::Relaxed), self.limit))
+    }
 
     fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
         let used = self.used.load(Ordering::Relaxed);

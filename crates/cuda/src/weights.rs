@@ -1,5 +1,7 @@
 //! Weights of decoding as they stand on the device: the file's own blocks where the kernels unpack them, floats otherwise.
 
+use std::sync::PoisonError;
+
 use draftsmith_kernels::{KernelError, PackMode, WeightDtype, WeightView, quant};
 use half::{bf16, f16};
 
@@ -76,6 +78,28 @@ impl Stored {
     }
 }
 
+/// A stored type as people write it.
+fn name_of(dtype: WeightDtype) -> String {
+    match dtype {
+        WeightDtype::Q2K => "Q2_K".into(),
+        WeightDtype::Q3K => "Q3_K".into(),
+        WeightDtype::Int4(_) => "4 bits in groups".into(),
+        WeightDtype::Int8(_) => "8 bits in groups".into(),
+        WeightDtype::Fp8(_) => "FP8 in groups".into(),
+        WeightDtype::Tq1_0 => "TQ1_0".into(),
+        WeightDtype::Tq2_0 => "TQ2_0".into(),
+        WeightDtype::Mxfp4 | WeightDtype::Nvfp4 => format!("{dtype:?}").to_uppercase(),
+        // `Iq4Xs`: the letters behind the bits stand apart.
+        other => {
+            let name = format!("{other:?}");
+            match name.get(..3).zip(name.get(3..)) {
+                Some((bits, letters)) => format!("{bits}_{letters}").to_uppercase(),
+                None => name.to_uppercase(),
+            }
+        }
+    }
+}
+
 /// A weight on the device.
 pub struct Packed<L: Launcher> {
     block: Block<L>,
@@ -136,6 +160,12 @@ impl<L: Launcher> Cuda<L> {
                 false => bytes.extend(row.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes())),
             }
         }
+        let mut expanded = self.expanded.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = expanded.entry(name_of(w.dtype)).or_default();
+        entry.weights += 1;
+        entry.file_bytes += w.data.len() as u64;
+        entry.bytes += bytes.len() as u64;
+        drop(expanded);
         Ok(packed(&bytes, if exact { F32 } else { BF16 }))
     }
 

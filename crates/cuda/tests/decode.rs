@@ -284,3 +284,23 @@ fn eight_bits_made_of_floats_are_near_them() {
         assert!((found - wanted).abs() <= 1.0 / 127.0, "{found}, not {wanted}");
     }
 }
+
+#[test]
+fn a_type_that_the_kernels_do_not_read_is_told_with_what_it_takes() {
+    let k = device(Operands::Bf16);
+    // Zeros are a block of every type.
+    let blocks = |dtype: WeightDtype| vec![0u8; 2 * dtype.block().1];
+    let pack = |dtype| {
+        let data = blocks(dtype);
+        let weight = WeightView { data: &data, dtype, out_features: 2, in_features: dtype.block().0 };
+        k.pack("w", &weight, PackMode::Stored).unwrap();
+    };
+    [WeightDtype::Q4_0, WeightDtype::Q6K, WeightDtype::Bf16].map(pack);
+    assert!(k.take_expanded().is_empty());
+    [WeightDtype::Iq4Xs, WeightDtype::Q2K, WeightDtype::Q2K, WeightDtype::Mxfp4].map(pack);
+    let found: Vec<(String, usize, u64, u64)> =
+        k.take_expanded().into_iter().map(|(name, e)| (name, e.weights, e.file_bytes, e.bytes)).collect();
+    let wanted = [("IQ4_XS", 1, 2 * 136, 1024), ("MXFP4", 1, 2 * 17, 128), ("Q2_K", 2, 4 * 84, 2048)];
+    assert_eq!(found, wanted.map(|(name, count, file, bytes)| (name.to_owned(), count, file, bytes)));
+    assert!(k.take_expanded().is_empty(), "told once");
+}

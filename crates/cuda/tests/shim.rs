@@ -62,11 +62,11 @@ fn losses_equal_the_formulas() {
 fn losses_in_chunks_of_rows_equal_the_formulas() {
     // Less than a row: one row at a time.
     for logits in [1, 100] {
-        let options = CudaOptions { operands: Operands::F32, logits };
+        let options = CudaOptions { operands: Operands::F32, logits, ..CudaOptions::default() };
         let k = Cuda::new(Shim::new(folder()).unwrap(), options);
         testing::train::token_loss(&k, 0.0);
     }
-    let options = CudaOptions { operands: Operands::F32, logits: 4000 };
+    let options = CudaOptions { operands: Operands::F32, logits: 4000, ..CudaOptions::default() };
     testing::train::loss(&Cuda::new(Shim::new(folder()).unwrap(), options), 0.0);
 }
 

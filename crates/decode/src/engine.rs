@@ -272,35 +272,41 @@ impl<K: Kernels> Engine<K> {
         by_device: impl Fn(usize) -> Option<Option<DrawRow>>,
     ) -> Choices {
         let vocab = self.target.config().vocab_size;
+        let mut rows: Vec<Option<Choice>> = wanted.iter().map(|_| None).collect();
         if K::DRAWS && !(0..wanted.len()).all(&argmax_only) {
-            let draws: Option<Vec<_>> = (0..wanted.len()).map(by_device).collect();
-            if let Some(ids) = draws.and_then(|draws| self.target.choose(output, wanted, &draws)) {
-                let rows = ids.into_iter().map(Choice::Chosen).collect();
-                return Choices { rows, logits: Vec::new(), vocab };
+            // Which rows the device draws must not depend on the others: its noise and the host's are rounded apart, and a
+            // text must not change with what else is in the step.
+            let drawn: Vec<(usize, Option<DrawRow>)> =
+                (0..wanted.len()).filter_map(|i| Some((i, by_device(i)?))).collect();
+            let (own, draws): (Vec<u32>, Vec<_>) = drawn.iter().map(|(i, draw)| (wanted[*i], *draw)).unzip();
+            let ids = if own.is_empty() { None } else { self.target.choose(output, &own, &draws) };
+            for ((i, _), id) in drawn.iter().zip(ids.into_iter().flatten()) {
+                rows[*i] = Some(Choice::Chosen(id));
             }
         }
-        let mut whole = Vec::new();
-        let mut rows = Vec::with_capacity(wanted.len());
-        for i in 0..wanted.len() {
-            if argmax_only(i) {
-                rows.push(Choice::Chosen(0));
-            } else {
-                rows.push(Choice::Logits(whole.len()));
-                whole.push(i as u32);
-            }
-        }
+        // What is left: places in `wanted`, of these those whose arg-max is not enough.
+        let left: Vec<usize> = (0..wanted.len()).filter(|i| rows[*i].is_none()).collect();
+        let asked: Vec<u32> = left.iter().map(|i| wanted[*i]).collect();
+        let whole: Vec<u32> =
+            (0u32..).zip(&left).filter(|(_, i)| !argmax_only(**i)).map(|(n, _)| n).collect();
         // The memory of the step before: fresh pages for a few rows of a large vocabulary take as long as choosing from them.
         let mut logits = std::mem::take(&mut *self.logits.lock().unwrap_or_else(PoisonError::into_inner));
-        if wanted.is_empty() {
+        if left.is_empty() {
             logits.clear();
         } else {
-            let best = self.target.argmax_and_logits(output, wanted, &whole, &mut logits);
-            for (row, best) in rows.iter_mut().zip(best) {
-                if let Choice::Chosen(id) = row {
-                    *id = best;
-                }
+            let best = self.target.argmax_and_logits(output, &asked, &whole, &mut logits);
+            let mut with_logits = 0;
+            for (i, best) in left.iter().zip(best) {
+                rows[*i] = Some(match argmax_only(*i) {
+                    true => Choice::Chosen(best),
+                    false => {
+                        with_logits += 1;
+                        Choice::Logits(with_logits - 1)
+                    }
+                });
             }
         }
+        let rows = rows.into_iter().map(|row| row.expect("every row was chosen or has logits")).collect();
         Choices { rows, logits, vocab }
     }
 
@@ -397,8 +403,12 @@ impl<K: Kernels> Engine<K> {
             &wanted,
             |row| sessions[work[owner(row)].0].wants_argmax_only(),
             |row| {
-                let (index, _, tree) = &work[owner(row)];
-                tree.is_empty().then(|| sessions[*index].choice_by_device())?
+                let of = owner(row);
+                let (index, _, tree) = &work[of];
+                // A drafted token's row says what follows it: its place is known from how deep it stands.
+                let node = (row - spans[of].1).checked_sub(1).filter(|_| !tree.is_empty());
+                let ahead = node.map_or(0, |node| tree.path_to(node as u32).len());
+                sessions[*index].choice_by_device(ahead)
             },
         );
         let pass_ms = began.elapsed().as_secs_f32() * 1e3;

@@ -144,8 +144,8 @@ impl<K: Kernels> Session<K> {
     }
 
     /// How a backend may choose the next token by itself: the arg-max (`None` inside) or a draw. `None` if more is asked for
-    /// than the token, or a rule that only the host has.
-    pub(crate) fn choice_by_device(&self) -> Option<Option<DrawRow>> {
+    /// than the token, or a rule that only the host has. `ahead`: drafted tokens between the text and the one that is chosen.
+    pub(crate) fn choice_by_device(&self, ahead: usize) -> Option<Option<DrawRow>> {
         if self.wants_argmax_only() {
             return Some(None);
         }
@@ -154,7 +154,7 @@ impl<K: Kernels> Session<K> {
         if !untouched || options.logprobs.is_some() {
             return None;
         }
-        let key = sampling.draw_key(self.tokens.len() as u64)?;
+        let key = sampling.draw_key((self.tokens.len() + ahead) as u64)?;
         Some(Some(DrawRow {
             factor: key.factor,
             temperature: sampling.temperature,

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
-use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Cuda, CudaOptions};
-use draftsmith_decode::{BatchOptions, Engine, GenerateOptions};
-use draftsmith_kernels::{Cpu, Kernels};
-use draftsmith_model::{Infer, Precision, StepItem, Target};
+use draftsmith_cuda::shim::{Shim, ShimMemory};
+use draftsmith_cuda::{About, At, Cuda, CudaError, CudaOptions, Launch, Launcher, Product};
+use draftsmith_decode::{BatchOptions, DraftPlan, Engine, GenerateOptions, drafter};
+use draftsmith_kernels::{Cpu, Kernels, PackMode};
+use draftsmith_model::{Draft, Infer, Precision, StepItem, Target};
 
 #[expect(dead_code, reason = "drafts and recorded texts are of the suites beside this one")]
 mod common;
@@ -99,4 +100,103 @@ fn states_on_the_kernels_for_cuda_are_those_of_the_cpu() {
     };
     check(Precision::F32, 1e-4);
     check(Precision::Stored, 2e-2);
+}
+
+/// The host's kernels, and how many rows they drew.
+struct Drawing {
+    shim: Shim,
+    rows: Arc<AtomicUsize>,
+}
+
+impl Launcher for Drawing {
+    type Memory = ShimMemory;
+
+    fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
+        self.shim.allocate(bytes)
+    }
+    fn write(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
+        self.shim.write(to, data)
+    }
+    fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
+        self.shim.read(from, out)
+    }
+    fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
+        if launch.kernel == "draw_rows" {
+            self.rows.fetch_add(launch.grid.0, Ordering::Relaxed);
+        }
+        self.shim.launch(launch)
+    }
+    fn product(
+        &self,
+        product: Product,
+        a: At<'_, ShimMemory>,
+        b: At<'_, ShimMemory>,
+        c: At<'_, ShimMemory>,
+    ) -> Result<(), CudaError> {
+        self.shim.product(product, a, b, c)
+    }
+    fn about(&self) -> About {
+        self.shim.about()
+    }
+    fn memory(&self) -> Result<(u64, u64), CudaError> {
+        self.shim.memory()
+    }
+}
+
+#[test]
+fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_step() {
+    let rows = Arc::new(AtomicUsize::new(0));
+    let shim = Shim::new(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    let kernels = Cuda::new(Drawing { shim, rows: Arc::clone(&rows) }, CudaOptions::default());
+    let target = load(kernels, Precision::Stored);
+    let draft = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-drafts/eagle3");
+    let draft = Draft::load(target.kernels().as_ref(), &draft, PackMode::Q8).unwrap();
+    let engine = Engine::new(Arc::clone(&target), Some(drafter(&target, draft).unwrap()));
+    let prompt = &rows_of()[..8];
+    let options = |draft, logprobs| GenerateOptions {
+        max_new_tokens: 6,
+        sampling: Sampling { temperature: 0.8, top_p: 0.9, seed: 5, ..Sampling::GREEDY },
+        draft,
+        logprobs,
+        ..GenerateOptions::default()
+    };
+    let run = |all: Vec<GenerateOptions>| {
+        rows.store(0, Ordering::Relaxed);
+        let batch_size = all.len();
+        let mut waiting = all.into_iter().enumerate();
+        let mut found = Vec::new();
+        engine
+            .generate_batch(
+                BatchOptions { batch_size },
+                &mut || waiting.next().map(|(i, options)| (i, prompt.to_vec(), options)),
+                &mut |i, generation| {
+                    found.push((i, generation));
+                    ControlFlow::Continue(())
+                },
+            )
+            .unwrap();
+        found.sort_by_key(|(i, _)| *i);
+        let found: Vec<_> = found.into_iter().map(|(_, generation)| generation).collect();
+        (found, rows.load(Ordering::Relaxed))
+    };
+    let (plain, drawn) = run(vec![options(DraftPlan::None, None)]);
+    assert_eq!((plain[0].token_ids.len(), drawn), (6, 6));
+    let tree = DraftPlan::Tree { depth: 2, top_k: 2, num_draft_tokens: 4 };
+    for plan in [DraftPlan::Chain { depth: 2 }, tree] {
+        let (with, drawn) = run(vec![options(plan, None)]);
+        assert_eq!(with[0].token_ids, plain[0].token_ids, "{plan:?}");
+        // The first token, and every row of every step that verified.
+        let (stats, most) = (&with[0].stats, if plan == tree { 4 } else { 2 });
+        let steps = stats.verify_steps as usize;
+        assert!(drawn > 1 + steps && drawn <= 1 + steps * (1 + most), "{plan:?}: {drawn} in {steps} steps");
+    }
+    // A neighbour that asks for more than the token is chosen for on the host, and it alone.
+    let (mixed, drawn) = run(vec![options(DraftPlan::None, None), options(DraftPlan::None, Some(1))]);
+    assert_eq!(mixed[0].token_ids, plain[0].token_ids);
+    assert_eq!(drawn, 6);
+}
+
+/// A prompt of the fixture.
+fn rows_of() -> Vec<u32> {
+    rows()[0].prompt.clone()
 }

@@ -209,6 +209,8 @@ impl Memory for Gpu {
 impl Kernels for Gpu {
     type Packed = Packed;
     type Kv = KvLayer;
+    // burn chooses the product by its shape.
+    const ROW_EXACT: bool = false;
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, _mode: PackMode) -> Result<Packed, KernelError> {
         weight.check(name)?;

@@ -149,6 +149,9 @@ pub trait Kernels: Memory {
     type Kv: Send;
     /// Rows of prompts that one step takes: what keeps the device busy, and bounds its memory. Changes no bit.
     const STEP_ROWS: usize = 256;
+    /// Whether the contract at the top of the crate holds: a row's bits depend on nothing else in the call. What promises the
+    /// same text with and without a draft asks for it; without it equal texts are an observation.
+    const ROW_EXACT: bool;
     /// Whether [`Kernels::choose`] is there.
     const DRAWS: bool = false;
 

@@ -57,7 +57,7 @@ impl Run<'_> {
             threads: target.threads as u32,
             target: target.artifact(),
             draft: draft.artifact.clone(),
-            machine: machine(target.target.kernels()),
+            machine: machine(target.target.kernels().as_ref()),
         };
         atomic::create_dir_all(dir)?;
         let mut records = Vec::new();

@@ -13,10 +13,10 @@ use draftsmith_bench::record::{CostsInfo, PassCosts};
 use draftsmith_core::report::{Report, Unit};
 use draftsmith_decode::{Costs, CostsOff, Engine};
 use draftsmith_formats::{atomic, hash};
-use draftsmith_kernels::Cpu;
 use draftsmith_pull::Places;
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Backend;
 use crate::engine::{LoadedDraft, LoadedTarget};
 use crate::measure::busy_times;
 
@@ -141,15 +141,13 @@ fn choose(
 }
 
 /// Where the costs of this target, draft, machine and thread count are kept.
-fn path(places: &Places, target: &LoadedTarget, draft: Option<&LoadedDraft>) -> PathBuf {
-    let features = target.target.kernels().features();
+fn path<K: Backend>(places: &Places, target: &LoadedTarget<K>, draft: Option<&LoadedDraft<K>>) -> PathBuf {
     let key = format!(
-        "{}\n{}\n{}\n{} {}\n{:?}",
+        "{}\n{}\n{}\n{}\n{:?}",
         target.sha256,
         draft.and_then(|d| d.artifact.sha256.as_deref()).unwrap_or("no draft"),
         target.threads,
-        crate::measure::cpu_name(),
-        features.path,
+        target.target.kernels().cost_key(),
         target.precision,
     );
     places.cache.join("costs").join(format!("{}.json", &hash::sha256_hex(key)[..32]))
@@ -172,7 +170,12 @@ pub(crate) fn unix_s() -> u64 {
 }
 
 /// Measures, and how much others disturbed that.
-fn measure(engine: &Engine<Cpu>, threads: usize, why: Option<&str>, report: &dyn Report) -> CostFile {
+fn measure<K: Backend>(
+    engine: &Engine<K>,
+    threads: usize,
+    why: Option<&str>,
+    report: &dyn Report,
+) -> CostFile {
     let (began, before) = (Instant::now(), busy_times());
     let mut shown = false;
     let found = engine.calibrate(&mut |done, all| {
@@ -215,7 +218,7 @@ fn off_text(off: &CostsOff) -> String {
 }
 
 /// Uses costs that are kept in a file, which is marked when steps contradict them.
-fn apply(engine: Engine<Cpu>, path: PathBuf, file: CostFile) -> Engine<Cpu> {
+fn apply<K: Backend>(engine: Engine<K>, path: PathBuf, file: CostFile) -> Engine<K> {
     let costs = file.costs();
     engine.with_measured_costs(costs).on_costs_off(Box::new(move |off| {
         // Where the folder cannot be written there is nothing to mark.
@@ -225,12 +228,12 @@ fn apply(engine: Engine<Cpu>, path: PathBuf, file: CostFile) -> Engine<Cpu> {
 
 /// The engine with its costs if they are in the cache; else they are measured when they are first needed. Costs of a
 /// busy machine do: steps correct them, and a server should not stand still.
-pub fn with_kept_costs(
-    engine: Engine<Cpu>,
+pub fn with_kept_costs<K: Backend>(
+    engine: Engine<K>,
     places: &Places,
-    target: &LoadedTarget,
-    draft: &LoadedDraft,
-) -> Engine<Cpu> {
+    target: &LoadedTarget<K>,
+    draft: &LoadedDraft<K>,
+) -> Engine<K> {
     let path = path(places, target, Some(draft));
     match read(&path) {
         Some(file) if file.is_wrong(unix_s(), target.threads).is_none() => apply(engine, path, file),
@@ -239,13 +242,13 @@ pub fn with_kept_costs(
 }
 
 /// The engine with its costs: those of the cache, or measured now and kept.
-pub fn with_costs(
-    engine: Engine<Cpu>,
+pub fn with_costs<K: Backend>(
+    engine: Engine<K>,
     places: &Places,
-    target: &LoadedTarget,
-    draft: Option<&LoadedDraft>,
+    target: &LoadedTarget<K>,
+    draft: Option<&LoadedDraft<K>>,
     report: &dyn Report,
-) -> Engine<Cpu> {
+) -> Engine<K> {
     let path = path(places, target, draft);
     let mut fresh = |why: Option<&str>| measure(&engine, target.threads, why, report);
     let (file, is_new) = choose(read(&path), unix_s(), target.threads, &mut fresh);
@@ -259,11 +262,11 @@ pub fn with_costs(
 }
 
 /// The costs that an engine plans with, for records: as measured, and as its steps corrected them since.
-pub fn used(
-    engine: &Engine<Cpu>,
+pub fn used<K: Backend>(
+    engine: &Engine<K>,
     places: &Places,
-    target: &LoadedTarget,
-    draft: Option<&LoadedDraft>,
+    target: &LoadedTarget<K>,
+    draft: Option<&LoadedDraft<K>>,
 ) -> CostsInfo {
     let pass = |costs: &Costs| PassCosts {
         verify_ms: costs.verify_ms.iter().map(|(rows, ms)| (*rows as u32, *ms)).collect(),

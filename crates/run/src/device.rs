@@ -1,18 +1,34 @@
-//! Which implementation of the operations the heavy stages run on.
+//! Which implementation of the operations is computed on: chosen here, and nowhere else above the engine.
+//!
+//! Stages ask for the device of a run file ([`Compute::open`]); what decodes asks for that of `--device`
+//! ([`Compute::for_decoding`]) and is handed its kernels as a type ([`Compute::work`]), so loading, measuring and serving are
+//! written once over [`Backend`].
 
 use std::path::Path;
+use std::sync::Arc;
 
 use draftsmith_core::report::Report;
-use draftsmith_cuda::{Card, Cuda, CudaOptions, Search};
+use draftsmith_cuda::{Asked, Card, Cuda, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
+use draftsmith_kernels::catch_failure;
 
 use crate::Error;
+pub use crate::backend::{Backend, ToLoad};
+pub use crate::host::Host;
+
+/// Something that is done on a device, whatever its kernels are.
+pub trait Work {
+    /// What comes of it.
+    type Done;
+    /// Does it.
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Self::Done;
+}
 
 /// What a device is looked for with.
 #[derive(Clone, Copy)]
-pub(crate) struct Around<'a> {
+pub struct Around<'a> {
     /// Looks up an environment variable.
     pub variable: fn(&str) -> Option<String>,
     /// The Python whose packages bring NVIDIA's libraries.
@@ -21,7 +37,7 @@ pub(crate) struct Around<'a> {
     pub report: &'a dyn Report,
 }
 
-/// The device of a run, open.
+/// A device, open.
 #[derive(Clone)]
 pub enum Compute {
     /// The CPU, with the kernels of the loaded target.
@@ -52,24 +68,68 @@ impl Compute {
                 "`run.gpu_dtype` is set, but `run.device` is `cuda`, where products are bf16 and all else is f32",
                 "leave `run.gpu_dtype` out",
             )),
-            Device::Cuda(number) => Compute::cuda(number, around),
+            Device::Cuda(number) => Compute::cuda(number, Asked::RunFile, around),
             device => Compute::other(device, run),
         }
     }
 
-    fn cuda(number: u32, around: Around<'_>) -> Result<Compute, Error> {
+    /// Opens the device of `--device`, to decode on.
+    ///
+    /// # Errors
+    /// A device that this machine does not have, or that does not decode with a draft.
+    pub fn for_decoding(device: Device, around: Around<'_>) -> Result<Compute, Error> {
+        match device {
+            Device::Cpu => Ok(Compute::Cpu),
+            Device::Cuda(number) => Compute::cuda(number, Asked::Flag, around),
+            Device::Gpu | Device::GpuFlex => Err(Error::input(
+                format!(
+                    "`--device {device}` answers, captures and trains (`run.device`): its products are not the same bits for one \
+                     row and for several, so it verifies no draft"
+                ),
+                "give `--device cuda` on a machine with an NVIDIA card, or leave `--device` out",
+            )),
+        }
+    }
+
+    /// Does work on the device; on the CPU with so many threads.
+    ///
+    /// # Errors
+    /// What the device failed with in the middle of it.
+    pub fn work<W: Work>(&self, threads: usize, work: W) -> Result<W::Done, Error> {
+        Ok(catch_failure(|| match self {
+            Compute::Cpu => work.on(Arc::new(Host::new(threads))),
+            #[cfg(feature = "gpu-flex")]
+            Compute::Gpu(_) => unreachable!("`for_decoding` gives none"),
+            Compute::Cuda(cuda) => work.on(Arc::new(cuda.clone())),
+            #[cfg(feature = "cuda-shim")]
+            Compute::Shim(shim) => work.on(Arc::new(shim.clone())),
+        })?)
+    }
+
+    fn cuda(number: u32, asked: Asked, around: Around<'_>) -> Result<Compute, Error> {
+        let options = CudaOptions { asked, ..CudaOptions::default() };
         #[cfg(feature = "cuda-shim")]
         if let Some(folder) = (around.variable)("DRAFTSMITH_CUDA_SHIM") {
-            let shim = draftsmith_cuda::shim::Shim::new(std::path::Path::new(&folder))?;
-            return Ok(Compute::Shim(Cuda::new(shim, CudaOptions::default())));
+            use draftsmith_cuda::shim::Shim;
+            let limit = (around.variable)("DRAFTSMITH_CUDA_SHIM_BYTES").and_then(|bytes| bytes.parse().ok());
+            let shim = match limit {
+                None => Shim::new(Path::new(&folder)),
+                Some(bytes) => Shim::of(Path::new(&folder), &draftsmith_cuda::source::text(), bytes),
+            };
+            return Ok(Compute::Shim(Cuda::new(shim?, options)));
         }
         let folders = (around.variable)("DRAFTSMITH_CUDA_LIBS");
-        let card = Card::open(&Search::new(folders.as_deref(), Some(around.python)), number as usize)?;
-        around.report.note(
-            "run.device: the kernels for NVIDIA GPUs are tested on the host alone and were never timed on a card; \
-             hold a small run against `run.device=cpu` first",
-        );
-        Ok(Compute::Cuda(Cuda::new(card, CudaOptions::default())))
+        let card = Card::open(&Search::new(folders.as_deref(), Some(around.python)), number as usize)
+            .map_err(|error| error.failure(asked))?;
+        let (key, cpu) = match asked {
+            Asked::RunFile => ("run.device", "run.device=cpu"),
+            Asked::Flag => ("--device", "--device cpu"),
+        };
+        around.report.note(&format!(
+            "{key}: the kernels for NVIDIA GPUs are tested on the host alone and were never timed on a card; hold a small run \
+             against `{cpu}` first",
+        ));
+        Ok(Compute::Cuda(Cuda::new(card, options)))
     }
 
     #[cfg(feature = "gpu-flex")]

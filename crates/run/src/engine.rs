@@ -15,19 +15,17 @@ use draftsmith_formats::gguf::{GgufFile, SplitName, parts_of};
 use draftsmith_formats::hash;
 use draftsmith_formats::hash_records::HashRecords;
 use draftsmith_formats::run::RunFile;
-use draftsmith_kernels::{Cpu, PackMode};
+use draftsmith_kernels::{Kernels, PackMode};
 use draftsmith_model::{Draft, Precision, Target};
 use draftsmith_pull::{Places, Pulled, Reference, pull};
 
 use crate::Error;
-use crate::packs::{self, LoadedFrom, PackCache};
+use crate::backend::{Backend, ToLoad};
+use crate::host::Host;
+pub use crate::host::default_threads;
+use crate::packs::LoadedFrom;
 use crate::state::RunFolder;
 use crate::target::{TargetText, TargetTextError, model_hash_with, tokenizer_of};
-
-/// Threads to compute with when nobody says: as many as the process may use.
-pub fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
 
 /// What a target is loaded from and how.
 #[derive(Debug, Clone)]
@@ -38,16 +36,16 @@ pub struct TargetOptions<'a> {
     pub sha256: Option<&'a str>,
     /// In which arithmetic it runs.
     pub precision: Precision,
-    /// Threads.
+    /// Threads, where the kernels are not given.
     pub threads: usize,
     /// Jinja file that replaces the model's own template.
     pub template: Option<&'a Path>,
 }
 
 /// A target ready to decode, with its text side.
-pub struct LoadedTarget {
+pub struct LoadedTarget<K: Kernels = Host> {
     /// The network.
-    pub target: Arc<Target<Cpu>>,
+    pub target: Arc<Target<K>>,
     /// Tokenizer and template.
     pub text: TargetText,
     /// Where it lies on this machine.
@@ -114,23 +112,22 @@ fn known_hash(path: &Path, records: &HashRecords) -> Option<String> {
 }
 
 /// A model's network and whatever is wanted of its text side.
-struct Parts<T> {
-    target: Target<Cpu>,
+struct Parts<K: Kernels, T> {
+    target: Target<K>,
     loaded_from: LoadedFrom,
     text: T,
     sha256: String,
 }
 
 /// Loads a model that was found.
-fn load_parts<T: Send>(
+fn load_parts<K: Backend, T: Send>(
     pulled: &Pulled,
-    kernels: Arc<Cpu>,
+    kernels: &Arc<K>,
     precision: Precision,
     (places, report, stop): (&Places, &dyn Report, &Stop),
     open: impl FnOnce() -> Result<T, TargetTextError> + Send,
-) -> Result<Parts<T>, Error> {
+) -> Result<Parts<K, T>, Error> {
     let records = places.hash_records();
-    let cache = PackCache { folder: packs::folder(places), smallest: packs::SMALLEST, report, stop };
     let known = pulled.sha256.clone().or_else(|| known_hash(&pulled.path, &records));
     // Weights, text side and a hash that is not known yet do not need each other.
     let (target, text, sha256) = std::thread::scope(|scope| {
@@ -139,12 +136,15 @@ fn load_parts<T: Send>(
             Some(sha256) => Ok(sha256.clone()),
             None => model_hash_with(&pulled.path, &|file| records.sha256_file(file)),
         });
-        let target = match &known {
-            Some(sha256) if places.pack_cache => {
-                cache.load(&kernels, &pulled.path, precision, (sha256, pulled.bytes))
-            }
-            _ => Target::load(kernels, &pulled.path, precision).map(|target| (target, LoadedFrom::Packing)),
-        };
+        let target = kernels.load(&ToLoad {
+            path: &pulled.path,
+            precision,
+            sha256: known.as_deref(),
+            bytes: pulled.bytes,
+            places,
+            report,
+            stop,
+        });
         let joined = "a loader does not panic";
         (target, text.join().expect(joined), hashed.join().expect(joined))
     });
@@ -164,7 +164,7 @@ fn model_name(path: &Path, reference: &str) -> String {
 }
 
 impl LoadedTarget {
-    /// Locates and loads a target.
+    /// Locates and loads a target on this machine's own kernels.
     ///
     /// # Errors
     /// Whatever is wrong with reference, weights, tokenizer or template, named.
@@ -174,9 +174,24 @@ impl LoadedTarget {
         report: &dyn Report,
         stop: &Stop,
     ) -> Result<LoadedTarget, Error> {
+        LoadedTarget::load_on(&Arc::new(Host::new(options.threads)), options, places, report, stop)
+    }
+}
+
+impl<K: Backend> LoadedTarget<K> {
+    /// Locates and loads a target on these kernels, whose threads count.
+    ///
+    /// # Errors
+    /// Whatever is wrong with reference, weights, tokenizer or template, named.
+    pub fn load_on(
+        kernels: &Arc<K>,
+        options: &TargetOptions<'_>,
+        places: &Places,
+        report: &dyn Report,
+        stop: &Stop,
+    ) -> Result<LoadedTarget<K>, Error> {
         let began = Instant::now();
         let pulled = locate(options.sources, options.sha256, places, report, stop)?;
-        let kernels = Arc::new(Cpu::new(options.threads));
         let open = || TargetText::open(&pulled.path, options.template);
         let Parts { target, loaded_from, text, sha256 } =
             load_parts(&pulled, kernels, options.precision, (places, report, stop), open)?;
@@ -186,7 +201,7 @@ impl LoadedTarget {
             path: pulled.path,
             reference: pulled.reference,
             sha256,
-            threads: options.threads,
+            threads: kernels.threads(),
             precision: options.precision,
             loaded_from,
             load_time: began.elapsed(),
@@ -260,11 +275,11 @@ fn weight_format(path: &Path) -> String {
 }
 
 /// A draft joined to its target.
-pub struct LoadedDraft {
+pub struct LoadedDraft<K: Kernels = Host> {
     /// Where it lies: the folder of a bundle, or a model.
     pub path: PathBuf,
     /// Proposes tokens.
-    pub drafter: Arc<dyn Drafter<Cpu>>,
+    pub drafter: Arc<dyn Drafter<K>>,
     /// What the bundle says, if it is one.
     pub manifest: Option<Manifest>,
     /// For records.
@@ -312,7 +327,11 @@ pub fn target_references(bundle: &Path) -> Result<Vec<String>, Error> {
 ///
 /// # Errors
 /// A draft that was made for another target (hidden size, vocabulary, tokenizer or template hash), or is damaged.
-pub fn load_draft(dir: &Path, target: &LoadedTarget, mode: PackMode) -> Result<LoadedDraft, Error> {
+pub fn load_draft<K: Backend>(
+    dir: &Path,
+    target: &LoadedTarget<K>,
+    mode: PackMode,
+) -> Result<LoadedDraft<K>, Error> {
     let dir = &bundle_place(dir);
     if !dir.is_dir() {
         return Err(Error::input(
@@ -364,16 +383,16 @@ pub const SMALL: &str = "small";
 ///
 /// # Errors
 /// As [`LoadedTarget::load`]; a model of another tokenizer, with the first id that differs.
-pub fn load_small(
+pub fn load_small<K: Backend>(
     reference: &str,
-    target: &LoadedTarget,
+    target: &LoadedTarget<K>,
     places: &Places,
     report: &dyn Report,
     stop: &Stop,
-) -> Result<LoadedDraft, Error> {
+) -> Result<LoadedDraft<K>, Error> {
     let pulled = locate(&[reference.to_owned()], None, places, report, stop)?;
     let name = model_name(&pulled.path, &pulled.reference);
-    let kernels = Arc::clone(target.target.kernels());
+    let kernels = target.target.kernels();
     // Whatever template it has, none is rendered with it.
     let open = || tokenizer_of(&pulled.path);
     let parts = load_parts(&pulled, kernels, target.precision, (places, report, stop), open)?;
@@ -399,19 +418,19 @@ pub fn load_small(
 
 /// What to tell the user of a draft beside this target: the bundle names other weights than these. It decodes the same
 /// text all the same, so this is a warning; what does not fit is an error of [`load_draft`].
-pub fn weights_warning(draft: &LoadedDraft, target: &LoadedTarget) -> Option<String> {
+pub fn weights_warning<K: Backend>(draft: &LoadedDraft<K>, target: &LoadedTarget<K>) -> Option<String> {
     let doubt = other_weights(&draft.artifact, &target.artifact())?;
     Some(format!("warning: {} ({})", doubt.message(), doubt.advice()))
 }
 
 /// An engine over a target, with a drafter if there is one.
-pub fn engine(target: &LoadedTarget, draft: Option<&LoadedDraft>) -> Engine<Cpu> {
+pub fn engine<K: Kernels>(target: &LoadedTarget<K>, draft: Option<&LoadedDraft<K>>) -> Engine<K> {
     let drafter = draft.map(|d| Arc::clone(&d.drafter));
     Engine::new(Arc::clone(&target.target), drafter)
 }
 
 /// How a draft decodes when nobody says: as `bench tune` found best, else as much as pays.
-pub fn default_plan(draft: &LoadedDraft) -> DraftPlan {
+pub fn default_plan<K: Kernels>(draft: &LoadedDraft<K>) -> DraftPlan {
     let tuned = draft.manifest.as_ref().and_then(|manifest| manifest.recommended.tuned.as_ref());
     match tuned.map(|tuned| tuned.drafting) {
         None | Some(TunedDrafting::Auto) => DraftPlan::Auto,

@@ -3,23 +3,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use draftsmith_bench::kernels::{KernelRunner, Limits, WeightTimes};
+use draftsmith_bench::kernels::{KernelRunner, Limits};
 use draftsmith_bench::record::{Drafting, Finish, Machine};
 use draftsmith_bench::{BoxError, BusyTimes, Dialogue, RunOptions, RunOutput, Runner, WorkloadRow};
 use draftsmith_core::report::Stop;
 use draftsmith_core::{AcceptStats, TokenTree};
 use draftsmith_decode::{DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
-use draftsmith_kernels::{Cpu, Kernels, Memory, PackedWeight};
-use draftsmith_model::{Precision, StepItem, Target};
+use draftsmith_kernels::Kernels;
+use draftsmith_model::{Precision, StepItem, Target, TargetKv};
 use draftsmith_text::{Message, RenderOptions};
 
+use crate::backend::Backend;
 use crate::engine::LoadedTarget;
+pub use crate::host::cpu_name;
+use crate::host::default_threads;
+use crate::passes::made_up_tokens;
 use crate::target::TargetText;
 
 /// Decodes a prompt with and without the drafter of an engine.
-pub struct EngineRunner<'a> {
+pub struct EngineRunner<'a, K: Kernels> {
     /// Target and drafter.
-    pub engine: &'a Engine<Cpu>,
+    pub engine: &'a Engine<K>,
     /// How the drafter proposes.
     pub plan: DraftPlan,
     /// Ids that end an answer.
@@ -28,7 +32,7 @@ pub struct EngineRunner<'a> {
     pub stop: &'a Stop,
 }
 
-impl EngineRunner<'_> {
+impl<K: Kernels> EngineRunner<'_, K> {
     fn run(&self, prompt: &[u32], options: &RunOptions, draft: DraftPlan) -> Result<RunOutput, BoxError> {
         let options = GenerateOptions {
             max_new_tokens: options.max_new_tokens,
@@ -61,7 +65,7 @@ fn output(done: Generation) -> RunOutput {
     }
 }
 
-impl Runner for EngineRunner<'_> {
+impl<K: Kernels> Runner for EngineRunner<'_, K> {
     fn plain(&mut self, prompt_ids: &[u32], options: &RunOptions) -> Result<RunOutput, BoxError> {
         let mut output = self.run(prompt_ids, options, DraftPlan::None)?;
         // Plain steps verify nothing.
@@ -198,19 +202,8 @@ pub fn drafting(plan: &DraftPlan) -> Drafting {
     }
 }
 
-/// What the processor calls itself.
-pub fn cpu_name() -> String {
-    std::fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| {
-            let line = text.lines().find(|l| l.starts_with("model name"))?;
-            Some(line.split_once(':')?.1.trim().to_string())
-        })
-        .unwrap_or_else(|| "unknown".to_string())
-}
-
 /// The machine, for records.
-pub fn machine(kernels: &Cpu) -> Machine {
+pub fn machine<K: Backend>(kernels: &K) -> Machine {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let memory_bytes = read("/proc/meminfo").and_then(|text| {
         text.lines()
@@ -224,12 +217,13 @@ pub fn machine(kernels: &Cpu) -> Machine {
     let load_average_1m = read("/proc/loadavg").and_then(|text| text.split_whitespace().next()?.parse().ok());
     Machine {
         cpu: cpu_name(),
-        cpu_features: kernels.features().found.iter().map(|f| (*f).to_string()).collect(),
-        logical_cpus: crate::engine::default_threads() as u32,
+        cpu_features: kernels.cpu_features(),
+        logical_cpus: default_threads() as u32,
         memory_bytes,
         os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         load_average_1m,
         others_busy_share: None,
+        device: kernels.device(),
     }
 }
 
@@ -241,27 +235,22 @@ pub fn peak_memory_bytes() -> Option<u64> {
 }
 
 /// Timed passes of a target over made-up tokens: the cost of a pass depends on their number alone.
-pub struct TargetPasses {
-    target: Arc<Target<Cpu>>,
+pub struct TargetPasses<K: Kernels> {
+    target: Arc<Target<K>>,
     precision: Precision,
     /// The context of the last pass; rolled back instead of computed again.
-    kv: Option<draftsmith_model::TargetKv<Cpu>>,
+    kv: Option<TargetKv<K>>,
 }
 
-impl TargetPasses {
+impl<K: Kernels> TargetPasses<K> {
     /// Passes of this target.
-    pub fn new(target: &LoadedTarget) -> TargetPasses {
+    pub fn new(target: &LoadedTarget<K>) -> TargetPasses<K> {
         TargetPasses { target: Arc::clone(&target.target), precision: target.precision, kv: None }
     }
 
-    fn tokens(&self, count: usize, from: usize) -> Vec<u32> {
-        let vocab = self.target.config().vocab_size;
-        (from..from + count).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
-    }
-
     /// Runs `count` tokens in one pass and gives the time, with the choice of the target after the last `logits` rows.
-    fn pass(&self, kv: &mut draftsmith_model::TargetKv<Cpu>, count: usize, logits: usize) -> Duration {
-        let tokens = self.tokens(count, kv.len());
+    fn pass(&self, kv: &mut TargetKv<K>, count: usize, logits: usize) -> Duration {
+        let tokens = made_up_tokens(self.target.config().vocab_size, count, kv.len());
         let parents = TokenTree::chain_parents(count);
         let began = Instant::now();
         let output = self.target.forward(&mut [StepItem { kv, tokens: &tokens, parents: &parents }], &[]);
@@ -272,7 +261,7 @@ impl TargetPasses {
         time
     }
 
-    fn context(&mut self, tokens: usize) -> draftsmith_model::TargetKv<Cpu> {
+    fn context(&mut self, tokens: usize) -> TargetKv<K> {
         if let Some(mut kv) = self.kv.take().filter(|kv| kv.len() >= tokens) {
             kv.rollback_to(tokens);
             return kv;
@@ -288,76 +277,9 @@ impl TargetPasses {
     }
 }
 
-/// Rounds over all weights, of which the best counts.
-const WEIGHT_ROUNDS: usize = 6;
-
-impl TargetPasses {
-    /// Times of the products by the form of the weights, in rounds over all of them, so that none stays in a cache that
-    /// would not hold it in a pass.
-    fn weight_times(&self) -> Vec<WeightTimes> {
-        let kernels = self.target.kernels();
-        let packed: Vec<&PackedWeight> = self.target.pass_packed().collect();
-        let Some((head, layers)) = packed.split_last() else { return Vec::new() };
-        // Forms in order of appearance, then the head with its outputs, and with the largest alone.
-        let mut groups: Vec<(String, Vec<&PackedWeight>, bool)> = Vec::new();
-        for weight in layers {
-            match groups.iter_mut().find(|(form, ..)| form == weight.form()) {
-                Some((_, weights, _)) => weights.push(weight),
-                None => groups.push((weight.form().to_string(), vec![weight], false)),
-            }
-        }
-        groups.push((format!("head {}", head.form()), vec![head], false));
-        groups.push(("head, largest alone".to_string(), vec![head], true));
-        // What the head is asked for in a pass, for states as the target has them.
-        let (tokens, parents) = (self.tokens(8, 0), TokenTree::chain_parents(8));
-        let mut kv = self.target.new_kv();
-        let item = StepItem { kv: &mut kv, tokens: &tokens, parents: &parents };
-        let output = self.target.forward(&mut [item], &[]);
-        let mut times: Vec<WeightTimes> = groups
-            .iter()
-            .map(|(form, weights, _)| WeightTimes {
-                form: form.clone(),
-                bytes: weights.iter().map(|w| w.bytes()).sum(),
-                macs_per_row: weights.iter().map(|w| w.in_features() * w.out_features()).sum(),
-                ms: [f64::INFINITY; 2],
-            })
-            .collect();
-        let widest = packed.iter().map(|w| w.in_features()).max().unwrap_or(0);
-        // Made-up activations of both signs.
-        let x: Vec<f32> = (0..8 * widest).map(|i| ((i * 7919 + 13) % 1024) as f32 / 512.0 - 1.0).collect();
-        let mut y = [kernels.zeros(8 * packed.iter().map(|w| w.out_features()).max().unwrap_or(0))];
-        for _ in 0..WEIGHT_ROUNDS {
-            for (slot, rows) in [1, 8].into_iter().enumerate() {
-                for ((_, weights, largest), times) in groups.iter().zip(&mut times) {
-                    let began = Instant::now();
-                    for weight in weights {
-                        if *largest {
-                            self.target.argmax(&output, &[0, 1, 2, 3, 4, 5, 6, 7][8 - rows..]);
-                        } else {
-                            kernels.matmuls(&x, rows, &[(*weight, None)], &mut y);
-                        }
-                    }
-                    times.ms[slot] = times.ms[slot].min(began.elapsed().as_secs_f64() * 1e3);
-                }
-            }
-        }
-        times
-    }
-}
-
-/// Memory that is read to measure its bandwidth: more than a pass reads, and than most caches hold.
-const READ_BYTES: usize = 256 << 20;
-
-impl KernelRunner for TargetPasses {
+impl<K: Backend> KernelRunner for TargetPasses<K> {
     fn limits(&mut self) -> Option<Limits> {
-        let kernels = self.target.kernels();
-        Some(Limits {
-            read_gb_per_s: kernels.read_rate(READ_BYTES) / 1e9,
-            dot_gmac_per_s: (self.precision == Precision::Stored).then(|| kernels.dot_rate() / 1e9),
-            weight_bytes: self.target.pass_bytes(),
-            macs_per_row: self.target.pass_macs(),
-            weights: self.weight_times(),
-        })
+        K::limits(&self.target, self.precision)
     }
 
     fn step(&mut self, context_tokens: usize, m: usize) -> Result<Duration, BoxError> {

@@ -19,12 +19,13 @@ use draftsmith_formats::atomic::{AtomicError, is_being_written};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::packed::{PackedError, PackedFile, PackedKey, PackedWriter};
 use draftsmith_kernels::{
-    Cpu, KeptPanels, KernelError, Kernels, PANEL_VERSION, PackMode, PackedWeight, SharedBytes, WeightView,
+    KeptPanels, KernelError, Kernels, PANEL_VERSION, PackMode, PackedWeight, SharedBytes, WeightView,
 };
 use draftsmith_model::{ModelError, Packing, Precision, Target};
 use draftsmith_pull::Places;
 
 use crate::disk::{free_bytes, human};
+use crate::host::Host;
 
 /// Smaller models are packed in a moment.
 pub const SMALLEST: u64 = 64 << 20;
@@ -134,11 +135,11 @@ impl PackCache<'_> {
     /// Those of [`Target::load`]; none for the sake of a copy.
     pub fn load(
         &self,
-        kernels: &Arc<Cpu>,
+        kernels: &Arc<Host>,
         path: &Path,
         precision: Precision,
         (sha256, bytes): (&str, u64),
-    ) -> Result<(Target<Cpu>, LoadedFrom), ModelError> {
+    ) -> Result<(Target<Host>, LoadedFrom), ModelError> {
         let plain = || Ok((Target::load(Arc::clone(kernels), path, precision)?, LoadedFrom::Packing));
         // Weights as floats are the specification, not a way to work.
         if precision != Precision::Stored || bytes < self.smallest {
@@ -167,10 +168,10 @@ impl PackCache<'_> {
     /// The target over a mapped copy, or `None` if that does not fit it.
     fn mapped(
         &self,
-        kernels: &Arc<Cpu>,
+        kernels: &Arc<Host>,
         path: &Path,
         file: PackedFile,
-    ) -> Result<Option<Target<Cpu>>, ModelError> {
+    ) -> Result<Option<Target<Host>>, ModelError> {
         let bytes: SharedBytes = Arc::new(file.bytes().clone());
         let from = FromCopy { kernels, file, bytes, next: AtomicUsize::new(0), fits: AtomicBool::new(true) };
         let target = Target::load_with(Arc::clone(kernels), path, Precision::Stored, &from)?;
@@ -181,13 +182,13 @@ impl PackCache<'_> {
     /// Packs, and keeps what it packs if it can.
     fn packed(
         &self,
-        kernels: &Arc<Cpu>,
+        kernels: &Arc<Host>,
         path: &Path,
         copy: &Path,
         key: PackedKey,
         bytes: u64,
         is_first: bool,
-    ) -> Result<(Target<Cpu>, LoadedFrom), ModelError> {
+    ) -> Result<(Target<Host>, LoadedFrom), ModelError> {
         let there = copy.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
         let no_room = free_bytes(there).is_some_and(|free| free / 3 < bytes) || bytes > MOST;
         let mut failed = None;
@@ -246,7 +247,7 @@ fn note_use(copy: &Path) {
 
 /// Weights of a copy, in the order in which they were packed.
 struct FromCopy<'a> {
-    kernels: &'a Cpu,
+    kernels: &'a Host,
     file: PackedFile,
     bytes: SharedBytes,
     next: AtomicUsize,
@@ -275,7 +276,7 @@ impl Packing<PackedWeight> for FromCopy<'_> {
 
 /// Packs, and writes what it packs. A write that fails ends the writing, not the packing.
 struct Keep<'a> {
-    kernels: &'a Cpu,
+    kernels: &'a Host,
     stop: &'a Stop,
     writer: Mutex<(Option<PackedWriter>, Option<AtomicError>)>,
 }
@@ -326,7 +327,7 @@ mod tests {
         fn end(&self) {}
     }
 
-    fn logits(target: &Target<Cpu>) -> Vec<u32> {
+    fn logits(target: &Target<Host>) -> Vec<u32> {
         let tokens = [5, 9, 3, 17, 20];
         let mut kv = target.new_kv();
         let item = StepItem { kv: &mut kv, tokens: &tokens, parents: &TokenTree::chain_parents(5) };
@@ -342,7 +343,7 @@ mod tests {
 
     #[track_caller]
     fn load_model(model: &Path, folder: &Path, sha256: &str) -> (LoadedFrom, usize) {
-        let kernels = Arc::new(Cpu::new(2));
+        let kernels = Arc::new(Host::new(2));
         let (notes, stop) = (Notes::default(), Stop::default());
         let cache = PackCache { folder: folder.to_path_buf(), smallest: 0, report: &notes, stop: &stop };
         let (target, from) = cache.load(&kernels, model, Precision::Stored, (sha256, 1000)).unwrap();

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use draftsmith_kernels::Kernels;
 use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -26,10 +27,10 @@ use crate::api::ApiError;
 use crate::metrics::Metrics;
 use crate::queue::Order;
 use crate::swap::Refused;
-use crate::{App, Log, Model, Service};
+use crate::{App, Employ, Log, Model, Service};
 
 /// Where the models of a server come from.
-pub trait Models {
+pub trait Models<K: Kernels> {
     /// Bytes that a model will take in memory, as far as that can be told before it is loaded.
     ///
     /// # Errors
@@ -40,13 +41,13 @@ pub trait Models {
     ///
     /// # Errors
     /// [`Refused`], naming the file.
-    fn load(&mut self, name: &str) -> Result<Model, Refused>;
+    fn load(&mut self, name: &str) -> Result<Model<K>, Refused>;
 }
 
 /// What the server wants of [`Models`], with where the answer goes.
 pub(crate) enum Wish {
     Bytes(String, oneshot::Sender<Result<u64, Refused>>),
-    Load(String, oneshot::Sender<Result<Box<Model>, Refused>>),
+    Load(String, oneshot::Sender<Result<Box<dyn Employ>, Refused>>),
 }
 
 /// One of the models.
@@ -301,8 +302,8 @@ impl Fleet {
         self.make_room(name, bytes, deadline).await?;
         let model = self.wish(|reply| Wish::Load(name.to_owned(), reply)).await??;
         let metrics = Arc::clone(&self.members()[place].metrics);
-        let (service, worker) = app
-            .employ(*model, metrics)
+        let (service, worker) = model
+            .employ(app, metrics)
             .map_err(|error| Trouble::Refused(Refused { message: error.to_string(), hint: error.hint() }))?;
         Ok(Loaded { service: Arc::new(service), worker, bytes })
     }

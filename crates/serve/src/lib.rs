@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 
 use draftsmith_core::VerifyRule;
 use draftsmith_decode::{DraftPlan, Engine};
-use draftsmith_kernels::Cpu;
+use draftsmith_kernels::Kernels;
 use draftsmith_text::{ChatTemplate, Tokenizer};
 
 use crate::api::ApiError;
@@ -43,7 +43,7 @@ use crate::generations::Generations;
 use crate::grammar::{GrammarError, Grammars};
 use crate::metrics::Metrics;
 use crate::queue::{Order, Queue};
-use crate::swap::InUse;
+use crate::swap::{Candidates, CandidatesOn, InUse};
 use crate::tools::{Ability, Family, Unable};
 use crate::worker::{Room, Shared, Worker};
 
@@ -165,13 +165,13 @@ pub fn tool_formats() -> impl Iterator<Item = &'static str> {
 }
 
 /// A model to serve.
-pub struct Model {
+pub struct Model<K: Kernels> {
     /// The name that requests use.
     pub name: String,
     /// Hash of the target's weights.
     pub sha256: String,
     /// Target and draft, with costs.
-    pub engine: Engine<Cpu>,
+    pub engine: Engine<K>,
     /// The draft that the engine has.
     pub draft: Option<DraftInfo>,
     /// Text to ids and back.
@@ -181,8 +181,23 @@ pub struct Model {
     /// Cache slots (tokens) over all sequences.
     pub cache_slots: usize,
     /// Where other drafts come from.
-    pub drafts: Arc<dyn Drafts>,
+    pub drafts: Arc<dyn Drafts<K>>,
 }
+
+/// A model on whichever kernels, on its way to its thread.
+pub(crate) trait Employ: Send {
+    /// Gives it a thread that decodes for it.
+    fn employ(self: Box<Self>, app: &App, metrics: Arc<Metrics>) -> Result<Employed, ServeError>;
+}
+
+impl<K: Kernels> Employ for Model<K> {
+    fn employ(self: Box<Self>, app: &App, metrics: Arc<Metrics>) -> Result<Employed, ServeError> {
+        app.employ(*self, metrics)
+    }
+}
+
+/// A model in service and its thread.
+type Employed = (Service, std::thread::JoinHandle<()>);
 
 /// The model in service, as handlers see it.
 struct Service {
@@ -203,9 +218,7 @@ struct Service {
     queue: Arc<Queue>,
     metrics: Arc<Metrics>,
     board: Arc<Board>,
-    drafts: Arc<dyn Drafts>,
-    /// Without a draft of its own, for probes of new ones.
-    target: Arc<Engine<Cpu>>,
+    candidates: Box<dyn Candidates>,
 }
 
 /// What is served.
@@ -272,11 +285,7 @@ impl App {
     }
 
     /// Gives a model a thread that decodes for it.
-    fn employ(
-        &self,
-        model: Model,
-        metrics: Arc<Metrics>,
-    ) -> Result<(Service, std::thread::JoinHandle<()>), ServeError> {
+    fn employ<K: Kernels>(&self, model: Model<K>, metrics: Arc<Metrics>) -> Result<Employed, ServeError> {
         let limits = self.options.limits;
         let queue = Arc::new(Queue::new(limits.queue));
         let board = Arc::new(Board::new(model.draft.clone()));
@@ -295,6 +304,8 @@ impl App {
         let target = Arc::new(Engine::new(Arc::clone(model.engine.target()), None));
         let format = self.options.tool_format.as_deref().and_then(Family::named);
         let ability = Ability::of(model.template.as_ref(), &tokenizer, format);
+        let (to_worker, replacements) = channel();
+        let candidates = CandidatesOn { drafts: model.drafts, target, to_worker, queue: Arc::clone(&queue) };
         let in_use = InUse { engine: Arc::new(model.engine), info: model.draft };
         let service = Service {
             fingerprint: format!(
@@ -316,11 +327,10 @@ impl App {
             queue,
             metrics,
             board,
-            drafts: model.drafts,
-            target,
+            candidates: Box::new(candidates),
         };
         // A batch stays on the thread that made it.
-        let work = move || Worker::new(in_use, room, shared).run();
+        let work = move || Worker::new(in_use, replacements, room, shared).run();
         let thread = std::thread::Builder::new().name("decode".into()).spawn(work);
         Ok((service, thread.map_err(|source| ServeError::Threads { source })?))
     }
@@ -403,7 +413,7 @@ impl Server {
     ///
     /// # Errors
     /// [`ServeError::Threads`].
-    pub fn open(&mut self, model: Model) -> Result<(), ServeError> {
+    pub fn open<K: Kernels>(&mut self, model: Model<K>) -> Result<(), ServeError> {
         if self.app.served.get().is_some() {
             return Ok(());
         }
@@ -427,7 +437,7 @@ impl Server {
     }
 
     /// Loads what is asked for, on this thread, for about so long.
-    pub fn attend(&mut self, models: &mut dyn Models, time: Duration) {
+    pub fn attend<K: Kernels>(&mut self, models: &mut dyn Models<K>, time: Duration) {
         let until = Instant::now() + time;
         let Some(wishes) = &self.wishes else { return std::thread::sleep(time) };
         loop {
@@ -443,7 +453,7 @@ impl Server {
                     let _ = reply.send(guarded(|| models.bytes(&name)));
                 }
                 Wish::Load(name, reply) => {
-                    let _ = reply.send(guarded(|| models.load(&name).map(Box::new)));
+                    let _ = reply.send(guarded(|| models.load(&name).map(|model| Box::new(model) as _)));
                 }
             }
         }

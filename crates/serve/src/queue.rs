@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::speech::{Delta, Speech};
-use crate::swap::Replacement;
 use draftsmith_core::TokenLogprobs;
 use draftsmith_decode::GenerateOptions;
 
@@ -119,8 +118,8 @@ impl Job {
 
 /// Something the worker does between steps.
 pub(crate) enum Order {
-    /// Another draft.
-    Replace(Box<Replacement>),
+    /// Another draft, which lies in the worker's channel.
+    Replace,
     /// End every sequence now.
     CutAll,
     /// End the worker.

@@ -3,18 +3,26 @@
 //!
 //! The text of an answer never depends on the draft, so a switch needs no pause and a bad one costs time only.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use draftsmith_core::AcceptStats;
-use draftsmith_decode::{DecodeError, DraftPlan, Engine};
-use draftsmith_kernels::Cpu;
+use draftsmith_decode::{DecodeError, DraftPlan, Engine, GenerateOptions};
+use draftsmith_kernels::{Kernels, catch_failure};
 use tokio::sync::oneshot;
+
+use crate::queue::{Order, Queue};
 
 /// A lower accept length is put up with down to this share of the old one.
 const TOLERATED: f64 = 0.95;
 /// Standard errors by which the difference must be larger than chance.
 const SIGMAS: f64 = 3.0;
+/// Tokens that a new draft must decode as the target alone does.
+const PROBE_TOKENS: usize = 24;
+/// Draft tokens per proposal meanwhile.
+const PROBE_DEPTH: usize = 4;
 
 /// A draft as people know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,11 +40,11 @@ pub struct DraftInfo {
 }
 
 /// A draft joined to the target that is being served.
-pub struct Loaded {
+pub struct Loaded<K: Kernels> {
     /// What it is.
     pub info: DraftInfo,
     /// The engine that uses it. Costs that are not set are measured between two steps.
-    pub engine: Engine<Cpu>,
+    pub engine: Engine<K>,
 }
 
 /// Why a bundle is not taken.
@@ -50,32 +58,97 @@ pub struct Refused {
 }
 
 /// Where drafts come from.
-pub trait Drafts: Send + Sync {
+pub trait Drafts<K: Kernels>: Send + Sync {
     /// Reads a bundle, compares its hashes and checks that it fits the target.
     ///
     /// # Errors
     /// [`Refused`], naming the file.
-    fn load(&self, bundle: &Path) -> Result<Loaded, Refused>;
+    fn load(&self, bundle: &Path) -> Result<Loaded<K>, Refused>;
 }
 
 /// A checked draft on its way to the worker.
-pub(crate) struct Replacement {
-    pub(crate) loaded: Loaded,
+pub(crate) struct Replacement<K: Kernels> {
+    pub(crate) loaded: Loaded<K>,
     /// Told when it is in use, or why not.
     pub(crate) done: oneshot::Sender<Result<(), DecodeError>>,
 }
 
+/// How a change of the draft ended.
+pub(crate) type Switched = oneshot::Receiver<Result<(), DecodeError>>;
+
+/// A draft that was read and checked: what it is, and how it is put to use.
+pub(crate) struct Candidate {
+    pub(crate) info: DraftInfo,
+    /// Hands it to the worker.
+    pub(crate) hand_over: Box<dyn FnOnce() -> Switched + Send>,
+}
+
+/// Other drafts for a model, whatever its kernels are.
+pub(crate) trait Candidates: Send + Sync {
+    /// Reads a bundle and lets it decode a little behind `prompt`.
+    ///
+    /// # Errors
+    /// What is wrong with it, as a sentence.
+    fn read(&self, bundle: &Path, prompt: &[u32]) -> Result<Candidate, String>;
+}
+
+/// The same for one kind of kernels.
+pub(crate) struct CandidatesOn<K: Kernels> {
+    pub(crate) drafts: Arc<dyn Drafts<K>>,
+    /// Without a draft of its own, for probes of new ones.
+    pub(crate) target: Arc<Engine<K>>,
+    pub(crate) to_worker: Sender<Replacement<K>>,
+    /// Where the worker hears that something was sent.
+    pub(crate) queue: Arc<Queue>,
+}
+
+impl<K: Kernels> Candidates for CandidatesOn<K> {
+    fn read(&self, bundle: &Path, prompt: &[u32]) -> Result<Candidate, String> {
+        let loaded = self.drafts.load(bundle).map_err(|refused| {
+            let hint = refused.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+            format!("{}{hint}", refused.message)
+        })?;
+        let decode = |engine: &Engine<K>, draft| {
+            let options =
+                GenerateOptions { max_new_tokens: PROBE_TOKENS, draft, ..GenerateOptions::default() };
+            catch_failure(|| engine.generate(prompt, &options, &mut |_| ControlFlow::Continue(())))
+                .map_err(|failure| failure.message)?
+                .map(|generation| generation.token_ids)
+                .map_err(|error| error.to_string())
+        };
+        let plain = decode(&self.target, DraftPlan::None)?;
+        if decode(&loaded.engine, DraftPlan::Chain { depth: PROBE_DEPTH })? != plain {
+            return Err("with this draft the target's answer is another one".to_owned());
+        }
+        let (to_worker, queue) = (self.to_worker.clone(), Arc::clone(&self.queue));
+        let info = loaded.info.clone();
+        let hand_over = Box::new(move || {
+            let (done, switched) = oneshot::channel();
+            // A worker that ended drops it, and whoever waits hears that nobody says how it ended.
+            let _ = to_worker.send(Replacement { loaded, done });
+            queue.order(Order::Replace);
+            switched
+        });
+        Ok(Candidate { info, hand_over })
+    }
+}
+
 /// An engine and what is known of it.
-#[derive(Clone)]
-pub(crate) struct InUse {
-    pub(crate) engine: Arc<Engine<Cpu>>,
+pub(crate) struct InUse<K: Kernels> {
+    pub(crate) engine: Arc<Engine<K>>,
     pub(crate) info: Option<DraftInfo>,
 }
 
+impl<K: Kernels> Clone for InUse<K> {
+    fn clone(&self) -> Self {
+        InUse { engine: Arc::clone(&self.engine), info: self.info.clone() }
+    }
+}
+
 /// A new draft on probation.
-pub(crate) struct Watch {
+pub(crate) struct Watch<K: Kernels> {
     /// What was proven before.
-    pub(crate) fallback: InUse,
+    pub(crate) fallback: InUse<K>,
     /// Counts of the fallback shortly before the switch.
     pub(crate) before: AcceptStats,
     /// Counts of the new draft.

@@ -4,13 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use draftsmith_core::{AcceptStats, TokenLogprobs};
 use draftsmith_decode::{
     Batch, DecodeError, DraftPlan, Engine, FinishReason, Generation, Survived, TokenEvent,
 };
-use draftsmith_kernels::Cpu;
+use draftsmith_kernels::{DeviceFailure, Kernels};
 use draftsmith_text::Tokenizer;
 use serde_json::json;
 
@@ -92,28 +93,36 @@ pub(crate) struct Room {
 }
 
 /// See the module.
-pub(crate) struct Worker {
+pub(crate) struct Worker<K: Kernels> {
     shared: Shared,
     room: Room,
-    batch: Batch<Arc<Engine<Cpu>>, Cpu>,
-    in_use: InUse,
+    batch: Batch<Arc<Engine<K>>, K>,
+    in_use: InUse<K>,
+    /// Drafts that [`Order::Replace`] tells of.
+    replacements: Receiver<Replacement<K>>,
     running: HashMap<u64, Running>,
     reserved: usize,
     /// Counts the drafts that were in use.
     era: u64,
     /// Finished sequences of the draft in use, the latest `watch_steps` verify steps of them.
     recent: VecDeque<AcceptStats>,
-    watch: Option<Watch>,
+    watch: Option<Watch<K>>,
 }
 
-impl Worker {
-    pub(crate) fn new(in_use: InUse, room: Room, shared: Shared) -> Worker {
+impl<K: Kernels> Worker<K> {
+    pub(crate) fn new(
+        in_use: InUse<K>,
+        replacements: Receiver<Replacement<K>>,
+        room: Room,
+        shared: Shared,
+    ) -> Worker<K> {
         let batch = Batch::new(Arc::clone(&in_use.engine));
         Worker {
             shared,
             room,
             batch,
             in_use,
+            replacements,
             running: HashMap::new(),
             reserved: 0,
             era: 0,
@@ -139,7 +148,11 @@ impl Worker {
     fn turn(&mut self) -> ControlFlow<()> {
         while let Some(order) = self.shared.queue.next_order() {
             match order {
-                Order::Replace(replacement) => self.replace(*replacement),
+                // One was sent for each order.
+                Order::Replace => match self.replacements.try_recv() {
+                    Ok(replacement) => self.replace(replacement),
+                    Err(_) => {}
+                },
                 Order::CutAll => self.cut_all(),
                 Order::Stop => {
                     self.cut_all();
@@ -210,7 +223,10 @@ impl Worker {
             if let Some(outcome) = match begun {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(Outcome::Refused(error.to_string())),
-                Err(_) => Some(Outcome::Failed("it cannot be begun".into())),
+                Err(payload) => Some(Outcome::Failed(match payload.downcast::<DeviceFailure>() {
+                    Ok(failure) => failure.message,
+                    Err(_) => "it cannot be begun".into(),
+                })),
             } {
                 if matches!(outcome, Outcome::Failed(_)) {
                     self.shared.metrics.panics.inc();
@@ -383,14 +399,14 @@ impl Worker {
     }
 
     /// Goes on with another engine and returns the one before.
-    fn switch_to(&mut self, in_use: InUse) -> Result<InUse, DecodeError> {
+    fn switch_to(&mut self, in_use: InUse<K>) -> Result<InUse<K>, DecodeError> {
         self.batch.replace_engine(Arc::clone(&in_use.engine))?;
         self.shared.board.set_draft(in_use.info.clone());
         self.era += 1;
         Ok(std::mem::replace(&mut self.in_use, in_use))
     }
 
-    fn replace(&mut self, replacement: Replacement) {
+    fn replace(&mut self, replacement: Replacement<K>) {
         let Loaded { info, engine } = replacement.loaded;
         // Measured here, where nothing else computes. A draft that panics there costs nobody an answer.
         let measure = || {
@@ -417,7 +433,7 @@ impl Worker {
     }
 
     /// Ends a probation.
-    fn conclude(&mut self, watch: Watch) {
+    fn conclude(&mut self, watch: Watch<K>) {
         let name = self.in_use.info.as_ref().map_or_else(String::new, |draft| draft.name.clone());
         let length = |stats: &AcceptStats| match stats.accept_len() {
             Some(length) => format!("{length:.2}"),
@@ -448,6 +464,7 @@ mod tests {
 
     use draftsmith_core::Sampling;
     use draftsmith_decode::{GenerateOptions, Grammar, GrammarState};
+    use draftsmith_kernels::Cpu;
     use draftsmith_model::{Precision, Target};
     use draftsmith_text::SpecialIds;
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -538,7 +555,9 @@ mod tests {
                 log: Arc::new(|_| {}),
             };
             let room = Room { slots: 1000, sequences: 4, watch_steps: 10 };
-            let mut worker = Worker::new(InUse { engine: Arc::clone(&engine), info: None }, room, shared);
+            let in_use = InUse { engine: Arc::clone(&engine), info: None };
+            let (_, replacements) = std::sync::mpsc::channel();
+            let mut worker = Worker::new(in_use, replacements, room, shared);
             let mut readers = Vec::new();
             for (id, fault) in (0..).zip(faults) {
                 let (job, reader) = job(id, &tokenizer, fault);
@@ -592,7 +611,8 @@ mod tests {
             log: Arc::new(|_| {}),
         };
         let room = Room { slots: 1000, sequences: 4, watch_steps: 10 };
-        let mut worker = Worker::new(InUse { engine, info: None }, room, shared);
+        let (_, replacements) = std::sync::mpsc::channel();
+        let mut worker = Worker::new(InUse { engine, info: None }, replacements, room, shared);
         let (first, reader) = job(0, &tokenizer, None);
         queue.submit(vec![first]).unwrap();
         assert_eq!(worker.turn(), ControlFlow::Continue(()));

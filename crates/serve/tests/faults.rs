@@ -60,8 +60,8 @@ impl DrafterSession<Cpu> for ShakySession {
 
 struct NoDrafts;
 
-impl Drafts for NoDrafts {
-    fn load(&self, _: &Path) -> Result<Loaded, Refused> {
+impl Drafts<Cpu> for NoDrafts {
+    fn load(&self, _: &Path) -> Result<Loaded<Cpu>, Refused> {
         Err(Refused { message: "none".into(), hint: None })
     }
 }

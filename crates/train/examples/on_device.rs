@@ -52,7 +52,7 @@ impl Opener for OnCard {
         }
     }
     fn free(&self, device: &Cuda<Card>) -> Option<u64> {
-        device.launcher().memory().ok().map(|(free, _)| free)
+        Launcher::memory(device.launcher()).ok().map(|(free, _)| free)
     }
 }
 

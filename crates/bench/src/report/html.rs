@@ -6,7 +6,7 @@ use super::options::{ReportOptions, TrainingPoint};
 use super::plots;
 use super::words::{escape, utc};
 use crate::BenchError;
-use crate::record::{Record, Settings};
+use crate::record::{DeviceInfo, Record, Settings};
 use crate::stats::Estimate;
 use crate::summary::{BASELINE, Summary, advice_against, headline, summarize_each};
 use crate::table::{value_or_dash, with_interval};
@@ -516,6 +516,10 @@ fn conditions(out: &mut String, records: &[Record]) {
             text
         }),
     );
+    if records.iter().any(|r| r.machine.device.is_some()) {
+        let name = |r: &Record| r.machine.device.as_ref().map_or_else(|| "cpu".to_owned(), DeviceInfo::text);
+        item("computed on", distinct(records, name));
+    }
     item("instruction sets", distinct(records, |r| r.machine.cpu_features.join(", ")));
     item(
         "other programs",

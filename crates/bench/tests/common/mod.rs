@@ -147,6 +147,7 @@ pub(crate) fn options(max_new_tokens: usize) -> MeasureOptions {
             os: "linux x86_64".into(),
             load_average_1m: Some(0.1),
             others_busy_share: None,
+            device: None,
         },
     }
 }

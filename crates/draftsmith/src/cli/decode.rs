@@ -4,6 +4,25 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use draftsmith_core::VerifyRule;
+use draftsmith_formats::run::Device;
+
+/// Where target and draft are computed.
+#[derive(Debug, Args)]
+pub struct Computing {
+    /// Compute on the CPU (`cpu`) or on an NVIDIA GPU: `cuda`, or `cuda:N` for card N. A text is the same with and without a draft
+    /// on each; the texts of two devices may part where their rounding does.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    pub device: Device,
+}
+
+/// A device as it is written.
+fn device(word: &str) -> Result<Device, String> {
+    let unknown = |why: String| match word.starts_with("cuda:") {
+        true => format!("{why}: expected `cuda` or `cuda:N`, with the number that `draftsmith doctor` shows"),
+        false => "expected `cpu`, `cuda` or `cuda:N`".to_owned(),
+    };
+    Device::try_from(word.to_owned()).map_err(unknown)
+}
 
 /// How proposals look.
 #[derive(Debug, Args)]
@@ -57,7 +76,8 @@ pub struct Choosing {
     draftsmith generate --bundle runs/smoke --messages chat.json --prove\n  \
     draftsmith generate --bundle smollm2-135m-instruct-eagle3 --prompt \"Why?\"\n  \
     draftsmith generate --target REF --draft-model SMALLER --prompt \"Why?\"\n  \
-    draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n\n\
+    draftsmith generate --target REF --auto --prompt \"Repeat this list: …\"\n  \
+    draftsmith generate --bundle DIR --prompt \"Why?\" --device cuda --prove\n\n\
     With --prove the answer is decoded both ways and compared token by token; ends with 1 if they differ.\n\
     JSON: prompt_ids, token_ids, text, finish_reason, accept_len.")]
 #[command(group = clap::ArgGroup::new("input").required(true).args(["prompt", "prompt_ids", "messages"]))]
@@ -101,6 +121,9 @@ pub struct Generate {
     /// Compute on the weights expanded to 32-bit floats: slow, the specification.
     #[arg(long)]
     pub f32: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all; results do not depend on it).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -119,6 +142,7 @@ pub struct Generate {
     draftsmith bench --bundle runs/smoke/bundle --workload fixtures/tiny-target/eval.jsonl\n  \
     draftsmith bench --bundle DIR --workload recipes/data/eval/gsm8k.jsonl --limit 20 --json out.json\n  \
     draftsmith bench --target REF --draft-model SMALLER --workload FILE --auto\n  \
+    draftsmith bench --bundle DIR --workload FILE --device cuda --json out.json\n  \
     draftsmith bench kernels --target fixtures/tiny-target\n\n\
     Rows: {\"id\", \"turns\": [user turn, …]}, plain, .gz or .zst. Ends with 1 if an answer differs from\n\
     target-only decoding."
@@ -157,6 +181,9 @@ pub struct Bench {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
     pub verifying: Verifying,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -210,6 +237,9 @@ pub struct BenchTune {
     /// Loads: how many sequences are decoded at once.
     #[arg(long, value_name = "1,8", value_delimiter = ',', default_values_t = [1, 8], value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub sequences: Vec<u32>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -252,6 +282,9 @@ pub struct BenchCompare {
     /// Tokens of a proposal where a draft stands alone.
     #[arg(long, value_name = "D", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub depth: u32,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -268,7 +301,8 @@ pub struct BenchCompare {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     draftsmith bench identity --bundle DIR --workload recipes/data/eval/mtbench.jsonl --limit 10\n  \
-    draftsmith bench identity --target REF --bundle DIR --workload FILE --temperature 0.8 --top-p 0.95 --json out.json\n\n\
+    draftsmith bench identity --target REF --bundle DIR --workload FILE --temperature 0.8 --top-p 0.95 --json out.json\n  \
+    draftsmith bench identity --bundle DIR --workload FILE --device cuda:1\n\n\
     Ends with 1 if any text differs. JSON: identical, ways, prompts (id, sha256 of the token ids), differences.")]
 pub struct BenchIdentity {
     /// The target: `hf:…`, `pip:…` or a path (default: the sources that the bundle names).
@@ -289,8 +323,11 @@ pub struct BenchIdentity {
     /// Longest answer in tokens.
     #[arg(long, value_name = "M", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub new_tokens: u32,
-    /// Thread counts.
-    #[arg(long, value_name = "1,2", value_delimiter = ',', default_values_t = [1, 2], value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
+    /// Thread counts of the CPU (default: 1,2).
+    #[arg(long, value_name = "1,2", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Vec<u32>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at the type")]
@@ -356,7 +393,8 @@ pub enum PeerKind {
 #[command(after_help = "Examples:\n  \
     draftsmith bench decode --target REF --workload recipes/data/eval/gsm8k.jsonl --limit 10\n  \
     draftsmith bench decode --target REF --bundle DIR --workload FILE --peer llama-cpp-python \\\n      \
-    --peer-python runs/peers/llama-cpp-python/bin/python --batch 32 --json out.json\n\n\
+    --peer-python runs/peers/llama-cpp-python/bin/python --batch 32 --json out.json\n  \
+    draftsmith bench decode --bundle DIR --workload FILE --device cuda --batch 8 --json out.json\n\n\
     `bench/peers/install-llama-cpp-python.sh` installs the peer. Every side decodes the same number of tokens greedily,\n\
     past any end of text.")]
 pub struct BenchDecode {
@@ -390,6 +428,9 @@ pub struct BenchDecode {
     /// Interpreter that has the peer (default: `python3`).
     #[arg(long, value_name = "PATH", requires = "peer")]
     pub peer_python: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads of every side (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -406,6 +447,9 @@ pub struct BenchKernels {
     /// The target: `hf:…`, `pip:…` or a path.
     #[arg(long, value_name = "REF")]
     pub target: String,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

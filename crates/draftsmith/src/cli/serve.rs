@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::{Drafting, Verifying};
+use super::{Computing, Drafting, Verifying};
 
 /// Answers OpenAI's HTTP API, with the draft of a bundle or a smaller model.
 ///
@@ -18,6 +18,7 @@ use super::{Drafting, Verifying};
     draftsmith serve --target REF --draft-model SMALLER\n  \
     draftsmith serve --target REF --kv-budget 4GiB --max-running 16 --queue 64\n  \
     draftsmith serve --bundle DIR --depth 3 --log-json\n  \
+    draftsmith serve --bundle DIR --device cuda --kv-budget 16GiB\n  \
     draftsmith serve --model coder=runs/coder/bundle --model small=hf:ORG/NAME:FILE.gguf --memory 12\n\n\
     Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health, /metrics, /version,\n\
     /openapi.json, /tokenize, /v1/chat/completions/render, /api/state, /api/bundle, /api/records,\n\
@@ -41,7 +42,7 @@ pub struct Serve {
     #[arg(long = "model", value_name = "NAME=BUNDLE", conflicts_with_all = ["bundle", "target", "draft_model", "model_name"])]
     pub models: Vec<NamedModel>,
     /// With `--model`, GiB that the loaded models may take together, by estimate (or `12GiB`, `900MiB`; default: four fifths
-    /// of the machine's). Where there is no room the model that was not used for longest is unloaded.
+    /// of the machine's, or of the card's with `--device`). Where there is no room the model that was not used for longest is unloaded.
     #[arg(long, value_name = "GIB", requires = "models", conflicts_with_all = ["bundle", "target"])]
     pub memory: Option<Memory>,
     /// Address or name to listen at; the default is reached from this machine only.
@@ -118,6 +119,9 @@ pub struct Serve {
     /// The same as one JSON object a line; other lines of the server are objects with `time` and `message` then.
     #[arg(long)]
     pub log_json: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all; results do not depend on it).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

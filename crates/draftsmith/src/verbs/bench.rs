@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use draftsmith::bench::kernels::{KernelOptions, kernels_text, run_kernels};
 use draftsmith::bench::{
@@ -11,6 +12,7 @@ use draftsmith::cli;
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::engine;
 use draftsmith::formats::atomic;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
@@ -41,13 +43,30 @@ pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Ve
 }
 
 pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, Measuring { args, session })
+}
+
+struct Measuring<'a> {
+    args: &'a cli::Bench,
+    session: &'a Session,
+}
+
+impl Work for Measuring<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        measure(self.args, self.session, &kernels)
+    }
+}
+
+fn measure<K: Backend>(args: &cli::Bench, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
     let sampling = sampling(&args.choosing)?;
     let plan = plan(&args.drafting).unwrap_or(DraftPlan::Chain { depth: DEFAULT_DEPTH as usize });
     let verify = rule(&args.verifying, &args.drafting, &sampling)?;
     // Wrong files are told before a model is fetched.
     let workloads = read_workloads(&args.workload, args.limit)?;
-    let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
+    let (target, draft) = target_and_draft(kernels, source, args.target.as_ref(), session)?;
     let mut engine = engine(&target, Some(&draft));
     if plan == DraftPlan::Auto {
         engine = with_costs(engine, &session.places, &target, Some(&draft), &session.printer);
@@ -60,7 +79,7 @@ pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Fail
         threads: target.threads as u32,
         target: target.artifact(),
         draft: draft.artifact.clone(),
-        machine: machine(target.target.kernels()),
+        machine: machine(kernels.as_ref()),
     };
     let mut records: Vec<Record> = Vec::new();
     for workload in &workloads {
@@ -128,7 +147,24 @@ pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
 }
 
 pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
-    let target = session.load_target(std::slice::from_ref(&args.target), None, args.f32, args.threads)?;
+    session.work(args.computing.device, args.threads, Timing { args, session })
+}
+
+struct Timing<'a> {
+    args: &'a cli::BenchKernels,
+    session: &'a Session,
+}
+
+impl Work for Timing<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        time(self.args, self.session, &kernels)
+    }
+}
+
+fn time<K: Backend>(args: &cli::BenchKernels, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+    let target = session.load_target_on(kernels, std::slice::from_ref(&args.target), None, args.f32)?;
     let context = target.target.config().max_position;
     let mut options = KernelOptions::default();
     // A small model's context may be shorter than what is measured by default.
@@ -151,7 +187,7 @@ pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8,
         &options,
         target.artifact(),
         target.threads as u32,
-        machine(target.target.kernels()),
+        machine(kernels.as_ref()),
         &mut |done, _| session.printer.at(done as u64),
     );
     session.printer.end();

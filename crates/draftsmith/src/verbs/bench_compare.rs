@@ -1,5 +1,7 @@
 //! `draftsmith bench compare`.
 
+use std::sync::Arc;
+
 use draftsmith::Error;
 use draftsmith::bench::compare::{
     CompareReport, CompareRunner, ComparedDraft, SideInfo, compare_markdown, compare_text, compare_workload,
@@ -11,9 +13,10 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{DraftPlan, Engine};
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::{LoadedDraft, engine};
 use draftsmith::formats::atomic;
-use draftsmith::kernels::{Cpu, PackMode};
+use draftsmith::kernels::{Kernels, PackMode};
 use draftsmith::measure::{EngineRunner, busy_times_with, drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
@@ -25,9 +28,9 @@ use crate::printer;
 /// Tokens of the first pass of a side, which is slower and not counted.
 const WARMUP_TOKENS: usize = 16;
 
-struct Sides<'a> {
+struct Sides<'a, K: Kernels> {
     /// One per draft, and one that has none.
-    engines: &'a [Engine<Cpu>],
+    engines: &'a [Engine<K>],
     /// Number of an engine, and its plan.
     sides: &'a [(usize, DraftPlan)],
     stop_ids: Vec<u32>,
@@ -35,7 +38,7 @@ struct Sides<'a> {
     stop: &'a Stop,
 }
 
-impl Sides<'_> {
+impl<K: Kernels> Sides<'_, K> {
     fn run(&self, side: Option<usize>, prompt: &[u32], limit: usize) -> Result<RunOutput, BoxError> {
         let (engine, plan) = side.map_or((self.engines.len() - 1, DraftPlan::None), |s| self.sides[s]);
         let mut runner = EngineRunner {
@@ -56,16 +59,16 @@ impl Sides<'_> {
     }
 }
 
-impl CompareRunner for Sides<'_> {
+impl<K: Kernels> CompareRunner for Sides<'_, K> {
     fn decode(&mut self, side: Option<usize>, prompt: &[u32]) -> Result<RunOutput, BoxError> {
         self.run(side, prompt, self.max_new_tokens)
     }
 }
 
 /// Names for people, none twice: the draft's own, else with its folder, else with a number.
-fn names(drafts: &[LoadedDraft]) -> Vec<String> {
-    let own = |draft: &LoadedDraft| draft.artifact.name.clone();
-    let with_place = |draft: &LoadedDraft| {
+fn names<K: Kernels>(drafts: &[LoadedDraft<K>]) -> Vec<String> {
+    let own = |draft: &LoadedDraft<K>| draft.artifact.name.clone();
+    let with_place = |draft: &LoadedDraft<K>| {
         let place = draft.path.components().rev().take(2).collect::<Vec<_>>();
         let place: Vec<_> = place.iter().rev().map(|c| c.as_os_str().to_string_lossy()).collect();
         format!("{} ({})", draft.artifact.name, place.join("/"))
@@ -88,12 +91,29 @@ fn names(drafts: &[LoadedDraft]) -> Vec<String> {
 
 /// Runs the verb.
 pub(crate) fn run(args: &cli::BenchCompare, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, Comparing { args, session })
+}
+
+struct Comparing<'a> {
+    args: &'a cli::BenchCompare,
+    session: &'a Session,
+}
+
+impl Work for Comparing<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        compare(self.args, self.session, &kernels)
+    }
+}
+
+fn compare<K: Backend>(args: &cli::BenchCompare, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     // Wrong files are told before a model is fetched.
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
     let bundles = args.bundle.iter().map(|dir| DraftSource::Bundle(dir));
     let sources: Vec<DraftSource<'_>> =
         bundles.chain(args.draft_model.iter().map(|reference| DraftSource::Model(reference))).collect();
-    let (target, first) = target_and_draft(sources[0], args.target.as_ref(), args.threads, session)?;
+    let (target, first) = target_and_draft(kernels, sources[0], args.target.as_ref(), session)?;
     let mut drafts = vec![first];
     for source in &sources[1..] {
         drafts.push(session.load_source(*source, &target, PackMode::Q8)?);
@@ -196,10 +216,7 @@ pub(crate) fn run(args: &cli::BenchCompare, session: &Session) -> Result<u8, Fai
         max_new_tokens: args.max_new_tokens as usize,
         threads: target.threads as u32,
         target: target.artifact(),
-        machine: draftsmith::bench::record::Machine {
-            others_busy_share: busy,
-            ..machine(target.target.kernels())
-        },
+        machine: draftsmith::bench::record::Machine { others_busy_share: busy, ..machine(kernels.as_ref()) },
     };
     if let Some(path) = &args.markdown {
         atomic::write(path, compare_markdown(&report)).map_err(Error::from)?;

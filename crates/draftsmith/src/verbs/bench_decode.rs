@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use draftsmith::bench::decode::{DecodeOptions, DecodeRow, Side, SideCosts, Timed, decode_text, run_decode};
@@ -11,8 +12,10 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::engine;
-use draftsmith::kernels::{Cpu, PackMode};
+use draftsmith::formats::run::Device;
+use draftsmith::kernels::{Kernels, PackMode};
 use draftsmith::measure::{
     EngineRunner, TargetPasses, busy_times_with, first_prompt, machine, peak_memory_bytes,
 };
@@ -35,14 +38,14 @@ const STEP_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 const STEP_CONTEXT: usize = 256;
 
 /// Our engine as a side.
-struct Ours<'a> {
-    runner: EngineRunner<'a>,
+struct Ours<'a, K: Kernels> {
+    runner: EngineRunner<'a, K>,
     /// Passes of the target, for plain decoding.
-    passes: Option<TargetPasses>,
+    passes: Option<TargetPasses<K>>,
     load_s: f64,
 }
 
-impl Side for Ours<'_> {
+impl<K: Backend> Side for Ours<'_, K> {
     fn name(&self) -> String {
         match self.runner.plan {
             DraftPlan::None => concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -64,11 +67,13 @@ impl Side for Ours<'_> {
     fn costs(&mut self) -> Result<SideCosts, BoxError> {
         // The draft is in the same process, and read beside the target.
         let is_plain = matches!(self.runner.plan, DraftPlan::None);
-        let bytes = self.runner.engine.target().pass_bytes() as u64;
+        let target = self.runner.engine.target();
+        // The memory of a card is not this process's.
+        let is_host = target.kernels().is_host();
         Ok(SideCosts {
             load_s: is_plain.then_some(self.load_s),
-            peak_memory_bytes: if is_plain { peak_memory_bytes() } else { None },
-            weight_bytes_per_token: is_plain.then_some(bytes),
+            peak_memory_bytes: if is_plain && is_host { peak_memory_bytes() } else { None },
+            weight_bytes_per_token: if is_plain { K::pass_bytes(target) } else { None },
         })
     }
 }
@@ -89,7 +94,11 @@ struct Output<'a> {
 }
 
 /// Time of `new_tokens` for every prompt in one batch.
-fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> Result<Duration, Error> {
+fn batch_time<K: Kernels>(
+    engine: &Engine<K>,
+    prompts: &[Vec<u32>],
+    new_tokens: usize,
+) -> Result<Duration, Error> {
     let mut queue = prompts.iter().cloned().enumerate();
     let began = Instant::now();
     let options = GenerateOptions { max_new_tokens: new_tokens, ..GenerateOptions::default() };
@@ -102,10 +111,33 @@ fn batch_time(engine: &Engine<Cpu>, prompts: &[Vec<u32>], new_tokens: usize) -> 
 }
 
 pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Failure> {
+    if args.computing.device != Device::Cpu && args.peer.is_some() {
+        return Err(Failure::input(
+            format!("`--peer` decodes on the CPU, and `--device {}` on a card", args.computing.device),
+            Some("leave one of them out: sides are compared on the same hardware".to_string()),
+        ));
+    }
+    session.work(args.computing.device, args.threads, Measuring { args, session })
+}
+
+struct Measuring<'a> {
+    args: &'a cli::BenchDecode,
+    session: &'a Session,
+}
+
+impl Work for Measuring<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        measure(self.args, self.session, &kernels)
+    }
+}
+
+fn measure<K: Backend>(args: &cli::BenchDecode, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     let workload = Workload::read(&args.workload, args.limit.map(|l| l as usize)).map_err(Error::from)?;
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
     let sources = target_sources(source, args.target.as_ref())?;
-    let target = session.load_target(&sources, None, false, args.threads)?;
+    let target = session.load_target_on(kernels, &sources, None, false)?;
     let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
     let mut engine = engine(&target, draft.as_ref());
     if draft.is_some() {
@@ -174,7 +206,7 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
             step_context,
             step_rounds: STEP_ROUNDS,
         },
-        (target.artifact(), machine(target.target.kernels()), target.threads as u32),
+        (target.artifact(), machine(kernels.as_ref()), target.threads as u32),
         &mut |done| session.printer.at(done as u64),
     );
     session.printer.end();

@@ -1,13 +1,18 @@
 //! `draftsmith bench identity`: one text per prompt, however it is decoded.
 
+use std::sync::Arc;
+
 use draftsmith::Error;
 use draftsmith::bench::Workload;
+use draftsmith::bench::record::DeviceInfo;
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions};
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::{LoadedTarget, engine};
 use draftsmith::formats::hash::sha256_hex;
-use draftsmith::kernels::{Cpu, PackMode};
+use draftsmith::formats::run::Device;
+use draftsmith::kernels::{Kernels, PackMode};
 use draftsmith::measure::first_prompt;
 use draftsmith::report::{Report, Unit};
 use serde::Serialize;
@@ -74,16 +79,19 @@ struct Output {
     new_tokens: u32,
     target_sha256: String,
     draft_sha256: Option<String>,
+    /// What it was computed on, if not on the processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<DeviceInfo>,
 }
 
-struct Job<'a> {
-    engine: &'a Engine<Cpu>,
+struct Job<'a, K: Kernels> {
+    engine: &'a Engine<K>,
     options: GenerateOptions,
     prompts: &'a [(String, Vec<u32>)],
     session: &'a Session,
 }
 
-impl Job<'_> {
+impl<K: Kernels> Job<'_, K> {
     /// Every prompt's tokens.
     fn one_by_one(&self) -> Result<Vec<Vec<u32>>, Error> {
         let mut all = Vec::new();
@@ -113,7 +121,10 @@ impl Job<'_> {
     }
 }
 
-fn prompts(workloads: &[Workload], target: &LoadedTarget) -> Result<Vec<(String, Vec<u32>)>, Failure> {
+fn prompts<K: Kernels>(
+    workloads: &[Workload],
+    target: &LoadedTarget<K>,
+) -> Result<Vec<(String, Vec<u32>)>, Failure> {
     let mut prompts = Vec::new();
     for workload in workloads {
         for row in &workload.rows {
@@ -123,7 +134,37 @@ fn prompts(workloads: &[Workload], target: &LoadedTarget) -> Result<Vec<(String,
     Ok(prompts)
 }
 
+/// Thread counts where none are given.
+const THREADS: [u32; 2] = [1, 2];
+
 pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Failure> {
+    let threads = match (args.computing.device, args.threads.first()) {
+        (Device::Cpu, None) => Some(THREADS[0]),
+        (_, first) => first.copied(),
+    };
+    session.work(args.computing.device, threads, Comparing { args, session })
+}
+
+struct Comparing<'a> {
+    args: &'a cli::BenchIdentity,
+    session: &'a Session,
+}
+
+impl Work for Comparing<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        compare(self.args, self.session, &kernels)
+    }
+}
+
+fn compare<K: Backend>(args: &cli::BenchIdentity, session: &Session, device: &Arc<K>) -> Result<u8, Failure> {
+    let threads: &[u32] = match (device.is_host(), args.threads.as_slice()) {
+        (true, []) => &THREADS,
+        (true, given) => given,
+        // A card has none to choose.
+        (false, _) => &[1],
+    };
     let sampling: Sampling = sampling(&args.choosing)?;
     let workloads = read_workloads(&args.workload, args.limit)?;
     let mut wanted: Vec<PromptHash> = Vec::new();
@@ -135,9 +176,10 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
     let sources = target_sources(source, args.target.as_ref())?;
     let per_thread_count = 2 * if source.is_some() { WAYS.len() } else { 2 };
-    session.printer.begin("bench identity", Some((args.threads.len() * per_thread_count) as u64), Unit::Rows);
-    for threads in &args.threads {
-        let target = session.load_target(&sources, None, false, Some(*threads))?;
+    session.printer.begin("bench identity", Some((threads.len() * per_thread_count) as u64), Unit::Rows);
+    for threads in threads {
+        let kernels = device.with_threads(*threads as usize);
+        let target = session.load_target_on(&kernels, &sources, None, false)?;
         let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
         let alone = engine(&target, None).with_costs(eager());
         let with_draft = draft.as_ref().map(|draft| engine(&target, Some(draft)).with_costs(eager()));
@@ -155,12 +197,12 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
             };
             let job = Job { engine, options, prompts: &prompts, session };
             for batched in [false, true] {
-                let name = format!(
-                    "{}, {}, {threads} thread{}",
-                    way.name,
-                    if batched { "batch of 8" } else { "alone" },
-                    if *threads == 1 { "" } else { "s" }
-                );
+                let on = match device.device() {
+                    Some(device) => device.name,
+                    None => format!("{threads} thread{}", if *threads == 1 { "" } else { "s" }),
+                };
+                let batch = if batched { "batch of 8" } else { "alone" };
+                let name = format!("{}, {batch}, {on}", way.name);
                 session.printer.detail(&name);
                 let found = if batched { job.batched()? } else { job.one_by_one()? };
                 if session.stop.requested() {
@@ -196,6 +238,7 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         new_tokens: args.new_tokens,
         target_sha256,
         draft_sha256,
+        device: device.device(),
     };
     if let Some(path) = &args.json {
         write_json(path, &output)?;
@@ -217,6 +260,11 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
                 n => format!("{n} DIFFERENCES"),
             }
         ))?;
+        if !K::ROW_EXACT {
+            printer::out(
+                "this device does not promise the same bits for a row alone and among others: an observation\n",
+            )?;
+        }
     }
     Ok(if output.identical { 0 } else { NOT_HELD })
 }

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use draftsmith::bench::BoxError;
 use draftsmith::bench::train::{StepShape, StepTime, Trainer, run_train, train_text};
+use draftsmith::device::Host;
 use draftsmith::engine::default_threads;
-use draftsmith::kernels::Cpu;
 use draftsmith::measure::{machine, peak_memory_bytes};
 use draftsmith::peer::TorchPeer;
 use draftsmith::report::{Report, Unit};
@@ -23,13 +23,13 @@ const LR: f64 = 1e-4;
 
 /// Our trainer as a side: one row of made-up features, every slot trained.
 struct Ours {
-    method: Box<dyn Method<Kernels = Cpu>>,
-    optimizer: AdamW<Cpu>,
+    method: Box<dyn Method<Kernels = Host>>,
+    optimizer: AdamW<Host>,
     pack: Pack,
 }
 
 impl Ours {
-    fn new(shape: StepShape, kernels: Cpu) -> Result<Ours, TrainError> {
+    fn new(shape: StepShape, kernels: Host) -> Result<Ours, TrainError> {
         let shape = MadeUpShape {
             slots: shape.slots,
             hidden: shape.hidden,
@@ -67,7 +67,7 @@ pub(crate) fn run(args: &cli::BenchTrain, session: &Session) -> Result<u8, Failu
         StepShape::smollm2_135m(args.slots as usize, args.draft_vocab as usize, args.ttt_length as usize);
     let threads = args.threads.map_or_else(default_threads, |t| t as usize);
     let python = args.peer_python.clone().unwrap_or_else(|| PathBuf::from("python3"));
-    let kernels = Cpu::new(threads);
+    let kernels = Host::new(threads);
     let machine = machine(&kernels);
     let mut peers = Vec::new();
     for peer in &args.peer {

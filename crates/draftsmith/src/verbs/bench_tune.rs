@@ -1,6 +1,7 @@
 //! `draftsmith bench tune`.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use draftsmith::Error;
@@ -13,9 +14,10 @@ use draftsmith::bundle::{Tuned, TunedDrafting};
 use draftsmith::cli;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::engine;
 use draftsmith::imports::write_tuned;
-use draftsmith::kernels::Cpu;
+use draftsmith::kernels::Kernels;
 use draftsmith::measure::{drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
@@ -36,14 +38,14 @@ const SETTINGS: [DraftPlan; 8] = [
     DraftPlan::Tree { depth: 5, top_k: 4, num_draft_tokens: 16 },
 ];
 
-struct Runner<'a> {
-    engine: &'a Engine<Cpu>,
+struct Runner<'a, K: Kernels> {
+    engine: &'a Engine<K>,
     stop_ids: Vec<u32>,
     max_new_tokens: usize,
     stop: &'a Stop,
 }
 
-impl TuneRunner for Runner<'_> {
+impl<K: Kernels> TuneRunner for Runner<'_, K> {
     fn settings(&self) -> Vec<Drafting> {
         SETTINGS.iter().map(drafting).collect()
     }
@@ -90,6 +92,23 @@ impl TuneRunner for Runner<'_> {
 }
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, Tuning { args, session })
+}
+
+struct Tuning<'a> {
+    args: &'a cli::BenchTune,
+    session: &'a Session,
+}
+
+impl Work for Tuning<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        tune(self.args, self.session, &kernels)
+    }
+}
+
+fn tune<K: Backend>(args: &cli::BenchTune, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     if args.write && !args.sequences.contains(&1) {
         return Err(Failure::input(
             "`--write` keeps the fastest setting for one sequence, and `--sequences` has no 1",
@@ -101,7 +120,7 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
     }
     let workloads = read_workloads(&args.workload, Some(args.limit))?;
     let source = DraftSource::needed(args.bundle.as_ref(), args.draft_model.as_ref());
-    let (target, draft) = target_and_draft(source, args.target.as_ref(), args.threads, session)?;
+    let (target, draft) = target_and_draft(kernels, source, args.target.as_ref(), session)?;
     let engine =
         with_costs(engine(&target, Some(&draft)), &session.places, &target, Some(&draft), &session.printer);
     let mut prompts = Vec::new();
@@ -143,7 +162,7 @@ pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failur
         threads: target.threads as u32,
         target: target.artifact(),
         draft: draft.artifact.clone(),
-        machine: machine(target.target.kernels()),
+        machine: machine(kernels.as_ref()),
         costs: used(&engine, &session.places, &target, Some(&draft)),
     };
     if let Some(path) = &args.json {

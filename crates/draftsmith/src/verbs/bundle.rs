@@ -6,9 +6,9 @@ use draftsmith::bundle::{
     check_with_target,
 };
 use draftsmith::cli::{self, ExportFormat};
+use draftsmith::device::Host;
 use draftsmith::engine::{LoadedTarget, default_threads, locate};
 use draftsmith::imports::{ImportOptions, import_draft, rewrite_card};
-use draftsmith::kernels::Cpu;
 use draftsmith::report::Report;
 use draftsmith::target::gguf_tokenizer;
 use serde_json::json;
@@ -19,7 +19,7 @@ use crate::printer;
 
 pub(crate) fn check(args: &cli::BundleCheck, session: &Session) -> Result<u8, Failure> {
     let report = match &args.target {
-        None => check_alone(&args.dir, &Cpu::new(default_threads())).map_err(Error::from)?,
+        None => check_alone(&args.dir, &Host::new(default_threads())).map_err(Error::from)?,
         Some(reference) => {
             // A folder that is no bundle is told before a model is fetched.
             Manifest::read(&args.dir).map_err(Error::from)?;
@@ -115,7 +115,7 @@ fn warnings(problems: &[Problem]) -> String {
 }
 
 pub(crate) fn verify_export(args: &cli::BundleVerifyExport) -> Result<u8, Failure> {
-    let kernels = Cpu::new(default_threads());
+    let kernels = Host::new(default_threads());
     let report = draftsmith::bundle::verify_export(&args.dir, &args.bundle, &kernels).map_err(Error::from)?;
     tell(&report, args.json)
 }

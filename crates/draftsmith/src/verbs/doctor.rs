@@ -45,7 +45,12 @@ fn page(doctor: &Doctor) -> String {
     row("gpu", if gpus.is_empty() { "none found".to_string() } else { gpus.join("; ") });
     let cuda = &doctor.cuda;
     match (&cuda.driver, &cuda.missing) {
-        (Some(version), _) => row("cuda", format!("driver for CUDA {version} (no stage computes on it yet)")),
+        (Some(version), _) => row(
+            "cuda",
+            format!(
+                "driver for CUDA {version} (`run.device=cuda` and `--device cuda`; nothing was measured on a card yet)"
+            ),
+        ),
         (None, missing) => row("cuda", missing.clone().unwrap_or_else(|| "unknown".to_string())),
     }
     for card in &cuda.cards {

@@ -2,11 +2,14 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
+use draftsmith::bench::record::DeviceInfo;
 use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
+use draftsmith::device::{Backend, Work};
 use draftsmith::engine::{default_plan, draft_plan, engine};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids_at;
@@ -30,6 +33,9 @@ struct Answer {
     #[serde(skip_serializing_if = "Option::is_none")]
     identical: Option<bool>,
     tokens_per_s: Option<f64>,
+    /// What it was computed on, if not on the processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<DeviceInfo>,
 }
 
 pub(crate) fn sampling(args: &cli::Choosing) -> Result<Sampling, Failure> {
@@ -120,6 +126,23 @@ fn read_messages(path: &Path) -> Result<Vec<Message>, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, Generating { args, session })
+}
+
+struct Generating<'a> {
+    args: &'a cli::Generate,
+    session: &'a Session,
+}
+
+impl Work for Generating<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        generate(self.args, self.session, &kernels)
+    }
+}
+
+fn generate<K: Backend>(args: &cli::Generate, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     let sampling = sampling(&args.choosing)?;
     let messages = match (&args.prompt, &args.messages) {
         (Some(prompt), _) => Some(vec![Message::new("user", prompt.as_str())]),
@@ -129,7 +152,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
     let mode = if args.f32 { PackMode::F32 } else { PackMode::Q8 };
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
     let sources = target_sources(source, args.target.as_ref())?;
-    let target = session.load_target(&sources, None, args.f32, args.threads)?;
+    let target = session.load_target_on(kernels, &sources, None, args.f32)?;
     let draft = source.map(|source| session.load_source(source, &target, mode)).transpose()?;
     let prompt = match (&messages, &args.prompt_ids) {
         (Some(messages), _) => prompt_ids_at(&target.text, messages, Some(today()))?,
@@ -226,6 +249,7 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
             accept_len,
             identical,
             tokens_per_s,
+            device: kernels.device(),
         })?;
     } else {
         let mut line = format!("{} tokens", done.token_ids.len());
@@ -236,7 +260,12 @@ pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure
             line.push_str(&format!(", accept length {accept_len:.2}"));
         }
         match identical {
-            Some(true) => line.push_str(", equal to target-only decoding token for token"),
+            Some(true) => line.push_str(match K::ROW_EXACT {
+                true => ", equal to target-only decoding token for token",
+                false => {
+                    ", equal to target-only decoding token for token here; this device does not promise it"
+                }
+            }),
             Some(false) => line.push_str(", DIFFERENT from target-only decoding"),
             None => {}
         }

@@ -32,10 +32,12 @@ use std::time::Duration;
 
 use draftsmith::Error;
 use draftsmith::cli::{BundleVerb, Cli, DataVerb, Verb};
+use draftsmith::device::{Around, Backend, Compute, Host, Work};
 use draftsmith::engine::{
     LoadedDraft, LoadedTarget, TargetOptions, default_threads, load_draft, load_small, target_references,
     weights_warning,
 };
+use draftsmith::formats::run::Device;
 use draftsmith::kernels::PackMode;
 use draftsmith::model::Precision;
 use draftsmith::pull::Places;
@@ -160,7 +162,26 @@ impl Session {
         ended
     }
 
-    /// Locates and loads a target, with its weights as stored or as 32-bit floats.
+    /// Does work on the device of `--device`.
+    ///
+    /// # Errors
+    /// A device that is not there or does not decode, threads beside one that has none, and what the work ends with.
+    pub(crate) fn work<W>(&self, device: Device, threads: Option<u32>, work: W) -> Result<u8, Failure>
+    where
+        W: Work<Done = Result<u8, Failure>>,
+    {
+        if device != Device::Cpu && threads.is_some() {
+            return Err(Failure::input(
+                format!("`--threads` counts threads of the CPU, and `--device {device}` computes on a card"),
+                Some("leave one of them out".to_string()),
+            ));
+        }
+        let around = Around { variable, python: &self.places.python, report: &self.printer };
+        let compute = Compute::for_decoding(device, around)?;
+        compute.work(threads.map_or_else(default_threads, |t| t as usize), work)?
+    }
+
+    /// Locates and loads a target on this machine's own kernels, with its weights as stored or as 32-bit floats.
     pub(crate) fn load_target(
         &self,
         sources: &[String],
@@ -168,23 +189,37 @@ impl Session {
         f32: bool,
         threads: Option<u32>,
     ) -> Result<LoadedTarget, Error> {
+        let threads = threads.map_or_else(default_threads, |t| t as usize);
+        self.load_target_on(&Arc::new(Host::new(threads)), sources, sha256, f32)
+    }
+
+    /// The same on the kernels of a device.
+    pub(crate) fn load_target_on<K: Backend>(
+        &self,
+        kernels: &Arc<K>,
+        sources: &[String],
+        sha256: Option<&str>,
+        f32: bool,
+    ) -> Result<LoadedTarget<K>, Error> {
         let options = TargetOptions {
             sources,
             sha256,
             precision: if f32 { Precision::F32 } else { Precision::Stored },
-            threads: threads.map_or_else(default_threads, |t| t as usize),
+            threads: kernels.threads(),
             template: None,
         };
-        LoadedTarget::load(&options, &self.places, &self.printer, &self.stop)
+        let target = LoadedTarget::load_on(kernels, &options, &self.places, &self.printer, &self.stop)?;
+        kernels.notes().iter().for_each(|note| self.printer.note(note));
+        Ok(target)
     }
 
     /// Loads a draft beside its target, and says so where these are not the weights that it was trained beside.
-    pub(crate) fn load_draft(
+    pub(crate) fn load_draft<K: Backend>(
         &self,
         dir: &Path,
-        target: &LoadedTarget,
+        target: &LoadedTarget<K>,
         mode: PackMode,
-    ) -> Result<LoadedDraft, Error> {
+    ) -> Result<LoadedDraft<K>, Error> {
         let draft = load_draft(dir, target, mode)?;
         if let Some(warning) = weights_warning(&draft, target) {
             self.printer.note(&warning);
@@ -193,18 +228,20 @@ impl Session {
     }
 
     /// Loads a draft from wherever it comes; `mode` is how a bundle is packed, a model runs as the target does.
-    pub(crate) fn load_source(
+    pub(crate) fn load_source<K: Backend>(
         &self,
         source: DraftSource<'_>,
-        target: &LoadedTarget,
+        target: &LoadedTarget<K>,
         mode: PackMode,
-    ) -> Result<LoadedDraft, Error> {
-        match source {
+    ) -> Result<LoadedDraft<K>, Error> {
+        let draft = match source {
             DraftSource::Bundle(dir) => self.load_draft(dir, target, mode),
             DraftSource::Model(reference) => {
                 load_small(reference, target, &self.places, &self.printer, &self.stop)
             }
-        }
+        }?;
+        target.target.kernels().notes().iter().for_each(|note| self.printer.note(note));
+        Ok(draft)
     }
 }
 
@@ -231,14 +268,14 @@ impl DraftSource<'_> {
 }
 
 /// Loads a draft and its target: the one named, or the sources that a bundle remembers.
-pub(crate) fn target_and_draft(
+pub(crate) fn target_and_draft<K: Backend>(
+    kernels: &Arc<K>,
     source: DraftSource<'_>,
     target: Option<&String>,
-    thread_count: Option<u32>,
     session: &Session,
-) -> Result<(LoadedTarget, LoadedDraft), Failure> {
+) -> Result<(LoadedTarget<K>, LoadedDraft<K>), Failure> {
     let sources = target_sources(Some(source), target)?;
-    let target = session.load_target(&sources, None, false, thread_count)?;
+    let target = session.load_target_on(kernels, &sources, None, false)?;
     let draft = session.load_source(source, &target, PackMode::Q8)?;
     Ok((target, draft))
 }

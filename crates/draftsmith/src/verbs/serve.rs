@@ -13,13 +13,14 @@ use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::decode::DraftPlan;
+use draftsmith::device::{Backend, Work};
 use draftsmith::disk::human;
 use draftsmith::doctor::memory_bytes;
 use draftsmith::engine::{
     LoadedDraft, LoadedTarget, SMALL, bundle_place, default_plan, engine, load_draft, load_small, locate,
     target_references, weight_bytes,
 };
-use draftsmith::kernels::PackMode;
+use draftsmith::kernels::{Kernels, PackMode, catch_failure};
 use draftsmith::pull::Places;
 use draftsmith::report::{Report, Silent, Stop};
 use draftsmith::serve::{
@@ -41,8 +42,8 @@ use crate::printer;
 const POLL: Duration = Duration::from_millis(50);
 
 /// Reads drafts for the target that is being served.
-struct Bundles {
-    target: LoadedTarget,
+struct Bundles<K: Kernels> {
+    target: LoadedTarget<K>,
     places: Places,
     stop: Stop,
     /// Where bundles of the catalogue may lie.
@@ -51,10 +52,17 @@ struct Bundles {
     small: Option<PathBuf>,
 }
 
-impl Drafts for Bundles {
-    fn load(&self, bundle: &Path) -> Result<Loaded, Refused> {
+impl<K: Backend> Drafts<K> for Bundles<K> {
+    fn load(&self, bundle: &Path) -> Result<Loaded<K>, Refused> {
+        let read = catch_failure(|| self.read(bundle));
+        read.unwrap_or_else(|failure| Err(Refused { message: failure.message, hint: Some(failure.hint) }))
+    }
+}
+
+impl<K: Backend> Bundles<K> {
+    fn read(&self, bundle: &Path) -> Result<Loaded<K>, Refused> {
         let refused = |error: Error| Refused { message: error.to_string(), hint: error.hint() };
-        let joined = |draft: LoadedDraft| {
+        let joined = |draft: LoadedDraft<K>| {
             let engine = engine(&self.target, Some(&draft));
             let engine = with_kept_costs(engine, &self.places, &self.target, &draft);
             Ok(Loaded { info: info(&draft), engine })
@@ -79,7 +87,7 @@ impl Drafts for Bundles {
     }
 }
 
-fn info(draft: &LoadedDraft) -> DraftInfo {
+fn info<K: Kernels>(draft: &LoadedDraft<K>) -> DraftInfo {
     DraftInfo {
         name: draft.artifact.name.clone(),
         kind: draft.artifact.kind.clone(),
@@ -147,7 +155,7 @@ fn origins(args: &cli::Serve) -> Result<Vec<Origin>, Failure> {
 }
 
 /// The shortest sequence: what the template makes of the shortest message, or one token, and one token of an answer.
-fn shortest(target: &LoadedTarget) -> usize {
+fn shortest<K: Kernels>(target: &LoadedTarget<K>) -> usize {
     let messages = [Message::new("user", "a")];
     let options = RenderOptions::default().with_generation_prompt(true);
     let text = target.text.template.as_ref().and_then(|template| template.render(&messages, &options).ok());
@@ -156,9 +164,9 @@ fn shortest(target: &LoadedTarget) -> usize {
 }
 
 /// Cache slots of `--kv-budget`, each of `token_bytes`, beside `waiting_bytes` that a draft may hold.
-fn cache_slots(
+fn cache_slots<K: Backend>(
     args: &cli::Serve,
-    target: &LoadedTarget,
+    target: &LoadedTarget<K>,
     token_bytes: usize,
     waiting_bytes: usize,
 ) -> Result<usize, Failure> {
@@ -328,24 +336,24 @@ fn options(args: &cli::Serve, log: Log) -> Result<Options, Failure> {
     })
 }
 
-fn load(args: &cli::Serve, session: &Session) -> Result<Model, Failure> {
+fn load<K: Backend>(args: &cli::Serve, session: &Session, kernels: &Arc<K>) -> Result<Model<K>, Failure> {
     let source = DraftSource::of(args.bundle.as_ref(), args.draft_model.as_ref());
     let sources = match source {
         Some(_) => target_sources(source, args.target.as_ref())?,
         None => args.target.iter().cloned().collect(),
     };
-    load_model(args, source, &sources, args.model_name.clone(), session)
+    load_model(args, source, &sources, args.model_name.clone(), (session, kernels))
 }
 
 /// Loads a target and its draft; without a name the model has that of the target.
-fn load_model(
+fn load_model<K: Backend>(
     args: &cli::Serve,
     source: Option<DraftSource<'_>>,
     sources: &[String],
     name: Option<String>,
-    session: &Session,
-) -> Result<Model, Failure> {
-    let target = session.load_target(sources, None, false, args.threads)?;
+    (session, kernels): (&Session, &Arc<K>),
+) -> Result<Model<K>, Failure> {
+    let target = session.load_target_on(kernels, sources, None, false)?;
     let draft = source.map(|source| session.load_source(source, &target, PackMode::Q8)).transpose()?;
     let config = target.target.config();
     let engine = engine(&target, draft.as_ref());
@@ -354,6 +362,7 @@ fn load_model(
     // Features that wait for the draft, where every sequence holds as many as it may.
     let waiting_bytes = args.max_running as usize * engine.draft_bytes_per_sequence();
     let cache_slots = cache_slots(args, &target, token_bytes, waiting_bytes)?;
+    kernels.room((cache_slots * token_bytes + waiting_bytes) as u64)?;
     let engine = with_costs(engine, &session.places, &target, draft.as_ref(), &session.printer);
     Ok(Model {
         name: name.unwrap_or_else(|| target.name()),
@@ -379,9 +388,10 @@ const MEMORY_SHARE: f64 = 0.8;
 const PACKED_SHARE: f64 = 1.03;
 
 /// Several models by name, loaded when the server asks for them.
-struct Several<'a> {
+struct Several<'a, K: Backend> {
     args: &'a cli::Serve,
     session: &'a Session,
+    kernels: &'a Arc<K>,
 }
 
 /// Where one of them comes from.
@@ -392,7 +402,7 @@ struct Place {
     sources: Vec<String>,
 }
 
-impl Several<'_> {
+impl<K: Backend> Several<'_, K> {
     fn place(&self, name: &str) -> Result<Place, Failure> {
         let model = self.args.models.iter().find(|model| model.name == name);
         let model = model.ok_or_else(|| Failure::input(format!("no model is called `{name}`"), None))?;
@@ -439,16 +449,17 @@ fn refused(failure: &Failure) -> Refused {
     Refused { message, hint }
 }
 
-impl Models for Several<'_> {
+impl<K: Backend> Models<K> for Several<'_, K> {
     fn bytes(&mut self, name: &str) -> Result<u64, Refused> {
         self.estimate(name).map_err(|failure| refused(&failure))
     }
 
-    fn load(&mut self, name: &str) -> Result<Model, Refused> {
+    fn load(&mut self, name: &str) -> Result<Model<K>, Refused> {
         let named = Some(name.to_owned());
         let loaded = self.place(name).and_then(|place| {
             let source = place.bundle.as_deref().map(DraftSource::Bundle);
-            load_model(self.args, source, &place.sources, named, self.session)
+            let load = || load_model(self.args, source, &place.sources, named, (self.session, self.kernels));
+            catch_failure(load).map_err(Error::from)?
         });
         loaded.map_err(|failure| refused(&failure))
     }
@@ -476,8 +487,9 @@ fn check_models(args: &cli::Serve, note: &dyn Fn(&str)) -> Result<(), Failure> {
 }
 
 /// Bytes that several models may take together.
-fn memory(args: &cli::Serve) -> Result<u64, Failure> {
-    let share = || memory_bytes().map(|bytes| (bytes as f64 * MEMORY_SHARE) as u64);
+fn memory<K: Backend>(args: &cli::Serve, kernels: &K) -> Result<u64, Failure> {
+    let all = || if kernels.is_host() { memory_bytes() } else { kernels.memory() };
+    let share = || all().map(|bytes| (bytes as f64 * MEMORY_SHARE) as u64);
     args.memory.map(|memory| memory.0).or_else(share).ok_or_else(|| {
         let hint = "give `--memory`, in GiB: what the models may take together";
         Failure::input("the system does not say how much memory there is", Some(hint.to_string()))
@@ -485,6 +497,23 @@ fn memory(args: &cli::Serve) -> Result<u64, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, Serving { args, session })
+}
+
+struct Serving<'a> {
+    args: &'a cli::Serve,
+    session: &'a Session,
+}
+
+impl Work for Serving<'_> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        serve(self.args, self.session, &kernels)
+    }
+}
+
+fn serve<K: Backend>(args: &cli::Serve, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     let log = log_to_stderr(args.log_json);
     let note = |line: &str| match args.log_json {
         true => log(line),
@@ -492,18 +521,19 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
     };
     failure::outlive_panics();
     if !args.models.is_empty() {
-        return run_several(args, session, &log, &note);
+        return serve_several(args, (session, kernels), &log, &note);
     }
     let mut server = Server::start(options(args, Arc::clone(&log))?)?;
     let url = format!("http://{}", server.address());
     note(&format!("listening at {url}, loading the model"));
-    let model = load(args, session)?;
-    let ready = json!({
+    let model = load(args, session, kernels)?;
+    let mut ready = json!({
         "url": url,
         "model": model.name,
         "draft": model.draft.as_ref().map(|draft| draft.name.clone()),
         "cache_tokens": model.cache_slots,
     });
+    name_device(&mut ready, kernels.as_ref());
     server.open(model)?;
     note(&format!("ready: {ready}"));
     if args.json {
@@ -521,20 +551,33 @@ pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
     Ok(0)
 }
 
+/// Adds what is computed on, if not on the processor.
+fn name_device<K: Backend>(ready: &mut Value, kernels: &K) {
+    if let Some(device) = kernels.device() {
+        ready["device"] = json!(device);
+    }
+}
+
 /// Several models in one process.
-fn run_several(args: &cli::Serve, session: &Session, log: &Log, note: &dyn Fn(&str)) -> Result<u8, Failure> {
-    let memory = memory(args)?;
+fn serve_several<K: Backend>(
+    args: &cli::Serve,
+    (session, kernels): (&Session, &Arc<K>),
+    log: &Log,
+    note: &dyn Fn(&str),
+) -> Result<u8, Failure> {
+    let memory = memory(args, kernels.as_ref())?;
     check_models(args, note)?;
     let mut server = Server::start(options(args, Arc::clone(log))?)?;
     let names: Vec<String> = args.models.iter().map(|model| model.name.clone()).collect();
     let url = format!("http://{}", server.address());
-    let ready = json!({"url": url, "models": names, "memory_bytes": memory});
+    let mut ready = json!({"url": url, "models": names, "memory_bytes": memory});
+    name_device(&mut ready, kernels.as_ref());
     server.open_fleet(names, memory);
     note(&format!("ready: {ready}"));
     if args.json {
         printer::json(&ready)?;
     }
-    let mut models = Several { args, session };
+    let mut models = Several { args, session, kernels };
     while !session.stop.requested() {
         if session.reload.swap(false, Ordering::SeqCst) {
             server.reload();

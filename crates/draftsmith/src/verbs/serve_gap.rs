@@ -1,11 +1,14 @@
 //! `draftsmith doctor serve-gap`.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use draftsmith::Error;
 use draftsmith::bench::Workload;
 use draftsmith::capture::{RegenerateError, knock};
 use draftsmith::cli;
+use draftsmith::device::Host;
+use draftsmith::engine::default_threads;
 use draftsmith::formats::run::ServerTable;
 use draftsmith::serve_gap::{Accepted, Gap, Replay, replay};
 use draftsmith::server::server_key;
@@ -30,8 +33,10 @@ pub(crate) fn run(args: &cli::ServeGap, session: &Session) -> Result<u8, Failure
         .collect();
     let (target, draft) = match (&args.bundle, &args.target) {
         (Some(bundle), target) => {
+            let threads = args.threads.map_or_else(default_threads, |t| t as usize);
+            let kernels = Arc::new(Host::new(threads));
             let (target, draft) =
-                target_and_draft(DraftSource::Bundle(bundle), target.as_ref(), args.threads, session)?;
+                target_and_draft(&kernels, DraftSource::Bundle(bundle), target.as_ref(), session)?;
             (target, Some(draft))
         }
         // Clap made sure that one of them is there.

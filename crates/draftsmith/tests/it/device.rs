@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::Home;
+use crate::support::{Home, repository};
 
 /// `draftsmith VERB` on the smoke recipe, cut down to seconds.
 fn stage(home: &Home, verb: &str, dir: &Path, more: &[&str]) -> (Option<i32>, String) {
@@ -65,6 +65,97 @@ fn cuda_is_understood_and_refused_before_anything_is_written() {
         );
         assert!(stderr.contains("hint: "), "{stderr}");
     }
+}
+
+/// Every command that decodes, with the arguments that it needs before `--device`.
+fn decoding(home: &Home) -> Vec<Vec<String>> {
+    let tiny = repository().join("fixtures/tiny-target").display().to_string();
+    let draft = repository().join("fixtures/tiny-drafts/eagle3").display().to_string();
+    let rows = home.write("rows.jsonl", r#"{"id": "a", "turns": ["Hi."]}"#).display().to_string();
+    let with = |verb: &[&str], more: &[&str]| {
+        [verb, &["--target", &tiny], more].concat().into_iter().map(str::to_owned).collect()
+    };
+    let measured = ["--bundle", &draft, "--workload", &rows];
+    vec![
+        with(&["generate"], &["--prompt", "Hi."]),
+        with(&["bench"], &measured),
+        with(&["bench", "kernels"], &[]),
+        with(&["bench", "decode"], &measured),
+        with(&["bench", "identity"], &measured),
+        with(&["bench", "tune"], &measured),
+        with(&["bench", "compare"], &measured),
+        with(&["serve", "--port", "0"], &[]),
+    ]
+}
+
+/// `error:` and `hint:` of a command on a device.
+#[track_caller]
+fn refused(home: &Home, command: &[String], more: &[&str]) -> (String, String) {
+    let args: Vec<&str> = command.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    let ended = home.run(&args);
+    assert_eq!(ended.code, Some(2), "{args:?}: {}{}", ended.stdout, ended.stderr);
+    assert_eq!(ended.stdout, "", "{args:?}");
+    let lines: Vec<&str> = ended.stderr.lines().collect();
+    match lines.as_slice() {
+        [.., error, hint] => {
+            let part = |line: &str, word: &str| line.strip_prefix(word).map(str::to_owned);
+            let both = part(error, "error: ").zip(part(hint, "hint: "));
+            both.unwrap_or_else(|| panic!("{args:?}: {}", ended.stderr))
+        }
+        _ => panic!("{args:?}: {}", ended.stderr),
+    }
+}
+
+#[test]
+fn decoding_on_a_card_that_is_not_there_is_refused_and_never_done_elsewhere() {
+    let home = Home::new();
+    for command in decoding(&home) {
+        // (Where tests run on a machine with a card, it has not so many.)
+        let (error, hint) = refused(&home, &command, &["--device", "cuda:4321"]);
+        let no_driver = error.starts_with("no NVIDIA driver was found: ");
+        assert!(no_driver || error.contains("there is no device `cuda:4321`"), "{error}");
+        assert!(hint.contains("--device") && !hint.contains("run.device"), "{hint}");
+        if no_driver {
+            assert!(
+                hint.starts_with("install NVIDIA's driver") && hint.ends_with("the CPU decodes"),
+                "{hint}"
+            );
+        }
+        for (written, wanted) in [
+            ("gpu", "`--device gpu` answers, captures and trains (`run.device`)"),
+            ("gpu:flex", "`--device gpu:flex` answers, captures and trains"),
+            ("tpu", "expected `cpu`, `cuda` or `cuda:N`"),
+            ("CUDA", "expected `cpu`, `cuda` or `cuda:N`"),
+            ("", "'--device <DEVICE>'"),
+            ("cuda:x", "`cuda:x` has no number of a device: expected `cuda` or `cuda:N`"),
+            ("cuda:", "`cuda:` has no number of a device"),
+            ("cuda:-1", "`cuda:-1` has no number of a device"),
+            ("cuda:99999999999", "`cuda:99999999999` has no number of a device"),
+        ] {
+            let (error, _) = refused(&home, &command, &["--device", written]);
+            assert!(error.contains(wanted), "{written}: {error}");
+        }
+        // What the CPU alone has is not passed over in silence.
+        let (error, hint) = refused(&home, &command, &["--device", "cuda", "--threads", "2"]);
+        assert!(error.contains("`--threads` counts threads of the CPU"), "{error}");
+        assert!(hint.contains("leave one of them out"), "{hint}");
+    }
+    let decode = &decoding(&home)[3];
+    let (error, _) = refused(&home, decode, &["--device", "cuda", "--peer", "llama-cpp-python"]);
+    assert!(error.contains("`--peer` decodes on the CPU"), "{error}");
+}
+
+#[test]
+fn the_device_that_is_there_by_default_can_be_named() {
+    let home = Home::new();
+    let command = &decoding(&home)[0];
+    let args: Vec<&str> = command.iter().map(String::as_str).collect();
+    let more = ["--max-new-tokens", "6", "--json"];
+    let plain = home.run(&[args.as_slice(), &more].concat()).json();
+    let named = home.run(&[args.as_slice(), &more, &["--device", "cpu", "--threads", "2"]].concat()).json();
+    assert_eq!(plain["token_ids"], named["token_ids"]);
+    // Nothing is added where nothing is asked for.
+    assert!(plain.get("device").is_none() && named.get("device").is_none(), "{named}");
 }
 
 #[cfg(not(feature = "gpu-flex"))]
@@ -136,9 +227,10 @@ mod flex {
 /// The kernels for NVIDIA GPUs on the host.
 #[cfg(feature = "cuda-shim")]
 mod shim {
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::serve::Served;
 
     const SMALL: [&str; 5] = [
         "data.sources.0.max_rows=6",
@@ -202,5 +294,122 @@ mod shim {
                 assert!((found - wanted).abs() < 3e-2 * wanted, "{mode}: {found:?}, not {cpu:?}");
             }
         }
+    }
+    fn fixture(name: &str) -> String {
+        repository().join("fixtures").join(name).display().to_string()
+    }
+
+    /// `generate` of a few tokens with these arguments.
+    fn generate(home: &Home, more: &[&str]) -> Value {
+        let tiny = fixture("tiny-target");
+        let prompt = ["generate", "--target", &tiny, "--prompt", "Calculate 22 + 20.", "--json"];
+        home.run(&[&prompt, more].concat()).json()
+    }
+
+    #[test]
+    fn answers_with_drafts_on_the_kernels_for_cuda_are_those_without_and_those_of_the_cpu() {
+        let home = home();
+        let cuda = ["--device", "cuda", "--max-new-tokens", "6"];
+        // Nothing is rounded there, so it is the text of the CPU too.
+        let cpu = generate(&home, &["--f32", "--max-new-tokens", "6"]);
+        let plain = generate(&home, &[&cuda[..], &["--f32"]].concat());
+        assert_eq!(plain["token_ids"], cpu["token_ids"]);
+        let device = &plain["device"];
+        assert_eq!((&device["name"], &device["row_exact"]), (&json!("cuda"), &json!(true)), "{device}");
+        for key in ["card", "driver", "capability"] {
+            assert!(device[key].is_string(), "{device}");
+        }
+        let chain = fixture("tiny-drafts/eagle3");
+        let block = fixture("tiny-drafts/dspark");
+        let sampled = ["--temperature", "0.8", "--top-p", "0.95", "--seed", "3"];
+        let mut drafted = 0.0;
+        for (bundle, shape) in [
+            (&chain, &["--depth", "3"][..]),
+            (&chain, &["--depth", "3", "--tree-top-k", "3", "--tree-nodes", "7"]),
+            (&block, &["--depth", "4"]),
+        ] {
+            for sampling in [&[][..], &sampled] {
+                let more = [&cuda[..], shape, sampling, &["--bundle", bundle, "--prove"]].concat();
+                let answer = generate(&home, &more);
+                assert_eq!(answer["identical"], true, "{more:?}");
+                let alone = generate(&home, &[&cuda[..], sampling].concat());
+                assert_eq!(answer["token_ids"], alone["token_ids"], "{more:?}");
+                drafted += answer["accept_len"].as_f64().unwrap() - 1.0;
+            }
+        }
+        assert!(drafted > 1.0, "the drafts were asked, and some of what they said was kept: {drafted}");
+        // The target drafts for itself, on the same card.
+        let tiny = fixture("tiny-target");
+        let own = [&cuda[..], &["--draft-model", &tiny, "--depth", "2", "--prove"]].concat();
+        let own = generate(&home, &own);
+        assert_eq!(
+            (&own["identical"], own["accept_len"].as_f64() > Some(2.0)),
+            (&json!(true), true),
+            "{own}"
+        );
+    }
+
+    #[test]
+    fn texts_on_the_kernels_for_cuda_do_not_depend_on_draft_and_batch() {
+        let home = home();
+        let (tiny, draft) = (fixture("tiny-target"), fixture("tiny-drafts/eagle3"));
+        let rows = home.write(
+            "rows.jsonl",
+            "{\"id\": \"a\", \"turns\": [\"Hi.\"]}\n{\"id\": \"b\", \"turns\": [\"Calculate 2 + 2.\"]}",
+        );
+        let rows = rows.display().to_string();
+        let own = ["--target", &tiny, "--bundle", &draft, "--workload", &rows, "--device", "cuda"];
+        let more = ["--new-tokens", "4", "--temperature", "0.7", "--json"];
+        let found = home.run(&[&["bench", "identity"][..], &own, &more].concat()).json();
+        assert_eq!(found["identical"], true, "{}", found["differences"]);
+        let ways = found["ways"].as_array().unwrap();
+        assert_eq!(ways.len(), 12, "{ways:?}");
+        assert!(ways.iter().all(|way| way.as_str().unwrap().ends_with(", cuda")), "{ways:?}");
+        assert_eq!(found["device"]["row_exact"], true, "{found}");
+        // The record names what it was measured on.
+        let more = ["--depth", "2", "--max-new-tokens", "3", "--limit", "1", "--report", "report", "--json"];
+        let contract = home.run(&[&["bench"][..], &own, &more].concat()).json();
+        assert_eq!(contract["identical"], true, "{contract}");
+        assert_eq!(contract["machine"]["device"]["name"], "cuda", "{contract}");
+        let record = std::fs::read_to_string(home.path().join("report/rows.json")).unwrap();
+        let record: Value = serde_json::from_str(&record).unwrap();
+        assert_eq!(record["machine"]["device"], contract["machine"]["device"]);
+        let page = std::fs::read_to_string(home.path().join("report/report.html")).unwrap();
+        assert!(page.contains("computed on"), "the page says so");
+    }
+
+    #[test]
+    fn a_server_on_the_kernels_for_cuda_answers_as_generate_does() {
+        let home = home();
+        let draft = fixture("tiny-drafts/eagle3");
+        let wanted = generate(&home, &["--device", "cuda", "--max-new-tokens", "6"]);
+        let served = Served::start(home, &["--device", "cuda", "--bundle", &draft, "--depth", "2"]);
+        let ask = json!({
+            "messages": [{"role": "user", "content": "Calculate 22 + 20."}], "max_tokens": 6, "temperature": 0,
+        });
+        assert_eq!(served.text_of(&ask), wanted["text"].as_str().unwrap());
+        // Another draft, while it serves; its probe runs on the device.
+        let other = json!({"bundle": fixture("tiny-drafts/p-eagle")});
+        let (status, answer) = served.post("/admin/draft", &other);
+        assert_eq!((status, &answer["outcome"]), (200, &json!("switched")), "{answer}");
+        assert_eq!(served.text_of(&ask), wanted["text"].as_str().unwrap());
+    }
+
+    #[test]
+    fn too_little_memory_is_one_error_that_names_the_numbers() {
+        let mut home = home();
+        home.set("DRAFTSMITH_CUDA_SHIM_BYTES", 300_000);
+        let command = &decoding(&home)[0];
+        let (error, hint) = refused(&home, command, &["--device", "cuda"]);
+        assert!(
+            error.contains("of memory were asked for on the GPU, ") && error.contains("are free"),
+            "{error}"
+        );
+        assert!(hint.contains("serve --kv-budget") && !hint.contains("run."), "{hint}");
+        // The target has room, what the server was to keep has not.
+        home.set("DRAFTSMITH_CUDA_SHIM_BYTES", 64 << 20);
+        let command = &decoding(&home)[7];
+        let (error, _) = refused(&home, command, &["--device", "cuda", "--kv-budget", "1GiB"]);
+        assert!(error.contains("1.0 GiB of memory were asked for") || error.contains("1023."), "{error}");
     }
 }

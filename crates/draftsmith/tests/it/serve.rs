@@ -59,8 +59,11 @@ impl Served {
     /// A server of whatever the arguments name.
     pub(crate) fn start_as(home: Home, what: &[&str]) -> Served {
         let log = std::fs::File::create(home.path().join("log")).unwrap();
+        // A card has no threads to choose.
+        let threads: &[&str] = if what.contains(&"--device") { &[] } else { &["--threads", "1"] };
         let mut child = home
-            .command(&["serve", "--port", "0", "--threads", "1", "--json"])
+            .command(&["serve", "--port", "0", "--json"])
+            .args(threads)
             .args(what)
             .stdout(std::process::Stdio::piped())
             .stderr(log)

@@ -129,8 +129,7 @@ pub enum Device {
     Gpu,
     /// The GPU's code on the CPU, slow: for tests of it.
     GpuFlex,
-    /// An NVIDIA GPU by CUDA's number. It is understood; builds that were not made for a trial refuse it: nothing of it has run
-    /// on a GPU.
+    /// An NVIDIA GPU by CUDA's number. Nothing of it has run on a GPU.
     Cuda(u32),
 }
 

@@ -146,6 +146,7 @@ impl Memory for Cpu {
 impl Kernels for Cpu {
     type Packed = PackedWeight;
     type Kv = KvLayer;
+    const ROW_EXACT: bool = true;
 
     fn pack(&self, name: &str, weight: &WeightView<'_>, mode: PackMode) -> Result<PackedWeight, KernelError> {
         PackedWeight::pack(&self.pool, name, weight, mode)

@@ -7,12 +7,13 @@ use std::sync::Arc;
 
 use draftsmith_core::Sampling;
 use draftsmith_decode::{Ask, Committed, Drafter, DrafterSession, Features, Node};
-use draftsmith_kernels::{Cpu, Memory};
+use draftsmith_kernels::Memory;
 use draftsmith_model::{Infer, Rows, StepOutput, Target};
 use serde::Serialize;
 
 use super::setting::{Copies, Feed, Setting};
 use super::texts::{Text, Texts};
+use crate::host::Host;
 
 /// Positions that are taken for one draw: what stands side by side in a text is alike.
 const CLUSTER: usize = 8;
@@ -60,8 +61,8 @@ pub struct Measure {
 /// A sequence under way.
 struct Asked<'a> {
     text: &'a Text,
-    output: StepOutput<<Cpu as Memory>::Buf>,
-    session: Box<dyn DrafterSession<Cpu>>,
+    output: StepOutput<<Host as Memory>::Buf>,
+    session: Box<dyn DrafterSession<Host>>,
     fed: usize,
 }
 
@@ -71,7 +72,7 @@ struct Asked<'a> {
 /// What of it does not fit the target, as a sentence.
 pub fn score(
     setting: &Setting,
-    target: &Target<Cpu>,
+    target: &Target<Host>,
     copies: &Copies,
     texts: &Texts,
     depth: usize,
@@ -107,10 +108,10 @@ pub fn score(
 /// A text's states as this setting reads them.
 fn output(
     setting: &Setting,
-    target: &Target<Cpu>,
+    target: &Target<Host>,
     width: usize,
     text: &Text,
-) -> Result<StepOutput<<Cpu as Memory>::Buf>, String> {
+) -> Result<StepOutput<<Host as Memory>::Buf>, String> {
     let ops = Infer::new(target.kernels().as_ref());
     let hidden = setting
         .taps
@@ -136,7 +137,7 @@ fn output(
 /// Hands over what is known at a position of each text and counts how many proposed tokens are the text's.
 fn propose(
     feed: Feed,
-    drafter: &dyn Drafter<Cpu>,
+    drafter: &dyn Drafter<Host>,
     open: &mut [(usize, &mut Asked<'_>)],
     at: usize,
     depth: usize,
@@ -159,7 +160,7 @@ fn propose(
         Feed::OwnToken => 1,
     };
     let texts: Vec<&Text> = open.iter().map(|(_, one)| one.text).collect();
-    let mut asks: Vec<Ask<'_, Cpu>> = open
+    let mut asks: Vec<Ask<'_, Host>> = open
         .iter_mut()
         .map(|(_, one)| {
             let known = one.text.prompt + 1 + at;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use draftsmith_core::VocabMap;
 use draftsmith_decode::{Borrowed, Drafter, drafter_with};
-use draftsmith_kernels::{Cpu, Kernels, PackMode, WeightView};
+use draftsmith_kernels::{Kernels, PackMode, WeightView};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Infer, Linear, Ops, Target};
 
 use super::texts::Tap;
+use crate::host::Host;
 
 /// How states and tokens are put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +82,7 @@ pub struct Copies {
     pub head: Option<Vec<f32>>,
 }
 
-type Matrix = Arc<Linear<<Cpu as Kernels>::Packed>>;
+type Matrix = Arc<Linear<<Host as Kernels>::Packed>>;
 
 impl Setting {
     /// True if the other one of the same draft is the same.
@@ -110,7 +111,7 @@ impl Setting {
     ///
     /// # Errors
     /// What does not fit, as a sentence.
-    pub fn drafter(&self, target: &Target<Cpu>, copies: &Copies) -> Result<Arc<dyn Drafter<Cpu>>, String> {
+    pub fn drafter(&self, target: &Target<Host>, copies: &Copies) -> Result<Arc<dyn Drafter<Host>>, String> {
         let kernels = target.kernels().as_ref();
         let mut config = self.config.clone();
         // What is fed is decided here; the drafter only counts the layers.
@@ -156,7 +157,7 @@ impl Setting {
         drafter_with(target, draft, borrowed).map_err(|e| e.to_string())
     }
 
-    fn changed(&self, target: &Target<Cpu>) -> DraftTensors {
+    fn changed(&self, target: &Target<Host>) -> DraftTensors {
         let mut tensors = self.tensors.as_ref().clone();
         let head_dim = self.config.shape().head_dim;
         for change in &self.weights {

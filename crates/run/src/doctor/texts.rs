@@ -8,7 +8,7 @@ use std::sync::Arc;
 use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_decode::{Engine, GenerateOptions};
-use draftsmith_kernels::Cpu;
+use draftsmith_kernels::Kernels;
 use draftsmith_model::{Infer, Ops, StepItem, Target};
 use draftsmith_text::Message;
 
@@ -87,7 +87,7 @@ impl Texts {
         report: &dyn Report,
         stop: &Stop,
     ) -> Result<Texts, Error> {
-        let engine: Engine<Cpu> = Engine::new(Arc::clone(&target.target), None);
+        let engine = Engine::new(Arc::clone(&target.target), None);
         let width = target.target.config().hidden_size;
         report.begin("answers of the target", Some(prompts.len() as u64), Unit::Rows);
         let mut texts = Vec::new();
@@ -132,7 +132,7 @@ impl Text {
 }
 
 /// All states of a text.
-fn states(target: &Target<Cpu>, tokens: &[u32]) -> BTreeMap<Tap, Vec<f32>> {
+fn states<K: Kernels>(target: &Target<K>, tokens: &[u32]) -> BTreeMap<Tap, Vec<f32>> {
     let kernels = target.kernels().as_ref();
     let layers: Vec<LayerId> = (0..target.config().num_layers as u32).map(LayerId).collect();
     let mut states: BTreeMap<Tap, Vec<f32>> = BTreeMap::new();

@@ -1,6 +1,5 @@
 //! `POST /admin/draft`: another draft, while serving.
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,23 +8,16 @@ use std::time::Instant;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};
-use draftsmith_decode::{DraftPlan, GenerateOptions};
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 
 use super::error::ApiError;
 use super::fields::Fields;
 use super::{Peer, aside, read_json};
 use crate::auth::client_of;
 use crate::fleet::Lease;
-use crate::queue::Order;
-use crate::swap::{Loaded, Replacement};
+use crate::swap::Candidate;
 use crate::{App, Service};
 
-/// Tokens that a new draft must decode as the target alone does.
-const PROBE_TOKENS: usize = 24;
-/// Draft tokens per proposal meanwhile.
-const PROBE_DEPTH: usize = 4;
 /// What is continued: any text does.
 const PROBE: &str = "The quick brown fox jumps over the lazy dog. Then";
 
@@ -119,11 +111,9 @@ async fn swap(app: &Arc<App>, model: Lease, bundle: PathBuf) -> Result<Value, Ap
 }
 
 async fn change(app: &Arc<App>, model: &Lease, bundle: PathBuf) -> Result<Value, ApiError> {
-    let loaded = aside(app, model.clone(), move |service| load(service, &bundle)).await?;
-    let info = loaded.info.clone();
-    let (done, switched) = oneshot::channel();
-    model.queue.order(Order::Replace(Box::new(Replacement { loaded, done })));
-    switched
+    let Candidate { info, hand_over } =
+        aside(app, model.clone(), move |service| load(service, &bundle)).await?;
+    hand_over()
         .await
         .map_err(|_| match app.draining.load(Ordering::SeqCst) {
             true => ApiError::draining(),
@@ -138,22 +128,7 @@ async fn change(app: &Arc<App>, model: &Lease, bundle: PathBuf) -> Result<Value,
 }
 
 /// Reads a bundle and lets it decode a little.
-fn load(service: &Service, bundle: &Path) -> Result<Loaded, ApiError> {
-    let loaded = service.drafts.load(bundle).map_err(|refused| {
-        let hint = refused.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
-        ApiError::invalid("bundle", format!("{}{hint}", refused.message))
-    })?;
+fn load(service: &Service, bundle: &Path) -> Result<Candidate, ApiError> {
     let prompt = service.tokenizer.encode(PROBE, true).map_err(|e| ApiError::internal(e.to_string()))?;
-    let decode = |engine: &draftsmith_decode::Engine<_>, draft| {
-        let options = GenerateOptions { max_new_tokens: PROBE_TOKENS, draft, ..GenerateOptions::default() };
-        engine
-            .generate(&prompt, &options, &mut |_| ControlFlow::Continue(()))
-            .map(|generation| generation.token_ids)
-            .map_err(|e| ApiError::invalid("bundle", e.to_string()))
-    };
-    let plain = decode(&service.target, DraftPlan::None)?;
-    if decode(&loaded.engine, DraftPlan::Chain { depth: PROBE_DEPTH })? != plain {
-        return Err(ApiError::invalid("bundle", "with this draft the target's answer is another one"));
-    }
-    Ok(loaded)
+    service.candidates.read(bundle, &prompt).map_err(|why| ApiError::invalid("bundle", why))
 }
