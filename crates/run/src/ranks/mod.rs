@@ -182,7 +182,7 @@ impl Ranks {
 
     #[cfg(feature = "mpi")]
     fn join_launch(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
-        let (link, host) = mpi::join(launch, tell, exit)?;
+        let (link, host) = mpi::join(launch.by, (launch.rank, launch.ranks), tell, exit)?;
         let ranks = draftsmith_train::Ranks::new(std::rc::Rc::clone(&link));
         let found = Ranks::of(Box::new(ranks), &Hello::mine(host));
         link.greeted();

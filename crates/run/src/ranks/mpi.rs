@@ -15,7 +15,6 @@ use mpi::request::{LocalScope, Request};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::{Communicator, Destination, Source};
 
-use super::Launch;
 use crate::{Error, Told};
 
 /// Of messages of the collective, of last words, and of what is told meanwhile.
@@ -181,8 +180,12 @@ fn begins(rank: usize, tell: fn(&Told), exit: fn(u8)) -> std::sync::mpsc::Sender
 
 /// All processes that a launcher started, through MPI, and the name of this one's host. Until [`MpiLink::greeted`] a wait
 /// that lasts too long ends all.
-pub(super) fn join(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<(Rc<MpiLink>, String), Error> {
-    let Launch { by, ranks, rank } = launch;
+pub(super) fn join(
+    by: &str,
+    (rank, ranks): (usize, usize),
+    tell: fn(&Told),
+    exit: fn(u8),
+) -> Result<(Rc<MpiLink>, String), Error> {
     let broken = |what: String| {
         Error::input(
             what,

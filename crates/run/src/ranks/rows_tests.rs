@@ -142,7 +142,7 @@ fn any_number_of_ranks_writes_the_answers_and_states_of_one() {
     let (ended, told) = run(&alone, 1, &[], NEVER);
     assert_eq!(ended, Ok(()));
     let wanted = made(&alone);
-    let rows = told.iter().filter(|line| line.starts_with("answer conversations at ")).next_back().cloned();
+    let rows = told.iter().rfind(|line| line.starts_with("answer conversations at ")).cloned();
     assert_eq!(rows.as_deref(), Some("answer conversations at 40"));
     for ranks in [2, 3, 5] {
         let dir = home.path().join(format!("ranks-{ranks}"));
@@ -214,7 +214,7 @@ fn what_was_stopped_goes_on_with_any_other_number_of_ranks() {
 fn logs_of_ranks_that_were_killed_are_taken_over_once() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("run");
-    assert_eq!(run(&dir, 1, &[], ("answer conversations", 20, &[0])).0.is_err(), true);
+    assert!(run(&dir, 1, &[], ("answer conversations", 20, &[0])).0.is_err());
     // As a kill leaves them: a rank's own log, one line of it already handed over, the last one half written.
     let log = dir.join("regenerate/answers.jsonl");
     let text = std::fs::read_to_string(&log).unwrap();
