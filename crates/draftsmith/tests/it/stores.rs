@@ -139,7 +139,7 @@ fn a_run_through_a_failing_server_with_data_from_there_gives_the_same_weights() 
     let more = [
         "data.sources.0.path=s3://bucket/data/train.jsonl",
         "data.validation=s3://bucket/data/valid.jsonl",
-        &captures,
+        captures.as_str(),
     ];
     let said = finish(home.spawn(&arguments(&there, &more)));
     assert_eq!(weights(&here), weights(&there));
@@ -324,7 +324,7 @@ fn moto_keeps_data_and_capture_of_a_run_that_gives_the_same_weights() {
     // One shard of more than a part, so that it goes up in parts.
     let large = |dir: &Path, more: &[&str]| {
         let whole = ["data.sources.0.max_rows=400", "capture.shard_rows=400", "capture.dtype=bf16"];
-        let more: Vec<&str> = [more, &whole].concat();
+        let more: Vec<&str> = [more, &whole[..]].concat();
         finish(home.spawn(&arguments(dir, &more)))
     };
     let source = "data.sources.0.path=s3://bucket/data/train.jsonl";

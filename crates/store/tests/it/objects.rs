@@ -202,7 +202,7 @@ fn a_folder_is_a_store_too() {
 #[test]
 fn google_and_azure_are_spoken_to_as_well() {
     let fake = FakeS3::start(|_, nth| (nth % 3 == 1).then_some(Fault::Status(503)));
-    let google = [("GOOGLE_BASE_URL", fake.url().to_string()), ("GOOGLE_SKIP_SIGNATURE", "true".to_string())];
+    let google = [("GOOGLE_BASE_URL", fake.url().to_string()), ("GOOGLE_BEARER_TOKEN", "token".to_string())];
     let azure = [
         ("AZURE_STORAGE_ENDPOINT", fake.url().to_string()),
         ("AZURE_STORAGE_ACCOUNT_NAME", "account".to_string()),
