@@ -239,7 +239,9 @@ mod tests {
         let blocks = Shared(Arc::new(Blocks::new(Arc::clone(&file) as _)));
         for columns in [1, 7, 500] {
             blocks.0.for_columns(columns);
-            for (start, length) in [(0, 8), (8_999_990, 11), (262_100, 100), (1_000_000, 5_000_000), (3, 900_000)] {
+            for (start, length) in
+                [(0, 8), (8_999_990, 11), (262_100, 100), (1_000_000, 5_000_000), (3, 900_000)]
+            {
                 let got = blocks.get_bytes(start, length).unwrap();
                 assert_eq!(got[..], file.bytes[start as usize..start as usize + length]);
                 let mut read = vec![0; length];

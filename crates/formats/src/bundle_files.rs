@@ -77,7 +77,12 @@ pub fn is_of_a_machine(place: &str) -> bool {
     }
     let drive = matches!(place.as_bytes(), [letter, b':', b'/' | b'\\', ..] if letter.is_ascii_alphabetic());
     let upwards = Path::new(place).components().any(|part| part == Component::ParentDir);
-    drive || upwards || place.starts_with("file://") || place == "~" || place.starts_with(['/', '\\']) || place.starts_with("~/")
+    drive
+        || upwards
+        || place.starts_with("file://")
+        || place == "~"
+        || place.starts_with(['/', '\\'])
+        || place.starts_with("~/")
 }
 
 #[cfg(test)]
@@ -91,7 +96,16 @@ mod tests {
             assert_eq!(portable(place), expected, "`{place}`");
             assert!(!is_of_a_machine(&portable(place)), "`{place}`");
         }
-        for kept in ["hf:a/b@v1:x/y.gguf", "pip:p{1..3}==1:a{n}/b", "x.gguf", "a/b/c", "./a", "~x", "a:b", "s3://b/x.jsonl"] {
+        for kept in [
+            "hf:a/b@v1:x/y.gguf",
+            "pip:p{1..3}==1:a{n}/b",
+            "x.gguf",
+            "a/b/c",
+            "./a",
+            "~x",
+            "a:b",
+            "s3://b/x.jsonl",
+        ] {
             check(kept, kept);
         }
         check("/a/b/c.gguf", "c.gguf");

@@ -165,7 +165,8 @@ impl Run<'_> {
 pub fn data_error(error: DataError) -> Error {
     #[cfg(feature = "object-store")]
     {
-        let is_stores = |source: &std::io::Error| source.get_ref().is_some_and(|inner| inner.is::<StoreError>());
+        let is_stores =
+            |source: &std::io::Error| source.get_ref().is_some_and(|inner| inner.is::<StoreError>());
         match error {
             DataError::Io { source, .. } | DataError::IoAt { source, .. } if is_stores(&source) => {
                 let inner = source.into_inner().and_then(|inner| inner.downcast::<StoreError>().ok());

@@ -110,7 +110,9 @@ impl FromStr for Address {
         };
         let known = Scheme::ALL.into_iter().find(|known| known.name() == scheme);
         let Some(scheme) = known else {
-            return Err(bad(format!("has the scheme `{scheme}`, which is none of `s3`, `gs`, `az` and `file`")));
+            return Err(bad(format!(
+                "has the scheme `{scheme}`, which is none of `s3`, `gs`, `az` and `file`"
+            )));
         };
         let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
         let path = match scheme {

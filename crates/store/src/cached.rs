@@ -147,9 +147,14 @@ impl Shared {
     fn fetch(&self, number: u32) -> Result<Vec<u8>, StoreError> {
         let Row { shard, place, hash } = self.rows[number as usize];
         let entry = &self.manifest.shards[shard as usize];
-        self.store.read(&entry.file, place.offset..place.end(), None, |bytes| match RowPlaces::hash(bytes) == hash {
-            true => Ok(()),
-            false => Err(format!("row {number} at byte {} has not the hash that it was written with", place.offset)),
+        self.store.read(&entry.file, place.offset..place.end(), None, |bytes| {
+            match RowPlaces::hash(bytes) == hash {
+                true => Ok(()),
+                false => Err(format!(
+                    "row {number} at byte {} has not the hash that it was written with",
+                    place.offset
+                )),
+            }
         })
     }
 
@@ -295,14 +300,9 @@ impl StoredCache {
     /// # Errors
     /// [`CacheError::Missing`], [`CacheError::Differs`] or [`CacheError::Incomplete`] of a capture that cannot be used; what keeps
     /// from reading.
-    pub fn open(
-        store: &Store,
-        wanted: &CacheSpec,
-        options: CacheOptions,
-    ) -> Result<StoredCache, StoreError> {
+    pub fn open(store: &Store, wanted: &CacheSpec, options: CacheOptions) -> Result<StoredCache, StoreError> {
         let folder = || PathBuf::from(store.address().to_string());
-        let manifest =
-            manifest_in(store, wanted)?.ok_or_else(|| CacheError::Missing { path: folder() })?;
+        let manifest = manifest_in(store, wanted)?.ok_or_else(|| CacheError::Missing { path: folder() })?;
         if !manifest.complete {
             let (done, rows) = (manifest.rows_done(), manifest.spec.rows);
             return Err(CacheError::Incomplete { path: folder(), done, rows }.into());
@@ -316,15 +316,8 @@ impl StoredCache {
         }
         let (dir, bytes) = (options.dir, options.bytes);
         let state = Mutex::new(found_in(&dir, &rows));
-        let shared = Shared {
-            store: store.clone(),
-            manifest,
-            rows,
-            dir,
-            bytes,
-            state,
-            changed: Condvar::new(),
-        };
+        let shared =
+            Shared { store: store.clone(), manifest, rows, dir, bytes, state, changed: Condvar::new() };
         {
             let mut state = shared.lock();
             while state.bytes > shared.bytes {
@@ -424,8 +417,11 @@ fn found_in(dir: &Path, rows: &[Row]) -> State {
     let mut state = State::default();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
-        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
-        let (Some(number), Some(extension)) = (number, path.extension().and_then(|e| e.to_str())) else { continue };
+        let number =
+            path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
+        let (Some(number), Some(extension)) = (number, path.extension().and_then(|e| e.to_str())) else {
+            continue;
+        };
         let len = rows.get(number as usize).map(|row| u64::from(row.place.len));
         match extension {
             "row" if entry.metadata().ok().map(|meta| meta.len()) == len => {

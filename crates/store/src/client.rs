@@ -570,13 +570,15 @@ fn in_folder(object: Address, action: &'static str, error: &object_store::Error)
 
 /// True where the endpoint is this machine: no network is needed then.
 fn is_here(variable: &dyn Fn(&str) -> Option<String>) -> bool {
-    ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT"].iter().any(|name| {
-        let host = variable(name).and_then(|url| {
-            let uri: ureq::http::Uri = url.parse().ok()?;
-            uri.host().map(str::to_string)
-        });
-        host.is_some_and(|host| matches!(host.as_str(), "localhost" | "127.0.0.1" | "[::1]"))
-    })
+    ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT"].iter().any(
+        |name| {
+            let host = variable(name).and_then(|url| {
+                let uri: ureq::http::Uri = url.parse().ok()?;
+                uri.host().map(str::to_string)
+            });
+            host.is_some_and(|host| matches!(host.as_str(), "localhost" | "127.0.0.1" | "[::1]"))
+        },
+    )
 }
 
 fn path_of(object: &Address) -> Result<ObjectPath, StoreError> {
@@ -584,7 +586,9 @@ fn path_of(object: &Address) -> Result<ObjectPath, StoreError> {
     match object.scheme {
         Scheme::File => ObjectPath::from_absolute_path(format!("/{}", object.path))
             .map_err(|error| bad(format!("is no path: {error}"))),
-        _ => ObjectPath::parse(&object.path).map_err(|error| bad(format!("is no name of an object: {error}"))),
+        _ => {
+            ObjectPath::parse(&object.path).map_err(|error| bad(format!("is no name of an object: {error}")))
+        }
     }
 }
 

@@ -191,8 +191,9 @@ impl Link {
             seen.message.clone_from(&seen.code);
         }
         let moved = matches!(seen.status, Some(301 | 307 | 400 | 403));
-        seen.region =
-            header("x-amz-bucket-region").or_else(|| element("Region")).filter(|region| moved && !region.is_empty());
+        seen.region = header("x-amz-bucket-region")
+            .or_else(|| element("Region"))
+            .filter(|region| moved && !region.is_empty());
     }
 
     pub(crate) fn without_secrets(&self, mut text: String) -> String {

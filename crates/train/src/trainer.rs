@@ -253,13 +253,7 @@ impl Packs<'_> {
 
     /// Tells a store that looks ahead which rows a rank reads from a place on, in their order, to the end of the next epoch or
     /// of so many steps.
-    fn tell(
-        &mut self,
-        mut place: Place,
-        packs_per_step: usize,
-        mut steps: u64,
-        collective: &dyn Collective,
-    ) {
+    fn tell(&mut self, mut place: Place, packs_per_step: usize, mut steps: u64, collective: &dyn Collective) {
         if !self.store.looks_ahead() {
             return;
         }

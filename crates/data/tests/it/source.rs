@@ -156,7 +156,8 @@ fn parquet_with_a_list_of_messages_is_read() {
     writer.close().expect("closed");
     assert_eq!(contents(&path), ["a|b", "c"]);
     // A file elsewhere that is gone when its rows are read is no broken file. Opening takes two requests.
-    let mut dead = SourceReader::open_ranged(&path, Elsewhere::of(&path, 2), ReadOptions::default()).expect("it opens");
+    let mut dead =
+        SourceReader::open_ranged(&path, Elsewhere::of(&path, 2), ReadOptions::default()).expect("it opens");
     match dead.next_row() {
         Err(DataError::IoAt { source, .. }) => assert_eq!(source.to_string(), "the line is dead"),
         other => panic!("{other:?}"),

@@ -125,7 +125,9 @@ impl FakeS3 {
 }
 
 fn tag(bytes: &[u8]) -> String {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
     format!("\"{hash:016x}\"")
 }
 
@@ -154,7 +156,9 @@ impl Answer {
     }
 
     fn error(status: &'static str, code: &str, more: &str) -> Answer {
-        let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>told {code}</Message>{more}</Error>");
+        let body = format!(
+            "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>told {code}</Message>{more}</Error>"
+        );
         Answer::new(status, body)
     }
 }
@@ -232,7 +236,8 @@ impl State {
         if key.starts_with("secret/") {
             return Answer::error("403 Forbidden", "AccessDenied", "");
         }
-        let query: BTreeMap<&str, &str> = query.split('&').map(|q| q.split_once('=').unwrap_or((q, ""))).collect();
+        let query: BTreeMap<&str, &str> =
+            query.split('&').map(|q| q.split_once('=').unwrap_or((q, ""))).collect();
         let mut stored = self.stored.lock().unwrap();
         match (request.method(), query.get("uploadId"), query.contains_key("uploads")) {
             ("GET" | "HEAD", ..) => match stored.objects.get(name) {
@@ -281,7 +286,8 @@ impl State {
                 );
                 stored.objects.insert(name.to_string(), request.body.clone());
                 // Azure says that it was made.
-                let status = if request.header("x-ms-blob-type").is_empty() { "200 OK" } else { "201 Created" };
+                let status =
+                    if request.header("x-ms-blob-type").is_empty() { "200 OK" } else { "201 Created" };
                 Answer { headers, ..Answer::new(status, "") }
             }
             (method, ..) => panic!("{method} {name}"),

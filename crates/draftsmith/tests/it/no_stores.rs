@@ -10,7 +10,8 @@ fn a_store_that_was_not_built_in_is_one_error_with_how_to_build_it() {
         let args = ["run", "recipes/smoke.toml", &dir, more].map(str::to_string);
         let ended = Ended::from(home.spawn(&args).wait_with_output().unwrap());
         assert_eq!(ended.code, Some(2), "{}", ended.stderr);
-        let of = |start: &str| ended.stderr.lines().filter(|line| line.starts_with(start)).collect::<Vec<_>>();
+        let of =
+            |start: &str| ended.stderr.lines().filter(|line| line.starts_with(start)).collect::<Vec<_>>();
         let (errors, hints) = (of("error:"), of("hint:"));
         assert!(errors.len() == 1 && errors[0].contains(told), "{}", ended.stderr);
         assert!(hints.len() == 1 && hints[0].contains("--features object-store"), "{}", ended.stderr);

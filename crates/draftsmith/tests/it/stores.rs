@@ -70,7 +70,8 @@ fn stored(fake: &FakeS3) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn a_run_through_a_folder_gives_the_weights_of_one_on_this_disk() {
     let home = Home::new();
-    let (here, there, share) = (home.path().join("here"), home.path().join("there"), home.path().join("share"));
+    let (here, there, share) =
+        (home.path().join("here"), home.path().join("there"), home.path().join("share"));
     std::fs::create_dir(&share).unwrap();
     finish(home.spawn(&arguments(&here, &[])));
     let url = format!("file://{}", share.display());
@@ -232,19 +233,44 @@ fn what_cannot_be_is_one_error_with_its_key_and_what_to_do() {
         assert!(!ended.stderr.contains(SECRET));
     };
     let source = |path: &str| format!("data.sources.0.path={path}");
-    check(&home, &[&source("s4://bucket/x")], "`data.sources.0.path`: `s4://bucket/x` has the scheme `s4`", "write `s3://BUCKET/PATH`");
+    check(
+        &home,
+        &[&source("s4://bucket/x")],
+        "`data.sources.0.path`: `s4://bucket/x` has the scheme `s4`",
+        "write `s3://BUCKET/PATH`",
+    );
     check(&home, &[&source("s3:///x")], "names no bucket", "s3://BUCKET/PATH");
     check(&home, &[&source("s3://bucket")], "`s3://bucket` names no object", "s3://BUCKET/PATH");
-    check(&home, &[&source("s3://bucket/none.jsonl")], "`s3://bucket/none.jsonl` does not exist", "check bucket and name");
+    check(
+        &home,
+        &[&source("s3://bucket/none.jsonl")],
+        "`s3://bucket/none.jsonl` does not exist",
+        "check bucket and name",
+    );
     check(&home, &[&source("s3://other/x.jsonl")], "the bucket of `s3://other/", "make the bucket");
-    check(&home, &[&source("s3://bucket/secret/x.jsonl")], "no access to `s3://bucket/secret/x.jsonl`: status 403", "AWS_ACCESS_KEY_ID");
+    check(
+        &home,
+        &[&source("s3://bucket/secret/x.jsonl")],
+        "no access to `s3://bucket/secret/x.jsonl`: status 403",
+        "AWS_ACCESS_KEY_ID",
+    );
     check(&home, &[&store("s3://other/x", "")], "the bucket of `s3://other/x", "make the bucket");
     check(&home, &[&store("bucket/x", "")], "`bucket/x` has no scheme", "file:///FOLDER/PATH");
     check(&home, &[&store("/mnt/x", "")], "a folder is written `file:///mnt/x`", "file:///FOLDER/PATH");
-    check(&home, &[&store("file:///does/not/exist", "")], "`file:///does/not/exist` does not exist", "mount it");
+    check(
+        &home,
+        &[&store("file:///does/not/exist", "")],
+        "`file:///does/not/exist` does not exist",
+        "mount it",
+    );
     check(&home, &[&store("s3://me:word@bucket/x", "")], "holds a user name or password", "docs/STORE.md");
     check(&home, &[&store("s3://bucket/x", "readers = 0")], "capture.store.readers` is 0", "");
-    check(&home, &[&store("s3://bucket/x", ""), "capture.mode=online"], "`capture.store` is set, but", "capture.mode");
+    check(
+        &home,
+        &[&store("s3://bucket/x", ""), "capture.mode=online"],
+        "`capture.store` is set, but",
+        "capture.mode",
+    );
     check(&home, &["--offline", &source("gs://bucket/x.jsonl")], "the network is switched off", "--offline");
     home.set("AWS_REGION", "us-east-1");
     check(&home, &[&store("s3://bucket/x", "")], "it is in `eu-test-1`", "set AWS_REGION=eu-test-1");
@@ -252,7 +278,12 @@ fn what_cannot_be_is_one_error_with_its_key_and_what_to_do() {
     check(&home, &[&store("s3://bucket/x", "")], "no access to `s3://bucket/x", "AWS_SECRET_ACCESS_KEY");
     // A cache that the disk cannot hold is told before training, not in it.
     home.set("AWS_ACCESS_KEY_ID", crate::fake_s3::KEY);
-    check(&home, &[&store("s3://bucket/x", "cache_bytes = 9000000000000000")], "`capture.store.cache_bytes` asks for 8185", "cache_dir");
+    check(
+        &home,
+        &[&store("s3://bucket/x", "cache_bytes = 9000000000000000")],
+        "`capture.store.cache_bytes` asks for 8185",
+        "cache_dir",
+    );
 }
 
 #[test]

@@ -121,11 +121,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// Checks a shard against its manifest entry and returns its rows, which must tile it.
-pub(super) fn places_in(
-    bytes: &[u8],
-    entry: &ShardEntry,
-    spec: &CacheSpec,
-) -> Result<Vec<RowPlace>, String> {
+pub(super) fn places_in(bytes: &[u8], entry: &ShardEntry, spec: &CacheSpec) -> Result<Vec<RowPlace>, String> {
     let len = bytes.len();
     if len as u64 != entry.bytes {
         return Err(format!("it has {len} bytes, the manifest says {}", entry.bytes));

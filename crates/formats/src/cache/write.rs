@@ -3,9 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{
-    CacheError, CacheManifest, CacheSpec, CaptureRow, MAGIC, ShardEntry, codec, shard_name,
-};
+use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, MAGIC, ShardEntry, codec, shard_name};
 use crate::atomic::{self, AtomicError, AtomicFile};
 use crate::hash::Hasher;
 

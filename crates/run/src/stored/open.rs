@@ -15,8 +15,8 @@ use draftsmith_store::{
 use draftsmith_train::RowStore;
 
 use super::{Found, Sink};
-use crate::disk::{free_bytes, human};
 use crate::check::Origin;
+use crate::disk::{free_bytes, human};
 use crate::{Env, Error, Run, STAGE_VERSIONS, version};
 
 /// Bytes of the local cache where nobody says how many.
@@ -128,7 +128,8 @@ impl Run<'_> {
         spec: &CacheSpec,
     ) -> Result<Box<dyn RowStore + '_>, Error> {
         let store = self.store_of(table, spec)?;
-        let folder = table.cache_dir.clone().unwrap_or_else(|| self.folder.stage_dir(Stage::Capture).join("rows"));
+        let folder =
+            table.cache_dir.clone().unwrap_or_else(|| self.folder.stage_dir(Stage::Capture).join("rows"));
         // Processes that share a folder have caches of their own in it.
         let rank = self.env.ranks.collective().rank();
         let name = store.address().path.rsplit('/').next().unwrap_or_default().to_string();

@@ -37,7 +37,8 @@ fn row(number: u64) -> CaptureRow {
     let len = 3 + (number * 5 % 17) as usize;
     // Noise, as states are.
     let value = |i: usize| {
-        let mut x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (number + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mut x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ (number + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
@@ -198,7 +199,9 @@ fn a_capture_that_is_given_up_goes_on_behind_the_last_finished_shard() {
     let error = StoredCache::open(&store, &spec(), options(&home.path().join("rows"), 1000)).unwrap_err();
     assert!(matches!(error, StoreError::Cache(CacheError::Incomplete { done: 8, rows: 22, .. })), "{error}");
     // A shard that was finished here and not uploaded.
-    fake.set_fail(|line, _| (line.starts_with("PUT") && line.contains("shard-00003")).then_some(Fault::Status(403)));
+    fake.set_fail(|line, _| {
+        (line.starts_with("PUT") && line.contains("shard-00003")).then_some(Fault::Status(403))
+    });
     let stop = Stop::default();
     let short = open("s3://bucket/x", &fake.variables(), 1, &stop).unwrap();
     let mut writer = StoredWriter::open(&dir, &spec(), &short, &[]).unwrap();
@@ -302,7 +305,8 @@ fn damage_is_told_with_object_and_row_and_a_damaged_cache_heals() {
     let mut places = fake.get("bucket/x/shard-00002.dscache.rows").unwrap();
     places[30] ^= 1;
     fake.put("bucket/x/shard-00002.dscache.rows", places);
-    let open = |name: &str| StoredCache::open(&store, &spec(), options(&home.path().join(name), 1000)).unwrap_err();
+    let open =
+        |name: &str| StoredCache::open(&store, &spec(), options(&home.path().join(name), 1000)).unwrap_err();
     let told = open("places").to_string();
     assert!(told.contains("shard-00002.dscache.rows`") && told.contains("sha256"), "{told}");
     fake.remove("bucket/x/shard-00002.dscache.rows");
@@ -347,7 +351,10 @@ fn a_store_that_fails_for_good_ends_the_capture_with_its_name() {
     refuse.store(true, Ordering::Relaxed);
     let failed = (0..ROWS).find_map(|number| writer.push(&row(number)).err());
     let failed = failed.unwrap_or_else(|| writer.finish().unwrap_err());
-    assert!(failed.to_string().contains("/shard-00000.dscache` could not be written (attempts: 2)"), "{failed}");
+    assert!(
+        failed.to_string().contains("/shard-00000.dscache` could not be written (attempts: 2)"),
+        "{failed}"
+    );
     // Nothing that was finished is lost.
     let kept = CacheManifest::read(home.path()).unwrap().unwrap();
     assert!(!kept.shards.is_empty() && home.path().join("shard-00000.dscache").is_file());

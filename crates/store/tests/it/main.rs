@@ -20,12 +20,7 @@ use draftsmith_store::{Address, Settings, Store, StoreError};
 use fake_s3::FakeS3;
 
 /// A client of an address, with these variables.
-fn open(
-    address: &str,
-    variables: &[(&str, String)],
-    retries: u32,
-    stop: &Stop,
-) -> Result<Store, StoreError> {
+fn open(address: &str, variables: &[(&str, String)], retries: u32, stop: &Stop) -> Result<Store, StoreError> {
     let address: Address = address.parse()?;
     let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.clone());
     let settings = Settings {

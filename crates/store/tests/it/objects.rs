@@ -85,8 +85,16 @@ fn what_does_not_pass_is_told_at_once_with_what_to_do() {
     let store = bucket(&fake, "");
     let read = |store: &Store, name: &str| store.read(name, 0..10, None, |_| Ok(()));
     check(read(&store, "y"), "`s3://bucket/y` does not exist", "check bucket and name");
-    check(read(&store, "secret/y"), "no access to `s3://bucket/secret/y`: status 403: told AccessDenied", "AWS_ACCESS_KEY_ID");
-    check(store.read("x", 0..10, Some("\"other\""), |_| Ok(())), "`s3://bucket/x` was changed", "nobody writes it");
+    check(
+        read(&store, "secret/y"),
+        "no access to `s3://bucket/secret/y`: status 403: told AccessDenied",
+        "AWS_ACCESS_KEY_ID",
+    );
+    check(
+        store.read("x", 0..10, Some("\"other\""), |_| Ok(())),
+        "`s3://bucket/x` was changed",
+        "nobody writes it",
+    );
     check(store.read("x", 2000..2010, None, |_| Ok(())), "`s3://bucket/x` was changed", "");
     check(store.read_whole("x", 10), "it has 1000 bytes, more than 10", "");
     let asked = fake.take_asked();
@@ -104,7 +112,11 @@ fn what_does_not_pass_is_told_at_once_with_what_to_do() {
     check(elsewhere.write("y", vec![1]), "the bucket of `s3://other/x/y` does not exist", "AWS_ENDPOINT_URL");
     store.reach().unwrap();
     let region = open("s3://bucket/x", &with(("AWS_REGION", "us-east-1")), 8, &stop).unwrap();
-    check(read(&region, "y"), "is not in the region that was asked: it is in `eu-test-1`", "set AWS_REGION=eu-test-1");
+    check(
+        read(&region, "y"),
+        "is not in the region that was asked: it is in `eu-test-1`",
+        "set AWS_REGION=eu-test-1",
+    );
     let key = open("s3://bucket/x", &with(("AWS_ACCESS_KEY_ID", "WRONG")), 8, &stop).unwrap();
     check(read(&key, "y"), "status 403: told InvalidAccessKeyId", "AWS_SECRET_ACCESS_KEY");
     // A size is asked without a body that could say why.
@@ -112,7 +124,11 @@ fn what_does_not_pass_is_told_at_once_with_what_to_do() {
     let mut nobody = fake.variables();
     nobody.retain(|(name, _)| !name.contains("KEY"));
     let half = [nobody.clone(), vec![("AWS_ACCESS_KEY_ID", KEY.to_string())]].concat();
-    check(open("s3://bucket/x", &half, 8, &stop), "`s3://bucket/x` cannot be opened: Missing SecretAccessKey", "AWS_SECRET");
+    check(
+        open("s3://bucket/x", &half, 8, &stop),
+        "`s3://bucket/x` cannot be opened: Missing SecretAccessKey",
+        "AWS_SECRET",
+    );
     // Where the machine hands out credentials nobody listens.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     nobody.push(("AWS_METADATA_ENDPOINT", format!("http://localhost:{closed}")));
@@ -121,7 +137,11 @@ fn what_does_not_pass_is_told_at_once_with_what_to_do() {
     check(nobody.find("y"), "there are no credentials for `s3://bucket/x`", "AWS_SKIP_SIGNATURE=true");
     assert!(began.elapsed() < Duration::from_secs(5));
     for (address, told) in [("az://c/x", "cannot be opened"), ("s4://b/x", "scheme `s4`")] {
-        check(open(address, &[], 8, &stop), told, if address.starts_with("az") { "AZURE_STORAGE_ACCOUNT_NAME" } else { "write `s3://" });
+        check(
+            open(address, &[], 8, &stop),
+            told,
+            if address.starts_with("az") { "AZURE_STORAGE_ACCOUNT_NAME" } else { "write `s3://" },
+        );
     }
 }
 
@@ -164,7 +184,8 @@ fn offline_only_folders_and_this_machine_are_used() {
             _ => None,
         };
         let timeout = Duration::from_secs(1);
-        let settings = Settings { offline: true, variable: &variable, timeout, retries: 0, stop: Stop::default() };
+        let settings =
+            Settings { offline: true, variable: &variable, timeout, retries: 0, stop: Stop::default() };
         Store::open(&address, settings)
     };
     check(open("s3://b/x", None), "`s3://b/x` is elsewhere, but the network is switched off", "file:///");
