@@ -224,7 +224,7 @@ impl State {
                 let more = format!("<Region>{}</Region>", self.region);
                 return Answer::error("400 Bad Request", "AuthorizationHeaderMalformed", &more);
             }
-        } else if !authorization.is_empty() {
+        } else if !authorization.is_empty() && authorization != "Bearer token" {
             return Answer::error("403 Forbidden", "AccessDenied", "");
         }
         let Some((bucket, key)) = name.split_once('/') else {

@@ -20,6 +20,8 @@ mod hub;
 mod installed;
 mod make;
 mod models;
+#[cfg(feature = "object-store")]
+mod moto;
 mod mpi;
 mod names;
 #[cfg(not(feature = "object-store"))]

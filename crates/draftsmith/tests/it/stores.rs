@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::fake_s3::{FakeS3, Fault, SECRET};
+use crate::moto::Moto;
 use crate::stages::{bytes, finish, kill_when};
 use crate::support::{Ended, Home, repository};
 
@@ -140,7 +141,7 @@ fn a_run_through_a_failing_server_with_data_from_there_gives_the_same_weights() 
     let more = [
         "data.sources.0.path=s3://bucket/data/train.jsonl",
         "data.validation=s3://bucket/data/valid.jsonl",
-        &captures,
+        captures.as_str(),
     ];
     let said = finish(home.spawn(&arguments(&there, &more)));
     assert_eq!(weights(&here), weights(&there));
@@ -303,61 +304,21 @@ fn rows_in_a_store_can_be_looked_at() {
     assert!(none.stderr.starts_with("error: `s3://bucket/none.jsonl` does not exist"), "{}", none.stderr);
 }
 
-/// A server of S3 that others wrote, on a port of its own until it is dropped.
-struct Moto {
-    process: std::process::Child,
-    url: String,
-}
-
-impl Moto {
-    fn start() -> Moto {
-        let python = std::env::var_os("DRAFTSMITH_TEST_MOTO")
-            .expect("DRAFTSMITH_TEST_MOTO names a python that has the package `moto[server]`");
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let process = std::process::Command::new(python)
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let moto = Moto { process, url: format!("http://127.0.0.1:{port}") };
-        for _ in 0..600 {
-            if ureq::get(format!("{}/moto-api/", moto.url)).call().is_ok() {
-                return moto;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        panic!("moto does not answer at {}", moto.url);
-    }
-
-    fn put(&self, name: &str, bytes: &[u8]) {
-        ureq::put(format!("{}/{name}", self.url)).send(bytes).unwrap();
-    }
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-    }
-}
-
 #[test]
 fn moto_keeps_data_and_capture_of_a_run_that_gives_the_same_weights() {
     let moto = Moto::start();
     moto.put("bucket", b"");
     moto.put("bucket/data/train.jsonl", &prompts("prompts-train.jsonl"));
     let mut home = Home::new();
-    home.set("AWS_ENDPOINT_URL", &moto.url)
-        .set("AWS_ACCESS_KEY_ID", "any")
-        .set("AWS_SECRET_ACCESS_KEY", "any");
-    home.set("AWS_REGION", "us-east-1");
+    for (name, value) in moto.variables() {
+        home.set(name, value);
+    }
     let (here, there) = (home.path().join("here"), home.path().join("there"));
     finish(home.spawn(&arguments(&here, &[])));
     // One shard of more than a part, so that it goes up in parts.
     let large = |dir: &Path, more: &[&str]| {
         let whole = ["data.sources.0.max_rows=400", "capture.shard_rows=400", "capture.dtype=bf16"];
-        let more: Vec<&str> = [more, &whole].concat();
+        let more: Vec<&str> = [more, &whole[..]].concat();
         finish(home.spawn(&arguments(dir, &more)))
     };
     let source = "data.sources.0.path=s3://bucket/data/train.jsonl";

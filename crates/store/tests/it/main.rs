@@ -6,6 +6,9 @@ mod fake_http;
 #[path = "../../../draftsmith/tests/it/fake_s3.rs"]
 mod fake_s3;
 
+#[path = "../../../draftsmith/tests/it/moto.rs"]
+mod moto;
+
 mod captures;
 mod objects;
 

@@ -6,6 +6,7 @@ use draftsmith_core::report::Stop;
 use draftsmith_store::{Address, Settings, Store, StoreError};
 
 use crate::fake_s3::{FakeS3, Fault, KEY, SECRET};
+use crate::moto::Moto;
 use crate::{bucket, bytes, open};
 
 #[test]
@@ -223,7 +224,7 @@ fn a_folder_is_a_store_too() {
 #[test]
 fn google_and_azure_are_spoken_to_as_well() {
     let fake = FakeS3::start(|_, nth| (nth % 3 == 1).then_some(Fault::Status(503)));
-    let google = [("GOOGLE_BASE_URL", fake.url().to_string()), ("GOOGLE_SKIP_SIGNATURE", "true".to_string())];
+    let google = [("GOOGLE_BASE_URL", fake.url().to_string()), ("GOOGLE_BEARER_TOKEN", "token".to_string())];
     let azure = [
         ("AZURE_STORAGE_ENDPOINT", fake.url().to_string()),
         ("AZURE_STORAGE_ACCOUNT_NAME", "account".to_string()),
@@ -239,4 +240,32 @@ fn google_and_azure_are_spoken_to_as_well() {
         assert_eq!(store.find("y").unwrap(), None);
     }
     assert_eq!(fake.names(), ["bucket/g/x", "bucket/z/x"]);
+}
+
+#[test]
+fn moto_takes_and_gives_objects_as_our_own_server_does() {
+    let moto = Moto::start();
+    moto.put("bucket", b"");
+    let folder = tempfile::tempdir().unwrap();
+    let large = bytes(37_000_000, 5);
+    let file = folder.path().join("large");
+    std::fs::write(&file, &large).unwrap();
+    let stop = Stop::default();
+    let store = open("s3://bucket/a b/ü", &moto.variables(), 3, &stop).unwrap();
+    store.reach().unwrap();
+    store.write("small", b"hello".to_vec()).unwrap();
+    store.write_file("large", &file).unwrap();
+    let found = store.find("large").unwrap().unwrap();
+    assert_eq!(found.size, large.len() as u64);
+    let tag = found.tag.as_deref();
+    assert_eq!(store.read("large", 5..20_000_005, tag, |_| Ok(())).unwrap(), large[5..20_000_005]);
+    assert_eq!(store.read_whole("small", 10).unwrap().unwrap(), b"hello");
+    assert_eq!(store.find("none").unwrap(), None);
+    store.write("large", b"other".to_vec()).unwrap();
+    check(store.read("large", 0..5, tag, |_| Ok(())), "was changed", "nobody writes it");
+    check(store.read("none", 0..5, None, |_| Ok(())), "none` does not exist", "check bucket and name");
+    let elsewhere = open("s3://other/x", &moto.variables(), 3, &stop).unwrap();
+    check(elsewhere.reach(), "the bucket of `s3://other/x/", "make the bucket");
+    check(elsewhere.write("y", vec![1]), "the bucket of `s3://other/x/y` does not exist", "make the bucket");
+    assert!(store.asked().faults.is_empty(), "{}", store.asked());
 }
