@@ -185,10 +185,9 @@ fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_st
     for plan in [DraftPlan::Chain { depth: 2 }, tree] {
         let (with, drawn) = run(vec![options(plan, None)]);
         assert_eq!(with[0].token_ids, plain[0].token_ids, "{plan:?}");
-        // The first token, and every row of every step that verified.
-        let (stats, most) = (&with[0].stats, if plan == tree { 4 } else { 2 });
-        let steps = stats.verify_steps as usize;
-        assert!(drawn > 1 + steps && drawn <= 1 + steps * (1 + most), "{plan:?}: {drawn} in {steps} steps");
+        // Beside the first token and one row of each step, rows of drafted tokens.
+        let steps = with[0].stats.verify_steps as usize;
+        assert!(drawn > 1 + steps, "{plan:?}: {drawn} in {steps} steps");
     }
     // A neighbour that asks for more than the token is chosen for on the host, and it alone.
     let (mixed, drawn) = run(vec![options(DraftPlan::None, None), options(DraftPlan::None, Some(1))]);

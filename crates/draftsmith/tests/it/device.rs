@@ -243,8 +243,8 @@ mod shim {
     /// A home whose kernels run on the host.
     fn home() -> Home {
         let mut home = Home::new();
-        let folder = home.path().display().to_string();
-        home.set("DRAFTSMITH_CUDA_SHIM", folder);
+        // Compiled once for all tests.
+        home.set("DRAFTSMITH_CUDA_SHIM", env!("CARGO_TARGET_TMPDIR"));
         home
     }
 
@@ -359,7 +359,7 @@ mod shim {
         );
         let rows = rows.display().to_string();
         let own = ["--target", &tiny, "--bundle", &draft, "--workload", &rows, "--device", "cuda"];
-        let more = ["--new-tokens", "4", "--temperature", "0.7", "--json"];
+        let more = ["--new-tokens", "3", "--temperature", "0.7", "--json"];
         let found = home.run(&[&["bench", "identity"][..], &own, &more].concat()).json();
         assert_eq!(found["identical"], true, "{}", found["differences"]);
         let ways = found["ways"].as_array().unwrap();
@@ -387,11 +387,6 @@ mod shim {
         let ask = json!({
             "messages": [{"role": "user", "content": "Calculate 22 + 20."}], "max_tokens": 6, "temperature": 0,
         });
-        assert_eq!(served.text_of(&ask), wanted["text"].as_str().unwrap());
-        // Another draft, while it serves; its probe runs on the device.
-        let other = json!({"bundle": fixture("tiny-drafts/p-eagle")});
-        let (status, answer) = served.post("/admin/draft", &other);
-        assert_eq!((status, &answer["outcome"]), (200, &json!("switched")), "{answer}");
         assert_eq!(served.text_of(&ask), wanted["text"].as_str().unwrap());
     }
 
