@@ -295,9 +295,9 @@ fn a_type_that_the_kernels_do_not_read_is_told_with_what_it_takes() {
         let weight = WeightView { data: &data, dtype, out_features: 2, in_features: dtype.block().0 };
         k.pack("w", &weight, PackMode::Stored).unwrap();
     };
-    [WeightDtype::Q4_0, WeightDtype::Q6K, WeightDtype::Bf16].map(pack);
+    [WeightDtype::Q4_0, WeightDtype::Q6K, WeightDtype::Bf16].into_iter().for_each(pack);
     assert!(k.take_expanded().is_empty());
-    [WeightDtype::Iq4Xs, WeightDtype::Q2K, WeightDtype::Q2K, WeightDtype::Mxfp4].map(pack);
+    [WeightDtype::Iq4Xs, WeightDtype::Q2K, WeightDtype::Q2K, WeightDtype::Mxfp4].into_iter().for_each(pack);
     let found: Vec<(String, usize, u64, u64)> =
         k.take_expanded().into_iter().map(|(name, e)| (name, e.weights, e.file_bytes, e.bytes)).collect();
     let wanted = [("IQ4_XS", 1, 2 * 136, 1024), ("MXFP4", 1, 2 * 17, 128), ("Q2_K", 2, 4 * 84, 2048)];
