@@ -149,10 +149,11 @@ impl<K: Kernels> Worker<K> {
         while let Some(order) = self.shared.queue.next_order() {
             match order {
                 // One was sent for each order.
-                Order::Replace => match self.replacements.try_recv() {
-                    Ok(replacement) => self.replace(replacement),
-                    Err(_) => {}
-                },
+                Order::Replace => {
+                    if let Ok(replacement) = self.replacements.try_recv() {
+                        self.replace(replacement);
+                    }
+                }
                 Order::CutAll => self.cut_all(),
                 Order::Stop => {
                     self.cut_all();
