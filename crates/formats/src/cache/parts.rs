@@ -487,7 +487,7 @@ mod tests {
         Parts::open(dir.path(), &mine).unwrap();
         let mut other = mine.clone();
         other.tokens_sha256 = "other".to_string();
-        write(dir.path(), &other, &[0..3]);
+        write(dir.path(), &other, std::slice::from_ref(&(0..3)));
         write(dir.path(), &mine, &[3..5, 5..6]);
         let parts = Parts::open(dir.path(), &mine).unwrap();
         assert_eq!(parts.missing(), [0..3, 6..9]);
