@@ -88,8 +88,12 @@ pub fn open_source(name: &str, env: &Env<'_>) -> Result<Found, Error> {
     let store = open(&folder, env, timeout_s, retries)?;
     let Some(found) = store.find(name)? else {
         // The bucket may be what is missing.
-        store.reach()?;
-        return Err(StoreError::Missing { object: address }.into());
+        return Err(match store.reach() {
+            Err(StoreError::NoBucket { .. }) => StoreError::NoBucket { object: address },
+            Err(error) => error,
+            Ok(()) => StoreError::Missing { object: address },
+        }
+        .into());
     };
     let identity = found.identity();
     Ok((Arc::new(Remote { store, name: name.to_string(), found }), identity))
