@@ -6,8 +6,8 @@
 pub mod cli;
 
 pub use draftsmith_run::{
-    Error, catalogue, costs, device, disk, doctor, engine, imports, inspect, list, measure, packs, peer,
-    serve_gap, server, shelf, stored, target,
+    Error, catalogue, costs, device, disk, doctor, elsewhere, engine, imports, inspect, list, measure, packs,
+    peer, serve_gap, server, shelf, target,
 };
 
 pub use draftsmith_bench as bench;

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::Error;
-use crate::stored::data_error;
+use crate::elsewhere::data_error;
 
 /// Rows of conversations in their final order.
 pub(super) const CONVERSATIONS: &str = "conversations.jsonl";

@@ -20,6 +20,7 @@ mod data;
 pub mod device;
 pub mod disk;
 pub mod doctor;
+pub mod elsewhere;
 pub mod engine;
 mod error;
 mod host;
@@ -43,7 +44,7 @@ pub mod server;
 pub mod shelf;
 mod size;
 pub mod state;
-pub mod stored;
+mod stored;
 pub mod target;
 mod train;
 pub mod verdict;
@@ -82,8 +83,8 @@ pub use ranks::{Launch, Ranks};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile, WHY_SHOWN, changes};
 
 use crate::device::{Around, Compute};
+use crate::elsewhere::{Outside, is_address, open_source};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
-use crate::stored::{is_address, open_source};
 use crate::target::model_hash;
 
 /// What a run needs from outside.
@@ -809,6 +810,12 @@ impl<'a> Run<'a> {
         self.folder.stage_dir(stage).join("train.tokens")
     }
 
+    /// What a store is asked with.
+    #[cfg(feature = "object-store")]
+    fn outside(&self) -> Outside<'_> {
+        Outside { places: self.env.places, stop: self.env.stop, variable: self.env.variable }
+    }
+
     fn check_stop(&self, stage: Stage) -> Result<(), Error> {
         if self.env.stop.requested() { Err(self.interrupted(stage)) } else { Ok(()) }
     }
@@ -935,7 +942,8 @@ impl Inputs {
         origin: &Origin,
         env: Env<'_>,
     ) -> Result<(SourceSpec, String), Error> {
-        let (file, content) = open_source(name, &env).map_err(|error| match error {
+        let outside = Outside { places: env.places, stop: env.stop, variable: env.variable };
+        let (file, content) = open_source(name, &outside).map_err(|error| match error {
             Error::Input { message, hint } => {
                 Error::Input { message: format!("{}: `{key}`: {message}", origin.place(key)), hint }
             }

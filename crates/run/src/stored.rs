@@ -1,51 +1,21 @@
-//! Captures and data that lie in an object store or on a shared folder: where the stages meet crate `store`.
+//! Captures that lie in an object store or on a shared folder: where the stages meet crate `store`.
 //!
-//! A build without the feature `object-store` knows the keys and addresses, and says that it cannot use them.
+//! A build without the feature `object-store` knows the keys, and says that it cannot use them.
 
 #[cfg(feature = "object-store")]
 mod open;
 
 use std::path::Path;
-use std::sync::Arc;
 
-use draftsmith_data::{DataError, Ranged};
 use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, CaptureRow};
 #[cfg(feature = "object-store")]
-use draftsmith_store::{StoreError, StoredWriter};
-use draftsmith_train::{RowStore, TrainError};
+use draftsmith_store::StoredWriter;
+use draftsmith_train::RowStore;
 
+use super::Run;
+use crate::Error;
 #[cfg(not(feature = "object-store"))]
-use crate::Env;
-use crate::{Error, Run};
-#[cfg(feature = "object-store")]
-pub use open::open_source;
-
-/// True of a name that is an address in a store, known or not: it has a scheme.
-pub fn is_address(name: &str) -> bool {
-    name.split_once("://").is_some_and(|(scheme, _)| {
-        !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
-    })
-}
-
-/// A file of conversations in a store, and what the store says of its content.
-pub type Found = (Arc<dyn Ranged>, String);
-
-#[cfg(not(feature = "object-store"))]
-fn built_without(what: &str) -> Error {
-    Error::input(
-        format!("{what}, but this program was built without object stores"),
-        "build it with `cargo build --release --features object-store` (docs/STORE.md), or use files on this machine",
-    )
-}
-
-/// Finds a file of conversations in a store.
-///
-/// # Errors
-/// An address that is none, an object that is not there or may not be read.
-#[cfg(not(feature = "object-store"))]
-pub fn open_source(name: &str, _: &Env<'_>) -> Result<Found, Error> {
-    Err(built_without(&format!("`{name}` lies in a store")))
-}
+use crate::elsewhere::built_without;
 
 /// Where captured rows go.
 pub(super) enum Sink {
@@ -159,36 +129,4 @@ impl Run<'_> {
             Some(_) => Err(built_without("`capture.store` is set")),
         }
     }
-}
-
-/// What keeps from reading a file that lies elsewhere has better words than "cannot read".
-pub fn data_error(error: DataError) -> Error {
-    #[cfg(feature = "object-store")]
-    {
-        let is_stores =
-            |source: &std::io::Error| source.get_ref().is_some_and(|inner| inner.is::<StoreError>());
-        match error {
-            DataError::Io { source, .. } | DataError::IoAt { source, .. } if is_stores(&source) => {
-                let inner = source.into_inner().and_then(|inner| inner.downcast::<StoreError>().ok());
-                inner.map_or_else(|| StoreError::Stopped.into(), |inner| (*inner).into())
-            }
-            error => error.into(),
-        }
-    }
-    #[cfg(not(feature = "object-store"))]
-    {
-        error.into()
-    }
-}
-
-/// The same of rows that training asked for.
-pub(super) fn train_error(error: TrainError) -> Error {
-    #[cfg(feature = "object-store")]
-    if let TrainError::Rows { source } = error {
-        return match source.downcast::<StoreError>() {
-            Ok(error) => Error::from(*error),
-            Err(source) => TrainError::Rows { source }.into(),
-        };
-    }
-    error.into()
 }

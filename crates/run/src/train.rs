@@ -30,9 +30,9 @@ use super::Run;
 use super::data::VALIDATION;
 use crate::Error;
 use crate::device::Compute;
+use crate::elsewhere::train_error;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids_with;
-use crate::stored::train_error;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 

@@ -3,8 +3,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::StoreError;
-
 /// Whose store it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
@@ -30,6 +28,16 @@ impl Scheme {
             Scheme::File => "file",
         }
     }
+}
+
+/// A text that is no address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{address}` {problem}")]
+pub struct BadAddress {
+    /// As written, without secrets.
+    pub address: String,
+    /// What is wrong with it.
+    pub problem: String,
 }
 
 /// A place in a store: an object, or what all objects of a folder begin with.
@@ -97,10 +105,10 @@ fn decoded(path: &str) -> Option<String> {
 }
 
 impl FromStr for Address {
-    type Err = StoreError;
+    type Err = BadAddress;
 
-    fn from_str(text: &str) -> Result<Address, StoreError> {
-        let bad = |problem: String| StoreError::BadAddress { address: without_secret(text), problem };
+    fn from_str(text: &str) -> Result<Address, BadAddress> {
+        let bad = |problem: String| BadAddress { address: without_secret(text), problem };
         let Some((scheme, rest)) = text.split_once("://") else {
             let problem = match text.starts_with('/') {
                 true => format!("has no scheme; a folder is written `file://{}`", text.trim_end_matches('/')),

@@ -16,7 +16,7 @@ use draftsmith_formats::atomic::AtomicError;
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, GetRange, ObjectStoreExt, PutPayload};
 
-use crate::address::{Address, Scheme};
+use crate::address::{Address, BadAddress, Scheme};
 use crate::connect::{Seen, run};
 use crate::error::{Fault, StoreError};
 use crate::settings::{Client, client, plain};
@@ -581,8 +581,8 @@ fn is_here(variable: &dyn Fn(&str) -> Option<String>) -> bool {
     )
 }
 
-fn path_of(object: &Address) -> Result<ObjectPath, StoreError> {
-    let bad = |problem: String| StoreError::BadAddress { address: object.to_string(), problem };
+fn path_of(object: &Address) -> Result<ObjectPath, BadAddress> {
+    let bad = |problem: String| BadAddress { address: object.to_string(), problem };
     match object.scheme {
         Scheme::File => ObjectPath::from_absolute_path(format!("/{}", object.path))
             .map_err(|error| bad(format!("is no path: {error}"))),

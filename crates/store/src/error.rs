@@ -3,7 +3,7 @@
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::cache::CacheError;
 
-use crate::address::{Address, Scheme};
+use crate::address::{Address, BadAddress, Scheme};
 
 /// One failed attempt that is worth another.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -64,13 +64,8 @@ impl Fault {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The text is no address.
-    #[error("`{address}` {problem}")]
-    BadAddress {
-        /// As written, without secrets.
-        address: String,
-        /// What is wrong with it.
-        problem: String,
-    },
+    #[error(transparent)]
+    BadAddress(#[from] BadAddress),
     /// The network is switched off.
     #[error("`{address}` is elsewhere, but the network is switched off")]
     Offline {
@@ -197,10 +192,10 @@ impl StoreError {
     pub fn hint(&self) -> Option<String> {
         let again = "the same command goes on where this stopped";
         Some(match self {
-            StoreError::BadAddress { problem, .. } if problem.contains("password") => {
+            StoreError::BadAddress(bad) if bad.problem.contains("password") => {
                 "leave it out, and set the variables of the store (docs/STORE.md names them)".to_string()
             }
-            StoreError::BadAddress { .. } => {
+            StoreError::BadAddress(_) => {
                 "write `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://CONTAINER/PATH` or `file:///FOLDER/PATH`"
                     .to_string()
             }

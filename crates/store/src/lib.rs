@@ -18,7 +18,7 @@ mod writer;
 use draftsmith_formats::cache::CacheSpec;
 use draftsmith_formats::hash::Hasher;
 
-pub use address::{Address, Scheme};
+pub use address::{Address, BadAddress, Scheme};
 pub use cached::{CacheOptions, StoredCache};
 pub use client::{Asked, Object, Settings, Store};
 pub use error::{Fault, StoreError};

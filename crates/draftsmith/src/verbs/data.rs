@@ -7,8 +7,8 @@ use draftsmith::cli;
 use draftsmith::data::{
     Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes,
 };
+use draftsmith::elsewhere::{Outside, data_error, is_address, open_source};
 use draftsmith::engine::locate;
-use draftsmith::stored::{data_error, is_address, open_source};
 use draftsmith::target::TargetText;
 use draftsmith::text::{ChatTemplate, MaskOptions, Message, RenderOptions, TextError};
 
@@ -21,7 +21,9 @@ pub(crate) fn preview(args: &cli::DataPreview, session: &Session) -> Result<u8, 
     let name = args.file.to_string_lossy();
     let mut reader = match is_address(&name) {
         true => {
-            let (file, _) = open_source(&name, &session.env())?;
+            let env = session.env();
+            let outside = Outside { places: env.places, stop: env.stop, variable: env.variable };
+            let (file, _) = open_source(&name, &outside)?;
             SourceReader::open_ranged(&args.file, file, ReadOptions::default())
         }
         false => SourceReader::open(&args.file, ReadOptions::default()),

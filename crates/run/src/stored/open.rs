@@ -1,44 +1,21 @@
 //! Opens stores for the stages.
 
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
 use draftsmith_core::report::Report;
-use draftsmith_data::Ranged;
 use draftsmith_formats::cache::{CacheError, CacheManifest, CacheSpec, CaptureRow};
 use draftsmith_formats::run::{CaptureStoreTable, Stage};
-use draftsmith_store::{
-    Address, CacheOptions, Object, Settings, Store, StoreError, StoredCache, StoredWriter, capture_folder,
-};
+use draftsmith_store::{Address, CacheOptions, Store, StoreError, StoredCache, StoredWriter, capture_folder};
 use draftsmith_train::RowStore;
 
-use super::{Found, Sink};
+use super::Sink;
 use crate::check::Origin;
 use crate::disk::{free_bytes, human};
-use crate::{Env, Error, Run, STAGE_VERSIONS, version};
+use crate::elsewhere::open;
+use crate::{Error, Run, STAGE_VERSIONS, version};
 
 /// Bytes of the local cache where nobody says how many.
 const CACHE_BYTES: u64 = 16 << 30;
-
-impl From<StoreError> for Error {
-    fn from(error: StoreError) -> Error {
-        match error {
-            StoreError::Cache(error) => error.into(),
-            StoreError::Disk(error) => error.into(),
-            StoreError::Stopped => Error::Interrupted { what: "a transfer".to_string(), resume: None },
-            error => Error::Input { hint: error.hint(), message: error.to_string() },
-        }
-    }
-}
-
-fn open(address: &Address, env: &Env<'_>, timeout_s: f64, retries: u32) -> Result<Store, StoreError> {
-    let timeout = Duration::from_secs_f64(timeout_s);
-    let variable = &env.variable;
-    let (offline, stop) = (env.places.offline, env.stop.clone());
-    Store::open(address, Settings { offline, variable, timeout, retries, stop })
-}
 
 /// An error of a store at the key that names it.
 fn at_key(error: Error, origin: &Origin, key: &str) -> Error {
@@ -50,56 +27,11 @@ fn at_key(error: Error, origin: &Origin, key: &str) -> Error {
     }
 }
 
-/// An object of conversations.
-struct Remote {
-    store: Store,
-    name: String,
-    found: Object,
-}
-
-impl std::fmt::Debug for Remote {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Remote").field(&self.store.address().join(&self.name)).finish()
-    }
-}
-
-impl Ranged for Remote {
-    fn size(&self) -> u64 {
-        self.found.size
-    }
-
-    fn read(&self, from: u64, len: usize) -> io::Result<Vec<u8>> {
-        let range = from..from + len as u64;
-        self.store.read(&self.name, range, self.found.tag.as_deref(), |_| Ok(())).map_err(io::Error::other)
-    }
-}
-
-/// Finds a file of conversations in a store.
-///
-/// # Errors
-/// An address that is none, an object that is not there or may not be read.
-pub fn open_source(name: &str, env: &Env<'_>) -> Result<Found, Error> {
-    let address: Address = name.parse()?;
-    let Some((folder, name)) = address.split() else {
-        let problem = "names no object, expected a file of conversations".to_string();
-        return Err(StoreError::BadAddress { address: address.to_string(), problem }.into());
-    };
-    let (timeout_s, retries) = (CaptureStoreTable::default_timeout_s(), CaptureStoreTable::default_retries());
-    let store = open(&folder, env, timeout_s, retries)?;
-    let Some(found) = store.find(name)? else {
-        // The bucket may be what is missing.
-        store.reach()?;
-        return Err(StoreError::Missing { object: address }.into());
-    };
-    let identity = found.identity();
-    Ok((Arc::new(Remote { store, name: name.to_string(), found }), identity))
-}
-
 impl Run<'_> {
     /// The folder of this capture in its store.
     fn store_of(&self, table: &CaptureStoreTable, spec: &CacheSpec) -> Result<Store, StoreError> {
         let address: Address = table.url.parse()?;
-        let store = open(&address, &self.env, table.timeout_s, table.retries)?;
+        let store = open(&address, &self.outside(), table.timeout_s, table.retries)?;
         Ok(store.inside(&capture_folder(spec, version(&STAGE_VERSIONS, Stage::Capture))))
     }
 
@@ -175,7 +107,7 @@ impl Run<'_> {
     pub(super) fn look_at_store(&self, table: &CaptureStoreTable) -> Result<(), Error> {
         let look = || {
             let address: Address = table.url.parse()?;
-            open(&address, &self.env, table.timeout_s, table.retries.min(2))?.reach()
+            open(&address, &self.outside(), table.timeout_s, table.retries.min(2))?.reach()
         };
         let key = "capture.store.url";
         look().map_err(|error| at_key(error.into(), &self.origin, key))
