@@ -35,7 +35,14 @@ pub(crate) fn run(args: &cli::Status, _session: &Session) -> Result<u8, Failure>
 
 fn folder_of(path: &Path) -> Result<RunFolder, Failure> {
     if path.is_file() {
-        return Ok(RunFolder::new(run::load(path, &[])?.dir()));
+        let folder = RunFolder::new(run::load(path, &[])?.dir());
+        if !folder.run_file().is_file() {
+            return Err(Failure::input(
+                format!("the run of `{}` was not begun here: there is no `{}`", path.display(), folder.root().display()),
+                Some(format!("`draftsmith run {}` begins it, `--plan` behind it shows the bill", path.display())),
+            ));
+        }
+        return Ok(folder);
     }
     Ok(RunFolder::new(path))
 }
