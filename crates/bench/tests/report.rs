@@ -201,7 +201,8 @@ fn where_drafting_loses_report_and_table_say_so_and_why() {
     }
     let mut deep = options(60);
     deep.drafting = draftsmith_bench::record::Drafting::Chain { depth: 7 };
-    let slower = measured(&mut FakeRunner { depth: 0, ..FakeRunner::default() }, &workload("gsm8k", 24, 1), &deep);
+    let slower =
+        measured(&mut FakeRunner { depth: 0, ..FakeRunner::default() }, &workload("gsm8k", 24, 1), &deep);
     let both = [slow[0].clone(), slower];
     for text in [report_html(&both).unwrap(), table::text(&both), table::markdown(&both)] {
         assert!(text.to_lowercase().contains("decode without the draft here"), "{text}");

@@ -352,7 +352,8 @@ mod tests {
 
     #[test]
     fn conversations_that_are_left_out_for_time_are_no_lack_of_conversations() {
-        let left_out = Facts { rows: Some(50), given: Some(556), max_steps: Some(40), steps: Some(40), ..facts() };
+        let left_out =
+            Facts { rows: Some(50), given: Some(556), max_steps: Some(40), steps: Some(40), ..facts() };
         check(&left_out, &["time", "steps"], "regenerate.max_tokens=4200000 and train.max_steps=240");
         check(&Facts { given: Some(50), rows: Some(50), ..facts() }, &["data"], "data.sources");
         check(&Facts { max_answers: None, ..left_out }, &["data", "steps"], "data.sources");

@@ -146,11 +146,7 @@ pub fn verdict(best: Option<&Best>, warnings: &[Warning], names: &Names) -> Verd
     let bundle = word(&names.bundle);
     let files: Vec<String> =
         names.workloads.iter().map(|path| format!("--workload {}", word(path))).collect();
-    let sets: Vec<String> = names
-        .workloads
-        .iter()
-        .map(|path| workload_name(path))
-        .collect();
+    let sets: Vec<String> = names.workloads.iter().map(|path| workload_name(path)).collect();
     let mut limits: Vec<String> = Vec::new();
     let Some(best) = best else {
         limits.extend(warnings.iter().map(Warning::line));

@@ -38,8 +38,15 @@ fn folder_of(path: &Path) -> Result<RunFolder, Failure> {
         let folder = RunFolder::new(run::load(path, &[])?.dir());
         if !folder.run_file().is_file() {
             return Err(Failure::input(
-                format!("the run of `{}` was not begun here: there is no `{}`", path.display(), folder.root().display()),
-                Some(format!("`draftsmith run {}` begins it, `--plan` behind it shows the bill", path.display())),
+                format!(
+                    "the run of `{}` was not begun here: there is no `{}`",
+                    path.display(),
+                    folder.root().display()
+                ),
+                Some(format!(
+                    "`draftsmith run {}` begins it, `--plan` behind it shows the bill",
+                    path.display()
+                )),
             ));
         }
         return Ok(folder);

@@ -108,7 +108,10 @@ fn everything_that_is_wrong_is_told_at_once() {
 #[test]
 fn the_status_of_a_run_file_that_nobody_began_says_so() {
     let home = Home::new();
-    home.write("own/a.toml", "[run]\nname = \"a\"\n[target]\nsource = \"x\"\n[data]\nsources = [{ path = \"y.jsonl\" }]\n");
+    home.write(
+        "own/a.toml",
+        "[run]\nname = \"a\"\n[target]\nsource = \"x\"\n[data]\nsources = [{ path = \"y.jsonl\" }]\n",
+    );
     let ended = home.run(&["status", "own/a.toml"]);
     assert_eq!(ended.code, Some(2));
     assert_eq!(
