@@ -36,4 +36,4 @@ pub use stats::{Estimate, Interval};
 pub use summary::{
     BASELINE, Contract, Summary, advice_against, headline, summarize, summarize_all, summarize_each,
 };
-pub use workload::{Workload, WorkloadRow};
+pub use workload::{Workload, WorkloadRow, workload_name};

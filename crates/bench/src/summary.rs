@@ -127,6 +127,13 @@ pub fn advice_against(records: &[Record]) -> Option<String> {
                 length / speedup
             )
         });
+    if groups(records).len() == 1 && setting != "auto" {
+        // Another one may pay: nothing is known of them.
+        return Some(format!(
+            "not with {setting}, the only setting tried: it reached {speedup:.2}x of target-only decoding{limit}; `--auto` \
+             drafts as much as pays, and `bench tune` tries the others"
+        ));
+    }
     Some(format!(
         "decode without the draft here: the fastest setting ({setting}) reached {speedup:.2}x of target-only decoding{limit}"
     ))

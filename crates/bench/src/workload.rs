@@ -40,6 +40,25 @@ pub struct Workload {
     pub rows: Vec<WorkloadRow>,
 }
 
+/// What records call a file of prompts: its name without what says how it is written.
+///
+/// ```
+/// use draftsmith_bench::workload_name;
+///
+/// assert_eq!(workload_name("eval/gsm8k.jsonl".as_ref()), "gsm8k");
+/// assert_eq!(workload_name("own-Q4_K.1.jsonl.zst".as_ref()), "own-Q4_K.1");
+/// ```
+pub fn workload_name(path: &Path) -> String {
+    let mut name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    for end in [".zst", ".gz", ".jsonl", ".json"] {
+        if let Some(rest) = name.strip_suffix(end) {
+            name = rest.to_string();
+        }
+    }
+    let name = name.trim_start_matches('.');
+    if name.is_empty() { "workload".to_string() } else { name.to_string() }
+}
+
 impl Workload {
     /// Reads a workload file; `limit` keeps the first rows only.
     pub fn read(path: impl AsRef<Path>, limit: Option<usize>) -> Result<Workload, BenchError> {
@@ -48,8 +67,7 @@ impl Workload {
             .map_err(|source| BenchError::ReadWorkload { path: path.to_owned(), source })?;
         let text =
             unpack(&bytes).map_err(|source| BenchError::ReadWorkload { path: path.to_owned(), source })?;
-        let file_name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        let name = file_name.split('.').find(|part| !part.is_empty()).unwrap_or("workload").to_owned();
+        let name = workload_name(path);
         let mut workload = Workload::parse(&path.display().to_string(), &text, limit)?;
         workload.name = name;
         workload.sha256 = sha256_hex(&bytes);

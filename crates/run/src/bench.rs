@@ -157,6 +157,7 @@ impl Run<'_> {
             data["validation_rows"].as_u64().map(|rows| rows.min(u64::from(self.file.validate.prompts)));
         Ok(warnings(&Facts {
             rows: tokens["dialogues"].as_u64().or(data["rows"].as_u64()),
+            given: data["rows"].as_u64(),
             trained_tokens: tokens["trained_tokens"].as_u64(),
             steps: train["steps"].as_u64(),
             passes: all.zip(train["slots"].as_u64()).map(|(all, slots)| slots as f64 / all as f64),
@@ -187,7 +188,8 @@ impl Run<'_> {
         Names {
             bundle: self.file.bundle_dir(),
             run,
-            target: self.inputs.target_reference.clone(),
+            target: self.file.from_here().target.source.0.swap_remove(0),
+            anew: format!("{}-more", self.file.run.name),
             workloads: self.file.bench.workloads.clone(),
             further,
         }

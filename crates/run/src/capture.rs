@@ -291,7 +291,7 @@ impl Run<'_> {
             let mut bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
             bill.minutes /= ranks as f64;
             report.note(&format!(
-                "capture: {} rows, {} tokens, about {}, {:.0} minutes{}",
+                "capture: {} rows, {} tokens, about {}, {:.0} min{}",
                 bill.rows,
                 bill.tokens,
                 human(bill.bytes),

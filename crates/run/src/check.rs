@@ -251,7 +251,7 @@ fn workloads(file: &RunFile, origin: &Origin, faults: &mut Faults) {
                             workload.name,
                             other.display()
                         ),
-                        "rename one of the files: what stands before the first dot is its name",
+                        "rename one of the files: without its ending a file has the name of its records",
                     );
                 }
             }

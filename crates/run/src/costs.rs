@@ -103,8 +103,9 @@ impl CostFile {
         let share = 100.0 * self.others_busy_share?;
         self.is_disturbed().then(|| {
             format!(
-                "doubt: others used {share:.0} % of the processors while costs were measured, and passes of one size lay \
-                 {:.0} % apart; steps correct them, and the next start measures anew",
+                "doubt: the machine was busy while the costs of steps were measured (others used {share:.0} % of it, like passes \
+                 lay {:.0} % apart): how much is drafted may be chosen badly at first; steps correct it, and the next start \
+                 measures anew",
                 100.0 * self.spread
             )
         })

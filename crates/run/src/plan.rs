@@ -780,6 +780,8 @@ impl Run<'_> {
         let held = |amounts: &Amounts| amounts.held.min(u64::from(file.validate.prompts));
         Facts {
             rows: amounts.map(|amounts| amounts.rows.min(amounts.lengths.len() as u64)),
+            given: amounts.map(|amounts| amounts.rows),
+            max_answers: file.regenerate.max_tokens.filter(|_| file.regenerate.enabled),
             trained_tokens: amounts.map(Amounts::trained),
             steps: trained.map(|t| t.steps),
             passes: trained.map(|t| t.passes),
@@ -801,8 +803,8 @@ fn how_measured(rates: &Rates, kept: bool) -> String {
     let age = crate::costs::unix_s().saturating_sub(rates.measured_unix_s);
     let when = match (kept, age) {
         (false, _) => format!("measured now, in {:.0} s", rates.took_s),
-        (true, 0..7200) => format!("measured {} minutes ago", age / 60),
-        (true, 7200..172_800) => format!("measured {} hours ago", age / 3600),
+        (true, 0..7200) => format!("measured {} min ago", age / 60),
+        (true, 7200..172_800) => format!("measured {} h ago", age / 3600),
         (true, _) => format!("measured {} days ago", age / 86_400),
     };
     match rates.doubt() {

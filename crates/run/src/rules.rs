@@ -127,6 +127,10 @@ pub fn budget(seconds: f64, most_answers: u64, paces: &Paces) -> Budget {
 pub struct Facts {
     /// Conversations that are trained on.
     pub rows: Option<u64>,
+    /// Conversations that there are, whether they are trained on or not.
+    pub given: Option<u64>,
+    /// Most tokens of answers that the run file allows, if it limits them.
+    pub max_answers: Option<u64>,
     /// Tokens of them with a loss.
     pub trained_tokens: Option<u64>,
     /// Optimiser steps.
@@ -156,7 +160,7 @@ pub struct Facts {
 /// Something that bodes ill. The run goes on.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Warning {
-    /// What is in short supply: `data`, `steps`, `vocabulary`, `learning rate`, `passes`, `answers`, `validation`.
+    /// What is in short supply: `data`, `time`, `steps`, `vocabulary`, `learning rate`, `passes`, `answers`, `validation`.
     pub about: &'static str,
     /// The fact.
     pub message: String,
@@ -181,7 +185,26 @@ pub fn warnings(facts: &Facts) -> Vec<Warning> {
     };
     let few_rows = facts.rows.filter(|rows| *rows < FEW_ROWS);
     let few_tokens = facts.trained_tokens.filter(|tokens| *tokens < FEW_TOKENS);
+    // There are more conversations, and the limit of answers left them out.
+    let left_out = facts.max_answers.zip(facts.given.zip(few_rows).filter(|(given, rows)| given > rows));
     match (few_rows, few_tokens) {
+        _ if left_out.is_some() => {
+            let (most, (given, rows)) = left_out.expect("it is some");
+            let factor = given.min(FEW_ROWS) as f64 / rows.max(1) as f64;
+            let longer = |value: u64| (value as f64 * factor).ceil() as u64;
+            let mut set = vec![format!("regenerate.max_tokens={}", longer(most))];
+            let steps = facts.max_steps.map(|steps| longer(steps).max(FEW_STEPS));
+            set.extend(steps.map(|steps| format!("train.max_steps={steps}")));
+            warn(
+                "time",
+                format!(
+                    "{rows} of {given} conversations are few: drafts that paid had {FEW_ROWS} and more, and the rest is \
+                     left out for time"
+                ),
+                format!("give it more (`make --hours`), or set {}", set.join(" and ")),
+                &set,
+            );
+        }
         (Some(rows), _) => warn(
             "data",
             format!("{rows} conversations are few: drafts that paid had {FEW_ROWS} and more"),
@@ -297,6 +320,8 @@ mod tests {
     fn facts() -> Facts {
         Facts {
             rows: Some(4000),
+            given: Some(4000),
+            max_answers: Some(700_000),
             trained_tokens: Some(700_000),
             steps: Some(3600),
             passes: Some(3.7),
@@ -323,6 +348,15 @@ mod tests {
     fn what_shipped_warns_of_nothing() {
         check(&facts(), &[], "");
         check(&Facts { rows: None, steps: None, coverage: None, held_out: None, ..facts() }, &[], "");
+    }
+
+    #[test]
+    fn conversations_that_are_left_out_for_time_are_no_lack_of_conversations() {
+        let left_out =
+            Facts { rows: Some(50), given: Some(556), max_steps: Some(40), steps: Some(40), ..facts() };
+        check(&left_out, &["time", "steps"], "regenerate.max_tokens=4200000 and train.max_steps=240");
+        check(&Facts { given: Some(50), rows: Some(50), ..facts() }, &["data"], "data.sources");
+        check(&Facts { max_answers: None, ..left_out }, &["data", "steps"], "data.sources");
     }
 
     #[test]

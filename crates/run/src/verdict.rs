@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use draftsmith_bench::{Record, headline};
+use draftsmith_bench::{Record, headline, workload_name};
 use serde::{Deserialize, Serialize};
 
 use crate::rules::Warning;
@@ -127,6 +127,8 @@ pub struct Names {
     pub run: String,
     /// The first reference of the target.
     pub target: String,
+    /// A name for a run with more data, which no run file here has.
+    pub anew: String,
     /// Files of prompts that were measured.
     pub workloads: Vec<PathBuf>,
     /// `key=value` that make a run go further where nothing else is wrong with it.
@@ -144,14 +146,7 @@ pub fn verdict(best: Option<&Best>, warnings: &[Warning], names: &Names) -> Verd
     let bundle = word(&names.bundle);
     let files: Vec<String> =
         names.workloads.iter().map(|path| format!("--workload {}", word(path))).collect();
-    let sets: Vec<String> = names
-        .workloads
-        .iter()
-        .map(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            name.split('.').next().unwrap_or_default().to_string()
-        })
-        .collect();
+    let sets: Vec<String> = names.workloads.iter().map(|path| workload_name(path)).collect();
     let mut limits: Vec<String> = Vec::new();
     let Some(best) = best else {
         limits.extend(warnings.iter().map(Warning::line));
@@ -185,7 +180,14 @@ pub fn verdict(best: Option<&Best>, warnings: &[Warning], names: &Names) -> Verd
     );
     let says = match worth {
         Worth::Yes => format!("worth using here: {measured}"),
-        Worth::Unsure => format!("not shown to be worth it: {measured}"),
+        Worth::Unsure => {
+            let why = match best.interval {
+                _ if best.disturbed.is_some() => "others were at work while it was measured",
+                _ if best.rows < ROWS => "too few prompts were measured",
+                _ => "it could be chance",
+            };
+            format!("not shown to be worth it, for {why}: {measured}")
+        }
         Worth::No => format!("not worth using here, decode without it: at best {measured}"),
         Worth::Differs => format!("not to be used: texts differ from those of the target alone ({measured})"),
         Worth::Unmeasured => unreachable!("there is a measurement"),
@@ -205,7 +207,14 @@ pub fn verdict(best: Option<&Best>, warnings: &[Warning], names: &Names) -> Verd
         ));
     }
     let measure = format!("draftsmith bench tune --bundle {bundle} {} --limit 20 --write", files.join(" "));
-    let set: Vec<&str> = warnings.iter().flat_map(|w| &w.set).map(String::as_str).collect();
+    // The worst shortage speaks first: of two values for a key it has the say.
+    let mut set: Vec<&str> = Vec::new();
+    for one in warnings.iter().flat_map(|w| &w.set) {
+        let key = one.split('=').next();
+        if !set.iter().any(|other| other.split('=').next() == key) {
+            set.push(one);
+        }
+    }
     let data = warnings.iter().any(|w| w.about == "data");
     let (next_is_for, next) = match worth {
         Worth::Differs => (
@@ -219,7 +228,7 @@ pub fn verdict(best: Option<&Best>, warnings: &[Warning], names: &Names) -> Verd
         Worth::Yes => ("use it".to_string(), format!("draftsmith serve --bundle {bundle}")),
         _ if data => (
             "train it on more conversations of the kind that it will be used for".to_string(),
-            format!("draftsmith make {} --data MORE.jsonl", names.target),
+            format!("draftsmith make {} --data MORE.jsonl --name {}", names.target, names.anew),
         ),
         _ if !set.is_empty() => {
             ("train it as its size asks for".to_string(), format!("{} {}", names.run, set.join(" ")))
@@ -269,6 +278,7 @@ mod tests {
             bundle: PathBuf::from("runs/a/bundle"),
             run: "draftsmith run a.toml".to_string(),
             target: "hf:ORG/NAME".to_string(),
+            anew: "a-more".to_string(),
             workloads: vec![PathBuf::from("w/own prompts.jsonl")],
             further: vec!["train.epochs=8".to_string()],
         }
@@ -326,7 +336,19 @@ mod tests {
             &[data, few_steps()],
             Worth::No,
             "optimiser",
-            "draftsmith make hf:ORG/NAME --data",
+            "draftsmith make hf:ORG/NAME --data MORE.jsonl --name a-more",
+        );
+        let unanswered = Warning {
+            about: "time",
+            set: vec!["regenerate.max_tokens=9".to_string(), "train.epochs=3".to_string()],
+            ..few_steps()
+        };
+        check(
+            Some(&slow),
+            &[unanswered, few_steps()],
+            Worth::No,
+            "time",
+            "draftsmith run a.toml regenerate.max_tokens=9 train.epochs=3",
         );
         let differs = of(|b| b.identical = false);
         check(Some(&differs), &[], Worth::Differs, "accept length", "bench identity --target hf:ORG/NAME");

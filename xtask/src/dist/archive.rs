@@ -19,6 +19,7 @@ pub(crate) fn write(parts: &Parts, out: &Path) -> Result<String> {
         vec![Entry { name: "bin/draftsmith".to_string(), bytes: parts.program.clone(), executable: true }];
     for (from, to) in [
         ("bundles", "share/draftsmith/bundles"),
+        ("recipes", "share/draftsmith/recipes"),
         ("contrib", "share/draftsmith/contrib"),
         ("docs", "share/doc/draftsmith"),
     ] {

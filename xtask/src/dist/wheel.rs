@@ -66,7 +66,9 @@ fn contents(parts: &Parts, tag: &str) -> Result<Vec<Entry>> {
         executable: true,
     });
     // `share` beside `bin`: where the program looks for what ships with it.
-    entries.extend(under(&format!("{data}/data/share/draftsmith/bundles"), parts.below("bundles")?));
+    for folder in ["bundles", "recipes"] {
+        entries.extend(under(&format!("{data}/data/share/draftsmith/{folder}"), parts.below(folder)?));
+    }
     entries.extend(under(&format!("{info}/licenses"), parts.licences()?));
     entries.push(Entry::file(format!("{info}/sboms/draftsmith.cdx.json"), parts.sbom.clone()));
     entries.push(Entry::file(format!("{info}/METADATA"), metadata(parts)?));

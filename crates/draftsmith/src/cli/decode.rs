@@ -55,10 +55,10 @@ pub struct Verifying {
 #[derive(Debug, Args)]
 pub struct Choosing {
     /// Sample at this temperature; 0 is greedy.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Sample from the smallest set of tokens with this probability.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Sample from this many best tokens; 0: from all.
     #[arg(long, value_name = "K", default_value_t = 0)]

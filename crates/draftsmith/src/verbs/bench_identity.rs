@@ -256,6 +256,7 @@ fn compare<K: Backend>(args: &cli::BenchIdentity, session: &Session, device: &Ar
             output.prompts.len(),
             output.ways.len(),
             match output.differences.len() {
+                0 if K::ROW_EXACT => "proved, one text per prompt".to_owned(),
                 0 => "one text per prompt".to_owned(),
                 n => format!("{n} DIFFERENCES"),
             }

@@ -25,9 +25,9 @@ use crate::printer;
 /// The draft that ships with draftsmith.
 const BUNDLE: &str = "bundles/smollm2-135m-instruct-eagle3";
 
-/// Everyday requests of different kinds: a sum, an explanation, code, a list.
+/// Everyday requests of different kinds, within the reach of a small model: a letter, an explanation, code, a list.
 const PROMPTS: [&str; 4] = [
-    "A farmer has 12 cows and buys 7 more. Then he sells 5. How many cows does he have? Explain step by step.",
+    "Write a short thank-you note to a neighbour who watered my plants.",
     "Explain why the sky is blue in a few sentences.",
     "Write a Python function that returns the sum of the even numbers in a list.",
     "Give me five tips for learning a new language.",
@@ -119,6 +119,9 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
                 .map_err(Error::from)?;
             written?;
             if done.finish_reason == FinishReason::Cancelled {
+                if show.live {
+                    printer::out("\n")?;
+                }
                 return Err(Failure::interrupted("interrupted", None));
             }
             Ok(done)
@@ -205,6 +208,11 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         if let Some(doubt) = &busy {
             printer::out(&format!("doubt          {}: {}\n", doubt.message(), doubt.advice()))?;
         }
+        printer::out(&format!(
+            "next           draftsmith serve --bundle {}                     a page and OpenAI's API\n\
+             \x20              draftsmith make hf:ORG/NAME --data chats.jsonl --hours 1   a draft for a model of your own\n",
+            shown(&bundle)
+        ))?;
     }
     Ok(if identical { 0 } else { NOT_HELD })
 }

@@ -11,7 +11,7 @@ use draftsmith::run::{self, stages_of};
 use draftsmith::serve::Runs;
 use serde_json::{Value, json};
 
-use super::status::state_of;
+use super::status::states;
 use crate::failure::Failure;
 
 /// Lines of a log that are shown; a screen has no more points.
@@ -68,7 +68,7 @@ fn overview(name: &str, folder: &RunFolder, curve: Option<&Curve>) -> Value {
     let file: Result<RunFile, _> = run::load(&folder.run_file(), &[]);
     let mut errors: Vec<String> = file.as_ref().err().map(ToString::to_string).into_iter().collect();
     let stages = file.as_ref().map_or_else(|_| Stage::ALL.to_vec(), stages_of);
-    let mut shown = Vec::new();
+    let (mut shown, mut state_of) = (Vec::new(), states(busy));
     for stage in stages {
         let known = folder.read(stage).unwrap_or_else(|error| {
             errors.push(error.to_string());
@@ -76,7 +76,7 @@ fn overview(name: &str, folder: &RunFolder, curve: Option<&Curve>) -> Value {
         });
         shown.push(json!({
             "stage": stage,
-            "state": state_of(known.as_ref(), busy),
+            "state": state_of(known.as_ref()),
             "seconds": known.as_ref().map(|file| file.seconds),
             "progress": known.as_ref().and_then(|file| file.progress.clone()),
             "summary": known.map(|file| file.summary),
@@ -87,7 +87,7 @@ fn overview(name: &str, folder: &RunFolder, curve: Option<&Curve>) -> Value {
         "running"
     } else if any("interrupted") {
         "interrupted"
-    } else if any("waiting") {
+    } else if any("waiting") || any("outdated") {
         "unfinished"
     } else {
         "done"

@@ -35,7 +35,21 @@ pub(crate) fn run(args: &cli::Status, _session: &Session) -> Result<u8, Failure>
 
 fn folder_of(path: &Path) -> Result<RunFolder, Failure> {
     if path.is_file() {
-        return Ok(RunFolder::new(run::load(path, &[])?.dir()));
+        let folder = RunFolder::new(run::load(path, &[])?.dir());
+        if !folder.run_file().is_file() {
+            return Err(Failure::input(
+                format!(
+                    "the run of `{}` was not begun here: there is no `{}`",
+                    path.display(),
+                    folder.root().display()
+                ),
+                Some(format!(
+                    "`draftsmith run {}` begins it, `--plan` behind it shows the bill",
+                    path.display()
+                )),
+            ));
+        }
+        return Ok(folder);
     }
     Ok(RunFolder::new(path))
 }
@@ -64,13 +78,13 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
     }
     let file = run::load(&folder.run_file(), &[])?;
     let busy = folder.is_busy();
-    let mut stages = Vec::new();
+    let (mut stages, mut state_of) = (Vec::new(), states(busy));
     for stage in stages_of(&file) {
         let known = folder.read(stage).map_err(Error::from)?;
         let known = known.map(|known| with_paths(known, stage, &file));
         stages.push(json!({
             "stage": stage,
-            "state": state_of(known.as_ref(), busy),
+            "state": state_of(known.as_ref()),
             "seconds": known.as_ref().map(|f| f.seconds),
             "progress": known.as_ref().and_then(|f| f.progress.clone()),
             "summary": known.map(|f| f.summary).unwrap_or(Value::Null),
@@ -97,13 +111,20 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
     }))
 }
 
-/// A word for how far a stage is; `busy`: somebody works in the folder.
-pub(super) fn state_of(known: Option<&StageFile>, busy: bool) -> &'static str {
-    match known {
-        None => "waiting",
-        Some(StageFile { phase: Phase::Done, .. }) => "done",
-        Some(_) if busy => "running",
-        Some(_) => "interrupted",
+/// Words for how far stages are, asked in their order; `busy`: somebody works in the folder. What was made of something
+/// that is being made anew is `outdated`.
+pub(super) fn states(busy: bool) -> impl FnMut(Option<&StageFile>) -> &'static str {
+    let mut all_done = true;
+    move |known| {
+        let state = match known {
+            None => "waiting",
+            Some(StageFile { phase: Phase::Done, .. }) if all_done => "done",
+            Some(StageFile { phase: Phase::Done, .. }) => "outdated",
+            Some(_) if busy => "running",
+            Some(_) => "interrupted",
+        };
+        all_done &= state == "done";
+        state
     }
 }
 
@@ -141,7 +162,32 @@ fn page(status: &Value) -> String {
         );
     }
     if let Some(best) = status["best_accept_len"].as_f64() {
-        let _ = writeln!(page, "  best accept length so far: {best:.3}");
+        let over = status["stages"].as_array().is_some_and(|all| all.iter().all(|s| s["state"] == "done"));
+        let so_far = if over { "" } else { " so far" };
+        let _ = writeln!(page, "  best accept length{so_far}: {best:.3}");
     }
     page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_made_of_something_that_is_made_anew_is_outdated() {
+        let file = |phase| {
+            Some(StageFile {
+                key: "k".to_string(),
+                phase,
+                seconds: 1.0,
+                progress: None,
+                summary: Value::Null,
+                inputs: std::collections::BTreeMap::new(),
+            })
+        };
+        let all = [file(Phase::Done), file(Phase::Running), file(Phase::Done), None];
+        let words = |busy| all.iter().map(|known| known.as_ref()).map(states(busy)).collect::<Vec<_>>();
+        assert_eq!(words(true), ["done", "running", "outdated", "waiting"]);
+        assert_eq!(words(false), ["done", "interrupted", "outdated", "waiting"]);
+    }
 }

@@ -55,7 +55,7 @@ fn the_bill_of_a_run_makes_nothing_and_done_stages_cost_nothing() {
         "{}",
         page.stdout
     );
-    assert!(page.stdout.contains("measured 0 minutes ago"), "{}", page.stdout);
+    assert!(page.stdout.contains("measured 0 min ago"), "{}", page.stdout);
 
     // The warnings come before the work, too, and with the verdict.
     let done = home.run(&["run", "a.toml", "--json"]);

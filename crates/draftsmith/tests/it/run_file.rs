@@ -104,3 +104,19 @@ fn everything_that_is_wrong_is_told_at_once() {
     }
     assert_eq!(text.lines().filter(|line| line.starts_with("hint: ")).count(), wanted.len(), "{text}");
 }
+
+#[test]
+fn the_status_of_a_run_file_that_nobody_began_says_so() {
+    let home = Home::new();
+    home.write(
+        "own/a.toml",
+        "[run]\nname = \"a\"\n[target]\nsource = \"x\"\n[data]\nsources = [{ path = \"y.jsonl\" }]\n",
+    );
+    let ended = home.run(&["status", "own/a.toml"]);
+    assert_eq!(ended.code, Some(2));
+    assert_eq!(
+        ended.stderr,
+        "error: the run of `own/a.toml` was not begun here: there is no `runs/a`\n\
+         hint: `draftsmith run own/a.toml` begins it, `--plan` behind it shows the bill\n"
+    );
+}

@@ -226,7 +226,8 @@ impl RunFile {
     pub fn to_saved_toml(&self) -> String {
         let mut file = self.written();
         let from = if self.from.as_os_str().is_empty() { Path::new(".") } else { &self.from };
-        file.run.paths_from = std::path::absolute(from).ok();
+        let from = std::path::absolute(from).ok();
+        file.run.paths_from = from.map(|from| without_detours(&from.to_string_lossy()).into());
         toml::to_string(&file).expect("a checked run file has only values that TOML can write")
     }
 
