@@ -21,15 +21,20 @@ use fake_s3::FakeS3;
 
 /// A client of an address, with these variables.
 fn open(address: &str, variables: &[(&str, String)], retries: u32, stop: &Stop) -> Result<Store, StoreError> {
+    open_patiently(address, variables, retries, stop, Duration::from_millis(700))
+}
+
+/// The same of a server that may take its time.
+fn open_patiently(
+    address: &str,
+    variables: &[(&str, String)],
+    retries: u32,
+    stop: &Stop,
+    timeout: Duration,
+) -> Result<Store, StoreError> {
     let address: Address = address.parse()?;
     let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.clone());
-    let settings = Settings {
-        offline: false,
-        variable: &variable,
-        timeout: Duration::from_millis(700),
-        retries,
-        stop: stop.clone(),
-    };
+    let settings = Settings { offline: false, variable: &variable, timeout, retries, stop: stop.clone() };
     Store::open(&address, settings)
 }
 

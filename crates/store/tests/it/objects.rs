@@ -7,7 +7,7 @@ use draftsmith_store::{Address, Settings, Store, StoreError};
 
 use crate::fake_s3::{FakeS3, Fault, KEY, SECRET};
 use crate::moto::Moto;
-use crate::{bucket, bytes, open};
+use crate::{bucket, bytes, open, open_patiently};
 
 #[test]
 fn objects_go_and_come_whole_through_every_passing_fault() {
@@ -251,7 +251,8 @@ fn moto_takes_and_gives_objects_as_our_own_server_does() {
     let file = folder.path().join("large");
     std::fs::write(&file, &large).unwrap();
     let stop = Stop::default();
-    let store = open("s3://bucket/a b/ü", &moto.variables(), 3, &stop).unwrap();
+    let store =
+        open_patiently("s3://bucket/a b/ü", &moto.variables(), 3, &stop, Duration::from_secs(60)).unwrap();
     store.reach().unwrap();
     store.write("small", b"hello".to_vec()).unwrap();
     store.write_file("large", &file).unwrap();
@@ -264,7 +265,8 @@ fn moto_takes_and_gives_objects_as_our_own_server_does() {
     store.write("large", b"other".to_vec()).unwrap();
     check(store.read("large", 0..5, tag, |_| Ok(())), "was changed", "nobody writes it");
     check(store.read("none", 0..5, None, |_| Ok(())), "none` does not exist", "check bucket and name");
-    let elsewhere = open("s3://other/x", &moto.variables(), 3, &stop).unwrap();
+    let elsewhere =
+        open_patiently("s3://other/x", &moto.variables(), 3, &stop, Duration::from_secs(60)).unwrap();
     check(elsewhere.reach(), "the bucket of `s3://other/x/", "make the bucket");
     check(elsewhere.write("y", vec![1]), "the bucket of `s3://other/x/y` does not exist", "make the bucket");
     assert!(store.asked().faults.is_empty(), "{}", store.asked());
