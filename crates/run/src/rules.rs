@@ -320,7 +320,7 @@ mod tests {
     fn facts() -> Facts {
         Facts {
             rows: Some(4000),
-            given: Some(4000),
+            given: None,
             max_answers: Some(700_000),
             trained_tokens: Some(700_000),
             steps: Some(3600),
