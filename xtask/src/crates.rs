@@ -13,7 +13,7 @@ const PAGE: &str = "ARCHITECTURE.md";
 /// Libraries that only one crate may see: the reason that crate exists.
 const OWNED: [(&str, &[&str]); 6] = [
     ("axum", &["serve"]),
-    ("ureq", &["capture", "pull"]),
+    ("ureq", &["capture", "pull", "store"]),
     ("tokenizers", &["text"]),
     ("clap", &["draftsmith", "xtask"]),
     ("gemm", &["kernels"]),

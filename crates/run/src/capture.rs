@@ -276,7 +276,7 @@ impl Run<'_> {
             None => Some(Parts::open(dir, &spec)?).filter(|parts| ranks > 1 || !parts.is_empty()),
         };
         let work = match parts {
-            Some(parts) => Work::Together(parts),
+            Some(parts) => Work::Together(Box::new(parts)),
             None => Work::Alone(self.sink(dir, &spec)?),
         };
         if let Work::Alone(sink) = &work
@@ -334,7 +334,7 @@ impl Run<'_> {
                 ended
             }
             Work::Together(parts) => {
-                self.capture_together(dir, parts, &tokens, (&mut source, ranks), &mut count)
+                self.capture_together(dir, *parts, &tokens, (&mut source, ranks), &mut count)
             }
         };
         source.note_requests(report);
@@ -525,7 +525,7 @@ enum Work {
     /// One after the other, here or in a store.
     Alone(Sink),
     /// In parts that are joined.
-    Together(Parts),
+    Together(Box<Parts>),
 }
 
 impl Work {

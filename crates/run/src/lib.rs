@@ -680,27 +680,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Answers are worth more than the rest of their stage, and each is known by its own key: a stage made anew begins
-    /// with those of the one that was set aside.
-    fn inherit_answers(&self, made: &Path) -> Result<(), Error> {
-        let answers = made.join(state::ANSWERS);
-        if answers.exists() {
-            return Ok(());
-        }
-        let all = self.folder.all_aside(Stage::Regenerate, made);
-        let logs = all.iter().map(|aside| aside.folder.join(state::ANSWERS));
-        let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
-        if let Some((_, log)) = longest {
-            atomic::create_dir_all(made)?;
-            // What other ranks had not handed over when they were ended lies beside it.
-            let beside = answers::rank_logs(log.parent().unwrap_or(Path::new(".")));
-            for log in beside.iter().chain([&log]) {
-                aside::link_file(log, &made.join(log.file_name().unwrap_or_default()))?;
-            }
-        }
-        Ok(())
-    }
-
     fn interrupted(&self, stage: Stage) -> Error {
         Error::Interrupted { what: stage.name().to_string(), resume: Some(self.origin.resume()) }
     }

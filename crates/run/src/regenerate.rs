@@ -32,8 +32,10 @@ use draftsmith_text::{MaskOptions, Message, TextError};
 use serde_json::{Value, json};
 
 use super::Run;
-use super::answers::{AnswerLine, Answers, KeptRow, Origin, Selection, Wanted};
+use super::answers::{AnswerLine, Answers, KeptRow, Origin, Selection, Wanted, rank_logs};
+use super::aside::link_file;
 use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
+use super::state::ANSWERS;
 use crate::Error;
 use crate::device::Compute;
 use crate::engine::engine;
@@ -44,6 +46,27 @@ use crate::server::server_keys;
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
 
 impl Run<'_> {
+    /// Answers are worth more than the rest of their stage, and each is known by its own key: a stage made anew begins
+    /// with those of the one that was set aside.
+    pub(super) fn inherit_answers(&self, made: &Path) -> Result<(), Error> {
+        let answers = made.join(ANSWERS);
+        if answers.exists() {
+            return Ok(());
+        }
+        let all = self.folder.all_aside(Stage::Regenerate, made);
+        let logs = all.iter().map(|aside| aside.folder.join(ANSWERS));
+        let longest = logs.filter_map(|log| Some((log.metadata().ok()?.len(), log))).max();
+        if let Some((_, log)) = longest {
+            atomic::create_dir_all(made)?;
+            // What other ranks had not handed over when they were ended lies beside it.
+            let beside = rank_logs(log.parent().unwrap_or(Path::new(".")));
+            for log in beside.iter().chain([&log]) {
+                link_file(log, &made.join(log.file_name().unwrap_or_default()))?;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn regenerate(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let table = &self.file.regenerate;
         let mut refused = BTreeMap::new();

@@ -129,7 +129,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Offline`], [`StoreError::Settings`].
     pub fn open(address: &Address, settings: Settings<'_>) -> Result<Store, StoreError> {
-        if settings.offline && !address.is_local() && !is_here(settings.variable) {
+        if settings.offline && !address.is_local() && !is_here(address.scheme, settings.variable) {
             return Err(StoreError::Offline { address: address.clone() });
         }
         let client = client(address, settings.timeout, settings.variable)?;
@@ -569,16 +569,19 @@ fn in_folder(object: Address, action: &'static str, error: &object_store::Error)
 }
 
 /// True where the endpoint is this machine: no network is needed then.
-fn is_here(variable: &dyn Fn(&str) -> Option<String>) -> bool {
-    ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT"].iter().any(
-        |name| {
-            let host = variable(name).and_then(|url| {
-                let uri: ureq::http::Uri = url.parse().ok()?;
-                uri.host().map(str::to_string)
-            });
-            host.is_some_and(|host| matches!(host.as_str(), "localhost" | "127.0.0.1" | "[::1]"))
-        },
-    )
+fn is_here(scheme: Scheme, variable: &dyn Fn(&str) -> Option<String>) -> bool {
+    let names: &[&str] = match scheme {
+        Scheme::File => return true,
+        Scheme::S3 => &["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"],
+        Scheme::Gs => &["GOOGLE_BASE_URL"],
+        Scheme::Az => &["AZURE_STORAGE_ENDPOINT"],
+    };
+    // The first that is set has the say.
+    let host = names.iter().find_map(|name| variable(name)).and_then(|url| {
+        let uri: ureq::http::Uri = url.parse().ok()?;
+        uri.host().map(str::to_string)
+    });
+    host.is_some_and(|host| matches!(host.as_str(), "localhost" | "127.0.0.1" | "[::1]"))
 }
 
 fn path_of(object: &Address) -> Result<ObjectPath, BadAddress> {
