@@ -26,13 +26,8 @@ pub(crate) fn manifest_in(store: &Store, wanted: &CacheSpec) -> Result<Option<Ca
     let Some(bytes) = store.read_whole(MANIFEST_NAME, MANIFEST_MAX)? else { return Ok(None) };
     let path = PathBuf::from(store.address().join(MANIFEST_NAME).to_string());
     let manifest = CacheManifest::parse(&bytes, &path)?;
-    match manifest.spec.difference(wanted) {
-        None => Ok(Some(manifest)),
-        Some((what, found, wanted)) => {
-            let path = PathBuf::from(store.address().to_string());
-            Err(CacheError::Differs { path, what, found, wanted }.into())
-        }
-    }
+    manifest.check_spec(wanted, Path::new(&store.address().to_string()))?;
+    Ok(Some(manifest))
 }
 
 /// A finished shard on its way.
@@ -195,9 +190,7 @@ impl Upload {
         entry.rows_sha256 = Some(draftsmith_formats::hash::sha256_hex(&rows));
         self.store.write_file(&entry.file, path)?;
         self.store.write(&entry.rows_file(), rows)?;
-        let mut manifest = self.manifest.clone();
-        manifest.shards.push(entry);
-        manifest.complete = manifest.rows_done() == manifest.spec.rows;
+        let manifest = self.manifest.with(entry);
         self.store.write(MANIFEST_NAME, manifest.to_text().into_bytes())?;
         self.manifest = manifest;
         if *remove {

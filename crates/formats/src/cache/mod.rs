@@ -32,6 +32,7 @@ mod parts;
 mod places;
 mod read;
 mod row;
+mod shard;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -229,6 +230,28 @@ impl CacheManifest {
 
     fn write(&self, dir: &Path) -> Result<(), CacheError> {
         Ok(atomic::write(dir.join(MANIFEST_NAME), self.to_text())?)
+    }
+
+    /// The same with another finished shard.
+    #[must_use]
+    pub fn with(&self, shard: ShardEntry) -> CacheManifest {
+        let mut manifest = self.clone();
+        manifest.shards.push(shard);
+        manifest.complete = manifest.rows_done() == manifest.spec.rows;
+        manifest
+    }
+
+    /// It is of this target, data and type; `path` is where it lies.
+    ///
+    /// # Errors
+    /// [`CacheError::Differs`], naming the first difference.
+    pub fn check_spec(&self, wanted: &CacheSpec, path: &Path) -> Result<(), CacheError> {
+        match self.spec.difference(wanted) {
+            None => Ok(()),
+            Some((what, found, wanted)) => {
+                Err(CacheError::Differs { path: path.to_path_buf(), what, found, wanted })
+            }
+        }
     }
 
     /// Rows in finished shards.

@@ -13,19 +13,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::write::frame_of;
-use super::{
-    CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, INDEX_ENTRY, MAGIC, ShardEntry, TRAILER,
-    shard_name,
-};
-use crate::atomic::{self, AtomicError, AtomicFile};
-use crate::hash::{self, Hasher};
+use super::places::places_in;
+use super::shard::{ShardFile, frame_of};
+use super::{CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, ShardEntry, shard_name};
+use crate::atomic::{self, AtomicError};
+use crate::hash;
 use crate::mapped::Mapped;
 
 const PART: &str = "part-";
@@ -61,57 +58,6 @@ fn part_name(rows: &Range<u64>) -> String {
     format!("{PART}{:010}-{:05}", rows.start, rows.end - rows.start)
 }
 
-/// A file in the format of a shard, frame by frame.
-struct ShardFile {
-    file: AtomicFile,
-    hasher: Hasher,
-    at: u64,
-    index: Vec<u8>,
-    entry: ShardEntry,
-}
-
-impl ShardFile {
-    fn create(dir: &Path, name: String) -> Result<ShardFile, AtomicError> {
-        let file = AtomicFile::create(dir.join(&name))?;
-        let (rows, tokens, trained_tokens, bytes, sha256) = (0, 0, 0, 0, String::new());
-        let entry = ShardEntry { file: name, rows, tokens, trained_tokens, bytes, sha256, rows_sha256: None };
-        let mut new = ShardFile { file, hasher: Hasher::default(), at: 0, index: Vec::new(), entry };
-        new.write(MAGIC)?;
-        Ok(new)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), AtomicError> {
-        self.file.write_all(bytes).map_err(|e| self.file.error(e))?;
-        self.hasher.update(bytes);
-        self.at += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Adds a row as it is stored.
-    fn push(&mut self, frame: &[u8], tokens: u32) -> Result<(), AtomicError> {
-        self.index.extend_from_slice(&self.at.to_le_bytes());
-        self.index.extend_from_slice(&(frame.len() as u32).to_le_bytes());
-        self.index.extend_from_slice(&tokens.to_le_bytes());
-        self.write(frame)?;
-        self.entry.rows += 1;
-        self.entry.tokens += u64::from(tokens);
-        Ok(())
-    }
-
-    fn close(mut self) -> Result<ShardEntry, AtomicError> {
-        let mut tail = std::mem::take(&mut self.index);
-        tail.extend_from_slice(&self.at.to_le_bytes());
-        tail.extend_from_slice(&self.entry.rows.to_le_bytes());
-        tail.extend_from_slice(MAGIC);
-        self.write(&tail)?;
-        let ShardFile { file, hasher, at, mut entry, .. } = self;
-        entry.bytes = at;
-        entry.sha256 = hasher.finish();
-        file.commit()?;
-        Ok(entry)
-    }
-}
-
 /// Writes one part. Dropped before it is finished it leaves nothing.
 pub struct PartWriter {
     dir: PathBuf,
@@ -135,13 +81,12 @@ impl PartWriter {
     /// # Errors
     /// As [`CacheWriter::push`].
     pub fn push(&mut self, row: &CaptureRow) -> Result<bool, CacheError> {
-        let number = self.rows.start + self.shard.entry.rows;
+        let number = self.rows.start + self.shard.rows();
         if number >= self.rows.end {
             return Err(CacheError::Row { row: number, problem: "its part is full".to_string() });
         }
         let (frame, tokens) = frame_of(row, &self.spec, number)?;
-        self.shard.push(&frame, tokens)?;
-        self.shard.entry.trained_tokens += row.loss_mask.iter().filter(|m| **m).count() as u64;
+        self.shard.push(row, (&frame, tokens))?;
         Ok(number + 1 == self.rows.end)
     }
 
@@ -151,7 +96,7 @@ impl PartWriter {
     /// [`CacheError::Row`] if rows are missing, [`CacheError::File`].
     pub fn finish(self) -> Result<Part, CacheError> {
         let PartWriter { dir, spec, rows, shard } = self;
-        let next = rows.start + shard.entry.rows;
+        let next = rows.start + shard.rows();
         if next < rows.end {
             return Err(CacheError::Row { row: next, problem: "its part ends before it".to_string() });
         }
@@ -319,9 +264,7 @@ impl Parts {
                 parts => self.copy(parts, name)?,
             };
             // Shard first, manifest second, as in a writer; parts and records go when they are of no use.
-            let mut manifest = self.manifest.clone();
-            manifest.shards.push(entry);
-            manifest.complete = manifest.rows_done() == manifest.spec.rows;
+            let manifest = self.manifest.with(entry);
             manifest.write(&self.dir)?;
             self.manifest = manifest;
             for part in parts {
@@ -339,22 +282,14 @@ impl Parts {
         for part in parts {
             let path = self.dir.join(&part.entry.file);
             let file = Mapped::open(&path)?;
-            let damaged = |problem: &str| CacheError::Damaged { path: path.clone(), problem: problem.into() };
+            let damaged = |problem: String| CacheError::Damaged { path: path.clone(), problem };
             if hash::sha256_hex(file.bytes()) != part.entry.sha256 {
-                return Err(damaged("its sha256 is not that of its record"));
+                return Err(damaged("its sha256 is not that of its record".to_string()));
             }
-            let rows = part.entry.rows as usize;
-            let index_at = file.len().checked_sub(TRAILER + rows * INDEX_ENTRY);
-            let index = index_at.and_then(|at| file.get(at..at + rows * INDEX_ENTRY));
-            let index = index.ok_or_else(|| damaged("it is too short"))?;
-            for entry in index.chunks_exact(INDEX_ENTRY) {
-                let number =
-                    |at: usize| u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
-                let at = number(0) as usize | (number(4) as usize) << 32;
-                let frame = at.checked_add(number(8) as usize).and_then(|end| file.get(at..end));
-                shard.push(frame.ok_or_else(|| damaged("a row lies outside of it"))?, number(12))?;
+            for place in places_in(&file, &part.entry, self.spec()).map_err(damaged)? {
+                shard.push_frame(&file[place.offset as usize..place.end() as usize], place.tokens)?;
             }
-            shard.entry.trained_tokens += part.entry.trained_tokens;
+            shard.count_trained(part.entry.trained_tokens);
         }
         Ok(shard.close()?)
     }

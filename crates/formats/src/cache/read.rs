@@ -65,10 +65,8 @@ impl CacheReader {
     /// [`CacheError::Differs`] names the first difference; looked at before any shard.
     pub fn open_for(dir: impl AsRef<Path>, wanted: &CacheSpec) -> Result<CacheReader, CacheError> {
         let dir = dir.as_ref();
-        if let Some(manifest) = CacheManifest::read(dir)?
-            && let Some((what, found, wanted)) = manifest.spec.difference(wanted)
-        {
-            return Err(CacheError::Differs { path: dir.to_path_buf(), what, found, wanted });
+        if let Some(manifest) = CacheManifest::read(dir)? {
+            manifest.check_spec(wanted, dir)?;
         }
         CacheReader::open(dir)
     }

@@ -1,56 +1,16 @@
 //! Filling a cache, shard by shard.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, MAGIC, ShardEntry, codec, shard_name};
-use crate::atomic::{self, AtomicError, AtomicFile};
-use crate::hash::Hasher;
-
-/// Level 1 takes what there is: states are close to noise, ids and masks are not.
-const ZSTD_LEVEL: i32 = 1;
-
-/// A row as it is stored, and its tokens. Both fit 32 bits.
-///
-/// # Errors
-/// [`CacheError::Row`], with the row's number.
-pub(super) fn frame_of(
-    row: &CaptureRow,
-    spec: &CacheSpec,
-    number: u64,
-) -> Result<(Vec<u8>, u32), CacheError> {
-    let refuse = |problem: String| CacheError::Row { row: number, problem };
-    let raw = codec::encode(row, spec).map_err(refuse)?;
-    let frame = zstd::bulk::compress(&raw, ZSTD_LEVEL).map_err(|e| refuse(e.to_string()))?;
-    match (u32::try_from(frame.len()), u32::try_from(row.len())) {
-        (Ok(_), Ok(tokens)) => Ok((frame, tokens)),
-        _ => Err(refuse("it is larger than 4 GiB".to_string())),
-    }
-}
-
-/// The shard being filled.
-struct OpenShard {
-    file: AtomicFile,
-    hasher: Hasher,
-    at: u64,
-    index: Vec<u8>,
-    entry: ShardEntry,
-}
-
-impl OpenShard {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), AtomicError> {
-        self.file.write_all(bytes).map_err(|e| self.file.error(e))?;
-        self.hasher.update(bytes);
-        self.at += bytes.len() as u64;
-        Ok(())
-    }
-}
+use super::shard::{ShardFile, frame_of};
+use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, shard_name};
+use crate::atomic::{self, AtomicError};
 
 /// Writes a target cache. After a kill, opening it again goes on behind the last finished shard.
 pub struct CacheWriter {
     dir: PathBuf,
     manifest: CacheManifest,
-    shard: Option<OpenShard>,
+    shard: Option<ShardFile>,
     rows_done: u64,
 }
 
@@ -64,9 +24,7 @@ impl CacheWriter {
         check_spec(spec)?;
         let manifest = match CacheManifest::read(dir)? {
             Some(found) => {
-                if let Some((what, found, wanted)) = found.spec.difference(spec) {
-                    return Err(CacheError::Differs { path: dir.to_path_buf(), what, found, wanted });
-                }
+                found.check_spec(spec, dir)?;
                 for shard in &found.shards {
                     let path = dir.join(&shard.file);
                     let len =
@@ -122,7 +80,7 @@ impl CacheWriter {
     /// Bytes in finished shards and the open one.
     pub fn bytes_written(&self) -> u64 {
         let finished: u64 = self.manifest.shards.iter().map(|s| s.bytes).sum();
-        finished + self.shard.as_ref().map_or(0, |s| s.at)
+        finished + self.shard.as_ref().map_or(0, ShardFile::bytes)
     }
 
     /// Adds the row with number [`CacheWriter::rows_done`].
@@ -137,7 +95,7 @@ impl CacheWriter {
             return Err(refuse(format!("the cache is for {} rows", self.manifest.spec.rows)));
         }
         let (frame, tokens) = frame_of(row, &self.manifest.spec, number)?;
-        let result = self.append(&frame, frame.len() as u32, tokens, row);
+        let result = self.append(row, (&frame, tokens));
         if result.is_err() {
             // What was in the open shard is lost; the numbers must say so.
             self.shard = None;
@@ -146,36 +104,17 @@ impl CacheWriter {
         result
     }
 
-    fn append(&mut self, frame: &[u8], len: u32, tokens: u32, row: &CaptureRow) -> Result<(), CacheError> {
+    fn append(&mut self, row: &CaptureRow, frame: (&[u8], u32)) -> Result<(), CacheError> {
         let shard = match &mut self.shard {
             Some(shard) => shard,
             None => {
                 let name = shard_name(self.manifest.shards.len());
-                let file = AtomicFile::create(self.dir.join(&name))?;
-                let entry = ShardEntry {
-                    file: name,
-                    rows: 0,
-                    tokens: 0,
-                    trained_tokens: 0,
-                    bytes: 0,
-                    sha256: String::new(),
-                    rows_sha256: None,
-                };
-                let new = OpenShard { file, hasher: Hasher::default(), at: 0, index: Vec::new(), entry };
-                let new = self.shard.insert(new);
-                new.write(MAGIC)?;
-                new
+                self.shard.insert(ShardFile::create(&self.dir, name)?)
             }
         };
-        shard.index.extend_from_slice(&shard.at.to_le_bytes());
-        shard.index.extend_from_slice(&len.to_le_bytes());
-        shard.index.extend_from_slice(&tokens.to_le_bytes());
-        shard.write(frame)?;
-        shard.entry.rows += 1;
-        shard.entry.tokens += u64::from(tokens);
-        shard.entry.trained_tokens += row.loss_mask.iter().filter(|m| **m).count() as u64;
+        shard.push(row, frame)?;
+        let full = shard.rows() >= u64::from(self.manifest.spec.shard_rows);
         self.rows_done += 1;
-        let full = shard.entry.rows >= u64::from(self.manifest.spec.shard_rows);
         if full || self.rows_done == self.manifest.spec.rows {
             self.finish_shard()?;
         }
@@ -183,21 +122,9 @@ impl CacheWriter {
     }
 
     fn finish_shard(&mut self) -> Result<(), CacheError> {
-        let Some(mut shard) = self.shard.take() else { return Ok(()) };
-        let index_at = shard.at;
-        let mut tail = std::mem::take(&mut shard.index);
-        tail.extend_from_slice(&index_at.to_le_bytes());
-        tail.extend_from_slice(&shard.entry.rows.to_le_bytes());
-        tail.extend_from_slice(MAGIC);
-        shard.write(&tail)?;
-        let OpenShard { file, hasher, at, mut entry, .. } = shard;
-        entry.bytes = at;
-        entry.sha256 = hasher.finish();
+        let Some(shard) = self.shard.take() else { return Ok(()) };
         // Shard first, manifest second: a shard that no manifest lists is written again.
-        file.commit()?;
-        let mut manifest = self.manifest.clone();
-        manifest.shards.push(entry);
-        manifest.complete = manifest.rows_done() == manifest.spec.rows;
+        let manifest = self.manifest.with(shard.close()?);
         manifest.write(&self.dir)?;
         self.manifest = manifest;
         Ok(())
