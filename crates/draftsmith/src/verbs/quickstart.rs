@@ -209,8 +209,8 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
             printer::out(&format!("doubt          {}: {}\n", doubt.message(), doubt.advice()))?;
         }
         printer::out(&format!(
-            "next           draftsmith serve --bundle {}                     a page and OpenAI's API\n\
-             \x20              draftsmith make hf:ORG/NAME --data chats.jsonl --hours 1   a draft for a model of your own\n",
+            "next           a page, and OpenAI's API: draftsmith serve --bundle {}\n\
+             \x20              a draft for your own model: draftsmith make hf:ORG/NAME --data chats.jsonl --hours 1\n",
             shown(&bundle)
         ))?;
     }
