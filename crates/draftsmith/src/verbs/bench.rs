@@ -12,7 +12,7 @@ use draftsmith::cli;
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::DraftPlan;
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::engine;
 use draftsmith::formats::atomic;
 use draftsmith::measure::{EngineRunner, TargetPasses, TemplateDialogue, drafting, machine};
@@ -20,7 +20,7 @@ use draftsmith::report::{Report, Unit};
 use draftsmith::{Error, bench};
 
 use super::generate::{DEFAULT_DEPTH, plan, rule, sampling};
-use super::{DraftSource, Session, target_and_draft};
+use super::{DraftSource, OnDevice, Session, target_and_draft};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -43,19 +43,12 @@ pub(super) fn read_workloads(files: &[PathBuf], limit: Option<u32>) -> Result<Ve
 }
 
 pub(crate) fn workloads(args: &cli::Bench, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Measuring { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Measuring<'a> {
-    args: &'a cli::Bench,
-    session: &'a Session,
-}
-
-impl Work for Measuring<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        measure(self.args, self.session, &kernels)
+impl OnDevice for cli::Bench {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        measure(self, session, kernels)
     }
 }
 
@@ -147,19 +140,12 @@ pub(crate) fn progress(p: &Progress<'_>, session: &Session) -> ControlFlow<()> {
 }
 
 pub(crate) fn kernels(args: &cli::BenchKernels, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Timing { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Timing<'a> {
-    args: &'a cli::BenchKernels,
-    session: &'a Session,
-}
-
-impl Work for Timing<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        time(self.args, self.session, &kernels)
+impl OnDevice for cli::BenchKernels {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        time(self, session, kernels)
     }
 }
 

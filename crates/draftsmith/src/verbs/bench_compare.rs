@@ -13,7 +13,7 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{DraftPlan, Engine};
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::{LoadedDraft, engine};
 use draftsmith::formats::atomic;
 use draftsmith::kernels::{Kernels, PackMode};
@@ -21,7 +21,7 @@ use draftsmith::measure::{EngineRunner, busy_times_with, drafting, first_prompt,
 use draftsmith::report::{Report, Stop, Unit};
 
 use super::bench::{read_workloads, write_json};
-use super::{DraftSource, Session, target_and_draft};
+use super::{DraftSource, OnDevice, Session, target_and_draft};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -91,19 +91,12 @@ fn names<K: Kernels>(drafts: &[LoadedDraft<K>]) -> Vec<String> {
 
 /// Runs the verb.
 pub(crate) fn run(args: &cli::BenchCompare, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Comparing { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Comparing<'a> {
-    args: &'a cli::BenchCompare,
-    session: &'a Session,
-}
-
-impl Work for Comparing<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        compare(self.args, self.session, &kernels)
+impl OnDevice for cli::BenchCompare {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        compare(self, session, kernels)
     }
 }
 

@@ -12,7 +12,7 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, GenerateOptions};
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::engine;
 use draftsmith::formats::run::Device;
 use draftsmith::kernels::{Kernels, PackMode};
@@ -25,7 +25,7 @@ use draftsmith::{Error, bench};
 use serde::Serialize;
 
 use super::bench::write_json;
-use super::{DraftSource, Session, target_sources};
+use super::{DraftSource, OnDevice, Session, target_sources};
 use crate::failure::Failure;
 use crate::printer;
 
@@ -117,19 +117,12 @@ pub(crate) fn run(args: &cli::BenchDecode, session: &Session) -> Result<u8, Fail
             Some("leave one of them out: sides are compared on the same hardware".to_string()),
         ));
     }
-    session.work(args.computing.device, args.threads, Measuring { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Measuring<'a> {
-    args: &'a cli::BenchDecode,
-    session: &'a Session,
-}
-
-impl Work for Measuring<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        measure(self.args, self.session, &kernels)
+impl OnDevice for cli::BenchDecode {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        measure(self, session, kernels)
     }
 }
 

@@ -8,7 +8,7 @@ use draftsmith::bench::record::DeviceInfo;
 use draftsmith::cli;
 use draftsmith::core::Sampling;
 use draftsmith::decode::{BatchOptions, Costs, DraftPlan, Engine, GenerateOptions};
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::{LoadedTarget, engine};
 use draftsmith::formats::hash::sha256_hex;
 use draftsmith::formats::run::Device;
@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use super::bench::{read_workloads, write_json};
 use super::generate::sampling;
-use super::{DraftSource, Session, target_sources};
+use super::{DraftSource, OnDevice, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -142,19 +142,12 @@ pub(crate) fn run(args: &cli::BenchIdentity, session: &Session) -> Result<u8, Fa
         (Device::Cpu, None) => Some(THREADS[0]),
         (_, first) => first.copied(),
     };
-    session.work(args.computing.device, threads, Comparing { args, session })
+    session.work(args.computing.device, threads, args)
 }
 
-struct Comparing<'a> {
-    args: &'a cli::BenchIdentity,
-    session: &'a Session,
-}
-
-impl Work for Comparing<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        compare(self.args, self.session, &kernels)
+impl OnDevice for cli::BenchIdentity {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        compare(self, session, kernels)
     }
 }
 

@@ -14,7 +14,7 @@ use draftsmith::bundle::{Tuned, TunedDrafting};
 use draftsmith::cli;
 use draftsmith::costs::{used, with_costs};
 use draftsmith::decode::{BatchOptions, DraftPlan, Engine, FinishReason, GenerateOptions, Generation};
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::engine;
 use draftsmith::imports::write_tuned;
 use draftsmith::kernels::Kernels;
@@ -22,7 +22,7 @@ use draftsmith::measure::{drafting, first_prompt, machine};
 use draftsmith::report::{Report, Stop, Unit};
 
 use super::bench::{read_workloads, write_json};
-use super::{DraftSource, Session, target_and_draft};
+use super::{DraftSource, OnDevice, Session, target_and_draft};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -92,19 +92,12 @@ impl<K: Kernels> TuneRunner for Runner<'_, K> {
 }
 
 pub(crate) fn run(args: &cli::BenchTune, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Tuning { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Tuning<'a> {
-    args: &'a cli::BenchTune,
-    session: &'a Session,
-}
-
-impl Work for Tuning<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        tune(self.args, self.session, &kernels)
+impl OnDevice for cli::BenchTune {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        tune(self, session, kernels)
     }
 }
 

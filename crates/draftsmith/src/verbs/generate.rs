@@ -9,7 +9,7 @@ use draftsmith::cli;
 use draftsmith::core::{Sampling, VerifyRule};
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation};
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::engine::{default_plan, draft_plan, engine};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::prompt_ids_at;
@@ -17,7 +17,7 @@ use draftsmith::text::Message;
 use draftsmith::{Error, formats};
 use serde::Serialize;
 
-use super::{DraftSource, Session, target_sources};
+use super::{DraftSource, OnDevice, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -126,19 +126,12 @@ fn read_messages(path: &Path) -> Result<Vec<Message>, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Generate, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Generating { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Generating<'a> {
-    args: &'a cli::Generate,
-    session: &'a Session,
-}
-
-impl Work for Generating<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        generate(self.args, self.session, &kernels)
+impl OnDevice for cli::Generate {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        generate(self, session, kernels)
     }
 }
 

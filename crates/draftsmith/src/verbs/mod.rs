@@ -104,6 +104,25 @@ fn together(verb: &Verb) -> Together {
 /// How long a process whose launch is refused waits for rank 0 to say so: its own end might take rank 0 with it.
 const TOLD_BY_FIRST: Duration = Duration::from_secs(3);
 
+/// Arguments of a verb that computes on the device of `--device`.
+pub(crate) trait OnDevice {
+    /// Does its work, whatever the kernels are.
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure>;
+}
+
+struct On<'a, A> {
+    args: &'a A,
+    session: &'a Session,
+}
+
+impl<A: OnDevice> Work for On<'_, A> {
+    type Done = Result<u8, Failure>;
+
+    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
+        self.args.on(self.session, &kernels)
+    }
+}
+
 impl Session {
     /// Finds the caches, and the other processes if a launcher started several.
     ///
@@ -162,14 +181,16 @@ impl Session {
         ended
     }
 
-    /// Does work on the device of `--device`.
+    /// Does a verb's work on the device of `--device`.
     ///
     /// # Errors
     /// A device that is not there or does not decode, threads beside one that has none, and what the work ends with.
-    pub(crate) fn work<W>(&self, device: Device, threads: Option<u32>, work: W) -> Result<u8, Failure>
-    where
-        W: Work<Done = Result<u8, Failure>>,
-    {
+    pub(crate) fn work(
+        &self,
+        device: Device,
+        threads: Option<u32>,
+        args: &impl OnDevice,
+    ) -> Result<u8, Failure> {
         if device != Device::Cpu && threads.is_some() {
             return Err(Failure::input(
                 format!("`--threads` counts threads of the CPU, and `--device {device}` computes on a card"),
@@ -178,7 +199,7 @@ impl Session {
         }
         let around = Around { variable, python: &self.places.python, report: &self.printer };
         let compute = Compute::for_decoding(device, around)?;
-        compute.work(threads.map_or_else(default_threads, |t| t as usize), work)?
+        compute.work(threads.map_or_else(default_threads, |t| t as usize), On { args, session: self })?
     }
 
     /// Locates and loads a target on this machine's own kernels, with its weights as stored or as 32-bit floats.

@@ -13,7 +13,7 @@ use draftsmith::cli::{self, KvBudget};
 use draftsmith::core::VerifyRule;
 use draftsmith::costs::{with_costs, with_kept_costs};
 use draftsmith::decode::DraftPlan;
-use draftsmith::device::{Backend, Work};
+use draftsmith::device::Backend;
 use draftsmith::disk::human;
 use draftsmith::doctor::memory_bytes;
 use draftsmith::engine::{
@@ -34,7 +34,7 @@ use serde_json::{Value, json};
 
 use super::generate::plan;
 use super::served_runs::ServedRuns;
-use super::{DraftSource, Session, target_sources, variable};
+use super::{DraftSource, OnDevice, Session, target_sources, variable};
 use crate::failure::{self, Failure};
 use crate::printer;
 
@@ -497,19 +497,12 @@ fn memory<K: Backend>(args: &cli::Serve, kernels: &K) -> Result<u64, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Serve, session: &Session) -> Result<u8, Failure> {
-    session.work(args.computing.device, args.threads, Serving { args, session })
+    session.work(args.computing.device, args.threads, args)
 }
 
-struct Serving<'a> {
-    args: &'a cli::Serve,
-    session: &'a Session,
-}
-
-impl Work for Serving<'_> {
-    type Done = Result<u8, Failure>;
-
-    fn on<K: Backend>(self, kernels: Arc<K>) -> Result<u8, Failure> {
-        serve(self.args, self.session, &kernels)
+impl OnDevice for cli::Serve {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        serve(self, session, kernels)
     }
 }
 
