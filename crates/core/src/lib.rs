@@ -1,6 +1,6 @@
 //! The rules of speculative decoding as pure functions: ids, vocabulary map, tree shape, verify rules,
-//! token choice and accept counts. And what all long work is handed: where progress goes, and the wish to stop.
-//! No tensors, no I/O.
+//! token choice and accept counts. And what all long work is handed: where progress goes, the wish to stop, and how
+//! long to wait before asking again. No tensors, no I/O.
 //!
 //! Everything here is small enough to be checked exhaustively on tiny vocabularies; the engine, the trainer and
 //! the reports all call these same functions.
@@ -9,6 +9,7 @@ mod accept;
 mod choose;
 mod drawn;
 mod ids;
+pub mod patience;
 pub mod report;
 mod shaping;
 mod tree;

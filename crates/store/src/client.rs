@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use draftsmith_core::patience::pause;
 use draftsmith_core::report::Stop;
 use draftsmith_formats::atomic::AtomicError;
 use object_store::path::Path as ObjectPath;
@@ -29,8 +30,6 @@ const PART: u64 = 16 << 20;
 const PARTS_MAX: u64 = 10_000;
 /// Pause before the first repetition; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
-/// Longest pause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Repetitions that nobody hears about.
 const QUIET_REPETITIONS: u32 = 2;
 /// Bytes that are not the right ones come again more often than not: so often are they asked for once more.
@@ -459,7 +458,7 @@ impl Store {
             let object = object.clone();
             return Err(StoreError::GaveUp { object, action, attempts: *attempts, last: fault });
         }
-        let pause = pause(*attempts, RandomState::new().hash_one(&object.path));
+        let pause = pause(FIRST_PAUSE, *attempts, RandomState::new().hash_one(&object.path));
         if *attempts > QUIET_REPETITIONS {
             let mut notes = lock(&self.0.notes);
             if notes.len() < NOTES_MAX {
@@ -591,30 +590,6 @@ fn path_of(object: &Address) -> Result<ObjectPath, BadAddress> {
             .map_err(|error| bad(format!("is no path: {error}"))),
         _ => {
             ObjectPath::parse(&object.path).map_err(|error| bad(format!("is no name of an object: {error}")))
-        }
-    }
-}
-
-/// Between half and all of a pause that doubles with each attempt, so that requests that failed together do not come back
-/// together.
-fn pause(attempts: u32, random: u64) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(1 << (attempts - 1).min(16)).min(LONGEST_PAUSE);
-    doubled.mul_f64(0.5 + 0.5 * (random >> 11) as f64 / (1u64 << 53) as f64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_double_with_jitter_up_to_a_minute() {
-        for attempts in 1..20 {
-            let whole = FIRST_PAUSE.as_secs_f64() * f64::from(1u32 << (attempts - 1));
-            let whole = whole.min(LONGEST_PAUSE.as_secs_f64());
-            for random in [0, u64::MAX / 3, u64::MAX] {
-                let pause = pause(attempts, random).as_secs_f64();
-                assert!(pause >= 0.499 * whole && pause <= whole, "{pause} at attempt {attempts}");
-            }
         }
     }
 }

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use draftsmith_core::patience::shorten;
 use hyper::body::Body as _;
 use object_store::ClientOptions;
 use object_store::client::{
@@ -202,11 +203,6 @@ impl Link {
         }
         text
     }
-}
-
-/// The first line that says something, at most 300 characters of it.
-fn shorten(text: &str) -> String {
-    text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default().chars().take(300).collect()
 }
 
 /// Bodies of requests lie in memory: they are there at once.

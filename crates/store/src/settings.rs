@@ -135,40 +135,25 @@ pub(crate) fn client(
         address: address.clone(),
         problem: link.without_secrets(plain(&error)),
     };
+    // Three builders that share their methods' names and no trait.
+    macro_rules! built {
+        ($builder:expr, $key:ty) => {{
+            let mut builder = $builder;
+            for (name, value) in &found {
+                if let Some(key) = key::<$key>(name) {
+                    builder = builder.with_config(key, value);
+                }
+            }
+            let store = builder.with_retry(once).with_http_connector(connector).build().map_err(settings)?;
+            let store = Arc::new(store);
+            (Arc::clone(&store) as _, Some(store as _))
+        }};
+    }
+    let bucket = &address.bucket;
     let (objects, parts): (Arc<dyn ObjectStore>, Option<Arc<dyn MultipartStore>>) = match address.scheme {
-        Scheme::S3 => {
-            let mut builder = AmazonS3Builder::new().with_bucket_name(&address.bucket);
-            for (name, value) in &found {
-                if let Some(key) = key::<AmazonS3ConfigKey>(name) {
-                    builder = builder.with_config(key, value);
-                }
-            }
-            let store = builder.with_retry(once).with_http_connector(connector).build().map_err(settings)?;
-            let store = Arc::new(store);
-            (Arc::clone(&store) as _, Some(store))
-        }
-        Scheme::Gs => {
-            let mut builder = GoogleCloudStorageBuilder::new().with_bucket_name(&address.bucket);
-            for (name, value) in &found {
-                if let Some(key) = key::<GoogleConfigKey>(name) {
-                    builder = builder.with_config(key, value);
-                }
-            }
-            let store = builder.with_retry(once).with_http_connector(connector).build().map_err(settings)?;
-            let store = Arc::new(store);
-            (Arc::clone(&store) as _, Some(store))
-        }
-        Scheme::Az => {
-            let mut builder = MicrosoftAzureBuilder::new().with_container_name(&address.bucket);
-            for (name, value) in &found {
-                if let Some(key) = key::<AzureConfigKey>(name) {
-                    builder = builder.with_config(key, value);
-                }
-            }
-            let store = builder.with_retry(once).with_http_connector(connector).build().map_err(settings)?;
-            let store = Arc::new(store);
-            (Arc::clone(&store) as _, Some(store))
-        }
+        Scheme::S3 => built!(AmazonS3Builder::new().with_bucket_name(bucket), AmazonS3ConfigKey),
+        Scheme::Gs => built!(GoogleCloudStorageBuilder::new().with_bucket_name(bucket), GoogleConfigKey),
+        Scheme::Az => built!(MicrosoftAzureBuilder::new().with_container_name(bucket), AzureConfigKey),
         Scheme::File => (Arc::new(LocalFileSystem::new().with_fsync(true)), None),
     };
     Ok(Client { objects, parts, link })

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use draftsmith_core::patience::{self, shorten};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use ureq::http::Response;
@@ -24,8 +25,6 @@ pub(crate) use pool::{Pool, Seat, one_model};
 
 /// Pause before the first repetition; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// Longest pause that we choose ourselves.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Longest pause that a server may ask for.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Repetitions of one request that nobody hears about: single faults are common where many share a server.
@@ -399,12 +398,9 @@ impl<'a> Http<'a> {
     }
 }
 
-/// Between half and all of a pause that doubles with each attempt, so that requests that failed together do not come
-/// back together; never less than the server asked for.
+/// The pause that we make; never less than the server asked for.
 fn pause(attempts: u32, fault: &Fault, random: u64) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(1 << (attempts - 1).min(16)).min(LONGEST_PAUSE);
-    let jitter = 0.5 + 0.5 * (random >> 11) as f64 / (1u64 << 53) as f64;
-    let ours = doubled.mul_f64(jitter);
+    let ours = patience::pause(FIRST_PAUSE, attempts, random);
     match fault {
         Fault::Status { retry_after: Some(theirs), .. } => ours.max(*theirs),
         _ => ours,
@@ -438,13 +434,11 @@ pub(crate) fn error_text(body: &Value) -> String {
     }))
 }
 
-/// The first line that says something, at most 300 characters of it.
-pub(crate) fn shorten(text: &str) -> String {
-    text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or_default().chars().take(300).collect()
-}
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    use draftsmith_core::patience::LONGEST_PAUSE;
 
     use super::*;
 
