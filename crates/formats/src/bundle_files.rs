@@ -72,7 +72,21 @@ pub fn portable(place: &str) -> String {
 
 /// True of a name that is no path: what it leads to is fetched.
 pub fn is_reference(place: &str) -> bool {
-    place.starts_with("hf:") || place.starts_with("pip:") || place.contains("://")
+    place.starts_with("hf:") || place.starts_with("pip:") || is_address(place)
+}
+
+/// True of a name that is an address in a store, known or not: it has a scheme.
+///
+/// ```
+/// use draftsmith_formats::bundle_files::is_address;
+///
+/// assert!(is_address("s3://bucket/chats.jsonl"));
+/// assert!(!is_address("hf:ORG/NAME:model.gguf"));
+/// ```
+pub fn is_address(place: &str) -> bool {
+    place.split_once("://").is_some_and(|(scheme, _)| {
+        !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+    })
 }
 
 /// True of a path that means something on one machine only: from the root, from home, from a drive, or upwards.

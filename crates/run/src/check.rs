@@ -67,7 +67,17 @@ impl Origin {
         command
     }
 
-    pub(super) fn place(&self, key: &str) -> Place {
+    /// An error at the key that names what is wrong.
+    pub(super) fn at_key(&self, key: &str, error: Error) -> Error {
+        match error {
+            Error::Input { message, hint } => {
+                Error::Input { message: format!("{}: `{key}`: {message}", self.place(key)), hint }
+            }
+            error => error,
+        }
+    }
+
+    fn place(&self, key: &str) -> Place {
         place_of_key(&self.path, &self.overrides, key)
     }
 }

@@ -30,13 +30,6 @@ pub struct Outside<'a> {
     pub variable: fn(&str) -> Option<String>,
 }
 
-/// True of a name that is an address in a store, known or not: it has a scheme.
-pub fn is_address(name: &str) -> bool {
-    name.split_once("://").is_some_and(|(scheme, _)| {
-        !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
-    })
-}
-
 /// A file of conversations in a store, and what the store says of its content.
 pub type Found = (Arc<dyn Ranged>, String);
 

@@ -59,6 +59,7 @@ use draftsmith_core::LayerId;
 use draftsmith_core::report::{Report, Silent, Stop, Unit};
 use draftsmith_data::SourceSpec;
 use draftsmith_formats::atomic;
+use draftsmith_formats::bundle_files::is_address;
 use draftsmith_formats::hash::{Hasher, sha256_file};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_formats::run::GpuDtype;
@@ -83,7 +84,7 @@ pub use ranks::{Launch, Ranks};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile, WHY_SHOWN, changes};
 
 use crate::device::{Around, Compute};
-use crate::elsewhere::{Outside, is_address, open_source};
+use crate::elsewhere::{Outside, open_source};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
 use crate::target::model_hash;
 
@@ -508,16 +509,23 @@ impl<'a> Run<'a> {
 
     /// What a stage depends on, and the keys of that.
     fn due(&self, stage: Stage) -> Result<Due, Error> {
-        let inputs = self.stage_inputs(&self.file, stage)?;
+        let mut workloads = Vec::new();
+        if stage == Stage::Bench {
+            for workload in &self.file.bench.workloads {
+                workloads.push(sha256_file(workload)?);
+            }
+        }
+        let inputs = self.stage_inputs(&self.file, stage, &workloads);
         // Once the paths of a run file counted from the working directory.
         let then = self.file.from_here();
-        let mut keys = vec![key_of(stage, &inputs), key_of(stage, &self.stage_inputs(&then, stage)?)];
-        keys.extend(self.key_v1(&self.file, stage)?);
-        keys.extend(self.key_v1(&then, stage)?);
+        let mut keys =
+            vec![key_of(stage, &inputs), key_of(stage, &self.stage_inputs(&then, stage, &workloads))];
+        keys.extend([&self.file, &then].into_iter().filter_map(|file| self.key_v1(file, stage, &workloads)));
         Ok(Due { stage, inputs, keys })
     }
 
-    fn stage_inputs(&self, file: &RunFile, stage: Stage) -> Result<BTreeMap<String, String>, Error> {
+    /// What a stage depends on; `workloads` are the hashes of what it measures on.
+    fn stage_inputs(&self, file: &RunFile, stage: Stage, workloads: &[String]) -> BTreeMap<String, String> {
         let mut inputs = file.stage_inputs(stage);
         inputs.insert("target weights".to_string(), self.inputs.target_sha256.clone());
         for (key, sha256) in &self.inputs.files {
@@ -527,16 +535,14 @@ impl<'a> Run<'a> {
             let version = self.version(before);
             inputs.insert(format!("version of stage {}", before.name()), version.to_string());
         }
-        if stage == Stage::Bench {
-            for (i, workload) in self.file.bench.workloads.iter().enumerate() {
-                inputs.insert(format!("content of bench.workloads.{i}"), sha256_file(workload)?);
-            }
+        for (i, sha256) in workloads.iter().enumerate() {
+            inputs.insert(format!("content of bench.workloads.{i}"), sha256.clone());
         }
-        Ok(inputs)
+        inputs
     }
 
     /// The key that the first version of run folders gave to a stage; `None` if its result would differ today.
-    fn key_v1(&self, file: &RunFile, last: Stage) -> Result<Option<String>, Error> {
+    fn key_v1(&self, file: &RunFile, last: Stage, workloads: &[String]) -> Option<String> {
         let mut files = Hasher::default();
         self.inputs.files.iter().for_each(|(_, sha256)| files.field(sha256.as_bytes()));
         let files = files.finish();
@@ -544,19 +550,17 @@ impl<'a> Run<'a> {
         for stage in self.stages().into_iter().filter(|s| *s <= last) {
             let then = version(&STAGE_VERSIONS_V1, stage);
             let hash = file.stage_hash_v1(stage).filter(|_| then == self.version(stage));
-            let Some(hash) = hash else { return Ok(None) };
+            let hash = hash?;
             let mut hasher = Hasher::default();
             for part in [stage.name(), &then.to_string(), &hash, &key, &self.inputs.target_sha256, &files] {
                 hasher.field(part.as_bytes());
             }
             if stage == Stage::Bench {
-                for workload in &self.file.bench.workloads {
-                    hasher.field(sha256_file(workload)?.as_bytes());
-                }
+                workloads.iter().for_each(|sha256| hasher.field(sha256.as_bytes()));
             }
             key = hasher.finish();
         }
-        Ok(Some(key))
+        Some(key)
     }
 
     /// Where a stage puts what it makes.
@@ -922,12 +926,7 @@ impl Inputs {
         env: Env<'_>,
     ) -> Result<(SourceSpec, String), Error> {
         let outside = Outside { places: env.places, stop: env.stop, variable: env.variable };
-        let (file, content) = open_source(name, &outside).map_err(|error| match error {
-            Error::Input { message, hint } => {
-                Error::Input { message: format!("{}: `{key}`: {message}", origin.place(key)), hint }
-            }
-            error => error,
-        })?;
+        let (file, content) = open_source(name, &outside).map_err(|error| origin.at_key(key, error))?;
         Ok((SourceSpec { elsewhere: Some(file), ..SourceSpec::new(name) }, content))
     }
 

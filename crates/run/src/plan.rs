@@ -29,6 +29,7 @@ use crate::disk::free_bytes;
 use crate::measure::{prompt_ids, prompt_ids_with};
 use crate::rates::{Prompted, Rates, mean};
 use crate::rules::{Facts, Warning, warnings};
+use crate::stored::on_the_way;
 
 /// Conversations whose tokens are counted, spread over all of them.
 const SAMPLE_ROWS: usize = 200;
@@ -396,10 +397,8 @@ pub(crate) fn bills(
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
                 if file.capture.store.is_some() {
-                    // Shards on their way to the store.
                     let rows = amounts.lengths.len() as u64;
-                    let shards = rows.div_ceil(u64::from(file.capture.shard_rows.max(1))).max(1);
-                    bill.disk_bytes = bill.disk_bytes / shards * shards.min(3);
+                    bill.disk_bytes = on_the_way(bill.disk_bytes, rows, file.capture.shard_rows);
                 }
                 bill.freed_bytes = bill.disk_bytes;
                 bill.memory_bytes = Some(rates.memory[1]);
@@ -889,13 +888,9 @@ mod tests {
         assert_eq!(training(&file(table), &[]).steps, 0);
     }
 
-    #[test]
-    fn every_stage_has_its_bill() {
-        let file = file(
-            "[regenerate]\nbatch_size = 2\n[train]\npack_length = 512\ntokens_per_step = 512\ncheckpoint_every = 10\n\
-             [validate]\nevery = 10\nprompts = 8\n",
-        );
-        let mut amounts = Amounts {
+    /// A hundred conversations, all alike.
+    fn amounts() -> Amounts {
+        Amounts {
             rows: 100,
             held: 8,
             requests: 100,
@@ -904,8 +899,16 @@ mod tests {
             lengths: vec![(125, 75); 100],
             generated: 7500,
             ..Amounts::default()
-        };
-        amounts.bytes = 10_000;
+        }
+    }
+
+    #[test]
+    fn every_stage_has_its_bill() {
+        let file = file(
+            "[regenerate]\nbatch_size = 2\n[train]\npack_length = 512\ntokens_per_step = 512\ncheckpoint_every = 10\n\
+             [validate]\nevery = 10\nprompts = 8\n",
+        );
+        let amounts = Amounts { bytes: 10_000, ..amounts() };
         let bills = bills(&file, &amounts, &rates(), &[(4, 4)], &Among::ALONE);
         let stages: Vec<Stage> = bills.iter().map(|b| b.stage).collect();
         assert_eq!(stages, [Stage::Data, Stage::Regenerate, Stage::Capture, Stage::Train, Stage::Bundle]);
@@ -931,17 +934,7 @@ mod tests {
             "[regenerate]\nbatch_size = 2\n[train]\npack_length = 512\ntokens_per_step = 4096\ncheckpoint_every = 10\n\
              [validate]\nevery = 10\nprompts = 8\n",
         );
-        let amounts = Amounts {
-            rows: 100,
-            held: 8,
-            requests: 100,
-            held_requests: 8,
-            prompts: vec![Prompted { ids: vec![1; 50], tokens: 50, turns: 1, ..Prompted::default() }],
-            lengths: vec![(125, 75); 100],
-            generated: 7500,
-            tokenise_s: 1e-3,
-            ..Amounts::default()
-        };
+        let amounts = Amounts { tokenise_s: 1e-3, ..amounts() };
         let of = |ranks, gbit| bills(&file, &amounts, &rates(), &[(4, 4)], &Among::new(ranks, gbit));
         let (one, four) = (of(1, 10.0), of(4, 10.0));
         assert_eq!(one, bills(&file, &amounts, &rates(), &[(4, 4)], &Among::ALONE));

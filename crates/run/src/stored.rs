@@ -17,6 +17,12 @@ use crate::Error;
 #[cfg(not(feature = "object-store"))]
 use crate::elsewhere::built_without;
 
+/// Bytes that need room here of a capture of so many that goes to a store: one shard is filled, one waits, one travels.
+pub(super) fn on_the_way(bytes: u64, rows: u64, shard_rows: u32) -> u64 {
+    let shards = rows.div_ceil(u64::from(shard_rows.max(1)));
+    if shards > 3 { bytes / shards * 3 } else { bytes }
+}
+
 /// Where captured rows go.
 pub(super) enum Sink {
     /// Into the folder of the stage.
@@ -47,14 +53,10 @@ impl Sink {
 
     /// Bytes that need room in the folder of the stage, of a capture of so many.
     pub(super) fn bytes_here(&self, bytes: u64, spec: &CacheSpec) -> u64 {
-        let shards = spec.rows.div_ceil(u64::from(spec.shard_rows.max(1))).max(1);
-        let at_once = match self {
-            Sink::Here(_) => shards,
-            // One is filled, one waits, one travels.
-            #[cfg(feature = "object-store")]
-            Sink::Stored(..) => shards.min(3),
-        };
-        if at_once == shards { bytes } else { bytes / shards * at_once }
+        match self.place() {
+            None => bytes,
+            Some(_) => on_the_way(bytes, spec.rows, spec.shard_rows),
+        }
     }
 
     /// Where rows go, in words; nothing of a folder of the run.

@@ -188,7 +188,7 @@ export function show(main) {
   stop.addEventListener("click", () => abort?.abort());
   const leave = keys({ send: () => submit(input.value), stop: () => abort?.abort() });
   clear.addEventListener("click", () => {
-    turns.length = 0;
+    begin();
     view.rest();
     render();
     for (const meterValue of [accept, rate, count]) meterValue.textContent = "–";

@@ -52,13 +52,6 @@ pub struct Address {
 }
 
 impl Address {
-    /// True of a text that is meant as an address: it has a scheme.
-    pub fn is_one(text: &str) -> bool {
-        text.split_once("://").is_some_and(|(scheme, _)| {
-            !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
-        })
-    }
-
     /// The address of a name inside.
     #[must_use]
     pub fn join(&self, name: &str) -> Address {
@@ -175,6 +168,8 @@ fn without_secret(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use draftsmith_formats::bundle_files::is_address;
+
     use super::*;
 
     #[track_caller]
@@ -215,10 +210,10 @@ mod tests {
         for text in ["s3://b", "s3://b/x/y", "gs://b/x", "az://c/x", "file:///a/b"] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
-            assert!(Address::is_one(text));
+            assert!(is_address(text));
         }
         for path in ["data/x.jsonl", "hf:a/b:c", "C:\\x", "a b://x", "://x"] {
-            assert!(!Address::is_one(path), "{path}");
+            assert!(!is_address(path), "{path}");
         }
         let address: Address = "s3://b/x/y".parse().unwrap();
         let (folder, name) = address.split().unwrap();

@@ -7,8 +7,9 @@ use draftsmith::cli;
 use draftsmith::data::{
     Paint, ReadOptions, Row, SourceReader, mask_row, preview_conversation, preview_notes,
 };
-use draftsmith::elsewhere::{Outside, data_error, is_address, open_source};
+use draftsmith::elsewhere::{Outside, data_error, open_source};
 use draftsmith::engine::locate;
+use draftsmith::formats::bundle_files::is_address;
 use draftsmith::target::TargetText;
 use draftsmith::text::{ChatTemplate, MaskOptions, Message, RenderOptions, TextError};
 

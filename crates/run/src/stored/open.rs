@@ -3,29 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use draftsmith_core::report::Report;
-use draftsmith_formats::cache::{CacheError, CacheManifest, CacheSpec, CaptureRow};
+use draftsmith_formats::cache::{CacheError, CacheSpec, CaptureRow};
 use draftsmith_formats::run::{CaptureStoreTable, Stage};
 use draftsmith_store::{Address, CacheOptions, Store, StoreError, StoredCache, StoredWriter, capture_folder};
 use draftsmith_train::RowStore;
 
 use super::Sink;
-use crate::check::Origin;
 use crate::disk::{free_bytes, human};
 use crate::elsewhere::open;
 use crate::{Error, Run, STAGE_VERSIONS, version};
 
 /// Bytes of the local cache where nobody says how many.
 const CACHE_BYTES: u64 = 16 << 30;
-
-/// An error of a store at the key that names it.
-fn at_key(error: Error, origin: &Origin, key: &str) -> Error {
-    match error {
-        Error::Input { message, hint } => {
-            Error::Input { message: format!("{}: `{key}`: {message}", origin.place(key)), hint }
-        }
-        error => error,
-    }
-}
 
 impl Run<'_> {
     /// The folder of this capture in its store.
@@ -45,11 +34,6 @@ impl Run<'_> {
         // What was captured into the folder of the run before is uploaded, not captured again.
         let aside = self.folder.all_aside(Stage::Capture, dir);
         let others: Vec<PathBuf> = aside.into_iter().map(|aside| aside.folder).collect();
-        let same = |folder: &PathBuf| {
-            let found = CacheManifest::read(folder).ok().flatten();
-            found.is_some_and(|found| found.spec.difference(spec).is_none())
-        };
-        let others: Vec<PathBuf> = others.into_iter().filter(same).collect();
         let writer = StoredWriter::open(dir, spec, &store, &others)?;
         Ok(Sink::Stored(Box::new(writer), store))
     }
@@ -109,8 +93,7 @@ impl Run<'_> {
             let address: Address = table.url.parse()?;
             open(&address, &self.outside(), table.timeout_s, table.retries.min(2))?.reach()
         };
-        let key = "capture.store.url";
-        look().map_err(|error| at_key(error.into(), &self.origin, key))
+        look().map_err(|error| self.origin.at_key("capture.store.url", error.into()))
     }
 }
 
