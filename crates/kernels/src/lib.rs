@@ -21,6 +21,8 @@ pub mod reference;
 mod rope;
 mod scratch;
 pub mod testing;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod top_k;
 pub mod train;
 mod weight;

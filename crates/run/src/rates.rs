@@ -253,12 +253,13 @@ impl Run<'_> {
         let mut hasher = hash::Hasher::default();
         let r = &file.regenerate;
         let settings = format!(
-            "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {} {} {} {} {} {} {}",
+            "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {} {} {} {} {} {} {}",
             file.draft,
             file.train.eagle3,
             file.train.dflash,
             file.train.dspark,
             file.train.p_eagle,
+            file.train.products,
             file.capture.layers,
             file.capture.dtype,
             file.validate.depth,
@@ -365,6 +366,7 @@ impl Run<'_> {
         steps.next("training");
         if !captured.is_empty() && here {
             let kernels = target.target.kernels().as_ref().clone();
+            let kernels = kernels.with_products(crate::train::products(&self.file));
             self.measure_training(kernels, &captured, &mut rates)?;
         }
         rates.memory[2] = peak_memory_bytes().unwrap_or(0);

@@ -15,8 +15,10 @@ use draftsmith_core::VocabMap;
 use draftsmith_core::report::{Report, Stop, Unit};
 use draftsmith_data::{Row as DataRow, TokenCounts};
 use draftsmith_decode::{DraftPlan, Engine, GenerateOptions, drafter};
+use draftsmith_formats::run::RunFile;
 use draftsmith_formats::run::Stage;
 use draftsmith_formats::tokens::TokenFile;
+use draftsmith_kernels::train::Products;
 use draftsmith_kernels::{PackMode, TrainKernels};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
@@ -44,12 +46,26 @@ struct ValidationPrompt {
     ids: Vec<u32>,
 }
 
+/// How the CPU computes the products of a run's training.
+pub(crate) fn products(file: &RunFile) -> Products {
+    match file.train.products {
+        draftsmith_formats::run::Products::F32 => Products::F32,
+        draftsmith_formats::run::Products::Bf16x3 => Products::Bf16x3,
+    }
+}
+
 impl Run<'_> {
     pub(super) fn train(&self, dir: &Path, key: &str, report: &dyn Report) -> Result<Value, Error> {
         match &self.compute {
             Compute::Cpu => {
+                let products = products(&self.file);
+                if products == Products::Bf16x3 && !Products::has_tiles() {
+                    report.note(
+                        "train.products = \"bf16x3\": this CPU has no tile registers, so products are computed in f32",
+                    );
+                }
                 let kernels = self.target()?.target.kernels().as_ref().clone();
-                self.train_on(kernels, dir, key, report)
+                self.train_on(kernels.with_products(products), dir, key, report)
             }
             #[cfg(feature = "gpu-flex")]
             Compute::Gpu(gpu) => self.train_on(gpu.clone(), dir, key, report),

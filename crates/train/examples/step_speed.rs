@@ -1,4 +1,4 @@
-//! Speed of one training step at the shapes of SmolLM2-135M: `step_speed [THREADS] [TTT_LENGTH] [STEPS]`.
+//! Speed of one training step at the shapes of SmolLM2-135M: `step_speed [THREADS] [TTT_LENGTH] [STEPS] [PRODUCTS]`, products `f32` or `bf16x3`.
 //!
 //! Packs of 2048 slots made of rows of 340 or so, 60 % of the slots trained, as instruct data has them.
 #![allow(clippy::print_stdout, reason = "an example reports on standard output")]
@@ -11,7 +11,7 @@ use draftsmith_kernels::train::attention::{TttGrads, TttInputs, ttt_attention, t
 use draftsmith_kernels::train::linear::{matmul, matmul_dw_acc, matmul_dx};
 use draftsmith_kernels::train::rowwise::{NormGrad, gated, rms_norm, rms_norm_grad};
 use draftsmith_kernels::train::soft_ce::{SoftTargets, linear_soft_ce, stream_head};
-use draftsmith_kernels::train::{LinearShape, SoftLoss, SoftScale, TttShape};
+use draftsmith_kernels::train::{LinearShape, Products, SoftLoss, SoftScale, Team, TttShape};
 use draftsmith_kernels::{Activation, Cpu};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_train::eagle3::{TargetSide, random_weights};
@@ -28,7 +28,7 @@ fn time(mut f: impl FnMut()) -> f64 {
 }
 
 /// The pieces of a step, alone.
-fn kernel_times(threads: usize, pack: &Pack, trained: usize, embed: &[f32], rng: &mut Rng) {
+fn kernel_times(team: Team, pack: &Pack, trained: usize, embed: &[f32], rng: &mut Rng) {
     let report = |what: &str, ms: f64, flops: f64| {
         println!("{what:<44} {ms:>8.1} ms  {:>6.0} GFLOP/s", flops / ms * 1e-6);
     };
@@ -37,20 +37,16 @@ fn kernel_times(threads: usize, pack: &Pack, trained: usize, embed: &[f32], rng:
     let s = LinearShape { rows, out: vd, inp: h };
     let product = 2.0 * (rows * vd * h) as f64;
     let (mut y, mut dx, mut dw) = (vec![0.0; rows * vd], vec![0.0; rows * h], vec![0.0; vd * h]);
-    report("head product", time(|| matmul(threads, &x, embed, s, &mut y)), product);
+    report("head product", time(|| matmul(team, &x, embed, s, &mut y)), product);
     report(
         "head product, gradient of the input",
-        time(|| matmul_dx(threads, &y, embed, s, false, &mut dx)),
+        time(|| matmul_dx(team, &y, embed, s, false, &mut dx)),
         product,
     );
-    report(
-        "head product, gradient of the weight",
-        time(|| matmul_dw_acc(threads, &y, &x, s, &mut dw)),
-        product,
-    );
+    report("head product, gradient of the weight", time(|| matmul_dw_acc(team, &y, &x, s, &mut dw)), product);
     let full = LinearShape { out: 49152, ..s };
     let ms = time(|| {
-        stream_head(threads, (&x, embed), full);
+        stream_head(team, (&x, embed), full);
     });
     report("teacher: full head streamed", ms, 2.0 * (rows * 49152 * h) as f64);
     y.fill(1.0 / vd as f32);
@@ -58,7 +54,7 @@ fn kernel_times(threads: usize, pack: &Pack, trained: usize, embed: &[f32], rng:
     let targets = SoftTargets { p: &y, mass: &mass, labels: &labels, rows: &of };
     let scale = SoftScale { kl: 1.0, alpha: 1.0 };
     let ms = time(|| {
-        linear_soft_ce(threads, (&x, embed), s, targets, SoftLoss::Kl, scale, Some((&mut dx, &mut dw)));
+        linear_soft_ce(team, (&x, embed), s, targets, SoftLoss::Kl, scale, Some((&mut dx, &mut dw)));
     });
     report("head, loss and gradients, one depth", ms, 3.0 * product);
     for (out, inp) in [(576, 1152), (192, 1152), (576, 576), (1536, 576), (576, 1536)] {
@@ -67,10 +63,11 @@ fn kernel_times(threads: usize, pack: &Pack, trained: usize, embed: &[f32], rng:
         let (mut y, mut dx, mut dw) =
             (vec![0.0; s.rows * out], vec![0.0; s.rows * inp], vec![0.0; out * inp]);
         let flops = 2.0 * (s.rows * out * inp) as f64;
-        report(&format!("linear {inp} to {out}"), time(|| matmul(threads, &x, &w, s, &mut y)), flops);
-        report("  gradient of the input", time(|| matmul_dx(threads, &y, &w, s, false, &mut dx)), flops);
-        report("  gradient of the weight", time(|| matmul_dw_acc(threads, &y, &x, s, &mut dw)), flops);
+        report(&format!("linear {inp} to {out}"), time(|| matmul(team, &x, &w, s, &mut y)), flops);
+        report("  gradient of the input", time(|| matmul_dx(team, &y, &w, s, false, &mut dx)), flops);
+        report("  gradient of the weight", time(|| matmul_dw_acc(team, &y, &x, s, &mut dw)), flops);
     }
+    let threads = team.threads;
     let slots: Vec<u32> = (0..pack.len() as u32).collect();
     let shape =
         TttShape { docs: &pack.docs, slots: &slots, heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125 };
@@ -103,10 +100,15 @@ fn kernel_times(threads: usize, pack: &Pack, trained: usize, embed: &[f32], rng:
 }
 
 fn main() {
-    let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("arguments are numbers"));
-    let threads = args.next().unwrap_or(2);
-    let ttt_length = args.next().unwrap_or(5);
-    let steps = args.next().unwrap_or(3);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let number = |i: usize, or: usize| args.get(i).map_or(or, |a| a.parse().expect("a number"));
+    let (threads, ttt_length, steps) = (number(0, 2), number(1, 5), number(2, 3));
+    let products = match args.get(3).map(String::as_str) {
+        None | Some("f32") => Products::F32,
+        Some("bf16x3") => Products::Bf16x3,
+        Some(other) => panic!("no products {other}"),
+    };
+    let cpu = Cpu::new(threads).with_products(products);
     let config = Eagle3Config::from_json(
         r#"{"vocab_size": 49152, "draft_vocab_size": 8192, "hidden_size": 576, "intermediate_size": 1536,
             "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "rms_norm_eps": 1e-5,
@@ -121,8 +123,7 @@ fn main() {
     let weights = random_weights(&config, 1);
     let options = Eagle3Options { ttt_length, ..Eagle3Options::default() };
     let target = TargetSide { embed: &embed, head: None };
-    let mut method =
-        Eagle3Train::new(Cpu::new(threads), config, options, map, &target, &weights).expect("shapes fit");
+    let mut method = Eagle3Train::new(cpu, config, options, map, &target, &weights).expect("shapes fit");
     let mut pack = Pack::default();
     let mut number = 0;
     while pack.len() < 2048 {
@@ -141,9 +142,9 @@ fn main() {
         number += 1;
     }
     let trained = pack.loss_mask.iter().filter(|m| **m).count();
-    println!("{} slots, {trained} trained, TTT {ttt_length}, {threads} threads", pack.len());
+    println!("{} slots, {trained} trained, TTT {ttt_length}, {threads} threads, {products:?}", pack.len());
 
-    kernel_times(threads, &pack, trained, &embed, &mut rng);
+    kernel_times(Team { threads, products }, &pack, trained, &embed, &mut rng);
 
     let mut optimizer = AdamW::new(AdamWOptions::default(), method.tape());
     for step in 0..=steps {

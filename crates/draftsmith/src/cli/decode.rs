@@ -364,6 +364,9 @@ pub struct BenchTrain {
     /// Steps of the unroll.
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=15))]
     pub ttt_length: u32,
+    /// Our large products: in f32, or as three products of bf16 numbers on tile registers (`train.products`).
+    #[arg(long, value_enum, default_value_t = ProductsKind::F32)]
+    pub products: ProductsKind,
     /// Measured steps of each side, after one that is not.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
@@ -379,6 +382,15 @@ pub struct BenchTrain {
     /// Write one JSON object to a file, or print it if none is named.
     #[arg(long, value_name = "OUT.json", num_args = 0..=1, default_missing_value = "-")]
     pub json: Option<PathBuf>,
+}
+
+/// How large products of training are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProductsKind {
+    /// In f32.
+    F32,
+    /// Three products of bf16 numbers.
+    Bf16x3,
 }
 
 /// Engines to compare with.

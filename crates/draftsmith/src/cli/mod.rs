@@ -16,7 +16,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use decode::{
     Bench, BenchCompare, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb,
-    Choosing, Computing, Drafting, Generate, PeerKind, Quickstart, TrainPeerKind, Verifying,
+    Choosing, Computing, Drafting, Generate, PeerKind, ProductsKind, Quickstart, TrainPeerKind, Verifying,
 };
 pub use names::{List, Pull, Push};
 pub use serve::{KvBudget, Memory, NamedModel, Serve};

@@ -7,6 +7,7 @@ use draftsmith::bench::BoxError;
 use draftsmith::bench::train::{StepShape, StepTime, Trainer, run_train, train_text};
 use draftsmith::device::Host;
 use draftsmith::engine::default_threads;
+use draftsmith::kernels::train::Products;
 use draftsmith::measure::{machine, peak_memory_bytes};
 use draftsmith::peer::TorchPeer;
 use draftsmith::report::{Report, Unit};
@@ -23,13 +24,14 @@ const LR: f64 = 1e-4;
 
 /// Our trainer as a side: one row of made-up features, every slot trained.
 struct Ours {
+    products: Products,
     method: Box<dyn Method<Kernels = Host>>,
     optimizer: AdamW<Host>,
     pack: Pack,
 }
 
 impl Ours {
-    fn new(shape: StepShape, kernels: Host) -> Result<Ours, TrainError> {
+    fn new(shape: StepShape, kernels: Host, products: Products) -> Result<Ours, TrainError> {
         let shape = MadeUpShape {
             slots: shape.slots,
             hidden: shape.hidden,
@@ -44,13 +46,17 @@ impl Ours {
         };
         let (method, pack) = made_up(kernels, shape)?;
         let optimizer = AdamW::new(AdamWOptions::default(), method.tape());
-        Ok(Ours { method, optimizer, pack })
+        Ok(Ours { products, method, optimizer, pack })
     }
 }
 
 impl Trainer for Ours {
     fn name(&self) -> String {
-        concat!("draftsmith ", env!("CARGO_PKG_VERSION")).to_owned()
+        let products = match self.products {
+            Products::F32 => "",
+            Products::Bf16x3 => ", bf16x3",
+        };
+        format!("draftsmith {}{products}", env!("CARGO_PKG_VERSION"))
     }
 
     fn step(&mut self) -> Result<StepTime, BoxError> {
@@ -67,14 +73,25 @@ pub(crate) fn run(args: &cli::BenchTrain, session: &Session) -> Result<u8, Failu
         StepShape::smollm2_135m(args.slots as usize, args.draft_vocab as usize, args.ttt_length as usize);
     let threads = args.threads.map_or_else(default_threads, |t| t as usize);
     let python = args.peer_python.clone().unwrap_or_else(|| PathBuf::from("python3"));
-    let kernels = Host::new(threads);
+    let products = match args.products {
+        cli::ProductsKind::F32 => Products::F32,
+        cli::ProductsKind::Bf16x3 if !Products::has_tiles() => {
+            return Err(Error::input(
+                "`--products bf16x3` is for CPUs with tile registers (Intel AMX), and this one has none",
+                "leave it out: products are computed in f32",
+            )
+            .into());
+        }
+        cli::ProductsKind::Bf16x3 => Products::Bf16x3,
+    };
+    let kernels = Host::new(threads).with_products(products);
     let machine = machine(&kernels);
     let mut peers = Vec::new();
     for peer in &args.peer {
         let compile = *peer == cli::TrainPeerKind::TorchCompiled;
         peers.push(TorchPeer::start(&python, shape, threads, compile, LR)?);
     }
-    let mut ours = Ours::new(shape, kernels).map_err(Error::from)?;
+    let mut ours = Ours::new(shape, kernels, products).map_err(Error::from)?;
     let mut sides: Vec<&mut dyn Trainer> = vec![&mut ours];
     sides.extend(peers.iter_mut().map(|p| p as &mut dyn Trainer));
     session.printer.begin("bench train", Some(u64::from(args.steps)), Unit::Steps);

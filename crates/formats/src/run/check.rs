@@ -1,6 +1,6 @@
 //! Rules between the keys of a run file that types alone do not express.
 
-use super::{CaptureServerKind, CaptureServerTable, RunFile, ServerTable};
+use super::{CaptureServerKind, CaptureServerTable, Device, Products, RunFile, ServerTable};
 use crate::hash::is_sha256_hex;
 
 /// A broken rule: dotted key, what is wrong, and advice where there is any.
@@ -377,6 +377,13 @@ impl RunFile {
             number(key, beta, (0.0..1.0).contains(&beta), "a number from 0 to below 1")?;
         }
         number("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0.0, "a number above 0")?;
+        if t.products == Products::Bf16x3 && self.run.device.unwrap_or_default() != Device::Cpu {
+            return broken_with(
+                "train.products",
+                "is `bf16x3`, which says how the CPU computes, but `run.device` is not `cpu`",
+                "leave it out: a device computes its products its own way",
+            );
+        }
         positive("train.epochs", u64::from(t.epochs))?;
         positive("train.max_steps", t.max_steps.unwrap_or(1))?;
         positive("train.tokens_per_step", u64::from(t.tokens_per_step))?;

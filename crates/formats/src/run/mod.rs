@@ -703,6 +703,10 @@ pub struct TrainTable {
     pub beta2: f64,
     /// Gradients are scaled down to this global norm.
     pub max_grad_norm: f64,
+    /// How large products are computed on the CPU: `f32`, or `bf16x3`, where tile registers (Intel AMX) take every number as
+    /// the sum of two bf16 numbers, in three products that are off by at most 2^-15 of themselves. A CPU without them computes
+    /// in f32, and says so.
+    pub products: Products,
     /// Passes over the data.
     pub epochs: u32,
     /// Stop, and end the schedule, after this many optimiser steps.
@@ -762,6 +766,7 @@ impl Default for TrainTable {
             beta1: 0.9,
             beta2: 0.999,
             max_grad_norm: 0.5,
+            products: Products::F32,
             epochs: 1,
             max_steps: None,
             tokens_per_step: 4096,
@@ -792,6 +797,17 @@ pub enum Schedule {
     Cosine,
     /// Stays at the top.
     Constant,
+}
+
+/// How large products of training are computed on the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Products {
+    /// In f32.
+    #[serde(rename = "f32")]
+    F32,
+    /// In three products of bf16 numbers, on tile registers.
+    #[serde(rename = "bf16x3")]
+    Bf16x3,
 }
 
 /// Measured accept length during training; the best checkpoint is chosen by it.

@@ -21,6 +21,7 @@ pub use pack::{KeptPanels, PANEL_VERSION, PackedWeight, SharedBytes};
 
 use crate::experts::{Experts, Routes};
 use crate::pool::SendPtr;
+use crate::train::{Products, Team};
 use crate::{
     Activation, Buffer, KernelError, Kernels, KvDtype, Memory, PackMode, Pool, RopeTable, Segment, TopK,
     WeightView, check_order, scratch,
@@ -44,18 +45,32 @@ pub struct CpuFeatures {
 pub struct Cpu {
     level: Level,
     pool: Arc<Pool>,
+    products: Products,
 }
 
 impl Cpu {
     /// Kernels on the best instruction set of this CPU, with `threads` threads in total (at least one).
     pub fn new(threads: usize) -> Cpu {
-        Cpu { level: Level::detect(), pool: Arc::new(Pool::new(threads)) }
+        Cpu { level: Level::detect(), pool: Arc::new(Pool::new(threads)), products: Products::F32 }
     }
 
     /// One per usable instruction set, plainest first: all must agree bit for bit.
     pub fn all_paths(threads: usize) -> Vec<Cpu> {
         let pool = Arc::new(Pool::new(threads));
-        Level::available().into_iter().map(|level| Cpu { level, pool: Arc::clone(&pool) }).collect()
+        Level::available()
+            .into_iter()
+            .map(|level| Cpu { level, pool: Arc::clone(&pool), products: Products::F32 })
+            .collect()
+    }
+
+    /// The same with other products in training; decoding computes as before.
+    pub fn with_products(self, products: Products) -> Cpu {
+        Cpu { products, ..self }
+    }
+
+    /// Who computes the products of training.
+    pub(crate) fn team(&self) -> Team {
+        Team { threads: self.threads(), products: self.products }
     }
 
     /// Threads in total.
@@ -88,6 +103,7 @@ impl Cpu {
             ("avx512bw", is_x86_feature_detected!("avx512bw")),
             ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
             ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+            ("amx-bf16", crate::tiles::is_usable()),
         ]
         .into_iter()
         .filter_map(|(name, here)| here.then_some(name))

@@ -1,10 +1,50 @@
-//! f32 matrix products of training, through the `gemm` crate.
+//! f32 matrix products of training, through the `gemm` crate, or on tile registers where that is asked for.
 //!
 //! Shape legend: `R` rows, `O`/`I` output and input features; everything row-major.
 
 use gemm::Parallelism;
 
 use super::par::in_pool;
+
+/// How the large products of training are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// In f32.
+    #[default]
+    F32,
+    /// Where the CPU has tile registers (Intel AMX), every number as the sum of two bf16 numbers: three products of bf16 numbers
+    /// in place of one, each off by at most `2^-15` of itself. Elsewhere, and for small ones, [`Products::F32`].
+    Bf16x3,
+}
+
+impl Products {
+    /// Whether this CPU does anything else for [`Products::Bf16x3`] than for [`Products::F32`].
+    pub fn has_tiles() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            crate::tiles::is_usable()
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            false
+        }
+    }
+}
+
+/// Who computes products, and how: a number of threads alone stands for [`Products::F32`].
+#[derive(Clone, Copy, Debug)]
+pub struct Team {
+    /// Threads.
+    pub threads: usize,
+    /// Of the large products.
+    pub products: Products,
+}
+
+impl From<usize> for Team {
+    fn from(threads: usize) -> Team {
+        Team { threads, products: Products::F32 }
+    }
+}
 
 /// One matrix product `dst[m, n] (+)= lhs[m, k] · rhs[k, n]` with strides (row, column) in elements.
 #[derive(Clone, Copy)]
@@ -54,7 +94,7 @@ impl Product {
         }
     }
 
-    fn run_parallel(&self, threads: usize, dst: &mut [f32], lhs: &[f32], rhs: &[f32]) {
+    fn run_parallel(&self, Team { threads, products }: Team, dst: &mut [f32], lhs: &[f32], rhs: &[f32]) {
         let last = |m: usize, n: usize, s: (isize, isize)| (m - 1) * s.0 as usize + (n - 1) * s.1 as usize;
         if self.m == 0 || self.n == 0 {
             return;
@@ -68,6 +108,14 @@ impl Product {
         assert!(last(self.m, self.n, self.dst) < dst.len(), "destination holds the product");
         assert!(last(self.m, self.k, self.lhs) < lhs.len(), "left operand is complete");
         assert!(last(self.k, self.n, self.rhs) < rhs.len(), "right operand is complete");
+        #[cfg(target_arch = "x86_64")]
+        if products == Products::Bf16x3 && super::split::fits(self) {
+            // SAFETY: bounds checked above, `dst` is borrowed exclusively.
+            unsafe { super::split::run(self, threads, dst.as_mut_ptr(), lhs.as_ptr(), rhs.as_ptr()) };
+            return;
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = products;
         struct Send3(*mut f32, *const f32, *const f32);
         // SAFETY: the pointers come from borrows that outlive the call.
         unsafe impl Send for Send3 {}
@@ -93,34 +141,41 @@ pub struct LinearShape {
 }
 
 /// `y[R, O] = x[R, I] · w[O, I]ᵀ`
-pub fn matmul(threads: usize, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32]) {
+pub fn matmul(team: impl Into<Team>, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32]) {
     let (o, i) = (s.out as isize, s.inp as isize);
     let p =
         Product { m: s.rows, n: s.out, k: s.inp, dst: (o, 1), lhs: (i, 1), rhs: (1, i), accumulate: false };
-    p.run_parallel(threads, y, x, w);
+    p.run_parallel(team.into(), y, x, w);
 }
 
 /// `y[R, O] += x[R, I] · w[O, I]ᵀ`
-pub fn matmul_acc(threads: usize, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32]) {
+pub fn matmul_acc(team: impl Into<Team>, x: &[f32], w: &[f32], s: LinearShape, y: &mut [f32]) {
     let (o, i) = (s.out as isize, s.inp as isize);
     let p =
         Product { m: s.rows, n: s.out, k: s.inp, dst: (o, 1), lhs: (i, 1), rhs: (1, i), accumulate: true };
-    p.run_parallel(threads, y, x, w);
+    p.run_parallel(team.into(), y, x, w);
 }
 
 /// `dx[R, I] (+)= dy[R, O] · w[O, I]`
-pub fn matmul_dx(threads: usize, dy: &[f32], w: &[f32], s: LinearShape, accumulate: bool, dx: &mut [f32]) {
+pub fn matmul_dx(
+    team: impl Into<Team>,
+    dy: &[f32],
+    w: &[f32],
+    s: LinearShape,
+    accumulate: bool,
+    dx: &mut [f32],
+) {
     let (o, i) = (s.out as isize, s.inp as isize);
     let p = Product { m: s.rows, n: s.inp, k: s.out, dst: (i, 1), lhs: (o, 1), rhs: (i, 1), accumulate };
-    p.run_parallel(threads, dx, dy, w);
+    p.run_parallel(team.into(), dx, dy, w);
 }
 
 /// `dw[O, I] += dy[R, O]ᵀ · x[R, I]`
-pub fn matmul_dw_acc(threads: usize, dy: &[f32], x: &[f32], s: LinearShape, dw: &mut [f32]) {
+pub fn matmul_dw_acc(team: impl Into<Team>, dy: &[f32], x: &[f32], s: LinearShape, dw: &mut [f32]) {
     let (o, i) = (s.out as isize, s.inp as isize);
     let p =
         Product { m: s.out, n: s.inp, k: s.rows, dst: (i, 1), lhs: (1, o), rhs: (i, 1), accumulate: true };
-    p.run_parallel(threads, dw, dy, x);
+    p.run_parallel(team.into(), dw, dy, x);
 }
 
 #[cfg(test)]
@@ -143,6 +198,73 @@ mod tests {
         let one = run(1);
         for threads in [2, 3] {
             assert!(run(threads) == one, "{threads} threads");
+        }
+    }
+
+    /// What the products of two numbers may be off by, of their size.
+    const OFF: f64 = 1.0 / 32768.0;
+
+    #[test]
+    fn products_of_bf16_numbers_are_those_of_their_sums_for_any_shape() {
+        // Whole tiles and not, one and several stretches of the sum, both directions of both operands.
+        for (m, n, k) in [(64, 64, 256), (100, 515, 90), (33, 1000, 577), (257, 40, 1100), (1000, 33, 65)] {
+            for (lhs, rhs) in [((k, 1), (1, k)), ((k, 1), (n, 1)), ((1, m), (n, 1)), ((1, m), (1, k))] {
+                for accumulate in [false, true] {
+                    let strides = |s: (usize, usize)| (s.0 as isize, s.1 as isize);
+                    // Rows of `dst` with a gap behind each.
+                    let stride = n + 3;
+                    let p = Product {
+                        m,
+                        n,
+                        k,
+                        dst: (stride as isize, 1),
+                        lhs: strides(lhs),
+                        rhs: strides(rhs),
+                        accumulate,
+                    };
+                    let (a, b, start) = (noise(1, m * k), noise(2, k * n), noise(3, m * stride));
+                    let run = |threads| {
+                        let mut dst = start.clone();
+                        p.run_parallel(Team { threads, products: Products::Bf16x3 }, &mut dst, &a, &b);
+                        dst
+                    };
+                    let found = run(1);
+                    for threads in [2, 3] {
+                        assert!(run(threads) == found, "{threads} threads");
+                    }
+                    for i in 0..m {
+                        for j in 0..n {
+                            let terms = (0..k).map(|t| {
+                                f64::from(a[i * lhs.0 + t * lhs.1]) * f64::from(b[t * rhs.0 + j * rhs.1])
+                            });
+                            let (sum, size) =
+                                terms.fold((0.0, 0.0), |(sum, size), x: f64| (sum + x, size + x.abs()));
+                            let at = i * stride + j;
+                            let before = if accumulate { f64::from(start[at]) } else { 0.0 };
+                            let off = (f64::from(found[at]) - before - sum).abs();
+                            assert!(off <= OFF * size + 1e-6, "{m} x {n} x {k} at {i}, {j}: {off} of {size}");
+                        }
+                        assert_eq!(
+                            found[i * stride + n..(i + 1) * stride],
+                            start[i * stride + n..(i + 1) * stride]
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_none_stay_none() {
+        let s = LinearShape { rows: 64, out: 128, inp: 256 };
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fff_ffff)] {
+            let (mut x, w) = (noise(1, s.rows * s.inp), noise(2, s.out * s.inp));
+            x[5 * s.inp + 7] = bad;
+            let mut y = vec![0.0; s.rows * s.out];
+            matmul(Team { threads: 2, products: Products::Bf16x3 }, &x, &w, s, &mut y);
+            for (row, y) in y.chunks_exact(s.out).enumerate() {
+                assert!(y.iter().all(|y| y.is_finite() == (row != 5)), "{bad}: row {row}");
+            }
         }
     }
 

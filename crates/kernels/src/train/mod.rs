@@ -13,10 +13,12 @@ mod par;
 pub mod rowwise;
 pub mod soft_ce;
 pub mod spans;
+#[cfg(target_arch = "x86_64")]
+mod split;
 pub mod token_loss;
 
 pub use attention::{DocSpan, TttShape};
-pub use linear::LinearShape;
+pub use linear::{LinearShape, Products, Team};
 pub use optim::AdamStep;
 pub use rowwise::Columns;
 pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
@@ -255,7 +257,7 @@ impl TrainKernels for crate::Cpu {
     }
 
     fn linear(&self, x: &Vec<f32>, w: &Vec<f32>, shape: LinearShape, y: &mut Vec<f32>) {
-        linear::matmul(self.threads(), x, w, shape, y);
+        linear::matmul(self.team(), x, w, shape, y);
     }
     fn linear_dx(
         &self,
@@ -265,10 +267,10 @@ impl TrainKernels for crate::Cpu {
         accumulate: bool,
         dx: &mut Vec<f32>,
     ) {
-        linear::matmul_dx(self.threads(), dy, w, shape, accumulate, dx);
+        linear::matmul_dx(self.team(), dy, w, shape, accumulate, dx);
     }
     fn linear_dw(&self, dy: &Vec<f32>, x: &Vec<f32>, shape: LinearShape, dw: &mut Vec<f32>) {
-        linear::matmul_dw_acc(self.threads(), dy, x, shape, dw);
+        linear::matmul_dw_acc(self.team(), dy, x, shape, dw);
     }
 
     fn norm(&self, x: &Vec<f32>, w: &Vec<f32>, rows: usize, width: usize, eps: f32, y: &mut Vec<f32>) {
@@ -416,7 +418,7 @@ impl TrainKernels for crate::Cpu {
     }
 
     fn stream_head(&self, x: &Vec<f32>, head: &Vec<f32>, shape: LinearShape) -> (Vec<u32>, Vec<f32>) {
-        soft_ce::stream_head(self.threads(), (x, head), shape)
+        soft_ce::stream_head(self.team(), (x, head), shape)
     }
     fn soft_targets(
         &self,
@@ -426,7 +428,7 @@ impl TrainKernels for crate::Cpu {
         lse: &[f32],
         p: &mut Vec<f32>,
     ) -> Vec<f32> {
-        soft_ce::soft_targets(self.threads(), (x, head), shape, lse, p)
+        soft_ce::soft_targets(self.team(), (x, head), shape, lse, p)
     }
     fn linear_soft_ce(
         &self,
@@ -441,8 +443,7 @@ impl TrainKernels for crate::Cpu {
     ) -> Deferred<SoftSums> {
         let targets = SoftTargets { p: &teacher.p, mass: &teacher.mass, labels: &teacher.labels, rows };
         let grads = grads.map(|(h, w)| (&mut h[..], &mut w[..]));
-        let sums =
-            soft_ce::linear_soft_ce(self.threads(), (hidden, head), shape, targets, loss, scale, grads);
+        let sums = soft_ce::linear_soft_ce(self.team(), (hidden, head), shape, targets, loss, scale, grads);
         Deferred::here(sums)
     }
 
@@ -453,7 +454,7 @@ impl TrainKernels for crate::Cpu {
         targets: &TokenTargets<'_, Vec<f32>>,
         grads: Option<Vec<PartGrad<'_, Vec<f32>>>>,
     ) -> Vec<TokenRow> {
-        token_loss::linear_token_loss(self.threads(), parts, rows_vocab, targets, grads)
+        token_loss::linear_token_loss(self.team(), parts, rows_vocab, targets, grads)
     }
 
     fn adamw(

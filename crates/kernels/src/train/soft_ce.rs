@@ -4,7 +4,7 @@
 //! Shape legend: `N` rows with a loss at this step, `M` teacher rows, `V`/`Vd` target/draft vocabulary, `H` draft
 //! width, `Ht` target width.
 
-use super::linear::{LinearShape, matmul, matmul_dw_acc, matmul_dx};
+use super::linear::{LinearShape, Team, matmul, matmul_dw_acc, matmul_dx};
 use super::par::{LANES, Shared, exp, exp_shifted, fold_lanes, max, par_ranges, simd, with_scratch};
 
 /// Rows whose logits exist at once, at least.
@@ -193,7 +193,7 @@ pub(super) fn position(z: &[f32], value: f32) -> usize {
 /// `hidden[N, H]` is the head's input of the loss rows, `head[Vd, H]`; `dhidden[N, H]` is overwritten, `dhead[Vd, H]`
 /// added to. Without gradients (`None`) only the sums are computed.
 pub fn linear_soft_ce(
-    threads: usize,
+    team: impl Into<Team>,
     (hidden, head): (&[f32], &[f32]),
     shape: LinearShape,
     targets: SoftTargets<'_>,
@@ -202,17 +202,18 @@ pub fn linear_soft_ce(
     grads: Option<(&mut [f32], &mut [f32])>,
 ) -> SoftSums {
     assert_eq!(targets.rows.len(), shape.rows, "one teacher row per loss row");
+    let team = team.into();
     let chunk = (LOGITS / shape.out.max(1)).max(CHUNK).min(shape.rows);
     let acceptance =
-        || run(threads, (hidden, head), shape, targets, RowGrad::default(), chunk, None).mean_alpha();
+        || run(team, (hidden, head), shape, targets, RowGrad::default(), chunk, None).mean_alpha();
     let (kl_weight, grad) = weigh(loss, scale, acceptance);
-    let sums = run(threads, (hidden, head), shape, targets, grad, chunk, grads);
+    let sums = run(team, (hidden, head), shape, targets, grad, chunk, grads);
     SoftSums { kl_weight, ..sums }
 }
 
 /// `chunk` rows at a time.
 fn run(
-    threads: usize,
+    team: Team,
     (hidden, head): (&[f32], &[f32]),
     shape: LinearShape,
     targets: SoftTargets<'_>,
@@ -228,9 +229,9 @@ fn run(
             let n = chunk.min(rows - first);
             let s = LinearShape { rows: n, ..shape };
             let x = &hidden[first * width..(first + n) * width];
-            matmul(threads, x, head, s, logits);
+            matmul(team, x, head, s, logits);
             let (lines, all_stats) = (Shared::new(logits), Shared::new(&mut stats));
-            par_ranges(threads, n, 4, |r| {
+            par_ranges(team.threads, n, 4, |r| {
                 for i in r {
                     let m = targets.rows[first + i] as usize;
                     let p = &targets.p[m * vocab..(m + 1) * vocab];
@@ -245,8 +246,8 @@ fn run(
             });
             stats[..n].iter().for_each(|row| sums.add_row(row.kl, row.alpha, row.correct));
             if let Some((dhidden, dhead)) = &mut grads {
-                matmul_dx(threads, logits, head, s, false, &mut dhidden[first * width..(first + n) * width]);
-                matmul_dw_acc(threads, logits, x, s, dhead);
+                matmul_dx(team, logits, head, s, false, &mut dhidden[first * width..(first + n) * width]);
+                matmul_dw_acc(team, logits, x, s, dhead);
             }
         }
     });
@@ -255,7 +256,12 @@ fn run(
 
 /// The most likely token and the log-sum-exp of `x[M, Ht] · head[V, Ht]ᵀ`, streamed over blocks of the vocabulary.
 /// Ties go to the smaller id.
-pub fn stream_head(threads: usize, (x, head): (&[f32], &[f32]), shape: LinearShape) -> (Vec<u32>, Vec<f32>) {
+pub fn stream_head(
+    team: impl Into<Team>,
+    (x, head): (&[f32], &[f32]),
+    shape: LinearShape,
+) -> (Vec<u32>, Vec<f32>) {
+    let team = team.into();
     let LinearShape { rows, out: vocab, inp: width } = shape;
     #[derive(Clone, Copy)]
     struct Running {
@@ -272,14 +278,14 @@ pub fn stream_head(threads: usize, (x, head): (&[f32], &[f32]), shape: LinearSha
                 let cols = block.min(vocab - v);
                 let s = LinearShape { rows: n, out: cols, inp: width };
                 matmul(
-                    threads,
+                    team,
                     &x[first * width..(first + n) * width],
                     &head[v * width..(v + cols) * width],
                     s,
                     logits,
                 );
                 let (lines, all) = (Shared::new(logits), Shared::new(&mut running));
-                par_ranges(threads, n, 8, |r| {
+                par_ranges(team.threads, n, 8, |r| {
                     for i in r {
                         // SAFETY: rows of tasks are disjoint.
                         let (z, state) = unsafe {
@@ -313,17 +319,18 @@ pub fn stream_head(threads: usize, (x, head): (&[f32], &[f32]), shape: LinearSha
 /// Teacher probabilities `p[M, Vd]` from `x[M, Ht]` and the head rows of the draft vocabulary `head[Vd, Ht]`; returns
 /// `[M]` the share of the full distribution that they cover, given its `lse[M]`.
 pub fn soft_targets(
-    threads: usize,
+    team: impl Into<Team>,
     (x, head): (&[f32], &[f32]),
     shape: LinearShape,
     lse: &[f32],
     p: &mut [f32],
 ) -> Vec<f32> {
+    let team = team.into();
     let vocab = shape.out;
-    matmul(threads, x, head, shape, p);
+    matmul(team, x, head, shape, p);
     let mut mass = vec![0.0f32; shape.rows];
     let (lines, all) = (Shared::new(p), Shared::new(&mut mass));
-    par_ranges(threads, shape.rows, 4, |r| {
+    par_ranges(team.threads, shape.rows, 4, |r| {
         for i in r {
             // SAFETY: rows of tasks are disjoint.
             let (z, mass) = unsafe { (lines.range(i * vocab..(i + 1) * vocab), all.range(i..i + 1)) };
@@ -396,7 +403,7 @@ mod tests {
         let chunked = |chunk| {
             let (mut dhidden, mut dhead) = (vec![f32::NAN; x.hidden.len()], vec![0.5; x.head.len()]);
             let grads = Some((&mut dhidden[..], &mut dhead[..]));
-            let sums = run(2, (&x.hidden, &x.head), SHAPE, x.targets(), grad, chunk, grads);
+            let sums = run(2.into(), (&x.hidden, &x.head), SHAPE, x.targets(), grad, chunk, grads);
             (sums, dhidden, dhead)
         };
         let whole = chunked(SHAPE.rows);

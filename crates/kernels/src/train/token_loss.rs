@@ -4,7 +4,7 @@
 //!
 //! Shape legend: `N` rows, `V` vocabulary, `I` input features of a layer, `Ht` target width.
 
-use super::linear::{LinearShape, matmul, matmul_acc, matmul_dw_acc, matmul_dx};
+use super::linear::{LinearShape, Team, matmul, matmul_acc, matmul_dw_acc, matmul_dx};
 use super::par::{LANES, Shared, exp, fold_lanes, max, par_ranges, simd, with_scratch};
 use super::soft_ce::position;
 
@@ -156,12 +156,13 @@ fn token_row(
 /// Head products, losses, and gradients in one call, for `rows` rows over `vocab` tokens. Without gradients only the
 /// rows are computed.
 pub fn linear_token_loss(
-    threads: usize,
+    team: impl Into<Team>,
     parts: &[LogitPart<'_, Vec<f32>>],
     (rows, vocab): (usize, usize),
     targets: &TokenTargets<'_, Vec<f32>>,
     mut grads: Option<Vec<PartGrad<'_, Vec<f32>>>>,
 ) -> Vec<TokenRow> {
+    let team = team.into();
     assert!(!parts.is_empty(), "logits come from somewhere");
     for given in [targets.labels.len(), targets.ce.len(), targets.l1.len()] {
         assert_eq!(given, rows, "one label and one factor per row");
@@ -177,19 +178,19 @@ pub fn linear_token_loss(
                 let s = LinearShape { rows: n, out: vocab, inp: part.inp };
                 let x = &part.x[first * part.inp..(first + n) * part.inp];
                 match i {
-                    0 => matmul(threads, x, part.w, s, logits),
-                    _ => matmul_acc(threads, x, part.w, s, logits),
+                    0 => matmul(team, x, part.w, s, logits),
+                    _ => matmul_acc(team, x, part.w, s, logits),
                 }
             }
             if let Some(t) = &targets.teacher {
                 let s = LinearShape { rows: n, out: vocab, inp: t.inp };
-                matmul(threads, &t.x[first * t.inp..(first + n) * t.inp], t.head, s, teacher);
+                matmul(team, &t.x[first * t.inp..(first + n) * t.inp], t.head, s, teacher);
             }
             let lse = targets.teacher.as_ref().and_then(|t| t.lse);
             let has_teacher = targets.teacher.is_some();
             let (lines, wanted, out) =
                 (Shared::new(logits), Shared::new(teacher), Shared::new(&mut found[first..first + n]));
-            par_ranges(threads, n, 4, |r| {
+            par_ranges(team.threads, n, 4, |r| {
                 for i in r {
                     let line = i * vocab..(i + 1) * vocab;
                     // SAFETY: rows of tasks are disjoint.
@@ -208,9 +209,9 @@ pub fn linear_token_loss(
             for (part, (dx, dw)) in parts.iter().zip(grads.iter_mut().flatten()) {
                 let s = LinearShape { rows: n, out: vocab, inp: part.inp };
                 let place = first * part.inp..(first + n) * part.inp;
-                matmul_dx(threads, logits, part.w, s, false, &mut dx[place.clone()]);
+                matmul_dx(team, logits, part.w, s, false, &mut dx[place.clone()]);
                 if let Some(dw) = dw {
-                    matmul_dw_acc(threads, logits, &part.x[place], s, dw);
+                    matmul_dw_acc(team, logits, &part.x[place], s, dw);
                 }
             }
         }
