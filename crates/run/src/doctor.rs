@@ -312,6 +312,7 @@ fn cpu_features() -> Vec<(&'static str, bool)> {
         ("avx512bw", has!("avx512bw")),
         ("avx512vnni", has!("avx512vnni")),
         ("avxvnni", has!("avxvnni")),
+        ("amx-bf16", draftsmith_kernels::train::Products::has_tiles()),
     ]
 }
 
