@@ -6,7 +6,8 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-/// Whether this process may use tile registers, for products of bf16 numbers. Linux hands them out on request only, for all threads at once.
+/// Whether this process may use tile registers, for products of bf16 numbers. Linux hands them out on request only, for all
+/// threads at once.
 pub(crate) fn is_usable() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
     *USABLE.get_or_init(|| has_tiles() && is_permitted())
@@ -73,17 +74,16 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Registers of so many rows of so many bytes.
-    pub(crate) fn of(registers: [(usize, usize); 8]) -> Config {
-        let mut config =
-            Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        for (i, (rows, bytes)) in registers.into_iter().enumerate() {
-            assert!((1..=16).contains(&rows) && (1..=64).contains(&bytes), "a tile that there is");
-            config.row_bytes[i] = bytes as u16;
-            config.rows[i] = rows as u8;
+    /// All eight registers whole: 16 rows of 64 bytes.
+    pub(crate) const WHOLE: Config = {
+        let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
+        let mut i = 0;
+        while i < 8 {
+            (row_bytes[i], rows[i]) = (64, 16);
+            i += 1;
         }
-        config
-    }
+        Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows }
+    };
 
     /// Sets the registers up, and all of them to zero.
     ///

@@ -390,12 +390,11 @@ pub(super) unsafe fn run(p: &Product, threads: usize, dst: *mut f32, lhs: *const
         });
         let packed = &*packed;
         par_ranges(threads, row_tasks * column_tasks, 1, |tasks| {
-            let (out, tile) = (&out, (16, 64));
-            let config = Config::of([tile; 8]);
+            let out = &out;
             let reach = steps.min(REACH);
             with_lines(rows * reach * STEP, |mine| {
                 // SAFETY: tiles may be used, or the product would not fit.
-                unsafe { config.load() };
+                unsafe { Config::WHOLE.load() };
                 for task in tasks {
                     let (row, column) = (task % row_tasks * rows, task / row_tasks * columns);
                     let row_end = (row + rows).min(left.blocks());
