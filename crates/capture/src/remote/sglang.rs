@@ -8,7 +8,7 @@
 use std::hash::{BuildHasher, RandomState};
 
 use draftsmith_core::LayerId;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::json;
 
 use super::states::{RemoteStates, StatesProblem, StatesShape, finite};
@@ -43,7 +43,17 @@ struct MetaInfo {
     prompt_tokens: Option<u64>,
     cached_tokens: Option<u64>,
     /// Per pass over a part of the prompt, per token, values.
-    hidden_states: Option<Vec<Vec<Vec<f32>>>>,
+    hidden_states: Option<Vec<Vec<Vec<Sent>>>>,
+}
+
+/// A value as it was sent; one that is too large for f32 is infinite, so that its place can be named.
+#[derive(Clone, Copy)]
+struct Sent(f32);
+
+impl<'de> Deserialize<'de> for Sent {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Sent, D::Error> {
+        f64::deserialize(from).map(|value| Sent(value as f32))
+    }
 }
 
 impl Sglang<'_> {
@@ -111,7 +121,7 @@ pub fn read_json_states(bytes: &[u8], shape: StatesShape<'_>) -> Result<Vec<f32>
     let Some(parts) = meta.hidden_states else {
         return Err(StatesProblem::field(field, "nothing", "the states of the prompt"));
     };
-    let rows: Vec<&Vec<f32>> = parts.iter().flatten().collect();
+    let rows: Vec<&Vec<Sent>> = parts.iter().flatten().collect();
     if rows.len() != tokens {
         return Err(StatesProblem::field(field, format!("{} rows", rows.len()), format!("{tokens} rows")));
     }
@@ -121,7 +131,7 @@ pub fn read_json_states(bytes: &[u8], shape: StatesShape<'_>) -> Result<Vec<f32>
         let wanted = format!("{wanted} ({} states of {})", shape.states, shape.width);
         return Err(StatesProblem::field(place, format!("{} values", row.len()), wanted));
     }
-    let values: Vec<f32> = rows.into_iter().flatten().copied().collect();
+    let values: Vec<f32> = rows.into_iter().flatten().map(|sent| sent.0).collect();
     finite(field, &values, shape.width)?;
     Ok(values)
 }
