@@ -30,6 +30,7 @@ mod openai_client;
 mod pip;
 mod published;
 mod push;
+mod real_model;
 mod regenerate;
 mod rows;
 mod run_file;

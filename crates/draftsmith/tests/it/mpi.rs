@@ -1,5 +1,5 @@
 //! Runs of several processes under `mpirun`. `DRAFTSMITH_TEST_MPI` names a program that was built with the feature `mpi`; without
-//! it these tests have nothing to run. `.ci/run mpi` builds one.
+//! it these tests have nothing to run. `.ci/run features` builds one.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

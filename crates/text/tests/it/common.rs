@@ -1,5 +1,4 @@
 //! What the tests share: small tokenizers and a reader for GGUF metadata.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use draftsmith_text::{GgufTokenizer, Message, Tokenizer};
 

@@ -14,9 +14,7 @@ use draftsmith_decode::{BatchOptions, DraftPlan, Engine, GenerateOptions, drafte
 use draftsmith_kernels::{Cpu, Kernels, PackMode};
 use draftsmith_model::{Draft, Infer, Precision, StepItem, Target};
 
-#[expect(dead_code, reason = "drafts and recorded texts are of the suites beside this one")]
-mod common;
-use common::rows;
+use crate::common::rows;
 
 fn load<K: Kernels>(kernels: K, precision: Precision) -> Arc<Target<K>> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");

@@ -1,7 +1,5 @@
 //! A made-up engine whose times and acceptance are numbers, not clocks: what is measured is known beforehand.
 
-#![allow(dead_code)] // every test file uses its own part
-
 use std::time::Duration;
 
 use draftsmith_bench::record::{ArtifactInfo, Drafting, Finish, Machine};

@@ -738,7 +738,7 @@ fn a_report_can_be_read_by_machines() {
 fn a_manifest_of_version_1_still_opens() {
     // Written by the first version of this crate; never to be written anew.
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("bundle.json"), include_str!("data/bundle-v1.json")).unwrap();
+    std::fs::write(dir.path().join("bundle.json"), include_str!("../data/bundle-v1.json")).unwrap();
     let manifest = Manifest::read(dir.path()).unwrap();
     assert_eq!(manifest.name, "toy-8l-eagle3");
     assert_eq!(manifest.draft.target_layer_ids, [1, 3, 4]);

@@ -1,9 +1,6 @@
 //! Answers whose draft tokens are drawn and judged by rejection or jointly: distributed as the target's own, and the
 //! same again with the same seed, alone and in a batch.
 
-#[expect(dead_code, reason = "recorded texts are of the suite beside this one")]
-mod common;
-
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -17,7 +14,7 @@ use draftsmith_decode::{
 use draftsmith_kernels::Cpu;
 use draftsmith_model::eagle3::Feedback;
 
-use common::{random_draft, rows, target};
+use crate::common::{random_draft, rows, target};
 
 const RULES: [VerifyRule; 2] = [VerifyRule::Rejection, VerifyRule::Block];
 

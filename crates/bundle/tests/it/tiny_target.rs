@@ -1,7 +1,5 @@
 //! The real draft network beside the tiny target: what the probe asks is what decoding runs.
 
-mod support;
-
 use std::collections::BTreeMap;
 
 use draftsmith_bundle::{

@@ -2,8 +2,6 @@
 //! alone and in a batch, with penalties and under a grammar. The target is the small trained one of the repo; drafts have random weights, are always
 //! wrong, or are always right.
 
-mod common;
-
 use std::any::Any;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +17,7 @@ use draftsmith_kernels::Cpu;
 use draftsmith_model::StepItem;
 use draftsmith_model::eagle3::Feedback;
 
-use common::{random_draft, rows, target};
+use crate::common::{random_draft, rows, target};
 
 fn options(draft: DraftPlan, sampling: Sampling, max_new_tokens: usize) -> GenerateOptions {
     GenerateOptions { max_new_tokens, sampling, stop_ids: vec![2], draft, ..GenerateOptions::default() }
@@ -500,7 +498,7 @@ fn a_batch_takes_requests_in_and_out_between_steps() {
     let cut = batch.cancel(7).unwrap();
     assert_eq!((cut.finish_reason, batch.len()), (FinishReason::Cancelled, 0));
     assert!(wanted[1].starts_with(&cut.token_ids) && cut.token_ids.len() < 20);
-    let other = Arc::new(Engine::new(crate::target(), None));
+    let other = Arc::new(Engine::new(crate::common::target(), None));
     assert_eq!(batch.replace_engine(other).unwrap_err(), DecodeError::AnotherTarget);
 }
 

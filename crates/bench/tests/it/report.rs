@@ -1,8 +1,6 @@
 //! The HTML report: self-contained, well formed, accessible, with the raw records inside.
 
-mod common;
-
-use common::{FakeRunner, measured, options, workload};
+use crate::common::{FakeRunner, measured, options, workload};
 use draftsmith_bench::{
     BenchError, Interval, Record, ReportOptions, TrainingCurve, TrainingPoint, report_html, report_html_with,
     table,

@@ -1,9 +1,6 @@
 //! Needs the real target: a path to its GGUF file in DRAFTSMITH_TEST_TARGET.
 
-#[path = "it/common.rs"]
-mod common;
-
-use common::{assistant, gguf_tokenizer, read, user};
+use crate::common::{assistant, gguf_tokenizer, read, user};
 use draftsmith_text::{ChatTemplate, MaskOptions, RenderOptions, Tokenizer, mask_conversation};
 use serde_json::Value;
 

@@ -1,11 +1,9 @@
 //! The measurement on a made-up engine: order, warm-up, conversations, comparison, summaries, doubts.
 
-mod common;
-
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use common::{FakeDialogue, FakeRunner, measured, options, workload};
+use crate::common::{FakeDialogue, FakeRunner, measured, options, workload};
 use draftsmith_bench::record::Order;
 use draftsmith_bench::{
     BenchError, BusyTimes, Contract, Doubt, Record, run_workload, summarize, summarize_all, table,
@@ -275,7 +273,7 @@ fn kernel_widths_take_turns_and_medians_are_kept_in_order() {
 #[test]
 fn a_record_of_version_1_still_opens() {
     // Written by the first version of this crate from the made-up engine; never to be written anew.
-    let record = Record::from_json("record-v1.json", include_str!("data/record-v1.json")).unwrap();
+    let record = Record::from_json("record-v1.json", include_str!("../data/record-v1.json")).unwrap();
     assert_eq!((record.samples.len(), record.skipped.len()), (4, 1));
     let summary = summarize(&record);
     assert_eq!(summary.accept.committed_tokens, 44);
@@ -285,7 +283,7 @@ fn a_record_of_version_1_still_opens() {
 
 #[test]
 fn a_spoilt_record_is_refused_and_never_a_panic() {
-    let text = include_str!("data/record-v1.json");
+    let text = include_str!("../data/record-v1.json");
     let mut refused = 0;
     for i in (0..text.len()).step_by(7) {
         for byte in [b'0', b'"', b'-', b'9', b'}', b' '] {

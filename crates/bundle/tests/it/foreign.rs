@@ -1,7 +1,5 @@
 //! Drafts in the layouts of other engines: out, back in with identical logits, and spoilt in every way.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -21,7 +19,6 @@ use serde_json::{Value, json};
 
 use crate::support::{VD, input, made};
 
-#[path = "foreign/parallel.rs"]
 mod parallel;
 
 const LAYOUTS: [Layout; 4] = [Layout::Sglang, Layout::Vllm, Layout::Speculators, Layout::Gguf];

@@ -1,0 +1,6 @@
+//! Bundles as they are made, checked and handed to other engines.
+
+mod bundle;
+mod foreign;
+mod support;
+mod tiny_target;

@@ -1,0 +1,6 @@
+//! The kernels for NVIDIA GPUs, on the host.
+
+mod card;
+mod decode;
+mod nvrtc;
+mod shim;

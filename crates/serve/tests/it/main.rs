@@ -1,0 +1,4 @@
+//! The server without the binary around it.
+
+mod faults;
+mod listening;
