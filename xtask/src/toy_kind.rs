@@ -1,7 +1,7 @@
 //! `cargo xtask toy-kind`: a new kind of draft touches one module in `model`, one in `train`, and a line of each list.
 //!
 //! `fixtures/toy-kind.patch` adds such a kind with a test. It is applied to a copy of the tree, what it touches is held
-//! against that rule, and its test is run there. Compiled dependencies are those of the tree itself.
+//! against that rule, and its test is built and run there, without optimisation.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -63,7 +63,7 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
         // other's libraries for their own.
         .env("CARGO_TARGET_DIR", home.join("target"))
         // The test is short and its build is not.
-        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .status()
         .context("cargo runs the test of the toy kind")?;

@@ -21,7 +21,7 @@ use crate::tree::Tree;
 use parts::{Parts, sha256};
 
 /// The program may take this much of a wheel.
-const PROGRAM_BYTES_MAX: usize = 36 << 20;
+const PROGRAM_BYTES_MAX: usize = 32 << 20;
 
 /// Makes what is handed out: a wheel and an archive for one machine, with bills of materials and checksums.
 #[derive(Debug, Args)]
