@@ -133,7 +133,12 @@ impl Backend for Host {
     }
 
     fn cpu_features(&self) -> Vec<String> {
-        self.features().found.iter().map(|f| (*f).to_string()).collect()
+        self.features()
+            .offered
+            .iter()
+            .filter(|(_, here)| *here)
+            .map(|(name, _)| (*name).to_string())
+            .collect()
     }
 
     fn limits(target: &Target<Self>, precision: Precision) -> Option<Limits> {

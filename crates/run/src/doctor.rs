@@ -17,6 +17,7 @@ use draftsmith_pull::Places;
 use serde::Serialize;
 
 use crate::disk::{free_bytes, human, writable};
+use crate::host::{Host, told_cpu_name};
 use crate::packs::Copies;
 
 /// Everything `doctor` found.
@@ -174,9 +175,9 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         version: env!("CARGO_PKG_VERSION"),
         platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         cpu: Cpu {
-            name: cpu_name(),
+            name: told_cpu_name(),
             threads: std::thread::available_parallelism().ok().map(usize::from),
-            features: cpu_features(),
+            features: Host::new(1).features().offered,
         },
         memory: memory(),
         gpus: gpus(),
@@ -293,38 +294,6 @@ fn findings(doctor: &Doctor, places: &Places) -> Vec<Finding> {
         );
     }
     list
-}
-
-fn cpu_name() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_string())
-}
-
-#[cfg(target_arch = "x86_64")]
-fn cpu_features() -> Vec<(&'static str, bool)> {
-    use std::arch::is_x86_feature_detected as has;
-    vec![
-        ("avx2", has!("avx2")),
-        ("fma", has!("fma")),
-        ("f16c", has!("f16c")),
-        ("avx512f", has!("avx512f")),
-        ("avx512bw", has!("avx512bw")),
-        ("avx512vnni", has!("avx512vnni")),
-        ("avxvnni", has!("avxvnni")),
-        ("amx-bf16", draftsmith_kernels::train::Products::has_tiles()),
-    ]
-}
-
-#[cfg(target_arch = "aarch64")]
-fn cpu_features() -> Vec<(&'static str, bool)> {
-    use std::arch::is_aarch64_feature_detected as has;
-    vec![("neon", has!("neon")), ("dotprod", has!("dotprod")), ("i8mm", has!("i8mm"))]
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn cpu_features() -> Vec<(&'static str, bool)> {
-    Vec::new()
 }
 
 /// Bytes of memory that this process may use: the machine's, or less where the system sets a limit; `None` if it does not

@@ -36,8 +36,8 @@ const PARALLEL_ELEMENTS: usize = 1 << 15;
 pub struct CpuFeatures {
     /// `portable`, `avx2`, `avx512-vnni` or `neon-dotprod`: the path in use.
     pub path: &'static str,
-    /// Features found, of those that matter here.
-    pub found: Vec<&'static str>,
+    /// Features that matter here, and whether they are there.
+    pub offered: Vec<(&'static str, bool)>,
 }
 
 /// Kernels on the CPU with a persistent pool of threads.
@@ -95,30 +95,27 @@ impl Cpu {
             Level::Neon => "neon-dotprod",
         };
         #[cfg(target_arch = "x86_64")]
-        let found = [
-            ("avx2", is_x86_feature_detected!("avx2")),
-            ("fma", is_x86_feature_detected!("fma")),
-            ("f16c", is_x86_feature_detected!("f16c")),
-            ("avx512f", is_x86_feature_detected!("avx512f")),
-            ("avx512bw", is_x86_feature_detected!("avx512bw")),
-            ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
-            ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
-            ("amx-bf16", crate::tiles::is_usable()),
-        ]
-        .into_iter()
-        .filter_map(|(name, here)| here.then_some(name))
-        .collect();
+        let offered = {
+            use std::arch::is_x86_feature_detected as has;
+            vec![
+                ("avx2", has!("avx2")),
+                ("fma", has!("fma")),
+                ("f16c", has!("f16c")),
+                ("avx512f", has!("avx512f")),
+                ("avx512bw", has!("avx512bw")),
+                ("avx512vnni", has!("avx512vnni")),
+                ("avx512bf16", has!("avx512bf16")),
+                ("amx-bf16", crate::tiles::is_usable()),
+            ]
+        };
         #[cfg(target_arch = "aarch64")]
-        let found = [
-            ("neon", std::arch::is_aarch64_feature_detected!("neon")),
-            ("dotprod", std::arch::is_aarch64_feature_detected!("dotprod")),
-        ]
-        .into_iter()
-        .filter_map(|(name, here)| here.then_some(name))
-        .collect();
+        let offered = {
+            use std::arch::is_aarch64_feature_detected as has;
+            vec![("neon", has!("neon")), ("dotprod", has!("dotprod"))]
+        };
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let found = Vec::new();
-        CpuFeatures { path, found }
+        let offered = Vec::new();
+        CpuFeatures { path, offered }
     }
 
     /// Runs `body(from, to)` over `units` rows (or values) of `unit_len` elements, in parallel when it pays.
