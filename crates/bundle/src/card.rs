@@ -205,6 +205,17 @@ pub(crate) fn folder_readme(manifest: &Manifest, config: &DraftConfig, how: &str
 
 const NOT_RUN: &str = "These commands follow the engines' documentation and were not run for this card; measured numbers here are from draftsmith.";
 
+/// A licence as the hub's cards tell it: by its lower-case SPDX name, and what has none of those by a name beside `other`.
+fn hub_license(license: &str) -> String {
+    match license.strip_prefix("LicenseRef-") {
+        Some("unknown") => "license: \"unknown\"\n".to_string(),
+        None if !license.contains(' ') => format!("license: {}\n", yaml(&license.to_lowercase())),
+        name => {
+            format!("license: \"other\"\nlicense_name: {}\n", yaml(&name.unwrap_or(license).to_lowercase()))
+        }
+    }
+}
+
 /// Front matter, title and what it is for.
 fn opening(manifest: &Manifest, config: &DraftConfig) -> String {
     let target = &manifest.target;
@@ -212,7 +223,7 @@ fn opening(manifest: &Manifest, config: &DraftConfig) -> String {
     if let Some(hub) = &target.hub_name {
         let _ = writeln!(out, "base_model: {}", yaml(hub));
     }
-    let _ = writeln!(out, "license: {}", yaml(&manifest.license.to_lowercase()));
+    out.push_str(&hub_license(&manifest.license));
     let _ = write!(
         out,
         "library_name: draftsmith\npipeline_tag: text-generation\ntags:\n- speculative-decoding\n- {}\n- draft-model\n",
@@ -372,4 +383,21 @@ fn licence(manifest: &Manifest) -> String {
         "## Licence\n\nThese weights: {} (see LICENSE). The target: {}. Attributions are in NOTICE.\n",
         manifest.license, manifest.target.license
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn licences_are_told_in_the_words_of_the_hub() {
+        for (license, told) in [
+            ("Apache-2.0", "license: \"apache-2.0\"\n"),
+            ("LicenseRef-unknown", "license: \"unknown\"\n"),
+            ("LicenseRef-Gemma", "license: \"other\"\nlicense_name: \"gemma\"\n"),
+            ("MIT OR Apache-2.0", "license: \"other\"\nlicense_name: \"mit or apache-2.0\"\n"),
+        ] {
+            assert_eq!(hub_license(license), told);
+        }
+    }
 }
