@@ -90,7 +90,8 @@ def call(*words: PathLike, progress: Progress = False, cwd: PathLike | None = No
         command.append("--quiet")
     child = start(command, cwd=cwd)
     lines: List[str] = []
-    readers = [Reader(child.stderr, lines, progress)]
+    # What an exception will say is not shown before it.
+    readers = [Reader(child.stderr, lines, progress, errors=False)]
     answer: List[str] = []
     readers.append(Reader(child.stdout, answer, False))
     interrupted = False
@@ -146,18 +147,22 @@ def start(command: Sequence[str], cwd: PathLike | None = None) -> subprocess.Pop
 
 
 class Reader(threading.Thread):
-    """Collects the lines of a stream, so that the program never waits for us, and shows them if wanted."""
+    """Collects the lines of a stream, so that the program never waits for us, and shows them if wanted, errors among them or not."""
 
-    def __init__(self, stream: Any, lines: Any, progress: Progress) -> None:
+    def __init__(self, stream: Any, lines: Any, progress: Progress, errors: bool = True) -> None:
         super().__init__(daemon=True)
-        self.stream, self.lines, self.progress = stream, lines, progress
+        self.stream, self.lines, self.progress, self.errors = stream, lines, progress, errors
         self.start()
 
     def run(self) -> None:
+        in_error = False
         with self.stream:
             for line in self.stream:
                 line = line.rstrip("\n")
                 self.lines.append(line)
+                in_error = line.startswith("error: ") or (in_error and line.startswith("hint: "))
+                if in_error and not self.errors:
+                    continue
                 if self.progress is True:
                     print(line, file=sys.stderr)
                 elif self.progress:

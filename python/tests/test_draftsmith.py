@@ -217,6 +217,11 @@ class Alone(unittest.TestCase):
             Path(folder, "run.toml").write_text("[train]\nepoch = 3\n", encoding="utf-8")
             with self.assertRaises(draftsmith.Error) as caught:
                 draftsmith.run("run.toml", cwd=folder, progress=False)
+            # What the exception says is not shown before it as well.
+            shown: list[str] = []
+            with self.assertRaises(draftsmith.Error):
+                draftsmith.run("run.toml", cwd=folder, progress=shown.append)
+        self.assertEqual([line for line in shown if "epoch" in line], [])
         error = caught.exception
         told = {error.message: error.hint, **dict(error.others)}
         self.assertEqual(told["run file `run.toml`, line 2: unknown key `train.epoch`"], "did you mean `train.epochs`?")
