@@ -223,6 +223,35 @@ class Verdict(Record):
 
 
 @dataclass(frozen=True)
+class PlannedStage(Record):
+    """What a stage was planned to take, and took."""
+
+    stage: str = ""
+    planned_seconds: Optional[float] = None
+    seconds: float = 0.0
+    planned_disk_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Planned(Record):
+    """What a run was planned to take when `draftsmith make` began it, and took."""
+
+    stages: Tuple[PlannedStage, ...] = ()
+    planned_seconds: float = 0.0
+    seconds: float = 0.0
+    planned_disk_bytes: int = 0
+    disk_bytes: int = 0
+    planned_memory_bytes: Optional[int] = None
+    #: Of the process that ended the run; `None` if others did some of the work.
+    memory_bytes: Optional[int] = None
+
+    @classmethod
+    def _inner(cls) -> Dict[str, Any]:
+        return {"stages": lambda stages: tuple(PlannedStage.from_json(stage) for stage in stages)}
+
+
+@dataclass(frozen=True)
 class RunRecord(Record):
     """A run: its folder and what each stage came to. Stages that the run file leaves out are `None`."""
 
@@ -238,6 +267,7 @@ class RunRecord(Record):
     #: `report.html` of the measurement.
     report: Optional[Path] = None
     verdict: Optional[Verdict] = None
+    planned: Optional[Planned] = None
 
     @classmethod
     def of(cls, value: Mapping[str, Any], base: Path) -> RunRecord:
@@ -260,5 +290,7 @@ class RunRecord(Record):
                 made["report"] = base / told["bench"]["report"]
         if value.get("verdict"):
             made["verdict"] = Verdict.from_json(value["verdict"])
-        extra = {key: kept for key, kept in value.items() if key not in ("run", "stages", "verdict")}
+        if value.get("planned"):
+            made["planned"] = Planned.from_json(value["planned"])
+        extra = {key: kept for key, kept in value.items() if key not in ("run", "stages", "verdict", "planned")}
         return cls(path=base / value["run"], stages=stages, extra=extra, **made)

@@ -34,6 +34,7 @@ pub mod packs;
 mod passes;
 pub mod peer;
 pub mod plan;
+pub mod planned;
 pub mod ranks;
 mod rates;
 mod regenerate;

@@ -27,7 +27,7 @@ use crate::Error;
 use crate::among::{Among, RanksPlan};
 use crate::disk::free_bytes;
 use crate::measure::{prompt_ids, prompt_ids_with};
-use crate::rates::{Prompted, Rates, mean};
+use crate::rates::{Prompted, Rates, TrialAnswer, mean};
 use crate::rules::{Facts, Warning, warnings};
 use crate::stored::on_the_way;
 
@@ -181,9 +181,10 @@ impl Amounts {
 
     /// Conversations as they will be answered: questions and answers as drawn from the samples.
     fn dialogues(&self, rates: &Rates, longest: u32, count: u64, requests: u64) -> Vec<Vec<Turn>> {
-        let answers = answer_lengths(rates, longest);
+        let answers = expected_answers(rates, longest);
+        let cut_share = answers.iter().map(|answer| answer.cut).sum::<f64>() / answers.len().max(1) as f64;
         let per_row = requests as f64 / count.max(1) as f64;
-        let (mut asked, mut drawn) = (0.0, 0usize);
+        let (mut asked, mut drawn, mut cut) = (0.0, 0usize, 0.0);
         let mut dialogues = Vec::with_capacity(count as usize);
         for row in 0..count as usize {
             let sample = self.prompts.get(row % self.prompts.len().max(1));
@@ -196,10 +197,18 @@ impl Amounts {
                 drawn += 1;
                 let number = drawn % answers.len().max(1);
                 let looping = rates.answers.get(number).is_some_and(|a| a.looping);
-                let answer = answers.get(number).copied().unwrap_or(longest);
+                let answer = answers.get(number).map_or(longest, |answer| answer.tokens);
                 dialogue.push(Turn { prompt, answer, looping });
                 if looping {
                     break;
+                }
+                // As many dialogues end at a cut answer as there are chances for it.
+                if dialogue.len() < turns as usize {
+                    cut += cut_share;
+                    if cut > 1.0 - 1e-3 {
+                        cut -= 1.0;
+                        break;
+                    }
                 }
             }
             dialogues.push(dialogue);
@@ -217,21 +226,40 @@ struct Turn {
     looping: bool,
 }
 
-/// Tokens of answers: those that were written, and what those that the trial cut would have gone on for.
-fn answer_lengths(rates: &Rates, longest: u32) -> Vec<u32> {
+/// An answer as it will be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Expected {
+    tokens: u32,
+    /// Chance that the token limit ends it, and its dialogue with it.
+    cut: f64,
+}
+
+/// Answers that were written, and what those that the trial cut would have gone on for.
+fn expected_answers(rates: &Rates, longest: u32) -> Vec<Expected> {
     let ended = rates.answers.iter().filter(|a| !a.cut).count();
     let written: u64 = rates.answers.iter().map(|a| u64::from(a.tokens)).sum();
     // An answer ends at a token with this chance.
     let chance = (ended as f64 / written.max(1) as f64).max(1e-6);
-    let cut = |tokens: u32| {
-        let left = f64::from(longest.saturating_sub(tokens));
-        tokens + ((1.0 - (-chance * left).exp()) / chance).round() as u32
+    let of = |answer: &TrialAnswer| {
+        let left = f64::from(longest.saturating_sub(answer.tokens));
+        match answer.cut {
+            true => {
+                let cut = (-chance * left).exp();
+                let more = ((1.0 - cut) / chance).round() as u32;
+                Expected { tokens: (answer.tokens + more).min(longest), cut }
+            }
+            false => Expected {
+                tokens: answer.tokens.min(longest),
+                cut: f64::from(u8::from(answer.tokens > longest)),
+            },
+        }
     };
-    rates
-        .answers
-        .iter()
-        .map(|a| if a.cut { cut(a.tokens).min(longest) } else { a.tokens.min(longest) })
-        .collect()
+    rates.answers.iter().map(of).collect()
+}
+
+/// Tokens of answers as they will be.
+fn answer_lengths(rates: &Rates, longest: u32) -> Vec<u32> {
+    expected_answers(rates, longest).into_iter().map(|answer| answer.tokens).collect()
 }
 
 /// Row lengths as training asks for them.
@@ -534,7 +562,10 @@ impl Run<'_> {
             told = warnings(&self.facts(Some(&amounts), rates.coverage));
             let workloads = self.workload_rows()?;
             alone = self::bills(&self.file, &amounts, &rates, &workloads, &Among::ALONE);
-            bills = self::bills(&self.file, &amounts, &rates, &workloads, among);
+            bills = match among.ranks {
+                1 => alone.clone(),
+                _ => self::bills(&self.file, &amounts, &rates, &workloads, among),
+            };
         }
         self.without_what_is_done(&mut alone, &states);
         self.without_what_is_done(&mut bills, &states);
@@ -815,7 +846,6 @@ fn how_measured(rates: &Rates, kept: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rates::TrialAnswer;
     use std::path::Path;
 
     /// A step of a sequence takes 10 ms, each further one 1 ms; a prompt token 1 ms.
@@ -865,6 +895,26 @@ mod tests {
         let dialogues = amounts.dialogues(&rates, 64, 2, 4);
         let turn = |answer, looping| Turn { prompt: 5, answer, looping };
         assert_eq!(dialogues, [vec![turn(20, true)], vec![turn(10, false), turn(20, true)]]);
+    }
+
+    #[test]
+    fn a_dialogue_ends_at_an_answer_that_the_limit_cuts() {
+        let answer = |tokens, cut| TrialAnswer { prompt: 9, tokens, cut, looping: false };
+        let turns = |answers: Vec<TrialAnswer>, longest| {
+            let rates = Rates { answers, ..Rates::default() };
+            let prompt = Prompted { ids: vec![1; 5], tokens: 10, turns: 2, ..Prompted::default() };
+            let amounts = Amounts { prompts: vec![prompt], ..Amounts::default() };
+            let dialogues = amounts.dialogues(&rates, longest, 100, 200);
+            dialogues.iter().map(Vec::len).sum::<usize>()
+        };
+        // None ever ends by itself; all do before the limit; all are longer than it.
+        assert_eq!(turns(vec![answer(60, true)], 64), 100);
+        assert_eq!(turns(vec![answer(60, false)], 64), 200);
+        assert_eq!(turns(vec![answer(60, false)], 32), 100);
+        // One of 100 tokens ended an answer, so e^-0.7 of those that go on are still going on 70 tokens later: half of every
+        // second answer. A quarter of the dialogues ends at the first.
+        let asked = turns(vec![answer(30, false), answer(70, true)], 140);
+        assert!((174..=178).contains(&asked), "{asked}");
     }
 
     fn file(more: &str) -> RunFile {

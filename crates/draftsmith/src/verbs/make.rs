@@ -8,7 +8,7 @@ use draftsmith::run::{InitOptions, init as write_init, run_name};
 use draftsmith::{Error, cli};
 use serde_json::json;
 
-use super::stages::{advance, plan, plan_of, plan_text};
+use super::stages::{advance_on, plan, plan_of, plan_text};
 use super::{Session, find_shipped};
 use crate::failure::Failure;
 use crate::printer;
@@ -99,5 +99,5 @@ pub(crate) fn make(args: &cli::Make, session: &Session) -> Result<u8, Failure> {
     let bill = plan_of("run", &run, session)?;
     plan_text(&bill).lines().for_each(|line| session.printer.note(line));
     session.printer.note("it begins; stopped at any moment, the same command goes on");
-    advance("run", &run, None, session)
+    advance_on(&bill, &run, session)
 }

@@ -9,6 +9,7 @@ use draftsmith::disk::human;
 use draftsmith::formats::run::{RunFile, Stage};
 use draftsmith::run::among::{Among, RanksPlan};
 use draftsmith::run::plan::{Plan, StagePlan};
+use draftsmith::run::planned::{Held, HeldStage};
 use draftsmith::run::{Env, Origin, Run, StageDone, Told};
 use serde_json::{Value, json};
 
@@ -156,6 +157,15 @@ fn ranks_text(ranks: &RanksPlan, stages: &[StagePlan]) -> String {
     page
 }
 
+/// Does all stages, and keeps the bill that was made of them.
+pub(crate) fn advance_on(bill: &Plan, args: &cli::RunArgs, session: &Session) -> Result<u8, Failure> {
+    let run = open("run", args, session)?;
+    if session.ranks.is_first() {
+        run.keep(bill)?;
+    }
+    work(&run, args, None, session)
+}
+
 /// Does everything up to `last`; `None`: all stages.
 pub(crate) fn advance(
     verb: &str,
@@ -177,6 +187,10 @@ pub(crate) fn advance(
             ),
         ));
     }
+    work(&run, args, last, session)
+}
+
+fn work(run: &Run<'_>, args: &cli::RunArgs, last: Option<Stage>, session: &Session) -> Result<u8, Failure> {
     let done = run.advance(last.unwrap_or(Stage::Bench))?;
     if !session.ranks.is_first() {
         return Ok(0);
@@ -186,10 +200,17 @@ pub(crate) fn advance(
         None => Some(run.verdict(&done)?),
         Some(_) => None,
     };
+    let held = match last {
+        None => run.held(&done)?,
+        Some(_) => None,
+    };
     if args.json {
         let mut value = json!({ "run": root, "stages": done });
         if let Some(verdict) = &verdict {
             value["verdict"] = verdict.clone();
+        }
+        if let Some(held) = &held {
+            value["planned"] = json!(held);
         }
         printer::json(&value)?;
     } else {
@@ -198,6 +219,9 @@ pub(crate) fn advance(
             let _ = writeln!(page, "{:<11} {}", stage.stage.name(), line(stage));
         }
         let _ = writeln!(page, "{:<11} {}", "run", root.display());
+        if let Some(held) = &held {
+            page.push_str(&held_text(held));
+        }
         if let Some(verdict) = &verdict {
             page.push_str(&draftsmith::run::verdict::text_of(verdict));
         }
@@ -208,6 +232,30 @@ pub(crate) fn advance(
         .filter(|d| d.stage == Stage::Bench)
         .all(|d| d.file.summary["results"]["identical"].as_bool().unwrap_or(true));
     Ok(if identical { 0 } else { NOT_HELD })
+}
+
+/// What a run took, and was planned to take.
+fn held_text(held: &Held) -> String {
+    let time = |s: f64| duration(Duration::from_secs_f64(s.max(0.0)));
+    let of = |stage: &HeldStage| {
+        let planned = stage.planned_seconds.filter(|planned| planned.max(stage.seconds) >= 1.0)?;
+        Some(format!("{} {} of {}", stage.stage.name(), time(stage.seconds), time(planned)))
+    };
+    let stages: Vec<String> = held.stages.iter().filter_map(of).collect();
+    let stages = if stages.is_empty() { String::new() } else { format!(": {}", stages.join(", ")) };
+    let memory = match (held.memory_bytes, held.planned_memory_bytes) {
+        (Some(bytes), Some(planned)) => format!(", {} of {} of memory", human(bytes), human(planned)),
+        _ => String::new(),
+    };
+    format!(
+        "{:<11} {} of {} that were planned{stages}\n{:<11} {} of {} of disk{memory}\n",
+        "took",
+        time(held.seconds),
+        time(held.planned_seconds),
+        "",
+        human(held.disk_bytes),
+        human(held.planned_disk_bytes)
+    )
 }
 
 /// What came out of a stage, in words.

@@ -9,6 +9,7 @@ use draftsmith::cli;
 use draftsmith::disk::human;
 use draftsmith::formats::run::Stage;
 use draftsmith::run::curve::Curve;
+use draftsmith::run::planned::Planned;
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
 use draftsmith::run::{self, made_by, stages_of, with_paths};
 use serde_json::{Value, json};
@@ -78,6 +79,7 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
     }
     let file = run::load(&folder.run_file(), &[])?;
     let busy = folder.is_busy();
+    let planned = Planned::of(folder).map_err(Error::from)?;
     let (mut stages, mut state_of) = (Vec::new(), states(busy));
     for stage in stages_of(&file) {
         let known = folder.read(stage).map_err(Error::from)?;
@@ -86,6 +88,7 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
             "stage": stage,
             "state": state_of(known.as_ref()),
             "seconds": known.as_ref().map(|f| f.seconds),
+            "planned_seconds": planned.as_ref().and_then(|planned| planned.seconds(stage)),
             "progress": known.as_ref().and_then(|f| f.progress.clone()),
             "summary": known.map(|f| f.summary).unwrap_or(Value::Null),
         }));
@@ -134,8 +137,13 @@ fn page(status: &Value) -> String {
     let _ = writeln!(page, "{}", text(&status["run"]));
     for stage in status["stages"].as_array().into_iter().flatten() {
         let mut line = format!("  {:<11} {:<12}", text(&stage["stage"]), text(&stage["state"]));
-        if let Some(seconds) = stage["seconds"].as_f64() {
-            let _ = write!(line, "{:>7}  ", duration(Duration::from_secs_f64(seconds.max(0.0))));
+        let time = |seconds: f64| duration(Duration::from_secs_f64(seconds.max(0.0)));
+        let (took, planned) = (stage["seconds"].as_f64(), stage["planned_seconds"].as_f64());
+        if took.is_some() || planned.is_some() {
+            let _ = write!(line, "{:>7}  ", took.map_or_else(String::new, time));
+        }
+        if let Some(planned) = planned {
+            let _ = write!(line, "of {:>7} planned  ", time(planned));
         }
         let progress = &stage["progress"];
         if let Some(done) = progress["done"].as_u64() {

@@ -159,6 +159,20 @@ fn one_command_makes_a_draft_and_goes_on_where_it_stopped() {
     assert!(["yes", "unsure", "no"].contains(&verdict["worth"].as_str().unwrap()), "{verdict}");
     assert_eq!(verdict["workloads"][0], "tiny-own", "{verdict}");
     assert!(verdict["speedup"].as_f64().is_some(), "{verdict}");
+    // The bill from before the work, beside what it took.
+    let planned = &result["planned"];
+    let held = |key: &str| planned[key].as_f64().unwrap();
+    assert_eq!(stage(planned, "train")["seconds"], stage(&result, "train")["seconds"], "{planned}");
+    assert!(held("planned_seconds") > 0.0 && held("seconds") > 0.0, "{planned}");
+    let there = std::fs::metadata(home.path().join("runs/tiny/regenerate/answers.jsonl")).unwrap().len();
+    assert!(stage(planned, "regenerate")["disk_bytes"].as_u64().unwrap() >= there, "{planned}");
+    assert!(held("memory_bytes") > 1e6 && held("planned_memory_bytes") > 1e6, "{planned}");
+    let status = home.run(&["status", "runs/tiny", "--json"]).json();
+    let bill = &stage(planned, "train")["planned_seconds"];
+    assert_eq!(
+        (&stage(&status, "train")["planned_seconds"], stage(&status, "train")["state"].as_str()),
+        (bill, Some("done"))
+    );
     // What does not pay is not recommended, here or in card and report.
     if verdict["worth"] == "no" {
         assert!(!verdict["next"].as_str().unwrap().contains("serve"), "{verdict}");
@@ -173,7 +187,9 @@ fn one_command_makes_a_draft_and_goes_on_where_it_stopped() {
     let again = make(&[]);
     assert_eq!(again.code, Some(0), "{}", again.stderr);
     assert!(
-        again.stderr.contains("bench: done before") && again.stdout.contains("verdict     "),
+        again.stderr.contains("bench: done before")
+            && again.stdout.contains("verdict     ")
+            && again.stdout.contains(" that were planned: "),
         "{}",
         again.stdout
     );
