@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::aside::bytes_below;
 use crate::measure::peak_memory_bytes;
-use crate::plan::{Plan, StageState};
-use crate::state::{RunFolder, StateError};
+use crate::plan::{Plan, StagePlan, StageState};
+use crate::state::{RunFolder, StateError, read_json};
 use crate::{Error, Run, StageDone};
 
 /// `state/planned.json`.
@@ -45,14 +45,10 @@ impl Planned {
     /// The bill that was kept of the run file there; `None` if there is none, or the run file was changed since.
     ///
     /// # Errors
-    /// [`StateError::BadStageFile`] if it cannot be read.
+    /// [`StateError::BadBill`] if it cannot be read.
     pub fn of(folder: &RunFolder) -> Result<Option<Planned>, StateError> {
-        let path = Planned::path(folder);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let planned: Planned = serde_json::from_slice(&atomic::read(&path)?)
-            .map_err(|e| StateError::BadStageFile { path, reason: e.to_string() })?;
+        let bad = |path, reason| StateError::BadBill { path, reason };
+        let Some(planned) = read_json::<Planned>(Planned::path(folder), bad)? else { return Ok(None) };
         let now = sha256_file(folder.run_file())?;
         Ok(Some(planned).filter(|planned| planned.run_sha256 == now))
     }
@@ -106,7 +102,7 @@ impl Run<'_> {
         if plan.stages.iter().any(|stage| stage.state != StageState::Waiting) {
             return Ok(());
         }
-        let of = |stage: &crate::plan::StagePlan| PlannedStage {
+        let of = |stage: &StagePlan| PlannedStage {
             stage: stage.stage,
             seconds: stage.seconds,
             disk_bytes: stage.disk_bytes,
@@ -186,5 +182,27 @@ mod tests {
         assert_eq!((held.planned_memory_bytes, held.memory_bytes), (Some(7), None));
         assert_eq!(planned.seconds(Stage::Regenerate), Some(60.0));
         assert_eq!(planned.seconds(Stage::Data), None);
+    }
+
+    #[test]
+    fn a_bill_is_told_of_the_run_file_that_it_was_made_of_and_a_broken_one_names_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = RunFolder::new(dir.path());
+        assert_eq!(Planned::of(&folder).unwrap(), None);
+        std::fs::write(folder.run_file(), "a = 1\n").unwrap();
+        std::fs::create_dir(folder.state_dir()).unwrap();
+        let run_sha256 = sha256_file(folder.run_file()).unwrap();
+        let planned = Planned { run_sha256, stages: Vec::new(), memory_bytes: None };
+        std::fs::write(Planned::path(&folder), serde_json::to_vec(&planned).unwrap()).unwrap();
+        assert_eq!(Planned::of(&folder).unwrap(), Some(planned));
+        std::fs::write(folder.run_file(), "a = 2\n").unwrap();
+        assert_eq!(Planned::of(&folder).unwrap(), None);
+        std::fs::write(Planned::path(&folder), "{}").unwrap();
+        let error = Planned::of(&folder).unwrap_err();
+        assert!(
+            error.to_string().contains("planned.json` is not the bill of a run: missing field"),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().starts_with("remove `"), "{:?}", error.hint());
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! runs/NAME/run.toml             the completed run file: runs again to the same end
 //! runs/NAME/state/STAGE.json     key, state and summary of a stage
+//! runs/NAME/state/planned.json   what it was planned to take
 //! runs/NAME/state/lock           held while a process works here
 //! runs/NAME/STAGE/               what the stage made
 //! runs/NAME/STAGE.old-KEY/       what it made from other inputs; state/STAGE.old-KEY.json says which
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use draftsmith_formats::atomic::{self, AtomicError};
 use draftsmith_formats::run::Stage;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -94,6 +96,14 @@ pub enum StateError {
         /// What the reader said.
         reason: String,
     },
+    /// A kept bill that is not ours.
+    #[error("`{}` is not the bill of a run: {reason}", path.display())]
+    BadBill {
+        /// The file.
+        path: PathBuf,
+        /// What the reader said.
+        reason: String,
+    },
     /// No run there.
     #[error("`{}` is not the folder of a run", folder.display())]
     NoRun {
@@ -112,6 +122,9 @@ impl StateError {
             StateError::Busy { .. } => Some("wait for it, or give this run another `run.name`".to_string()),
             StateError::BadStageFile { path, .. } => {
                 Some(format!("remove `{}`: the stage is then made again", path.display()))
+            }
+            StateError::BadBill { path, .. } => {
+                Some(format!("remove `{}`: only what was planned is then no longer told", path.display()))
             }
             StateError::NoRun { .. } => {
                 Some("give the folder that `draftsmith run` printed, or the run file".to_string())
@@ -226,13 +239,19 @@ impl RunFolder {
 
 /// A stage file at a path; `None` if there is none.
 pub(super) fn read_stage_file(path: PathBuf) -> Result<Option<StageFile>, StateError> {
+    read_json(path, |path, reason| StateError::BadStageFile { path, reason })
+}
+
+/// What a file of a run's state says; `None` if there is none, and `bad` of its path and the reason where it cannot be read.
+pub(super) fn read_json<T: DeserializeOwned>(
+    path: PathBuf,
+    bad: impl FnOnce(PathBuf, String) -> StateError,
+) -> Result<Option<T>, StateError> {
     if !path.is_file() {
         return Ok(None);
     }
     let bytes = atomic::read(&path)?;
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|e| StateError::BadStageFile { path, reason: e.to_string() })
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| bad(path, e.to_string()))
 }
 
 /// Held while a process works in the folder of a run.
