@@ -192,6 +192,16 @@ fn parts(dir: &Path, layout: Layout) -> Vec<Part> {
     file.names().map(part).collect()
 }
 
+/// Puts another tensor in the place of number `i` of an export, or none.
+fn replace_one(dir: &Path, layout: Layout, all: &[Part], i: usize, changed: Option<Part>) {
+    let mut parts = all.to_vec();
+    match changed {
+        Some(part) => parts[i] = part,
+        None => drop(parts.remove(i)),
+    }
+    replace(dir, layout, &parts);
+}
+
 /// Puts other tensors into an export.
 fn replace(dir: &Path, layout: Layout, parts: &[Part]) {
     if layout == Layout::Gguf {
@@ -271,14 +281,7 @@ fn a_tensor_dropped_renamed_transposed_or_retyped_is_named_in_every_layout() {
         let all = parts(&dir, layout);
         assert_eq!(all.len(), if layout == Layout::Gguf { 14 } else { 15 });
         for (i, part) in all.iter().enumerate() {
-            let with = |changed: Option<Part>| {
-                let mut parts = all.clone();
-                match changed {
-                    Some(part) => parts[i] = part,
-                    None => drop(parts.remove(i)),
-                }
-                replace(&dir, layout, &parts);
-            };
+            let with = |changed| replace_one(&dir, layout, &all, i, changed);
             let name = part.name.as_str();
             // `t2d` follows from `d2t`: an import does without it, and an export without it is not the bundle's.
             if name == "t2d" {

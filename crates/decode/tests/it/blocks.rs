@@ -3,7 +3,6 @@
 //! random weights.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use draftsmith_core::{Sampling, TokenTree, VocabMap};
@@ -14,23 +13,10 @@ use draftsmith_decode::{
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::block::BlockConfig;
 use draftsmith_model::peagle::PEagleConfig;
-use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, StepItem, Target};
+use draftsmith_model::{Draft, DraftConfig, DraftTensors, StepItem, Target};
 use serde_json::{Value, json};
 
-fn target(threads: usize) -> Arc<Target<Cpu>> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
-    Arc::new(Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).unwrap())
-}
-
-fn prompts() -> Vec<Vec<u32>> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target/expected.jsonl");
-    let text = std::fs::read_to_string(path).unwrap();
-    let ids = |line: &str| {
-        let v: Value = serde_json::from_str(line).unwrap();
-        v["prompt_token_ids"].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
-    };
-    text.lines().map(ids).collect()
-}
+use crate::common::{prompts, target_on};
 
 /// Random weights, but final norm and layers so quiet that proposals follow the target's own head to some extent.
 fn draft(target: &Target<Cpu>, config: DraftConfig, seed: u64) -> Draft<Cpu> {
@@ -121,7 +107,7 @@ fn cheap() -> Costs {
 #[test]
 fn any_block_draft_gives_the_same_text_alone_and_in_a_batch_on_any_number_of_threads() {
     for threads in [1, 2] {
-        let target = target(threads);
+        let target = target_on(threads);
         let plain = Engine::new(Arc::clone(&target), None);
         for (kind, config) in kinds(&target) {
             let drafter = drafter(&target, draft(&target, config, 3)).unwrap();
@@ -160,7 +146,7 @@ fn any_block_draft_gives_the_same_text_alone_and_in_a_batch_on_any_number_of_thr
 
 #[test]
 fn a_window_shorter_than_a_block_is_refused() {
-    let target = target(1);
+    let target = target_on(1);
     let config = block(&target, &json!({}), target.config().vocab_size, Some(4));
     let error = drafter(&target, draft(&target, config, 3)).err().unwrap();
     assert!(error.to_string().contains("window inside a block"), "{error}");
@@ -201,7 +187,7 @@ fn says(drafter: &dyn Drafter<Cpu>, sessions: &mut Sessions) -> Vec<[Vec<(u32, u
 
 #[test]
 fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposals() {
-    let target = target(2);
+    let target = target_on(2);
     let text: Vec<u32> = prompts().into_iter().flatten().cycle().take(401).collect();
     let parents = TokenTree::chain_parents(400);
     for (kind, config) in kinds(&target) {
@@ -257,7 +243,7 @@ fn features_come_in_pieces_are_taken_back_and_side_by_side_with_the_same_proposa
 
 #[test]
 fn a_turn_that_begins_like_an_earlier_one_proposes_what_a_fresh_engine_would() {
-    let target = target(2);
+    let target = target_on(2);
     for (kind, config) in kinds(&target) {
         let new = || drafter(&target, draft(&target, config.clone(), 3)).unwrap();
         let fresh = Engine::new(Arc::clone(&target), Some(new())).with_costs(cheap());

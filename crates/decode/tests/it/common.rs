@@ -9,8 +9,13 @@ use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, Target};
 
 pub(crate) fn target() -> Arc<Target<Cpu>> {
+    target_on(2)
+}
+
+/// The same on so many threads.
+pub(crate) fn target_on(threads: usize) -> Arc<Target<Cpu>> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
-    Arc::new(Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap())
+    Arc::new(Target::load(Arc::new(Cpu::new(threads)), &path, Precision::Stored).unwrap())
 }
 
 pub(crate) struct Row {
@@ -34,6 +39,11 @@ pub(crate) fn rows() -> Vec<Row> {
             }
         })
         .collect()
+}
+
+/// The prompts of the recorded texts.
+pub(crate) fn prompts() -> Vec<Vec<u32>> {
+    rows().into_iter().map(|row| row.prompt).collect()
 }
 
 /// A draft with random weights on a third of the vocabulary.

@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -12,12 +11,9 @@ use draftsmith_decode::{
     GenerateOptions, Grammar, GrammarState, Node, Shape,
 };
 use draftsmith_kernels::Cpu;
-use draftsmith_model::{Precision, StepItem, Target};
+use draftsmith_model::{StepItem, Target};
 
-fn target() -> Arc<Target<Cpu>> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
-    Arc::new(Target::load(Arc::new(Cpu::new(2)), &path, Precision::Stored).unwrap())
-}
+use crate::common::target;
 
 /// Prompts of different lengths; the last one is read in several steps.
 fn prompts() -> Vec<Vec<u32>> {

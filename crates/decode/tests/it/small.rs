@@ -14,21 +14,14 @@ use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, Target};
 use serde_json::{Value, json};
 
+use crate::common::prompts;
+
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
 }
 
 fn load(path: &Path, threads: usize) -> Arc<Target<Cpu>> {
     Arc::new(Target::load(Arc::new(Cpu::new(threads)), path, Precision::Stored).unwrap())
-}
-
-fn prompts() -> Vec<Vec<u32>> {
-    let text = std::fs::read_to_string(fixture("tiny-target/expected.jsonl")).unwrap();
-    let ids = |line: &str| {
-        let v: Value = serde_json::from_str(line).unwrap();
-        v["prompt_token_ids"].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
-    };
-    text.lines().map(ids).collect()
 }
 
 /// The tiny target with its first layers alone and another number of ids: the first ones, or more of them, which then

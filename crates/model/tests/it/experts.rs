@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use draftsmith_core::LayerId;
+use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_kernels::Cpu;
@@ -17,16 +17,12 @@ fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/experts").join(name)
 }
 
-fn chain(rows: usize) -> Vec<Option<u32>> {
-    (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
-}
-
 /// Logits of all positions, in pieces of so many rows.
 fn logits(target: &Target<Cpu>, ids: &[u32], piece: usize) -> Vec<f32> {
     let mut kv = target.new_kv();
     let mut all = Vec::new();
     for part in ids.chunks(piece) {
-        let parents = chain(part.len());
+        let parents = TokenTree::chain_parents(part.len());
         let out = target.forward(&mut [StepItem { kv: &mut kv, tokens: part, parents: &parents }], &[]);
         all.extend(target.logits(&out, &(0..part.len() as u32).collect::<Vec<_>>()));
     }
@@ -55,7 +51,7 @@ fn check(name: &str, file: &str, precision: Precision, tolerance: f64) {
     let target = load(2);
     let layers: Vec<LayerId> = (0..target.config().num_layers as u32).map(LayerId).collect();
     let mut kv = target.new_kv();
-    let parents = chain(ids.len());
+    let parents = TokenTree::chain_parents(ids.len());
     let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids, parents: &parents }], &layers);
     for (layer, hidden) in output.hidden.iter().enumerate() {
         let found = Infer::new(target.kernels().as_ref()).values(hidden);
@@ -73,7 +69,7 @@ fn check(name: &str, file: &str, precision: Precision, tolerance: f64) {
     // Two sequences in a step, one of them a tree.
     let (mut a, mut b) = (target.new_kv(), target.new_kv());
     let prefill = |kv: &mut _, tokens: &[u32]| {
-        let parents = chain(tokens.len());
+        let parents = TokenTree::chain_parents(tokens.len());
         target.forward(&mut [StepItem { kv, tokens, parents: &parents }], &[]);
     };
     prefill(&mut a, &ids[..9]);

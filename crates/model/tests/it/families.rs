@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use draftsmith_core::LayerId;
+use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::hf_config::HfConfig;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_kernels::{Activation, Cpu, Kernels, Memory};
@@ -15,10 +15,6 @@ const FLOAT_TOLERANCE: Tolerance = Tolerance::Absolute(1e-4);
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
-}
-
-fn chain(rows: usize) -> Vec<Option<u32>> {
-    (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
 }
 
 /// How far values may be from the recorded ones.
@@ -61,7 +57,7 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
 
     // All at once.
     let mut kv = target.new_kv();
-    let rows = chain(ids.len());
+    let rows = TokenTree::chain_parents(ids.len());
     let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: &ids, parents: &rows }], &layers);
     for (layer, hidden) in layers.iter().zip(&output.hidden) {
         if expected.find(&format!("hidden.{}", layer.0)).is_some() {
@@ -83,7 +79,7 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
         let mut kv = target.new_kv();
         let mut again = Vec::new();
         for part in ids.chunks(chunk) {
-            let rows = chain(part.len());
+            let rows = TokenTree::chain_parents(part.len());
             let out = target.forward(&mut [StepItem { kv: &mut kv, tokens: part, parents: &rows }], &layers);
             again.extend(target.logits(&out, &all[..part.len()]));
         }
@@ -95,7 +91,7 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
     // Where LongRoPE changes its angles, the tree has rows on both sides.
     let half = target.config().rope_long.as_ref().map_or(ids.len() / 2, |(original, _)| original - 1);
     let step = |kv: &mut _, tokens: &[u32]| {
-        let rows = chain(tokens.len());
+        let rows = TokenTree::chain_parents(tokens.len());
         target.forward(&mut [StepItem { kv, tokens, parents: &rows }], &[])
     };
     step(&mut a, &ids[..half]);
@@ -123,7 +119,7 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
     a.commit(kernels.as_ref(), half, &[1, 3]);
     let rest = &ids[half + 2..];
     for _ in 0..2 {
-        let rows = chain(rest.len());
+        let rows = TokenTree::chain_parents(rest.len());
         let output = target.forward(&mut [StepItem { kv: &mut a, tokens: rest, parents: &rows }], &[]);
         let found = target.logits(&output, &all[..rest.len()]);
         assert!(found[..] == logits[(half + 2) * vocab..], "{model}: after commit or rollback");
@@ -133,7 +129,7 @@ fn check(model: &str, expected: &str, precision: Precision, tolerance: Tolerance
     a.rollback_to(half - 1);
     let mut again = Vec::new();
     for part in [&ids[half - 1..half + 1], &ids[half + 1..]] {
-        let rows = chain(part.len());
+        let rows = TokenTree::chain_parents(part.len());
         let output = target.forward(&mut [StepItem { kv: &mut a, tokens: part, parents: &rows }], &[]);
         again.extend(target.logits(&output, &all[..part.len()]));
     }

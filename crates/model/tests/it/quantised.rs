@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use draftsmith_core::LayerId;
+use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
 use draftsmith_kernels::Cpu;
@@ -67,10 +67,6 @@ fn off(found: &[f32], wanted: &[f32]) -> f32 {
     (error / square(&mut wanted.iter().copied())).sqrt()
 }
 
-fn chain(rows: usize) -> Vec<Option<u32>> {
-    (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
-}
-
 #[test]
 fn logits_are_those_of_transformers_alone_and_beside_others() {
     for name in CASES {
@@ -87,7 +83,7 @@ fn logits_are_those_of_transformers_alone_and_beside_others() {
             let target = Target::load(Arc::new(Cpu::new(2)), &fixture(name), precision).unwrap();
             let vocab = target.config().vocab_size;
             let run = |kv: &mut _, tokens: &[u32]| {
-                let parents = chain(tokens.len());
+                let parents = TokenTree::chain_parents(tokens.len());
                 let output = target.forward(&mut [StepItem { kv, tokens, parents: &parents }], &[LayerId(0)]);
                 target.logits(&output, &rows[..tokens.len()])
             };
@@ -109,7 +105,7 @@ fn logits_are_those_of_transformers_alone_and_beside_others() {
             let parents = [None, None, Some(1)];
             let output = target.forward(
                 &mut [
-                    StepItem { kv: &mut b, tokens: &ids[4..13], parents: &chain(9) },
+                    StepItem { kv: &mut b, tokens: &ids[4..13], parents: &TokenTree::chain_parents(9) },
                     StepItem { kv: &mut a, tokens: &tree, parents: &parents },
                 ],
                 &[],

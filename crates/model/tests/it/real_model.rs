@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use draftsmith_core::TokenTree;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, StepItem, Target};
@@ -62,14 +63,10 @@ fn read_rows(file: &str, weights: &str) -> Vec<Row> {
         .collect()
 }
 
-fn chain(rows: usize) -> Vec<Option<u32>> {
-    (0..rows).map(|i| i.checked_sub(1).map(|p| p as u32)).collect()
-}
-
 /// Logits after each of the given ids.
 fn forward(target: &Target<Cpu>, ids: &[u32], from: usize) -> Vec<Vec<f32>> {
     let mut kv = target.new_kv();
-    let parents = chain(ids.len());
+    let parents = TokenTree::chain_parents(ids.len());
     let output = target.forward(&mut [StepItem { kv: &mut kv, tokens: ids, parents: &parents }], &[]);
     let wanted: Vec<u32> = (from as u32..ids.len() as u32).collect();
     target.logits(&output, &wanted).chunks_exact(target.config().vocab_size).map(<[f32]>::to_vec).collect()

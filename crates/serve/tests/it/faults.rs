@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use draftsmith_core::{LayerId, TargetTokenId, TokenTree, VerifyRule};
+use draftsmith_core::{LayerId, TargetTokenId, TokenTree};
 use draftsmith_decode::{Ask, Children, Committed, DraftPlan, Drafter, DrafterSession, Engine, Node, Shape};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Precision, Target};
-use draftsmith_serve::{DraftInfo, Drafts, Limits, Loaded, Model, Options, Refused, Server};
+use draftsmith_serve::{DraftInfo, Drafts, Limits, Loaded, Model, Refused, Server};
 use draftsmith_text::{SpecialIds, Tokenizer};
+
+use crate::common;
 
 /// Faults still to come: when a sequence is begun, and while it is decoded.
 #[derive(Default)]
@@ -70,31 +72,17 @@ fn server(drafter: Arc<Shaky>) -> Server {
     let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-target");
     let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &fixture, Precision::Stored).unwrap());
     let json = std::fs::read(fixture.join("tokenizer.json")).unwrap();
-    let mut server = Server::start(Options {
-        addresses: vec!["127.0.0.1:0".parse().unwrap()],
-        api_keys: Vec::new(),
-        admin_key: None,
-        allow_origins: Vec::new(),
-        limits: Limits {
-            sequences: 4,
-            queue: 16,
-            connections: 16,
-            body_bytes: 1 << 16,
-            request_time: Duration::from_secs(60),
-            drain_time: Duration::from_secs(5),
-            default_max_tokens: 16,
-            watch_steps: 100,
-        },
-        records: None,
-        runs: None,
-        keep_generations: 0,
-        verify: VerifyRule::Seeded,
-        plan: None,
-        tool_format: None,
-        log: Arc::new(|_| {}),
-        request_log: None,
-    })
-    .unwrap();
+    let limits = Limits {
+        sequences: 4,
+        queue: 16,
+        connections: 16,
+        body_bytes: 1 << 16,
+        request_time: Duration::from_secs(60),
+        drain_time: Duration::from_secs(5),
+        default_max_tokens: 16,
+        watch_steps: 100,
+    };
+    let mut server = Server::start(common::options("127.0.0.1:0", limits)).unwrap();
     server
         .open(Model {
             name: "tiny".into(),

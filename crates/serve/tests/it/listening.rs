@@ -2,37 +2,24 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use draftsmith_core::VerifyRule;
 use draftsmith_serve::{Limits, Options, ServeError, Server};
 
+use crate::common;
+
 fn options(address: &str) -> Options {
-    Options {
-        addresses: vec![address.parse().unwrap()],
-        api_keys: Vec::new(),
-        admin_key: None,
-        allow_origins: Vec::new(),
-        limits: Limits {
-            sequences: 1,
-            queue: 1,
-            connections: 2,
-            body_bytes: 1 << 10,
-            request_time: Duration::from_secs(5),
-            drain_time: Duration::from_secs(5),
-            default_max_tokens: 16,
-            watch_steps: 1,
-        },
-        records: None,
-        runs: None,
-        keep_generations: 0,
-        verify: VerifyRule::Seeded,
-        plan: None,
-        tool_format: None,
-        log: Arc::new(|_| {}),
-        request_log: None,
-    }
+    let limits = Limits {
+        sequences: 1,
+        queue: 1,
+        connections: 2,
+        body_bytes: 1 << 10,
+        request_time: Duration::from_secs(5),
+        drain_time: Duration::from_secs(5),
+        default_max_tokens: 16,
+        watch_steps: 1,
+    };
+    common::options(address, limits)
 }
 
 #[test]

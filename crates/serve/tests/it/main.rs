@@ -1,4 +1,5 @@
 //! The server without the binary around it.
 
+mod common;
 mod faults;
 mod listening;

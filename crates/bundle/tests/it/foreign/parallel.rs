@@ -219,14 +219,7 @@ fn a_tensor_of_a_block_dropped_renamed_transposed_or_retyped_is_named_in_every_l
             let dir = export_of(&bundle, layout, &target).unwrap();
             let all = parts(&dir, layout);
             for (i, part) in all.iter().enumerate() {
-                let with = |changed: Option<Part>| {
-                    let mut parts = all.clone();
-                    match changed {
-                        Some(part) => parts[i] = part,
-                        None => drop(parts.remove(i)),
-                    }
-                    replace(&dir, layout, &parts);
-                };
+                let with = |changed| replace_one(&dir, layout, &all, i, changed);
                 let name = part.name.as_str();
                 with(None);
                 if name == "t2d" {
