@@ -8,6 +8,7 @@
 use std::ops::ControlFlow;
 
 use draftsmith_core::Sampling;
+use draftsmith_formats::cache::RowEncoder;
 use draftsmith_text::{ChatTemplate, Message, RenderOptions, TextError, Tokenizer, is_reasoning_mark};
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,8 @@ pub struct Answer {
     pub cut: bool,
     /// What is odd about it.
     pub mark: Option<AnswerMark>,
+    /// The states of prompt and answer, if the source keeps them.
+    pub states: Option<Box<RowEncoder>>,
 }
 
 /// How a request ended.
@@ -80,6 +83,9 @@ pub struct Request {
     pub render: RenderOptions,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// `[S]` ids of what the conversation said so far and their states, where a source kept them: those of the same beginning need
+    /// not be computed again.
+    pub before: Option<(Vec<u32>, RowEncoder)>,
 }
 
 /// Answers prompts: the target in this process, or a server.
@@ -165,7 +171,7 @@ impl Prompter<'_> {
         } else {
             None
         };
-        Answer { text, prompt_ids, ids, ids_from, cut, mark }
+        Answer { text, prompt_ids, ids, ids_from, cut, mark, states: None }
     }
 
     /// The text of an answer's tokens: control tokens are left out, as servers do, but marks of reasoning are not:

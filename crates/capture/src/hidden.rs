@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::cache::CaptureRow;
-use draftsmith_kernels::{Buffer, Kernels};
-use draftsmith_model::{Infer, StepItem, Target};
+use draftsmith_kernels::Kernels;
+use draftsmith_model::{StepItem, Target};
 
 use crate::{Asker, ServerError};
 
@@ -137,8 +137,6 @@ impl<K: Kernels> InProcess<K> {
     fn together(&self, rows: Vec<TokenRow>) -> Vec<CaptureRow> {
         let (width, joined) = (self.target.config().hidden_size, self.layers.len());
         let joined = joined * width;
-        let kernels = self.target.kernels();
-        let ops = Infer::new(kernels.as_ref());
         let mut kvs: Vec<_> = rows.iter().map(|_| self.target.new_kv()).collect();
         let mut out: Vec<CaptureRow> = rows
             .into_iter()
@@ -176,14 +174,7 @@ impl<K: Kernels> InProcess<K> {
                     .collect();
                 self.target.forward(&mut items, &self.layers)
             };
-            let tokens = parts.iter().map(|(_, part)| part.len()).sum::<usize>();
-            let mut buf = kernels.scratch(tokens * joined);
-            let layers: Vec<_> = output.hidden.iter().map(|h| (&h.buf, h.width)).collect();
-            kernels.concat_cols(&layers, tokens, &mut buf); // [tokens, K * Ht]
-            let mut features = vec![0.0; tokens * joined];
-            kernels.download(&buf, 0, &mut features);
-            buf.give_back();
-            let last = ops.values(&output.last);
+            let (features, last) = self.target.states(&output);
             let mut first = 0;
             for (i, part) in parts {
                 let end = first + part.len();

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 
 use draftsmith_core::Sampling;
+use draftsmith_formats::cache::RowEncoder;
 use draftsmith_text::{Message, RenderOptions};
 use serde::{Deserialize, Serialize};
 
@@ -112,6 +113,8 @@ pub struct FinishedDialogue {
     pub messages: Vec<Message>,
     /// The same as ids.
     pub rows: Vec<AnsweredRow>,
+    /// The states of each row, where the source keeps them.
+    pub states: Vec<Option<RowEncoder>>,
     /// Generated tokens in all turns.
     pub generated_tokens: usize,
     /// True if the answers are greedy.
@@ -186,6 +189,8 @@ struct Running {
     at: usize,
     messages: Vec<Message>,
     rows: Vec<AnsweredRow>,
+    /// Of each row.
+    states: Vec<Option<RowEncoder>>,
     tokens: usize,
     sampling: Sampling,
     /// Of the last answer.
@@ -203,6 +208,7 @@ impl Running {
             at: 0,
             messages: Vec::new(),
             rows: Vec::new(),
+            states: Vec::new(),
             tokens: 0,
             sampling,
             cut: false,
@@ -237,9 +243,11 @@ impl Running {
             Some(row) => {
                 row.ids = ids;
                 row.answers.push(span);
+                self.states.pop();
             }
             None => self.rows.push(AnsweredRow { ids, answers: vec![span] }),
         }
+        self.states.push(answer.states.map(|states| *states));
     }
 
     /// Takes over turns up to and including the next user turn; false at the end.
@@ -265,6 +273,11 @@ impl Running {
             messages: self.messages.clone(),
             render: self.dialogue.render.clone(),
             sampling: self.sampling,
+            before: self
+                .rows
+                .last()
+                .zip(self.states.last())
+                .and_then(|(row, states)| Some((row.ids.clone(), states.clone()?))),
         }
     }
 
@@ -274,6 +287,7 @@ impl Running {
             domain: self.dialogue.domain,
             messages: if self.tokens == 0 { Vec::new() } else { self.messages },
             rows: if self.tokens == 0 { Vec::new() } else { self.rows },
+            states: if self.tokens == 0 { Vec::new() } else { self.states },
             generated_tokens: self.tokens,
             greedy: self.sampling.is_greedy(),
             cut: self.cut,
@@ -418,6 +432,7 @@ mod tests {
                         ids: vec![turns as u32],
                         ids_from: IdsFrom::Text { counted: Some(1 + turns as u64 / 3) },
                         cut: false,
+                        states: None,
                         mark,
                     }),
                 };

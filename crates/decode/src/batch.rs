@@ -7,7 +7,7 @@ use draftsmith_kernels::Kernels;
 
 use crate::DecodeError;
 use crate::engine::Engine;
-use crate::options::{BatchOptions, GenerateOptions};
+use crate::options::{BatchOptions, GenerateOptions, Watch};
 use crate::session::{FinishReason, Generation, Session, TokenEvent};
 
 impl<K: Kernels> Engine<K> {
@@ -24,19 +24,41 @@ impl<K: Kernels> Engine<K> {
         next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
         on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
     ) -> Result<(), DecodeError> {
+        self.generate_watched(batch, None, next, on_done)
+    }
+
+    /// The same, and `watch` hears the states of all tokens: what a capture of the finished sequences would give, bit for bit
+    /// where [`Kernels::ROW_EXACT`] holds.
+    ///
+    /// # Errors
+    /// As [`Engine::generate`], for the first bad request.
+    ///
+    /// # Panics
+    /// If there is a drafter, too: it captures layers of its own.
+    pub fn generate_watched(
+        &self,
+        batch: BatchOptions,
+        mut watch: Option<&mut Watch<'_>>,
+        next: &mut dyn FnMut() -> Option<(usize, Vec<u32>, GenerateOptions)>,
+        on_done: &mut dyn FnMut(usize, Generation) -> ControlFlow<()>,
+    ) -> Result<(), DecodeError> {
+        assert!(watch.is_none() || self.drafter.is_none(), "a watched batch decodes without a draft");
         let mut running = Batch::new(self);
         let mut drained = false;
         loop {
             while !drained && running.len() < batch.batch_size.max(1) {
                 match next() {
                     None => drained = true,
-                    Some((id, prompt, options)) => running.admit(id as u64, &prompt, &options)?,
+                    Some((id, prompt, options)) => {
+                        running.running.push(self.begin(&prompt, &options, watch.is_some())?);
+                        running.ids.push(id as u64);
+                    }
                 }
             }
             if running.is_empty() {
                 return Ok(());
             }
-            for (id, generation) in running.step(&mut |_, _| ControlFlow::Continue(())) {
+            for (id, generation) in running.step_watched(watch.as_deref_mut()) {
                 if on_done(id as usize, generation).is_break() {
                     return Ok(());
                 }
@@ -91,7 +113,7 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         prompt_ids: &[u32],
         options: &GenerateOptions,
     ) -> Result<(), DecodeError> {
-        self.running.push(self.engine.begin(prompt_ids, options)?);
+        self.running.push(self.engine.begin(prompt_ids, options, false)?);
         self.ids.push(id);
         Ok(())
     }
@@ -103,7 +125,13 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         on_token: &mut dyn FnMut(u64, &TokenEvent) -> ControlFlow<()>,
     ) -> Vec<(u64, Generation)> {
         let ids = &self.ids;
-        self.engine.step(&mut self.running, &mut |index, event| on_token(ids[index], event));
+        self.engine.step(&mut self.running, None, &mut |index, event| on_token(ids[index], event));
+        self.take_finished()
+    }
+
+    fn step_watched(&mut self, watch: Option<&mut Watch<'_>>) -> Vec<(u64, Generation)> {
+        let watch = watch.map(|watch| (watch, self.ids.as_slice()));
+        self.engine.step(&mut self.running, watch, &mut |_, _| ControlFlow::Continue(()));
         self.take_finished()
     }
 
@@ -112,7 +140,7 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         let mut done = Vec::new();
         let mut i = 0;
         while i < self.running.len() {
-            if self.running[i].finish.is_some() {
+            if self.running[i].is_over() {
                 done.push((self.ids.remove(i), self.engine.end(self.running.remove(i))));
             } else {
                 i += 1;

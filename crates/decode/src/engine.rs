@@ -18,7 +18,7 @@ use crate::costs::{Calibration, Costs, CostsOff, Ledger};
 use crate::drafter::{Committed, DraftPlan, Drafter, Features};
 use crate::drawn;
 use crate::lookup::Lookup;
-use crate::options::GenerateOptions;
+use crate::options::{GenerateOptions, States, Watch};
 use crate::prefix::Prefixes;
 use crate::session::{Auto, FinishReason, Finished, Generation, Session, TokenEvent, TokenOrigin};
 
@@ -180,18 +180,19 @@ impl<K: Kernels> Engine<K> {
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()>,
     ) -> Result<Generation, DecodeError> {
-        let mut session = self.begin(prompt_ids, options)?;
+        let mut session = self.begin(prompt_ids, options, false)?;
         while session.finish.is_none() {
-            self.step(std::slice::from_mut(&mut session), &mut |_, event| on_token(event));
+            self.step(std::slice::from_mut(&mut session), None, &mut |_, event| on_token(event));
         }
         Ok(self.end(session))
     }
 
-    /// Starts a sequence.
+    /// Starts a sequence. `watched`: the states of its tokens are listened to.
     pub(crate) fn begin(
         &self,
         prompt_ids: &[u32],
         options: &GenerateOptions,
+        watched: bool,
     ) -> Result<Session<K>, DecodeError> {
         let vocab = self.target.config().vocab_size;
         if prompt_ids.is_empty() {
@@ -227,7 +228,11 @@ impl<K: Kernels> Engine<K> {
         let shared = match options.prompt_logprobs {
             // Kept rows of a prompt say nothing about its tokens any more.
             Some(_) => None,
-            None => self.prefixes().take(prompt_ids, with),
+            // The last token of what is asked for is never among what comes back.
+            None => {
+                let known = if watched { options.known_states } else { prompt_ids.len() };
+                self.prefixes().take(&prompt_ids[..prompt_ids.len().min(known.saturating_add(1))], with)
+            }
         };
         let (kv, known) = shared.unzip();
         let drafter = known.flatten().or(drafter);
@@ -247,6 +252,7 @@ impl<K: Kernels> Engine<K> {
             stats: AcceptStats::default(),
             finish: (options.max_new_tokens == 0 && options.prompt_logprobs.is_none())
                 .then_some(FinishReason::Length),
+            watched,
             prefill: Duration::ZERO,
             started: Instant::now(),
             first_token: None,
@@ -310,13 +316,14 @@ impl<K: Kernels> Engine<K> {
         Choices { rows, logits, vocab }
     }
 
-    /// One target pass over all unfinished sessions.
+    /// One target pass over all unfinished sessions. `watch` comes with the ids of the sessions.
     pub(crate) fn step(
         &self,
         sessions: &mut [Session<K>],
+        watch: Option<(&mut Watch<'_>, &[u64])>,
         on_token: &mut dyn FnMut(usize, &TokenEvent) -> ControlFlow<()>,
     ) {
-        if sessions.iter().all(|s| s.finish.is_some()) {
+        if sessions.iter().all(Session::is_over) {
             return;
         }
         // Propose.
@@ -324,9 +331,10 @@ impl<K: Kernels> Engine<K> {
         let mut prefill_left = K::STEP_ROWS;
         let mut work: Vec<(usize, Vec<u32>, TokenTree)> = Vec::new();
         let mut decoding: Vec<usize> = Vec::new();
-        for (index, session) in sessions.iter().enumerate().filter(|(_, s)| s.finish.is_none()) {
+        for (index, session) in sessions.iter().enumerate().filter(|(_, s)| !s.is_over()) {
             let left = session.prompt_left();
             let rows = match left {
+                _ if session.owes_states() => session.tokens[session.kv.len()..].to_vec(),
                 0 => {
                     decoding.push(index);
                     vec![*session.tokens.last().expect("a session has tokens")]
@@ -336,7 +344,7 @@ impl<K: Kernels> Engine<K> {
                     session.tokens[from..from + left.min(prefill_left)].to_vec()
                 }
             };
-            if left > 0 {
+            if left > 0 && session.finish.is_none() {
                 prefill_left -= rows.len();
             }
             if !rows.is_empty() {
@@ -362,8 +370,9 @@ impl<K: Kernels> Engine<K> {
             })
             .collect();
         let wants_layers = work.iter().any(|(index, ..)| sessions[*index].drafter.is_some());
-        let layers: &[LayerId] = match &self.drafter {
-            Some(drafter) if wants_layers => drafter.target_layers(),
+        let layers: &[LayerId] = match (&watch, &self.drafter) {
+            (Some((watch, _)), _) => watch.layers,
+            (None, Some(drafter)) if wants_layers => drafter.target_layers(),
             _ => &[],
         };
         let began = Instant::now();
@@ -387,7 +396,9 @@ impl<K: Kernels> Engine<K> {
         let mut spans: Vec<(u32, usize, usize)> = Vec::new();
         for ((index, rows, _), base) in work.iter().zip(&bases) {
             let session = &sessions[*index];
-            let count = if *base >= session.fill_to {
+            let count = if session.finish.is_some() {
+                0
+            } else if *base >= session.fill_to {
                 rows.len()
             } else {
                 usize::from(session.prompt_left() == 0 && session.options.max_new_tokens > 0)
@@ -421,6 +432,10 @@ impl<K: Kernels> Engine<K> {
         let mut fed: Vec<(usize, Vec<u32>, Vec<u32>)> = Vec::new();
         for (((index, rows, tree), base), (first_row, at, count)) in work.iter().zip(&bases).zip(&spans) {
             let session = &mut sessions[*index];
+            if session.finish.is_some() {
+                // Read for its states.
+                continue;
+            }
             let prefilled = *base < session.fill_to;
             let emit: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()> = &mut |e| on_token(*index, e);
             if prefilled {
@@ -488,6 +503,19 @@ impl<K: Kernels> Engine<K> {
             fed.push((*index, feature_rows, next));
         }
         *self.logits.lock().unwrap_or_else(PoisonError::into_inner) = choices.logits;
+        if let Some((watch, ids)) = watch {
+            let (features, last) = self.target.states(&output);
+            let (joined, width) = (features.len() / output.last.rows, output.last.width);
+            for (((index, rows, _), position), (first_row, ..)) in work.iter().zip(&bases).zip(&spans) {
+                let of = *first_row as usize..*first_row as usize + rows.len();
+                let states = States {
+                    position: *position,
+                    features: &features[of.start * joined..of.end * joined],
+                    last: &last[of.start * width..of.end * width],
+                };
+                (watch.on_states)(ids[*index], states);
+            }
+        }
         self.feed_drafter(sessions, &output, &fed);
     }
 

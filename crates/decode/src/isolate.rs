@@ -75,7 +75,7 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         // What the closure leaves half done is put right below: caches, grammars and drafters by `restart`; the engine
         // itself has nothing but locks, which are taken however they were left.
         let whole = catch_unwind(AssertUnwindSafe(|| {
-            engine.step(running, &mut |index, event| hear(ids[index], event));
+            engine.step(running, None, &mut |index, event| hear(ids[index], event));
         }));
         let mut broken: Vec<(u64, String)> = Vec::new();
         if whole.is_err() {
@@ -90,7 +90,7 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
                 }
                 let alone = catch_unwind(AssertUnwindSafe(|| {
                     session.restart(base);
-                    engine.step(std::slice::from_mut(session), &mut |_, event| hear(*id, event));
+                    engine.step(std::slice::from_mut(session), None, &mut |_, event| hear(*id, event));
                 }));
                 if let Err(payload) = alone {
                     panics += 1;

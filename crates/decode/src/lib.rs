@@ -34,7 +34,7 @@ pub use drafter::{
 pub use engine::Engine;
 pub use grammar::{Grammar, GrammarState};
 pub use isolate::Survived;
-pub use options::{BatchOptions, GenerateOptions};
+pub use options::{BatchOptions, GenerateOptions, States, Watch};
 pub use session::{FinishReason, Generation, TokenEvent, TokenOrigin};
 
 use draftsmith_core::VerifyRule;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use draftsmith_core::{Sampling, Shaping, VerifyRule};
+use draftsmith_core::{LayerId, Sampling, Shaping, VerifyRule};
 
 use crate::drafter::DraftPlan;
 use crate::grammar::Grammar;
@@ -29,6 +29,9 @@ pub struct GenerateOptions {
     pub prompt_logprobs: Option<usize>,
     /// What the answer must be.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// Of how many first tokens of the prompt the caller knows the states that [`Watch`] hands out: those alone may come from a
+    /// kept cache. Read in watched batches only.
+    pub known_states: usize,
 }
 
 impl Default for GenerateOptions {
@@ -43,8 +46,29 @@ impl Default for GenerateOptions {
             logprobs: None,
             prompt_logprobs: None,
             grammar: None,
+            known_states: 0,
         }
     }
+}
+
+/// Hears the hidden states of every token of a batch: of prompts and answers, the last token of an answer included, which is read for
+/// this alone.
+pub struct Watch<'w> {
+    /// The captured layers, `K` of them.
+    pub layers: &'w [LayerId],
+    /// Called with the id of a request and states that follow those that it got before.
+    pub on_states: &'w mut dyn FnMut(u64, States<'_>),
+}
+
+/// States of neighbouring tokens of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct States<'s> {
+    /// Where the first of them stands.
+    pub position: usize,
+    /// `[n, K * Ht]` outputs of the captured layers, before any norm; per token the layers in order.
+    pub features: &'s [f32],
+    /// `[n, Ht]` final states after the final norm.
+    pub last: &'s [f32],
 }
 
 /// Settings of a batch.

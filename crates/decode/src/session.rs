@@ -121,6 +121,8 @@ pub(crate) struct Session<K: Kernels> {
     pub grammar: Option<Box<dyn GrammarState>>,
     pub stats: AcceptStats,
     pub finish: Option<FinishReason>,
+    /// The states of its tokens are listened to.
+    pub watched: bool,
     pub prefill: Duration,
     pub started: std::time::Instant,
     /// When the first token was committed.
@@ -168,6 +170,16 @@ impl<K: Kernels> Session<K> {
     /// Bytes that its drafter holds: keys and values, and features that wait to be taken in.
     pub(crate) fn drafter_bytes(&self) -> usize {
         self.drafter.as_ref().map_or(0, |d| d.held_bytes())
+    }
+
+    /// True if all that is left to do is to read the last token, for its states.
+    pub(crate) fn owes_states(&self) -> bool {
+        self.watched && self.finish.is_some() && self.kv.len() < self.tokens.len()
+    }
+
+    /// True if the next step has nothing to do for it.
+    pub(crate) fn is_over(&self) -> bool {
+        self.finish.is_some() && !self.owes_states()
     }
 
     /// Tokens generated so far.

@@ -475,7 +475,7 @@ pub(crate) mod small_disk {
         out
     }
 
-    pub(super) fn take(bytes: usize) -> io::Result<()> {
+    pub(crate) fn take(bytes: usize) -> io::Result<()> {
         match LEFT.get() {
             Some(left) if left < bytes => Err(io::ErrorKind::StorageFull.into()),
             Some(left) => {

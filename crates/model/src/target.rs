@@ -420,6 +420,18 @@ impl<K: Kernels> Target<K> {
         TargetKv { layers: layers(), len: 0, long }
     }
 
+    /// What a step captured, on the host: `[R, K * Ht]` outputs of the layers, side by side for each row, and `[R, Ht]` final states.
+    pub fn states(&self, output: &StepOutput<K::Buf>) -> (Vec<f32>, Vec<f32>) {
+        let (rows, joined) = (output.last.rows, output.hidden.iter().map(|h| h.width).sum::<usize>());
+        let mut buf = self.kernels.scratch(rows * joined);
+        let layers: Vec<_> = output.hidden.iter().map(|h| (&h.buf, h.width)).collect();
+        self.kernels.concat_cols(&layers, rows, &mut buf);
+        let mut features = vec![0.0; rows * joined];
+        self.kernels.download(&buf, 0, &mut features);
+        buf.give_back();
+        (features, Infer::new(self.kernels.as_ref()).values(&output.last))
+    }
+
     /// Runs all layers on the rows of all items and appends them to their caches.
     ///
     /// # Panics

@@ -5,7 +5,7 @@
 //! ```
 //! The states come from the target in this process, or from a server of it; rows arrive in order either way. Several processes
 //! share the rows ([`Parts`]) unless a server has them or a store takes them; the finished cache is the same. With
-//! `[capture.store]` shards lie here only until the store has them.
+//! `[capture.store]` shards lie here only until the store has them. Rows whose states answering kept ([`KeptRows`]) are copied.
 
 use std::cell::Cell;
 use std::ops::{ControlFlow, Range};
@@ -19,7 +19,8 @@ use draftsmith_capture::{
 use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{
-    CacheError, CacheReader, CacheSpec, CaptureRow, Part, PartWriter, Parts, estimate_bytes,
+    CacheError, CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, Parts, StoredRow,
+    drop_kept, estimate_bytes,
 };
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
@@ -50,6 +51,9 @@ pub struct Bill {
     pub trained_tokens: u64,
     /// Bytes of the finished cache, estimated before compression.
     pub bytes: u64,
+    /// Of the tokens, those whose states answering keeps: they are copied.
+    #[serde(skip_serializing_if = "is_none")]
+    pub kept_tokens: u64,
     /// Bytes free where it goes, if the system says.
     pub free_bytes: Option<u64>,
     /// Minutes at the speed of a few rows just tried.
@@ -61,16 +65,25 @@ pub struct Bill {
     pub estimated_from: Option<String>,
 }
 
+/// For numbers that are left out where they say nothing.
+fn is_none(n: &u64) -> bool {
+    *n == 0
+}
+
 /// Rows and tokens that capture will see.
 struct Amount {
     rows: u64,
     tokens: u64,
     trained_tokens: u64,
+    /// Tokens of rows whose states are kept when they are answered.
+    kept_tokens: u64,
     estimated_from: Option<String>,
 }
 
 /// Rows that are tried for the estimate of minutes.
 const TRIAL_ROWS: usize = 3;
+/// Bytes that need room while kept rows are copied: what is used up is removed file by file.
+const COPY_BYTES: u64 = 256 << 20;
 /// Conversations whose tokens are counted for an estimate, spread over all of them.
 const SAMPLE_ROWS: usize = 200;
 
@@ -88,8 +101,8 @@ impl Run<'_> {
         let (amount, rows) = match &done {
             Some(path) => {
                 let tokens = TokenFile::open(path)?;
-                let rows = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
-                (counted(&tokens), rows)
+                let spec = self.cache_spec(&tokens)?;
+                counted(&tokens, &self.kept_rows(&tokens, &spec))
             }
             None => self.estimate()?,
         };
@@ -124,7 +137,7 @@ impl Run<'_> {
         }
         let longest = self.file.data.max_length as usize;
         let (every, mut sampled) = (rows.len().div_ceil(SAMPLE_ROWS).max(1), 0u64);
-        let (mut all, mut trained, mut trial) = (0u64, 0u64, Vec::new());
+        let (mut all, mut whole, mut trained, mut trial) = (0u64, 0u64, 0u64, Vec::new());
         let mut refused = None;
         for row in rows.iter().step_by(every) {
             let (ids, answers) = match &row.row {
@@ -161,6 +174,8 @@ impl Run<'_> {
             };
             let kept = ids.len().min(longest);
             (sampled, all) = (sampled + 1, all + kept as u64);
+            // What is cut to length is another row than the one that is written.
+            whole += if ids.len() <= longest { kept as u64 } else { 0 };
             trained += answers.min(kept) as u64;
             if trial.len() < TRIAL_ROWS {
                 let ids = ids[..kept].to_vec();
@@ -189,7 +204,11 @@ impl Run<'_> {
                 trained_tokens = max;
             }
         }
-        Ok((Amount { rows: count, tokens, trained_tokens, estimated_from: Some(from) }, trial))
+        let kept_tokens = match self.keeps_states() {
+            true => (tokens as f64 * whole as f64 / all.max(1) as f64).round() as u64,
+            false => 0,
+        };
+        Ok((Amount { rows: count, tokens, trained_tokens, kept_tokens, estimated_from: Some(from) }, trial))
     }
 
     fn bill(
@@ -217,7 +236,11 @@ impl Run<'_> {
             trained_tokens: amount.trained_tokens,
             bytes: estimate_bytes(amount.tokens, hidden, layers, self.file.capture.dtype),
             free_bytes: free_bytes(there),
-            minutes: amount.tokens as f64 / tokens_per_s / 60.0,
+            kept_tokens: amount.kept_tokens,
+            minutes: match tried {
+                0 => 0.0,
+                _ => amount.tokens.saturating_sub(amount.kept_tokens) as f64 / tokens_per_s / 60.0,
+            },
             tokens_per_s,
             estimated_from: amount.estimated_from,
         })
@@ -241,6 +264,21 @@ impl Run<'_> {
         let options = RemoteOptions { server, key, stop: self.env.stop.flag(), note };
         let capture = Box::new(RemoteCapture::new(options, target, layers));
         Ok(Source::Remote { capture, server })
+    }
+
+    /// Tokens whose states answering left.
+    pub(super) fn kept_now(&self, tokens: &TokenFile) -> Result<u64, Error> {
+        let kept = self.kept_rows(tokens, &self.cache_spec(tokens)?);
+        Ok(kept_tokens(tokens, &kept))
+    }
+
+    /// What answering left of these rows.
+    fn kept_rows(&self, tokens: &TokenFile, spec: &CacheSpec) -> KeptRows {
+        let keys = (0..tokens.len()).map(|n| {
+            let row = tokens.row(n);
+            KeptKey::of(&row.ids, &row.loss_mask)
+        });
+        KeptRows::open(&self.folder.kept_dir(), spec, keys)
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
@@ -286,14 +324,19 @@ impl Run<'_> {
         }
         let mut source = self.capture_source(report)?;
         source.note_launch(report);
+        let mut kept = self.kept_rows(&tokens, &spec);
         if work.rows_done() == 0 {
-            let trial = (0..tokens.len().min(TRIAL_ROWS)).map(|n| token_row(&tokens, n)).collect();
-            let mut bill = self.bill(counted(&tokens), trial, dir, &mut source)?;
+            let (amount, trial) = counted(&tokens, &kept);
+            let mut bill = self.bill(amount, trial, dir, &mut source)?;
             bill.minutes /= ranks as f64;
             report.note(&format!(
-                "capture: {} rows, {} tokens, about {}, {:.0} min{}",
+                "capture: {} rows, {} tokens{}, about {}, {:.0} min{}",
                 bill.rows,
                 bill.tokens,
+                match bill.kept_tokens {
+                    0 => String::new(),
+                    kept => format!(", the states of {kept} kept when they were answered"),
+                },
                 human(bill.bytes),
                 bill.minutes.ceil(),
                 if ranks > 1 { format!(" by {ranks} ranks") } else { String::new() }
@@ -302,6 +345,8 @@ impl Run<'_> {
                 Work::Alone(sink) => sink.bytes_here(bill.bytes, &spec),
                 Work::Together(_) => bill.bytes,
             };
+            // What is copied makes room as it goes.
+            let needed = needed.min(needed.saturating_sub(kept.bytes()) + COPY_BYTES);
             if let Some(free) = bill.free_bytes.filter(|free| *free < needed) {
                 return Err(Error::input(
                     format!(
@@ -329,16 +374,18 @@ impl Run<'_> {
         let ended = match work {
             Work::Alone(sink) => {
                 sink.place().into_iter().for_each(|place| summary["store"] = place.into());
-                let (ended, notes) = self.capture_alone(sink, &spec, &tokens, &mut source, &mut count);
+                let rows = (&tokens, &mut kept);
+                let (ended, notes) = self.capture_alone(sink, &spec, rows, &mut source, &mut count);
                 notes.iter().for_each(|note| report.note(note));
                 ended
             }
             Work::Together(parts) => {
-                self.capture_together(dir, *parts, &tokens, (&mut source, ranks), &mut count)
+                self.capture_together(dir, *parts, (&tokens, &mut kept), (&mut source, ranks), &mut count)
             }
         };
         source.note_requests(report);
         summary["bytes"] = ended?.into();
+        drop_kept(&self.folder.kept_dir());
         report.at(spec.rows);
         report.end();
         Ok(summary)
@@ -349,22 +396,23 @@ impl Run<'_> {
         &self,
         mut sink: Sink,
         spec: &CacheSpec,
-        tokens: &TokenFile,
+        (tokens, kept): (&TokenFile, &mut KeptRows),
         source: &mut Source<'_>,
         count: &mut dyn FnMut(u64, u64),
     ) -> (Result<u64, Error>, Vec<String>) {
         let (mut failed, stop) = (None, self.env.stop);
-        let mut numbers = sink.rows_done() as usize..spec.rows as usize;
-        let mut next = || {
-            let number = if stop.requested() { None } else { numbers.next() };
-            number.map(|n| token_row(tokens, n))
-        };
-        let ended = source.capture_rows(&mut next, &mut |row| {
-            if let Err(error) = sink.push(&row) {
+        let numbers = sink.rows_done()..spec.rows;
+        let ended = rows_of(numbers, (tokens, kept), source, &|| stop.requested(), &mut |row, kept| {
+            let pushed = match &row {
+                Came::Captured(row) => sink.push(row),
+                Came::Kept(row) => sink.push_stored(row),
+            };
+            if let Err(error) = pushed {
                 failed = Some(error);
                 return ControlFlow::Break(());
             }
-            count(1, row.len() as u64);
+            kept.release(sink.rows_finished());
+            count(1, row.tokens());
             ControlFlow::Continue(())
         });
         let notes = sink.notes();
@@ -386,7 +434,7 @@ impl Run<'_> {
         &self,
         dir: &Path,
         mut parts: Parts,
-        tokens: &TokenFile,
+        (tokens, kept): (&TokenFile, &mut KeptRows),
         (source, ranks): (&mut Source<'_>, usize),
         count: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, Error> {
@@ -395,7 +443,7 @@ impl Run<'_> {
             self.env.ranks.order(&Order::Capture { shares: shares.clone() });
         }
         let side = self.env.ranks.side(self.env.stop);
-        let mine = self.capture_share(dir, tokens, &shares[0], source, &mut |row_tokens| {
+        let mine = self.capture_share(dir, (tokens, kept), &shares[0], source, &mut |row_tokens| {
             count(1, row_tokens);
             side.told().into_iter().for_each(|[rows, tokens]| count(rows, tokens));
             if self.env.stop.requested() {
@@ -429,7 +477,8 @@ impl Run<'_> {
         let (tokens, side) = (self.tokens()?, self.env.ranks.side(self.env.stop));
         let mut source = self.capture_source(&Silent)?;
         let share = &shares[self.env.ranks.rank()];
-        let made = self.capture_share(&dir, &tokens, share, &mut source, &mut |row_tokens| {
+        let mut kept = self.kept_rows(&tokens, &self.cache_spec(&tokens)?);
+        let made = self.capture_share(&dir, (&tokens, &mut kept), share, &mut source, &mut |row_tokens| {
             side.tell([1, row_tokens]);
             side.is_over()
         })?;
@@ -443,7 +492,7 @@ impl Run<'_> {
     fn capture_share(
         &self,
         dir: &Path,
-        tokens: &TokenFile,
+        (tokens, kept): (&TokenFile, &mut KeptRows),
         share: &[Range<u64>],
         source: &mut Source<'_>,
         on_row: &mut dyn FnMut(u64) -> bool,
@@ -451,12 +500,8 @@ impl Run<'_> {
         let spec = self.cache_spec(tokens)?;
         let (mut made, mut failed) = (Vec::new(), None);
         let (over, mut waiting, mut writer) = (Cell::new(false), share.iter(), None::<PartWriter>);
-        let mut numbers = share.iter().cloned().flatten();
-        let mut next = || {
-            let number = if over.get() || self.env.stop.requested() { None } else { numbers.next() };
-            number.map(|n| token_row(tokens, n as usize))
-        };
-        let mut write = |row: &CaptureRow| -> Result<(), CacheError> {
+        let numbers = share.iter().cloned().flatten();
+        let mut write = |row: &Came| -> Result<(), CacheError> {
             let part = match &mut writer {
                 Some(part) => part,
                 None => {
@@ -464,19 +509,22 @@ impl Run<'_> {
                     writer.insert(PartWriter::create(dir, &spec, rows)?)
                 }
             };
-            if part.push(row)?
-                && let Some(full) = writer.take()
-            {
+            let full = match row {
+                Came::Captured(row) => part.push(row)?,
+                Came::Kept(row) => part.push_stored(row)?,
+            };
+            if full && let Some(full) = writer.take() {
                 made.push(full.finish()?);
             }
             Ok(())
         };
-        source.capture_rows(&mut next, &mut |row| {
+        let ends = || over.get() || self.env.stop.requested();
+        rows_of(numbers, (tokens, kept), source, &ends, &mut |row, _| {
             if let Err(error) = write(&row) {
                 failed = Some(error);
                 return ControlFlow::Break(());
             }
-            over.set(over.get() || on_row(row.len() as u64));
+            over.set(over.get() || on_row(row.tokens()));
             ControlFlow::Continue(())
         })?;
         match failed {
@@ -505,14 +553,71 @@ impl Run<'_> {
     }
 }
 
-fn counted(tokens: &TokenFile) -> Amount {
-    let summary = tokens.summary();
-    Amount {
+/// What is there to capture, and a few rows to try.
+fn counted(tokens: &TokenFile, kept: &KeptRows) -> (Amount, Vec<TokenRow>) {
+    let (summary, all) = (tokens.summary(), 0..tokens.len());
+    let amount = Amount {
         rows: summary.rows,
         tokens: summary.tokens,
         trained_tokens: summary.trained_tokens,
+        kept_tokens: kept_tokens(tokens, kept),
         estimated_from: None,
+    };
+    let trial = all.filter(|n| !kept.has(*n as u64)).take(TRIAL_ROWS);
+    (amount, trial.map(|n| token_row(tokens, n)).collect())
+}
+
+/// Tokens of the rows whose states are kept.
+fn kept_tokens(tokens: &TokenFile, kept: &KeptRows) -> u64 {
+    let rows = (0..tokens.len()).filter(|n| kept.has(*n as u64));
+    rows.map(|n| tokens.row_counts(n).0 as u64).sum()
+}
+
+/// A row on its way into the cache.
+enum Came {
+    /// From the target.
+    Captured(CaptureRow),
+    /// As answering left it.
+    Kept(StoredRow),
+}
+
+impl Came {
+    fn tokens(&self) -> u64 {
+        match self {
+            Came::Captured(row) => row.len() as u64,
+            Came::Kept(row) => row.tokens(),
+        }
     }
+}
+
+/// Hands on the rows with these numbers, in order: what is kept as it is, the others from the source, until `ends` or `on_row` says so.
+fn rows_of(
+    numbers: impl Iterator<Item = u64>,
+    (tokens, kept): (&TokenFile, &mut KeptRows),
+    source: &mut Source<'_>,
+    ends: &dyn Fn() -> bool,
+    on_row: &mut dyn FnMut(Came, &mut KeptRows) -> ControlFlow<()>,
+) -> Result<(), CaptureError> {
+    let (mut numbers, mut broke) = (numbers.peekable(), false);
+    while let Some(number) = numbers.next().filter(|_| !broke && !ends()) {
+        if let Some(row) = kept.get(number) {
+            broke = on_row(Came::Kept(row), kept).is_break();
+            continue;
+        }
+        // With those behind it that are not kept either: a source may take several at once.
+        let neighbours = std::iter::from_fn(|| numbers.next_if(|n| !kept.has(*n)));
+        let mut run = std::iter::once(number).chain(neighbours).collect::<Vec<u64>>().into_iter();
+        let mut next = || {
+            let number = if ends() { None } else { run.next() };
+            number.map(|n| token_row(tokens, n as usize))
+        };
+        source.capture_rows(&mut next, &mut |row| {
+            let flow = on_row(Came::Captured(row), kept);
+            broke = flow.is_break();
+            flow
+        })?;
+    }
+    Ok(())
 }
 
 fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {

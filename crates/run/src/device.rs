@@ -12,7 +12,7 @@ use draftsmith_cuda::{Asked, Card, Cuda, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
-use draftsmith_kernels::catch_failure;
+use draftsmith_kernels::{Kernels, catch_failure};
 
 use crate::Error;
 pub use crate::backend::{Backend, ToLoad};
@@ -70,6 +70,18 @@ impl Compute {
             )),
             Device::Cuda(number) => Compute::cuda(number, Asked::RunFile, around),
             device => Compute::other(device, run),
+        }
+    }
+
+    /// Whether its rows have the same bits whatever they are computed beside: [`Kernels::ROW_EXACT`].
+    pub(crate) fn row_exact(&self) -> bool {
+        match self {
+            Compute::Cpu => draftsmith_kernels::Cpu::ROW_EXACT,
+            #[cfg(feature = "gpu-flex")]
+            Compute::Gpu(_) => Gpu::ROW_EXACT,
+            Compute::Cuda(_) => Cuda::<Card>::ROW_EXACT,
+            #[cfg(feature = "cuda-shim")]
+            Compute::Shim(_) => Cuda::<draftsmith_cuda::shim::Shim>::ROW_EXACT,
         }
     }
 

@@ -157,6 +157,8 @@ pub(crate) struct Amounts {
     pub(crate) generated: u64,
     /// Rows of tokens are there.
     pub(crate) counted: bool,
+    /// Of the tokens, those whose states answering keeps.
+    pub(crate) kept_tokens: u64,
     /// Bytes of the conversations as the stage writes them.
     pub(crate) bytes: u64,
     /// Seconds of reading them, and of making tokens of one.
@@ -409,7 +411,13 @@ pub(crate) fn bills(
                 }
                 let written = amounts.generated as f64 + amounts.held_requests as f64 * longest;
                 bill.disk_bytes = (written * ANSWER_BYTES + tokens * TOKEN_BYTES) as u64;
-                bill.memory_bytes = Some(rates.memory[0] + carried);
+                // States wait until their rows are whole.
+                let whole = mean(amounts.lengths.iter().map(|(tokens, _)| *tokens as usize));
+                let waiting = match amounts.kept_tokens {
+                    0 => 0.0,
+                    _ => f64::from(table.batch_size) * whole * rates.capture_bytes,
+                };
+                bill.memory_bytes = Some(rates.memory[0] + carried + waiting as u64);
             }
             Stage::Capture => {
                 bill.rows = Some(amounts.lengths.len() as u64);
@@ -419,9 +427,16 @@ pub(crate) fn bills(
                     bill.how = "a server computes the states: nothing was asked of it".to_string();
                 } else {
                     let most = among.share(amounts.lengths.len() as u64);
-                    bill.seconds = Some((tokens * most + tried) * rates.capture_s);
+                    let kept = amounts.kept_tokens as f64;
+                    let tried = tried.min(tokens - kept);
+                    let computed = (tokens - kept) * most + tried;
+                    bill.seconds = Some(computed * rates.capture_s + kept * most * rates.kept_s());
                     fixed = Some(tried * rates.capture_s);
                     bill.how = format!("{:.0} tokens/s over a few rows", 1.0 / rates.capture_s.max(1e-12));
+                    if kept > 0.0 {
+                        let share = 100.0 * kept / tokens.max(1.0);
+                        bill.how = format!("{share:.0} % kept when they are answered; else {}", bill.how);
+                    }
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
                 if file.capture.store.is_some() {
@@ -740,6 +755,7 @@ impl Run<'_> {
             };
             amounts.lengths = (0..tokens.len()).map(length).collect();
             amounts.generated = tokens.summary().trained_tokens;
+            amounts.kept_tokens = self.kept_now(&tokens)?;
             amounts.counted = true;
         }
         Ok(amounts)
@@ -782,6 +798,11 @@ impl Run<'_> {
             (answers > 0).then_some((tokens.min(longest), answers.min(longest)))
         };
         amounts.lengths = dialogues.iter().filter_map(length).collect();
+        if self.keeps_states() {
+            // What is cut to length is another row than the one that was written.
+            let whole = amounts.lengths.iter().map(|(tokens, _)| *tokens).filter(|tokens| *tokens < longest);
+            amounts.kept_tokens = whole.map(u64::from).sum();
+        }
     }
 
     /// Rows and turns of each workload.

@@ -115,6 +115,11 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
+    /// Copying a token's states that answering kept, in seconds.
+    pub(crate) fn kept_s(&self) -> f64 {
+        self.capture_bytes * self.disk_s
+    }
+
     /// Why they are to be measured anew.
     fn reason(&self, now: u64) -> Option<String> {
         if self.version != VERSION || self.draftsmith_version != env!("CARGO_PKG_VERSION") {

@@ -6,6 +6,7 @@
 //! regenerate/train.tokens       ids and loss mask of the answered conversations, in the order of the data
 //! regenerate/validation.jsonl   the held-out conversations with their answers
 //! regenerate/report.json        what was answered, what is odd about it, what is trained on
+//! kept/                         states of the rows as they were written, until `capture` has taken them
 //! ```
 //! Which dialogues finish first depends on what is decoded beside them; what they say does not. So rows are put back
 //! into the order of the data, and a limit on tokens counts in that order: the result does not depend on interruptions.
@@ -27,7 +28,8 @@ use draftsmith_data::{
 };
 use draftsmith_decode::Engine;
 use draftsmith_formats::atomic;
-use draftsmith_formats::run::Stage;
+use draftsmith_formats::cache::{CacheSpec, KeptKey, KeptWriter, StoredRow};
+use draftsmith_formats::run::{CaptureMode, Stage};
 use draftsmith_text::{MaskOptions, Message, TextError};
 use serde_json::{Value, json};
 
@@ -38,9 +40,13 @@ use super::data::{CONVERSATIONS, VALIDATION, add_tokens, to_json, write_rows};
 use super::state::ANSWERS;
 use crate::Error;
 use crate::device::Compute;
+use crate::disk::{free_bytes, human};
 use crate::engine::engine;
 use crate::ranks::Order;
 use crate::server::server_keys;
+
+/// Bytes that are left free on the disk of a run: answers are worth more than states, which can be computed again.
+const ROOM_BYTES: u64 = 256 << 20;
 
 /// Caches of answered turns that are kept for the next turns of their dialogues.
 const PREFIX_CACHE_BYTES: usize = 256 << 20;
@@ -311,6 +317,7 @@ impl Run<'_> {
             if stop.requested() || enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let mine: Vec<&Wanted> = missing.iter().step_by(ranks).copied().collect();
+        let mut keeper = if held { None } else { self.keeper(report)? };
         let mut last = Progress::default();
         let on_line = &mut |line: AnswerLine, progress: Progress| {
             answers.push(line)?;
@@ -321,7 +328,8 @@ impl Run<'_> {
             }
             Ok(flow)
         };
-        let mut ended = self.answer_share(&mine, &|| side.is_over(), &alive, on_line, report);
+        let mut ended =
+            self.answer_share(&mine, keeper.as_mut(), &|| side.is_over(), &alive, on_line, report);
         if ranks > 1 && ended.is_ok() {
             side.wait(|told| look(last, answers, told));
             ended = self.env.ranks.meet(&(), stop.requested()).and_then(|(_, stopped)| {
@@ -355,7 +363,9 @@ impl Run<'_> {
             })
         };
         let mine: Vec<&Wanted> = wanted.iter().collect();
-        self.answer_share(&mine, &|| side.is_over(), &Alive::default(), on_line, &Silent)?;
+        let mut keeper = if held { None } else { self.keeper(&Silent)? };
+        let over = || side.is_over();
+        self.answer_share(&mine, keeper.as_mut(), &over, &Alive::default(), on_line, &Silent)?;
         // Disks that machines share show to others what was closed.
         log.close()?;
         side.end();
@@ -367,6 +377,7 @@ impl Run<'_> {
     fn answer_share(
         &self,
         mine: &[&Wanted],
+        mut keeper: Option<&mut Keeper>,
         over: &dyn Fn() -> bool,
         alive: &Alive,
         on_line: &mut dyn FnMut(AnswerLine, Progress) -> Result<ControlFlow<()>, Error>,
@@ -376,7 +387,12 @@ impl Run<'_> {
         let keys: HashMap<&str, &String> = mine.iter().map(|w| (w.dialogue.id.as_str(), &w.key)).collect();
         let mut failed = None;
         let mut source = mine.iter().map(|w| w.dialogue.clone()).take_while(|_| !stop.requested() && !over());
+        let keep = keeper.as_ref().map(|keeper| keeper.spec.clone());
         let mut on_done = |done: FinishedDialogue, progress: Progress| {
+            // States first: an answer without them is captured again, states without an answer are of no use.
+            if let Some(keeper) = &mut keeper {
+                keeper.keep(&done, report);
+            }
             let key = keys[done.id.as_str()].clone();
             on_line(AnswerLine::new(key, done), progress).unwrap_or_else(|error| {
                 failed = Some(error);
@@ -392,21 +408,21 @@ impl Run<'_> {
             None => match &self.compute {
                 Compute::Cpu => {
                     let engine = engine(self.target()?, None).with_prefix_cache(PREFIX_CACHE_BYTES);
-                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size, keep })
                 }
                 #[cfg(feature = "gpu-flex")]
                 Compute::Gpu(gpu) => {
                     let engine = Engine::new(self.target_on(gpu)?, None);
-                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size, keep })
                 }
                 Compute::Cuda(cuda) => {
                     let engine = Engine::new(self.target_on(cuda)?, None);
-                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size, keep })
                 }
                 #[cfg(feature = "cuda-shim")]
                 Compute::Shim(shim) => {
                     let engine = Engine::new(self.target_on(shim)?, None);
-                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size })
+                    run(&mut EngineGenerator { engine: &engine, prompter, batch_size, keep })
                 }
             },
             Some(server) => {
@@ -442,6 +458,62 @@ impl Run<'_> {
             Some(error) => Err(error),
             None => Ok(ended.map(|_| ())?),
         }
+    }
+}
+
+/// Keeps the states of answered rows for `capture`.
+struct Keeper {
+    spec: CacheSpec,
+    /// `None` once there was no room.
+    writer: Option<KeptWriter>,
+}
+
+impl Keeper {
+    fn keep(&mut self, done: &FinishedDialogue, report: &dyn Report) {
+        let Some(writer) = &mut self.writer else { return };
+        for (row, states) in done.rows.iter().zip(&done.states) {
+            let (Some(states), mask) = (states, row.loss_mask()) else { continue };
+            // What cannot be stored is told by the stage that stores it.
+            let Ok(stored) = StoredRow::of(states, &row.ids, &mask, 0) else { continue };
+            let room = free_bytes(writer.dir()).is_none_or(|free| free >= ROOM_BYTES);
+            let kept = match room {
+                true => writer.push(KeptKey::of(&row.ids, &mask), &stored).map_err(|error| error.to_string()),
+                false => Err(format!("less than {} are free", human(ROOM_BYTES))),
+            };
+            if let Err(why) = kept {
+                report.note(&format!(
+                    "regenerate: states of further answers are not kept, `capture` will compute them: {why}"
+                ));
+                self.writer = None;
+                return;
+            }
+        }
+    }
+}
+
+impl Run<'_> {
+    /// True if the states of answers are kept for `capture`: where both stages compute in this process, row by row the same bits, and
+    /// states are stored at all.
+    pub(super) fn keeps_states(&self) -> bool {
+        let (answers, capture) = (&self.file.regenerate, &self.file.capture);
+        let here = answers.enabled && answers.server.is_none() && capture.server.is_none();
+        here && capture.mode == CaptureMode::Cache && self.compute.row_exact()
+    }
+
+    fn keeper(&self, report: &dyn Report) -> Result<Option<Keeper>, Error> {
+        if !self.keeps_states() {
+            return Ok(None);
+        }
+        let spec = self.cache_spec_of(String::new(), 0)?;
+        let opened = KeptWriter::open(&self.folder.kept_dir(), self.env.ranks.rank() as u32, &spec);
+        Ok(match opened {
+            Ok(writer) => Some(Keeper { spec, writer: Some(writer) }),
+            Err(error) => {
+                report
+                    .note(&format!("regenerate: states are not kept, `capture` will compute them: {error}"));
+                None
+            }
+        })
     }
 }
 

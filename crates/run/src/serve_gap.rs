@@ -261,6 +261,7 @@ fn ask(
         messages: messages.clone(),
         render: RenderOptions::default(),
         sampling: Sampling::GREEDY,
+        before: None,
     });
     let mut answers = vec![None; replay.prompts.len()];
     report.begin("ask the engine", Some(answers.len() as u64), Unit::Rows);

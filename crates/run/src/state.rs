@@ -156,6 +156,11 @@ impl RunFolder {
         self.root.join(stage.name())
     }
 
+    /// States that answering left for capture.
+    pub(super) fn kept_dir(&self) -> PathBuf {
+        self.root.join("kept")
+    }
+
     /// The completed run file.
     pub fn run_file(&self) -> PathBuf {
         self.root.join("run.toml")

@@ -7,7 +7,7 @@ mod open;
 
 use std::path::Path;
 
-use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, CaptureRow};
+use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, CaptureRow, StoredRow};
 #[cfg(feature = "object-store")]
 use draftsmith_store::StoredWriter;
 use draftsmith_train::RowStore;
@@ -42,6 +42,15 @@ impl Sink {
         }
     }
 
+    /// Rows in finished shards: they are there after a kill, too.
+    pub(super) fn rows_finished(&self) -> u64 {
+        match self {
+            Sink::Here(writer) => writer.manifest().rows_done(),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => writer.rows_finished(),
+        }
+    }
+
     /// Bytes of the capture so far.
     pub(super) fn bytes_written(&self) -> u64 {
         match self {
@@ -73,6 +82,15 @@ impl Sink {
             Sink::Here(writer) => Ok(writer.push(row)?),
             #[cfg(feature = "object-store")]
             Sink::Stored(writer, _) => Ok(writer.push(row)?),
+        }
+    }
+
+    /// The same with a row as it is stored.
+    pub(super) fn push_stored(&mut self, row: &StoredRow) -> Result<(), Error> {
+        match self {
+            Sink::Here(writer) => Ok(writer.push_stored(row)?),
+            #[cfg(feature = "object-store")]
+            Sink::Stored(writer, _) => Ok(writer.push_stored(row)?),
         }
     }
 

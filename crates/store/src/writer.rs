@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::cache::{
     CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, MANIFEST_NAME, RowPlaces, ShardEntry,
+    StoredRow,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::mapped::Mapped;
@@ -90,6 +91,11 @@ impl StoredWriter {
         self.writer.rows_done()
     }
 
+    /// Rows in finished shards, here or in the store.
+    pub fn rows_finished(&self) -> u64 {
+        self.writer.manifest().rows_done()
+    }
+
     /// Bytes in finished shards and the open one.
     pub fn bytes_written(&self) -> u64 {
         self.writer.bytes_written()
@@ -101,6 +107,20 @@ impl StoredWriter {
     /// Those of [`CacheWriter::push`], and of an upload that failed meanwhile.
     pub fn push(&mut self, row: &CaptureRow) -> Result<(), StoreError> {
         self.writer.push(row)?;
+        self.hand_over()
+    }
+
+    /// The same with a row that is as it is stored, in a cache of the same target, layers and type.
+    ///
+    /// # Errors
+    /// Those of [`CacheWriter::push_stored`], and of an upload that failed meanwhile.
+    pub fn push_stored(&mut self, row: &StoredRow) -> Result<(), StoreError> {
+        self.writer.push_stored(row)?;
+        self.hand_over()
+    }
+
+    /// Hands finished shards to the side that uploads.
+    fn hand_over(&mut self) -> Result<(), StoreError> {
         let shards = &self.writer.manifest().shards;
         while self.handed < shards.len() {
             let entry = shards[self.handed].clone();

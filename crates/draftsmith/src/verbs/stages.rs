@@ -321,9 +321,13 @@ pub(crate) fn capture(args: &cli::Capture, session: &Session) -> Result<u8, Fail
         let estimate = |text: &str| format!("estimated from {text}\n");
         let from = bill.estimated_from.as_deref().map(estimate).unwrap_or_default();
         let about = if from.is_empty() { "" } else { "about " };
+        let kept = match bill.kept_tokens {
+            0 => String::new(),
+            kept => format!("of the tokens   about {kept} have their states kept when they are answered\n"),
+        };
         printer::out(&format!(
             "rows            {about}{}\ntokens          {about}{}\ntrained tokens  {about}{}\nbytes           about {} ({free} free)\n\
-             minutes         about {:.1} at {:.0} tokens/s\n{from}",
+             minutes         about {:.1} at {:.0} tokens/s\n{kept}{from}",
             bill.rows,
             bill.tokens,
             bill.trained_tokens,

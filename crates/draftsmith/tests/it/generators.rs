@@ -6,13 +6,14 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use draftsmith::capture::{
-    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, OpenAiGenerator, Outcome, Prompter,
-    Request, SamplingMix, regenerate,
+    Alive, Asked, Dialogue, EngineGenerator, FinishedDialogue, Generator, InProcess, OpenAiGenerator,
+    Outcome, Prompter, Request, SamplingMix, TokenRow, regenerate,
 };
-use draftsmith::core::Sampling;
+use draftsmith::core::{LayerId, Sampling};
 use draftsmith::decode::{Engine, FinishReason, GenerateOptions};
 use draftsmith::engine::{LoadedTarget, engine};
-use draftsmith::formats::run::ServerTable;
+use draftsmith::formats::cache::{CacheSpec, RowEncoder};
+use draftsmith::formats::run::{CaptureDtype, ServerTable};
 use draftsmith::kernels::Cpu;
 use draftsmith::text::{Message, RenderOptions};
 
@@ -60,7 +61,9 @@ pub(crate) fn speaking(
 fn with_both(check: impl Fn(&str, &mut dyn Generator)) {
     let target = tiny_target();
     let (mine, batch_size) = (engine(&target, None), 4);
-    check("in process", &mut EngineGenerator { engine: &mine, prompter: prompter(&target), batch_size });
+    let prompter_here = prompter(&target);
+    let here = &mut EngineGenerator { engine: &mine, prompter: prompter_here, batch_size, keep: None };
+    check("in process", here);
 
     let behind = Arc::new(target);
     let speak = speaking(&behind, MAX_NEW_TOKENS, MAX_CONTEXT);
@@ -141,6 +144,7 @@ fn request(key: usize, text: &str) -> Request {
         messages: vec![Message::new("user", text)],
         render: RenderOptions::default(),
         sampling: Sampling::GREEDY,
+        before: None,
     }
 }
 
@@ -181,4 +185,45 @@ fn a_prompt_without_room_is_reported_and_the_others_are_answered() {
             .unwrap();
         assert_eq!(heard.into_iter().collect::<Vec<_>>(), [(0, true), (1, false), (2, true)], "{kind}");
     });
+}
+
+#[test]
+fn states_that_answering_keeps_are_those_of_a_capture() {
+    let target = tiny_target();
+    let config = target.target.config();
+    // Stored as bf16: whatever differs is seen.
+    let spec = CacheSpec {
+        target_layer_ids: vec![0, config.num_layers as u32 - 1],
+        hidden_size: config.hidden_size as u32,
+        dtype: CaptureDtype::Bf16,
+        ..serde_json::from_value(serde_json::json!({
+            "target": "", "target_sha256": "", "precision": "", "tokenizer_sha256": "", "template_sha256": "",
+            "tokens_sha256": "", "target_layer_ids": [], "hidden_size": 1, "dtype": "bf16", "shard_rows": 1, "rows": 0,
+        }))
+        .unwrap()
+    };
+    let layers = spec.target_layer_ids.iter().map(|l| LayerId(*l)).collect();
+    let capture = InProcess::new(Arc::clone(&target.target), layers);
+    let sampled = SamplingMix { temperature: 0.9, top_p: 0.9, seed: 7, greedy_share: 0.3 };
+    for (mix, cache_bytes, batch_size) in [(GREEDY, 1 << 20, 4), (sampled, 1 << 20, 3), (sampled, 0, 1)] {
+        let mine = engine(&target, None).with_prefix_cache(cache_bytes);
+        let prompter = prompter(&target);
+        let mut generator = EngineGenerator { engine: &mine, prompter, batch_size, keep: Some(spec.clone()) };
+        let (mut rows, mut joined) = (0, 0);
+        regenerate(&mut dialogues(20).into_iter(), &mut generator, mix, &mut |done, _| {
+            assert_eq!(done.rows.len(), done.states.len());
+            for (row, states) in done.rows.iter().zip(&done.states) {
+                let row_tokens = TokenRow { number: 0, ids: row.ids.clone(), loss_mask: row.loss_mask() };
+                let captured = capture.capture(row_tokens).unwrap();
+                let mut wanted = RowEncoder::new(&spec);
+                wanted.push(&captured.features, &captured.last);
+                assert!(states.as_ref() == Some(&wanted), "{}, batch of {batch_size}", done.id);
+                rows += 1;
+                joined += usize::from(row.answers.len() > 1);
+            }
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert!(rows >= 19 && joined > 0, "{rows} rows, {joined} with several answers");
+    }
 }

@@ -123,7 +123,8 @@ fn real_model_rows_of_reasoning_hold_every_generated_token() {
             render: RenderOptions::default(),
         });
         let mix = SamplingMix { temperature: 0.8, top_p: 0.95, seed: 1, greedy_share: 0.5 };
-        let mut generator = EngineGenerator { engine: &engine, prompter: prompter.clone(), batch_size: 16 };
+        let mut generator =
+            EngineGenerator { engine: &engine, prompter: prompter.clone(), batch_size: 16, keep: None };
         let (mut dialogue_count, mut generated, mut trained, mut cut, mut empty) = (0, 0, 0, 0, 0);
         let progress = regenerate(&mut dialogues, &mut generator, mix, &mut |done, _| {
             for row in &done.rows {

@@ -77,6 +77,59 @@ pub(crate) fn kill_when(mut child: Child, now: impl Fn() -> bool) -> bool {
     panic!("the run did not come to where it should be killed");
 }
 
+/// All files of a folder.
+fn content(dir: PathBuf) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let mut files: Vec<_> = entries
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), bytes(path)))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn states_that_answering_kept_make_the_cache_that_capture_makes() {
+    let home = Home::new();
+    // `data.max_length` cuts some rows: those were not kept as they are captured.
+    let stage = |stage: &str, dir: &Path| {
+        let mut args = arguments(dir, &["data.sources.0.weight=1", "data.max_length=60"]);
+        args[0] = stage.to_string();
+        args.retain(|arg| !arg.starts_with("bench."));
+        args
+    };
+    let kept = home.path().join("kept");
+    finish(home.spawn(&stage("regenerate", &kept)));
+    assert!(!content(kept.join("kept")).is_empty());
+    let said = finish(home.spawn(&stage("capture", &kept)));
+    let note = said.lines().find(|line| line.starts_with("capture: ")).unwrap_or_default();
+    let numbers: Vec<u64> = note.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let [_, tokens, kept_tokens, ..] = numbers[..] else { panic!("{said}") };
+    assert!(note.contains("kept when they were answered"), "{note}");
+    assert!(tokens / 2 < kept_tokens && kept_tokens < tokens, "{note}");
+    assert!(!kept.join("kept").exists(), "states that were copied are removed");
+
+    let computed = home.path().join("computed");
+    finish(home.spawn(&stage("regenerate", &computed)));
+    std::fs::remove_dir_all(computed.join("kept")).unwrap();
+    let said = finish(home.spawn(&stage("capture", &computed)));
+    assert!(!said.contains("kept when they were answered"), "{said}");
+    assert!(content(kept.join("capture")) == content(computed.join("capture")), "the caches differ");
+
+    // Killed while it answers, and with some of what it kept damaged.
+    let killed = home.path().join("killed");
+    let answers = || std::fs::read_to_string(killed.join("regenerate/answers.jsonl")).unwrap_or_default();
+    kill_when(home.spawn(&stage("regenerate", &killed)), || answers().lines().count() >= 12);
+    finish(home.spawn(&stage("regenerate", &killed)));
+    let files = content(killed.join("kept"));
+    let (name, mut damaged) = files.into_iter().next().unwrap();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    std::fs::write(killed.join("kept").join(name), damaged).unwrap();
+    finish(home.spawn(&stage("capture", &killed)));
+    assert!(content(kept.join("capture")) == content(killed.join("capture")), "the caches differ");
+}
+
 #[test]
 fn a_run_that_is_killed_in_every_stage_ends_with_the_same_weights() {
     let home = Home::new();
@@ -261,9 +314,16 @@ fn the_bill_is_printed_before_anything_is_captured() {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let output = home.command(&args).current_dir(repository()).output().unwrap();
     let bill: Value = serde_json::from_slice(&output.stdout).unwrap();
-    for key in ["rows", "tokens", "trained_tokens", "bytes", "minutes", "tokens_per_s"] {
+    for key in ["rows", "tokens", "trained_tokens", "bytes", "tokens_per_s"] {
         assert!(bill[key].as_f64().is_some_and(|v| v > 0.0), "`{key}` in {bill}");
     }
+    // Answers that are written here leave their states.
+    assert_eq!((&bill["kept_tokens"], &bill["minutes"]), (&bill["tokens"], &Value::from(0.0)));
+    let given = [&args[..], &["regenerate.enabled=false"]].concat();
+    let output = home.command(&given).current_dir(repository()).output().unwrap();
+    let bill: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(bill["minutes"].as_f64().is_some_and(|v| v > 0.0), "{bill}");
+    assert!(bill["kept_tokens"].is_null(), "{bill}");
     assert!(!dir.join("capture").exists());
 }
 

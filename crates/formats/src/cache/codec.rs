@@ -28,68 +28,142 @@ pub(super) fn encoded_len(tokens: usize, spec: &CacheSpec) -> Option<usize> {
     tokens.checked_mul(4)?.checked_add(tokens.div_ceil(8))?.checked_add(states)
 }
 
-/// The states of all tokens in storage order: `[S][K + 1][Ht]`.
-fn states<'a>(row: &'a CaptureRow, spec: &CacheSpec) -> impl Iterator<Item = &'a [f32]> {
-    let hidden = spec.hidden_size as usize;
-    let layers = spec.target_layer_ids.len();
-    (0..row.len()).flat_map(move |t| {
-        let features = row.features[t * layers * hidden..(t + 1) * layers * hidden].chunks_exact(hidden);
-        features.chain([&row.last[t * hidden..(t + 1) * hidden]])
-    })
+/// The states of a row's tokens as they are stored, token by token as they come.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowEncoder {
+    hidden: usize,
+    layers: Vec<u32>,
+    dtype: CaptureDtype,
+    tokens: usize,
+    /// Scales of the blocks, where the type has them.
+    scales: Vec<u8>,
+    values: Vec<u8>,
+    /// The first state that cannot be stored.
+    problem: Option<String>,
+}
+
+impl RowEncoder {
+    /// For rows of a cache like this.
+    pub fn new(spec: &CacheSpec) -> RowEncoder {
+        RowEncoder {
+            hidden: spec.hidden_size as usize,
+            layers: spec.target_layer_ids.clone(),
+            dtype: spec.dtype,
+            tokens: 0,
+            scales: Vec::new(),
+            values: Vec::new(),
+            problem: None,
+        }
+    }
+
+    /// Tokens so far.
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// True before the first token.
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
+    }
+
+    /// Adds tokens: `features` `[n, K * Ht]` and `last` `[n, Ht]`.
+    ///
+    /// # Panics
+    /// If the two do not have the same number of whole tokens.
+    pub fn push(&mut self, features: &[f32], last: &[f32]) {
+        let (hidden, joined) = (self.hidden, self.hidden * self.layers.len());
+        let tokens = last.len() / hidden;
+        assert_eq!((features.len(), last.len()), (tokens * joined, tokens * hidden), "whole tokens");
+        for t in 0..tokens {
+            let features = features[t * joined..(t + 1) * joined].chunks_exact(hidden);
+            for (i, state) in features.chain([&last[t * hidden..(t + 1) * hidden]]).enumerate() {
+                self.push_state(i, state);
+            }
+            self.tokens += 1;
+        }
+    }
+
+    fn push_state(&mut self, i: usize, state: &[f32]) {
+        // Largest magnitude that int8 and bf16 both keep finite when rounded.
+        if self.problem.is_none() && !state.iter().all(|v| v.abs() <= 3.3e38) {
+            let what = match self.layers.get(i) {
+                Some(layer) => format!("layer {layer}"),
+                None => "the final state".to_string(),
+            };
+            self.problem = Some(format!("{what} of token {} has a value that is not finite", self.tokens));
+        }
+        match self.dtype {
+            CaptureDtype::Bf16 => {
+                state.iter().for_each(|v| self.values.extend_from_slice(&bf16::from_f32(*v).to_le_bytes()));
+            }
+            CaptureDtype::Int8 => {
+                for block in state.chunks(BLOCK) {
+                    let max = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                    let scale = scale_of(max);
+                    self.scales.extend_from_slice(&scale.to_le_bytes());
+                    let inverse = if max > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
+                    // A subnormal scale has an infinite inverse; such a block is zero for every purpose.
+                    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+                    self.values.extend(block.iter().map(|v| (v * inverse).round_ties_even() as i8 as u8));
+                }
+            }
+        }
+    }
+
+    /// Forgets all tokens but the first ones.
+    pub fn truncate(&mut self, tokens: usize) {
+        if tokens < self.tokens {
+            self.scales.truncate(self.scales.len() / self.tokens * tokens);
+            self.values.truncate(self.values.len() / self.tokens * tokens);
+            self.tokens = tokens;
+        }
+    }
+
+    /// The bytes of a frame of the row with these ids and this loss mask, `[S]` each.
+    pub(super) fn finish(&self, ids: &[u32], loss_mask: &[bool]) -> Result<Vec<u8>, String> {
+        if ids.is_empty() {
+            return Err("it has no tokens".to_string());
+        }
+        if loss_mask.len() != ids.len() {
+            return Err(format!("{} tokens but {} mask entries", ids.len(), loss_mask.len()));
+        }
+        if ids.len() != self.tokens {
+            return Err(format!("{} tokens but the states of {}", ids.len(), self.tokens));
+        }
+        if let Some(problem) = &self.problem {
+            return Err(problem.clone());
+        }
+        let mask = pack_bits(loss_mask);
+        let len =
+            [ids.len().checked_mul(4), Some(mask.len()), Some(self.scales.len()), Some(self.values.len())];
+        let len = len.into_iter().try_fold(0usize, |sum, part| sum.checked_add(part?));
+        let mut out = Vec::with_capacity(len.ok_or("its size overflows")?);
+        ids.iter().for_each(|id| out.extend_from_slice(&id.to_le_bytes()));
+        out.extend_from_slice(&mask);
+        out.extend_from_slice(&self.scales);
+        out.extend_from_slice(&self.values);
+        Ok(out)
+    }
 }
 
 pub(super) fn encode(row: &CaptureRow, spec: &CacheSpec) -> Result<Vec<u8>, String> {
     let (tokens, hidden, layers) = (row.len(), spec.hidden_size as usize, spec.target_layer_ids.len());
-    if tokens == 0 {
-        return Err("it has no tokens".to_string());
-    }
-    if row.loss_mask.len() != tokens {
-        return Err(format!("{tokens} tokens but {} mask entries", row.loss_mask.len()));
-    }
-    for (name, found, wanted) in [
-        ("features", row.features.len(), tokens * layers * hidden),
-        ("final states", row.last.len(), tokens * hidden),
-    ] {
-        if found != wanted {
-            return Err(format!("it has {found} values of {name}, expected {wanted} for {tokens} tokens"));
-        }
-    }
-    // Largest magnitude that int8 and bf16 both keep finite when rounded.
-    let storable = |v: &f32| v.abs() <= 3.3e38;
-    if let Some(i) = states(row, spec).position(|s| !s.iter().all(storable)) {
-        let (token, state) = (i / (layers + 1), i % (layers + 1));
-        let what = if state < layers {
-            format!("layer {}", spec.target_layer_ids[state])
-        } else {
-            "the final state".to_string()
-        };
-        return Err(format!("{what} of token {token} has a value that is not finite"));
-    }
-    let len = encoded_len(tokens, spec).ok_or("its size overflows")?;
-    let mut out = Vec::with_capacity(len);
-    row.ids.iter().for_each(|id| out.extend_from_slice(&id.to_le_bytes()));
-    out.extend_from_slice(&pack_bits(&row.loss_mask));
-    match spec.dtype {
-        CaptureDtype::Bf16 => {
-            for state in states(row, spec) {
-                state.iter().for_each(|v| out.extend_from_slice(&bf16::from_f32(*v).to_le_bytes()));
+    let mut encoder = RowEncoder::new(spec);
+    if tokens > 0 && row.loss_mask.len() == tokens {
+        for (name, found, wanted) in [
+            ("features", row.features.len(), tokens * layers * hidden),
+            ("final states", row.last.len(), tokens * hidden),
+        ] {
+            if found != wanted {
+                return Err(format!(
+                    "it has {found} values of {name}, expected {wanted} for {tokens} tokens"
+                ));
             }
         }
-        CaptureDtype::Int8 => {
-            let mut integers = Vec::with_capacity(tokens * (layers + 1) * hidden);
-            for block in states(row, spec).flat_map(|s| s.chunks(BLOCK)) {
-                let max = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                let scale = scale_of(max);
-                out.extend_from_slice(&scale.to_le_bytes());
-                let inverse = if max > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
-                // A subnormal scale has an infinite inverse; such a block is zero for every purpose.
-                let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-                integers.extend(block.iter().map(|v| (v * inverse).round_ties_even() as i8 as u8));
-            }
-            out.append(&mut integers);
-        }
+        encoder.push(&row.features, &row.last);
     }
-    debug_assert_eq!(out.len(), len);
+    let out = encoder.finish(&row.ids, &row.loss_mask)?;
+    debug_assert_eq!(Some(out.len()), encoded_len(tokens, spec));
     Ok(out)
 }
 

@@ -28,6 +28,7 @@
 //! Shape legend: `S` tokens of a row, `Ht` target width, `K` captured layers.
 
 mod codec;
+mod kept;
 mod parts;
 mod places;
 mod read;
@@ -45,10 +46,13 @@ use crate::atomic::{self, AtomicError};
 use crate::mapped::OpenError;
 pub use crate::run::CaptureDtype;
 
+pub use codec::RowEncoder;
+pub use kept::{KeptKey, KeptRows, KeptWriter, drop_kept};
 pub use parts::{Part, PartWriter, Parts};
 pub use places::{RowPlace, RowPlaces, decode_frame};
 pub use read::CacheReader;
 pub use row::{CacheSpec, CaptureRow};
+pub use shard::StoredRow;
 pub use write::CacheWriter;
 
 /// Newest version that this code reads and writes.

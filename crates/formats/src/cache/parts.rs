@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::places::places_in;
-use super::shard::{ShardFile, frame_of};
+use super::shard::{ShardFile, StoredRow, frame_of};
 use super::{CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, ShardEntry, shard_name};
 use crate::atomic::{self, AtomicError};
 use crate::hash;
@@ -81,13 +81,27 @@ impl PartWriter {
     /// # Errors
     /// As [`CacheWriter::push`].
     pub fn push(&mut self, row: &CaptureRow) -> Result<bool, CacheError> {
-        let number = self.rows.start + self.shard.rows();
-        if number >= self.rows.end {
-            return Err(CacheError::Row { row: number, problem: "its part is full".to_string() });
-        }
-        let (frame, tokens) = frame_of(row, &self.spec, number)?;
-        self.shard.push(row, (&frame, tokens))?;
+        let number = self.check_room()?;
+        self.push_stored(&frame_of(row, &self.spec, number)?)
+    }
+
+    /// The same with a row that is as it is stored, in a cache of the same target, layers and type.
+    ///
+    /// # Errors
+    /// As [`CacheWriter::push_stored`].
+    pub fn push_stored(&mut self, row: &StoredRow) -> Result<bool, CacheError> {
+        let number = self.check_room()?;
+        self.shard.push(row)?;
         Ok(number + 1 == self.rows.end)
+    }
+
+    /// The number of the next row.
+    fn check_room(&self) -> Result<u64, CacheError> {
+        let number = self.rows.start + self.shard.rows();
+        match number < self.rows.end {
+            true => Ok(number),
+            false => Err(CacheError::Row { row: number, problem: "its part is full".to_string() }),
+        }
     }
 
     /// Ends the part.

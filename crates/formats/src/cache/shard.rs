@@ -3,29 +3,63 @@
 use std::io::Write;
 use std::path::Path;
 
-use super::{CacheError, CacheSpec, CaptureRow, MAGIC, ShardEntry, codec};
+use super::{CacheError, CacheSpec, CaptureRow, MAGIC, RowEncoder, ShardEntry, codec};
 use crate::atomic::{AtomicError, AtomicFile};
 use crate::hash::Hasher;
 
 /// Level 1 takes what there is: states are close to noise, ids and masks are not.
 const ZSTD_LEVEL: i32 = 1;
 
-/// A row as it is stored, and its tokens. Both fit 32 bits.
+/// A row as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRow {
+    /// Its frame.
+    pub(super) frame: Vec<u8>,
+    /// Its tokens.
+    pub(super) tokens: u32,
+    /// Those with loss.
+    pub(super) trained: u32,
+}
+
+impl StoredRow {
+    /// A row whose states came token by token.
+    ///
+    /// # Errors
+    /// [`CacheError::Row`] with this number, if the lengths disagree or a state is not finite.
+    pub fn of(
+        encoder: &RowEncoder,
+        ids: &[u32],
+        loss_mask: &[bool],
+        number: u64,
+    ) -> Result<StoredRow, CacheError> {
+        StoredRow::pack(encoder.finish(ids, loss_mask), loss_mask, number)
+    }
+
+    /// Tokens of the row.
+    pub fn tokens(&self) -> u64 {
+        u64::from(self.tokens)
+    }
+
+    fn pack(raw: Result<Vec<u8>, String>, mask: &[bool], number: u64) -> Result<StoredRow, CacheError> {
+        let refuse = |problem: String| CacheError::Row { row: number, problem };
+        let frame = zstd::bulk::compress(&raw.map_err(refuse)?, ZSTD_LEVEL);
+        let frame = frame.map_err(|e| refuse(e.to_string()))?;
+        match (u32::try_from(frame.len()), u32::try_from(mask.len())) {
+            (Ok(_), Ok(tokens)) => {
+                let trained = mask.iter().filter(|m| **m).count() as u32;
+                Ok(StoredRow { frame, tokens, trained })
+            }
+            _ => Err(refuse("it is larger than 4 GiB".to_string())),
+        }
+    }
+}
+
+/// A row as it is stored.
 ///
 /// # Errors
 /// [`CacheError::Row`], with the row's number.
-pub(super) fn frame_of(
-    row: &CaptureRow,
-    spec: &CacheSpec,
-    number: u64,
-) -> Result<(Vec<u8>, u32), CacheError> {
-    let refuse = |problem: String| CacheError::Row { row: number, problem };
-    let raw = codec::encode(row, spec).map_err(refuse)?;
-    let frame = zstd::bulk::compress(&raw, ZSTD_LEVEL).map_err(|e| refuse(e.to_string()))?;
-    match (u32::try_from(frame.len()), u32::try_from(row.len())) {
-        (Ok(_), Ok(tokens)) => Ok((frame, tokens)),
-        _ => Err(refuse("it is larger than 4 GiB".to_string())),
-    }
+pub(super) fn frame_of(row: &CaptureRow, spec: &CacheSpec, number: u64) -> Result<StoredRow, CacheError> {
+    StoredRow::pack(codec::encode(row, spec), &row.loss_mask, number)
 }
 
 /// A file in the format of a shard, frame by frame. Dropped before it is closed it leaves nothing.
@@ -64,14 +98,10 @@ impl ShardFile {
         self.at
     }
 
-    /// Adds a row with the frame that [`frame_of`] made of it.
-    pub(super) fn push(
-        &mut self,
-        row: &CaptureRow,
-        (frame, tokens): (&[u8], u32),
-    ) -> Result<(), AtomicError> {
-        self.push_frame(frame, tokens)?;
-        self.count_trained(row.loss_mask.iter().filter(|m| **m).count() as u64);
+    /// Adds a row.
+    pub(super) fn push(&mut self, row: &StoredRow) -> Result<(), AtomicError> {
+        self.push_frame(&row.frame, row.tokens)?;
+        self.count_trained(u64::from(row.trained));
         Ok(())
     }
 

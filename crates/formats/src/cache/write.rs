@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::shard::{ShardFile, frame_of};
+use super::shard::{ShardFile, StoredRow, frame_of};
 use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, shard_name};
 use crate::atomic::{self, AtomicError};
 
@@ -89,13 +89,18 @@ impl CacheWriter {
     /// [`CacheError::Row`] for shapes that disagree, values that are not finite, and rows beyond the expected number;
     /// [`CacheError::File`] if the disk is full: then the open shard is gone and finished ones stay.
     pub fn push(&mut self, row: &CaptureRow) -> Result<(), CacheError> {
-        let number = self.rows_done;
-        let refuse = |problem: String| CacheError::Row { row: number, problem };
-        if number >= self.manifest.spec.rows {
-            return Err(refuse(format!("the cache is for {} rows", self.manifest.spec.rows)));
-        }
-        let (frame, tokens) = frame_of(row, &self.manifest.spec, number)?;
-        let result = self.append(row, (&frame, tokens));
+        self.check_room()?;
+        let stored = frame_of(row, &self.manifest.spec, self.rows_done)?;
+        self.push_stored(&stored)
+    }
+
+    /// The same with a row that is as it is stored, in a cache of the same target, layers and type.
+    ///
+    /// # Errors
+    /// Those of [`CacheWriter::push`] but for shapes and values.
+    pub fn push_stored(&mut self, row: &StoredRow) -> Result<(), CacheError> {
+        self.check_room()?;
+        let result = self.append(row);
         if result.is_err() {
             // What was in the open shard is lost; the numbers must say so.
             self.shard = None;
@@ -104,7 +109,15 @@ impl CacheWriter {
         result
     }
 
-    fn append(&mut self, row: &CaptureRow, frame: (&[u8], u32)) -> Result<(), CacheError> {
+    fn check_room(&self) -> Result<(), CacheError> {
+        let (row, rows) = (self.rows_done, self.manifest.spec.rows);
+        match row < rows {
+            true => Ok(()),
+            false => Err(CacheError::Row { row, problem: format!("the cache is for {rows} rows") }),
+        }
+    }
+
+    fn append(&mut self, row: &StoredRow) -> Result<(), CacheError> {
         let shard = match &mut self.shard {
             Some(shard) => shard,
             None => {
@@ -112,7 +125,7 @@ impl CacheWriter {
                 self.shard.insert(ShardFile::create(&self.dir, name)?)
             }
         };
-        shard.push(row, frame)?;
+        shard.push(row)?;
         let full = shard.rows() >= u64::from(self.manifest.spec.shard_rows);
         self.rows_done += 1;
         if full || self.rows_done == self.manifest.spec.rows {

@@ -244,6 +244,7 @@ impl Asked {
                 logprobs,
                 prompt_logprobs,
                 grammar: grammar.clone().map(|grammar| grammar as _),
+                ..GenerateOptions::default()
             },
             grammar,
             tools,
