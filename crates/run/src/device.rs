@@ -76,7 +76,7 @@ impl Compute {
     /// Whether its rows have the same bits whatever they are computed beside: [`Kernels::ROW_EXACT`].
     pub(crate) fn row_exact(&self) -> bool {
         match self {
-            Compute::Cpu => draftsmith_kernels::Cpu::ROW_EXACT,
+            Compute::Cpu => Host::ROW_EXACT,
             #[cfg(feature = "gpu-flex")]
             Compute::Gpu(_) => Gpu::ROW_EXACT,
             Compute::Cuda(_) => Cuda::<Card>::ROW_EXACT,
