@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use draftsmith::formats::atomic;
 use draftsmith::report::Report;
+use draftsmith::run::plan::Plan;
 use draftsmith::run::{InitOptions, init as write_init, run_name};
 use draftsmith::{Error, cli};
 use serde_json::json;
@@ -97,7 +98,8 @@ pub(crate) fn make(args: &cli::Make, session: &Session) -> Result<u8, Failure> {
         return plan("run", &run, session);
     }
     let bill = plan_of("run", &run, session)?;
-    plan_text(&bill).lines().for_each(|line| session.printer.note(line));
+    // The size of the draft is said when the run begins.
+    plan_text(&Plan { draft: None, ..bill.clone() }).lines().for_each(|line| session.printer.note(line));
     session.printer.note("it begins; stopped at any moment, the same command goes on");
     advance_on(&bill, &run, session)
 }

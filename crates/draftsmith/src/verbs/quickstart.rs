@@ -208,10 +208,13 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         if let Some(doubt) = &busy {
             printer::out(&format!("doubt          {}: {}\n", doubt.message(), doubt.advice()))?;
         }
+        // What ships has a name that every verb knows.
+        let name = bundle.file_name().filter(|_| args.bundle.is_none());
+        let name = name.map_or_else(|| shown(&bundle), |name| name.to_string_lossy().into_owned());
         printer::out(&format!(
             "next           a page, and OpenAI's API: draftsmith serve --bundle {}\n\
              \x20              a draft for your own model: draftsmith make hf:ORG/NAME --data chats.jsonl --hours 1\n",
-            shown(&bundle)
+            name
         ))?;
     }
     Ok(if identical { 0 } else { NOT_HELD })
