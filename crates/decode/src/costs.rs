@@ -126,15 +126,19 @@ const BUCKETS: [usize; 14] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 const WINDOW: usize = 31;
 /// Values from which on a median counts.
 const ENOUGH: usize = 3;
-/// Share of what a pass shows that is put down to the load of the machine,
-const DRIFT_GAIN: f32 = 0.1;
-/// of at most so much (a logarithm),
-const DRIFT_CLIP: f32 = 0.3;
-/// unless the middle one of so many passes in a row shows more than this: then the load has changed.
+/// What a pass shows is put down to the load of the machine by steps of at most so much (a logarithm),
+const DRIFT_STEP: f32 = 0.015;
+/// which are the same for all that is further from the middle than this: disturbed passes are far above it, and undisturbed ones
+/// never as far below, so steps by distance would lead upwards.
+const DRIFT_NEAR: f32 = 0.05;
+/// The load has changed at once where the middle one of so many passes in a row shows more than this.
 const JUMP_PASSES: usize = 5;
 const JUMP: f32 = 0.12;
 /// Octaves of rows over which what was seen of one size speaks for another, down to 1/e.
 const REACH: f32 = 0.5;
+/// Passes after which what was seen of a size counts 1/e, and what its neighbours show the more: load and size are told apart
+/// only where several sizes are seen, and what is not seen any more must not be held against what is.
+const FORGET: f32 = 64.0;
 /// Sizes that disagree among each other by this factor refute a curve,
 const OFF_SHAPE: f32 = 1.35;
 /// and so does a machine that is faster than it seemed by this one: it was busy when it was measured.
@@ -143,6 +147,30 @@ const OFF_SCALE: f32 = 1.35;
 /// The latest values, and the middle of them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Recent(VecDeque<f32>);
+
+/// The same, and at which pass the last one came.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    recent: Recent,
+    at: u64,
+}
+
+impl Seen {
+    fn push(&mut self, value: f32, now: u64) {
+        // What is forgotten does not come back with a new value.
+        let (len, fresh) = (self.recent.0.len(), self.fresh(now));
+        if fresh < 0.5 {
+            self.recent.0.drain(..len - (len as f32 * fresh) as usize);
+        }
+        self.recent.push(value);
+        self.at = now;
+    }
+
+    /// How much of it still counts.
+    fn fresh(&self, now: u64) -> f32 {
+        (-(now.saturating_sub(self.at) as f32) / FORGET).exp()
+    }
+}
 
 impl Recent {
     pub(crate) fn push(&mut self, value: f32) {
@@ -174,10 +202,12 @@ pub(crate) struct Ledger {
     drift: f32,
     /// What the latest passes showed beside it.
     latest: Vec<f32>,
+    /// Passes so far.
+    passes: u64,
     /// Per bucket what is left.
-    buckets: [Recent; BUCKETS.len()],
-    draft_step: Recent,
-    extend: Recent,
+    buckets: [Seen; BUCKETS.len()],
+    draft_step: Seen,
+    extend: Seen,
     told: bool,
 }
 
@@ -197,10 +227,11 @@ impl Ledger {
         let at = bucket(rows)?;
         let found = log_ratio(ms, measured.verify(rows))?;
         // Passes of one size change together with the machine. How sizes differ among each other does not.
-        if let Some(own) = self.buckets[at].median() {
+        if let Some(own) = self.buckets[at].recent.median() {
             self.change(found - self.drift - own);
         }
-        self.buckets[at].push(found - self.drift);
+        self.passes += 1;
+        self.buckets[at].push(found - self.drift, self.passes);
         if self.told {
             return None;
         }
@@ -223,20 +254,20 @@ impl Ledger {
             }
             self.latest.remove(0);
         }
-        self.drift += DRIFT_GAIN * by.clamp(-DRIFT_CLIP, DRIFT_CLIP);
+        self.drift += DRIFT_STEP * (by / DRIFT_NEAR).clamp(-1.0, 1.0);
     }
 
     /// Draft steps took so long each.
     pub(crate) fn draft_step(&mut self, measured: &Costs, ms: f32) {
         if let Some(found) = log_ratio(ms, measured.draft_step_ms) {
-            self.draft_step.push(found - self.drift);
+            self.draft_step.push(found - self.drift, self.passes);
         }
     }
 
     /// Taking in the features of a step, and the draft's first proposals after it, took so long.
     pub(crate) fn extend(&mut self, measured: &Costs, ms: f32) {
         if let Some(found) = log_ratio(ms, measured.extend_ms) {
-            self.extend.push(found - self.drift);
+            self.extend.push(found - self.drift, self.passes);
         }
     }
 
@@ -245,7 +276,10 @@ impl Ledger {
         let medians: Vec<(usize, f32, f32)> = BUCKETS
             .iter()
             .zip(&self.buckets)
-            .filter_map(|(rows, recent)| Some((*rows, recent.median()?, recent.0.len() as f32)))
+            .filter_map(|(rows, seen)| {
+                let weight = seen.recent.0.len() as f32 * seen.fresh(self.passes);
+                Some((*rows, seen.recent.median()?, weight))
+            })
             .collect();
         let near = |rows: usize| {
             let (mut sum, mut weights) = (0.0, 0.0);
@@ -255,7 +289,8 @@ impl Ledger {
                 sum += weight * says;
                 weights += weight;
             }
-            sum / weights
+            // The latest pass is always fresh, but may be far: then its size speaks for all.
+            sum / weights.max(f32::MIN_POSITIVE)
         };
         medians.iter().map(|(rows, ..)| (*rows, near(*rows))).collect()
     }
@@ -264,8 +299,8 @@ impl Ledger {
         let full: Vec<(usize, f32)> = BUCKETS
             .iter()
             .zip(&self.buckets)
-            .filter(|(_, recent)| recent.is_full())
-            .filter_map(|(rows, recent)| Some((*rows, recent.median()?)))
+            .filter(|(_, seen)| seen.recent.is_full() && self.passes - seen.at < FORGET as u64)
+            .filter_map(|(rows, seen)| Some((*rows, seen.recent.median()?)))
             .collect();
         let first = full.first()?;
         let told = |rows: usize, expected: f32, found: f32| {
@@ -322,7 +357,10 @@ impl Ledger {
             least = least.min(*ms);
             *ms = (least + above) / 2.0;
         }
-        let own = |recent: &Recent| (self.drift + recent.median().unwrap_or_else(|| shape(1))).exp();
+        let own = |seen: &Seen| {
+            let (all, fresh) = (shape(1), seen.fresh(self.passes));
+            (self.drift + seen.recent.median().map_or(all, |own| fresh * own + (1.0 - fresh) * all)).exp()
+        };
         let (step, extend) = (own(&self.draft_step), own(&self.extend));
         Costs {
             verify_ms,
@@ -416,6 +454,40 @@ mod tests {
             assert!((0.9..1.1).contains(&ratio), "{rows} rows: {ratio}");
         }
         assert!((found.draft_step_ms / 1.6 - 1.0).abs() < 0.1, "{found:?}");
+    }
+
+    #[test]
+    fn what_is_not_seen_any_more_keeps_its_place_beside_what_is() {
+        let real = costs(&[(1, 5.0), (2, 5.5), (4, 6.5), (8, 10.0)]).sound();
+        let mut ledger = Ledger::default();
+        // A shared machine: one pass in four is held up, by as much as its time.
+        let mut random = 7u32;
+        let mut held_up = || {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let x = (random >> 8) as f32 / (1 << 24) as f32;
+            if x < 0.25 { 1.0 + 4.0 * x } else { 1.0 + 0.1 * x }
+        };
+        for pass in 0..10_000 {
+            // All sizes at first, later none but one and two rows, then one.
+            let rows = match pass {
+                0..200 => [1, 2, 4, 8][pass % 4],
+                200..2_000 => [1, 2][pass % 2],
+                _ => 1,
+            };
+            ledger.pass(&real, rows, real.verify(rows) * held_up());
+            if rows > 1 {
+                ledger.draft_step(&real, held_up());
+            }
+            if pass % 100 == 99 {
+                let found = ledger.corrected(&real);
+                for rows in [2, 4, 8] {
+                    let ratio = found.verify(rows) / found.verify(1) / (real.verify(rows) / real.verify(1));
+                    assert!((0.75..1.35).contains(&ratio), "pass {pass}, {rows} rows: {ratio}, {found:?}");
+                }
+                let step = found.draft_step_ms / (found.verify(1) / real.verify(1));
+                assert!((0.7..1.4).contains(&step), "pass {pass}: a draft step {step}");
+            }
+        }
     }
 
     #[test]
