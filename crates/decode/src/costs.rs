@@ -138,7 +138,7 @@ const JUMP: f32 = 0.12;
 const REACH: f32 = 0.5;
 /// Passes after which what was seen of a size counts 1/e, and what its neighbours show the more: load and size are told apart
 /// only where several sizes are seen, and what is not seen any more must not be held against what is.
-const FORGET: f32 = 64.0;
+const FORGET: f32 = 256.0;
 /// Sizes that disagree among each other by this factor refute a curve,
 const OFF_SHAPE: f32 = 1.35;
 /// and so does a machine that is faster than it seemed by this one: it was busy when it was measured.
