@@ -89,7 +89,7 @@ impl<K: Kernels> Generator for EngineGenerator<'_, K> {
                                 max_new_tokens: prompt.max_new_tokens,
                                 sampling: request.sampling,
                                 stop_ids: self.prompter.tokenizer.eos_ids().to_vec(),
-                                known_states: states.as_ref().map_or(0, RowEncoder::len),
+                                known_states: states.as_ref().map(RowEncoder::len),
                                 ..GenerateOptions::default()
                             };
                             let one = Asked { ids: prompt.ids.clone(), states };

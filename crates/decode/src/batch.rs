@@ -27,8 +27,8 @@ impl<K: Kernels> Engine<K> {
         self.generate_watched(batch, None, next, on_done)
     }
 
-    /// The same, and `watch` hears the states of all tokens: what a capture of the finished sequences would give, bit for bit
-    /// where [`Kernels::ROW_EXACT`] holds.
+    /// The same, and `watch` hears the states of all tokens of the requests that want them ([`GenerateOptions::known_states`]): what a
+    /// capture of the finished sequences would give, bit for bit where [`Kernels::ROW_EXACT`] holds.
     ///
     /// # Errors
     /// As [`Engine::generate`], for the first bad request.
@@ -49,10 +49,7 @@ impl<K: Kernels> Engine<K> {
             while !drained && running.len() < batch.batch_size.max(1) {
                 match next() {
                     None => drained = true,
-                    Some((id, prompt, options)) => {
-                        running.running.push(self.begin(&prompt, &options, watch.is_some())?);
-                        running.ids.push(id as u64);
-                    }
+                    Some((id, prompt, options)) => running.admit(id as u64, &prompt, &options)?,
                 }
             }
             if running.is_empty() {
@@ -113,7 +110,7 @@ impl<K: Kernels, E: Deref<Target = Engine<K>>> Batch<E, K> {
         prompt_ids: &[u32],
         options: &GenerateOptions,
     ) -> Result<(), DecodeError> {
-        self.running.push(self.engine.begin(prompt_ids, options, false)?);
+        self.running.push(self.engine.begin(prompt_ids, options)?);
         self.ids.push(id);
         Ok(())
     }

@@ -289,8 +289,8 @@ impl Ledger {
                 sum += weight * says;
                 weights += weight;
             }
-            // The latest pass is always fresh, but may be far: then its size speaks for all.
-            sum / weights.max(f32::MIN_POSITIVE)
+            // Of the latest passes some size is always known, and fresh.
+            sum / weights
         };
         medians.iter().map(|(rows, ..)| (*rows, near(*rows))).collect()
     }

@@ -180,19 +180,18 @@ impl<K: Kernels> Engine<K> {
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(&TokenEvent) -> ControlFlow<()>,
     ) -> Result<Generation, DecodeError> {
-        let mut session = self.begin(prompt_ids, options, false)?;
+        let mut session = self.begin(prompt_ids, options)?;
         while session.finish.is_none() {
             self.step(std::slice::from_mut(&mut session), None, &mut |_, event| on_token(event));
         }
         Ok(self.end(session))
     }
 
-    /// Starts a sequence. `watched`: the states of its tokens are listened to.
+    /// Starts a sequence.
     pub(crate) fn begin(
         &self,
         prompt_ids: &[u32],
         options: &GenerateOptions,
-        watched: bool,
     ) -> Result<Session<K>, DecodeError> {
         let vocab = self.target.config().vocab_size;
         if prompt_ids.is_empty() {
@@ -230,7 +229,7 @@ impl<K: Kernels> Engine<K> {
             Some(_) => None,
             // The last token of what is asked for is never among what comes back.
             None => {
-                let known = if watched { options.known_states } else { prompt_ids.len() };
+                let known = options.known_states.unwrap_or(prompt_ids.len());
                 self.prefixes().take(&prompt_ids[..prompt_ids.len().min(known.saturating_add(1))], with)
             }
         };
@@ -252,7 +251,6 @@ impl<K: Kernels> Engine<K> {
             stats: AcceptStats::default(),
             finish: (options.max_new_tokens == 0 && options.prompt_logprobs.is_none())
                 .then_some(FinishReason::Length),
-            watched,
             prefill: Duration::ZERO,
             started: Instant::now(),
             first_token: None,
@@ -334,9 +332,10 @@ impl<K: Kernels> Engine<K> {
         for (index, session) in sessions.iter().enumerate().filter(|(_, s)| !s.is_over()) {
             let left = session.prompt_left();
             let rows = match left {
-                _ if session.owes_states() => session.tokens[session.kv.len()..].to_vec(),
                 0 => {
-                    decoding.push(index);
+                    if session.finish.is_none() {
+                        decoding.push(index);
+                    }
                     vec![*session.tokens.last().expect("a session has tokens")]
                 }
                 _ => {
@@ -344,7 +343,7 @@ impl<K: Kernels> Engine<K> {
                     session.tokens[from..from + left.min(prefill_left)].to_vec()
                 }
             };
-            if left > 0 && session.finish.is_none() {
+            if left > 0 {
                 prefill_left -= rows.len();
             }
             if !rows.is_empty() {
@@ -506,7 +505,9 @@ impl<K: Kernels> Engine<K> {
         if let Some((watch, ids)) = watch {
             let (features, last) = self.target.states(&output);
             let (joined, width) = (features.len() / output.last.rows, output.last.width);
-            for (((index, rows, _), position), (first_row, ..)) in work.iter().zip(&bases).zip(&spans) {
+            let wanted = |index: usize| sessions[index].options.known_states.is_some();
+            let parts = work.iter().zip(&bases).zip(&spans).filter(|(((index, ..), _), _)| wanted(*index));
+            for (((index, rows, _), position), (first_row, ..)) in parts {
                 let of = *first_row as usize..*first_row as usize + rows.len();
                 let states = States {
                     position: *position,

@@ -29,9 +29,9 @@ pub struct GenerateOptions {
     pub prompt_logprobs: Option<usize>,
     /// What the answer must be.
     pub grammar: Option<Arc<dyn Grammar>>,
-    /// Of how many first tokens of the prompt the caller knows the states that [`Watch`] hands out: those alone may come from a
-    /// kept cache. Read in watched batches only.
-    pub known_states: usize,
+    /// In a batch with a [`Watch`]: the states of all tokens are wanted, and the caller knows those of so many first ones. Those alone
+    /// may come from a kept cache.
+    pub known_states: Option<usize>,
 }
 
 impl Default for GenerateOptions {
@@ -46,13 +46,13 @@ impl Default for GenerateOptions {
             logprobs: None,
             prompt_logprobs: None,
             grammar: None,
-            known_states: 0,
+            known_states: None,
         }
     }
 }
 
-/// Hears the hidden states of every token of a batch: of prompts and answers, the last token of an answer included, which is read for
-/// this alone.
+/// Hears the hidden states of every token of the requests that want them: of prompts and answers, the last token of an answer
+/// included, which is read for this alone.
 pub struct Watch<'w> {
     /// The captured layers, `K` of them.
     pub layers: &'w [LayerId],

@@ -121,8 +121,6 @@ pub(crate) struct Session<K: Kernels> {
     pub grammar: Option<Box<dyn GrammarState>>,
     pub stats: AcceptStats,
     pub finish: Option<FinishReason>,
-    /// The states of its tokens are listened to.
-    pub watched: bool,
     pub prefill: Duration,
     pub started: std::time::Instant,
     /// When the first token was committed.
@@ -174,7 +172,7 @@ impl<K: Kernels> Session<K> {
 
     /// True if all that is left to do is to read the last token, for its states.
     pub(crate) fn owes_states(&self) -> bool {
-        self.watched && self.finish.is_some() && self.kv.len() < self.tokens.len()
+        self.options.known_states.is_some() && self.finish.is_some() && self.kv.len() < self.tokens.len()
     }
 
     /// True if the next step has nothing to do for it.

@@ -55,7 +55,7 @@ pub(super) struct AnswerLine {
 }
 
 /// For fields that are absent where they say nothing.
-fn is_zero(n: &u64) -> bool {
+pub(super) fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 

@@ -19,8 +19,8 @@ use draftsmith_capture::{
 use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{
-    CacheError, CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, Parts, StoredRow,
-    drop_kept, estimate_bytes,
+    CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, Parts, StoredRow, drop_kept,
+    estimate_bytes,
 };
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
 use draftsmith_formats::tokens::TokenFile;
@@ -30,6 +30,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Run;
+use super::answers::is_zero;
 use super::aside::Aside;
 use super::state::Phase;
 use crate::Error;
@@ -52,7 +53,7 @@ pub struct Bill {
     /// Bytes of the finished cache, estimated before compression.
     pub bytes: u64,
     /// Of the tokens, those whose states answering keeps: they are copied.
-    #[serde(skip_serializing_if = "is_none")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub kept_tokens: u64,
     /// Bytes free where it goes, if the system says.
     pub free_bytes: Option<u64>,
@@ -63,11 +64,6 @@ pub struct Bill {
     /// What rows and tokens were counted from, if not from finished rows: they are estimates then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub estimated_from: Option<String>,
-}
-
-/// For numbers that are left out where they say nothing.
-fn is_none(n: &u64) -> bool {
-    *n == 0
 }
 
 /// Rows and tokens that capture will see.
@@ -400,27 +396,17 @@ impl Run<'_> {
         source: &mut Source<'_>,
         count: &mut dyn FnMut(u64, u64),
     ) -> (Result<u64, Error>, Vec<String>) {
-        let (mut failed, stop) = (None, self.env.stop);
-        let numbers = sink.rows_done()..spec.rows;
-        let ended = rows_of(numbers, (tokens, kept), source, &|| stop.requested(), &mut |row, kept| {
-            let pushed = match &row {
-                Came::Captured(row) => sink.push(row),
-                Came::Kept(row) => sink.push_stored(row),
-            };
-            if let Err(error) = pushed {
-                failed = Some(error);
-                return ControlFlow::Break(());
-            }
+        let (numbers, stop) = (sink.rows_done()..spec.rows, self.env.stop);
+        let rows = Rows { tokens, kept, spec };
+        let ended = rows.hand_on(numbers, source, &|| stop.requested(), &mut |row, kept| {
+            sink.push(&row)?;
             kept.release(sink.rows_finished());
             count(1, row.tokens());
-            ControlFlow::Continue(())
+            Ok(())
         });
         let notes = sink.notes();
         let all = || {
-            match failed {
-                Some(error) => return Err(error),
-                None => ended?,
-            }
+            ended?;
             self.check_stop(Stage::Capture)?;
             let bytes = sink.bytes_written();
             sink.finish()?;
@@ -498,10 +484,12 @@ impl Run<'_> {
         on_row: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Vec<Part>, Error> {
         let spec = self.cache_spec(tokens)?;
-        let (mut made, mut failed) = (Vec::new(), None);
-        let (over, mut waiting, mut writer) = (Cell::new(false), share.iter(), None::<PartWriter>);
+        let (over, mut made) = (Cell::new(false), Vec::new());
+        let (mut waiting, mut writer) = (share.iter(), None::<PartWriter>);
         let numbers = share.iter().cloned().flatten();
-        let mut write = |row: &Came| -> Result<(), CacheError> {
+        let ends = || over.get() || self.env.stop.requested();
+        let rows = Rows { tokens, kept, spec: &spec };
+        rows.hand_on(numbers, source, &ends, &mut |row, _| {
             let part = match &mut writer {
                 Some(part) => part,
                 None => {
@@ -509,28 +497,15 @@ impl Run<'_> {
                     writer.insert(PartWriter::create(dir, &spec, rows)?)
                 }
             };
-            let full = match row {
-                Came::Captured(row) => part.push(row)?,
-                Came::Kept(row) => part.push_stored(row)?,
-            };
-            if full && let Some(full) = writer.take() {
+            if part.push(&row)?
+                && let Some(full) = writer.take()
+            {
                 made.push(full.finish()?);
             }
-            Ok(())
-        };
-        let ends = || over.get() || self.env.stop.requested();
-        rows_of(numbers, (tokens, kept), source, &ends, &mut |row, _| {
-            if let Err(error) = write(&row) {
-                failed = Some(error);
-                return ControlFlow::Break(());
-            }
             over.set(over.get() || on_row(row.tokens()));
-            ControlFlow::Continue(())
+            Ok(())
         })?;
-        match failed {
-            Some(error) => Err(error.into()),
-            None => Ok(made),
-        }
+        Ok(made)
     }
 
     /// The rows that training reads: from the cache, or captured as they are asked for.
@@ -573,51 +548,55 @@ fn kept_tokens(tokens: &TokenFile, kept: &KeptRows) -> u64 {
     rows.map(|n| tokens.row_counts(n).0 as u64).sum()
 }
 
-/// A row on its way into the cache.
-enum Came {
-    /// From the target.
-    Captured(CaptureRow),
-    /// As answering left it.
-    Kept(StoredRow),
+/// The rows of a capture.
+struct Rows<'a> {
+    tokens: &'a TokenFile,
+    /// What answering left of them.
+    kept: &'a mut KeptRows,
+    spec: &'a CacheSpec,
 }
 
-impl Came {
-    fn tokens(&self) -> u64 {
-        match self {
-            Came::Captured(row) => row.len() as u64,
-            Came::Kept(row) => row.tokens(),
+impl Rows<'_> {
+    /// Hands on the rows with these numbers as they are stored, in order: what is kept as it is, the others from the source, until
+    /// `ends` says so or `on_row` fails.
+    fn hand_on(
+        self,
+        numbers: impl Iterator<Item = u64>,
+        source: &mut Source<'_>,
+        ends: &dyn Fn() -> bool,
+        on_row: &mut dyn FnMut(StoredRow, &mut KeptRows) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Rows { tokens, kept, spec } = self;
+        let mut numbers = numbers.peekable();
+        while let Some(number) = numbers.next().filter(|_| !ends()) {
+            if let Some(row) = kept.get(number) {
+                on_row(row, kept)?;
+                continue;
+            }
+            // With those behind it that are not kept either: a source may take several at once.
+            let neighbours = std::iter::from_fn(|| numbers.next_if(|n| !kept.has(*n)));
+            let run: Vec<u64> = std::iter::once(number).chain(neighbours).collect();
+            let (mut asked, mut came, mut failed) = (run.iter(), run.iter(), None);
+            let mut next = || {
+                let number = if ends() { None } else { asked.next() };
+                number.map(|n| token_row(tokens, *n as usize))
+            };
+            let ended = source.capture_rows(&mut next, &mut |row| {
+                let number = *came.next().expect("a row that was asked for");
+                let stored = StoredRow::of_row(&row, spec, number).map_err(Error::from);
+                match stored.and_then(|row| on_row(row, kept)) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(error) => {
+                        failed = Some(error);
+                        ControlFlow::Break(())
+                    }
+                }
+            });
+            failed.map_or(Ok(()), Err)?;
+            ended?;
         }
+        Ok(())
     }
-}
-
-/// Hands on the rows with these numbers, in order: what is kept as it is, the others from the source, until `ends` or `on_row` says so.
-fn rows_of(
-    numbers: impl Iterator<Item = u64>,
-    (tokens, kept): (&TokenFile, &mut KeptRows),
-    source: &mut Source<'_>,
-    ends: &dyn Fn() -> bool,
-    on_row: &mut dyn FnMut(Came, &mut KeptRows) -> ControlFlow<()>,
-) -> Result<(), CaptureError> {
-    let (mut numbers, mut broke) = (numbers.peekable(), false);
-    while let Some(number) = numbers.next().filter(|_| !broke && !ends()) {
-        if let Some(row) = kept.get(number) {
-            broke = on_row(Came::Kept(row), kept).is_break();
-            continue;
-        }
-        // With those behind it that are not kept either: a source may take several at once.
-        let neighbours = std::iter::from_fn(|| numbers.next_if(|n| !kept.has(*n)));
-        let mut run = std::iter::once(number).chain(neighbours).collect::<Vec<u64>>().into_iter();
-        let mut next = || {
-            let number = if ends() { None } else { run.next() };
-            number.map(|n| token_row(tokens, n as usize))
-        };
-        source.capture_rows(&mut next, &mut |row| {
-            let flow = on_row(Came::Captured(row), kept);
-            broke = flow.is_break();
-            flow
-        })?;
-    }
-    Ok(())
 }
 
 fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {

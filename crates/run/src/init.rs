@@ -370,10 +370,7 @@ fn run_paces(file: &RunFile, amounts: &Amounts, rates: &Rates) -> Paces {
     let (seconds, written, _) = rates.batch_seconds(&requests, batch, None);
     Paces {
         answer_s: seconds / written.max(1) as f64,
-        capture_s: {
-            let kept = amounts.kept_tokens as f64 / amounts.tokens().max(1) as f64;
-            kept * rates.kept_s() + (1.0 - kept) * rates.capture_s
-        },
+        capture_s: rates.states_s(amounts.kept_share()),
         new_slot_s: rates.slot_s[0] + rates.update_s / f64::from(rules::TOKENS_PER_STEP),
         old_slot_s: rates.slot_s[1] + rates.update_s / f64::from(rules::TOKENS_PER_STEP),
         row_tokens: amounts.tokens() as f64 / written.max(1) as f64,

@@ -171,6 +171,11 @@ impl Amounts {
         self.lengths.iter().map(|(tokens, _)| u64::from(*tokens)).sum()
     }
 
+    /// Share of the tokens whose states answering keeps.
+    pub(crate) fn kept_share(&self) -> f64 {
+        self.kept_tokens as f64 / self.tokens().max(1) as f64
+    }
+
     pub(crate) fn trained(&self) -> u64 {
         self.lengths.iter().map(|(_, trained)| u64::from(*trained)).sum()
     }
@@ -427,15 +432,14 @@ pub(crate) fn bills(
                     bill.how = "a server computes the states: nothing was asked of it".to_string();
                 } else {
                     let most = among.share(amounts.lengths.len() as u64);
-                    let kept = amounts.kept_tokens as f64;
-                    let tried = tried.min(tokens - kept);
-                    let computed = (tokens - kept) * most + tried;
-                    bill.seconds = Some(computed * rates.capture_s + kept * most * rates.kept_s());
+                    let kept = amounts.kept_share();
+                    let tried = tried.min(tokens * (1.0 - kept));
+                    bill.seconds = Some(tokens * most * rates.states_s(kept) + tried * rates.capture_s);
                     fixed = Some(tried * rates.capture_s);
                     bill.how = format!("{:.0} tokens/s over a few rows", 1.0 / rates.capture_s.max(1e-12));
                     if kept > 0.0 {
-                        let share = 100.0 * kept / tokens.max(1.0);
-                        bill.how = format!("{share:.0} % kept when they are answered; else {}", bill.how);
+                        bill.how =
+                            format!("{:.0} % kept when they are answered; else {}", 100.0 * kept, bill.how);
                     }
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;

@@ -115,9 +115,9 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// Copying a token's states that answering kept, in seconds.
-    pub(crate) fn kept_s(&self) -> f64 {
-        self.capture_bytes * self.disk_s
+    /// Seconds of a token's states, where answering kept this share of all: those are copied.
+    pub(crate) fn states_s(&self, kept: f64) -> f64 {
+        kept * self.capture_bytes * self.disk_s + (1.0 - kept) * self.capture_s
     }
 
     /// Why they are to be measured anew.

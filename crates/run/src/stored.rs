@@ -7,7 +7,7 @@ mod open;
 
 use std::path::Path;
 
-use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, CaptureRow, StoredRow};
+use draftsmith_formats::cache::{CacheManifest, CacheSpec, CacheWriter, StoredRow};
 #[cfg(feature = "object-store")]
 use draftsmith_store::StoredWriter;
 use draftsmith_train::RowStore;
@@ -77,20 +77,11 @@ impl Sink {
         }
     }
 
-    pub(super) fn push(&mut self, row: &CaptureRow) -> Result<(), Error> {
-        match self {
-            Sink::Here(writer) => Ok(writer.push(row)?),
-            #[cfg(feature = "object-store")]
-            Sink::Stored(writer, _) => Ok(writer.push(row)?),
-        }
-    }
-
-    /// The same with a row as it is stored.
-    pub(super) fn push_stored(&mut self, row: &StoredRow) -> Result<(), Error> {
+    pub(super) fn push(&mut self, row: &StoredRow) -> Result<(), Error> {
         match self {
             Sink::Here(writer) => Ok(writer.push_stored(row)?),
             #[cfg(feature = "object-store")]
-            Sink::Stored(writer, _) => Ok(writer.push_stored(row)?),
+            Sink::Stored(writer, _) => Ok(writer.push(row)?),
         }
     }
 

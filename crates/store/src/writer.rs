@@ -10,8 +10,7 @@ use std::thread::JoinHandle;
 
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::cache::{
-    CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, MANIFEST_NAME, RowPlaces, ShardEntry,
-    StoredRow,
+    CacheError, CacheManifest, CacheSpec, CacheWriter, MANIFEST_NAME, RowPlaces, ShardEntry, StoredRow,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::mapped::Mapped;
@@ -104,23 +103,9 @@ impl StoredWriter {
     /// Adds the row with number [`StoredWriter::rows_done`].
     ///
     /// # Errors
-    /// Those of [`CacheWriter::push`], and of an upload that failed meanwhile.
-    pub fn push(&mut self, row: &CaptureRow) -> Result<(), StoreError> {
-        self.writer.push(row)?;
-        self.hand_over()
-    }
-
-    /// The same with a row that is as it is stored, in a cache of the same target, layers and type.
-    ///
-    /// # Errors
     /// Those of [`CacheWriter::push_stored`], and of an upload that failed meanwhile.
-    pub fn push_stored(&mut self, row: &StoredRow) -> Result<(), StoreError> {
+    pub fn push(&mut self, row: &StoredRow) -> Result<(), StoreError> {
         self.writer.push_stored(row)?;
-        self.hand_over()
-    }
-
-    /// Hands finished shards to the side that uploads.
-    fn hand_over(&mut self) -> Result<(), StoreError> {
         let shards = &self.writer.manifest().shards;
         while self.handed < shards.len() {
             let entry = shards[self.handed].clone();

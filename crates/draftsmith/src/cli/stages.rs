@@ -99,6 +99,8 @@ pub struct DataRender {
 }
 
 /// Lets the target answer the conversations of a run file itself, so that the draft learns what the target says.
+///
+/// The hidden states that this process computes on the way are kept for `capture`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  draftsmith regenerate recipes/smoke.toml\n  \
                         draftsmith regenerate recipes/smoke.toml regenerate.temperature=0")]
@@ -111,7 +113,7 @@ pub struct Regenerate {
 /// Stores the hidden states of the target that training reads.
 ///
 /// The target computes them in this process, or behind a server of vLLM or SGLang that `[capture.server]` names
-/// (docs/SERVERS.md says how to start one).
+/// (docs/SERVERS.md says how to start one). Those that `regenerate` kept are copied.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  draftsmith capture recipes/smoke.toml --plan\n  \
                         draftsmith capture recipes/smoke.toml capture.dtype=bf16\n  \

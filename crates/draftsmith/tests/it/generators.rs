@@ -192,15 +192,19 @@ fn states_that_answering_keeps_are_those_of_a_capture() {
     let target = tiny_target();
     let config = target.target.config();
     // Stored as bf16: whatever differs is seen.
+    let none = String::new;
     let spec = CacheSpec {
+        target: none(),
+        target_sha256: none(),
+        precision: none(),
+        tokenizer_sha256: none(),
+        template_sha256: none(),
+        tokens_sha256: none(),
         target_layer_ids: vec![0, config.num_layers as u32 - 1],
         hidden_size: config.hidden_size as u32,
         dtype: CaptureDtype::Bf16,
-        ..serde_json::from_value(serde_json::json!({
-            "target": "", "target_sha256": "", "precision": "", "tokenizer_sha256": "", "template_sha256": "",
-            "tokens_sha256": "", "target_layer_ids": [], "hidden_size": 1, "dtype": "bf16", "shard_rows": 1, "rows": 0,
-        }))
-        .unwrap()
+        shard_rows: 1,
+        rows: 0,
     };
     let layers = spec.target_layer_ids.iter().map(|l| LayerId(*l)).collect();
     let capture = InProcess::new(Arc::clone(&target.target), layers);

@@ -47,7 +47,7 @@ fn here(home: &Home, args: &[&str]) -> Ended {
 }
 
 /// Every file below a folder with its bytes; what processes leave for each other is not among them.
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![dir.to_path_buf()];
     while let Some(folder) = folders.pop() {

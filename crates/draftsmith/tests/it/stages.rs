@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::run_folder::files;
 use crate::support::{Home, repository};
 
 /// The smoke recipe, cut down to seconds.
@@ -77,17 +78,6 @@ pub(crate) fn kill_when(mut child: Child, now: impl Fn() -> bool) -> bool {
     panic!("the run did not come to where it should be killed");
 }
 
-/// All files of a folder.
-fn content(dir: PathBuf) -> Vec<(String, Vec<u8>)> {
-    let entries = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    let mut files: Vec<_> = entries
-        .map(|entry| entry.unwrap().path())
-        .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), bytes(path)))
-        .collect();
-    files.sort();
-    files
-}
-
 #[test]
 fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     let home = Home::new();
@@ -100,7 +90,7 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     };
     let kept = home.path().join("kept");
     finish(home.spawn(&stage("regenerate", &kept)));
-    assert!(!content(kept.join("kept")).is_empty());
+    assert!(!files(&kept.join("kept")).is_empty());
     let said = finish(home.spawn(&stage("capture", &kept)));
     let note = said.lines().find(|line| line.starts_with("capture: ")).unwrap_or_default();
     let numbers: Vec<u64> = note.split_whitespace().filter_map(|word| word.parse().ok()).collect();
@@ -114,20 +104,19 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     std::fs::remove_dir_all(computed.join("kept")).unwrap();
     let said = finish(home.spawn(&stage("capture", &computed)));
     assert!(!said.contains("kept when they were answered"), "{said}");
-    assert!(content(kept.join("capture")) == content(computed.join("capture")), "the caches differ");
+    assert!(files(&kept.join("capture")) == files(&computed.join("capture")), "the caches differ");
 
     // Killed while it answers, and with some of what it kept damaged.
     let killed = home.path().join("killed");
     let answers = || std::fs::read_to_string(killed.join("regenerate/answers.jsonl")).unwrap_or_default();
     kill_when(home.spawn(&stage("regenerate", &killed)), || answers().lines().count() >= 12);
     finish(home.spawn(&stage("regenerate", &killed)));
-    let files = content(killed.join("kept"));
-    let (name, mut damaged) = files.into_iter().next().unwrap();
+    let (name, mut damaged) = files(&killed.join("kept")).into_iter().next().unwrap();
     let middle = damaged.len() / 2;
     damaged[middle] ^= 1;
     std::fs::write(killed.join("kept").join(name), damaged).unwrap();
     finish(home.spawn(&stage("capture", &killed)));
-    assert!(content(kept.join("capture")) == content(killed.join("capture")), "the caches differ");
+    assert!(files(&kept.join("capture")) == files(&killed.join("capture")), "the caches differ");
 }
 
 #[test]

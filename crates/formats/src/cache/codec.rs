@@ -38,8 +38,8 @@ pub struct RowEncoder {
     /// Scales of the blocks, where the type has them.
     scales: Vec<u8>,
     values: Vec<u8>,
-    /// The first state that cannot be stored.
-    problem: Option<String>,
+    /// The first token with a state that cannot be stored, and which.
+    problem: Option<(usize, String)>,
 }
 
 impl RowEncoder {
@@ -90,7 +90,7 @@ impl RowEncoder {
                 Some(layer) => format!("layer {layer}"),
                 None => "the final state".to_string(),
             };
-            self.problem = Some(format!("{what} of token {} has a value that is not finite", self.tokens));
+            self.problem = Some((self.tokens, what));
         }
         match self.dtype {
             CaptureDtype::Bf16 => {
@@ -115,6 +115,7 @@ impl RowEncoder {
         if tokens < self.tokens {
             self.scales.truncate(self.scales.len() / self.tokens * tokens);
             self.values.truncate(self.values.len() / self.tokens * tokens);
+            self.problem.take_if(|(token, _)| *token >= tokens);
             self.tokens = tokens;
         }
     }
@@ -130,14 +131,11 @@ impl RowEncoder {
         if ids.len() != self.tokens {
             return Err(format!("{} tokens but the states of {}", ids.len(), self.tokens));
         }
-        if let Some(problem) = &self.problem {
-            return Err(problem.clone());
+        if let Some((token, what)) = &self.problem {
+            return Err(format!("{what} of token {token} has a value that is not finite"));
         }
         let mask = pack_bits(loss_mask);
-        let len =
-            [ids.len().checked_mul(4), Some(mask.len()), Some(self.scales.len()), Some(self.values.len())];
-        let len = len.into_iter().try_fold(0usize, |sum, part| sum.checked_add(part?));
-        let mut out = Vec::with_capacity(len.ok_or("its size overflows")?);
+        let mut out = Vec::with_capacity(ids.len() * 4 + mask.len() + self.scales.len() + self.values.len());
         ids.iter().for_each(|id| out.extend_from_slice(&id.to_le_bytes()));
         out.extend_from_slice(&mask);
         out.extend_from_slice(&self.scales);

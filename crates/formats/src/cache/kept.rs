@@ -18,6 +18,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use super::places::u32_at;
 use super::row::CacheSpec;
 use super::shard::StoredRow;
 use crate::atomic::{self, AtomicError};
@@ -119,10 +120,11 @@ impl KeptWriter {
             Some(open) => open,
             None => {
                 let path = self.dir.join(format!("{PREFIX}{:04}-{:05}{ENDING}", self.rank, self.next));
+                // A name is tried once: what a full disk leaves of a file is not in the way of the next.
+                self.next += 1;
                 let wrap = |e| AtomicError::from_io("write", &path, e);
                 let mut file = File::create_new(&path).map_err(wrap)?;
                 write(&mut file, &self.head).map_err(wrap)?;
-                self.next += 1;
                 self.file.insert((file, path, self.head.len() as u64))
             }
         };
@@ -169,11 +171,17 @@ fn records(bytes: &[u8], spec: &CacheSpec) -> Vec<(KeptKey, Place)> {
     let mut found = Vec::new();
     let Some(mut at) = records_at(bytes, spec) else { return found };
     while let Some(head) = bytes.get(at..).and_then(|rest| rest.get(..HEAD)) {
-        let n = |i: usize| u32::from_le_bytes(head[i * 4..i * 4 + 4].try_into().expect("four bytes"));
         let hash = |from: usize| <[u8; 32]>::try_from(&head[from..from + 32]).expect("32 bytes");
-        let (len, begin) = (n(0) as usize, at + HEAD);
+        let (len, begin) = (u32_at(head, 0) as usize, at + HEAD);
         let Some(end) = begin.checked_add(len).filter(|end| *end <= bytes.len()) else { break };
-        let place = Place { file: 0, at: begin, len, tokens: n(1), trained: n(2), hash: hash(44) };
+        let place = Place {
+            file: 0,
+            at: begin,
+            len,
+            tokens: u32_at(head, 4),
+            trained: u32_at(head, 8),
+            hash: hash(44),
+        };
         found.push((KeptKey(hash(12)), place));
         at = end;
     }

@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::places::places_in;
-use super::shard::{ShardFile, StoredRow, frame_of};
-use super::{CacheError, CacheManifest, CacheSpec, CacheWriter, CaptureRow, ShardEntry, shard_name};
+use super::shard::{ShardFile, StoredRow};
+use super::{CacheError, CacheManifest, CacheSpec, CacheWriter, ShardEntry, shard_name};
 use crate::atomic::{self, AtomicError};
 use crate::hash;
 use crate::mapped::Mapped;
@@ -79,29 +79,14 @@ impl PartWriter {
     /// Adds the next row. True once all are there.
     ///
     /// # Errors
-    /// As [`CacheWriter::push`].
-    pub fn push(&mut self, row: &CaptureRow) -> Result<bool, CacheError> {
-        let number = self.check_room()?;
-        self.push_stored(&frame_of(row, &self.spec, number)?)
-    }
-
-    /// The same with a row that is as it is stored, in a cache of the same target, layers and type.
-    ///
-    /// # Errors
     /// As [`CacheWriter::push_stored`].
-    pub fn push_stored(&mut self, row: &StoredRow) -> Result<bool, CacheError> {
-        let number = self.check_room()?;
+    pub fn push(&mut self, row: &StoredRow) -> Result<bool, CacheError> {
+        let number = self.rows.start + self.shard.rows();
+        if number >= self.rows.end {
+            return Err(CacheError::Row { row: number, problem: "its part is full".to_string() });
+        }
         self.shard.push(row)?;
         Ok(number + 1 == self.rows.end)
-    }
-
-    /// The number of the next row.
-    fn check_room(&self) -> Result<u64, CacheError> {
-        let number = self.rows.start + self.shard.rows();
-        match number < self.rows.end {
-            true => Ok(number),
-            false => Err(CacheError::Row { row: number, problem: "its part is full".to_string() }),
-        }
     }
 
     /// Ends the part.
@@ -336,12 +321,16 @@ mod tests {
         2 + row as usize
     }
 
+    fn stored(spec: &CacheSpec, number: u64, tokens: usize) -> StoredRow {
+        StoredRow::of_row(&row(number, tokens), spec, number).unwrap()
+    }
+
     /// Writes parts; of the last range of a share only so many rows.
     fn write(dir: &Path, spec: &CacheSpec, share: &[Range<u64>]) -> Vec<Part> {
         let of = |range: &Range<u64>| {
             let mut writer = PartWriter::create(dir, spec, range.clone()).unwrap();
             for number in range.clone() {
-                let full = writer.push(&row(number, tokens_of(number))).unwrap();
+                let full = writer.push(&stored(spec, number, tokens_of(number))).unwrap();
                 assert_eq!(full, number + 1 == range.end);
             }
             writer.finish().unwrap()
@@ -464,7 +453,7 @@ mod tests {
         let before = content(dir.path());
         let error = small_disk::with(3000, || {
             let mut writer = PartWriter::create(dir.path(), &spec, 0..3).unwrap();
-            (0..3).find_map(|number| writer.push(&row(number, 9)).err()).unwrap()
+            (0..3).find_map(|number| writer.push(&stored(&spec, number, 9)).err()).unwrap()
         });
         assert!(error.to_string().starts_with("no space left while writing `"), "{error}");
         assert!(error.to_string().contains("part-0000000000-00003.dscache"), "{error}");
@@ -485,9 +474,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spec = spec(CaptureDtype::Int8, 3);
         let mut writer = PartWriter::create(dir.path(), &spec, 1..2).unwrap();
-        assert!(writer.push(&row(1, 4)).unwrap());
+        assert!(writer.push(&stored(&spec, 1, 4)).unwrap());
         assert_eq!(
-            writer.push(&row(2, 4)).unwrap_err().to_string(),
+            writer.push(&stored(&spec, 2, 4)).unwrap_err().to_string(),
             "row 2 cannot be stored: its part is full"
         );
         let writer = PartWriter::create(dir.path(), &spec, 0..2).unwrap();

@@ -35,6 +35,14 @@ impl StoredRow {
         StoredRow::pack(encoder.finish(ids, loss_mask), loss_mask, number)
     }
 
+    /// A row of floats.
+    ///
+    /// # Errors
+    /// The same for a row of other shapes than the spec says.
+    pub fn of_row(row: &CaptureRow, spec: &CacheSpec, number: u64) -> Result<StoredRow, CacheError> {
+        StoredRow::pack(codec::encode(row, spec), &row.loss_mask, number)
+    }
+
     /// Tokens of the row.
     pub fn tokens(&self) -> u64 {
         u64::from(self.tokens)
@@ -52,14 +60,6 @@ impl StoredRow {
             _ => Err(refuse("it is larger than 4 GiB".to_string())),
         }
     }
-}
-
-/// A row as it is stored.
-///
-/// # Errors
-/// [`CacheError::Row`], with the row's number.
-pub(super) fn frame_of(row: &CaptureRow, spec: &CacheSpec, number: u64) -> Result<StoredRow, CacheError> {
-    StoredRow::pack(codec::encode(row, spec), &row.loss_mask, number)
 }
 
 /// A file in the format of a shard, frame by frame. Dropped before it is closed it leaves nothing.

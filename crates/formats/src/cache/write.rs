@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::shard::{ShardFile, StoredRow, frame_of};
+use super::shard::{ShardFile, StoredRow};
 use super::{CacheError, CacheManifest, CacheSpec, CaptureRow, shard_name};
 use crate::atomic::{self, AtomicError};
 
@@ -90,8 +90,7 @@ impl CacheWriter {
     /// [`CacheError::File`] if the disk is full: then the open shard is gone and finished ones stay.
     pub fn push(&mut self, row: &CaptureRow) -> Result<(), CacheError> {
         self.check_room()?;
-        let stored = frame_of(row, &self.manifest.spec, self.rows_done)?;
-        self.push_stored(&stored)
+        self.push_stored(&StoredRow::of_row(row, &self.manifest.spec, self.rows_done)?)
     }
 
     /// The same with a row that is as it is stored, in a cache of the same target, layers and type.

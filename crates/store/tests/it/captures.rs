@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use draftsmith_core::report::Stop;
 use draftsmith_formats::cache::{
-    CacheError, CacheManifest, CacheReader, CacheSpec, CacheWriter, CaptureDtype, CaptureRow,
+    CacheError, CacheManifest, CacheReader, CacheSpec, CacheWriter, CaptureDtype, CaptureRow, StoredRow,
 };
 use draftsmith_store::{CacheOptions, Store, StoreError, StoredCache, StoredWriter, capture_folder};
 
@@ -58,11 +58,16 @@ fn in_folder(dir: &Path) -> CacheReader {
     CacheReader::open(dir).unwrap()
 }
 
+/// A row on its way into a store.
+fn stored(number: u64) -> StoredRow {
+    StoredRow::of_row(&row(number), &spec(), number).unwrap()
+}
+
 /// Captures what is not there yet, up to a row.
 fn capture(dir: &Path, store: &Store, up_to: u64, others: &[std::path::PathBuf]) -> StoredWriter {
     let mut writer = StoredWriter::open(dir, &spec(), store, others).unwrap();
     for number in writer.rows_done()..up_to {
-        writer.push(&row(number)).unwrap();
+        writer.push(&stored(number)).unwrap();
     }
     writer
 }
@@ -194,7 +199,7 @@ fn a_capture_that_is_given_up_goes_on_behind_the_last_finished_shard() {
     // As a process that is killed: nothing is ended, and what was finished here may not be there yet.
     let mut writer = capture(&dir, &store, 10, &[]);
     assert_eq!(writer.rows_done(), 10);
-    writer.push(&row(10)).unwrap();
+    writer.push(&stored(10)).unwrap();
     drop(writer);
     let error = StoredCache::open(&store, &spec(), options(&home.path().join("rows"), 1000)).unwrap_err();
     assert!(matches!(error, StoreError::Cache(CacheError::Incomplete { done: 8, rows: 22, .. })), "{error}");
@@ -206,7 +211,7 @@ fn a_capture_that_is_given_up_goes_on_behind_the_last_finished_shard() {
     let short = open("s3://bucket/x", &fake.variables(), 1, &stop).unwrap();
     let mut writer = StoredWriter::open(&dir, &spec(), &short, &[]).unwrap();
     assert_eq!(writer.rows_done(), 8);
-    let failed = (8..ROWS).find_map(|number| writer.push(&row(number)).err());
+    let failed = (8..ROWS).find_map(|number| writer.push(&stored(number)).err());
     let failed = failed.unwrap_or_else(|| writer.finish().unwrap_err());
     assert!(failed.to_string().contains("`s3://bucket/x/shard-00003.dscache`"), "{failed}");
     assert!(shards_in(&dir) >= 1);
@@ -349,7 +354,7 @@ fn a_store_that_fails_for_good_ends_the_capture_with_its_name() {
     let store = open("s3://bucket/x", &fake.variables(), 1, &Stop::default()).unwrap();
     let mut writer = StoredWriter::open(home.path(), &spec(), &store, &[]).unwrap();
     refuse.store(true, Ordering::Relaxed);
-    let failed = (0..ROWS).find_map(|number| writer.push(&row(number)).err());
+    let failed = (0..ROWS).find_map(|number| writer.push(&stored(number)).err());
     let failed = failed.unwrap_or_else(|| writer.finish().unwrap_err());
     assert!(
         failed.to_string().contains("/shard-00000.dscache` could not be written (attempts: 2)"),
