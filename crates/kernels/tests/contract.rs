@@ -284,6 +284,54 @@ fn the_largest_outputs_and_whole_rows_are_those_of_two_calls() {
     }
 }
 
+/// Of a packed head: the arg-max is that of decoding, the log-sum-exp that of its outputs, alone and among others, on every path and
+/// number of threads the same.
+#[test]
+fn arg_max_and_log_sum_exp_are_those_of_the_outputs() {
+    let mut random = Random(45);
+    let (inputs, rows) = (256, 135);
+    for (dtype, out) in [
+        (WeightDtype::Q8_0, 16384 + 7),
+        (WeightDtype::Q6K, 700),
+        (WeightDtype::F16, 33),
+        (WeightDtype::F32, 1),
+    ] {
+        let data = stored(&mut random, dtype, out, inputs);
+        let w = WeightView { dtype, out_features: out, in_features: inputs, data: &data };
+        let mut x = random.floats(rows * inputs);
+        // Even outputs, and logits as far apart as those of a model that is sure.
+        x[..inputs].fill(0.0);
+        x[inputs..2 * inputs].iter_mut().for_each(|v| *v *= 40.0);
+        let mut first = None;
+        for threads in [1, 2, 3] {
+            for cpu in Cpu::all_paths(threads) {
+                let packed = cpu.pack("w", &w, PackMode::Stored).unwrap();
+                let (best, lse) = cpu.tops(&x, &packed);
+                assert_eq!(best, cpu.argmax(&x, rows, &packed), "{dtype:?}");
+                let mut y = [cpu.scratch(rows * out)];
+                cpu.matmuls(&x, rows, &[(&packed, None)], &mut y);
+                for (row, (y, lse)) in y[0].chunks_exact(out).zip(&lse).enumerate() {
+                    let max = y.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+                    let sum: f64 = y.iter().map(|v| f64::from(v - max).exp()).sum();
+                    let wanted = f64::from(max) + sum.ln();
+                    let error = (f64::from(*lse) - wanted).abs();
+                    assert!(
+                        error <= 1e-6 * wanted.abs().max(1.0),
+                        "{dtype:?}, row {row}: {lse}, not {wanted}"
+                    );
+                }
+                for row in [0, 1, 77, 134] {
+                    let (alone, its) = cpu.tops(&x[row * inputs..(row + 1) * inputs], &packed);
+                    assert_eq!((alone[0], its[0].to_bits()), (best[row], lse[row].to_bits()), "{dtype:?}");
+                }
+                let bits: Vec<u32> = lse.iter().map(|v| v.to_bits()).collect();
+                assert_eq!(first.get_or_insert_with(|| bits.clone()), &bits, "{dtype:?}, {threads} threads");
+                assert_eq!(cpu.tops(&[], &packed), (Vec::new(), Vec::new()));
+            }
+        }
+    }
+}
+
 #[test]
 fn biases_are_added_to_the_finished_products() {
     let mut random = Random(44);

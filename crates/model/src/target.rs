@@ -728,6 +728,21 @@ impl Target<draftsmith_kernels::Cpu> {
         self.pass_packed().map(PackedWeight::bytes).sum()
     }
 
+    /// Arg-max and log-sum-exp of the logits of final states `[N, Ht]` (what the head reads), in the products of decoding. As in
+    /// [`TargetTensors::head`] a divisor of the logits is in them and a cap is not.
+    ///
+    /// # Panics
+    /// If the states are not whole.
+    pub fn tops(&self, states: &[f32]) -> (Vec<u32>, Vec<f32>) {
+        match self.config.logit_divisor {
+            1.0 => self.kernels.tops(states, &self.head.packed),
+            divisor => {
+                let divided: Vec<f32> = states.iter().map(|v| v / divisor).collect();
+                self.kernels.tops(&divided, &self.head.packed)
+            }
+        }
+    }
+
     /// Bytes of the weights of all layers and the head, all experts among them: what a pass of many rows reads.
     pub fn all_bytes(&self) -> usize {
         let experts = self.layers.iter().filter_map(|l| l.mlp.experts());

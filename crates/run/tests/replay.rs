@@ -4,6 +4,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use draftsmith_capture::{InProcess, TokenRow};
 use draftsmith_core::VocabMap;
@@ -12,7 +13,9 @@ use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::{Cpu, PackMode};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Precision, Target, TargetTensors};
-use draftsmith_train::{Alone, End, Flow, Hooks, Method, Pack, RowStore, TrainOptions, method, train, walk};
+use draftsmith_train::{
+    Alone, End, Flow, Hooks, Method, Mode, OwnHead, Pack, RowStore, TrainOptions, method, train, walk,
+};
 
 struct Rows(Vec<CaptureRow>);
 
@@ -69,14 +72,18 @@ fn run_file(kind: &str, share: f64) -> RunFile {
     RunFile::parse(Path::new("run.toml"), &text, &[]).unwrap()
 }
 
-fn trained(
+/// The target's own head, as runs on a CPU have it.
+fn own_head(target: &Arc<Target<Cpu>>) -> OwnHead {
+    let target = Arc::clone(target);
+    Arc::new(move |states: &[f32]| target.tops(states))
+}
+
+fn untrained(
     target: &Target<Cpu>,
-    kind: &str,
-    share: f64,
+    file: &RunFile,
     layers: &[u32],
-    rows: &[CaptureRow],
+    own_head: Option<OwnHead>,
 ) -> Box<dyn Method<Kernels = Cpu>> {
-    let file = run_file(kind, share);
     // Some of the target's choices cannot be proposed.
     let ids: Vec<u32> = (0..1024).filter(|id| id % 7 != 5).collect();
     let map = VocabMap::from_target_ids(&ids, 1024).unwrap();
@@ -84,7 +91,18 @@ fn trained(
     config.set_target_layers(layers).unwrap();
     config.set_mask_token(1023);
     let tensors = TargetTensors::load(&target_path()).unwrap();
-    let mut method = method(Cpu::new(2), config, &file, map, &tensors).unwrap();
+    method(Cpu::new(2), config, file, map, &tensors, own_head).unwrap()
+}
+
+fn trained(
+    target: &Arc<Target<Cpu>>,
+    kind: &str,
+    share: f64,
+    layers: &[u32],
+    rows: &[CaptureRow],
+) -> Box<dyn Method<Kernels = Cpu>> {
+    let file = run_file(kind, share);
+    let mut method = untrained(target, &file, layers, Some(own_head(target)));
     let dir = tempfile::tempdir().unwrap();
     let options = TrainOptions::from_run(&file, dir.path().to_path_buf(), "key".into());
     let hooks = Hooks { on_event: &mut |_| Flow::Continue, validate: None, collective: &Alone };
@@ -197,4 +215,48 @@ fn rejections_of_dspark_are_those_of_decoding() {
 #[test]
 fn rejections_of_p_eagle_are_those_of_decoding() {
     check("p-eagle", &[1, 4, 6]);
+}
+
+/// What the target chooses and how sure it is of everything come from the products of decoding, which give what its tensors in f32 do.
+#[test]
+fn the_targets_own_head_teaches_what_its_tensors_do() {
+    let target = Arc::new(Target::load(Arc::new(Cpu::new(2)), &target_path(), Precision::F32).unwrap());
+    for (kind, layers) in
+        [("eagle3", &[1, 4, 6][..]), ("dflash", &[2, 6]), ("dspark", &[2, 6]), ("p-eagle", &[1, 4, 6])]
+    {
+        let (rows, file) = (rows(&target, layers), run_file(kind, 0.0));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted: OwnHead = {
+            let (asked, own) = (Arc::clone(&asked), own_head(&target));
+            let width = target.config().hidden_size;
+            Arc::new(move |states: &[f32]| {
+                asked.fetch_add(states.len() / width, Ordering::Relaxed);
+                own(states)
+            })
+        };
+        let stats = [Some(counted), None].map(|own| {
+            let mut method = untrained(&target, &file, layers, own);
+            let mut pack = Pack::default();
+            for (number, row) in rows.iter().take(3).enumerate() {
+                pack.push(number as u64, row, 128, method.feature_width(), method.last_width()).unwrap();
+            }
+            let both = [Mode::Evaluate, Mode::Train].map(|mode| method.micro_batch(&pack, mode).unwrap());
+            assert_eq!(both[0].depths, both[1].depths, "{kind}: known the second time");
+            both[1].clone()
+        });
+        let trained: usize =
+            rows.iter().take(3).map(|row| row.loss_mask.iter().filter(|m| **m).count()).sum();
+        let times = asked.load(Ordering::Relaxed);
+        // DFlash learns tokens alone.
+        assert_eq!(times > 0, kind != "dflash");
+        assert!(times <= trained, "{kind}: asked {times} times for {trained} tokens");
+        let [own, tensors] = &stats;
+        let close = |a: f64, b: f64| assert!((a - b).abs() <= 1e-4 * b.abs(), "{kind}: {a}, not {b}");
+        close(own.loss, tensors.loss);
+        for (own, tensors) in own.depths.iter().zip(&tensors.depths) {
+            assert_eq!((own.trained, own.slots), (tensors.trained, tensors.slots), "{kind}");
+            close(own.loss, tensors.loss);
+            close(own.alpha, tensors.alpha);
+        }
+    }
 }

@@ -43,4 +43,5 @@ pub use ranks::{Link, Ranks};
 pub use replay::{End, Proposed, Rejected, ReplayOptions, ReplayReport, Replays, walk};
 pub use rng::Rng;
 pub use sum_tree::{Piece, SumTree, Visit};
+pub use teacher::OwnHead;
 pub use trainer::{Event, Flow, Hooks, Outcome, RanksReport, StepReport, TrainOptions, Validator, train};

@@ -14,6 +14,7 @@ use super::isa::{Isa, Lanes, Level, dispatch};
 use super::pack::{BlockFormat, Body, FloatKind, LANES, PackedWeight};
 use crate::Pool;
 use crate::pool::SendPtr;
+use crate::train::par::{exp_shifted, simd};
 
 /// Panels of one weight times rows.
 #[derive(Clone, Copy)]
@@ -534,18 +535,7 @@ fn argmax_of(
             }
             for (row, values) in values.chunks_exact(stride).take(rows).enumerate() {
                 let values = &values[..count];
-                let mut lanes = [f32::NEG_INFINITY; LANES];
-                let chunks = values.chunks_exact(LANES);
-                for v in chunks.remainder() {
-                    lanes[0] = lanes[0].max(*v);
-                }
-                for chunk in chunks {
-                    for (l, v) in lanes.iter_mut().zip(chunk) {
-                        *l = if *v > *l { *v } else { *l };
-                    }
-                }
-                let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-                let at = values.iter().position(|v| *v == max).unwrap_or(0);
+                let (max, at) = largest(values);
                 // SAFETY: tasks write disjoint rows of `best`.
                 unsafe { *out.get().add(task * rows + row) = (max, (from * LANES + at) as u32) };
             }
@@ -563,4 +553,86 @@ fn argmax_of(
             winner.1
         })
         .collect()
+}
+
+/// The largest value and its first place; NaN is never it.
+fn largest(values: &[f32]) -> (f32, usize) {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = values.chunks_exact(LANES);
+    for v in chunks.remainder() {
+        lanes[0] = lanes[0].max(*v);
+    }
+    for chunk in chunks {
+        for (l, v) in lanes.iter_mut().zip(chunk) {
+            *l = if *v > *l { *v } else { *l };
+        }
+    }
+    let max = lanes.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    (max, values.iter().position(|v| *v == max).unwrap_or(0))
+}
+
+/// Rows of [`tops`] that meet some panels one after the other: their outputs stay near.
+const TOPS_ROWS: usize = 64;
+
+/// Per row the output with the largest value, the lowest among equals, and the logarithm of the sum of the exponentials of all.
+pub(crate) fn tops(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWeight) -> Vec<(u32, f32)> {
+    let (spans, width) = (all_spans(w), w.in_features);
+    let mut found = Vec::with_capacity(rows);
+    for first in (0..rows).step_by(TOPS_ROWS) {
+        let n = TOPS_ROWS.min(rows - first);
+        let x = &x[first * width..(first + n) * width];
+        with_input(level, pool, x, n, &[w], |input| found.extend(tops_of(&input, pool, w, &spans)));
+    }
+    found
+}
+
+/// What a row comes to in some panels: the largest output, the first place of it, and the sum of the exponentials of all outputs less
+/// the largest.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    max: f32,
+    at: u32,
+    sum: f32,
+}
+
+fn tops_of(
+    input: &Input<'_>,
+    pool: &Pool,
+    w: &PackedWeight,
+    spans: &[(usize, usize)],
+) -> impl Iterator<Item = (u32, f32)> + use<> {
+    let (rows, tasks) = (input.rows, spans.len());
+    let mut parts = vec![Part::default(); tasks * rows];
+    let out = SendPtr(parts.as_mut_ptr());
+    pool.run(tasks, &|task| {
+        let (from, to) = spans[task];
+        let count = (to * LANES).min(w.out_features) - from * LANES;
+        let stride = ARGMAX_PANELS * LANES;
+        OUTPUTS.with_borrow_mut(|values| {
+            if values.len() < rows * stride {
+                values.resize(rows * stride, 0.0);
+            }
+            // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
+            unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
+            for (row, values) in values.chunks_exact_mut(stride).take(rows).enumerate() {
+                let values = &mut values[..count];
+                let (max, at) = largest(values);
+                let sum = simd(
+                    #[inline(always)]
+                    || exp_shifted(values, max),
+                );
+                let part = Part { max, at: (from * LANES + at) as u32, sum };
+                // SAFETY: there is one for every task and row; tasks write disjoint ones.
+                unsafe { *out.get().add(task * rows + row) = part };
+            }
+        });
+    });
+    (0..rows).map(move |row| {
+        let of_row = || (0..tasks).map(|task| parts[task * rows + row]);
+        // Panels ascend, so the first of equals is the lowest.
+        let best = of_row().reduce(|best, part| if part.max > best.max { part } else { best });
+        let best = best.expect("a weight has outputs");
+        let sum: f64 = of_row().map(|p| f64::from(p.sum) * f64::from(p.max - best.max).exp()).sum();
+        (best.at, (f64::from(best.max) + sum.ln()) as f32)
+    })
 }

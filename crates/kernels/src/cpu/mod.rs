@@ -118,6 +118,23 @@ impl Cpu {
         CpuFeatures { path, offered }
     }
 
+    /// Arg-max and log-sum-exp per row of `x[R, I] · Wᵀ`: what [`TrainKernels::stream_head`] gives of a head in f32, of a packed one
+    /// and in its products. Ties go to the smaller index.
+    ///
+    /// # Panics
+    /// If `x` does not have whole rows.
+    ///
+    /// [`TrainKernels::stream_head`]: crate::TrainKernels::stream_head
+    pub fn tops(&self, x: &[f32], w: &PackedWeight) -> (Vec<u32>, Vec<f32>) {
+        let rows = x.len() / w.in_features;
+        assert_eq!(x.len(), rows * w.in_features, "whole rows");
+        let run = |x: &[f32]| matmul::tops(self.level, &self.pool, x, rows, w).into_iter().unzip();
+        match &w.order {
+            None => run(x),
+            Some(order) => run(&in_order(x, rows, order)),
+        }
+    }
+
     /// Runs `body(from, to)` over `units` rows (or values) of `unit_len` elements, in parallel when it pays.
     fn split(&self, units: usize, unit_len: usize, body: &(dyn Fn(usize, usize) + Sync)) {
         if units * unit_len < PARALLEL_ELEMENTS || self.pool.threads() == 1 {

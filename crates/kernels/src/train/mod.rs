@@ -9,7 +9,7 @@
 pub mod attention;
 pub mod linear;
 pub mod optim;
-mod par;
+pub(crate) mod par;
 pub mod rowwise;
 pub mod soft_ce;
 pub mod spans;

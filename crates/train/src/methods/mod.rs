@@ -11,7 +11,7 @@ use draftsmith_formats::run::RunFile;
 use draftsmith_kernels::TrainKernels;
 use draftsmith_model::{DraftConfig, TargetTensors};
 
-use crate::{Method, Pack, TrainError};
+use crate::{Method, OwnHead, Pack, TrainError};
 
 /// A method, whatever its kind.
 pub(crate) type BoxedMethod<K> = Box<dyn Method<Kernels = K>>;
@@ -28,9 +28,12 @@ pub(crate) struct Start<'a, K> {
     pub(crate) file: &'a RunFile,
     /// Seed of initial weights and of what is drawn.
     pub(crate) seed: u64,
+    /// Asked for the target's choices in place of its head on the tape.
+    pub(crate) own_head: Option<OwnHead>,
 }
 
-/// The method that trains a draft of this configuration as a run file says, started from a loaded target or at random.
+/// The method that trains a draft of this configuration as a run file says, started from a loaded target or at random. `own_head`
+/// is asked for the target's choices where decoding of the target runs beside training.
 ///
 /// # Errors
 /// Numbers or tensors that do not fit each other.
@@ -40,9 +43,10 @@ pub fn method<K: TrainKernels>(
     file: &RunFile,
     vocab_map: VocabMap,
     target: &TargetTensors,
+    own_head: Option<OwnHead>,
 ) -> Result<BoxedMethod<K>, TrainError> {
     let seed = file.train.seed.unwrap_or(file.run.seed);
-    let start = Start { kernels, vocab_map, target, file, seed };
+    let start = Start { kernels, vocab_map, target, file, seed, own_head };
     match config {
         DraftConfig::Eagle3(config) => eagle3::method(config, start),
         DraftConfig::Block(config) => block::method(config, start),

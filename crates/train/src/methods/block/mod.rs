@@ -29,6 +29,7 @@ pub use weights::DpaceKind;
 
 use crate::methods::eagle3::{TargetSide, TargetStart};
 use crate::methods::{BoxedMethod, Start};
+use crate::teacher::TargetHeads;
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{
     BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Rejected, Replays, TrainError,
@@ -156,10 +157,7 @@ pub struct BlockTrain<K: TrainKernels> {
     tape: Tape<K>,
     weights: BlockWeights<ParamId, ParamId>,
     embed: ParamId,
-    /// `[V, H]`
-    target_head: ParamId,
-    /// `[Vd, H]` rows of it that proposals are chosen from.
-    head: ParamId,
+    heads: TargetHeads,
     /// Arg-max and log-sum-exp of the target's full logits at the slots of each row seen; only where they are needed.
     memo: HashMap<u64, Vec<(u32, f32)>>,
 }
@@ -226,8 +224,7 @@ impl<K: TrainKernels> BlockTrain<K> {
             tape,
             weights: ids,
             embed,
-            target_head,
-            head: part,
+            heads: TargetHeads::new(target_head, part, h),
             memo: HashMap::new(),
         })
     }
@@ -322,7 +319,7 @@ impl<K: TrainKernels> BlockTrain<K> {
         let state = |s: &u32| &pack.last[*s as usize * h..(*s as usize + 1) * h];
         let states: Vec<f32> = slots.iter().flatten().flat_map(state).copied().collect();
         if !states.is_empty() {
-            let (argmax, lse) = self.tape.stream_head(&states, self.target_head);
+            let (argmax, lse) = self.heads.tops(&mut self.tape, &states);
             let mut found = argmax.into_iter().zip(lse);
             for (doc, slots) in new.iter().zip(&slots) {
                 let span = pack.docs[*doc];
@@ -446,7 +443,7 @@ impl<K: TrainKernels> BlockTrain<K> {
         let output = self.forward(pack, &blocks); // [N Bk, H]
         if let Some(trace) = trace.as_deref_mut() {
             trace.hidden = self.tape.values(output);
-            let logits = self.tape.linear(&output, &self.head, None);
+            let logits = self.tape.linear(&output, &self.heads.part, None);
             trace.base_logits = self.tape.values(logits);
         }
 
@@ -459,7 +456,7 @@ impl<K: TrainKernels> BlockTrain<K> {
         let confidence = self.weights.confidence.as_ref().filter(|_| some.is_none()).map(|head| {
             self.net.confidence(&mut self.tape, head, &chosen, markov.as_ref().map(|(before, _)| before))
         });
-        let mut parts = vec![(chosen, self.head)];
+        let mut parts = vec![(chosen, self.heads.part)];
         if let (Some((_, correction)), Some(w)) = (&markov, &self.weights.markov) {
             parts.push((*correction, w.w2));
         }
@@ -515,7 +512,7 @@ impl<K: TrainKernels> BlockTrain<K> {
                     &pack.last[at * h..(at + 1) * h]
                 };
                 let states: Vec<f32> = rows.iter().flat_map(state).copied().collect();
-                let teacher = Some((&states[..], self.head, full_lse.as_deref()));
+                let teacher = Some((&states[..], self.heads.part, full_lse.as_deref()));
                 let factors = (times(ce), times(l1));
                 let found = self.tape.token_loss(&parts, &labels, (&factors.0, &factors.1), teacher, grads);
                 stats.weight = sum(&weights);
@@ -627,12 +624,15 @@ pub(super) fn method<K: TrainKernels>(
     config: BlockConfig,
     start: Start<'_, K>,
 ) -> Result<BoxedMethod<K>, TrainError> {
-    let Start { kernels, vocab_map, target, file, seed } = start;
+    let Start { kernels, vocab_map, target, file, seed, own_head } = start;
     let options = match config.spark {
         None => BlockOptions::from_dflash(&file.train.dflash, seed),
         Some(_) => BlockOptions::from_dspark(&file.train.dspark, seed),
     };
-    Ok(Box::new(BlockTrain::for_target(kernels, config, options, vocab_map, target, file.draft.init)?))
+    let init = file.draft.init;
+    let mut method = BlockTrain::for_target(kernels, config, options, vocab_map, target, init)?;
+    method.heads.own = own_head;
+    Ok(Box::new(method))
 }
 
 impl<K: TrainKernels> Method for BlockTrain<K> {

@@ -105,7 +105,7 @@ impl<K: TrainKernels> Replays for BlockTrain<K> {
                 (block.expect("proposals begin at candidates") * size + slot) as u32
             };
             let chosen = tape.select(&output, &live.iter().map(row).collect::<Vec<_>>()); // [L, H]
-            let mut parts = vec![(chosen, self.head)];
+            let mut parts = vec![(chosen, self.heads.part)];
             if let Some(w) = &self.weights.markov {
                 let before: Vec<u32> = live.iter().map(|a| pack.ids[*a as usize + slot - first]).collect();
                 let before = net.before(tape, w, &before); // [L, M]

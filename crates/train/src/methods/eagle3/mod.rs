@@ -14,13 +14,12 @@ mod init;
 mod made_up;
 mod replay;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use draftsmith_core::{TargetTokenId, VocabMap};
+use draftsmith_core::VocabMap;
 use draftsmith_formats::run::{DraftInit, Eagle3TrainTable, Loss};
 use draftsmith_kernels::TrainKernels;
-use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums, Teacher};
+use draftsmith_kernels::train::{SoftLoss, SoftScale, SoftSums};
 use draftsmith_model::eagle3::{Eagle3, Eagle3Config, Eagle3Weights, Feedback};
 use draftsmith_model::tape::{ParamId, Tape, TttAttend, TttLayout};
 use draftsmith_model::{Ops, TargetTensors};
@@ -29,6 +28,7 @@ pub use init::{TargetStart, random_weights, warm_weights};
 pub(crate) use made_up::made_up;
 
 use crate::methods::{BoxedMethod, Start};
+use crate::teacher::{PackTeacher, TargetHeads};
 use crate::to_tape::{ToTape, check_tensors, expect_len, head_rows, trained_tensors};
 use crate::{BatchStats, DepthStats, DraftTensor, DraftWeights, Method, Mode, Pack, Replays, TrainError};
 
@@ -102,15 +102,6 @@ struct Place {
     after: u32,
 }
 
-/// The teacher of a pack.
-struct PackTeacher<B> {
-    rows: Teacher<B>,
-    /// `[S]` teacher row of each slot that is trained, else `u32::MAX`.
-    of_slot: Vec<u32>,
-    /// `[S]` arg-max of the target where the loss mask is set.
-    token_ids: Vec<Option<u32>>,
-}
-
 /// EAGLE-3 on the tape.
 pub struct Eagle3Train<K: TrainKernels> {
     net: Eagle3,
@@ -119,13 +110,7 @@ pub struct Eagle3Train<K: TrainKernels> {
     tape: Tape<K>,
     weights: Eagle3Weights<ParamId, ParamId>,
     embed: ParamId,
-    /// `[V, Ht]`
-    target_head: ParamId,
-    /// `[Vd, Ht]` rows of the target's head for the draft vocabulary.
-    draft_target_head: ParamId,
-    /// Arg-max and log-sum-exp of the target at the trained slots of each row seen: the target is frozen, so later
-    /// epochs need not stream its head again.
-    memo: HashMap<u64, Vec<(u32, f32)>>,
+    heads: TargetHeads,
 }
 
 impl Eagle3Options {
@@ -211,9 +196,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
             tape,
             weights: ids,
             embed,
-            target_head,
-            draft_target_head,
-            memo: HashMap::new(),
+            heads: TargetHeads::new(target_head, draft_target_head, ht),
         })
     }
 
@@ -249,64 +232,16 @@ impl<K: TrainKernels> Eagle3Train<K> {
         Ok(())
     }
 
-    /// The slots with a set loss mask of each document, whose arg-max and log-sum-exp are known from then on.
-    fn ask_target(&mut self, pack: &Pack) -> Vec<Vec<u32>> {
-        let ht = self.net.config.target_hidden_size;
-        let masked: Vec<Vec<u32>> = pack
-            .docs
-            .iter()
-            .map(|d| {
-                (d.start..(d.start + d.len).saturating_sub(1))
-                    .filter(|s| pack.loss_mask[*s as usize])
-                    .collect()
-            })
-            .collect();
-        let new: Vec<usize> = (0..pack.docs.len())
-            .filter(|d| self.memo.get(&pack.rows[*d]).is_none_or(|m| m.len() != masked[*d].len()))
-            .collect();
-        let slots: Vec<u32> = new.iter().flat_map(|d| masked[*d].iter().copied()).collect();
-        if !slots.is_empty() {
-            let (argmax, lse) = self.tape.stream_head(&next_states(pack, &slots, ht), self.target_head);
-            let mut found = argmax.into_iter().zip(lse);
-            for d in &new {
-                self.memo.insert(pack.rows[*d], found.by_ref().take(masked[*d].len()).collect());
-            }
-        }
-        masked
-    }
-
-    /// The teacher of every slot with a set loss mask, or of some of them: slot `t` holds the target's distribution at
-    /// position `t + 1`.
+    /// The teacher of every slot with a set loss mask, or of some of them.
     fn teacher(&mut self, pack: &Pack, some: Option<&[Vec<u32>]>) -> PackTeacher<K::Buf> {
-        let ht = self.net.config.target_hidden_size;
-        let masked = self.ask_target(pack);
-        let mut wanted = vec![some.is_none(); pack.len()];
-        for (k, slots) in some.unwrap_or_default().iter().enumerate() {
-            slots.iter().for_each(|slot| wanted[*slot as usize + k] = true);
-        }
-        let mut token_ids = vec![None; pack.len()];
-        let mut of_slot = vec![u32::MAX; pack.len()];
-        let (mut trained, mut lse, mut labels) = (Vec::new(), Vec::new(), Vec::new());
-        for (slots, row) in masked.iter().zip(&pack.rows) {
-            if slots.is_empty() {
-                continue;
+        let wanted = some.map(|some| {
+            let mut wanted = vec![false; pack.len()];
+            for (k, slots) in some.iter().enumerate() {
+                slots.iter().for_each(|slot| wanted[*slot as usize + k] = true);
             }
-            for (slot, (id, full_lse)) in slots.iter().zip(&self.memo[row]) {
-                token_ids[*slot as usize] = Some(*id);
-                if !wanted[*slot as usize] {
-                    continue;
-                }
-                if let Some(draft) = self.vocab_map.to_draft(TargetTokenId(*id)) {
-                    of_slot[*slot as usize] = trained.len() as u32;
-                    trained.push(*slot);
-                    lse.push(*full_lse);
-                    labels.push(draft.0);
-                }
-            }
-        }
-        let states = next_states(pack, &trained, ht);
-        let rows = self.tape.teacher(&states, self.draft_target_head, &lse, labels);
-        PackTeacher { rows, of_slot, token_ids }
+            wanted
+        });
+        self.heads.teacher(&mut self.tape, pack, &self.vocab_map, wanted.as_deref())
     }
 
     /// One unroll. `trace` asks for all intermediate results (and then computes every slot at every step); `some` are the
@@ -447,11 +382,6 @@ impl<K: TrainKernels> Eagle3Train<K> {
     }
 }
 
-/// Final hidden states `[N, Ht]` of the positions behind `slots`.
-fn next_states(pack: &Pack, slots: &[u32], ht: usize) -> Vec<f32> {
-    slots.iter().flat_map(|s| &pack.last[(*s as usize + 1) * ht..(*s as usize + 2) * ht]).copied().collect()
-}
-
 /// Slots whose shifted loss mask is set at step `k`.
 fn masked_slots(pack: &Pack, places: &[Place], k: usize) -> u64 {
     let set = |t: usize| {
@@ -480,10 +410,12 @@ pub(super) fn method<K: TrainKernels>(
     config: Eagle3Config,
     start: Start<'_, K>,
 ) -> Result<BoxedMethod<K>, TrainError> {
-    let Start { kernels, vocab_map, target, file, seed } = start;
+    let Start { kernels, vocab_map, target, file, seed, own_head } = start;
     let options = Eagle3Options::from_table(&file.train.eagle3);
     let init = file.draft.init;
-    Ok(Box::new(Eagle3Train::for_target(kernels, config, options, vocab_map, target, init, seed)?))
+    let mut method = Eagle3Train::for_target(kernels, config, options, vocab_map, target, init, seed)?;
+    method.heads.own = own_head;
+    Ok(Box::new(method))
 }
 
 impl<K: TrainKernels> Method for Eagle3Train<K> {

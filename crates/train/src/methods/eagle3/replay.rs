@@ -21,29 +21,10 @@ pub(super) fn later(some: &[Vec<u32>]) -> Arc<[u32]> {
     slots.into()
 }
 
-impl<K: TrainKernels> Eagle3Train<K> {
-    /// `[S]` the target's most likely token in the place of each slot's own, where a loss compares with it.
-    fn choices(&mut self, pack: &Pack) -> Vec<Option<u32>> {
-        let masked = self.ask_target(pack);
-        let mut choices = vec![None; pack.len()];
-        for ((doc, slots), row) in
-            pack.docs.iter().zip(&masked).zip(&pack.rows).filter(|((_, s), _)| !s.is_empty())
-        {
-            for (slot, (id, _)) in slots.iter().zip(&self.memo[row]) {
-                let at = *slot as usize + 2;
-                if at < doc.end() && pack.loss_mask[at] {
-                    choices[at] = Some(*id);
-                }
-            }
-        }
-        choices
-    }
-}
-
 impl<K: TrainKernels> Replays for Eagle3Train<K> {
     fn propose(&mut self, pack: &Pack) -> Result<Vec<Proposed>, TrainError> {
         self.check_ids(pack)?;
-        let choices = self.choices(pack);
+        let choices = self.heads.choices(&mut self.tape, pack);
         let steps = self.options.ttt_length;
         let mut ends = Vec::with_capacity(pack.len());
         for doc in &pack.docs {

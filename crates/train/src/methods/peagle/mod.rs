@@ -236,7 +236,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
         pack.check_ids(self.net.config.vocab_size)?;
         let slots = pack.len();
         let mut stats = BatchStats { slots: slots as u64, ..BatchStats::default() };
-        let teacher = self.heads.teacher(&mut self.tape, pack, &self.vocab_map);
+        let teacher = self.heads.teacher(&mut self.tape, pack, &self.vocab_map, None);
 
         let mut rollouts = rollouts.to_vec();
         rollouts.sort_unstable();
@@ -303,9 +303,12 @@ pub(super) fn method<K: TrainKernels>(
     config: PEagleConfig,
     start: Start<'_, K>,
 ) -> Result<BoxedMethod<K>, TrainError> {
-    let Start { kernels, vocab_map, target, file, seed } = start;
+    let Start { kernels, vocab_map, target, file, seed, own_head } = start;
     let options = PEagleOptions::from_table(&file.train.p_eagle, config.num_depths, seed);
-    Ok(Box::new(PEagleTrain::for_target(kernels, config, options, vocab_map, target, file.draft.init)?))
+    let init = file.draft.init;
+    let mut method = PEagleTrain::for_target(kernels, config, options, vocab_map, target, init)?;
+    method.heads.own = own_head;
+    Ok(Box::new(method))
 }
 
 impl<K: TrainKernels> Method for PEagleTrain<K> {
