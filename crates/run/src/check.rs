@@ -181,6 +181,13 @@ fn bundle_keys(file: &RunFile, faults: &mut Faults) {
     if empty(&file.bundle.name) {
         faults.add("bundle.name", "is empty", "name the draft, or leave `bundle.name` out");
     }
+    if file.bundle.base_license.is_some() && empty(&file.bundle.base_license) {
+        faults.add(
+            "bundle.base_license",
+            "is empty",
+            "name the licence of the target's weights as an SPDX expression, or leave it out",
+        );
+    }
     if let Err(error) = hub_name(file.bundle.base_model.as_deref(), &[]) {
         faults.add("bundle.base_model", error.to_string(), error.hint().unwrap_or_default());
     }

@@ -50,6 +50,7 @@ struct ValidationPrompt {
 pub(crate) fn products(file: &RunFile) -> Products {
     match file.train.products {
         draftsmith_formats::run::Products::F32 => Products::F32,
+        draftsmith_formats::run::Products::Bf16 => Products::Bf16,
         draftsmith_formats::run::Products::Bf16x3 => Products::Bf16x3,
     }
 }
@@ -59,10 +60,8 @@ impl Run<'_> {
         match &self.compute {
             Compute::Cpu => {
                 let products = products(&self.file);
-                if products == Products::Bf16x3 && !Products::has_tiles() {
-                    report.note(
-                        "train.products = \"bf16x3\": this CPU has no tile registers, so products are computed in f32",
-                    );
+                if !products.is_offered() {
+                    report.note("train.products: this CPU has no such products, so they are computed in f32");
                 }
                 let kernels = self.target()?.target.kernels().as_ref().clone();
                 self.train_on(kernels.with_products(products), dir, key, report)

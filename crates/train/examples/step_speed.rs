@@ -1,4 +1,4 @@
-//! Speed of one training step at the shapes of SmolLM2-135M: `step_speed [THREADS] [TTT_LENGTH] [STEPS] [PRODUCTS]`, products `f32` or `bf16x3`.
+//! Speed of one training step at the shapes of SmolLM2-135M: `step_speed [THREADS] [TTT_LENGTH] [STEPS] [PRODUCTS]`, products `f32`, `bf16` or `bf16x3`.
 //!
 //! Packs of 2048 slots made of rows of 340 or so, 60 % of the slots trained, as instruct data has them.
 #![allow(clippy::print_stdout, reason = "an example reports on standard output")]
@@ -105,6 +105,7 @@ fn main() {
     let (threads, ttt_length, steps) = (number(0, 2), number(1, 5), number(2, 3));
     let products = match args.get(3).map(String::as_str) {
         None | Some("f32") => Products::F32,
+        Some("bf16") => Products::Bf16,
         Some("bf16x3") => Products::Bf16x3,
         Some(other) => panic!("no products {other}"),
     };

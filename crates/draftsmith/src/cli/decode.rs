@@ -389,6 +389,8 @@ pub struct BenchTrain {
 pub enum ProductsKind {
     /// In f32.
     F32,
+    /// Of numbers rounded to bf16, with f32 sums.
+    Bf16,
     /// Three products of bf16 numbers.
     Bf16x3,
 }

@@ -54,6 +54,7 @@ impl Trainer for Ours {
     fn name(&self) -> String {
         let products = match self.products {
             Products::F32 => "",
+            Products::Bf16 => ", bf16",
             Products::Bf16x3 => ", bf16x3",
         };
         format!("draftsmith {}{products}", env!("CARGO_PKG_VERSION"))
@@ -73,17 +74,23 @@ pub(crate) fn run(args: &cli::BenchTrain, session: &Session) -> Result<u8, Failu
         StepShape::smollm2_135m(args.slots as usize, args.draft_vocab as usize, args.ttt_length as usize);
     let threads = args.threads.map_or_else(default_threads, |t| t as usize);
     let python = args.peer_python.clone().unwrap_or_else(|| PathBuf::from("python3"));
-    let products = match args.products {
-        cli::ProductsKind::F32 => Products::F32,
-        cli::ProductsKind::Bf16x3 if !Products::has_tiles() => {
-            return Err(Error::input(
-                "`--products bf16x3` is for CPUs with tile registers (Intel AMX), and this one has none",
-                "leave it out: products are computed in f32",
-            )
-            .into());
+    let (products, needs) = match args.products {
+        cli::ProductsKind::F32 => (Products::F32, ""),
+        cli::ProductsKind::Bf16 => (
+            Products::Bf16,
+            "`--products bf16` is for CPUs that multiply bf16 numbers (Intel AMX, AVX-512 BF16)",
+        ),
+        cli::ProductsKind::Bf16x3 => {
+            (Products::Bf16x3, "`--products bf16x3` is for CPUs with tile registers (Intel AMX)")
         }
-        cli::ProductsKind::Bf16x3 => Products::Bf16x3,
     };
+    if !products.is_offered() {
+        return Err(Error::input(
+            format!("{needs}, and this one does not have them"),
+            "leave it out: products are computed in f32",
+        )
+        .into());
+    }
     let kernels = Host::new(threads).with_products(products);
     let machine = machine(&kernels);
     let mut peers = Vec::new();

@@ -377,10 +377,10 @@ impl RunFile {
             number(key, beta, (0.0..1.0).contains(&beta), "a number from 0 to below 1")?;
         }
         number("train.max_grad_norm", t.max_grad_norm, t.max_grad_norm > 0.0, "a number above 0")?;
-        if t.products == Products::Bf16x3 && self.run.device.unwrap_or_default() != Device::Cpu {
+        if t.products != Products::F32 && self.run.device.unwrap_or_default() != Device::Cpu {
             return broken_with(
                 "train.products",
-                "is `bf16x3`, which says how the CPU computes, but `run.device` is not `cpu`",
+                "says how the CPU computes, but `run.device` is not `cpu`",
                 "leave it out: a device computes its products its own way",
             );
         }

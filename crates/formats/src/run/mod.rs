@@ -703,9 +703,10 @@ pub struct TrainTable {
     pub beta2: f64,
     /// Gradients are scaled down to this global norm.
     pub max_grad_norm: f64,
-    /// How large products are computed on the CPU: `f32`, or `bf16x3`, where tile registers (Intel AMX) take every number as
-    /// the sum of two bf16 numbers, in three products that are off by at most 2^-15 of themselves. A CPU without them computes
-    /// in f32, and says so.
+    /// How large products are computed on the CPU: in `f32`; in `bf16` with f32 sums, as GPUs train, where the CPU multiplies such
+    /// numbers (Intel AMX, AVX-512 BF16); or in `bf16x3`, where tile registers (Intel AMX) take every number as the sum of
+    /// two bf16 numbers, in three products that are off by at most 2^-15 of themselves. A CPU without them computes in f32,
+    /// and says so.
     pub products: Products,
     /// Passes over the data.
     pub epochs: u32,
@@ -805,6 +806,9 @@ pub enum Products {
     /// In f32.
     #[serde(rename = "f32")]
     F32,
+    /// Of numbers rounded to bf16, with f32 sums.
+    #[serde(rename = "bf16")]
+    Bf16,
     /// In three products of bf16 numbers, on tile registers.
     #[serde(rename = "bf16x3")]
     Bf16x3,
@@ -856,6 +860,8 @@ pub struct BundleTable {
     /// Repository of the model that the target was converted from, `ORG/NAME` on the Hugging Face hub, for the model
     /// card and other engines. Default: the repository of the first `hf:` source.
     pub base_model: Option<String>,
+    /// Licence of the target's weights on the model card, as an SPDX expression. Default: what the model file says.
+    pub base_license: Option<String>,
 }
 
 /// Measurement of the finished bundle.

@@ -1,4 +1,4 @@
-//! f32 matrix products of training, through the `gemm` crate, or on tile registers where that is asked for.
+//! Matrix products of training: f32 through the `gemm` crate, or of bf16 numbers where that is asked for.
 //!
 //! Shape legend: `R` rows, `O`/`I` output and input features; everything row-major.
 
@@ -12,21 +12,24 @@ pub enum Products {
     /// In f32.
     #[default]
     F32,
+    /// Where the CPU multiplies bf16 numbers (Intel AMX, AVX-512 BF16), of numbers rounded to them, with f32 sums, as GPUs train: each
+    /// product off by at most `2^-8` of itself. Elsewhere, and for small ones, [`Products::F32`].
+    Bf16,
     /// Where the CPU has tile registers (Intel AMX), every number as the sum of two bf16 numbers: three products of bf16 numbers
     /// in place of one, each off by at most `2^-15` of itself. Elsewhere, and for small ones, [`Products::F32`].
     Bf16x3,
 }
 
 impl Products {
-    /// Whether this CPU does anything else for [`Products::Bf16x3`] than for [`Products::F32`].
-    pub fn has_tiles() -> bool {
+    /// Whether this CPU has what they are computed with; without it they are [`Products::F32`].
+    pub fn is_offered(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
-            crate::tiles::is_usable()
+            self == Products::F32 || super::split::Way::of(self).is_some()
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            false
+            self == Products::F32
         }
     }
 }
@@ -109,9 +112,12 @@ impl Product {
         assert!(last(self.m, self.k, self.lhs) < lhs.len(), "left operand is complete");
         assert!(last(self.k, self.n, self.rhs) < rhs.len(), "right operand is complete");
         #[cfg(target_arch = "x86_64")]
-        if products == Products::Bf16x3 && super::split::fits(self) {
+        if let Some(way) = super::split::Way::of(products)
+            && super::split::fits(self)
+        {
+            let operands = (lhs.as_ptr(), rhs.as_ptr());
             // SAFETY: bounds checked above, `dst` is borrowed exclusively.
-            unsafe { super::split::run(self, threads, dst.as_mut_ptr(), lhs.as_ptr(), rhs.as_ptr()) };
+            unsafe { super::split::run(self, way, threads, dst.as_mut_ptr(), operands) };
             return;
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -201,11 +207,23 @@ mod tests {
         }
     }
 
-    /// What the products of two numbers may be off by, of their size.
-    const OFF: f64 = 1.0 / 32768.0;
-
     #[test]
-    fn products_of_bf16_numbers_are_those_of_their_sums_for_any_shape() {
+    fn products_in_two_parts_are_those_of_the_numbers_for_any_shape() {
+        check_products(Products::Bf16x3, f64::from, 1.0 / 32768.0);
+    }
+
+    /// What they are is said by rounding both numbers; what is left are the sums in f32.
+    #[test]
+    fn products_in_one_part_are_those_of_rounded_numbers_for_any_shape() {
+        let rounded = |x: f32| half::bf16::from_f32(x).to_f64();
+        match Products::Bf16.is_offered() {
+            true => check_products(Products::Bf16, rounded, 1.0 / 65536.0),
+            false => check_products(Products::Bf16, f64::from, 1.0 / 65536.0),
+        }
+    }
+
+    /// `off`: what a sum may be off by, of the size of its products of numbers as they are `taken`.
+    fn check_products(products: Products, taken: impl Fn(f32) -> f64, off_by: f64) {
         // Whole tiles and not, one and several stretches of the sum, both directions of both operands.
         for (m, n, k) in [(64, 64, 256), (100, 515, 90), (33, 1000, 577), (257, 40, 1100), (1000, 33, 65)] {
             for (lhs, rhs) in [((k, 1), (1, k)), ((k, 1), (n, 1)), ((1, m), (n, 1)), ((1, m), (1, k))] {
@@ -225,7 +243,7 @@ mod tests {
                     let (a, b, start) = (noise(1, m * k), noise(2, k * n), noise(3, m * stride));
                     let run = |threads| {
                         let mut dst = start.clone();
-                        p.run_parallel(Team { threads, products: Products::Bf16x3 }, &mut dst, &a, &b);
+                        p.run_parallel(Team { threads, products }, &mut dst, &a, &b);
                         dst
                     };
                     let found = run(1);
@@ -234,15 +252,17 @@ mod tests {
                     }
                     for i in 0..m {
                         for j in 0..n {
-                            let terms = (0..k).map(|t| {
-                                f64::from(a[i * lhs.0 + t * lhs.1]) * f64::from(b[t * rhs.0 + j * rhs.1])
-                            });
+                            let terms = (0..k)
+                                .map(|t| taken(a[i * lhs.0 + t * lhs.1]) * taken(b[t * rhs.0 + j * rhs.1]));
                             let (sum, size) =
                                 terms.fold((0.0, 0.0), |(sum, size), x: f64| (sum + x, size + x.abs()));
                             let at = i * stride + j;
                             let before = if accumulate { f64::from(start[at]) } else { 0.0 };
                             let off = (f64::from(found[at]) - before - sum).abs();
-                            assert!(off <= OFF * size + 1e-6, "{m} x {n} x {k} at {i}, {j}: {off} of {size}");
+                            assert!(
+                                off <= off_by * size + 1e-6,
+                                "{m} x {n} x {k} at {i}, {j}: {off} of {size}"
+                            );
                         }
                         assert_eq!(
                             found[i * stride + n..(i + 1) * stride],
@@ -260,10 +280,12 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fff_ffff)] {
             let (mut x, w) = (noise(1, s.rows * s.inp), noise(2, s.out * s.inp));
             x[5 * s.inp + 7] = bad;
-            let mut y = vec![0.0; s.rows * s.out];
-            matmul(Team { threads: 2, products: Products::Bf16x3 }, &x, &w, s, &mut y);
-            for (row, y) in y.chunks_exact(s.out).enumerate() {
-                assert!(y.iter().all(|y| y.is_finite() == (row != 5)), "{bad}: row {row}");
+            for products in [Products::Bf16, Products::Bf16x3] {
+                let mut y = vec![0.0; s.rows * s.out];
+                matmul(Team { threads: 2, products }, &x, &w, s, &mut y);
+                for (row, y) in y.chunks_exact(s.out).enumerate() {
+                    assert!(y.iter().all(|y| y.is_finite() == (row != 5)), "{bad}: row {row}");
+                }
             }
         }
     }
