@@ -37,8 +37,13 @@ impl Aside {
 
     /// The command that frees them.
     pub fn free_command(&self) -> String {
-        format!("rm -r {}", shell_word(&self.folder.display().to_string()))
+        free_command(&self.folder)
     }
+}
+
+/// The command that frees what a folder holds.
+pub fn free_command(folder: &Path) -> String {
+    format!("rm -r {}", shell_word(&folder.display().to_string()))
 }
 
 /// A path as a shell reads it.
@@ -217,7 +222,8 @@ pub(super) fn link_file(from: &Path, to: &Path) -> Result<(), StateError> {
     fs::copy(from, to).map(|_| ()).map_err(|e| AtomicError::from_io("copy", from, e).into())
 }
 
-pub(super) fn bytes_below(folder: &Path) -> u64 {
+/// Bytes of all files below a folder; none if it is not there.
+pub fn bytes_below(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.file_type() {

@@ -156,8 +156,8 @@ impl RunFolder {
         self.root.join(stage.name())
     }
 
-    /// States that answering left for capture.
-    pub(super) fn kept_dir(&self) -> PathBuf {
+    /// States that answering left for capture, which removes them.
+    pub fn kept_dir(&self) -> PathBuf {
         self.root.join("kept")
     }
 

@@ -8,6 +8,7 @@ use draftsmith::Error;
 use draftsmith::cli;
 use draftsmith::disk::human;
 use draftsmith::formats::run::Stage;
+use draftsmith::run::aside::{bytes_below, free_command};
 use draftsmith::run::curve::Curve;
 use draftsmith::run::planned::Planned;
 use draftsmith::run::state::{Phase, RunFolder, StageFile, StateError};
@@ -104,12 +105,21 @@ fn status(folder: &RunFolder) -> Result<Value, Failure> {
             }));
         }
     }
+    let kept = bytes_below(&folder.kept_dir());
+    let kept = (kept > 0).then(|| {
+        json!({
+            "path": folder.kept_dir(),
+            "bytes": kept,
+            "free_with": free_command(&folder.kept_dir()),
+        })
+    });
     Ok(json!({
         "run": folder.root(),
         "name": file.run.name,
         "busy": busy,
         "best_accept_len": Curve::of(folder).and_then(|curve| curve.best_accept_len()),
         "stages": stages,
+        "kept_states": kept,
         "aside": aside,
     }))
 }
@@ -159,15 +169,15 @@ fn page(status: &Value) -> String {
         }
         let _ = writeln!(page, "{}", line.trim_end());
     }
+    let mut free = |name: &str, what: &str, place: &Value| {
+        let size = human(place["bytes"].as_u64().unwrap_or(0));
+        let _ = writeln!(page, "  {name:<11} {what:<12}{size:>9}  {}", text(&place["free_with"]));
+    };
     for old in status["aside"].as_array().into_iter().flatten() {
-        let size = human(old["bytes"].as_u64().unwrap_or(0));
-        let _ = writeln!(
-            page,
-            "  {:<11} {:<12}{size:>9}  {}",
-            text(&old["stage"]),
-            "set aside",
-            text(&old["free_with"])
-        );
+        free(&text(&old["stage"]), "set aside", old);
+    }
+    if status["kept_states"].is_object() {
+        free("states", "for capture", &status["kept_states"]);
     }
     if let Some(best) = status["best_accept_len"].as_f64() {
         let over = status["stages"].as_array().is_some_and(|all| all.iter().all(|s| s["state"] == "done"));

@@ -90,7 +90,10 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     };
     let kept = home.path().join("kept");
     finish(home.spawn(&stage("regenerate", &kept)));
-    assert!(!files(&kept.join("kept")).is_empty());
+    let bytes: usize = files(&kept.join("kept")).values().map(Vec::len).sum();
+    let status = || home.run(&["status", "kept", "--json"]).json();
+    assert!(bytes > 0 && status()["kept_states"]["bytes"] == bytes, "{bytes} bytes: {}", status());
+    assert!(home.run(&["status", "kept"]).stdout.contains("rm -r kept/kept"));
     let said = finish(home.spawn(&stage("capture", &kept)));
     let note = said.lines().find(|line| line.starts_with("capture: ")).unwrap_or_default();
     let numbers: Vec<u64> = note.split_whitespace().filter_map(|word| word.parse().ok()).collect();
@@ -98,6 +101,7 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     assert!(note.contains("kept when they were answered"), "{note}");
     assert!(tokens / 2 < kept_tokens && kept_tokens < tokens, "{note}");
     assert!(!kept.join("kept").exists(), "states that were copied are removed");
+    assert!(status()["kept_states"].is_null());
 
     let computed = home.path().join("computed");
     finish(home.spawn(&stage("regenerate", &computed)));
