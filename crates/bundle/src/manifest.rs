@@ -235,12 +235,13 @@ impl Recommended {
         let accept_len = mean(Some(shape), |r| r.accept_len.map(|m| m.value));
         let pays = best >= 1.0;
         let mut because = format!(
-            "{} measured on {}: {best:.2}x over target-only decoding",
+            "{} measured on {}{}: {best:.2}x over target-only decoding",
             match shapes.len() {
                 1 => "the only fixed setting".to_owned(),
                 n => format!("best of {n} fixed settings"),
             },
             workloads.iter().copied().collect::<Vec<_>>().join(", "),
+            if workloads.len() > 1 { " (geometric means)" } else { "" },
         );
         if let Some(accept_len) = accept_len {
             because.push_str(&format!(", accept length {accept_len:.2}"));

@@ -8,6 +8,7 @@ use draftsmith_bundle::{
 };
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::run::Stage;
+use draftsmith_pull::Reference;
 use serde_json::{Value, json};
 
 use super::Run;
@@ -58,8 +59,16 @@ impl Run<'_> {
             checkpoint: draft_dir,
             name: self.file.bundle.name.clone().unwrap_or_else(|| self.file.run.name.clone()),
             target: TargetInfo {
+                name: self
+                    .target_references()
+                    .iter()
+                    .find_map(|r| file_on_hub(r))
+                    .unwrap_or_else(|| target.name()),
                 references: self.target_references(),
-                license: target_license(&target.path),
+                license: match &self.file.bundle.base_license {
+                    Some(license) => license.clone(),
+                    None => target_license(&target.path),
+                },
                 hub_name: hub_name(self.file.bundle.base_model.as_deref(), &self.file.target.source.0)?,
                 ..target.info()
             },
@@ -147,5 +156,15 @@ impl Run<'_> {
             text.push_str("Answers were written by the target itself.\n");
         }
         text
+    }
+}
+
+/// What a model is called by its file on the hub, whatever a mirror calls it.
+fn file_on_hub(reference: &str) -> Option<String> {
+    match reference.parse() {
+        Ok(Reference::Hf { file: Some(file), .. }) => {
+            Path::new(&file).file_stem().map(|stem| stem.to_string_lossy().into_owned())
+        }
+        _ => None,
     }
 }
