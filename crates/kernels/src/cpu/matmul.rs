@@ -502,6 +502,33 @@ fn argmax_split(level: Level, pool: &Pool, x: &[f32], rows: usize, w: &PackedWei
     })
 }
 
+/// Values from one row of the outputs of a span to the next.
+const STRIDE: usize = ARGMAX_PANELS * LANES;
+
+/// The outputs of some panels, at most [`ARGMAX_PANELS`] side by side: `each` hears the number of the span, its first output, how many there
+/// are, and the values of all rows, [`STRIDE`] apart, which it may change.
+fn over_outputs(
+    input: &Input<'_>,
+    pool: &Pool,
+    w: &PackedWeight,
+    spans: &[(usize, usize)],
+    each: &(impl Fn(usize, usize, usize, &mut [f32]) + Sync),
+) {
+    let len = input.rows * STRIDE;
+    pool.run(spans.len(), &|task| {
+        let (from, to) = spans[task];
+        let count = (to * LANES).min(w.out_features) - from * LANES;
+        OUTPUTS.with_borrow_mut(|values| {
+            if values.len() < len {
+                values.resize(len, 0.0);
+            }
+            // SAFETY: `values` has `rows` rows of `STRIDE`, at least the outputs of these panels.
+            unsafe { input.panels(w, from, to, values.as_mut_ptr(), STRIDE) };
+            each(task, from * LANES, count, &mut values[..len]);
+        });
+    });
+}
+
 /// [`argmax`] among the outputs of some panels, in ascending order; at most [`ARGMAX_PANELS`] side by side.
 fn argmax_of(
     input: &Input<'_>,
@@ -513,33 +540,22 @@ fn argmax_of(
     let rows = input.rows;
     let mut best = vec![(f32::NEG_INFINITY, 0u32); spans.len() * rows];
     let out = SendPtr(best.as_mut_ptr());
-    pool.run(spans.len(), &|task| {
-        let (from, to) = spans[task];
-        let count = (to * LANES).min(w.out_features) - from * LANES;
-        let stride = ARGMAX_PANELS * LANES;
-        OUTPUTS.with_borrow_mut(|values| {
-            if values.len() < rows * stride {
-                values.resize(rows * stride, 0.0);
-            }
-            // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
-            unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
-            if let Some(whole) = whole {
-                for (i, row) in whole.rows.iter().enumerate() {
-                    let values = &values[*row as usize * stride..][..count];
-                    // SAFETY: `y` was checked to have that many rows of outputs; tasks write disjoint ones.
-                    unsafe {
-                        let y = whole.y.get().add(i * w.out_features + from * LANES);
-                        std::ptr::copy_nonoverlapping(values.as_ptr(), y, count);
-                    }
+    over_outputs(input, pool, w, spans, &|task, first, count, values| {
+        if let Some(whole) = whole {
+            for (i, row) in whole.rows.iter().enumerate() {
+                let values = &values[*row as usize * STRIDE..][..count];
+                // SAFETY: `y` was checked to have that many rows of outputs; tasks write disjoint ones.
+                unsafe {
+                    let y = whole.y.get().add(i * w.out_features + first);
+                    std::ptr::copy_nonoverlapping(values.as_ptr(), y, count);
                 }
             }
-            for (row, values) in values.chunks_exact(stride).take(rows).enumerate() {
-                let values = &values[..count];
-                let (max, at) = largest(values);
-                // SAFETY: tasks write disjoint rows of `best`.
-                unsafe { *out.get().add(task * rows + row) = (max, (from * LANES + at) as u32) };
-            }
-        });
+        }
+        for (row, values) in values.chunks_exact(STRIDE).enumerate() {
+            let (max, at) = largest(&values[..count]);
+            // SAFETY: tasks write disjoint rows of `best`.
+            unsafe { *out.get().add(task * rows + row) = (max, (first + at) as u32) };
+        }
     });
     (0..rows)
         .map(|row| {
@@ -604,28 +620,17 @@ fn tops_of(
     let (rows, tasks) = (input.rows, spans.len());
     let mut parts = vec![Part::default(); tasks * rows];
     let out = SendPtr(parts.as_mut_ptr());
-    pool.run(tasks, &|task| {
-        let (from, to) = spans[task];
-        let count = (to * LANES).min(w.out_features) - from * LANES;
-        let stride = ARGMAX_PANELS * LANES;
-        OUTPUTS.with_borrow_mut(|values| {
-            if values.len() < rows * stride {
-                values.resize(rows * stride, 0.0);
-            }
-            // SAFETY: `values` has `rows` rows of `stride`, at least the outputs of these panels.
-            unsafe { input.panels(w, from, to, values.as_mut_ptr(), stride) };
-            for (row, values) in values.chunks_exact_mut(stride).take(rows).enumerate() {
-                let values = &mut values[..count];
-                let (max, at) = largest(values);
-                let sum = simd(
-                    #[inline(always)]
-                    || exp_shifted(values, max),
-                );
-                let part = Part { max, at: (from * LANES + at) as u32, sum };
-                // SAFETY: there is one for every task and row; tasks write disjoint ones.
-                unsafe { *out.get().add(task * rows + row) = part };
-            }
-        });
+    over_outputs(input, pool, w, spans, &|task, first, count, values| {
+        for (row, values) in values.chunks_exact_mut(STRIDE).enumerate() {
+            let values = &mut values[..count];
+            let (max, at) = largest(values);
+            let sum = simd(
+                #[inline(always)]
+                || exp_shifted(values, max),
+            );
+            // SAFETY: there is one for every task and row; tasks write disjoint ones.
+            unsafe { *out.get().add(task * rows + row) = Part { max, at: (first + at) as u32, sum } };
+        }
     });
     (0..rows).map(move |row| {
         let of_row = || (0..tasks).map(|task| parts[task * rows + row]);
