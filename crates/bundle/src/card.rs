@@ -5,12 +5,14 @@
 
 use std::fmt::Write as _;
 
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_model::DraftConfig;
 
 use crate::engines::Launch;
 use crate::foreign::{Layout, launch, unserved};
 use crate::manifest::{Manifest, Recommended, TunedDrafting};
 use crate::results::{Measured, MeasuredResult, record_files};
+use crate::stored;
 
 /// `1234567` as `1,234,567`.
 fn grouped(value: u64) -> String {
@@ -153,9 +155,13 @@ pub(crate) fn readme(manifest: &Manifest, config: &DraftConfig, results: &[Measu
         recommended(manifest, results),
         own_command(manifest)
     );
-    let mut lines = launch(config, manifest, Layout::Sglang, "DIR");
+    // Engines read BF16: what is stored so in SGLang's layout needs no export.
+    let is_ready = stored::named(&manifest.draft.dtype) == BundleWeights::Bf16;
+    let mut lines = if is_ready { launch(config, manifest, Layout::Sglang, "DIR") } else { Vec::new() };
+    let sglang = (Layout::Sglang, "DIR-sglang");
+    let exports = [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")];
     let mut remarks = Vec::new();
-    for (layout, folder) in [(Layout::Vllm, "DIR-vllm"), (Layout::Gguf, "DIR-gguf")] {
+    for (layout, folder) in (!is_ready).then_some(sglang).into_iter().chain(exports) {
         let unserved = unserved(config, layout);
         remarks.extend(unserved);
         lines.extend(

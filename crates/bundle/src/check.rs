@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
 use draftsmith_formats::hash::sha256_file;
+use draftsmith_formats::mxint8;
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
 use draftsmith_model::DraftConfig;
 use serde::Serialize;
@@ -13,7 +15,7 @@ use crate::foreign::config_problems;
 use crate::layout::{WeightTypes, read_config, vocab_map, weight_problems};
 use crate::manifest::{CONFIG_FILE, MANIFEST_FILE, Manifest, PROBE_FILE, TargetInfo, WEIGHTS_FILE};
 use crate::probe::{self, EmbedFn, ProbeFn};
-use crate::{BundleError, Problem};
+use crate::{BundleError, Problem, stored};
 
 /// Largest bundle that belongs into a source repository.
 pub const BUNDLE_BYTES_MAX: u64 = 25 << 20;
@@ -110,7 +112,7 @@ pub fn check(dir: impl AsRef<Path>, options: CheckOptions<'_>) -> Result<CheckRe
     let (config_line, config) = config(dir, &manifest);
     checks.push(config_line);
     let config = config.as_ref();
-    let [tensors, map] = tensors(dir, config);
+    let [tensors, map] = tensors(dir, config, stored::named(&manifest.draft.dtype));
     let usable = tensors.status == Status::Held && map.status == Status::Held;
     checks.extend([tensors, map]);
     checks.push(target(&manifest, config, options.target));
@@ -183,6 +185,7 @@ fn files(dir: &Path, manifest: &Manifest) -> Result<CheckLine, BundleError> {
 }
 
 fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<DraftConfig>) {
+    let form = stored::named(&manifest.draft.dtype);
     let (object, config) = match read_config(&dir.join(CONFIG_FILE)) {
         Ok(read) => read,
         Err(problem) => return (line("config", "config.json".into(), vec![problem]), None),
@@ -202,9 +205,10 @@ fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<DraftConfig>) {
         manifest.draft.draft_vocab_size.to_string(),
         shape.draft_vocab_size.to_string(),
     );
+    same("draft.dtype", manifest.draft.dtype.clone(), stored::declared(&object));
     let ids = config.target_layers().unwrap_or_default();
     same("draft.target_layer_ids", format!("{:?}", manifest.draft.target_layer_ids), format!("{ids:?}"));
-    let mut line = line("config", format!("{} keys, for SGLang and vLLM", object.len()), problems);
+    let mut line = line("config", format!("{} keys, for {}", object.len(), stored::readers(form)), problems);
     if let Some(context) = manifest.target.context_len
         && (shape.max_position_embeddings as u64) < context
     {
@@ -216,21 +220,23 @@ fn config(dir: &Path, manifest: &Manifest) -> (CheckLine, Option<DraftConfig>) {
     (line, Some(config))
 }
 
-fn tensors(dir: &Path, config: Option<&DraftConfig>) -> [CheckLine; 2] {
+fn tensors(dir: &Path, config: Option<&DraftConfig>, form: BundleWeights) -> [CheckLine; 2] {
     let Some(config) = config else {
         return [
             skipped("tensors", "config.json cannot be read"),
             skipped("vocab_map", "config.json cannot be read"),
         ];
     };
-    let weights = match SafetensorsDir::open(dir.join(WEIGHTS_FILE)) {
-        Ok(weights) => weights,
+    let opened = SafetensorsDir::open(dir.join(WEIGHTS_FILE))
+        .and_then(|weights| Ok((stored::problems(&weights, form), mxint8::widened(weights)?)));
+    let (mut problems, weights) = match opened {
+        Ok(opened) => opened,
         Err(e) => {
             let problem = Problem::Weights { message: e.to_string() };
             return [line("tensors", WEIGHTS_FILE.into(), vec![problem]), skipped("vocab_map", "no weights")];
         }
     };
-    let problems = weight_problems(config, &weights, WeightTypes::Bundle);
+    problems.extend(weight_problems(config, &weights, WeightTypes::Bundle));
     let tensors = line(
         "tensors",
         format!("{} tensors: names, shapes, types, finite, trained", weights.len()),

@@ -20,6 +20,7 @@ mod portable;
 mod probe;
 mod problem;
 mod results;
+mod stored;
 
 pub use check::{BUNDLE_BYTES_MAX, CheckLine, CheckOptions, CheckReport, Status, check, target_problems};
 pub use engines::Launch;

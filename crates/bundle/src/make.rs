@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir};
 use draftsmith_formats::hash::sha256_hex;
+use draftsmith_formats::mxint8;
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use draftsmith_model::DraftConfig;
 
@@ -19,7 +21,7 @@ use crate::portable::{RUN_FILE, Told};
 use crate::probe::{AnswerFn, ProbeInput, fits, from_file, to_file};
 use crate::problem::layer_problem;
 use crate::results::{MeasuredResult, record_files};
-use crate::{BundleError, Problem};
+use crate::{BundleError, Problem, stored};
 
 /// What to do if the bundle's folder exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,8 @@ pub struct MakeInput {
     pub existing: Existing,
     /// Folder with `config.json` and `model.safetensors` of the draft.
     pub checkpoint: PathBuf,
+    /// How the weights are stored.
+    pub weights: BundleWeights,
     /// Name of the draft.
     pub name: String,
     /// The target it was trained for.
@@ -81,7 +85,7 @@ pub struct Made {
 }
 
 /// Makes a bundle. `network` answers the probes with the draft of the *checkpoint* as bundled (weights rounded to
-/// bf16).
+/// bf16, or to 8 bits).
 ///
 /// Nothing is left on disk if it fails. Places of this machine become references or names: what a bundle says is for
 /// others.
@@ -115,7 +119,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
     let bad = |source| BundleError::Config { path: input.checkpoint.join(CONFIG_FILE), source };
     config.set_target_layers(&layers).map_err(bad)?;
     let shape = config.shape();
-    let weights = SafetensorsDir::open(&input.checkpoint)?;
+    let weights = mxint8::open(&input.checkpoint)?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Checkpoint);
     problems.extend(layer_problem(&config, num_layers));
     if let Some(Err(problem)) = vocab_map(&*config, &weights) {
@@ -137,8 +141,9 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
         return Err(refused(problems));
     }
 
-    let (tensors, parameters) = bundled_tensors(&config, &weights)?;
-    let config_value = config.to_value().map_err(bad)?;
+    let (tensors, parameters) = bundled_tensors(&config, &weights, input.weights)?;
+    let mut config_value = config.to_value().map_err(bad)?;
+    stored::declare(&mut config_value, input.weights);
     let questions = match input.probe_inputs.as_slice() {
         [] => ProbeInput::made_up(shape.features_width(), shape.vocab_size),
         given => given.to_vec(),
@@ -169,7 +174,7 @@ pub fn make(input: &MakeInput, network: &mut AnswerFn<'_>) -> Result<Made, Bundl
             draft_vocab_size: shape.draft_vocab_size as u64,
             target_layer_ids: layers,
             parameters,
-            dtype: "bfloat16".into(),
+            dtype: stored::name(input.weights).into(),
         },
         training: TrainingInfo { run_sha256: sha256_hex(&input.run_toml), ..input.training.clone() },
         imported: input.imported.clone(),
@@ -234,6 +239,7 @@ pub fn input_of(dir: &Path) -> Result<MakeInput, BundleError> {
         out: dir.to_owned(),
         existing: Existing::Replace,
         checkpoint: dir.to_owned(),
+        weights: stored::named(&manifest.draft.dtype),
         name: manifest.name,
         target: manifest.target,
         training: manifest.training,
@@ -269,19 +275,20 @@ pub fn remake(input: &MakeInput) -> Result<Made, BundleError> {
 fn bundled_tensors(
     config: &DraftConfig,
     weights: &SafetensorsDir,
+    form: BundleWeights,
 ) -> Result<(Vec<TensorData>, u64), BundleError> {
     let mut parameters = 0;
     let mut tensors = Vec::new();
     for spec in expected_tensors(&**config) {
         let tensor = weights.get(&spec.name)?;
-        tensors.push(match spec.name.as_str() {
-            "d2t" => TensorData::i64("d2t", &spec.shape, &tensor.to_i64()?),
-            "t2d" => TensorData::bool("t2d", &spec.shape, &tensor.to_bool()?),
+        match spec.name.as_str() {
+            "d2t" => tensors.push(TensorData::i64("d2t", &spec.shape, &tensor.to_i64()?)),
+            "t2d" => tensors.push(TensorData::bool("t2d", &spec.shape, &tensor.to_bool()?)),
             name => {
                 parameters += tensor.elements() as u64;
-                TensorData::bf16(name, &spec.shape, &tensor.to_f32()?)
+                tensors.extend(stored::tensors(name, &spec.shape, &tensor.to_f32()?, form));
             }
-        });
+        }
     }
     Ok((tensors, parameters))
 }

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use draftsmith_formats::safetensors_dir::TensorData;
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_kernels::{Kernels, PackMode};
 use draftsmith_model::{Draft, DraftAnswer, DraftQuestion, Infer, Ops, Target, read_draft};
 
@@ -15,6 +15,7 @@ use crate::error::BoxError;
 use crate::make::{Made, MakeInput, make};
 use crate::manifest::TargetInfo;
 use crate::probe::{Probe, ProbeInput, fits};
+use crate::stored;
 
 /// Where a token's embedding comes from.
 #[derive(Clone, Copy)]
@@ -98,7 +99,7 @@ fn run<K: Kernels>(
 
 /// [`make`] with the real draft network beside this target.
 ///
-/// The probe is answered with the weights as bundled, rounded to bf16, so that a check sees the same numbers.
+/// The probe is answered with the weights as bundled, rounded to bf16 or 8 bits, so that a check sees the same numbers.
 ///
 /// # Errors
 /// As [`make`]; a checkpoint that cannot be loaded as a draft.
@@ -107,20 +108,21 @@ pub fn make_with_target<K: Kernels>(input: &MakeInput, target: &Target<K>) -> Re
     let mut draft: Option<Draft<K>> = None;
     make(input, &mut |question| {
         if draft.is_none() {
-            draft = Some(rounded_draft(target.kernels().as_ref(), &input.checkpoint)?);
+            draft = Some(rounded_draft(target.kernels().as_ref(), &input.checkpoint, input.weights)?);
         }
         answer_beside(target, draft.as_ref().expect("loaded above"), &question)
     })
 }
 
 /// A checkpoint's draft with its weights as a bundle stores them.
-fn rounded_draft<K: Kernels>(kernels: &K, checkpoint: &Path) -> Result<Draft<K>, BoxError> {
+fn rounded_draft<K: Kernels>(
+    kernels: &K,
+    checkpoint: &Path,
+    form: BundleWeights,
+) -> Result<Draft<K>, BoxError> {
     let (config, mut tensors, vocab_map) = read_draft(checkpoint)?;
-    for (name, (shape, values)) in &mut tensors {
-        let stored = TensorData::bf16(name, shape, values);
-        for (value, bytes) in values.iter_mut().zip(stored.bytes.chunks_exact(2)) {
-            *value = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
-        }
+    for (shape, values) in tensors.values_mut() {
+        *values = stored::rounded(shape, values, form);
     }
     let place = checkpoint.display().to_string();
     Ok(Draft::from_tensors(kernels, config, &tensors, vocab_map, PackMode::F32, &place)?)

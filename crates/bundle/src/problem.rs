@@ -384,7 +384,8 @@ impl Problem {
                 "use the draft as it was trained: quantised weights of a draft are not read".into()
             }
             Problem::TensorDtype { .. } => {
-                "weights are stored as BF16, `d2t` as I64, `t2d` as BOOL; make the bundle anew from the checkpoint".into()
+                "weights are stored as `draft.dtype` of `bundle.json` says, `d2t` as I64, `t2d` as BOOL; make the bundle anew from the \
+                 checkpoint".into()
             }
             Problem::TensorNotFinite { .. } => "training diverged: go back to an earlier checkpoint, lower `train.lr`".into(),
             Problem::TensorConstant { .. } | Problem::Untrained { .. } => {
@@ -408,7 +409,7 @@ impl Problem {
                 "export the bundle again".into()
             }
             Problem::TensorTwice { .. } => "remove one of the two".into(),
-            Problem::Large { .. } => "ship it by a model hub instead".into(),
+            Problem::Large { .. } => "store its weights in 8 bits (`bundle.weights = \"mxint8\"`), or ship it by a model hub".into(),
             Problem::Config { hint, .. } => return hint.clone(),
             Problem::LayerOutside { .. } | Problem::LayerOrder { .. } => {
                 "import the draft with the layers that it was trained on, `--layers LOW,MID,HIGH` counted from 0, or \

@@ -14,6 +14,7 @@ pub mod hash;
 pub mod hash_records;
 pub mod hf_config;
 pub mod mapped;
+pub mod mxint8;
 pub mod packed;
 pub mod run;
 pub mod safetensors_dir;

@@ -186,7 +186,7 @@ impl Tensor<'_> {
         })
     }
 
-    fn wrong_type(&self, wanted: &'static str) -> SafetensorsError {
+    pub(crate) fn wrong_type(&self, wanted: &'static str) -> SafetensorsError {
         SafetensorsError::Type {
             path: self.path.to_path_buf(),
             name: self.name.to_string(),

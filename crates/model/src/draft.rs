@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::{VocabMap, VocabMapError};
-use draftsmith_formats::safetensors_dir::{SafetensorsDir, SafetensorsError};
+use draftsmith_formats::mxint8;
+use draftsmith_formats::safetensors_dir::SafetensorsError;
 use draftsmith_kernels::{KernelError, Kernels, Memory, PackMode, WeightView};
 
 use crate::draft_config::DraftConfigError;
@@ -388,7 +389,7 @@ pub fn read_draft(dir: &Path) -> Result<(DraftConfig, DraftTensors, Option<Vocab
     let config = DraftConfig::from_json(&text)
         .map_err(|source| DraftError::Config { place: config_path.display().to_string(), source })?;
     let shape = config.shape();
-    let file = SafetensorsDir::open(dir)?;
+    let file = mxint8::open(dir)?;
     let mut tensors = DraftTensors::new();
     for name in file.names() {
         if matches!(name, "d2t" | "t2d") || name == "embed_tokens.weight" && !shape.has_embedding {

@@ -57,6 +57,7 @@ impl Run<'_> {
             out: dir.to_path_buf(),
             existing: Existing::Replace,
             checkpoint: draft_dir,
+            weights: self.file.bundle.weights,
             name: self.file.bundle.name.clone().unwrap_or_else(|| self.file.run.name.clone()),
             target: TargetInfo {
                 name: self

@@ -10,6 +10,7 @@ use draftsmith_bundle::{
 };
 use draftsmith_formats::atomic;
 use draftsmith_formats::hash::sha256_file;
+use draftsmith_formats::run::BundleWeights;
 
 use crate::Error;
 use crate::bench::measured;
@@ -50,6 +51,7 @@ pub fn import_draft(
         out: options.out.to_path_buf(),
         existing: options.existing,
         checkpoint: Default::default(), // of the import's own making
+        weights: BundleWeights::Bf16,
         name: options.name.unwrap_or(last).to_string(),
         target: TargetInfo {
             license: target_license(&target.path),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir};
-use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_formats::mxint8;
 use draftsmith_model::{DraftConfig, Published};
 
 use super::parallel::Parallel;
@@ -72,7 +72,7 @@ pub(super) fn export_as(input: &ExportInput<'_>, dress: &Dress<'_>) -> Result<Ex
     let layers = config.layers(manifest.target.num_layers as u32);
     let bad = |source| BundleError::Config { path: input.bundle.join(CONFIG_FILE), source };
     config.set_target_layers(&layers).map_err(bad)?;
-    let weights = SafetensorsDir::open(input.bundle.join(WEIGHTS_FILE))?;
+    let weights = mxint8::open(input.bundle.join(WEIGHTS_FILE))?;
     let mut problems = weight_problems(&config, &weights, WeightTypes::Bundle);
     if let Some(Err(problem)) = vocab_map(&*config, &weights) {
         problems.push(problem);

@@ -11,6 +11,7 @@ use draftsmith_core::VocabMap;
 use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
 use draftsmith_formats::gguf::{GgufFile, content_sha256, only_model};
 use draftsmith_formats::hash::sha256_file;
+use draftsmith_formats::mxint8;
 use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
 use draftsmith_kernels::Kernels;
 use draftsmith_model::{DraftConfig, DraftConfigError, DraftTensors, Infer, Linear, Ops, Target};
@@ -76,7 +77,7 @@ pub fn import_with(path: &Path, layers: Option<&[u32]>) -> Result<Imported, Bund
     }
     let config = path.join(CONFIG_FILE);
     if path.is_dir() && config.is_file() {
-        return by_config(path, &atomic::read(config)?, &SafetensorsDir::open(path)?, layers);
+        return by_config(path, &atomic::read(config)?, &mxint8::open(path)?, layers);
     }
     Err(BundleError::NoDraft { path: path.to_owned() })
 }

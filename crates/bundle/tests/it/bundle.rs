@@ -9,6 +9,7 @@ use draftsmith_bundle::{
     TrainingInfo, check, expected_tensors, input_of, make, remake,
 };
 use draftsmith_formats::hash::sha256_file;
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
 use draftsmith_model::DraftConfig;
 use serde_json::{Value, json};
@@ -127,6 +128,7 @@ fn input(root: &Path) -> MakeInput {
         out: root.join("bundle"),
         existing: Existing::Refuse,
         checkpoint: root.join("checkpoint"),
+        weights: BundleWeights::Bf16,
         name: "toy-8l-eagle3".into(),
         target: target(),
         training: TrainingInfo {

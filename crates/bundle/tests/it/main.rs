@@ -2,5 +2,6 @@
 
 mod bundle;
 mod foreign;
+mod stored;
 mod support;
 mod tiny_target;

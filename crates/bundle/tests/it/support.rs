@@ -7,6 +7,7 @@ use std::sync::Arc;
 use draftsmith_bundle::{
     Existing, MakeInput, Recommended, TargetInfo, TrainingInfo, expected_tensors, make_with_target,
 };
+use draftsmith_formats::run::BundleWeights;
 use draftsmith_formats::safetensors_dir::{Dtype, TensorData, write};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::DraftConfig;
@@ -89,6 +90,7 @@ pub(crate) fn input(root: &Path, target: &Target<Cpu>) -> MakeInput {
         out: root.join("bundle"),
         existing: Existing::Refuse,
         checkpoint: root.join("checkpoint"),
+        weights: BundleWeights::Bf16,
         name: "tiny-eagle3".into(),
         target: facts(target),
         training: TrainingInfo::default(),

@@ -862,6 +862,20 @@ pub struct BundleTable {
     pub base_model: Option<String>,
     /// Licence of the target's weights on the model card, as an SPDX expression. Default: what the model file says.
     pub base_license: Option<String>,
+    /// How its weights are stored: `bf16`, which engines load as it is; `mxint8`, half as long, which they load as an
+    /// export (blocks of 32 weights with one power of two).
+    pub weights: BundleWeights,
+}
+
+/// How a bundle stores the weights of its draft.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BundleWeights {
+    /// BF16.
+    #[default]
+    Bf16,
+    /// 8 bits [`crate::mxint8`]: matrices whose rows are whole blocks; the others in BF16.
+    Mxint8,
 }
 
 /// Measurement of the finished bundle.

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use draftsmith_formats::safetensors_dir::{SafetensorsDir, Tensor};
+use draftsmith_formats::mxint8;
+use draftsmith_formats::safetensors_dir::Tensor;
 use draftsmith_kernels::{Kernels, PackMode};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_model::{Draft, DraftConfig};
@@ -70,7 +71,7 @@ fn tensors(
     bundle: &Path,
     config: &DraftConfig,
 ) -> Result<CheckLine, BundleError> {
-    let weights = SafetensorsDir::open(bundle.join(WEIGHTS_FILE))?;
+    let weights = mxint8::open(bundle.join(WEIGHTS_FILE))?;
     let (entries, left) = inventory(export, layout)?;
     let mut problems: Vec<Problem> =
         left.into_iter().map(|name| Problem::TensorExtra { name, shape: Vec::new() }).collect();

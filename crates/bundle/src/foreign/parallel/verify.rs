@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use draftsmith_core::VocabMap;
+use draftsmith_formats::mxint8;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir};
 use draftsmith_kernels::{Kernels, PackMode};
 use draftsmith_model::Draft;
@@ -28,7 +29,7 @@ pub(crate) fn compare<K: Kernels>(
     kernels: &K,
 ) -> Result<(Layout, Vec<CheckLine>), BundleError> {
     let layout = layout_of(export)?.ok_or_else(|| BundleError::NoDraft { path: export.to_owned() })?;
-    let weights = SafetensorsDir::open(bundle.join(WEIGHTS_FILE))?;
+    let weights = mxint8::open(bundle.join(WEIGHTS_FILE))?;
     let specs = expected_tensors(&*whole(draft));
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let (stored, left) = inventory(export, layout, &names)?;
