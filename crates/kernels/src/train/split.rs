@@ -282,14 +282,10 @@ fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     out
 }
 
-/// One step of [`SIDE`] rows times [`SIDE`] columns into registers 0 to 3, of numbers in one part.
-///
-/// # Safety
-/// Tiles are configured; both operands have a packed step.
-#[inline(always)]
-unsafe fn multiply_once(rows: *const f32, columns: *const f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
+/// One step of [`SIDE`] rows times [`SIDE`] columns into registers 0 to 3: the high parts of both, which stay in registers 4 to 7, and
+/// what `more` does with them.
+macro_rules! multiply {
+    ($rows:ident, $columns:ident $(, $more:literal)* $(,)?) => {
         asm!(
             "tileloadd tmm4, [{columns} + {row}*1]",
             "tileloadd tmm6, [{rows} + {row}*1]",
@@ -299,12 +295,23 @@ unsafe fn multiply_once(rows: *const f32, columns: *const f32) {
             "tileloadd tmm7, [{rows} + {row}*1 + 1024]",
             "tdpbf16ps tmm2, tmm7, tmm4",
             "tdpbf16ps tmm3, tmm7, tmm5",
-            rows = in(reg) rows,
-            columns = in(reg) columns,
+            $($more,)*
+            rows = in(reg) $rows,
+            columns = in(reg) $columns,
             row = in(reg) 64usize,
             options(nostack, preserves_flags, readonly),
-        );
-    }
+        )
+    };
+}
+
+/// A step of numbers in one part.
+///
+/// # Safety
+/// Tiles are configured; both operands have a packed step.
+#[inline(always)]
+unsafe fn multiply_once(rows: *const f32, columns: *const f32) {
+    // SAFETY: the caller's promise.
+    unsafe { multiply!(rows, columns) };
 }
 
 /// The same of numbers in two parts.
@@ -315,16 +322,9 @@ unsafe fn multiply_once(rows: *const f32, columns: *const f32) {
 unsafe fn multiply_thrice(rows: *const f32, columns: *const f32) {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            // High by high.
-            "tileloadd tmm4, [{columns} + {row}*1]",
-            "tileloadd tmm6, [{rows} + {row}*1]",
-            "tdpbf16ps tmm0, tmm6, tmm4",
-            "tileloadd tmm5, [{columns} + {row}*1 + 1024]",
-            "tdpbf16ps tmm1, tmm6, tmm5",
-            "tileloadd tmm7, [{rows} + {row}*1 + 1024]",
-            "tdpbf16ps tmm2, tmm7, tmm4",
-            "tdpbf16ps tmm3, tmm7, tmm5",
+        multiply!(
+            rows,
+            columns,
             // High by low.
             "tileloadd tmm4, [{columns} + {row}*1 + 2048]",
             "tdpbf16ps tmm0, tmm6, tmm4",
@@ -341,10 +341,6 @@ unsafe fn multiply_thrice(rows: *const f32, columns: *const f32) {
             "tileloadd tmm7, [{rows} + {row}*1 + 3072]",
             "tdpbf16ps tmm2, tmm7, tmm4",
             "tdpbf16ps tmm3, tmm7, tmm5",
-            rows = in(reg) rows,
-            columns = in(reg) columns,
-            row = in(reg) 64usize,
-            options(nostack, preserves_flags, readonly),
         );
     }
 }
