@@ -121,9 +121,7 @@ fn rounded_draft<K: Kernels>(
     form: BundleWeights,
 ) -> Result<Draft<K>, BoxError> {
     let (config, mut tensors, vocab_map) = read_draft(checkpoint)?;
-    for (shape, values) in tensors.values_mut() {
-        *values = stored::rounded(shape, values, form);
-    }
+    stored::round(&mut tensors, form)?;
     let place = checkpoint.display().to_string();
     Ok(Draft::from_tensors(kernels, config, &tensors, vocab_map, PackMode::F32, &place)?)
 }

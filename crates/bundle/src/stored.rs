@@ -3,15 +3,17 @@
 //! Whatever reads a bundle's weights reads them widened, in BF16, which holds the values of the 8 bits exactly: check, probe,
 //! exports and decoding see one draft.
 
+use std::collections::BTreeMap;
+
 use draftsmith_formats::mxint8;
 use draftsmith_formats::run::BundleWeights;
-use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, SafetensorsError, TensorData, to_bytes};
+use draftsmith_model::DraftTensors;
 use serde_json::{Map, Value, json};
 
 use crate::Problem;
 
-/// Under which key `config.json` says it. Engines know the key and refuse a method that they do not know, where they would
-/// take codes for weights without it.
+/// Under which key `config.json` says it, where engines look before they take codes for weights.
 const DECLARED: &str = "quantization_config";
 /// The method there, and the type in `bundle.json`.
 const MXINT8: &str = "mxint8";
@@ -44,16 +46,18 @@ pub(crate) fn tensors(name: &str, shape: &[usize], values: &[f32], form: BundleW
     }
 }
 
-/// The values that are left of a trained tensor in the file.
-pub(crate) fn rounded(shape: &[usize], values: &[f32], form: BundleWeights) -> Vec<f32> {
-    match form {
-        BundleWeights::Mxint8 if mxint8::fits(shape) => mxint8::rounded(shape, values),
-        _ => {
-            let stored = TensorData::bf16("", shape, values);
-            let upper = |b: &[u8]| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-            stored.bytes.chunks_exact(2).map(upper).collect()
-        }
+/// The values that a reader of the file finds.
+///
+/// # Errors
+/// None for tensors of a draft: what is written here can be read.
+pub(crate) fn round(draft: &mut DraftTensors, form: BundleWeights) -> Result<(), SafetensorsError> {
+    let stored: Vec<TensorData> =
+        draft.iter().flat_map(|(name, (shape, values))| tensors(name, shape, values, form)).collect();
+    let file = mxint8::widened(SafetensorsDir::from_bytes("", to_bytes(&stored, &BTreeMap::new()))?)?;
+    for (name, (_, values)) in draft {
+        *values = file.get(name)?.to_f32()?;
     }
+    Ok(())
 }
 
 /// Who loads the folder as it is.

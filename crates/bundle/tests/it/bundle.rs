@@ -8,11 +8,12 @@ use draftsmith_bundle::{
     Measured, MeasuredResult, Probe, ProbeInput, Problem, Recommended, Shape, Status, TargetInfo,
     TrainingInfo, check, expected_tensors, input_of, make, remake,
 };
-use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::run::BundleWeights;
 use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
 use draftsmith_model::DraftConfig;
 use serde_json::{Value, json};
+
+use crate::support::{bundle_tensors, fails_with, relist};
 
 const V: usize = 40;
 const VD: usize = 24;
@@ -211,43 +212,12 @@ fn with_weights(dir: &Path, tensors: &[TensorData]) {
     relist(dir);
 }
 
-/// Writes sizes and hashes of all listed files anew.
-fn relist(dir: &Path) {
-    let mut manifest = Manifest::read(dir).unwrap();
-    for file in &mut manifest.files {
-        let path = dir.join(&file.path);
-        file.bytes = std::fs::metadata(&path).unwrap().len();
-        file.sha256 = sha256_file(&path).unwrap();
-    }
-    std::fs::write(dir.join("bundle.json"), manifest.to_json().unwrap()).unwrap();
-}
-
-fn bundle_tensors(dir: &Path) -> Vec<TensorData> {
-    let open = SafetensorsDir::open(dir).unwrap();
-    open.names()
-        .map(|name| {
-            let t = open.get(name).unwrap();
-            TensorData { name: name.into(), dtype: t.dtype, shape: t.shape.to_vec(), bytes: t.bytes.to_vec() }
-        })
-        .collect()
-}
-
 fn set_config(dir: &Path, edit: impl FnOnce(&mut Value)) {
     let path = dir.join("config.json");
     let mut value: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     edit(&mut value);
     std::fs::write(&path, value.to_string()).unwrap();
     relist(dir);
-}
-
-#[track_caller]
-fn fails_with(report: &CheckReport, kind: &str, word: &str) {
-    let failures: Vec<String> = report.failures().map(|p| format!("{}: {p}", p.kind())).collect();
-    assert!(!report.holds, "it should not hold");
-    assert!(
-        failures.iter().any(|f| f.starts_with(&format!("{kind}: ")) && f.contains(word)),
-        "{failures:#?}"
-    );
 }
 
 #[test]

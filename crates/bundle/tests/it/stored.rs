@@ -4,18 +4,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use draftsmith_bundle::{
-    CheckReport, Existing, ExportInput, Layout, MakeInput, Manifest, check_alone, check_with_target, export,
-    input_of, make_with_target, remake, verify_export,
+    Existing, ExportInput, Layout, MakeInput, Manifest, check_alone, check_with_target, export, input_of,
+    make_with_target, remake, verify_export,
 };
-use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::mxint8;
 use draftsmith_formats::run::BundleWeights;
-use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, to_bytes, write};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::{Target, read_draft};
 use serde_json::{Value, json};
 
-use crate::support::{facts, input, target, write_draft};
+use crate::support::{bundle_tensors, facts, fails_with, input, relist, target, write_draft};
 
 fn made() -> (tempfile::TempDir, PathBuf, Target<Cpu>) {
     let root = tempfile::tempdir().unwrap();
@@ -26,36 +25,8 @@ fn made() -> (tempfile::TempDir, PathBuf, Target<Cpu>) {
     (root, made.path, target)
 }
 
-fn tensors(dir: &Path) -> Vec<TensorData> {
-    let open = SafetensorsDir::open(dir).unwrap();
-    let all = open.names().map(|name| {
-        let t = open.get(name).unwrap();
-        TensorData { name: name.into(), dtype: t.dtype, shape: t.shape.to_vec(), bytes: t.bytes.to_vec() }
-    });
-    all.collect()
-}
-
-/// Sizes and hashes of the manifest in line with the files, so that only what they hold can tell.
-fn relist(dir: &Path, edit: impl FnOnce(&mut Manifest)) {
-    let mut manifest = Manifest::read(dir).unwrap();
-    for file in &mut manifest.files {
-        let path = dir.join(&file.path);
-        file.bytes = std::fs::metadata(&path).unwrap().len();
-        file.sha256 = sha256_file(&path).unwrap();
-    }
-    edit(&mut manifest);
-    std::fs::write(dir.join("bundle.json"), manifest.to_json().unwrap()).unwrap();
-}
-
 fn config_of(dir: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
-}
-
-#[track_caller]
-fn fails_with(report: &CheckReport, kind: &str, word: &str) {
-    let failures: Vec<String> = report.failures().map(|p| format!("{}: {p}", p.kind())).collect();
-    let told = failures.iter().any(|f| f.starts_with(&format!("{kind}: ")) && f.contains(word));
-    assert!(!report.holds && told, "{failures:#?}");
 }
 
 #[test]
@@ -74,7 +45,7 @@ fn a_bundle_in_8_bits_is_the_rounded_checkpoint_at_half_the_length() {
     for (name, (shape, values)) in &checkpoint {
         let (found_shape, found) = &bundled[name];
         let wanted: Vec<f32> = match mxint8::fits(shape) {
-            true => mxint8::rounded(shape, values),
+            true => rounded(name, shape, values),
             false => values.iter().map(|x| half(*x)).collect(),
         };
         narrowed += usize::from(mxint8::fits(shape));
@@ -85,7 +56,7 @@ fn a_bundle_in_8_bits_is_the_rounded_checkpoint_at_half_the_length() {
     let bf16 = root.path().join("bf16");
     make_with_target(&MakeInput { out: bf16.clone(), ..input(root.path(), &target) }, &target).unwrap();
     let long = |dir: &Path| -> usize {
-        tensors(dir)
+        bundle_tensors(dir)
             .iter()
             .filter(|t| !matches!(t.dtype, Dtype::I64 | Dtype::BOOL))
             .map(|t| t.bytes.len())
@@ -93,6 +64,13 @@ fn a_bundle_in_8_bits_is_the_rounded_checkpoint_at_half_the_length() {
     };
     let ratio = long(&dir) as f64 / long(&bf16) as f64;
     assert!((0.5..0.53).contains(&ratio), "{ratio}");
+}
+
+/// What 8 bits leave of a matrix.
+fn rounded(name: &str, shape: &[usize], values: &[f32]) -> Vec<f32> {
+    let file = to_bytes(&mxint8::narrow(name, shape, values), &BTreeMap::new());
+    let wide = mxint8::widened(SafetensorsDir::from_bytes("", file).unwrap()).unwrap();
+    wide.get(name).unwrap().to_f32().unwrap()
 }
 
 /// To bf16, nearest even.
@@ -112,7 +90,7 @@ fn engines_get_the_same_numbers_in_bf16() {
         assert!(config_of(&out).get("quantization_config").is_none());
         let report = verify_export(&out, &dir, target.kernels().as_ref()).unwrap();
         assert!(report.holds, "{}", report.text());
-        assert!(tensors(&out).iter().all(|t| !matches!(t.dtype, Dtype::I8 | Dtype::F8_E8M0)));
+        assert!(bundle_tensors(&out).iter().all(|t| !matches!(t.dtype, Dtype::I8 | Dtype::F8_E8M0)));
         if layout == Layout::Sglang {
             let (_, exported, _) = read_draft(&out).unwrap();
             assert!(exported == bundled);
@@ -145,41 +123,47 @@ fn what_lies_otherwise_than_the_bundle_says_is_named() {
     };
     let with = |dir: &Path, tensors: &[TensorData]| {
         write(dir.join("model.safetensors"), tensors, &BTreeMap::new()).unwrap();
-        relist(dir, |_| {});
+        relist(dir);
     };
     let (report, _root) = spoil(&|dir| {
-        let without: Vec<_> = tensors(dir).into_iter().filter(|t| t.name != "fc.weight_scale").collect();
+        let without: Vec<_> =
+            bundle_tensors(dir).into_iter().filter(|t| t.name != "fc.weight_scale").collect();
         with(dir, &without);
     });
     fails_with(&report, "weights", "`fc.weight_scale` is missing");
     let (report, _root) = spoil(&|dir| {
         let wide = mxint8::open(dir).unwrap();
         let fc = wide.get("fc.weight").unwrap();
-        let mut all: Vec<_> = tensors(dir).into_iter().filter(|t| !t.name.starts_with("fc.weight")).collect();
+        let mut all: Vec<_> =
+            bundle_tensors(dir).into_iter().filter(|t| !t.name.starts_with("fc.weight")).collect();
         all.push(TensorData::bf16("fc.weight", fc.shape, &fc.to_f32().unwrap()));
         with(dir, &all);
     });
     fails_with(&report, "tensor_dtype", "`fc.weight`");
-    let (report, _root) = spoil(&|dir| relist(dir, |manifest| manifest.draft.dtype = "bfloat16".into()));
+    let (report, _root) = spoil(&|dir| {
+        let mut manifest = Manifest::read(dir).unwrap();
+        manifest.draft.dtype = "bfloat16".into();
+        std::fs::write(dir.join("bundle.json"), manifest.to_json().unwrap()).unwrap();
+    });
     fails_with(&report, "manifest_disagrees", "draft.dtype is bfloat16, `config.json` says mxint8");
     fails_with(&report, "tensor_dtype", "`fc.weight`");
     let (report, _root) = spoil(&|dir| {
         let mut config = config_of(dir);
         config.as_object_mut().unwrap().remove("quantization_config");
         std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-        relist(dir, |_| {});
+        relist(dir);
     });
     fails_with(&report, "manifest_disagrees", "draft.dtype is mxint8, `config.json` says bfloat16");
     // A power that is no number makes its whole block none.
     let (report, _root) = spoil(&|dir| {
-        let mut all = tensors(dir);
+        let mut all = bundle_tensors(dir);
         all.iter_mut().find(|t| t.name == "fc.weight_scale").unwrap().bytes[3] = 255;
         with(dir, &all);
     });
     fails_with(&report, "tensor_not_finite", "`fc.weight`");
     // Another power is another draft, as the probe tells.
     let (report, _root) = spoil(&|dir| {
-        let mut all = tensors(dir);
+        let mut all = bundle_tensors(dir);
         let scale = all.iter_mut().find(|t| t.name == "fc.weight_scale").unwrap();
         scale.bytes.iter_mut().for_each(|exponent| *exponent += 1);
         with(dir, &all);

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use draftsmith_bundle::{
-    Existing, MakeInput, Recommended, TargetInfo, TrainingInfo, expected_tensors, make_with_target,
+    CheckReport, Existing, MakeInput, Manifest, Recommended, TargetInfo, TrainingInfo, expected_tensors,
+    make_with_target,
 };
+use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::run::BundleWeights;
-use draftsmith_formats::safetensors_dir::{Dtype, TensorData, write};
+use draftsmith_formats::safetensors_dir::{Dtype, SafetensorsDir, TensorData, write};
 use draftsmith_kernels::Cpu;
 use draftsmith_model::DraftConfig;
 use draftsmith_model::{Precision, Target};
@@ -113,4 +115,37 @@ pub(crate) fn made(variant: &Value) -> (tempfile::TempDir, PathBuf, Target<Cpu>)
     write_draft(&root.path().join("checkpoint"), &target, variant);
     let made = make_with_target(&input(root.path(), &target), &target).unwrap();
     (root, made.path, target)
+}
+
+/// Writes sizes and hashes of all listed files anew.
+pub(crate) fn relist(dir: &Path) {
+    let mut manifest = Manifest::read(dir).unwrap();
+    for file in &mut manifest.files {
+        let path = dir.join(&file.path);
+        file.bytes = std::fs::metadata(&path).unwrap().len();
+        file.sha256 = sha256_file(&path).unwrap();
+    }
+    std::fs::write(dir.join("bundle.json"), manifest.to_json().unwrap()).unwrap();
+}
+
+/// Every tensor of a bundle as its file has it.
+pub(crate) fn bundle_tensors(dir: &Path) -> Vec<TensorData> {
+    let open = SafetensorsDir::open(dir).unwrap();
+    open.names()
+        .map(|name| {
+            let t = open.get(name).unwrap();
+            TensorData { name: name.into(), dtype: t.dtype, shape: t.shape.to_vec(), bytes: t.bytes.to_vec() }
+        })
+        .collect()
+}
+
+/// The check failed, by a problem of this kind that has this word.
+#[track_caller]
+pub(crate) fn fails_with(report: &CheckReport, kind: &str, word: &str) {
+    let failures: Vec<String> = report.failures().map(|p| format!("{}: {p}", p.kind())).collect();
+    assert!(!report.holds, "it should not hold");
+    assert!(
+        failures.iter().any(|f| f.starts_with(&format!("{kind}: ")) && f.contains(word)),
+        "{failures:#?}"
+    );
 }
