@@ -8,6 +8,7 @@ use std::path::Path;
 use draftsmith_formats::cache::{
     CacheManifest, CacheSpec, CaptureDtype, KeptKey, KeptRows, RowPlaces, ShardEntry, decode_frame,
 };
+use draftsmith_formats::hash::sha256_hex;
 
 const SHARD: &[u8] = include_bytes!("../seeds/target_cache/shard.bin");
 const KEPT: &[u8] = include_bytes!("../seeds/target_cache/kept.bin");
@@ -62,6 +63,21 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         assert!(decoded == 2 || bytes != SHARD, "the seed is not whole");
         let again = RowPlaces::parse(&places.to_bytes(), &entry(bytes.len()), &spec);
         assert_eq!(again.unwrap(), places);
+        // The same shard as an earlier cache, hashed as it is.
+        let dir = std::env::temp_dir().join(format!("fuzz-earlier-{}", std::process::id()));
+        let spec = CacheSpec { shard_rows: 2, rows: 2, ..spec };
+        let shard = ShardEntry { sha256: sha256_hex(bytes), ..entry(bytes.len()) };
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join(&shard.file), bytes).unwrap();
+        std::fs::write(dir.join("manifest.json"), CacheManifest::begin(&spec).with(shard).to_text()).unwrap();
+        let keys = ROWS.iter().map(|(ids, mask)| KeptKey::of(ids, mask));
+        let rows = KeptRows::open(Path::new("none"), &[dir], &spec, keys);
+        for (number, (ids, _)) in ROWS.iter().enumerate() {
+            match rows.get(number as u64) {
+                Some(row) => assert_eq!(row.tokens(), ids.len() as u64),
+                None => assert!(bytes != SHARD, "the seed is not found"),
+            }
+        }
     } else if bytes.starts_with(b"DSROWS01") {
         if let Ok(places) = RowPlaces::parse(bytes, &entry(180), &spec) {
             assert_eq!(places.to_bytes(), bytes);
@@ -70,7 +86,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         let dir = std::env::temp_dir().join(format!("fuzz-kept-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("kept-0000-00000.dskept"), bytes).unwrap();
-        let rows = KeptRows::open(&dir, &spec, ROWS.iter().map(|(ids, mask)| KeptKey::of(ids, mask)));
+        let rows = KeptRows::open(&dir, &[], &spec, ROWS.iter().map(|(ids, mask)| KeptKey::of(ids, mask)));
         for (number, (ids, _)) in ROWS.iter().enumerate() {
             match rows.get(number as u64) {
                 Some(row) => assert_eq!(row.tokens(), ids.len() as u64),

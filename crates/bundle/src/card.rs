@@ -355,11 +355,11 @@ fn training(manifest: &Manifest) -> String {
     }
     let training = &manifest.training;
     let mut out = format!(
-        "## How it was trained\n\nWith draftsmith {}{}: {} optimiser steps, {} trained tokens seen, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
+        "## How it was trained\n\nWith draftsmith {}{}: {} optimiser steps, {} tokens read with their prompts, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
         manifest.draftsmith_version,
         training.ttt_length.map_or_else(String::new, |n| format!(" (training-time test of {n} steps)")),
         grouped(training.steps),
-        grouped(training.trained_tokens_seen),
+        grouped(training.tokens_read),
         training.lr_peak,
         training.seed,
         training.wall_s.map_or_else(String::new, |s| format!(", {:.0} minutes", s / 60.0)),

@@ -127,8 +127,10 @@ pub struct TrainingInfo {
     pub on_policy: bool,
     /// Optimiser steps up to the bundled checkpoint.
     pub steps: u64,
-    /// Trained tokens seen up to there, repeats counted.
-    pub trained_tokens_seen: u64,
+    /// Tokens that training read up to there, prompts and repeats counted. Bundles of before 2026-11-30 have the same number
+    /// under a name that said too much.
+    #[serde(alias = "trained_tokens_seen")]
+    pub tokens_read: u64,
     /// Draft steps unrolled per position (training-time test), for a kind that is trained so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttt_length: Option<u32>,

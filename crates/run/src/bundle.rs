@@ -84,7 +84,7 @@ impl Run<'_> {
                 }],
                 on_policy: self.file.regenerate.enabled,
                 steps: trained["draft_step"].as_u64().unwrap_or(0),
-                trained_tokens_seen: trained["slots"].as_u64().unwrap_or(0),
+                tokens_read: trained["slots"].as_u64().unwrap_or(0),
                 ttt_length: self.file.unrolled_steps(),
                 lr_peak: self.file.train.lr,
                 seed: self.file.train.seed.unwrap_or(self.file.run.seed),

@@ -5,7 +5,8 @@
 //! ```
 //! The states come from the target in this process, or from a server of it; rows arrive in order either way. Several processes
 //! share the rows ([`Parts`]) unless a server has them or a store takes them; the finished cache is the same. With
-//! `[capture.store]` shards lie here only until the store has them. Rows whose states answering kept ([`KeptRows`]) are copied.
+//! `[capture.store]` shards lie here only until the store has them. Rows whose states answering kept, or a capture has that was set aside
+//! ([`KeptRows`]), are copied: what grew by some rows costs those rows.
 
 use std::cell::Cell;
 use std::ops::{ControlFlow, Range};
@@ -52,7 +53,7 @@ pub struct Bill {
     pub trained_tokens: u64,
     /// Bytes of the finished cache, estimated before compression.
     pub bytes: u64,
-    /// Of the tokens, those whose states answering keeps: they are copied.
+    /// Of the tokens, those whose states answering keeps or an earlier capture has: they are copied.
     #[serde(skip_serializing_if = "is_zero")]
     pub kept_tokens: u64,
     /// Bytes free where it goes, if the system says.
@@ -71,7 +72,7 @@ struct Amount {
     rows: u64,
     tokens: u64,
     trained_tokens: u64,
-    /// Tokens of rows whose states are kept when they are answered.
+    /// Tokens of rows whose states are there before.
     kept_tokens: u64,
     estimated_from: Option<String>,
 }
@@ -262,19 +263,21 @@ impl Run<'_> {
         Ok(Source::Remote { capture, server })
     }
 
-    /// Tokens whose states answering left.
+    /// Tokens whose states are there.
     pub(super) fn kept_now(&self, tokens: &TokenFile) -> Result<u64, Error> {
         let kept = self.kept_rows(tokens, &self.cache_spec(tokens)?);
         Ok(kept_tokens(tokens, &kept))
     }
 
-    /// What answering left of these rows.
+    /// What answering left of these rows, and what captures that were set aside have of them.
     fn kept_rows(&self, tokens: &TokenFile, spec: &CacheSpec) -> KeptRows {
         let keys = (0..tokens.len()).map(|n| {
             let row = tokens.row(n);
             KeptKey::of(&row.ids, &row.loss_mask)
         });
-        KeptRows::open(&self.folder.kept_dir(), spec, keys)
+        let aside = self.folder.all_aside(Stage::Capture, &self.made_by(Stage::Capture));
+        let earlier: Vec<PathBuf> = aside.into_iter().map(|aside| aside.folder).collect();
+        KeptRows::open(&self.folder.kept_dir(), &earlier, spec, keys)
     }
 
     fn cache_spec(&self, tokens: &TokenFile) -> Result<CacheSpec, Error> {
@@ -331,7 +334,7 @@ impl Run<'_> {
                 bill.tokens,
                 match bill.kept_tokens {
                     0 => String::new(),
-                    kept => format!(", the states of {kept} kept when they were answered"),
+                    kept => format!(", the states of {kept} are there already"),
                 },
                 human(bill.bytes),
                 bill.minutes.ceil(),
@@ -542,7 +545,7 @@ fn counted(tokens: &TokenFile, kept: &KeptRows) -> (Amount, Vec<TokenRow>) {
     (amount, trial.map(|n| token_row(tokens, n)).collect())
 }
 
-/// Tokens of the rows whose states are kept.
+/// Tokens of the rows whose states are there.
 fn kept_tokens(tokens: &TokenFile, kept: &KeptRows) -> u64 {
     let rows = (0..tokens.len()).filter(|n| kept.has(*n as u64));
     rows.map(|n| tokens.row_counts(n).0 as u64).sum()
@@ -551,7 +554,7 @@ fn kept_tokens(tokens: &TokenFile, kept: &KeptRows) -> u64 {
 /// The rows of a capture.
 struct Rows<'a> {
     tokens: &'a TokenFile,
-    /// What answering left of them.
+    /// What is there of them.
     kept: &'a mut KeptRows,
     spec: &'a CacheSpec,
 }

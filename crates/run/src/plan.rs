@@ -157,7 +157,7 @@ pub(crate) struct Amounts {
     pub(crate) generated: u64,
     /// Rows of tokens are there.
     pub(crate) counted: bool,
-    /// Of the tokens, those whose states answering keeps.
+    /// Of the tokens, those whose states answering keeps or an earlier capture has.
     pub(crate) kept_tokens: u64,
     /// Bytes of the conversations as the stage writes them.
     pub(crate) bytes: u64,
@@ -171,7 +171,7 @@ impl Amounts {
         self.lengths.iter().map(|(tokens, _)| u64::from(*tokens)).sum()
     }
 
-    /// Share of the tokens whose states answering keeps.
+    /// Share of the tokens whose states are only copied.
     pub(crate) fn kept_share(&self) -> f64 {
         self.kept_tokens as f64 / self.tokens().max(1) as f64
     }
@@ -438,8 +438,9 @@ pub(crate) fn bills(
                     fixed = Some(tried * rates.capture_s);
                     bill.how = format!("{:.0} tokens/s over a few rows", 1.0 / rates.capture_s.max(1e-12));
                     if kept > 0.0 {
-                        bill.how =
-                            format!("{:.0} % kept when they are answered; else {}", 100.0 * kept, bill.how);
+                        let when =
+                            if amounts.counted { "there already" } else { "kept when they are answered" };
+                        bill.how = format!("{:.0} % {when}; else {}", 100.0 * kept, bill.how);
                     }
                 }
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;

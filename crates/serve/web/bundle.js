@@ -64,7 +64,7 @@ async function content(signal) {
       ["Draft", `${num(draft.parameters)} parameters, ${draft.dtype}, width ${num(draft.hidden_size)}, ${num(draft.draft_vocab_size)} tokens`],
       ["Reads target layers", draft.target_layer_ids?.join(", ")],
       ...(training ? [
-        ["Trained", `${num(training.steps)} steps, ${num(training.trained_tokens_seen)} tokens, ${training.wall_s ? span(training.wall_s) : ""}`],
+        ["Trained", `${num(training.steps)} steps, ${num(training.tokens_read ?? training.trained_tokens_seen)} tokens with their prompts, ${training.wall_s ? span(training.wall_s) : ""}`],
         ["Answers", training.on_policy ? "written by the target itself" : "as the data has them"],
         ["Checkpoint chosen by", training.chosen_by],
         ["Seed, peak rate", `${training.seed}, ${training.lr_peak}`],

@@ -143,7 +143,7 @@ fn input(root: &Path) -> MakeInput {
             }],
             on_policy: true,
             steps: 1500,
-            trained_tokens_seen: 1_200_000,
+            tokens_read: 1_200_000,
             ttt_length: Some(7),
             lr_peak: 1e-4,
             seed: 7,
@@ -673,7 +673,7 @@ fn the_card_says_what_was_measured_and_how_to_run_it() {
         "max_draft_len: 5",
         "draftsmith bundle export DIR --format vllm --out DIR-vllm",
         "-md DIR-gguf/draft.gguf --spec-type draft-eagle3 --spec-draft-n-max 5",
-        "1,500 optimiser steps, 1,200,000 trained tokens seen, peak learning rate 1e-4, seed 7, 90 minutes",
+        "1,500 optimiser steps, 1,200,000 tokens read with their prompts, peak learning rate 1e-4, seed 7, 90 minutes",
         "| prompts-mini | 3,000 | 900,000 | 600,000 | MIT, CC0-1.0 |",
         "width 64, 24 of 40 token ids",
     ] {
@@ -715,6 +715,7 @@ fn a_manifest_of_version_1_still_opens() {
     assert_eq!(manifest.name, "toy-8l-eagle3");
     assert_eq!(manifest.draft.target_layer_ids, [1, 3, 4]);
     assert_eq!(manifest.training.data[0].trained_tokens, 600_000);
+    assert_eq!(manifest.training.tokens_read, 1_200_000);
 }
 
 #[test]

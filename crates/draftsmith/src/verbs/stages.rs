@@ -323,6 +323,7 @@ pub(crate) fn capture(args: &cli::Capture, session: &Session) -> Result<u8, Fail
         let about = if from.is_empty() { "" } else { "about " };
         let kept = match bill.kept_tokens {
             0 => String::new(),
+            kept if from.is_empty() => format!("of the tokens   {kept} have their states already\n"),
             kept => format!("of the tokens   about {kept} have their states kept when they are answered\n"),
         };
         printer::out(&format!(

@@ -79,6 +79,49 @@ pub(crate) fn kill_when(mut child: Child, now: impl Fn() -> bool) -> bool {
 }
 
 #[test]
+fn a_capture_that_grew_costs_the_rows_that_came_and_has_the_bytes_of_one_from_nothing() {
+    let home = Home::new();
+    let stage = |dir: &Path, rows: &str| {
+        let mut args = arguments(dir, &["data.sources.0.weight=1", rows]);
+        args[0] = "capture".to_string();
+        args.retain(|arg| !arg.starts_with("bench."));
+        args
+    };
+    // Tokens whose states are there before it computes any.
+    let copied = |said: &str| {
+        let note = said.lines().find(|line| line.starts_with("capture: 30 rows")).unwrap();
+        let states = note.split_once("the states of ").and_then(|(_, rest)| rest.split_once(' '));
+        states.map_or(0, |(count, _)| count.parse::<u64>().unwrap())
+    };
+    let grown = home.path().join("grown");
+    finish(home.spawn(&stage(&grown, "regenerate.max_rows=12")));
+    let before: usize = files(&grown.join("capture")).values().map(Vec::len).sum();
+    let said = finish(home.spawn(&stage(&grown, "regenerate.max_rows=30")));
+    assert!(copied(&said) > 0, "{said}");
+    // Not the states that answering kept: they are of the rows that came.
+    let again = home.path().join("again");
+    finish(home.spawn(&stage(&again, "regenerate.max_rows=12")));
+    let mut regenerate = stage(&again, "regenerate.max_rows=30");
+    regenerate[0] = "regenerate".to_string();
+    finish(home.spawn(&regenerate));
+    std::fs::remove_dir_all(again.join("kept")).unwrap();
+    let said = finish(home.spawn(&stage(&again, "regenerate.max_rows=30")));
+    assert!(copied(&said) > 0, "{said}");
+
+    let whole = home.path().join("whole");
+    let mut regenerate = stage(&whole, "regenerate.max_rows=30");
+    regenerate[0] = "regenerate".to_string();
+    finish(home.spawn(&regenerate));
+    std::fs::remove_dir_all(whole.join("kept")).unwrap();
+    let said = finish(home.spawn(&stage(&whole, "regenerate.max_rows=30")));
+    assert_eq!(copied(&said), 0, "{said}");
+    let wanted = files(&whole.join("capture"));
+    assert!(before < wanted.values().map(Vec::len).sum());
+    assert!(files(&grown.join("capture")) == wanted, "the caches differ");
+    assert!(files(&again.join("capture")) == wanted, "the caches differ");
+}
+
+#[test]
 fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     let home = Home::new();
     // `data.max_length` cuts some rows: those were not kept as they are captured.
@@ -98,7 +141,7 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     let note = said.lines().find(|line| line.starts_with("capture: ")).unwrap_or_default();
     let numbers: Vec<u64> = note.split_whitespace().filter_map(|word| word.parse().ok()).collect();
     let [_, tokens, kept_tokens, ..] = numbers[..] else { panic!("{said}") };
-    assert!(note.contains("kept when they were answered"), "{note}");
+    assert!(note.contains("are there already"), "{note}");
     assert!(tokens / 2 < kept_tokens && kept_tokens < tokens, "{note}");
     assert!(!kept.join("kept").exists(), "states that were copied are removed");
     assert!(status()["kept_states"].is_null());
@@ -107,7 +150,7 @@ fn states_that_answering_kept_make_the_cache_that_capture_makes() {
     finish(home.spawn(&stage("regenerate", &computed)));
     std::fs::remove_dir_all(computed.join("kept")).unwrap();
     let said = finish(home.spawn(&stage("capture", &computed)));
-    assert!(!said.contains("kept when they were answered"), "{said}");
+    assert!(!said.contains("are there already"), "{said}");
     assert!(files(&kept.join("capture")) == files(&computed.join("capture")), "the caches differ");
 
     // Killed while it answers, and with some of what it kept damaged.

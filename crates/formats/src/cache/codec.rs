@@ -28,6 +28,18 @@ pub(super) fn encoded_len(tokens: usize, spec: &CacheSpec) -> Option<usize> {
     tokens.checked_mul(4)?.checked_add(tokens.div_ceil(8))?.checked_add(states)
 }
 
+/// Bytes of ids and mask of a row whose encoded size does not overflow.
+pub(super) fn head_len(tokens: usize) -> usize {
+    tokens * 4 + tokens.div_ceil(8)
+}
+
+/// Ids and mask from so many bytes.
+pub(super) fn decode_head(head: &[u8], tokens: usize) -> Result<(Vec<u32>, Vec<bool>), String> {
+    let (ids, mask) = head.split_at(tokens * 4);
+    let ids = ids.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+    Ok((ids, unpack_bits(mask, tokens).ok_or("the mask has spare bits")?))
+}
+
 /// The states of a row's tokens as they are stored, token by token as they come.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowEncoder {
@@ -170,11 +182,11 @@ pub(super) fn decode(bytes: &[u8], tokens: usize, spec: &CacheSpec) -> Result<Ca
     if tokens == 0 || encoded_len(tokens, spec) != Some(bytes.len()) {
         return Err(format!("{tokens} tokens do not fit a frame of {} bytes", bytes.len()));
     }
-    let (ids, rest) = bytes.split_at(tokens * 4);
-    let (mask, states) = rest.split_at(tokens.div_ceil(8));
+    let (head, states) = bytes.split_at(head_len(tokens));
+    let (ids, loss_mask) = decode_head(head, tokens)?;
     let mut row = CaptureRow {
-        ids: ids.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
-        loss_mask: unpack_bits(mask, tokens).ok_or("the mask has spare bits")?,
+        ids,
+        loss_mask,
         features: Vec::with_capacity(tokens * layers * hidden),
         last: Vec::with_capacity(tokens * hidden),
     };

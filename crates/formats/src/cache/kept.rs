@@ -1,4 +1,5 @@
-//! Rows that answering left: stored rows in the order in which they came, before anyone knows their places in a cache.
+//! Rows that are there before a cache is made: what answering left, in the order in which it came and before anyone knows the places
+//! in a cache, and what lies in shards of earlier caches.
 //!
 //! ```text
 //! kept-RRRR-NNNNN.dskept   of rank R, its Nth file:
@@ -10,19 +11,21 @@
 //! killed process or a power cut left of the last record is found by its hash, and that row is captured as if it had
 //! not been kept.
 //!
-//! Invariant: a row is handed out only if its frame has the hash that was written with it, so a cache that is filled from here has
-//! the bytes of one that was not.
+//! Invariant: a row is handed out only if its frame, or the shard that it lies in, has the hash that was written with it, so a cache
+//! that is filled from here has the bytes of one that was not.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use super::places::u32_at;
+use super::places::{RowPlace, ids_and_mask, places_in, u32_at};
 use super::row::CacheSpec;
 use super::shard::StoredRow;
+use super::{CacheManifest, ShardEntry};
 use crate::atomic::{self, AtomicError};
-use crate::hash::Hasher;
+use crate::hash::{self, Hasher};
 use crate::mapped::Mapped;
 use crate::tokens::pack_bits;
 
@@ -163,7 +166,8 @@ struct Place {
     len: usize,
     tokens: u32,
     trained: u32,
-    hash: [u8; 32],
+    /// Of the record; `None` for a row of a shard, which has one for all.
+    hash: Option<[u8; 32]>,
 }
 
 /// The records of a file, from the first on, as far as they are whole; none if it is of another spec.
@@ -180,7 +184,7 @@ fn records(bytes: &[u8], spec: &CacheSpec) -> Vec<(KeptKey, Place)> {
             len,
             tokens: u32_at(head, 4),
             trained: u32_at(head, 8),
-            hash: hash(44),
+            hash: Some(hash(44)),
         };
         found.push((KeptKey(hash(12)), place));
         at = end;
@@ -197,11 +201,47 @@ fn records_at(bytes: &[u8], spec: &CacheSpec) -> Option<usize> {
     found.difference(&spec_of(spec)).is_none().then_some(KEPT_MAGIC.len() + 4 + len)
 }
 
-/// What is kept of the rows of a cache.
+/// The rows of a whole shard of an earlier cache. Their frames are believed only once the shard has been hashed.
+fn rows_of_shard(bytes: &[u8], places: &[RowPlace], spec: &CacheSpec) -> Vec<(KeptKey, Place)> {
+    let row = |place: &RowPlace| {
+        let (at, len, tokens) = (place.offset as usize, place.len as usize, place.tokens);
+        let (ids, mask) = ids_and_mask(&bytes[at..at + len], tokens as usize, spec).ok()?;
+        let trained = mask.iter().filter(|m| **m).count() as u32;
+        Some((KeptKey::of(&ids, &mask), Place { file: 0, at, len, tokens, trained, hash: None }))
+    };
+    places.iter().filter_map(row).collect()
+}
+
+/// The shards of an earlier cache whose rows depend on the same as those of `spec`; none if it cannot be read.
+fn shards_in(dir: &Path, spec: &CacheSpec) -> Vec<(Vec<(KeptKey, Place)>, Holder)> {
+    let manifest = CacheManifest::read(dir).ok().flatten();
+    let Some(manifest) = manifest.filter(|m| spec_of(&m.spec).difference(&spec_of(spec)).is_none()) else {
+        return Vec::new();
+    };
+    let shard = |entry: ShardEntry| {
+        let bytes = Mapped::open(dir.join(&entry.file)).ok()?;
+        let places = places_in(&bytes, &entry, spec).ok()?;
+        let rows = rows_of_shard(&bytes, &places, spec);
+        Some((rows, Holder::Shard { bytes, sha256: entry.sha256, whole: OnceLock::new() }))
+    };
+    manifest.shards.into_iter().filter_map(shard).collect()
+}
+
+/// A file that rows lie in.
+#[derive(Debug)]
+enum Holder {
+    /// What answering left, hashed row by row; removed once it is used up.
+    Kept { path: PathBuf, bytes: Mapped },
+    /// A shard of an earlier cache, which stays, and whether it has its hash, once that was asked.
+    Shard { bytes: Mapped, sha256: String, whole: OnceLock<bool> },
+    /// Used up.
+    Gone,
+}
+
+/// What is there of the rows of a cache.
 #[derive(Debug, Default)]
 pub struct KeptRows {
-    /// `None` once it is used up.
-    files: Vec<Option<(PathBuf, Mapped)>>,
+    files: Vec<Holder>,
     /// By number of the row.
     rows: Vec<Option<Place>>,
     /// Of each file, the number behind the last row that is in it.
@@ -209,16 +249,28 @@ pub struct KeptRows {
 }
 
 impl KeptRows {
-    /// Looks for the rows of a cache, whose keys come in their order. Files of other caches are left alone, and so is what cannot be
-    /// read: those rows are captured.
-    pub fn open(dir: &Path, spec: &CacheSpec, keys: impl Iterator<Item = KeptKey>) -> KeptRows {
+    /// Looks for the rows of a cache, whose keys come in their order, among what answering left in `dir` and in the folders of
+    /// earlier caches, finished or not. Files of other caches are left alone, and so is what cannot be read: those rows are captured.
+    pub fn open(
+        dir: &Path,
+        earlier: &[PathBuf],
+        spec: &CacheSpec,
+        keys: impl Iterator<Item = KeptKey>,
+    ) -> KeptRows {
         let mut files = Vec::new();
         let mut by_key: HashMap<KeptKey, Place> = HashMap::new();
-        for (.., path) in files_in(dir) {
-            let Ok(bytes) = Mapped::open(&path) else { continue };
-            let found = records(&bytes, spec);
+        let mut add = |found: Vec<(KeptKey, Place)>, holder: Holder| {
             by_key.extend(found.into_iter().map(|(key, place)| (key, Place { file: files.len(), ..place })));
-            files.push(Some((path, bytes)));
+            files.push(holder);
+        };
+        for cache in earlier {
+            shards_in(cache, spec).into_iter().for_each(|(rows, shard)| add(rows, shard));
+        }
+        // What lies twice is taken from the file that is used up.
+        for (.., path) in files_in(dir) {
+            if let Ok(bytes) = Mapped::open(&path) {
+                add(records(&bytes, spec), Holder::Kept { path, bytes });
+            }
         }
         let rows: Vec<Option<Place>> = match by_key.is_empty() {
             true => Vec::new(),
@@ -233,9 +285,13 @@ impl KeptRows {
         KeptRows { files, rows, used_until }
     }
 
-    /// Bytes of the files.
+    /// Bytes of the files that answering left.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().flatten().map(|(_, bytes)| bytes.len() as u64).sum()
+        let kept = |holder: &Holder| match holder {
+            Holder::Kept { bytes, .. } => bytes.len() as u64,
+            Holder::Shard { .. } | Holder::Gone => 0,
+        };
+        self.files.iter().map(kept).sum()
     }
 
     /// True if a row is there, as far as can be told without reading it.
@@ -246,21 +302,36 @@ impl KeptRows {
     /// The row with this number; `None` if it has to be captured.
     pub fn get(&self, row: u64) -> Option<StoredRow> {
         let place = self.rows.get(row as usize)?.as_ref()?;
-        let (_, bytes) = self.files[place.file].as_ref()?;
+        let bytes = match &self.files[place.file] {
+            Holder::Kept { bytes, .. } => bytes,
+            Holder::Shard { bytes, sha256, whole } => {
+                let whole = whole.get_or_init(|| hash::sha256_hex(bytes) == *sha256);
+                if !whole {
+                    return None;
+                }
+                bytes
+            }
+            Holder::Gone => return None,
+        };
         let frame = &bytes[place.at..place.at + place.len];
-        let whole = hash_of(frame, place.tokens, place.trained) == place.hash;
-        whole.then(|| StoredRow { frame: frame.to_vec(), tokens: place.tokens, trained: place.trained })
+        let same = |hash| hash_of(frame, place.tokens, place.trained) == hash;
+        place.hash.is_none_or(same).then(|| StoredRow {
+            frame: frame.to_vec(),
+            tokens: place.tokens,
+            trained: place.trained,
+        })
     }
 
-    /// Removes the files whose rows all come before this one: the cache has them.
+    /// Removes the files that answering left whose rows all come before this one: the cache has them.
     pub fn release(&mut self, before: u64) {
         for (file, until) in self.files.iter_mut().zip(&self.used_until) {
             if *until > 0
                 && *until <= before
-                && let Some((path, _)) = file.take()
+                && let Holder::Kept { path, .. } = file
             {
                 // What cannot be removed costs space and nothing else.
                 let _ = fs::remove_file(path);
+                *file = Holder::Gone;
             }
         }
     }
@@ -322,7 +393,7 @@ mod tests {
                 let mut writer = KeptWriter::open(&kept, rank, &spec).unwrap();
                 rows.iter().for_each(|n| writer.push(key(*n), &stored(&spec, *n)).unwrap());
             }
-            let mut rows = KeptRows::open(&kept, &spec, (0..9).map(key));
+            let mut rows = KeptRows::open(&kept, &[], &spec, (0..9).map(key));
             let mut writer = CacheWriter::open(dir.path().join("cache"), &spec).unwrap();
             for n in 0..9 {
                 assert_eq!(rows.has(n), [0, 2, 4, 7, 8].contains(&n), "row {n}");
@@ -359,7 +430,7 @@ mod tests {
         let whole = fs::read(&path).unwrap();
         let keys = || (0..4).map(key);
         let found = |spec: &CacheSpec| {
-            let rows = KeptRows::open(dir.path(), spec, keys());
+            let rows = KeptRows::open(dir.path(), &[], spec, keys());
             (0..4).filter(|n| rows.get(*n).is_some()).collect::<Vec<u64>>()
         };
         assert_eq!(found(&spec), [0, 1, 2]);
@@ -375,7 +446,7 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x55;
             fs::write(&path, &bytes).unwrap();
-            let rows = KeptRows::open(dir.path(), &spec, keys());
+            let rows = KeptRows::open(dir.path(), &[], &spec, keys());
             let same = |n: u64| rows.get(n).is_none_or(|row| row == written[n as usize]);
             assert!((0..3).all(same), "byte {at}");
         }
@@ -396,6 +467,49 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_an_earlier_cache_are_taken_from_its_shards() {
+        let now = spec(CaptureDtype::Int8, 9);
+        let wanted = tempfile::tempdir().unwrap();
+        fill(wanted.path(), &now, 9);
+        let dir = tempfile::tempdir().unwrap();
+        // Row 3 on its own, then others: an earlier cache of other tokens, of which the last shard is not finished.
+        let (kept, cache) = (dir.path().join("kept"), dir.path().join("cache"));
+        let order = [8, 1, 3, 0, 5];
+        let before = CacheSpec { tokens_sha256: "other".into(), rows: 6, shard_rows: 2, ..now.clone() };
+        let mut writer = CacheWriter::open(&cache, &before).unwrap();
+        order.iter().for_each(|n| writer.push(&row(*n, tokens_of(*n))).unwrap());
+        drop(writer);
+        KeptWriter::open(&kept, 0, &now).unwrap().push(key(3), &stored(&now, 3)).unwrap();
+        let earlier = [dir.path().join("none"), cache.clone()];
+        let open = |spec: &CacheSpec| KeptRows::open(&kept, &earlier, spec, (0..9).map(key));
+        let found = |rows: &KeptRows| (0..9).filter(|n| rows.get(*n).is_some()).collect::<Vec<u64>>();
+        let mut rows = open(&now);
+        assert_eq!(found(&rows), [0, 1, 3, 8]);
+        let mut writer = CacheWriter::open(dir.path().join("new"), &now).unwrap();
+        for n in 0..9 {
+            match rows.get(n) {
+                Some(row) => writer.push_stored(&row).unwrap(),
+                None => writer.push(&row(n, tokens_of(n))).unwrap(),
+            }
+        }
+        writer.finish().unwrap();
+        assert_eq!(content(&dir.path().join("new")), content(wanted.path()));
+        // What lies in both is used up where it can be removed, and shards stay.
+        rows.release(9);
+        assert_eq!((files_in(&kept).len(), found(&rows)), (0, vec![0, 1, 8]));
+        assert_eq!(found(&open(&CacheSpec { precision: "f32".into(), ..now.clone() })), [0u64; 0]);
+        // A byte that was not written costs the rows of its shard.
+        let shard = cache.join("shard-00000.dscache");
+        let whole = fs::read(&shard).unwrap();
+        for at in (0..whole.len()).step_by(11) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x55;
+            fs::write(&shard, &bytes).unwrap();
+            assert_eq!(found(&open(&now)), [0, 3], "byte {at}");
+        }
+    }
+
+    #[test]
     fn a_full_disk_costs_the_row_that_had_no_room() {
         let spec = spec(CaptureDtype::Bf16, 3);
         let dir = tempfile::tempdir().unwrap();
@@ -404,7 +518,7 @@ mod tests {
         let error = small_disk::with(100, || writer.push(key(1), &stored(&spec, 1)).unwrap_err());
         assert!(error.is_disk_full() && error.to_string().contains("kept-0000-00000.dskept"), "{error}");
         writer.push(key(2), &stored(&spec, 2)).unwrap();
-        let rows = KeptRows::open(dir.path(), &spec, (0..3).map(key));
+        let rows = KeptRows::open(dir.path(), &[], &spec, (0..3).map(key));
         assert_eq!([0, 1, 2].map(|n| rows.get(n).is_some()), [true, false, true]);
     }
 

@@ -97,12 +97,32 @@ impl RowPlaces {
 /// The frame does not decode to so many tokens, in words.
 pub fn decode_frame(frame: &[u8], tokens: usize, spec: &CacheSpec) -> Result<CaptureRow, String> {
     let expected = codec::encoded_len(tokens, spec).ok_or("its size overflows")?;
+    codec::decode(&unpack(frame, expected.saturating_add(1))?, tokens, spec)
+}
+
+/// Ids and loss mask of a row from the beginning of its frame, `[S]` each; its states are not looked at.
+pub(super) fn ids_and_mask(
+    frame: &[u8],
+    tokens: usize,
+    spec: &CacheSpec,
+) -> Result<(Vec<u32>, Vec<bool>), String> {
+    // A row of so many tokens can be held at all, so its head can.
+    codec::encoded_len(tokens, spec).ok_or("its size overflows")?;
+    let head = codec::head_len(tokens);
+    let raw = unpack(frame, head)?;
+    match raw.len() == head {
+        true => codec::decode_head(&raw, tokens),
+        false => Err(format!("{tokens} tokens do not fit a frame of {} bytes", raw.len())),
+    }
+}
+
+/// What a frame holds, at most `limit` bytes from the first on.
+fn unpack(frame: &[u8], limit: usize) -> Result<Vec<u8>, String> {
     let decoder = zstd::stream::read::Decoder::with_buffer(frame).map_err(|e| e.to_string())?;
     // Grown as data comes: the index may lie about the number of tokens.
-    let mut raw = Vec::with_capacity(expected.min(frame.len().saturating_mul(8)));
-    let limit = (expected as u64).saturating_add(1);
-    decoder.take(limit).read_to_end(&mut raw).map_err(|e| e.to_string())?;
-    codec::decode(&raw, tokens, spec)
+    let mut raw = Vec::with_capacity(limit.min(frame.len().saturating_mul(8)));
+    decoder.take(limit as u64).read_to_end(&mut raw).map_err(|e| e.to_string())?;
+    Ok(raw)
 }
 
 impl RowPlace {
