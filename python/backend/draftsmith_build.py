@@ -19,7 +19,8 @@ def build_wheel(
     if shutil.which("cargo") is None:
         _stop("the program is built by cargo, which is not on the path", "install Rust (https://rustup.rs)")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["cargo", "xtask", "dist", "--wheel-only", "--out", folder]
+        # `cargo xtask` is compiled with this profile, and shares what the program is made of.
+        command = ["cargo", "xtask", "dist", "--profile", "release", "--wheel-only", "--out", folder]
         if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
             _stop("the program was not built", "the lines above say why; `pip install -v .` shows all of them")
         (made,) = Path(folder).glob("*.whl")

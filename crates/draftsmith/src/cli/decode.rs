@@ -481,7 +481,9 @@ pub struct BenchKernels {
 /// Shows what a draft gains, from nothing: pulls SmolLM2-135M-Instruct, decodes the same prompts with and without the
 /// draft that ships here, and proves that the texts are equal.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  draftsmith quickstart\n  draftsmith quickstart --json")]
+#[command(
+    after_help = "Examples:\n  draftsmith quickstart\n  draftsmith quickstart --device cuda\n  draftsmith quickstart --json"
+)]
 pub struct Quickstart {
     /// The target, if it is here already (default: the sources that the bundle names).
     #[arg(long, value_name = "REF")]
@@ -492,6 +494,9 @@ pub struct Quickstart {
     /// Longest answer in tokens.
     #[arg(long, value_name = "M", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_new_tokens: u32,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at the type")]
+    pub computing: Computing,
     /// Threads to compute with (default: all).
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

@@ -3,12 +3,14 @@
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use draftsmith::bench::{BusyTimes, Doubt};
 use draftsmith::bundle::{MANIFEST_FILE, Manifest};
 use draftsmith::core::AcceptStats;
 use draftsmith::costs::with_costs;
 use draftsmith::decode::{DraftPlan, FinishReason, GenerateOptions, Generation, TokenOrigin};
+use draftsmith::device::Backend;
 use draftsmith::engine::{engine, target_references};
 use draftsmith::kernels::PackMode;
 use draftsmith::measure::{busy_times_with, prompt_ids};
@@ -18,7 +20,7 @@ use draftsmith::text::Message;
 use draftsmith::{Error, cli};
 use serde_json::json;
 
-use super::{Session, find_shipped, shipped_data};
+use super::{OnDevice, Session, find_shipped, shipped_data};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
@@ -53,6 +55,20 @@ fn find_bundle() -> Result<PathBuf, Failure> {
 }
 
 pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failure> {
+    session.work(args.computing.device, args.threads, args)
+}
+
+impl OnDevice for cli::Quickstart {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        quickstart(self, session, kernels)
+    }
+}
+
+fn quickstart<K: Backend>(
+    args: &cli::Quickstart,
+    session: &Session,
+    kernels: &Arc<K>,
+) -> Result<u8, Failure> {
     let bundle = match &args.bundle {
         Some(dir) => dir.clone(),
         None => find_bundle()?,
@@ -71,7 +87,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
         Ok(Reference::Pip { .. } | Reference::PipParts(_)) | Err(_) => false,
     };
     let known = sha256.filter(|_| !sources.iter().any(is_folder));
-    let target = session.load_target(&sources, known, false, args.threads)?;
+    let target = session.load_target_on(kernels, &sources, known, false)?;
     if let Some(wanted) = sha256.filter(|wanted| *wanted != target.sha256) {
         return Err(Failure::input(
             format!(
@@ -177,7 +193,7 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
     let others = before.zip(busy_times_with(None)).and_then(|(a, b)| BusyTimes::others_share(a, b));
     let busy = others.and_then(Doubt::of_others);
     if args.json {
-        printer::json(&json!({
+        let mut page = json!({
             "accept_len": accept_len,
             "speedup": speedup,
             "speedup_baseline": "target-only decoding, same session, alternating",
@@ -191,15 +207,23 @@ pub(crate) fn run(args: &cli::Quickstart, session: &Session) -> Result<u8, Failu
             "doubts": busy.iter().map(|doubt| json!({
                 "kind": doubt.kind(), "message": doubt.message(), "advice": doubt.advice(),
             })).collect::<Vec<_>>(),
-        }))?;
+        });
+        if let Some(device) = kernels.device() {
+            page["device"] = json!(device);
+        }
+        printer::json(&page)?;
     } else {
+        let on = match kernels.device() {
+            Some(device) => device.name,
+            None => format!("{} threads", target.threads),
+        };
+        let promise = if K::ROW_EXACT { "" } else { ", which this device does not promise" };
         let accept = accept_len.map_or("none".to_string(), |a| format!("{a:.2}"));
         printer::out(&format!(
             "accept length  {accept} tokens per pass of the target\n\
-             speedup        {speedup:.2}x over the target alone ({plain_rate:.1} to {spec_rate:.1} tokens/s, {} threads, \
-             {} prompts, alternating)\n\
-             proof          {} of {} answers equal, {} tokens compared one by one\n",
-            target.threads,
+             speedup        {speedup:.2}x over the target alone ({plain_rate:.1} to {spec_rate:.1} tokens/s, {on}, {} prompts, \
+             alternating)\n\
+             proof          {} of {} answers equal, {} tokens compared one by one{promise}\n",
             PROMPTS.len(),
             total.identical,
             PROMPTS.len(),

@@ -85,6 +85,7 @@ fn decoding(home: &Home) -> Vec<Vec<String>> {
         with(&["bench", "tune"], &measured),
         with(&["bench", "compare"], &measured),
         with(&["serve", "--port", "0"], &[]),
+        with(&["quickstart"], &["--bundle", &draft]),
     ]
 }
 
