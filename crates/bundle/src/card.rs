@@ -355,7 +355,7 @@ fn training(manifest: &Manifest) -> String {
     }
     let training = &manifest.training;
     let mut out = format!(
-        "## How it was trained\n\nWith draftsmith {}{}: {} optimiser steps, {} tokens read with their prompts, peak learning rate {:e}, seed {}{}. Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
+        "## How it was trained\n\nWith draftsmith {}{}: {} optimiser steps, {} tokens read with their prompts, peak learning rate {:e}, seed {}{}. {}Checkpoint chosen by {}. Answers were written by {}. The resolved run file is `run.toml` of the bundle.\n\n",
         manifest.draftsmith_version,
         training.ttt_length.map_or_else(String::new, |n| format!(" (training-time test of {n} steps)")),
         grouped(training.steps),
@@ -363,6 +363,10 @@ fn training(manifest: &Manifest) -> String {
         training.lr_peak,
         training.seed,
         training.wall_s.map_or_else(String::new, |s| format!(", {:.0} minutes", s / 60.0)),
+        training.begun_with.as_ref().map_or_else(String::new, |from| format!(
+            "It began with the weights of {} (sha256 `{}`). ",
+            from.name, from.weights_sha256
+        )),
         if training.chosen_by.is_empty() { "hand" } else { &training.chosen_by },
         if training.on_policy { "the target itself" } else { "the sources of the data" },
     );

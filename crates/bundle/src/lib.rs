@@ -32,9 +32,9 @@ pub use foreign::{
 pub use layout::{TensorSpec, expected_tensors, number_problems};
 pub use make::{Existing, Made, MakeInput, input_of, make, remake};
 pub use manifest::{
-    BUNDLE_FORMAT, BUNDLE_VERSION, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom, MANIFEST_FILE,
-    Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, Tuned, TunedDrafting, WEIGHTS_FILE,
-    has_manifest,
+    BUNDLE_FORMAT, BUNDLE_VERSION, BegunWith, CONFIG_FILE, DataInfo, DraftInfo, FileEntry, ImportedFrom,
+    MANIFEST_FILE, Manifest, PROBE_FILE, Recommended, TargetInfo, TrainingInfo, Tuned, TunedDrafting,
+    WEIGHTS_FILE, has_manifest,
 };
 pub use network::{answer_beside, check_alone, check_with_target, make_with_target, run_draft};
 pub use portable::machine_places;

@@ -117,6 +117,16 @@ pub struct DataInfo {
     pub trained_tokens: u64,
 }
 
+/// A draft that another one began with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BegunWith {
+    /// What it is called.
+    pub name: String,
+    /// SHA-256 of its weights.
+    pub weights_sha256: String,
+}
+
 /// How the draft was trained.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -134,6 +144,9 @@ pub struct TrainingInfo {
     /// Draft steps unrolled per position (training-time test), for a kind that is trained so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttt_length: Option<u32>,
+    /// The draft whose weights it began with, if it began with one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begun_with: Option<BegunWith>,
     /// Largest learning rate.
     pub lr_peak: f64,
     /// Key of all randomness.

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use draftsmith_bundle::{
-    DataInfo, Existing, MakeInput, MeasuredResult, Recommended, TargetInfo, TrainingInfo, make_with_target,
+    BegunWith, DataInfo, Existing, MakeInput, MeasuredResult, Recommended, TargetInfo, TrainingInfo,
+    make_with_target,
 };
 use draftsmith_formats::hash::sha256_hex;
 use draftsmith_formats::run::Stage;
@@ -86,6 +87,10 @@ impl Run<'_> {
                 steps: trained["draft_step"].as_u64().unwrap_or(0),
                 tokens_read: trained["slots"].as_u64().unwrap_or(0),
                 ttt_length: self.file.unrolled_steps(),
+                begun_with: self.begun.as_ref().map(|begun| BegunWith {
+                    name: begun.name.clone(),
+                    weights_sha256: begun.sha256.clone(),
+                }),
                 lr_peak: self.file.train.lr,
                 seed: self.file.train.seed.unwrap_or(self.file.run.seed),
                 chosen_by: match self.file.validate.every {

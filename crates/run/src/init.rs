@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::check::{Origin, target_config};
 use super::data::to_json;
 use crate::among::Among;
+use crate::catalogue::{CatalogueEntry, catalogue};
 use crate::engine::locate;
 use crate::license::target_license;
 use crate::plan::{Amounts, StagePlan, bills, training};
@@ -36,12 +37,14 @@ const BENCH_SHARE: f64 = 0.12;
 const ROUNDS: usize = 4;
 
 /// What to make a run of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct InitOptions<'a> {
     /// Reference of the target.
     pub target: &'a str,
     /// Files of conversations; none: the prompts that ship in `shipped`.
     pub data: &'a [PathBuf],
+    /// A draft to begin with (`draft.from`).
+    pub from: Option<&'a str>,
     /// Hours for the whole run.
     pub hours: f64,
     /// Where the run file goes; it says where the files beside it go, too.
@@ -97,6 +100,12 @@ pub fn run_name(target: &str) -> String {
 pub fn init(options: &InitOptions<'_>, env: Env<'_>) -> Result<Init, Error> {
     let target = locate(&[options.target.to_string()], None, env.places, env.report, env.stop)?;
     let config = target_config(&target.path)?;
+    let is_for =
+        |entry: &&CatalogueEntry| entry.target.references.iter().any(|place| place == options.target);
+    if let Some(known) = catalogue().iter().find(is_for).filter(|_| options.from.is_none()) {
+        env.report
+            .note(&format!("a draft for this target ships: `--from {}` begins with its weights", known.name));
+    }
     let prepared = match options.data {
         [] => shipped(options)?,
         files => own(files, options, env)?,
@@ -447,7 +456,28 @@ fn text(
     let say = |key: &str| -> String {
         because.iter().filter(|(k, _)| *k == key).map(|(_, text)| format!("# {text}\n")).collect()
     };
-    let kind = rules::kind(choice.max_tokens);
+    let draft = match options.from {
+        Some(from) => format!(
+            "# Training begins with the weights of this draft; kind, sizes, vocabulary and captured layers are its own.\n\
+             [draft]\nfrom = {}\n",
+            // A word alone is a name.
+            if from.contains('/') {
+                named(options.out, Path::new(from))
+            } else {
+                Value::from(from).to_string()
+            }
+        ),
+        None => {
+            let kind = rules::kind(choice.max_tokens);
+            format!(
+                "# {}.\n# Its sizes follow the target: a proposal reads at most 4 % of what a pass reads.\n{}[draft]\n\
+                 method = \"{}\"\nsize = \"auto\"\n",
+                kind.because,
+                say("size"),
+                kind.method
+            )
+        }
+    };
     // A validation for a hundred steps, no more than eight: they take time from training.
     let every = (choice.steps / (choice.steps / 100).clamp(2, 8)).max(10);
     let checkpoint = (choice.steps / 10).clamp(20, 200);
@@ -481,12 +511,7 @@ top_p = 0.95
 greedy_share = {greedy}
 batch_size = 32
 
-# {kind}.
-# Its sizes follow the target: a proposal reads at most 4 % of what a pass reads.
-{size_why}[draft]
-method = "{method}"
-size = "auto"
-
+{draft}
 # Unrolled 3 steps: 5 and 7 cost 0.03 and 0.06 of accept length in short trainings. The learning rate is the one that did
 # well at this width (1.5e-3 at 576, 1e-3 at 896; wider ones are not measured).
 {steps_why}[train]
@@ -533,9 +558,7 @@ auto = true
         answer = choice.answer,
         max_tokens = choice.max_tokens,
         greedy = rules::GREEDY_SHARE,
-        kind = kind.because,
-        size_why = say("size"),
-        method = kind.method,
+        draft = draft,
         steps_why = say("steps"),
         ttt = rules::TTT_LENGTH,
         lr = choice.lr,
@@ -600,6 +623,7 @@ mod tests {
         let options = InitOptions {
             target: "hf:ORG/NAME",
             data: &[],
+            from: None,
             hours: 0.1,
             out: Path::new("a.toml"),
             name: "a",
@@ -607,6 +631,12 @@ mod tests {
             command: "draftsmith init hf:ORG/NAME",
         };
         let because = [("bill", "By the bill".to_string()), ("steps", "six passes".to_string())];
+        for (from, wanted) in [("some-draft", "some-draft"), ("runs/a", "runs/a"), ("hf:o/n", "hf:o/n")] {
+            let text =
+                text(&InitOptions { from: Some(from), ..options }, &prepared, "MIT", &choice, &because);
+            let file = RunFile::parse(Path::new("a.toml"), &text, &[]).unwrap();
+            assert_eq!((file.draft.from.as_deref(), file.draft.size), (Some(wanted), DraftSize::Written));
+        }
         let text = text(&options, &prepared, "Apache-2.0", &choice, &because);
         assert!(
             text.starts_with("# draftsmith init hf:ORG/NAME\n") && text.contains("# six passes\n[train]"),

@@ -9,6 +9,7 @@ pub mod among;
 mod answers;
 pub mod aside;
 mod backend;
+mod begun;
 mod bench;
 mod bundle;
 mod capture;
@@ -84,6 +85,7 @@ use ranks::Order;
 pub use ranks::{Launch, Ranks};
 use state::{Phase, RunFolder, RunLock, StageClock, StageFile, WHY_SHOWN, changes};
 
+use crate::begun::Begun;
 use crate::device::{Around, Compute};
 use crate::elsewhere::{Outside, open_source};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
@@ -100,6 +102,8 @@ pub struct Env<'a> {
     pub stop: &'a Stop,
     /// Looks up the environment variable that a run file names.
     pub variable: fn(&str) -> Option<String>,
+    /// Folders that may hold bundles that ship with draftsmith, in order.
+    pub roots: &'a [PathBuf],
     /// The processes of the run. Rank 0 works as if it were alone, and calls the others to the stages that are shared.
     pub ranks: &'a Ranks,
 }
@@ -141,6 +145,8 @@ pub struct Run<'a> {
     saved: Option<RunFile>,
     /// The sizes of a draft that left them to the target, in words.
     decided: Option<String>,
+    /// The draft that training begins with.
+    begun: Option<Begun>,
     /// Held by whoever works here; who only looks has none.
     _lock: Option<RunLock>,
 }
@@ -370,10 +376,10 @@ impl<'a> Run<'a> {
         let look = Env { places, ..env };
         let target = keep(&mut faults, Inputs::find_target(&file, &origin, look));
         let data = Inputs::find_data(&file, &origin, look, &mut faults);
-        let mut decided = None;
+        let (mut decided, mut begun) = (None, None);
         if let Some(target) = &target {
-            let found = check::check_with_target(&mut file, &origin, &target.path, &mut faults);
-            decided = keep(&mut faults, found).flatten();
+            let found = check::check_with_target(&mut file, &origin, &target.path, look, &mut faults);
+            (decided, begun) = keep(&mut faults, found).unwrap_or_default();
         }
         if let Some(error) = Error::of_all(faults) {
             return Err(error);
@@ -394,6 +400,7 @@ impl<'a> Run<'a> {
             target: OnceCell::new(),
             saved,
             decided,
+            begun,
             _lock: None,
         })
     }
@@ -407,6 +414,8 @@ impl<'a> Run<'a> {
         for (key, sha256) in &self.inputs.files {
             identity.insert(format!("content of {key}"), sha256.clone());
         }
+        identity
+            .extend(self.begun.iter().map(|begun| ("draft to begin with".to_string(), begun.sha256.clone())));
         identity
     }
 
@@ -474,6 +483,9 @@ impl<'a> Run<'a> {
             self.check_store()?;
         }
         if to_do.contains(&Stage::Train) {
+            if let Some(begun) = &self.begun {
+                begun.check_target(self.target()?)?;
+            }
             self.warn();
         }
         let mut done: Vec<StageDone> = Vec::new();
@@ -532,6 +544,8 @@ impl<'a> Run<'a> {
         for (key, sha256) in &self.inputs.files {
             inputs.insert(format!("content of {key}"), sha256.clone());
         }
+        let begun = self.begun.iter().filter(|_| stage >= Stage::Train);
+        inputs.extend(begun.map(|begun| ("content of draft.from".to_string(), begun.sha256.clone())));
         for before in self.stages().into_iter().filter(|s| *s <= stage) {
             let version = self.version(before);
             inputs.insert(format!("version of stage {}", before.name()), version.to_string());

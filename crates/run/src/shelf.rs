@@ -46,7 +46,15 @@ impl Shelf<'_> {
                 false => Ok(place),
             };
         }
-        if let Some(entry) = catalogued(&text) {
+        self.named(&text)
+    }
+
+    /// The folder of a bundle of the catalogue.
+    ///
+    /// # Errors
+    /// A name that is none, with what could be meant.
+    pub fn named(&self, name: &str) -> Result<PathBuf, Error> {
+        if let Some(entry) = catalogued(name) {
             return match (entry.find_below(self.roots), &entry.reference) {
                 (Some(folder), _) => Ok(folder),
                 (None, Some(reference)) => self.pulled(reference),
@@ -57,7 +65,7 @@ impl Shelf<'_> {
                 )),
             };
         }
-        Err(self.unknown(written))
+        Err(self.unknown(Path::new(name)))
     }
 
     fn pulled(&self, reference: &str) -> Result<PathBuf, Error> {

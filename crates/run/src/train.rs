@@ -24,13 +24,14 @@ use draftsmith_model::{Draft, DraftConfig, DraftTensors, TargetTensors};
 use draftsmith_text::{MaskOptions, Message, RenderOptions};
 use draftsmith_train::{
     Collective, DraftWeights, Event, Flow, Hooks, Method, OwnHead, ReplayReport, StepReport, TrainError,
-    TrainOptions, ValidationResult, Validator, method, train,
+    TrainOptions, ValidationResult, Validator, begin_with, method, train,
 };
 use serde_json::{Value, json};
 
 use super::Run;
 use super::data::VALIDATION;
 use crate::Error;
+use crate::begun::Begun;
 use crate::device::Compute;
 use crate::elsewhere::train_error;
 use crate::engine::LoadedTarget;
@@ -83,7 +84,11 @@ impl Run<'_> {
     ) -> Result<Value, Error> {
         let target = self.target()?;
         let tokens = self.tokens()?;
-        let (vocab_map, coverage) = self.vocab_map(&tokens)?;
+        let begun = self.begun.as_ref().map(Begun::load).transpose()?;
+        let (vocab_map, coverage) = match &begun {
+            Some((_, vocab_map)) => (vocab_map.clone(), self.counts(&tokens)?.coverage(vocab_map)),
+            None => self.vocab_map(&tokens)?,
+        };
         if let Some(coverage) = coverage {
             report.note(&format!(
                 "draft vocabulary: {} of {} tokens cover {:.2} % of the trained tokens",
@@ -95,6 +100,11 @@ impl Run<'_> {
         drop(tokens);
         let prompts = self.validation_prompts()?;
         let mut method = self.method(kernels, vocab_map)?;
+        if let (Some((weights, _)), Some(begun)) = (&begun, &self.begun) {
+            begin_with(method.as_mut(), weights)?;
+            report.note(&format!("train: begins with the weights of `{}`", begun.name));
+        }
+        drop(begun);
         let mut store = self.row_store()?;
         let options = TrainOptions::from_run(&self.file, dir.to_path_buf(), key.to_string());
         let stop = self.env.stop;
@@ -168,11 +178,16 @@ impl Run<'_> {
 
     /// The draft vocabulary: the most frequent trained tokens, and the share of them that it covers.
     fn vocab_map(&self, tokens: &TokenFile) -> Result<(VocabMap, Option<f64>), Error> {
+        self.vocab_map_of(&self.counts(tokens)?)
+    }
+
+    /// How often tokens are trained.
+    fn counts(&self, tokens: &TokenFile) -> Result<TokenCounts, Error> {
         let mut counts = TokenCounts::new(self.target()?.target.config().vocab_size);
         for row in tokens.rows() {
             counts.add(&row.ids, &row.loss_mask);
         }
-        self.vocab_map_of(&counts)
+        Ok(counts)
     }
 
     /// The same from counts of trained tokens.

@@ -35,7 +35,7 @@ pub use eagle3::{Eagle3Options, Eagle3Train, LossDivisor};
 
 pub use error::TrainError;
 pub use log::{JsonLog, TensorBoard};
-pub use method::{BatchStats, DepthStats, Method, Mode};
+pub use method::{BatchStats, DepthStats, Method, Mode, begin_with};
 pub use methods::{MadeUpShape, block, eagle3, made_up, method, peagle};
 pub use optimizer::{AdamW, AdamWOptions, LrSchedule};
 pub use peagle::{PEagleOptions, PEagleTrain};

@@ -1,8 +1,10 @@
 //! What differs between methods of training a draft.
 
 use draftsmith_kernels::TrainKernels;
+use draftsmith_model::DraftTensors;
 use draftsmith_model::tape::Tape;
 
+use crate::to_tape::expect_len;
 use crate::{DraftWeights, Pack, Replays, TrainError};
 
 /// Whether a micro-batch leaves gradients.
@@ -134,6 +136,28 @@ pub trait Method {
     }
     /// The draft as it stands.
     fn draft(&self) -> Result<DraftWeights, TrainError>;
+}
+
+/// Puts the weights of a draft in place of those that a method began with.
+///
+/// # Errors
+/// A weight that is missing or has another size, named; nothing was changed then.
+pub fn begin_with<K: TrainKernels>(
+    method: &mut dyn Method<Kernels = K>,
+    weights: &DraftTensors,
+) -> Result<(), TrainError> {
+    let trained = method.tape().trained();
+    let mut found = Vec::with_capacity(trained.len());
+    for id in trained {
+        let wanted = method.tape().param(id);
+        let name = &wanted.name;
+        let (_, values) =
+            weights.get(name).ok_or_else(|| TrainError::MissingTensor { name: name.clone() })?;
+        expect_len(name, values.len(), wanted.numel())?;
+        found.push((id, values));
+    }
+    found.into_iter().for_each(|(id, values)| method.tape_mut().set_param(id, values));
+    Ok(())
 }
 
 #[cfg(test)]

@@ -145,6 +145,7 @@ fn input(root: &Path) -> MakeInput {
             steps: 1500,
             tokens_read: 1_200_000,
             ttt_length: Some(7),
+            begun_with: None,
             lr_peak: 1e-4,
             seed: 7,
             chosen_by: "accept length on held-out prompts".into(),

@@ -342,6 +342,10 @@ pub struct Making {
     /// (default: the prompts that ship with draftsmith).
     #[arg(long, value_name = "FILE")]
     pub data: Vec<PathBuf>,
+    /// Begin with the weights of this draft: a name of `draftsmith list`, `hf:ORG/NAME`, or the folder of a bundle or of a run
+    /// (`./NAME` for one that lies here).
+    #[arg(long, value_name = "BUNDLE")]
+    pub from: Option<String>,
     /// Hours for the whole run.
     #[arg(long, value_name = "H", default_value_t = 1.0, value_parser = hours)]
     pub hours: f64,

@@ -25,6 +25,9 @@ fn place(args: &cli::Making) -> (PathBuf, String, String) {
     for file in &args.data {
         command.push_str(&format!(" --data {}", file.display()));
     }
+    if let Some(from) = &args.from {
+        command.push_str(&format!(" --from {from}"));
+    }
     command.push_str(&format!(" --hours {}", args.hours));
     if let Some(name) = &args.name {
         command.push_str(&format!(" --name {name}"));
@@ -43,6 +46,7 @@ fn write(args: &cli::Making, session: &Session) -> Result<PathBuf, Failure> {
     let options = InitOptions {
         target: &args.target,
         data: &args.data,
+        from: args.from.as_deref(),
         hours: args.hours,
         out: &out,
         name: &name,

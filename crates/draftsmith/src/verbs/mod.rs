@@ -169,7 +169,14 @@ impl Session {
 
     /// What a run needs of this.
     pub(crate) fn env(&self) -> Env<'_> {
-        Env { places: &self.places, report: &self.printer, stop: &self.stop, variable, ranks: &self.ranks }
+        Env {
+            places: &self.places,
+            report: &self.printer,
+            stop: &self.stop,
+            variable,
+            roots: &self.roots,
+            ranks: &self.ranks,
+        }
     }
 
     /// Ends with an error, and all other processes with it.

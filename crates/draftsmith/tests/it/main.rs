@@ -1,5 +1,6 @@
 //! The binary as its users see it: stdout, stderr and exit code.
 
+mod begun;
 mod block_drafts;
 mod bundles;
 mod capture_servers;

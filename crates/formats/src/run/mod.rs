@@ -9,6 +9,7 @@
 //!
 //! Relative paths count from the folder of the run file ([`places`]).
 
+mod begin;
 mod block;
 mod check;
 mod eagle3;
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hash;
 
+pub use begin::SetOtherwise;
 pub use block::{
     BlockLossKind, DflashDraftTable, DflashTrainTable, DsparkDraftTable, DsparkTrainTable, MarkovHead,
     PEagleDraftTable, PEagleTrainTable,
@@ -620,6 +622,9 @@ pub enum CaptureDtype {
 pub struct DraftTable {
     /// Kind of draft.
     pub method: Method,
+    /// A draft whose weights training begins with: a name of `draftsmith list`, `hf:ORG/NAME`, or the folder of a bundle or
+    /// of a run (with a `/`: `./NAME` for one that lies here). Kind, size, vocabulary and captured layers are its own.
+    pub from: Option<String>,
     /// `written`: as the keys below say; `auto`: vocabulary, feed-forward width and layers so that a proposal reads at
     /// most 4 % of what a pass of the target reads, and weights that start from noise.
     pub size: DraftSize,
@@ -658,6 +663,7 @@ impl Default for DraftTable {
     fn default() -> Self {
         DraftTable {
             method: Method::default(),
+            from: None,
             size: DraftSize::Written,
             vocab_size: 8192,
             hidden: None,
@@ -1038,7 +1044,8 @@ impl RunFile {
             keep("capture", if stage == Stage::Capture { &["mode"] } else { &["store"] });
         }
         if stage >= Stage::Train {
-            keep("draft", &[]);
+            // Which draft training begins with is known by its content, not by where it lies.
+            keep("draft", &["from"]);
             match self.train.replay.share > 0.0 {
                 true => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]),
                 false => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints", "replay"]),

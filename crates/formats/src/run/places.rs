@@ -10,7 +10,7 @@ use super::RunFile;
 use crate::bundle_files::{is_of_a_machine, is_reference, portable};
 
 /// Keys whose values are places; `N` is any index.
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "run.dir",
     "run.paths_from",
     "target.source",
@@ -20,9 +20,17 @@ const KEYS: [&str; 11] = [
     "capture.server.shared_dir",
     "capture.server.shared_dirs",
     "capture.store.cache_dir",
+    DRAFT,
     "bundle.dir",
     "bench.workloads",
 ];
+
+/// The key of a draft to begin with, where a word alone is a name.
+const DRAFT: &str = "draft.from";
+
+fn is_word(place: &str) -> bool {
+    !place.contains('/')
+}
 
 /// Keys of lists are those of their elements too.
 fn is_place(key: &str) -> bool {
@@ -109,6 +117,7 @@ pub(super) fn counted_from(table: &toml::Table, default: &Path) -> PathBuf {
 /// file count from. `key` has `N` for indices.
 pub(super) fn fix(key: &str, value: &mut toml::Value) {
     match value {
+        toml::Value::String(place) if key == DRAFT && is_word(place) => {}
         toml::Value::String(place) if is_place(key) && !is_fixed(place) => *place = absolute(place),
         toml::Value::Array(items) => items.iter_mut().for_each(|item| fix(&format!("{key}.N"), item)),
         toml::Value::Table(table) => {
@@ -233,7 +242,7 @@ impl RunFile {
 
     /// Every place of this run file: what a run reads, and its own folders where they are set.
     fn places_mut(&mut self) -> Vec<PlaceMut<'_>> {
-        let RunFile { run, target, data, capture, bundle, bench, .. } = self;
+        let RunFile { run, target, data, capture, draft, bundle, bench, .. } = self;
         let mut places: Vec<PlaceMut<'_>> = Vec::new();
         places.extend(run.dir.iter_mut().chain(&mut bundle.dir).map(PlaceMut::Path));
         places.extend(target.source.0.iter_mut().map(PlaceMut::Text));
@@ -246,6 +255,7 @@ impl RunFile {
         }
         let stores = capture.store.iter_mut();
         places.extend(stores.filter_map(|store| store.cache_dir.as_mut()).map(PlaceMut::Path));
+        places.extend(draft.from.iter_mut().filter(|place| !is_word(place)).map(PlaceMut::Text));
         places.extend(bench.workloads.iter_mut().map(PlaceMut::Path));
         places
     }

@@ -24,6 +24,10 @@ impl RunFile {
         if self.draft.size != DraftSize::Auto {
             return Ok(());
         }
+        if self.draft.from.is_some() {
+            let problem = "is set beside `draft.from`, whose draft has a size";
+            return broken_with("draft.size", problem, "leave `draft.size` out, or `draft.from`".to_owned());
+        }
         let draft = written.get("draft").and_then(toml::Value::as_table);
         let sets = |table: Option<&toml::Table>, key: &str| table.is_some_and(|t| t.contains_key(key));
         let own = draft.and_then(|d| d.get(self.draft.method.name())).and_then(toml::Value::as_table);

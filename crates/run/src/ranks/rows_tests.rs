@@ -78,8 +78,8 @@ fn run(
         let ranks = Ranks::of(collective, &hello("host", "0-1", 2)).unwrap();
         let var = |name: &str| (name == "DRAFTSMITH_CACHE").then(|| cache.display().to_string());
         let places = Places { offline: true, pack_cache: false, ..Places::from_vars(var) };
-        let env =
-            Env { places: &places, report: watch, stop: &stops[rank], variable: |_| None, ranks: &ranks };
+        let (stop, variable) = (&stops[rank], |_: &str| None);
+        let env = Env { places: &places, report: watch, stop, variable, roots: &[], ranks: &ranks };
         let origin = Origin { verb: "run".into(), path: "run.toml".into(), overrides: Vec::new() };
         let run = Run::open(file(dir, more), origin, env).unwrap();
         let done = run.advance(Stage::Capture);
