@@ -11,6 +11,7 @@ use draftsmith_formats::run::{CaptureMode, DraftInit, Place, RunFile, Stage, pla
 use draftsmith_model::{DraftConfig, ModelError, TargetConfig};
 use draftsmith_pull::Places;
 
+use crate::Error;
 use crate::begun::Begun;
 use crate::disk::writable;
 use crate::error::Told;
@@ -19,7 +20,6 @@ use crate::server::server_key;
 use crate::shelf::Shelf;
 use crate::size::{self, Decided};
 use crate::state::RunFolder;
-use crate::{Env, Error};
 
 /// Where a run file comes from: for errors, and for the command that goes on.
 #[derive(Debug, Clone)]
@@ -136,7 +136,7 @@ pub(super) fn check_with_target(
     file: &mut RunFile,
     origin: &Origin,
     target: &Path,
-    env: Env<'_>,
+    shelf: Shelf<'_>,
     found: &mut Vec<Told>,
 ) -> Result<(Option<Decided>, Option<Begun>), Error> {
     let config = match target_config(target) {
@@ -149,8 +149,7 @@ pub(super) fn check_with_target(
         // A damaged or odd container: whoever loads the weights has the better words.
         Err(_) => return Ok((None, None)),
     };
-    let Env { places, roots, report, stop, .. } = env;
-    let begun = Begun::find(file, &config, Shelf { places, roots, report, stop });
+    let begun = Begun::find(file, &config, shelf);
     let begun = begun.map_err(|error| origin.at_key("draft.from", error))?;
     let decided = size::decide(&mut file.draft, &config, || size::pass_bytes(target, &config));
     let mut faults = Faults::default();

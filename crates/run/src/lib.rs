@@ -89,6 +89,7 @@ use crate::begun::Begun;
 use crate::device::{Around, Compute};
 use crate::elsewhere::{Outside, open_source};
 use crate::engine::{LoadedTarget, TargetOptions, locate};
+use crate::shelf::Shelf;
 use crate::target::model_hash;
 
 /// What a run needs from outside.
@@ -378,7 +379,8 @@ impl<'a> Run<'a> {
         let data = Inputs::find_data(&file, &origin, look, &mut faults);
         let (mut decided, mut begun) = (None, None);
         if let Some(target) = &target {
-            let found = check::check_with_target(&mut file, &origin, &target.path, look, &mut faults);
+            let shelf = Shelf { places, roots: env.roots, report: env.report, stop: env.stop };
+            let found = check::check_with_target(&mut file, &origin, &target.path, shelf, &mut faults);
             (decided, begun) = keep(&mut faults, found).unwrap_or_default();
         }
         if let Some(error) = Error::of_all(faults) {
