@@ -45,7 +45,15 @@ impl Begun {
         let Some(written) = file.draft.from.clone() else { return Ok(None) };
         let dir = match written.contains('/') || written.contains(':') {
             true => shelf.bundle(Path::new(&written))?,
-            false => shelf.named(&written)?,
+            false => {
+                shelf.named(&written).map_err(|error| match file.paths_from().join(&written).is_dir() {
+                    true => Error::input(
+                        format!("no bundle is called `{written}`"),
+                        format!("for the folder of that name write `./{written}`"),
+                    ),
+                    false => error,
+                })?
+            }
         };
         let (config, ..) = read_draft(&dir)?;
         let manifest = has_manifest(&dir).then(|| Manifest::read(&dir)).transpose()?;
@@ -53,6 +61,19 @@ impl Begun {
             Some(manifest) => manifest.name.clone(),
             None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
         };
+        let drafts_for = [
+            Some(("tokens", config.shape().vocab_size, target.vocab_size)),
+            manifest.as_ref().map(|m| ("width", m.target.hidden_size as usize, target.hidden_size)),
+            manifest.as_ref().map(|m| ("layers", m.target.num_layers as usize, target.num_layers)),
+        ];
+        if let Some((what, its, found)) =
+            drafts_for.into_iter().flatten().find(|(_, its, found)| its != found)
+        {
+            return Err(Error::input(
+                format!("draft `{name}` is for another target: {what} {its}, and this one has {found}"),
+                "name a draft for this target; `draftsmith list` says what bundles are for",
+            ));
+        }
         if let Ok(before) = RunFile::load_saved(dir.join("run.toml"), &[]) {
             file.draft.begin_with(&before.draft).map_err(|SetOtherwise { key, set, own }| {
                 set_otherwise(&key, &set, &name, own.as_deref().unwrap_or("the target's"))
@@ -77,7 +98,7 @@ impl Begun {
         made.set_target_layers(&layers).map_err(TrainError::from)?;
         if let Some(difference) = difference(made, config)? {
             return Err(Error::input(
-                format!("`{KEY}`: draft `{name}` is another network than this run would train: {difference}"),
+                format!("draft `{name}` is another network than this run would train: {difference}"),
                 "name a draft for this target; what its bundle does not say stands in `[draft]`",
             ));
         }

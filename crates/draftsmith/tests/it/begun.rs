@@ -73,6 +73,11 @@ fn a_draft_that_cannot_be_begun_with_is_refused_before_any_work() {
     for (more, wanted) in [
         (&["draft.from=nobody"][..], "`draft.from`: bundle `nobody` does not exist"),
         (&["draft.from=./nobody"], "does not exist"),
+        (&["draft.from=fixtures"], "no bundle is called `fixtures`"),
+        (
+            &["draft.from=smollm2-135m-instruct-eagle3"],
+            "is for another target: tokens 49152, and this one has 1024",
+        ),
         (&[&first, "draft.vocab_size=64"], "`draft.vocab_size` is 64, and draft `tiny-target-eagle3`"),
         (
             &[&first, "capture.layers=[0, 1, 2]"],
