@@ -45,15 +45,16 @@ impl Begun {
         let Some(written) = file.draft.from.clone() else { return Ok(None) };
         let dir = match written.contains('/') || written.contains(':') {
             true => shelf.bundle(Path::new(&written))?,
-            false => {
-                shelf.named(&written).map_err(|error| match file.paths_from().join(&written).is_dir() {
+            false => shelf.named(&written).map_err(|error| {
+                let is_below = |from: &Path| from.join(&written).is_dir();
+                match is_below(file.paths_from()) || is_below(Path::new("")) {
                     true => Error::input(
                         format!("no bundle is called `{written}`"),
                         format!("for the folder of that name write `./{written}`"),
                     ),
                     false => error,
-                })?
-            }
+                }
+            })?,
         };
         let (config, ..) = read_draft(&dir)?;
         let manifest = has_manifest(&dir).then(|| Manifest::read(&dir)).transpose()?;
