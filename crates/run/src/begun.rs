@@ -56,6 +56,13 @@ impl Begun {
                 }
             })?,
         };
+        let real = |path: &Path| path.canonicalize().ok();
+        if real(&dir).is_some_and(|dir| Some(dir) == real(&file.bundle_dir())) {
+            return Err(Error::input(
+                format!("`{written}` is the bundle that this very run makes"),
+                "give the new run a `run.name` or a `run.dir` of its own",
+            ));
+        }
         let (config, ..) = read_draft(&dir)?;
         let manifest = has_manifest(&dir).then(|| Manifest::read(&dir)).transpose()?;
         let name = match &manifest {

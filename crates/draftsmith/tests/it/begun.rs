@@ -92,4 +92,9 @@ fn a_draft_that_cannot_be_begun_with_is_refused_before_any_work() {
         assert!(stderr.contains(wanted) && stderr.contains("hint: "), "{more:?}: {stderr}");
         assert!(!dir.exists(), "{more:?}");
     }
+    let itself = home.spawn(&arguments(Path::new(first.trim_start_matches("draft.from=")), &[&first]));
+    let output = itself.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("is the bundle that this very run makes"), "{stderr}");
 }
