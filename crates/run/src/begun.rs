@@ -101,14 +101,26 @@ impl Begun {
             }
             _ => file.capture.layers = Some(layers.clone()),
         }
-        let mut made =
-            DraftConfig::from_table(&file.draft, target, shape.draft_vocab_size).map_err(TrainError::from)?;
-        made.set_target_layers(&layers).map_err(TrainError::from)?;
-        if let Some(difference) = difference(made, config)? {
+        let (kind, asked) = (config.name(), file.draft.method.name());
+        if kind != asked {
             return Err(Error::input(
+                format!("draft `{name}` is of kind `{kind}`, and `draft.method` is `{asked}`"),
+                format!(
+                    "write `draft.method = \"{kind}\"`; what its bundle does not say stands in `[draft]`"
+                ),
+            ));
+        }
+        let other = |difference: String| {
+            Error::input(
                 format!("draft `{name}` is another network than this run would train: {difference}"),
                 "name a draft for this target; what its bundle does not say stands in `[draft]`",
-            ));
+            )
+        };
+        let made = DraftConfig::from_table(&file.draft, target, shape.draft_vocab_size);
+        let mut made = made.map_err(|error| other(error.to_string()))?;
+        made.set_target_layers(&layers).map_err(|error| other(error.to_string()))?;
+        if let Some(difference) = difference(made, config)? {
+            return Err(other(difference));
         }
         let sha256 = sha256_file(dir.join(WEIGHTS_FILE))?;
         Ok(Some(Begun { dir, name, sha256, manifest }))

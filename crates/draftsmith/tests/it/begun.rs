@@ -70,6 +70,7 @@ fn a_draft_that_cannot_be_begun_with_is_refused_before_any_work() {
     let first = format!("draft.from={}", first.display());
     let tiny =
         format!("draft.from={}", crate::support::repository().join("fixtures/tiny-drafts/dspark").display());
+    let own = tiny.replace("dspark", "eagle3");
     for (more, wanted) in [
         (&["draft.from=nobody"][..], "`draft.from`: bundle `nobody` does not exist"),
         (&["draft.from=./nobody"], "does not exist"),
@@ -84,7 +85,8 @@ fn a_draft_that_cannot_be_begun_with_is_refused_before_any_work() {
             "`capture.layers` is [0, 1, 2], and draft `tiny-target-eagle3`",
         ),
         (&[&first, "draft.size=auto"], "`draft.size` is set beside `draft.from`"),
-        (&[&tiny], "is another network than this run would train"),
+        (&[&tiny], "is of kind `dspark`, and `draft.method` is `eagle3`"),
+        (&[&own, "draft.intermediate=16"], "is another network than this run would train"),
     ] {
         let output = home.spawn(&arguments(&dir, more)).wait_with_output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
