@@ -22,8 +22,8 @@ use parts::{Parts, sha256};
 
 /// What is handed out may take this much of a wheel.
 const PROGRAM_BYTES_MAX: usize = 30_000_000;
-/// The same where the crates were not seen as one: a fifth more.
-const PLAIN_BYTES_MAX: usize = 36_000_000;
+/// The same where the crates were not seen as one.
+const PLAIN_BYTES_MAX: usize = 32 << 20;
 
 /// Makes what is handed out: a wheel and an archive for one machine, with bills of materials and checksums.
 #[derive(Debug, Args)]
