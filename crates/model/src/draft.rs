@@ -376,6 +376,18 @@ impl<K: Kernels> Draft<K> {
     }
 }
 
+/// The configuration of a draft folder; its weights are not looked at.
+///
+/// # Errors
+/// `config.json` is missing, or cannot be read as one.
+pub fn read_draft_config(dir: &Path) -> Result<DraftConfig, DraftError> {
+    let path = dir.join("config.json");
+    let place = path.display().to_string();
+    let text =
+        std::fs::read_to_string(&path).map_err(|source| DraftError::Read { path: place.clone(), source })?;
+    DraftConfig::from_json(&text).map_err(|source| DraftError::Config { place, source })
+}
+
 /// Reads a draft folder into memory: configuration, float tensors, vocabulary map if the kind has one.
 /// `embed_tokens.weight` is skipped where the target's embedding is used.
 ///
@@ -383,11 +395,7 @@ impl<K: Kernels> Draft<K> {
 /// A file that is missing or damaged, named.
 pub fn read_draft(dir: &Path) -> Result<(DraftConfig, DraftTensors, Option<VocabMap>), DraftError> {
     let place = dir.display().to_string();
-    let config_path = dir.join("config.json");
-    let text = std::fs::read_to_string(&config_path)
-        .map_err(|source| DraftError::Read { path: config_path.display().to_string(), source })?;
-    let config = DraftConfig::from_json(&text)
-        .map_err(|source| DraftError::Config { place: config_path.display().to_string(), source })?;
+    let config = read_draft_config(dir)?;
     let shape = config.shape();
     let file = mxint8::open(dir)?;
     let mut tensors = DraftTensors::new();

@@ -23,7 +23,7 @@ mod weights;
 pub use config::TargetConfig;
 pub use draft::{
     ChainNetwork, Corrected, Correction, DraftAnswer, DraftError, DraftKv, DraftNetwork, DraftQuestion,
-    DraftTensors, PassNetwork, PassPart, Proposer, Shared, read_draft,
+    DraftTensors, PassNetwork, PassPart, Proposer, Shared, read_draft, read_draft_config,
 };
 pub use draft_config::{
     DraftConfigError, DraftNumbers, DraftShape, DraftSpec, DraftWork, Published, is_method, methods,

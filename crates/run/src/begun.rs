@@ -5,16 +5,16 @@
 
 use std::path::{Path, PathBuf};
 
-use draftsmith_bundle::{Manifest, WEIGHTS_FILE, has_manifest, target_problems};
+use draftsmith_bundle::{Manifest, WEIGHTS_FILE, has_manifest};
 use draftsmith_core::VocabMap;
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::run::{RunFile, SetOtherwise};
-use draftsmith_model::{DraftConfig, DraftTensors, TargetConfig, read_draft};
+use draftsmith_model::{DraftConfig, DraftTensors, TargetConfig, read_draft, read_draft_config};
 use draftsmith_train::TrainError;
 use serde_json::Value;
 
 use crate::Error;
-use crate::engine::LoadedTarget;
+use crate::engine::{LoadedTarget, belongs, draft_name};
 use crate::shelf::Shelf;
 
 /// The key.
@@ -63,12 +63,9 @@ impl Begun {
                 "give the new run a `run.name` or a `run.dir` of its own",
             ));
         }
-        let (config, ..) = read_draft(&dir)?;
+        let config = read_draft_config(&dir)?;
         let manifest = has_manifest(&dir).then(|| Manifest::read(&dir)).transpose()?;
-        let name = match &manifest {
-            Some(manifest) => manifest.name.clone(),
-            None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-        };
+        let name = draft_name(&dir, manifest.as_ref());
         let drafts_for = [
             Some(("tokens", config.shape().vocab_size, target.vocab_size)),
             manifest.as_ref().map(|m| ("width", m.target.hidden_size as usize, target.hidden_size)),
@@ -131,18 +128,7 @@ impl Begun {
     /// # Errors
     /// What differs.
     pub(crate) fn check_target(&self, target: &LoadedTarget) -> Result<(), Error> {
-        let problems = self.manifest.iter().flat_map(|m| target_problems(&m.target, &target.info()));
-        match problems.into_iter().next() {
-            None => Ok(()),
-            Some(problem) => Err(Error::Input {
-                message: format!(
-                    "`{KEY}`: draft `{}` does not belong to target `{}`: {problem}",
-                    self.name,
-                    target.name()
-                ),
-                hint: problem.hint(),
-            }),
-        }
+        self.manifest.as_ref().map_or(Ok(()), |manifest| belongs(&self.dir, manifest, target))
     }
 
     /// Its weights and its vocabulary.

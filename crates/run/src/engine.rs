@@ -323,6 +323,36 @@ pub fn target_references(bundle: &Path) -> Result<Vec<String>, Error> {
     Ok(found)
 }
 
+/// A bundle was made for this target.
+///
+/// # Errors
+/// What differs.
+pub(crate) fn belongs<K: Backend>(
+    dir: &Path,
+    manifest: &Manifest,
+    target: &LoadedTarget<K>,
+) -> Result<(), Error> {
+    match target_problems(&manifest.target, &target.info()).into_iter().next() {
+        None => Ok(()),
+        Some(problem) => Err(Error::Input {
+            message: format!(
+                "bundle `{}` does not belong to target `{}`: {problem}",
+                dir.display(),
+                target.name()
+            ),
+            hint: problem.hint(),
+        }),
+    }
+}
+
+/// What a draft is called: as its bundle says, or else as its folder.
+pub(crate) fn draft_name(dir: &Path, manifest: Option<&Manifest>) -> String {
+    match manifest {
+        Some(manifest) => manifest.name.clone(),
+        None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+    }
+}
+
 /// Loads a bundle, or a plain draft folder, for a target.
 ///
 /// # Errors
@@ -343,17 +373,8 @@ pub fn load_draft<K: Backend>(
         true => Some(Manifest::read(dir)?),
         false => None,
     };
-    if let Some(manifest) = &manifest
-        && let Some(problem) = target_problems(&manifest.target, &target.info()).into_iter().next()
-    {
-        return Err(Error::Input {
-            message: format!(
-                "bundle `{}` does not belong to target `{}`: {problem}",
-                dir.display(),
-                target.name()
-            ),
-            hint: problem.hint(),
-        });
+    if let Some(manifest) = &manifest {
+        belongs(dir, manifest, target)?;
     }
     let draft = Draft::load(target.target.kernels().as_ref(), dir, mode)?;
     let config = draft.config();
@@ -364,10 +385,7 @@ pub fn load_draft<K: Backend>(
         });
     }
     let drafter = drafter(&target.target, draft)?;
-    let name = match &manifest {
-        Some(manifest) => manifest.name.clone(),
-        None => dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-    };
+    let name = draft_name(dir, manifest.as_ref());
     let weights = dir.join("model.safetensors");
     let sha256 = if weights.is_file() { Some(hash::sha256_file(&weights)?) } else { None };
     let trained_beside =
