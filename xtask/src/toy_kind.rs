@@ -64,7 +64,6 @@ pub(crate) fn run(tree: &Tree) -> Result<ExitCode> {
         .env("CARGO_TARGET_DIR", home.join("target"))
         // The test is short and its build is not.
         .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .status()
         .context("cargo runs the test of the toy kind")?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use draftsmith_bundle::{Manifest, WEIGHTS_FILE, has_manifest};
 use draftsmith_core::VocabMap;
 use draftsmith_formats::hash::sha256_file;
-use draftsmith_formats::run::{RunFile, SetOtherwise};
+use draftsmith_formats::run::{RunFile, SetOtherwise, is_bundle_name};
 use draftsmith_model::{DraftConfig, DraftTensors, TargetConfig, read_draft, read_draft_config};
 use draftsmith_train::TrainError;
 use serde_json::Value;
@@ -43,9 +43,9 @@ impl Begun {
         shelf: Shelf<'_>,
     ) -> Result<Option<Begun>, Error> {
         let Some(written) = file.draft.from.clone() else { return Ok(None) };
-        let dir = match written.contains('/') || written.contains(':') {
-            true => shelf.bundle(Path::new(&written))?,
-            false => shelf.named(&written).map_err(|error| {
+        let dir = match is_bundle_name(&written) {
+            false => shelf.bundle(Path::new(&written))?,
+            true => shelf.named(&written).map_err(|error| {
                 let is_below = |from: &Path| from.join(&written).is_dir();
                 match is_below(file.paths_from()) || is_below(Path::new("")) {
                     true => Error::input(

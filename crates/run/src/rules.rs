@@ -1,7 +1,7 @@
 //! Rules of thumb for a run: what to write into a run file, and what bodes ill in one. Pure functions; every number
 //! here comes from a measurement in docs/LOG.md, and is said with it.
 
-use draftsmith_formats::run::Method;
+use draftsmith_formats::run::{Method, Products};
 use serde::Serialize;
 
 /// A kind of draft that is proposed, and where.
@@ -64,6 +64,13 @@ pub fn lr(width: usize) -> f64 {
         1025..=2048 => 7e-4,
         _ => 5e-4,
     }
+}
+
+/// How large products of training are computed where nothing else is asked for: of numbers rounded to bf16 where the CPU multiplies
+/// such in vectors or tiles. 500 steps of the draft for Qwen2.5-Coder-0.5B came to an accept length of 1.82 that way and of 1.84 in
+/// f32, and a step took 0.79 of the time.
+pub fn products(has_bf16: bool) -> Products {
+    if has_bf16 { Products::Bf16 } else { Products::F32 }
 }
 
 /// Slots of a step, of a pack and of the longest row: the least that holds 19 of 20 rows, and so little that the steps

@@ -114,8 +114,7 @@ fn build(tree: &Tree, args: &Dist, out: &Path) -> Result<PathBuf> {
     let mut folder = tree.root.join("target");
     if let Some(target) = target {
         command.args(["--target", &format!("{target}.{}", glibc.unwrap_or("2.28"))]);
-        // Nobody links these objects again: lines of code would only cost time.
-        command.envs([("CARGO_PROFILE_RELEASE_STRIP", "symbols"), ("CARGO_PROFILE_RELEASE_DEBUG", "false")]);
+        command.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
         folder.push(target);
     } else if let Some(glibc) = glibc {
         // The same objects with another linker: what an older glibc lacks ends in an error here.

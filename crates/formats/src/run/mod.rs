@@ -40,7 +40,7 @@ pub use block::{
 pub use eagle3::{Eagle3DraftTable, Eagle3TrainTable, Loss};
 pub use kind::{Method, MethodWord};
 pub use load::{Faulty, Place, RunError, place_of_key};
-pub use places::way_to;
+pub use places::{is_bundle_name, way_to};
 pub use reference::{KeyReference, json_schema, reference};
 pub use replay::ReplayTable;
 pub use size::DraftSize;

@@ -28,8 +28,9 @@ const KEYS: [&str; 12] = [
 /// The key of a draft to begin with, where a word alone is a name.
 const DRAFT: &str = "draft.from";
 
-fn is_word(place: &str) -> bool {
-    !place.contains('/')
+/// Whether a draft to begin with is named, rather than told by its folder or by a reference.
+pub fn is_bundle_name(place: &str) -> bool {
+    !place.contains(['/', ':'])
 }
 
 /// Keys of lists are those of their elements too.
@@ -117,7 +118,7 @@ pub(super) fn counted_from(table: &toml::Table, default: &Path) -> PathBuf {
 /// file count from. `key` has `N` for indices.
 pub(super) fn fix(key: &str, value: &mut toml::Value) {
     match value {
-        toml::Value::String(place) if key == DRAFT && is_word(place) => {}
+        toml::Value::String(place) if key == DRAFT && is_bundle_name(place) => {}
         toml::Value::String(place) if is_place(key) && !is_fixed(place) => *place = absolute(place),
         toml::Value::Array(items) => items.iter_mut().for_each(|item| fix(&format!("{key}.N"), item)),
         toml::Value::Table(table) => {
@@ -255,7 +256,7 @@ impl RunFile {
         }
         let stores = capture.store.iter_mut();
         places.extend(stores.filter_map(|store| store.cache_dir.as_mut()).map(PlaceMut::Path));
-        places.extend(draft.from.iter_mut().filter(|place| !is_word(place)).map(PlaceMut::Text));
+        places.extend(draft.from.iter_mut().filter(|place| !is_bundle_name(place)).map(PlaceMut::Text));
         places.extend(bench.workloads.iter_mut().map(PlaceMut::Path));
         places
     }
