@@ -447,7 +447,7 @@ pub(crate) fn bills(
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
                 if file.capture.store.is_some() {
                     let rows = amounts.lengths.len() as u64;
-                    bill.disk_bytes = on_the_way(bill.disk_bytes, rows, file.capture.shard_rows);
+                    bill.disk_bytes = on_the_way(bill.disk_bytes, rows, file.capture.shard_rows, among.ranks);
                 }
                 bill.freed_bytes = bill.disk_bytes;
                 bill.memory_bytes = Some(rates.memory[1]);
