@@ -180,6 +180,8 @@ impl<L: Launcher> Memory for Cuda<L> {
 }
 
 impl<L: Launcher> TrainKernels for Cuda<L> {
+    const SQUARES: usize = SQUARES;
+
     fn capacity(&self, buf: &Buf<L>) -> usize {
         buf.capacity
     }
@@ -692,36 +694,32 @@ impl<L: Launcher> TrainKernels for Cuda<L> {
             None => step(0, len, None),
         }
     }
-    fn sum_squares(&self, x: &Buf<L>, len: usize) -> f64 {
-        self.sum_squares_of(&[(x, len)])
-    }
-    fn sum_squares_of(&self, all: &[(&Buf<L>, usize)]) -> f64 {
+    fn square_sums(&self, all: &[(&Buf<L>, usize)]) -> Vec<Vec<f64>> {
         let blocks: Vec<usize> = all.iter().map(|(_, len)| len.div_ceil(SQUARES)).collect();
         let count = blocks.iter().sum::<usize>();
-        if count == 0 {
-            return 0.0;
-        }
-        let parts = self.block(count * 8);
-        let mut first = 0;
-        for ((x, len), blocks) in all.iter().zip(&blocks) {
-            assert!(*len <= x.capacity, "{len} values of {}", x.capacity);
-            let args = [
-                Arg::Buffer(x.place(0)),
-                Arg::Buffer(Some(parts.at(first * 8))),
-                Arg::I64(*len as i64),
-                Arg::I64(SQUARES as i64),
-            ];
-            self.launch("sum_squares", (*blocks, 1), THREADS, &args);
-            first += blocks;
-        }
         let mut found = vec![0.0f64; count];
-        self.fetch(parts.at(0), &mut found);
+        if count > 0 {
+            let parts = self.block(count * 8);
+            let mut first = 0;
+            for ((x, len), blocks) in all.iter().zip(&blocks).filter(|(_, blocks)| **blocks > 0) {
+                assert!(*len <= x.capacity, "{len} values of {}", x.capacity);
+                let args = [
+                    Arg::Buffer(x.place(0)),
+                    Arg::Buffer(Some(parts.at(first * 8))),
+                    Arg::I64(*len as i64),
+                    Arg::I64(SQUARES as i64),
+                ];
+                self.launch("sum_squares", (*blocks, 1), THREADS, &args);
+                first += blocks;
+            }
+            self.fetch(parts.at(0), &mut found);
+        }
         let mut found = found.as_slice();
-        let mut sums = blocks.iter().map(|blocks| {
+        let own = |blocks: &usize| {
             let (own, rest) = found.split_at(*blocks);
             found = rest;
-            own.iter().sum::<f64>()
-        });
-        sums.by_ref().sum()
+            own.to_vec()
+        };
+        blocks.iter().map(own).collect()
     }
 }

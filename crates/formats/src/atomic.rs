@@ -373,6 +373,24 @@ impl AtomicDir {
         fs::write(&inside, bytes).map_err(|e| AtomicError::from_io("write", &named, e))
     }
 
+    /// Writes one file into the folder through a closure.
+    ///
+    /// # Errors
+    /// Those of the file and of the closure, which name it.
+    pub fn write_with<T>(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
+    ) -> Result<T, AtomicError> {
+        let write = || {
+            let mut file = BufWriter::with_capacity(1 << 16, File::create(self.temporary.join(name))?);
+            let made = fill(&mut file)?;
+            file.flush()?;
+            Ok(made)
+        };
+        write().map_err(|e| AtomicError::from_io("write", &self.destination.join(name), e))
+    }
+
     /// Flushes everything in the folder and renames it to its final path.
     ///
     /// # Errors

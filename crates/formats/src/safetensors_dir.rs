@@ -5,9 +5,11 @@
 //! file and tensor. Shapes are as stored: row-major, a weight that maps `in` to `out` features is `[out, in]`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 
 pub use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{SafeTensorError, SafeTensors, View};
 
 use crate::atomic::{self, AtomicError};
@@ -529,6 +531,115 @@ fn with_metadata(bytes: &[u8], metadata: &BTreeMap<String, String>) -> Vec<u8> {
     out
 }
 
+/// A tensor that is made when its turn to be written comes.
+#[derive(Clone, Debug)]
+pub struct TensorHead {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+}
+
+impl TensorHead {
+    /// An F32 tensor.
+    pub fn f32(name: &str, shape: &[usize]) -> TensorHead {
+        TensorHead { name: name.to_string(), dtype: Dtype::F32, shape: shape.to_vec() }
+    }
+
+    /// An I64 tensor.
+    pub fn i64(name: &str, shape: &[usize]) -> TensorHead {
+        TensorHead { name: name.to_string(), dtype: Dtype::I64, shape: shape.to_vec() }
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// The places of tensors in the order in which a file has them.
+pub fn file_order(heads: &[TensorHead]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..heads.len()).collect();
+    // The widest types first, then by name: that of `safetensors::serialize`.
+    order.sort_by(|a, b| heads[*b].dtype.cmp(&heads[*a].dtype).then(heads[*a].name.cmp(&heads[*b].name)));
+    order
+}
+
+/// Writes a file of the bytes that [`to_bytes`] gives without metadata, tensor by tensor: `fill` writes the little-endian bytes of
+/// the tensor at a place, and is called in [`file_order`]. So no more than one of them need be in memory.
+///
+/// # Errors
+/// Those of `out` and `fill`.
+///
+/// # Panics
+/// If two tensors have one name, or `fill` writes another number of bytes than the shape says.
+pub fn write_each<W: Write>(
+    out: &mut W,
+    heads: &[TensorHead],
+    mut fill: impl FnMut(usize, &mut Counted<'_, W>) -> io::Result<()>,
+) -> io::Result<()> {
+    let order = file_order(heads);
+    let mut infos = Vec::new();
+    let mut from = 0;
+    for at in &order {
+        let TensorHead { name, dtype, shape } = &heads[*at];
+        let to = from + heads[*at].bytes();
+        infos.push((
+            name.clone(),
+            TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (from, to) },
+        ));
+        from = to;
+    }
+    let metadata = Metadata::new(None, infos).expect("no name is there twice, and ranges follow each other");
+    let mut header = serde_json::to_vec(&metadata).expect("names and numbers are JSON");
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for at in order {
+        let mut counted = Counted { out: &mut *out, bytes: 0 };
+        fill(at, &mut counted)?;
+        let TensorHead { name, .. } = &heads[at];
+        let wanted = heads[at].bytes();
+        assert!(counted.bytes == wanted, "`{name}` needs {wanted} bytes, not {}", counted.bytes);
+    }
+    Ok(())
+}
+
+/// The bytes of one tensor on their way to a file.
+#[derive(Debug)]
+pub struct Counted<'a, W> {
+    out: &'a mut W,
+    bytes: usize,
+}
+
+impl<W: Write> Counted<'_, W> {
+    /// Writes F32 values.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn f32(&mut self, values: &[f32]) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        for values in values.chunks(1 << 14) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            self.out.write_all(&bytes)?;
+            self.bytes += bytes.len();
+        }
+        Ok(())
+    }
+
+    /// Writes I64 values.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn i64(&mut self, values: &[i64]) -> io::Result<()> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.bytes += bytes.len();
+        self.out.write_all(&bytes)
+    }
+}
+
 /// Writes a safetensors file atomically.
 pub fn write(
     path: impl AsRef<Path>,
@@ -603,6 +714,43 @@ mod tests {
         reversed.reverse();
         assert_eq!(to_bytes(&sample(), &meta), to_bytes(&reversed, &meta));
         assert_eq!(to_bytes(&sample(), &BTreeMap::new()), to_bytes(&reversed, &BTreeMap::new()));
+    }
+
+    #[test]
+    fn tensors_written_one_by_one_give_the_same_bytes() {
+        let tensors = [
+            TensorData::f32("w.b", &[2, 2], &[1.0, -2.0, 0.5, 3.0]),
+            TensorData::f32("m.z", &[3], &[0.25, f32::MIN_POSITIVE, -0.0]),
+            TensorData::i64("positions", &[1, 3], &[0, 1, -1]),
+            TensorData::f32("empty", &[0], &[]),
+        ];
+        let heads: Vec<TensorHead> = tensors
+            .iter()
+            .map(|t| TensorHead { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() })
+            .collect();
+        let (mut out, mut came) = (Vec::new(), Vec::new());
+        write_each(&mut out, &heads, |at, file| {
+            came.push(heads[at].name.as_str());
+            match at {
+                0 => file.f32(&[1.0, -2.0, 0.5, 3.0]),
+                1 => file.f32(&[0.25, f32::MIN_POSITIVE, -0.0]),
+                2 => file.i64(&[0, 1, -1]),
+                _ => Ok(()),
+            }
+        })
+        .unwrap();
+        assert_eq!(came, ["positions", "empty", "m.z", "w.b"]);
+        assert!(out == to_bytes(&tensors, &BTreeMap::new()));
+        let mut none = Vec::new();
+        write_each(&mut none, &[], |_, _| Ok(())).unwrap();
+        assert!(none == to_bytes(&[], &BTreeMap::new()));
+    }
+
+    #[test]
+    #[should_panic(expected = "`w.b` needs 16 bytes, not 4")]
+    fn a_tensor_of_another_length_is_our_own_fault() {
+        let head = [TensorHead::f32("w.b", &[2, 2])];
+        let _ = write_each(&mut Vec::new(), &head, |_, file| file.f32(&[1.0]));
     }
 
     #[test]

@@ -176,6 +176,8 @@ impl Gpu {
 }
 
 impl TrainKernels for Gpu {
+    const SQUARES: usize = SUM_BLOCK;
+
     fn capacity(&self, buf: &Buf) -> usize {
         buf.capacity()
     }
@@ -636,17 +638,24 @@ impl TrainKernels for Gpu {
         v.set(second);
     }
 
-    fn sum_squares(&self, x: &Buf, len: usize) -> f64 {
-        let squares = self.read(x, 1, len).square();
-        let whole = len / SUM_BLOCK * SUM_BLOCK;
-        let mut parts = Vec::new();
-        if whole > 0 {
-            let blocks = squares.clone().slice([0..1, 0..whole]).reshape([len / SUM_BLOCK, SUM_BLOCK]);
-            parts.extend(self.host(blocks.sum_dim(1)));
-        }
-        if whole < len {
-            parts.extend(self.host(squares.slice([0..1, whole..len]).sum_dim(1)));
-        }
-        parts.iter().map(|part| f64::from(*part)).sum()
+    fn square_sums(&self, all: &[(&Buf, usize)]) -> Vec<Vec<f64>> {
+        let of = |(x, len): &(&Buf, usize)| {
+            let len = *len;
+            let mut parts = Vec::new();
+            let whole = len / SUM_BLOCK * SUM_BLOCK;
+            if len > 0 {
+                let squares = self.read(x, 1, len).square();
+                if whole > 0 {
+                    let blocks = squares.clone().slice([0..1, 0..whole]);
+                    let blocks = blocks.reshape([len / SUM_BLOCK, SUM_BLOCK]);
+                    parts.extend(self.host(blocks.sum_dim(1)));
+                }
+                if whole < len {
+                    parts.extend(self.host(squares.slice([0..1, whole..len]).sum_dim(1)));
+                }
+            }
+            parts.into_iter().map(f64::from).collect()
+        };
+        all.iter().map(of).collect()
     }
 }

@@ -7,6 +7,7 @@
 //! Shape legend: `R` rows, `C` width of an activation.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use draftsmith_kernels::experts::Routing;
@@ -286,6 +287,11 @@ impl<K: TrainKernels> Tape<K> {
         self.host(&p.value, p.numel())
     }
 
+    /// Copies a part of a parameter to the host.
+    pub fn param_part(&self, id: ParamId, part: Range<usize>) -> Vec<f32> {
+        self.host_part(&self.params[id.0].value, part)
+    }
+
     /// Overwrites a parameter.
     ///
     /// # Panics
@@ -300,6 +306,15 @@ impl<K: TrainKernels> Tape<K> {
     pub fn grad_values(&self, id: ParamId) -> Option<Vec<f32>> {
         let p = &self.params[id.0];
         p.grad.as_ref().map(|g| self.host(g, p.numel()))
+    }
+
+    /// Copies a part of the gradient of a trained parameter to the host.
+    ///
+    /// # Panics
+    /// If the parameter is frozen.
+    pub fn grad_part(&self, id: ParamId, part: Range<usize>) -> Vec<f32> {
+        let grad = self.params[id.0].grad.as_ref().expect("only trained parameters have gradients");
+        self.host_part(grad, part)
     }
 
     /// Adds host values to the gradient of a trained parameter.
@@ -390,8 +405,12 @@ impl<K: TrainKernels> Tape<K> {
     }
 
     fn host(&self, buf: &K::Buf, len: usize) -> Vec<f32> {
-        let mut out = vec![0.0; len];
-        self.kernels.download(buf, 0, &mut out);
+        self.host_part(buf, 0..len)
+    }
+
+    fn host_part(&self, buf: &K::Buf, part: Range<usize>) -> Vec<f32> {
+        let mut out = vec![0.0; part.len()];
+        self.kernels.download(buf, part.start, &mut out);
         out
     }
 

@@ -43,6 +43,11 @@ impl Among {
         (4.0 * (sums + 1) as f64 * share * parameters as f64) as u64
     }
 
+    /// Bytes of AdamW's moments that a rank has less of where ranks share them.
+    pub fn moments_elsewhere(&self, parameters: u64) -> u64 {
+        8 * parameters - 8 * parameters / self.ranks
+    }
+
     /// Sums of gradients that a rank puts aside while it adds up its own.
     pub fn sums_aside(&self, micro_batches: u64) -> u64 {
         u64::from(micro_batches.div_ceil(self.ranks).next_power_of_two().ilog2())
@@ -88,7 +93,12 @@ pub struct RanksPlan {
 
 impl RanksPlan {
     /// The words of it; whoever makes the bill fills in the sums.
-    pub(crate) fn new(among: &Among, micro_batches: u64, pack_length: u32, parameters: u64) -> RanksPlan {
+    pub(crate) fn new(
+        among: &Among,
+        (micro_batches, pack_length): (u64, u32),
+        parameters: u64,
+        shares_moments: bool,
+    ) -> RanksPlan {
         let Among { ranks, link_bytes_per_s } = *among;
         let gbit = link_bytes_per_s * 8.0 / 1e9;
         let mut notes = vec![
@@ -100,7 +110,13 @@ impl RanksPlan {
                 "on one machine {ranks} ranks share its cores and its way to memory: expect the time of one process \
                  there, in {ranks} times the memory"
             ),
-            "rank 0 alone reads the data, makes the bundle and measures it; every rank does the whole optimiser".to_string(),
+            format!(
+                "rank 0 alone reads the data, makes the bundle and measures it; every rank does {}",
+                match shares_moments {
+                    true => "its part of the optimiser and keeps the moments of that",
+                    false => "the whole optimiser",
+                }
+            ),
         ];
         notes.extend(among.uneven(micro_batches, pack_length));
         RanksPlan {
@@ -131,7 +147,15 @@ mod tests {
                     let tree = SumTree::new(micro_batches, ranks);
                     let mine = tree.pieces_of(collective.rank()).map(|_| vec![1.0; len]).collect();
                     collective.sum(&tree, mine, len);
-                    collective.sent_bytes()
+                    let sent = collective.sent_bytes();
+                    // Where ranks share the optimiser, parameters go out in place of sums.
+                    let slices: Vec<_> =
+                        (0..ranks).map(|rank| rank * len / ranks..(rank + 1) * len / ranks).collect();
+                    let mine = tree.pieces_of(collective.rank()).map(|_| vec![1.0; len]).collect();
+                    let mine = collective.sum_slice(&tree, mine, &slices);
+                    collective.join_slices(&mine, &slices);
+                    assert_eq!(collective.sent_bytes(), 2 * sent);
+                    sent
                 };
                 let threads: Vec<_> =
                     threads::links(ranks).into_iter().map(|link| scope.spawn(move || work(link))).collect();
@@ -148,6 +172,7 @@ mod tests {
         assert_eq!((four.share(8), four.share(2), four.share(6)), (0.25, 0.5, 2.0 / 6.0));
         assert_eq!((Among::ALONE.share(7), Among::ALONE.sent_bytes_a_step(4, 9)), (1.0, 0));
         assert_eq!((Among::ALONE.sums_aside(8), four.sums_aside(8), four.sums_aside(4)), (3, 1, 0));
+        assert_eq!((four.moments_elsewhere(1000), Among::ALONE.moments_elsewhere(1000)), (6000, 0));
         assert_eq!(four.uneven(8, 512), None);
         assert!(
             four.uneven(2, 512)

@@ -4,8 +4,8 @@
 //! capture/manifest.json, shard-*   the target cache
 //! ```
 //! The states come from the target in this process, or from a server of it; rows arrive in order either way. Several processes
-//! share the rows ([`Parts`]) unless a server has them or a store takes them; the finished cache is the same. With
-//! `[capture.store]` shards lie here only until the store has them. Rows whose states answering kept, or a capture has that was set aside
+//! share the rows ([`Shared`]) unless a server has them; the finished cache is the same. With
+//! `[capture.store]` shards lie here only until the store has them, and each process uploads those that it made. Rows whose states answering kept, or a capture has that was set aside
 //! ([`KeptRows`]), are copied: what grew by some rows costs those rows.
 
 use std::cell::Cell;
@@ -20,7 +20,7 @@ use draftsmith_capture::{
 use draftsmith_core::report::{Report, Silent, Unit};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{
-    CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, Parts, StoredRow, drop_kept,
+    CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, StoredRow, drop_kept,
     estimate_bytes,
 };
 use draftsmith_formats::run::{CaptureMode, CaptureServerTable, Stage};
@@ -40,7 +40,7 @@ use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
 use crate::ranks::Order;
 use crate::server::server_keys;
-use crate::stored::Sink;
+use crate::stored::{Shared, Sink};
 
 /// What a capture costs.
 #[derive(Debug, Clone, Serialize)]
@@ -305,22 +305,14 @@ impl Run<'_> {
     pub(super) fn capture(&self, dir: &Path, report: &dyn Report) -> Result<Value, Error> {
         let tokens = self.tokens()?;
         let spec = self.cache_spec(&tokens)?;
-        // A server is asked by one, and a store is filled by one.
-        let alone = self.file.capture.server.is_some() || self.file.capture.store.is_some();
-        let ranks = if alone { 1 } else { self.env.ranks.count() };
-        let parts = match self.file.capture.store {
-            Some(_) => None,
-            None => Some(Parts::open(dir, &spec)?).filter(|parts| ranks > 1 || !parts.is_empty()),
-        };
-        let work = match parts {
-            Some(parts) => Work::Together(Box::new(parts)),
+        // A server is asked by one.
+        let ranks = if self.file.capture.server.is_some() { 1 } else { self.env.ranks.count() };
+        let work = match self.shared(dir, &spec, ranks)? {
+            Some(shared) => Work::Together(Box::new(shared)),
             None => Work::Alone(self.sink(dir, &spec)?),
         };
-        if let Work::Alone(sink) = &work
-            && let Some(place) = sink.place()
-        {
-            report.note(&format!("capture: goes to `{place}`"));
-        }
+        let place = work.place();
+        place.iter().for_each(|place| report.note(&format!("capture: goes to `{place}`")));
         let mut source = self.capture_source(report)?;
         source.note_launch(report);
         let mut kept = self.kept_rows(&tokens, &spec);
@@ -342,7 +334,7 @@ impl Run<'_> {
             ));
             let needed = match &work {
                 Work::Alone(sink) => sink.bytes_here(bill.bytes, &spec),
-                Work::Together(_) => bill.bytes,
+                Work::Together(shared) => shared.bytes_here(bill.bytes, &spec, ranks),
             };
             // What is copied makes room as it goes.
             let needed = needed.min(needed.saturating_sub(kept.bytes()) + COPY_BYTES);
@@ -370,18 +362,18 @@ impl Run<'_> {
             report.detail(&format!("{rate:.0} tokens/s{}", alive.words()));
         };
         let mut summary = json!({ "rows": spec.rows, "tokens": tokens.summary().tokens });
-        let ended = match work {
-            Work::Alone(sink) => {
-                sink.place().into_iter().for_each(|place| summary["store"] = place.into());
-                let rows = (&tokens, &mut kept);
-                let (ended, notes) = self.capture_alone(sink, &spec, rows, &mut source, &mut count);
-                notes.iter().for_each(|note| report.note(note));
-                ended
-            }
-            Work::Together(parts) => {
-                self.capture_together(dir, *parts, (&tokens, &mut kept), (&mut source, ranks), &mut count)
+        place.into_iter().for_each(|place| summary["store"] = place.into());
+        let rows = (&tokens, &mut kept);
+        let (ended, notes) = match work {
+            Work::Alone(sink) => self.capture_alone(sink, &spec, rows, &mut source, &mut count),
+            Work::Together(shared) => {
+                match self.capture_together(dir, *shared, rows, (&mut source, ranks), &mut count) {
+                    Ok(shared) => shared.finish(),
+                    Err(error) => (Err(error), Vec::new()),
+                }
             }
         };
+        notes.iter().for_each(|note| report.note(note));
         source.note_requests(report);
         summary["bytes"] = ended?.into();
         drop_kept(&self.folder.kept_dir());
@@ -418,16 +410,16 @@ impl Run<'_> {
         (all(), notes)
     }
 
-    /// Captures all missing rows, each rank those of its share, and joins what they wrote. Gives the bytes of all.
+    /// Captures all missing rows, each rank those of its share. Gives what they wrote, to be joined.
     fn capture_together(
         &self,
         dir: &Path,
-        mut parts: Parts,
+        mut shared: Shared,
         (tokens, kept): (&TokenFile, &mut KeptRows),
         (source, ranks): (&mut Source<'_>, usize),
         count: &mut dyn FnMut(u64, u64),
-    ) -> Result<u64, Error> {
-        let shares = parts.shares(ranks, |row| tokens.row_counts(row as usize).0 as u64);
+    ) -> Result<Shared, Error> {
+        let shares = shared.parts().shares(ranks, |row| tokens.row_counts(row as usize).0 as u64);
         if ranks > 1 {
             self.env.ranks.order(&Order::Capture { shares: shares.clone() });
         }
@@ -452,12 +444,9 @@ impl Run<'_> {
                 self.env.stop.request();
             }
         }
-        made.into_iter().flatten().for_each(|part| parts.add(part));
+        made.into_iter().flatten().for_each(|part| shared.add(part));
         self.check_stop(Stage::Capture)?;
-        parts.join()?;
-        let bytes = parts.bytes();
-        parts.finish()?;
-        Ok(bytes)
+        Ok(shared)
     }
 
     /// What another rank than the first does when it is called to capture.
@@ -487,12 +476,12 @@ impl Run<'_> {
         on_row: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Vec<Part>, Error> {
         let spec = self.cache_spec(tokens)?;
-        let (over, mut made) = (Cell::new(false), Vec::new());
+        let (over, mut finished) = (Cell::new(false), self.finished(dir, &spec)?);
         let (mut waiting, mut writer) = (share.iter(), None::<PartWriter>);
         let numbers = share.iter().cloned().flatten();
         let ends = || over.get() || self.env.stop.requested();
         let rows = Rows { tokens, kept, spec: &spec };
-        rows.hand_on(numbers, source, &ends, &mut |row, _| {
+        let ended = rows.hand_on(numbers, source, &ends, &mut |row, _| {
             let part = match &mut writer {
                 Some(part) => part,
                 None => {
@@ -503,12 +492,18 @@ impl Run<'_> {
             if part.push(&row)?
                 && let Some(full) = writer.take()
             {
-                made.push(full.finish()?);
+                finished.take(full.finish()?)?;
             }
             over.set(over.get() || on_row(row.tokens()));
             Ok(())
-        })?;
-        Ok(made)
+        });
+        let (made, notes) = finished.finish();
+        notes.iter().for_each(|note| self.env.report.note(note));
+        match ended.and(made) {
+            // A wish to stop ends transfers too; what did not arrive is here, and goes the next time.
+            Err(Error::Interrupted { .. }) if self.env.stop.requested() => Ok(Vec::new()),
+            made => made,
+        }
     }
 
     /// The rows that training reads: from the cache, or captured as they are asked for.
@@ -612,15 +607,23 @@ enum Work {
     /// One after the other, here or in a store.
     Alone(Sink),
     /// In parts that are joined.
-    Together(Box<Parts>),
+    Together(Box<Shared>),
 }
 
 impl Work {
+    /// The store that they go to.
+    fn place(&self) -> Option<String> {
+        match self {
+            Work::Alone(sink) => sink.place(),
+            Work::Together(shared) => shared.place(),
+        }
+    }
+
     /// Rows that are there already.
     fn rows_done(&self) -> u64 {
         match self {
             Work::Alone(sink) => sink.rows_done(),
-            Work::Together(parts) => parts.rows_done(),
+            Work::Together(shared) => shared.parts().rows_done(),
         }
     }
 }

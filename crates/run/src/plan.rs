@@ -361,6 +361,7 @@ pub(crate) fn bills(
 ) -> Vec<StagePlan> {
     let mut bills = Vec::new();
     let trained = training(file, &amounts.lengths);
+    let shares_moments = file.train.shard_optimizer && among.ranks > 1;
     // What answers kept is not given back before the process ends.
     let carried = match file.regenerate.enabled && !amounts.counted {
         true => PREFIX_CACHE.min(amounts.kept_bytes(rates) / among.ranks),
@@ -446,7 +447,7 @@ pub(crate) fn bills(
                 bill.disk_bytes = (tokens * rates.capture_bytes) as u64;
                 if file.capture.store.is_some() {
                     let rows = amounts.lengths.len() as u64;
-                    bill.disk_bytes = on_the_way(bill.disk_bytes, rows, file.capture.shard_rows);
+                    bill.disk_bytes = on_the_way(bill.disk_bytes, rows, file.capture.shard_rows, among.ranks);
                 }
                 bill.freed_bytes = bill.disk_bytes;
                 bill.memory_bytes = Some(rates.memory[1]);
@@ -474,14 +475,22 @@ pub(crate) fn bills(
                         CaptureMode::Online => slots * most * rates.capture_s,
                         CaptureMode::Cache => 0.0,
                     };
-                    let updates = trained.steps as f64 * rates.update_s;
+                    let updates = trained.steps as f64 * rates.update_s
+                        / if shares_moments { among.ranks as f64 } else { 1.0 };
                     let backward = trained.slots[0] * rates.slot_s[0] + trained.slots[1] * rates.slot_s[1];
                     let sent = trained.steps * among.sent_bytes_a_step(micro_batches(file), rates.parameters);
-                    let sending = sent as f64 / among.link_bytes_per_s;
+                    // A checkpoint has all moments: rank 0 gets those of the others.
+                    let (handed_in, others) = match shares_moments {
+                        true => (checkpoints as u64 * 8 * rates.parameters / among.ranks, among.ranks - 1),
+                        false => (0, 0),
+                    };
+                    let sending = (sent + handed_in * others) as f64 / among.link_bytes_per_s;
+                    let sent = sent + handed_in;
                     let stepping = backward * most + updates + sending;
                     let written_s = written * rates.disk_s;
                     bill.seconds = Some(rates.train_setup_s + stepping + capture + drafts * one + written_s);
-                    fixed = Some(rates.train_setup_s + updates + sending + written_s);
+                    let whole_updates = if shares_moments { 0.0 } else { updates };
+                    fixed = Some(rates.train_setup_s + whole_updates + sending + written_s);
                     bill.sent_bytes = Some(sent).filter(|_| among.ranks > 1);
                     bill.how = format!(
                         "{:.0} tokens/s over a few steps, {drafts:.0} validations of {one:.0} s",
@@ -499,10 +508,16 @@ pub(crate) fn bills(
                 let best = u64::from(file.validate.every > 0);
                 bill.freed_bytes = kept * checkpoint + (1 + candidates) * draft_bytes;
                 bill.disk_bytes = bill.freed_bytes + best * draft_bytes;
-                // A checkpoint is in memory twice while it is written; gradients are held aside, one for each level of the
-                // tree over the micro-batches of a step.
+                // A draft that is validated is there in f32, and twice as it is saved; checkpoints are written tensor by
+                // tensor. Gradients are held aside, one for each level of the tree over the micro-batches of a step.
+                let draft = 4 * rates.parameters + 2 * draft_bytes;
                 let held = among.sums_aside(micro_batches(file)) * 4 * rates.parameters;
-                bill.memory_bytes = Some(rates.memory[2] + 2 * checkpoint + held + carried);
+                let elsewhere = match shares_moments && rates.update_s > 0.0 {
+                    true => among.moments_elsewhere(rates.parameters),
+                    false => 0,
+                };
+                let trained = rates.memory[2].saturating_sub(elsewhere);
+                bill.memory_bytes = Some(trained + draft + held + carried);
             }
             Stage::Bundle => {
                 bill.seconds = Some(rates.train_setup_s + 4.0 * draft_bytes as f64 * rates.disk_s);
@@ -593,7 +608,8 @@ impl Run<'_> {
         let seconds = |bills: &[StagePlan]| bills.iter().filter_map(|b| b.seconds).sum();
         let ranks = (among.ranks > 1).then(|| {
             let pack_length = self.file.train.pack_length;
-            let plan = RanksPlan::new(among, micro_batches(&self.file), pack_length, parameters);
+            let step = (micro_batches(&self.file), pack_length);
+            let plan = RanksPlan::new(among, step, parameters, self.file.train.shard_optimizer);
             RanksPlan {
                 alone_seconds: seconds(&alone),
                 fixed_seconds: bills.iter().filter_map(|b| b.fixed_seconds).sum(),
@@ -1001,7 +1017,32 @@ mod tests {
         assert_eq!(train.disk_bytes, 24_000_000 + 5 * 2_000_000);
         let seconds = train.seconds.unwrap();
         assert!(seconds > 12.5 + 2.5 && seconds < 60.0, "{seconds}");
-        assert_eq!(train.memory_bytes, Some(300 + 24_000_000));
+        assert_eq!(train.memory_bytes, Some(300 + 8_000_000));
+    }
+
+    #[test]
+    fn ranks_may_share_the_moments() {
+        let of = |shard, ranks| {
+            let file = file(&format!(
+                "[train]\npack_length = 512\ntokens_per_step = 4096\nshard_optimizer = {shard}\n[validate]\nevery = 0\n"
+            ));
+            let rates = Rates { memory: [0, 0, 50_000_000], ..rates() };
+            let mut bills = bills(&file, &amounts(), &rates, &[(4, 4)], &Among::new(ranks, 10.0));
+            bills.retain(|bill| bill.stage == Stage::Train);
+            bills.remove(0)
+        };
+        assert_eq!(of(true, 1), of(false, 1), "one process has nobody to share them with");
+        let (whole, shared) = (of(false, 4), of(true, 4));
+        // Three quarters of two moments of 4 MB each.
+        assert_eq!(whole.memory_bytes.unwrap() - shared.memory_bytes.unwrap(), 6_000_000);
+        // As much in a step; a quarter of the moments to rank 0 for the one checkpoint, which gets three of them.
+        assert_eq!((whole.steps, whole.sent_bytes), (Some(4), Some(24_000_000)));
+        assert_eq!(shared.sent_bytes, Some(24_000_000 + 2_000_000));
+        let handing_in = 6e6 / 1.25e9;
+        let seconds = whole.seconds.unwrap() - shared.seconds.unwrap();
+        assert!((seconds - (4.0 * 0.1 * 0.75 - handing_in)).abs() < 1e-9, "{seconds}");
+        let fixed = whole.fixed_seconds.unwrap() - shared.fixed_seconds.unwrap();
+        assert!((fixed - (4.0 * 0.1 - handing_in)).abs() < 1e-9, "{fixed}");
     }
 
     #[test]

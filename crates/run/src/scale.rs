@@ -455,9 +455,10 @@ const FORMULAS: &str = "## Formulas
   and norms are left out.
 * **Sum of gradients.** `4 · 2 · (N − 1) / N · P` bytes a GPU and step, the least that a sum on all of `N` can cost
   [patarasuk2009]; beyond one machine at the speed between machines. Nothing of it is taken to be hidden behind the products.
-* **Optimiser.** `30 P` bytes of memory, in full on every GPU.
+* **Optimiser.** `30 P` bytes of memory, in full on every GPU. With moments by rank it is `30 P / N`, which is not counted.
 * **Memory in training.** `(4 + 4 + 4 ⌈log2(k / N)⌉ + 2 + 8) · P + 4 H V` bytes: weights, gradients, what waits of them in the tree, a bf16
-  copy, two moments; both ends of the target. With moments by rank the 8 become `8 / N` [rajbhandari2020]. Activations are left out.
+  copy, two moments; both ends of the target. With moments by rank (`train.shard_optimizer`, [RANKS.md](RANKS.md)) the 8 become `8 / N`, and as
+  many bytes are sent [rajbhandari2020]. Activations are left out.
 
 A target that needs more than one GPU is served by vLLM or SGLang for `regenerate` and `capture` ([SERVERS.md](SERVERS.md)): draftsmith itself
 keeps a target on one device. Its draft trains without it.
@@ -474,8 +475,8 @@ What the table says, as far as it is right:
   micro-batches halves that.
 * The optimiser, which every GPU does in full, stays below 3 %.
 * Reading states on 64 GPUs asks for up to 19 GB/s of a disk that they share; `capture.mode = \"online\"` computes them where they are used.
-* Drafts for targets of up to 235B fit one GPU. One of the shape of a layer of 405B fits on none of these numbers of GPUs. Moments by rank,
-  which draftsmith does not have, would make it fit on 64 alone, for the sums that wait in the tree are as large. It has to be made smaller:
+* Drafts for targets of up to 235B fit one GPU. One of the shape of a layer of 405B fits on none of these numbers of GPUs. Moments by rank
+  (`train.shard_optimizer`) make it fit on 64 alone, for the sums that wait in the tree are as large. It has to be made smaller:
   `draft.intermediate`, `draft.vocab_size`, fewer micro-batches a step.
 
 ## Held against measurements

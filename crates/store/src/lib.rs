@@ -22,7 +22,7 @@ pub use address::{Address, BadAddress, Scheme};
 pub use cached::{CacheOptions, StoredCache};
 pub use client::{Asked, Object, Settings, Store};
 pub use error::{Fault, StoreError};
-pub use writer::StoredWriter;
+pub use writer::{ShardUploads, StoredParts, StoredWriter};
 
 /// Hex digits in the name of the folder of a capture.
 const ID_LEN: usize = 16;

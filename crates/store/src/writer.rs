@@ -10,7 +10,8 @@ use std::thread::JoinHandle;
 
 use draftsmith_formats::atomic::AtomicError;
 use draftsmith_formats::cache::{
-    CacheError, CacheManifest, CacheSpec, CacheWriter, MANIFEST_NAME, RowPlaces, ShardEntry, StoredRow,
+    CacheError, CacheManifest, CacheSpec, CacheWriter, MANIFEST_NAME, Part, Parts, RowPlaces, ShardEntry,
+    StoredRow,
 };
 use draftsmith_formats::hash::sha256_file;
 use draftsmith_formats::mapped::Mapped;
@@ -62,20 +63,7 @@ impl StoredWriter {
     ) -> Result<StoredWriter, StoreError> {
         let dir = dir.as_ref();
         let mut upload = Upload::begin(store.clone(), spec)?;
-        // Nearest first: what this very capture left.
-        for folder in std::iter::once(dir).chain(others.iter().map(PathBuf::as_path)) {
-            let found = CacheManifest::read(folder).ok().flatten();
-            let Some(found) = found.filter(|found| found.spec.difference(spec).is_none()) else { continue };
-            for entry in found.shards.get(upload.manifest.shards.len()..).unwrap_or_default() {
-                let path = folder.join(&entry.file);
-                let is_whole = path.metadata().is_ok_and(|meta| meta.len() == entry.bytes)
-                    && sha256_file(&path).is_ok_and(|sha256| sha256 == entry.sha256);
-                if !is_whole {
-                    break;
-                }
-                upload.shard(&Job { path, entry: entry.clone(), remove: folder == dir })?;
-            }
-        }
+        upload.bring(dir, others)?;
         let writer = CacheWriter::go_on(dir, upload.manifest.clone())?;
         let handed = writer.manifest().shards.len();
         // One shard may wait while another travels.
@@ -182,25 +170,183 @@ impl Upload {
         Ok(self.manifest)
     }
 
+    /// Uploads finished shards of the capture that lie in `dir`, or in the folders of `others`.
+    fn bring(&mut self, dir: &Path, others: &[PathBuf]) -> Result<(), StoreError> {
+        // Nearest first: what this very capture left.
+        for folder in std::iter::once(dir).chain(others.iter().map(PathBuf::as_path)) {
+            let found = CacheManifest::read(folder).ok().flatten();
+            let spec = &self.manifest.spec;
+            let Some(found) = found.filter(|found| found.spec.difference(spec).is_none()) else { continue };
+            for entry in found.shards.get(self.manifest.shards.len()..).unwrap_or_default() {
+                let path = folder.join(&entry.file);
+                let is_whole = path.metadata().is_ok_and(|meta| meta.len() == entry.bytes)
+                    && sha256_file(&path).is_ok_and(|sha256| sha256 == entry.sha256);
+                if !is_whole {
+                    break;
+                }
+                self.shard(&Job { path, entry: entry.clone(), remove: folder == dir })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Shard first, then its row places, then the manifest that lists both.
     fn shard(&mut self, job: &Job) -> Result<(), StoreError> {
         let Job { path, entry, remove } = job;
-        let places = {
-            let shard = Mapped::open(path).map_err(CacheError::from)?;
-            RowPlaces::of_shard(&shard, entry, &self.manifest.spec)
-                .map_err(|problem| CacheError::Damaged { path: path.clone(), problem })?
-        };
-        let rows = places.to_bytes();
-        let mut entry = entry.clone();
-        entry.rows_sha256 = Some(draftsmith_formats::hash::sha256_hex(&rows));
-        self.store.write_file(&entry.file, path)?;
-        self.store.write(&entry.rows_file(), rows)?;
-        let manifest = self.manifest.with(entry);
-        self.store.write(MANIFEST_NAME, manifest.to_text().into_bytes())?;
+        let manifest = self.manifest.with(upload(&self.store, &self.manifest.spec, path, entry.clone())?);
+        self.list(&manifest)?;
         self.manifest = manifest;
         if *remove {
             std::fs::remove_file(path).map_err(|e| AtomicError::from_io("remove", path, e))?;
         }
         Ok(())
+    }
+
+    fn list(&self, manifest: &CacheManifest) -> Result<(), StoreError> {
+        self.store.write(MANIFEST_NAME, manifest.to_text().into_bytes())
+    }
+}
+
+/// Uploads a shard, then its row places. Gives its entry, with the hash of these.
+fn upload(
+    store: &Store,
+    spec: &CacheSpec,
+    path: &Path,
+    mut entry: ShardEntry,
+) -> Result<ShardEntry, StoreError> {
+    let places = {
+        let shard = Mapped::open(path).map_err(CacheError::from)?;
+        RowPlaces::of_shard(&shard, &entry, spec)
+            .map_err(|problem| CacheError::Damaged { path: path.to_path_buf(), problem })?
+    };
+    let rows = places.to_bytes();
+    entry.rows_sha256 = Some(draftsmith_formats::hash::sha256_hex(&rows));
+    store.write_file(&entry.file, path)?;
+    store.write(&entry.rows_file(), rows)?;
+    Ok(entry)
+}
+
+/// A capture in a store that several processes fill, each with rows of its own ([`Parts`]). Whoever makes a whole shard uploads it
+/// ([`ShardUploads`]); this is the side of the one that lists them.
+///
+/// Parts that are less than a shard, two between each two processes, wait in a folder that all see, with the records of all
+/// that the manifest does not list yet: so a run that was killed goes on from there.
+pub struct StoredParts {
+    parts: Parts,
+    upload: Upload,
+}
+
+impl StoredParts {
+    /// Starts a capture in a store, or goes on with one. Finished shards are uploaded as [`StoredWriter::open`] does.
+    ///
+    /// # Errors
+    /// What keeps from reading or writing in either place.
+    pub fn open(
+        dir: impl AsRef<Path>,
+        spec: &CacheSpec,
+        store: &Store,
+        others: &[PathBuf],
+    ) -> Result<StoredParts, StoreError> {
+        let dir = dir.as_ref();
+        let mut upload = Upload::begin(store.clone(), spec)?;
+        upload.bring(dir, others)?;
+        let parts = Parts::go_on(dir, upload.manifest.clone(), |shard| {
+            Ok::<bool, StoreError>(store.find(&shard.file)?.is_some_and(|found| found.size == shard.bytes))
+        })?;
+        Ok(StoredParts { parts, upload })
+    }
+
+    /// The parts.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// Takes a part that was finished after this was opened.
+    pub fn add(&mut self, part: Part) {
+        self.parts.add(part);
+    }
+
+    /// Ends the capture: uploads what lies here, and lists all.
+    ///
+    /// # Errors
+    /// [`CacheError::Incomplete`] if rows are missing; what keeps from uploading.
+    pub fn finish(mut self) -> Result<CacheManifest, StoreError> {
+        let StoredParts { parts, upload: side } = &mut self;
+        parts.join_elsewhere(
+            |path, entry| upload(&side.store, &side.manifest.spec, path, entry),
+            |manifest| side.list(manifest),
+        )?;
+        Ok(self.parts.finish()?)
+    }
+}
+
+/// Uploads the whole shards that a process makes, on a thread of its own.
+pub struct ShardUploads {
+    jobs: Option<SyncSender<Part>>,
+    uploader: Option<JoinHandle<Result<Vec<Part>, StoreError>>>,
+}
+
+impl ShardUploads {
+    /// Of a capture that [`StoredParts::open`] has begun in a folder.
+    ///
+    /// # Errors
+    /// [`CacheError::Missing`] if it has not.
+    pub fn begin(dir: &Path, spec: &CacheSpec, store: &Store) -> Result<ShardUploads, StoreError> {
+        let missing = || CacheError::Missing { path: dir.to_path_buf() };
+        let manifest = CacheManifest::read(dir)?.ok_or_else(missing)?;
+        manifest.check_spec(spec, dir)?;
+        let (dir, spec, store) = (dir.to_path_buf(), spec.clone(), store.clone());
+        // One may wait while another travels.
+        let (jobs, waiting) = sync_channel::<Part>(1);
+        let work = move || {
+            let mut made = Vec::new();
+            for part in waiting {
+                made.push(match part.as_shard(&manifest) {
+                    None => part,
+                    Some(shard) => {
+                        let shard = upload(&store, &manifest.spec, &dir.join(&part.entry.file), shard)?;
+                        part.moved(&dir, &spec, shard)?
+                    }
+                });
+            }
+            Ok(made)
+        };
+        Ok(ShardUploads { jobs: Some(jobs), uploader: Some(std::thread::spawn(work)) })
+    }
+
+    /// Takes a finished part. Less than a shard stays where it is.
+    ///
+    /// # Errors
+    /// Those of an upload that failed meanwhile.
+    pub fn take(&mut self, part: Part) -> Result<(), StoreError> {
+        match self.jobs.as_ref().is_some_and(|jobs| jobs.send(part).is_ok()) {
+            true => Ok(()),
+            false => Err(self.uploaded().err().unwrap_or(StoreError::Stopped)),
+        }
+    }
+
+    /// Waits until the store has all; gives the parts as they are now.
+    ///
+    /// # Errors
+    /// Those of an upload.
+    pub fn finish(mut self) -> Result<Vec<Part>, StoreError> {
+        self.uploaded()
+    }
+
+    fn uploaded(&mut self) -> Result<Vec<Part>, StoreError> {
+        self.jobs = None;
+        match self.uploader.take().map(JoinHandle::join) {
+            Some(Ok(done)) => done,
+            // A panic there was told where it happened.
+            Some(Err(_)) | None => Err(StoreError::Stopped),
+        }
+    }
+}
+
+impl Drop for ShardUploads {
+    fn drop(&mut self) {
+        // As a writer does.
+        self.jobs = None;
+        drop(self.uploader.take().map(JoinHandle::join));
     }
 }

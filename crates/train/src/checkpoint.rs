@@ -2,17 +2,18 @@
 //!
 //! A checkpoint is a folder `step-NNNNNNNN` with `state.json` and `tensors.safetensors` (f32 weights `w.NAME`,
 //! moments `m.NAME` and `v.NAME`; `replay.positions` where rejections are trained on again). Random streams are functions of seed and position, so no generator state is kept.
+//! It does not know how many ranks wrote it, nor whether they shared the moments: those are whole.
 
-use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use draftsmith_formats::atomic::{self, AtomicDir, AtomicError};
-use draftsmith_formats::hash::{sha256_file, sha256_hex};
-use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorData, to_bytes};
+use draftsmith_formats::hash::{Hasher, sha256_file};
+use draftsmith_formats::safetensors_dir::{SafetensorsDir, TensorHead, file_order, write_each};
 use serde::{Deserialize, Serialize};
 
 use crate::replay::Replay;
-use crate::{AdamW, Collective, Method, TrainError};
+use crate::{AdamW, Collective, Method, Moment, TrainError};
 
 /// One measured validation, as the caller's decoder found it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -115,34 +116,69 @@ pub(crate) fn list(root: &Path) -> Vec<(u64, PathBuf)> {
     found
 }
 
-/// Writes a checkpoint and removes all but the newest `keep`.
+/// What a tensor of a checkpoint holds.
+#[derive(Clone, Copy)]
+enum Content {
+    /// Of the trained parameter at a place.
+    Weights(usize),
+    Moment(usize, Moment),
+    Replay,
+}
+
+/// Names of both moments.
+const MOMENTS: [(&str, Moment); 2] = [("m", Moment::First), ("v", Moment::Second)];
+
+/// Writes a checkpoint and removes all but the newest `keep`. No more than one tensor is held at a time. Rank 0 writes; where
+/// ranks share the moments the others come here too, and hand theirs in.
 pub(crate) fn save<M: Method + ?Sized>(
     root: &Path,
     method: &M,
-    optimizer: &AdamW<M::Kernels>,
+    (optimizer, collective): (&AdamW<M::Kernels>, &dyn Collective),
     (state, replay): (&TrainState, Option<&Replay>),
     keep: usize,
 ) -> Result<PathBuf, TrainError> {
-    let tape = method.tape();
-    let mut tensors = Vec::new();
-    for id in tape.trained() {
-        let p = tape.param(id);
-        tensors.push(TensorData::f32(&format!("w.{}", p.name), &p.shape, &tape.param_values(id)));
+    let (path, tape) = (root.join(folder_name(state.step)), method.tape());
+    let trained = tape.trained();
+    let positions = replay.map(Replay::state).unwrap_or_default();
+    let (mut heads, mut contents) = (Vec::new(), Vec::new());
+    for (place, id) in trained.iter().enumerate() {
+        let p = tape.param(*id);
+        heads.push(TensorHead::f32(&format!("w.{}", p.name), &p.shape));
+        contents.push(Content::Weights(place));
+        for (letter, moment) in MOMENTS {
+            heads.push(TensorHead::f32(&format!("{letter}.{}", p.name), &[p.numel()]));
+            contents.push(Content::Moment(place, moment));
+        }
     }
-    for (name, m, v) in optimizer.state(tape) {
-        tensors.push(TensorData::f32(&format!("m.{name}"), &[m.len()], &m));
-        tensors.push(TensorData::f32(&format!("v.{name}"), &[v.len()], &v));
+    if replay.is_some() {
+        heads.push(TensorHead::i64(REPLAY, &[positions.len() / 3, 3]));
+        contents.push(Content::Replay);
     }
-    if let Some(replay) = replay {
-        let positions = replay.state();
-        tensors.push(TensorData::i64(REPLAY, &[positions.len() / 3, 3], &positions));
+    if !collective.is_first() {
+        if optimizer.slices().is_some() {
+            for at in file_order(&heads) {
+                if let Content::Moment(place, moment) = contents[at] {
+                    optimizer.moment(tape, (place, moment), collective);
+                }
+            }
+        }
+        return Ok(path);
     }
-    let path = root.join(folder_name(state.step));
     atomic::create_dir_all(root)?;
     let dir = AtomicDir::create(&path)?;
-    let bytes = to_bytes(&tensors, &BTreeMap::new());
-    dir.write(TENSORS_FILE, &bytes)?;
-    let written = TrainState { tensors_sha256: Some(sha256_hex(&bytes)), ..state.clone() };
+    let sha256 = dir.write_with(TENSORS_FILE, |file| {
+        let mut out = Hashed { file, hasher: Hasher::default() };
+        write_each(&mut out, &heads, |at, out| match contents[at] {
+            Content::Weights(place) => out.f32(&tape.param_values(trained[place])),
+            Content::Moment(place, moment) => {
+                let values = optimizer.moment(tape, (place, moment), collective);
+                out.f32(&values.expect("rank 0 gets what all hand in"))
+            }
+            Content::Replay => out.i64(&positions),
+        })?;
+        Ok(out.hasher.finish())
+    })?;
+    let written = TrainState { tensors_sha256: Some(sha256), ..state.clone() };
     let text = serde_json::to_string_pretty(&written).expect("plain numbers and strings");
     dir.write("state.json", text + "\n")?;
     dir.commit_replacing()?;
@@ -151,6 +187,24 @@ pub(crate) fn save<M: Method + ?Sized>(
         atomic::remove_dir_all(old)?;
     }
     Ok(path)
+}
+
+/// A file that is hashed as it is written.
+struct Hashed<'a, W> {
+    file: &'a mut W,
+    hasher: Hasher,
+}
+
+impl<W: Write> Write for Hashed<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Restores the newest checkpoint, if there is one.
@@ -197,22 +251,20 @@ pub(crate) fn resume<M: Method + ?Sized>(
             false => Err(damaged(format!("`{name}` has {} values, expected {wanted}", values.len()))),
         }
     };
-    let mut moments = Vec::new();
-    let mut weights = Vec::new();
-    for id in method.tape().trained() {
-        let p = method.tape().param(id);
-        weights.push((id, read(format!("w.{}", p.name), p.numel())?));
-        let (m, v) = (read(format!("m.{}", p.name), p.numel())?, read(format!("v.{}", p.name), p.numel())?);
-        moments.push((p.name.clone(), m, v));
-    }
     if let Some(replay) = replay {
         let state = tensors.get(REPLAY)?.to_i64()?;
         replay.restore(&state).ok_or_else(|| damaged(format!("`{REPLAY}` holds no positions")))?;
     }
-    for (id, values) in weights {
-        method.tape_mut().set_param(id, &values);
+    // One tensor at a time: nothing is trained with what an error leaves half restored.
+    for (place, id) in method.tape().trained().into_iter().enumerate() {
+        let (name, len) = (method.tape().param(id).name.clone(), method.tape().param(id).numel());
+        method.tape_mut().set_param(id, &read(format!("w.{name}"), len)?);
+        for (letter, moment) in MOMENTS {
+            let values = read(format!("{letter}.{name}"), len)?;
+            optimizer.set_moment(method.tape(), (place, moment), &values);
+        }
     }
-    optimizer.restore(method.tape(), state.step, &moments)?;
+    optimizer.set_steps(state.step);
     Ok(Some(state))
 }
 

@@ -7,6 +7,8 @@
 //! These operations know no errors. A process that is lost, or that gives up, ends all of them; whoever made the collective
 //! decides how that is told.
 
+use std::ops::Range;
+
 use crate::SumTree;
 
 /// Processes that train together. All of them call the same operations in the same order.
@@ -26,6 +28,29 @@ pub trait Collective {
     /// pieces, in the order of [`SumTree::pieces_of`], `[len]` each; every process gets the whole sum.
     fn sum(&self, tree: &SumTree, mine: Vec<Vec<f32>>, len: usize) -> Vec<f32>;
 
+    /// [`Collective::sum`] of which this process gets its slice alone. `slices` are by rank and cut all values up, each into a run of
+    /// neighbours.
+    fn sum_slice(&self, tree: &SumTree, mine: Vec<Vec<f32>>, slices: &[Range<usize>]) -> Vec<f32> {
+        self.sum(tree, mine, whole(slices))[slices[self.rank()].clone()].to_vec()
+    }
+
+    /// Puts together what each process has of some values, its own of the slices; every process gets all.
+    fn join_slices(&self, mine: &[f32], slices: &[Range<usize>]) -> Vec<f32> {
+        let said = self.gather(mine.iter().flat_map(|x| x.to_le_bytes()).collect());
+        let mut all = vec![0.0; whole(slices)];
+        for (said, slice) in said.iter().zip(slices) {
+            let values = said.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x));
+            all[slice.clone()].iter_mut().zip(values).for_each(|(to, x)| *to = x);
+        }
+        all
+    }
+
+    /// [`Collective::join_slices`] for rank 0 alone; the others get nothing.
+    fn hand_in_slices(&self, mine: &[f32], slices: &[Range<usize>]) -> Option<Vec<f32>> {
+        let all = self.join_slices(mine, slices);
+        self.is_first().then_some(all)
+    }
+
     /// What every process has to say, by rank.
     fn gather(&self, mine: Vec<u8>) -> Vec<Vec<u8>>;
 
@@ -44,7 +69,7 @@ pub trait Collective {
     /// What was posted to this process since it last asked, each with who said it. What one of them says arrives in its order.
     fn posted(&self) -> Vec<(usize, Vec<u8>)>;
 
-    /// Bytes of gradients that this process has sent so far.
+    /// Bytes of gradients, parameters and moments that this process has sent so far.
     fn sent_bytes(&self) -> u64;
 
     /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others.
@@ -52,6 +77,11 @@ pub trait Collective {
 
     /// Ends all processes at once with an exit code. Does nothing where there is only this one.
     fn abort(&self, code: u8);
+}
+
+/// How many values slices cut up.
+fn whole(slices: &[Range<usize>]) -> usize {
+    slices.iter().map(|slice| slice.end).max().unwrap_or(0)
 }
 
 /// One process.

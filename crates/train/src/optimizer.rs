@@ -1,10 +1,15 @@
 //! AdamW with global-norm clipping, and the learning-rate schedule in closed form [eagle3 §6].
+//!
+//! Ranks may share the moments ([`AdamW::sharded`]): each has those of its [`Slices`], and what comes out is the same.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::AdamStep;
 use draftsmith_model::tape::{ParamId, Tape};
 
-use crate::TrainError;
+use crate::{Collective, Slices, TrainError};
 
 /// Learning rate as a function of the step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,20 +61,53 @@ impl Default for AdamWOptions {
     }
 }
 
-/// Moments of every trained parameter.
+/// Which of a parameter's two moments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The running mean of the gradient.
+    First,
+    /// That of its square.
+    Second,
+}
+
+/// Moments of one parameter, of the values that this process owns.
+struct Moments<B> {
+    id: ParamId,
+    own: Range<usize>,
+    first: B,
+    second: B,
+}
+
+/// Moments of every trained parameter; of this rank's slices alone where ranks share them.
 pub struct AdamW<K: TrainKernels> {
     options: AdamWOptions,
     /// Steps taken.
     steps: u64,
-    moments: Vec<(ParamId, K::Buf, K::Buf)>,
+    moments: Vec<Moments<K::Buf>>,
+    slices: Option<Slices>,
 }
 
 impl<K: TrainKernels> AdamW<K> {
     /// Zero moments for the trained parameters of a tape.
     pub fn new(options: AdamWOptions, tape: &Tape<K>) -> AdamW<K> {
-        let zeros = |id: ParamId| tape.kernels().zeros(tape.param(id).numel());
-        let moments = tape.trained().into_iter().map(|id| (id, zeros(id), zeros(id))).collect();
-        AdamW { options, steps: 0, moments }
+        AdamW::with(options, tape, None)
+    }
+
+    /// The same, of which this process has its slices alone. All processes of the collective that was cut for make the same
+    /// steps together, by [`AdamW::step_among`].
+    pub fn sharded(options: AdamWOptions, tape: &Tape<K>, slices: Slices) -> AdamW<K> {
+        AdamW::with(options, tape, Some(slices))
+    }
+
+    fn with(options: AdamWOptions, tape: &Tape<K>, slices: Option<Slices>) -> AdamW<K> {
+        let of = |(place, id): (usize, ParamId)| {
+            let len = tape.param(id).numel();
+            let own = slices.map_or(0..len, |slices| slices.mine(place, len));
+            let zeros = || tape.kernels().zeros(own.len());
+            Moments { id, first: zeros(), second: zeros(), own }
+        };
+        let moments = tape.trained().into_iter().enumerate().map(of).collect();
+        AdamW { options, steps: 0, moments, slices }
     }
 
     /// Steps taken.
@@ -77,19 +115,85 @@ impl<K: TrainKernels> AdamW<K> {
         self.steps
     }
 
+    /// How parameters are cut, where ranks share the moments.
+    pub fn slices(&self) -> Option<&Slices> {
+        self.slices.as_ref()
+    }
+
+    /// Bytes of moments that this process has.
+    pub fn moment_bytes(&self) -> u64 {
+        self.moments.iter().map(|moments| 8 * moments.own.len() as u64).sum()
+    }
+
     /// One step with the accumulated gradients divided by `divisor`; clears them. Returns the global gradient norm
     /// before clipping.
     ///
     /// # Errors
     /// If that norm is not finite; weights and moments are then unchanged.
+    ///
+    /// # Panics
+    /// If ranks share the moments.
     pub fn step(&mut self, tape: &mut Tape<K>, lr: f64, divisor: f64) -> Result<f64, TrainError> {
+        assert!(self.slices.is_none(), "moments that ranks share are stepped together");
         let norm = tape.grad_norm() / divisor;
+        let step = self.adam_step(norm, lr, divisor)?;
+        for Moments { id, first, second, .. } in &mut self.moments {
+            tape.adamw(*id, step, first, second);
+        }
+        tape.clear_grads();
+        Ok(norm)
+    }
+
+    /// [`AdamW::step`] by all ranks. Where they share the moments, the gradients of this rank's slices are whole sums; it updates
+    /// those, and gets the updated values of the others. Norm and weights have the bits of [`AdamW::step`]. Returns the seconds
+    /// that getting them took beside the norm.
+    ///
+    /// # Errors
+    /// As [`AdamW::step`], on every rank.
+    pub fn step_among(
+        &mut self,
+        tape: &mut Tape<K>,
+        (lr, divisor): (f64, f64),
+        collective: &dyn Collective,
+    ) -> Result<(f64, f64), TrainError> {
+        let Some(slices) = self.slices else { return Ok((self.step(tape, lr, divisor)?, 0.0)) };
+        // Copied twice, so that no more than one slice of them is held beside the gradients.
+        let grad = |tape: &Tape<K>, of: &Moments<K::Buf>| {
+            tape.kernels().upload(&tape.grad_part(of.id, of.own.clone()))
+        };
+        let squares = |of: &Moments<K::Buf>| {
+            tape.kernels().square_sums(&[(&grad(tape, of), of.own.len())]).swap_remove(0)
+        };
+        let squares: Vec<Vec<f64>> = self.moments.iter().map(squares).collect();
+        let lens: Vec<usize> = self.moments.iter().map(|of| tape.param(of.id).numel()).collect();
+        let norm = slices.norm(collective, &squares, &lens) / divisor;
+        let step = self.adam_step(norm, lr, divisor)?;
+        let mut joining = Duration::ZERO;
+        for (place, of) in self.moments.iter_mut().enumerate() {
+            let mut values = tape.param_part(of.id, of.own.clone());
+            if !values.is_empty() {
+                let (mut weights, grad) = (tape.kernels().upload(&values), grad(tape, of));
+                let moments = (&mut of.first, &mut of.second);
+                tape.kernels().adamw(step, values.len(), &mut weights, &grad, moments);
+                tape.kernels().download(&weights, 0, &mut values);
+            }
+            let began = Instant::now();
+            let whole = collective.join_slices(&values, &slices.of(place, lens[place]));
+            joining += began.elapsed();
+            tape.set_param(of.id, &whole);
+        }
+        tape.clear_grads();
+        Ok((norm, joining.as_secs_f64()))
+    }
+
+    /// The next step, for gradients of this norm.
+    fn adam_step(&mut self, norm: f64, lr: f64, divisor: f64) -> Result<AdamStep, TrainError> {
         if !norm.is_finite() {
             return Err(TrainError::Diverged { step: self.steps, loss: f64::NAN, grad_norm: norm });
         }
         let clip = (self.options.max_grad_norm / (norm + 1e-6)).min(1.0);
         self.steps += 1;
-        let step = AdamStep {
+        Ok(AdamStep {
             lr: lr as f32,
             beta1: self.options.beta1 as f32,
             beta2: self.options.beta2 as f32,
@@ -97,55 +201,47 @@ impl<K: TrainKernels> AdamW<K> {
             weight_decay: self.options.weight_decay as f32,
             grad_scale: (clip / divisor) as f32,
             step: self.steps,
-        };
-        for (id, m, v) in &mut self.moments {
-            tape.adamw(*id, step, m, v);
-        }
-        tape.clear_grads();
-        Ok(norm)
+        })
     }
 
-    /// Both moments of each trained parameter, by parameter name.
-    pub fn state(&self, tape: &Tape<K>) -> Vec<(String, Vec<f32>, Vec<f32>)> {
-        let host = |buf: &K::Buf, len: usize| {
-            let mut out = vec![0.0; len];
-            tape.kernels().download(buf, 0, &mut out);
-            out
-        };
-        self.moments
-            .iter()
-            .map(|(id, m, v)| {
-                let p = tape.param(*id);
-                (p.name.clone(), host(m, p.numel()), host(v, p.numel()))
-            })
-            .collect()
-    }
-
-    /// Restores [`AdamW::state`] after `steps` steps.
-    ///
-    /// # Errors
-    /// If names or sizes do not fit the tape.
-    pub fn restore(
-        &mut self,
+    /// A moment of the trained parameter at a place, whole. Where ranks share the moments all of them call this, and rank 0 alone
+    /// gets it.
+    pub fn moment(
+        &self,
         tape: &Tape<K>,
-        steps: u64,
-        state: &[(String, Vec<f32>, Vec<f32>)],
-    ) -> Result<(), TrainError> {
-        for (id, m, v) in &mut self.moments {
-            let p = tape.param(*id);
-            let found = state.iter().find(|s| s.0 == p.name);
-            let (_, fm, fv) = found.ok_or_else(|| TrainError::MissingTensor { name: p.name.clone() })?;
-            for values in [fm, fv] {
-                if values.len() != p.numel() {
-                    let (name, found, wanted) = (p.name.clone(), values.len(), p.numel());
-                    return Err(TrainError::Tensor { name, found, wanted });
-                }
-            }
-            tape.kernels().write(m, fm);
-            tape.kernels().write(v, fv);
+        (place, which): (usize, Moment),
+        collective: &dyn Collective,
+    ) -> Option<Vec<f32>> {
+        let of = &self.moments[place];
+        let mut own = vec![0.0; of.own.len()];
+        let buf = match which {
+            Moment::First => &of.first,
+            Moment::Second => &of.second,
+        };
+        tape.kernels().download(buf, 0, &mut own);
+        match &self.slices {
+            None => Some(own),
+            Some(slices) => collective.hand_in_slices(&own, &slices.of(place, tape.param(of.id).numel())),
         }
+    }
+
+    /// Restores what [`AdamW::moment`] gave; each rank keeps its own of it.
+    ///
+    /// # Panics
+    /// If the parameter is not so long.
+    pub fn set_moment(&mut self, tape: &Tape<K>, (place, which): (usize, Moment), whole: &[f32]) {
+        let of = &mut self.moments[place];
+        assert_eq!(whole.len(), tape.param(of.id).numel(), "one moment for each value");
+        let buf = match which {
+            Moment::First => &mut of.first,
+            Moment::Second => &mut of.second,
+        };
+        tape.kernels().write(buf, &whole[of.own.clone()]);
+    }
+
+    /// Goes on after so many steps.
+    pub fn set_steps(&mut self, steps: u64) {
         self.steps = steps;
-        Ok(())
     }
 }
 

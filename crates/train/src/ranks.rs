@@ -97,6 +97,30 @@ impl<L: Link> Ranks<L> {
         let ranks = self.link.ranks();
         rank * len / ranks..(rank + 1) * len / ranks
     }
+
+    fn exchange_counted(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]) {
+        self.link.exchange(outgoing, incoming);
+        let sent: usize = outgoing.iter().map(|(_, bytes)| bytes.len()).sum();
+        self.sent.set(self.sent.get() + sent as u64);
+    }
+
+    /// All values, of which the others send their slices while this process sends what it has to.
+    fn receive_slices(&self, mine: &[f32], slices: &[Range<usize>], outgoing: &[Outgoing<'_>]) -> Vec<f32> {
+        let me = self.link.rank();
+        let mut in_order: Vec<(usize, Range<usize>)> = slices.iter().cloned().enumerate().collect();
+        in_order.sort_by_key(|(_, slice)| (slice.start, slice.end));
+        let mut all = vec![0.0; in_order.last().map_or(0, |(_, slice)| slice.end)];
+        all[slices[me].clone()].copy_from_slice(mine);
+        let cuts = cut_mut(&mut all, in_order.iter().map(|(_, slice)| slice.clone()));
+        let mut incoming: Vec<Incoming<'_>> = in_order
+            .iter()
+            .zip(cuts)
+            .filter(|((rank, _), _)| *rank != me)
+            .map(|((rank, _), cut)| (*rank, bytemuck::cast_slice_mut(cut)))
+            .collect();
+        self.exchange_counted(outgoing, &mut incoming);
+        all
+    }
 }
 
 /// Cuts consecutive slices of known lengths out of values.
@@ -120,14 +144,20 @@ impl<L: Link> Collective for Ranks<L> {
     }
 
     fn sum(&self, tree: &SumTree, mine: Vec<Vec<f32>>, len: usize) -> Vec<f32> {
+        let slices: Vec<Range<usize>> = (0..self.link.ranks()).map(|rank| self.slice(rank, len)).collect();
+        let summed = self.sum_slice(tree, mine, &slices);
+        self.join_slices(&summed, &slices)
+    }
+
+    fn sum_slice(&self, tree: &SumTree, mine: Vec<Vec<f32>>, slices: &[Range<usize>]) -> Vec<f32> {
         let me = self.link.rank();
         assert_eq!(mine.len(), tree.pieces_of(me).count(), "one sum for each piece of this rank");
-        let my_slice = self.slice(me, len);
+        let my_slice = slices[me].clone();
         // Every piece of the tree, in its order, cut to the slice that is ours to add.
-        let mut slices: Vec<Vec<f32>> = Vec::new();
+        let mut pieces: Vec<Vec<f32>> = Vec::new();
         let mut own = mine.iter();
         for piece in tree.pieces() {
-            slices.push(match piece.rank == me {
+            pieces.push(match piece.rank == me {
                 true => own.next().expect("counted above")[my_slice.clone()].to_vec(),
                 false => vec![0.0; my_slice.len()],
             });
@@ -135,34 +165,31 @@ impl<L: Link> Collective for Ranks<L> {
         let mut outgoing: Vec<Outgoing<'_>> = Vec::new();
         for to in self.others() {
             for piece in &mine {
-                outgoing.push((to, bytemuck::cast_slice(&piece[self.slice(to, len)])));
+                outgoing.push((to, bytemuck::cast_slice(&piece[slices[to].clone()])));
             }
         }
-        let mut incoming: Vec<Incoming<'_>> = slices
+        let mut incoming: Vec<Incoming<'_>> = pieces
             .iter_mut()
             .zip(tree.pieces())
             .filter(|(_, piece)| piece.rank != me)
             .map(|(slice, piece)| (piece.rank, bytemuck::cast_slice_mut(slice)))
             .collect();
-        self.link.exchange(&outgoing, &mut incoming);
-        let mut sent: usize = outgoing.iter().map(|(_, bytes)| bytes.len()).sum();
+        self.exchange_counted(&outgoing, &mut incoming);
         drop(mine);
-        let summed = tree.add(slices, my_slice.len());
-        let mut all = vec![0.0; len];
-        all[my_slice].copy_from_slice(&summed);
-        let outgoing: Vec<Outgoing<'_>> =
-            self.others().map(|to| (to, bytemuck::cast_slice(&summed))).collect();
-        let slices = cut_mut(&mut all, (0..self.link.ranks()).map(|rank| self.slice(rank, len)));
-        let mut incoming: Vec<Incoming<'_>> = slices
-            .into_iter()
-            .enumerate()
-            .filter(|(rank, _)| *rank != me)
-            .map(|(rank, slice)| (rank, bytemuck::cast_slice_mut(slice)))
-            .collect();
-        self.link.exchange(&outgoing, &mut incoming);
-        sent += outgoing.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
-        self.sent.set(self.sent.get() + sent as u64);
-        all
+        tree.add(pieces, my_slice.len())
+    }
+
+    fn join_slices(&self, mine: &[f32], slices: &[Range<usize>]) -> Vec<f32> {
+        let outgoing: Vec<Outgoing<'_>> = self.others().map(|to| (to, bytemuck::cast_slice(mine))).collect();
+        self.receive_slices(mine, slices, &outgoing)
+    }
+
+    fn hand_in_slices(&self, mine: &[f32], slices: &[Range<usize>]) -> Option<Vec<f32>> {
+        if self.is_first() {
+            return Some(self.receive_slices(mine, slices, &[]));
+        }
+        self.exchange_counted(&[(0, bytemuck::cast_slice(mine))], &mut []);
+        None
     }
 
     fn gather(&self, mine: Vec<u8>) -> Vec<Vec<u8>> {
@@ -370,6 +397,94 @@ mod tests {
                     let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     assert_eq!(bits(&sum), bits(&alone), "{count} micro-batches over {ranks}");
                 }
+            }
+        }
+    }
+
+    /// The operations that every collective has, by those that it must have.
+    struct Plain<'a>(&'a dyn Collective);
+
+    impl Collective for Plain<'_> {
+        fn rank(&self) -> usize {
+            self.0.rank()
+        }
+
+        fn ranks(&self) -> usize {
+            self.0.ranks()
+        }
+
+        fn sum(&self, tree: &SumTree, mine: Vec<Vec<f32>>, len: usize) -> Vec<f32> {
+            self.0.sum(tree, mine, len)
+        }
+
+        fn gather(&self, mine: Vec<u8>) -> Vec<Vec<u8>> {
+            self.0.gather(mine)
+        }
+
+        fn broadcast(&self, from_first: Vec<u8>) -> Vec<u8> {
+            self.0.broadcast(from_first)
+        }
+
+        fn post(&self, to: usize, words: &[u8]) {
+            self.0.post(to, words);
+        }
+
+        fn posted(&self) -> Vec<(usize, Vec<u8>)> {
+            self.0.posted()
+        }
+
+        fn sent_bytes(&self) -> u64 {
+            self.0.sent_bytes()
+        }
+
+        fn give_up(&self, words: &[u8]) {
+            self.0.give_up(words);
+        }
+
+        fn abort(&self, code: u8) {
+            self.0.abort(code);
+        }
+    }
+
+    #[test]
+    fn slices_are_those_of_the_whole_and_come_together_again() {
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        for ranks in 1..=4usize {
+            for (count, len) in [(1, 7), (3, 2), (4, 41), (5, 64)] {
+                // Cut unevenly, and not in the order of the ranks.
+                let mut cuts: Vec<usize> =
+                    (0..ranks).map(|i| (i * i * len / (ranks * ranks)).min(len)).collect();
+                cuts.push(len);
+                let slices: Vec<Range<usize>> =
+                    (0..ranks).map(|rank| (rank + 1) % ranks).map(|i| cuts[i]..cuts[i + 1]).collect();
+                let found = on_ranks(ranks, |collective| {
+                    let (tree, rank) = (SumTree::new(count, ranks), collective.rank());
+                    let whole = collective.sum(&tree, pieces(&tree, rank, len), len);
+                    let before = collective.sent_bytes();
+                    let mine = collective.sum_slice(&tree, pieces(&tree, rank, len), &slices);
+                    assert_eq!(bits(&mine), bits(&whole[slices[rank].clone()]), "{count} over {ranks}");
+                    let sums = tree.pieces_of(rank).count();
+                    let sent = collective.sent_bytes() - before;
+                    assert_eq!(sent, 4 * (sums * (len - mine.len())) as u64);
+                    let joined = collective.join_slices(&mine, &slices);
+                    assert_eq!(bits(&joined), bits(&whole));
+                    assert_eq!(
+                        collective.sent_bytes() - before - sent,
+                        4 * ((ranks - 1) * mine.len()) as u64
+                    );
+                    let before = collective.sent_bytes();
+                    let first = collective.hand_in_slices(&mine, &slices);
+                    assert_eq!(first.as_deref().map(bits), (rank == 0).then(|| bits(&whole)));
+                    let sent = if rank == 0 { 0 } else { 4 * mine.len() as u64 };
+                    assert_eq!(collective.sent_bytes() - before, sent);
+                    let plain = Plain(collective);
+                    let again = plain.sum_slice(&tree, pieces(&tree, rank, len), &slices);
+                    assert_eq!(bits(&again), bits(&mine));
+                    assert_eq!(bits(&plain.join_slices(&mine, &slices)), bits(&whole));
+                    assert_eq!(plain.hand_in_slices(&mine, &slices), first);
+                    mine.len()
+                });
+                assert_eq!(found.iter().sum::<usize>(), len);
             }
         }
     }

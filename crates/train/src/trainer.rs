@@ -12,7 +12,7 @@ use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
     AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
-    Pack, RowStore, SumTree, TensorBoard, TrainError, Visit,
+    Pack, RowStore, Slices, SumTree, TensorBoard, TrainError, Visit,
 };
 
 /// Settings of the loop.
@@ -52,6 +52,8 @@ pub struct TrainOptions {
     pub seed: u64,
     /// Learning from rejections; `None`: off.
     pub replay: Option<ReplayOptions>,
+    /// Ranks share the moments of the optimiser. Changes memory and never a bit; nothing for one process.
+    pub shard_optimizer: bool,
 }
 
 impl TrainOptions {
@@ -85,6 +87,7 @@ impl TrainOptions {
             average_best: run.validate.average_best as usize,
             seed: t.seed.unwrap_or(run.run.seed),
             replay: ReplayOptions::from_table(&t.replay),
+            shard_optimizer: t.shard_optimizer,
         }
     }
 }
@@ -300,9 +303,9 @@ impl Packs<'_> {
 pub struct RanksReport {
     /// How many there are.
     pub ranks: usize,
-    /// Bytes of gradients that rank 0 sent in this step.
+    /// Bytes of gradients that rank 0 sent in this step; and of parameters, where ranks share the optimiser.
     pub sent_bytes: u64,
-    /// Seconds that rank 0 spent in this step for sums of gradients.
+    /// Seconds that rank 0 spent in this step for that.
     pub sum_s: f64,
     /// Seconds that it waited for the others to be ready for that.
     pub wait_s: f64,
@@ -313,6 +316,8 @@ struct Step<'a> {
     places: &'a [Place],
     widths: (usize, usize),
     collective: &'a dyn Collective,
+    /// How parameters are cut, where ranks share the optimiser: then each gets the sums of its own slices alone.
+    slices: Option<Slices>,
     /// Packs are wanted after the step.
     keep: bool,
 }
@@ -321,7 +326,7 @@ struct Step<'a> {
 type Ran = (BatchStats, Vec<(usize, Pack)>, Option<RanksReport>);
 
 impl Step<'_> {
-    /// Leaves the gradients of all micro-batches in the tape. Returns the sums over all of them, and this process's packs by
+    /// Leaves the gradients of all micro-batches in the tape, with zeros outside this rank's slices where there are some. Returns the sums over all of them, and this process's packs by
     /// number where they are wanted.
     fn run<M: Method + ?Sized>(&self, method: &mut M, packs: &mut Packs<'_>) -> Result<Ran, TrainError> {
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
@@ -370,7 +375,17 @@ impl Step<'_> {
             if has_piece {
                 mine.push(tape.grad_values(id).expect("trained parameters have gradients"));
             }
-            let sum = self.collective.sum(&tree, mine, tape.param(id).numel());
+            let len = tape.param(id).numel();
+            let sum = match &self.slices {
+                None => self.collective.sum(&tree, mine, len),
+                Some(slices) => {
+                    let slices = slices.of(place, len);
+                    let mut sum = vec![0.0; len];
+                    sum[slices[rank].clone()]
+                        .copy_from_slice(&self.collective.sum_slice(&tree, mine, &slices));
+                    sum
+                }
+            };
             tape.set_grad(id, &sum);
         }
         done.into_iter().for_each(|grads| tape.drop_grads(grads));
@@ -443,13 +458,16 @@ pub fn train<M: Method + ?Sized>(
     }
     let checkpoints = options.dir.join("checkpoints");
     let candidates = Candidates::new(&options.dir, options.average_best);
-    let mut optimizer = AdamW::new(options.adamw, method.tape());
+    let collective = hooks.collective;
+    let mut optimizer = match options.shard_optimizer && collective.ranks() > 1 {
+        true => AdamW::sharded(options.adamw, method.tape(), Slices::among::<M::Kernels>(collective)),
+        false => AdamW::new(options.adamw, method.tape()),
+    };
     let start = TrainState::start(method.name(), &options.run_hash, options.seed);
     let mut replay = options.replay.map(|replay| Replay::new(replay, options.seed, options.pack_slots));
     if replay.is_some() {
         replays(method)?;
     }
-    let collective = hooks.collective;
     let resumed =
         checkpoint::resume(&checkpoints, method, &mut optimizer, replay.as_mut(), &start, collective)?;
     let mut state = resumed.unwrap_or(start);
@@ -474,8 +492,8 @@ pub fn train<M: Method + ?Sized>(
             told = Some(epoch);
         }
         let (places, place) = packs.of_step(begin, packs_per_step);
-        let step = Step { places: &places, widths, collective, keep };
-        let (stats, seen, ranks) = step.run(method, &mut packs)?;
+        let step = Step { places: &places, widths, collective, slices: optimizer.slices().copied(), keep };
+        let (stats, seen, mut ranks) = step.run(method, &mut packs)?;
         (state.epoch, state.pack) = (place.epoch, place.pack);
         let lr = options.schedule.lr(options.lr, options.warmup_ratio, total_steps, state.step);
         // A step without a single trained slot has no gradient; it still counts, so that the schedule is kept.
@@ -484,7 +502,13 @@ pub fn train<M: Method + ?Sized>(
             Some(replay) => replay.train(method, &mut *packs.store, (state.step, epoch), &stats)?,
             None => 1.0,
         };
-        let grad_norm = optimizer.step(method.tape_mut(), lr, divisor * more)?;
+        let before = collective.sent_bytes();
+        let (grad_norm, joining_s) =
+            optimizer.step_among(method.tape_mut(), (lr, divisor * more), collective)?;
+        if let Some(ranks) = &mut ranks {
+            ranks.sent_bytes += collective.sent_bytes() - before;
+            ranks.sum_s += joining_s;
+        }
         state.step += 1;
         if let Some(replay) = &mut replay {
             replay.look(method, &seen, state.step, collective)?;
@@ -531,9 +555,10 @@ pub fn train<M: Method + ?Sized>(
         }
         if left == 0 || flow == Flow::Stop || state.step.is_multiple_of(options.checkpoint_every.max(1)) {
             let path = checkpoints.join(checkpoint::folder_name(state.step));
+            let saved = (&state, replay.as_ref());
+            let by = (&optimizer, collective);
+            checkpoint::save(&checkpoints, method, by, saved, options.keep_checkpoints)?;
             if collective.is_first() {
-                let saved = (&state, replay.as_ref());
-                checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
                 candidates.prune(&state.candidates)?;
             }
             saved_at = state.step;
@@ -543,9 +568,9 @@ pub fn train<M: Method + ?Sized>(
         }
     }
     if state.step < total_steps {
-        if saved_at != state.step && collective.is_first() {
-            let saved = (&state, replay.as_ref());
-            checkpoint::save(&checkpoints, method, &optimizer, saved, options.keep_checkpoints)?;
+        if saved_at != state.step {
+            let (saved, by) = ((&state, replay.as_ref()), (&optimizer, collective));
+            checkpoint::save(&checkpoints, method, by, saved, options.keep_checkpoints)?;
         }
         return Ok(Outcome { state, finished: false, draft: None });
     }

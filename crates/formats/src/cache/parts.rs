@@ -10,6 +10,9 @@
 //! ```
 //! Invariant: the finished cache has the bytes of one that a single writer filled, whoever wrote which rows. A part with a record
 //! is complete; it is taken by whoever opens the cache next, and its rows are never computed again.
+//!
+//! Shards may lie elsewhere, in a store. Then a part that is a whole shard goes there as soon as it is finished, under the shard's
+//! name; its record stays until the manifest there lists the shard.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,6 +46,35 @@ impl Part {
     fn rows(&self) -> Range<u64> {
         self.first..self.first.saturating_add(self.entry.rows)
     }
+
+    /// True of a whole shard that lies elsewhere, under its own name.
+    pub fn is_elsewhere(&self) -> bool {
+        !self.entry.file.starts_with(PART)
+    }
+
+    /// The shard that it is the whole of, behind those that a manifest lists; `None` of less than a shard.
+    pub fn as_shard(&self, manifest: &CacheManifest) -> Option<ShardEntry> {
+        let (rows, size) = (self.rows(), u64::from(manifest.spec.shard_rows).max(1));
+        let behind = rows.start.checked_sub(manifest.rows_done())?;
+        let begins = behind.is_multiple_of(size);
+        let ends = rows.end - rows.start == size || rows.end == manifest.spec.rows;
+        let shard = manifest.shards.len() + usize::try_from(behind / size).ok()?;
+        (begins && ends && rows.end - rows.start <= size)
+            .then(|| ShardEntry { file: shard_name(shard), ..self.entry.clone() })
+    }
+
+    /// Says that the part lies elsewhere from now on, as this shard, and removes it from a folder.
+    ///
+    /// # Errors
+    /// [`CacheError::File`].
+    pub fn moved(self, dir: &Path, spec: &CacheSpec, shard: ShardEntry) -> Result<Part, CacheError> {
+        let path = dir.join(&self.entry.file);
+        let part = Part { first: self.first, entry: shard };
+        // The record first: until it says so, the part here is what counts.
+        Record { spec: spec.clone(), part: part.clone() }.write(dir)?;
+        fs::remove_file(&path).map_err(|e| AtomicError::from_io("remove", &path, e))?;
+        Ok(part)
+    }
 }
 
 /// What stands beside a part.
@@ -51,6 +83,13 @@ impl Part {
 struct Record {
     spec: CacheSpec,
     part: Part,
+}
+
+impl Record {
+    fn write(&self, dir: &Path) -> Result<(), CacheError> {
+        let text = serde_json::to_string_pretty(self).expect("a record is plain data") + "\n";
+        Ok(atomic::write(dir.join(part_name(&self.part.rows()) + RECORD), text)?)
+    }
 }
 
 /// Name of a part without its ending.
@@ -102,8 +141,7 @@ impl PartWriter {
         // Part first, record second: a part without a record is written again.
         let part = Part { first: rows.start, entry: shard.close()? };
         let record = Record { spec, part };
-        let text = serde_json::to_string_pretty(&record).expect("a record is plain data") + "\n";
-        atomic::write(dir.join(part_name(&rows) + RECORD), text)?;
+        record.write(&dir)?;
         Ok(record.part)
     }
 }
@@ -127,6 +165,43 @@ impl Parts {
         CacheWriter::open(dir, spec)?;
         let missing = || CacheError::Missing { path: dir.to_path_buf() };
         let manifest = CacheManifest::read(dir)?.ok_or_else(missing)?;
+        Parts::find(dir, manifest, None)
+    }
+
+    /// Goes on behind the shards of a manifest, which lie elsewhere. `is_there` says whether a shard that this does not list yet lies
+    /// there too.
+    ///
+    /// # Errors
+    /// The folder cannot be read or written; those of `is_there`.
+    pub fn go_on<E: From<CacheError>>(
+        dir: impl AsRef<Path>,
+        manifest: CacheManifest,
+        mut is_there: impl FnMut(&ShardEntry) -> Result<bool, E>,
+    ) -> Result<Parts, E> {
+        let dir = dir.as_ref();
+        CacheWriter::go_on(dir, manifest.clone())?;
+        let mut gone = Vec::new();
+        for part in Parts::find(dir, manifest.clone(), Some(&gone))?.parts.into_values() {
+            if part.is_elsewhere() && !is_there(&part.entry)? {
+                gone.push(part.first);
+            }
+        }
+        Ok(Parts::find(dir, manifest, Some(&gone))?)
+    }
+
+    /// True if parts were left in a folder.
+    pub fn are_in(dir: &Path) -> bool {
+        let Ok(entries) = fs::read_dir(dir) else { return false };
+        entries.flatten().any(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with(PART) && name.ends_with(RECORD)
+        })
+    }
+
+    /// The parts in a folder, and removes what is of no use there. Shards lie elsewhere where `gone` names parts that do not,
+    /// though they should.
+    fn find(dir: &Path, manifest: CacheManifest, gone: Option<&[u64]>) -> Result<Parts, CacheError> {
         let mut parts = Parts { dir: dir.to_path_buf(), manifest, parts: BTreeMap::new() };
         let unreadable = |e| CacheError::from(AtomicError::from_io("read", dir, e));
         let mut names: Vec<String> = Vec::new();
@@ -136,7 +211,7 @@ impl Parts {
         names.sort();
         let mut useful: Vec<String> = Vec::new();
         for name in names.iter().filter(|name| name.starts_with(PART) && name.ends_with(RECORD)) {
-            let Some(part) = parts.read_record(&dir.join(name)) else { continue };
+            let Some(part) = parts.read_record(&dir.join(name), gone) else { continue };
             useful.extend([name.clone(), part.entry.file.clone()]);
             parts.parts.insert(part.first, part);
         }
@@ -156,18 +231,24 @@ impl Parts {
     }
 
     /// The part that a record is of, if it can be used.
-    fn read_record(&self, path: &Path) -> Option<Part> {
+    fn read_record(&self, path: &Path, gone: Option<&[u64]>) -> Option<Part> {
         let Record { spec, part } = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
         let rows = part.rows();
         let behind = self.parts.last_key_value().map_or(self.in_shards(), |(_, last)| last.rows().end);
         let fits = spec.difference(self.spec()).is_none()
-            && part.entry.file == part_name(&rows) + DATA
             && behind <= rows.start
             && rows.start < rows.end
             && rows.end <= spec.rows
             && self.shard_of(rows.start) == self.shard_of(rows.end - 1);
+        if !fits {
+            return None;
+        }
+        if part.entry.file != part_name(&rows) + DATA {
+            let shard = part.as_shard(&self.manifest).filter(|shard| *shard == part.entry);
+            return shard.filter(|_| gone.is_some_and(|gone| !gone.contains(&part.first))).map(|_| part);
+        }
         let length = fs::metadata(self.dir.join(&part.entry.file)).ok()?.len();
-        (fits && length == part.entry.bytes).then_some(part)
+        (length == part.entry.bytes).then_some(part)
     }
 
     fn spec(&self) -> &CacheSpec {
@@ -192,12 +273,6 @@ impl Parts {
     /// Rows that need not be captured again.
     pub fn rows_done(&self) -> u64 {
         self.in_shards() + self.parts.values().map(|part| part.entry.rows).sum::<u64>()
-    }
-
-    /// Bytes of shards and parts.
-    pub fn bytes(&self) -> u64 {
-        let parts = self.parts.values().map(|part| &part.entry);
-        self.manifest.shards.iter().chain(parts).map(|entry| entry.bytes).sum()
     }
 
     /// Rows that nobody has captured, in order.
@@ -239,20 +314,33 @@ impl Parts {
         self.parts.insert(part.first, part);
     }
 
+    /// The parts of the next shard, if none of its rows is missing, and how the shard is called.
+    fn next_shard(&self) -> Option<(Vec<Part>, String)> {
+        let from = self.in_shards();
+        let to = (from + u64::from(self.spec().shard_rows)).min(self.spec().rows);
+        let parts: Vec<Part> = self.parts.range(from..to).map(|(_, part)| part.clone()).collect();
+        // They do not overlap, so as many rows as the shard has are all of them.
+        let is_whole = from < to && parts.iter().map(|part| part.entry.rows).sum::<u64>() == to - from;
+        is_whole.then(|| (parts, shard_name(self.manifest.shards.len())))
+    }
+
+    /// Removes parts that are in shards, with their records: they are of no use any more.
+    fn remove(&mut self, parts: &[Part]) {
+        for part in parts {
+            let _ = fs::remove_file(self.dir.join(part_name(&part.rows()) + RECORD));
+            if !part.is_elsewhere() {
+                let _ = fs::remove_file(self.dir.join(&part.entry.file));
+            }
+            self.parts.remove(&part.first);
+        }
+    }
+
     /// Makes shards of parts, from the first on, as far as no row is missing.
     ///
     /// # Errors
     /// [`CacheError::Damaged`] if a part is not what its record says, [`CacheError::File`].
     pub fn join(&mut self) -> Result<(), CacheError> {
-        while self.in_shards() < self.spec().rows {
-            let from = self.in_shards();
-            let to = (from + u64::from(self.spec().shard_rows)).min(self.spec().rows);
-            let parts: Vec<Part> = self.parts.range(from..to).map(|(_, part)| part.clone()).collect();
-            // They do not overlap, so as many rows as the shard has are all of them.
-            if parts.iter().map(|part| part.entry.rows).sum::<u64>() < to - from {
-                return Ok(());
-            }
-            let name = shard_name(self.manifest.shards.len());
+        while let Some((parts, name)) = self.next_shard() {
             let entry = match parts.as_slice() {
                 [whole] => {
                     let path = self.dir.join(&name);
@@ -262,17 +350,55 @@ impl Parts {
                 }
                 parts => self.copy(parts, name)?,
             };
-            // Shard first, manifest second, as in a writer; parts and records go when they are of no use.
+            // Shard first, manifest second, as in a writer.
             let manifest = self.manifest.with(entry);
             manifest.write(&self.dir)?;
             self.manifest = manifest;
-            for part in parts {
-                let _ = fs::remove_file(self.dir.join(part_name(&part.rows()) + RECORD));
-                let _ = fs::remove_file(self.dir.join(&part.entry.file));
-                self.parts.remove(&part.first);
-            }
+            self.remove(&parts);
         }
         Ok(())
+    }
+
+    /// Makes shards of parts where shards lie elsewhere. `hand_over` brings one there, and gives its entry; `list` writes the manifest
+    /// there. Nothing is removed before it is listed.
+    ///
+    /// # Errors
+    /// As [`Parts::join`], and those of both.
+    pub fn join_elsewhere<E: From<CacheError>>(
+        &mut self,
+        mut hand_over: impl FnMut(&Path, ShardEntry) -> Result<ShardEntry, E>,
+        list: impl FnOnce(&CacheManifest) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut joined = Vec::new();
+        while let Some((parts, name)) = self.next_shard() {
+            let entry = match parts.as_slice() {
+                [whole] if whole.is_elsewhere() => whole.entry.clone(),
+                [whole] => {
+                    let entry = ShardEntry { file: name, ..whole.entry.clone() };
+                    hand_over(&self.dir.join(&whole.entry.file), entry)?
+                }
+                parts => {
+                    let path = self.dir.join(&name);
+                    let entry = hand_over(&path, self.copy(parts, name)?)?;
+                    fs::remove_file(&path)
+                        .map_err(|e| CacheError::from(AtomicError::from_io("remove", &path, e)))?;
+                    entry
+                }
+            };
+            self.manifest = self.manifest.with(entry);
+            joined.extend(parts);
+        }
+        if !joined.is_empty() {
+            list(&self.manifest)?;
+            self.manifest.write(&self.dir)?;
+            self.remove(&joined);
+        }
+        Ok(())
+    }
+
+    /// The shards that are there.
+    pub fn manifest(&self) -> &CacheManifest {
+        &self.manifest
     }
 
     /// Writes a shard of several parts.
@@ -369,6 +495,116 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Brings a shard to a folder, as to a store.
+    fn bring(store: &Path, path: &Path, entry: ShardEntry) -> ShardEntry {
+        std::fs::copy(path, store.join(&entry.file)).unwrap();
+        ShardEntry { rows_sha256: Some("of its places".to_string()), ..entry }
+    }
+
+    /// As a rank does: what is a whole shard goes to the store at once.
+    fn write_and_move(dir: &Path, store: &Path, manifest: &CacheManifest, share: &[Range<u64>]) -> Vec<Part> {
+        let spec = &manifest.spec;
+        let of = |part: Part| match part.as_shard(manifest) {
+            Some(shard) => {
+                let shard = bring(store, &dir.join(&part.entry.file), shard);
+                part.moved(dir, spec, shard).unwrap()
+            }
+            None => part,
+        };
+        write(dir, spec, share).into_iter().map(of).collect()
+    }
+
+    fn go_on(dir: &Path, manifest: &CacheManifest, lost: &[&str]) -> Parts {
+        let is_there = |shard: &ShardEntry| Ok::<bool, CacheError>(!lost.contains(&shard.file.as_str()));
+        Parts::go_on(dir, manifest.clone(), is_there).unwrap()
+    }
+
+    #[test]
+    fn shards_that_lie_elsewhere_are_brought_there_once_and_are_those_of_one_writer() {
+        for rows in [1, 3, 8, 20] {
+            let spec = spec(CaptureDtype::Int8, rows);
+            let wanted = alone(&spec);
+            for ranks in 1..=5 {
+                let (dir, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+                let mut manifest = CacheManifest::begin(&spec);
+                // Behind a shard that lies there already.
+                if rows == 20 {
+                    let first = write(dir.path(), &spec, std::slice::from_ref(&(0..3))).remove(0);
+                    let path = dir.path().join(&first.entry.file);
+                    let shard = first.as_shard(&manifest).unwrap();
+                    manifest = manifest.with(bring(store.path(), &path, shard));
+                }
+                let parts = go_on(dir.path(), &manifest, &[]);
+                assert!(parts.is_empty());
+                let shares = parts.shares(ranks, |row| tokens_of(row) as u64);
+                for share in &shares {
+                    write_and_move(dir.path(), store.path(), &manifest, share);
+                }
+                // A kill: whoever comes next finds all of it, and less than a shard for each two ranks lies here.
+                let mut parts = go_on(dir.path(), &manifest, &[]);
+                assert_eq!((parts.missing(), parts.rows_done()), (vec![], rows));
+                let here = |ending: &str| {
+                    content(dir.path())
+                        .iter()
+                        .filter(|(n, _)| n.starts_with(PART) && n.ends_with(ending))
+                        .count()
+                };
+                assert!(here(DATA) <= 2 * (ranks - 1), "{} parts of {ranks} ranks", here(DATA));
+                let mut listed = None;
+                let hand_over = |path: &Path, entry| Ok::<_, CacheError>(bring(store.path(), path, entry));
+                let list = |manifest: &CacheManifest| {
+                    listed = Some(manifest.clone());
+                    Ok(())
+                };
+                parts.join_elsewhere(hand_over, list).unwrap();
+                assert!(listed.as_ref().unwrap().complete);
+                assert_eq!((here(DATA), here(RECORD)), (0, 0), "what is listed is not kept here");
+                let mut listed = listed.unwrap();
+                listed.shards.iter_mut().for_each(|shard| shard.rows_sha256 = None);
+                assert_eq!(parts.finish().unwrap().shards.len(), listed.shards.len());
+                listed.write(store.path()).unwrap();
+                assert_eq!(content(store.path()), wanted, "{rows} rows by {ranks}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_shard_that_the_store_lost_and_a_listing_that_failed_are_made_good() {
+        let spec = spec(CaptureDtype::Bf16, 10);
+        let (dir, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let manifest = CacheManifest::begin(&spec);
+        let shares = go_on(dir.path(), &manifest, &[]).shares(2, |_| 1);
+        assert_eq!(shares, [vec![0..3, 3..5], vec![5..6, 6..9, 9..10]]);
+        for share in &shares {
+            write_and_move(dir.path(), store.path(), &manifest, share);
+        }
+        let lost = [shard_name(2)];
+        let mut parts = go_on(dir.path(), &manifest, &[&lost[0]]);
+        assert_eq!(parts.missing(), std::slice::from_ref(&(6..9)));
+        // The manifest is not written: nothing that lies here may go.
+        let before = content(dir.path());
+        let hand_over = |path: &Path, entry| Ok::<_, CacheError>(bring(store.path(), path, entry));
+        let refused = || CacheError::Missing { path: store.path().to_path_buf() };
+        parts.join_elsewhere(hand_over, |_| Err(refused())).unwrap_err();
+        assert_eq!(content(dir.path()), before);
+        let mut parts = go_on(dir.path(), &manifest, &[]);
+        assert_eq!(parts.missing(), std::slice::from_ref(&(6..9)), "its record went, too");
+        write_and_move(dir.path(), store.path(), &manifest, std::slice::from_ref(&(6..9)))
+            .into_iter()
+            .for_each(|part| parts.add(part));
+        parts.join_elsewhere(hand_over, |_| Ok(())).unwrap();
+        assert!(parts.finish().unwrap().complete);
+        // A folder that shards lie in themselves has no use for records of others.
+        let parts = Parts::open(tempfile::tempdir().unwrap().path(), &spec).unwrap();
+        assert_eq!(parts.missing(), std::slice::from_ref(&(0..10)));
+        let (dir, manifest) = (tempfile::tempdir().unwrap(), parts.manifest().clone());
+        go_on(dir.path(), &manifest, &[]);
+        write_and_move(dir.path(), store.path(), &manifest, std::slice::from_ref(&(0..3)));
+        assert!(Parts::are_in(dir.path()));
+        assert_eq!(Parts::open(dir.path(), &spec).unwrap().missing(), std::slice::from_ref(&(0..10)));
+        assert!(!Parts::are_in(dir.path()));
     }
 
     #[test]

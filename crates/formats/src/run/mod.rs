@@ -728,6 +728,9 @@ pub struct TrainTable {
     pub checkpoint_every: u64,
     /// Newest checkpoints that are kept, besides the best.
     pub keep_checkpoints: u32,
+    /// Ranks share the optimiser's two moments: each keeps and updates its slices of every parameter, and all get the updated
+    /// values. Takes memory from a rank and changes neither weights nor what is sent in a step; nothing for one process.
+    pub shard_optimizer: bool,
     /// Seed of initial weights and data order. Default: `run.seed`.
     pub seed: Option<u64>,
     /// Positions where the draft's own proposal is rejected are trained on again.
@@ -781,6 +784,7 @@ impl Default for TrainTable {
             log_every: 10,
             checkpoint_every: 100,
             keep_checkpoints: 2,
+            shard_optimizer: false,
             seed: None,
             replay: ReplayTable::default(),
             eagle3: Eagle3TrainTable::default(),
@@ -1046,10 +1050,12 @@ impl RunFile {
         if stage >= Stage::Train {
             // Which draft training begins with is known by its content, not by where it lies.
             keep("draft", &["from"]);
-            match self.train.replay.share > 0.0 {
-                true => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints"]),
-                false => keep("train", &["log_every", "checkpoint_every", "keep_checkpoints", "replay"]),
+            // Who keeps the moments changes no bit.
+            let mut without = vec!["log_every", "checkpoint_every", "keep_checkpoints", "shard_optimizer"];
+            if self.train.replay.share <= 0.0 {
+                without.push("replay");
             }
+            keep("train", &without);
             keep("validate", &[]);
         }
         if stage >= Stage::Bundle {

@@ -51,13 +51,23 @@ fn the_hash_sees_values_and_not_layout() {
     assert_eq!(base.stage_hash(Stage::Capture), other.stage_hash(Stage::Capture));
     assert_ne!(base.stage_hash(Stage::Train), other.stage_hash(Stage::Train));
     assert_eq!(base.differences(&other, None), ["train.lr: 0.0001 → 0.0002"]);
-    let logging =
-        parse(SMALL, &["train.log_every=3", "run.threads=1", "run.dir=/x", "data.strict=false"]).unwrap();
+    let logging = parse(
+        SMALL,
+        &[
+            "train.log_every=3",
+            "train.shard_optimizer=true",
+            "run.threads=1",
+            "run.dir=/x",
+            "data.strict=false",
+        ],
+    )
+    .unwrap();
+    assert!(logging.train.shard_optimizer && !base.train.shard_optimizer);
     for stage in [Stage::Data, Stage::Train, Stage::Bench] {
         assert_eq!(base.stage_hash(stage), logging.stage_hash(stage));
     }
     assert!(base.differences(&logging, Some(Stage::Bench)).is_empty());
-    assert_eq!(base.differences(&logging, None).len(), 5);
+    assert_eq!(base.differences(&logging, None).len(), 6);
 }
 
 #[test]

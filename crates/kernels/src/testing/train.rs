@@ -490,7 +490,8 @@ fn no_rows<K: TrainKernels>(k: &K) {
     assert_eq!((sums.rows, sums.kl, host(k, &dhead, 2)), (0, 0.0, vec![1.0, 2.0]));
 }
 
-/// AdamW follows the textbook for three steps; sums of squares are right. Both work on masters: f32 in every storage.
+/// AdamW follows the textbook for three steps; sums of squares are right. Both work on masters: f32 in every storage. Slices of
+/// a parameter come out as the whole does, bit for bit.
 pub fn adamw<K: TrainKernels>(k: &K) {
     let n = 40_000;
     let start = noise(1, n);
@@ -523,4 +524,50 @@ pub fn adamw<K: TrainKernels>(k: &K) {
     let x = noise(1, 100_003);
     let want: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
     assert!((k.sum_squares(&k.upload(&x), x.len()) - want).abs() < 1e-3);
+    adamw_slices(k);
+}
+
+fn adamw_slices<K: TrainKernels>(k: &K) {
+    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let n = 5 * K::SQUARES / 2 + 77;
+    let [w, g, m] = [1, 2, 3].map(|seed| noise(seed, n));
+    let v: Vec<f32> = noise(4, n).iter().map(|v| v * v).collect();
+    let s = AdamStep {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        grad_scale: 0.3,
+        step: 7,
+    };
+    let step = |of: std::ops::Range<usize>| {
+        let up = |values: &[f32]| k.upload(&values[of.clone()]);
+        let (mut w, mut m, mut v, g) = (up(&w), up(&m), up(&v), up(&g));
+        k.adamw(s, of.len(), &mut w, &g, (&mut m, &mut v));
+        [&w, &m, &v].map(|buf| bits(&host(k, buf, of.len())))
+    };
+    let whole = step(0..n);
+    for slice in [0..K::SQUARES, K::SQUARES..2 * K::SQUARES, 2 * K::SQUARES..n, 5..n - 3] {
+        let found = step(slice.clone());
+        assert!(found.iter().zip(&whole).all(|(a, b)| *a == b[slice.clone()]), "adamw of {slice:?}");
+    }
+    let all = k.upload(&g);
+    let sums = k.square_sums(&[(&all, n), (&all, K::SQUARES), (&k.upload(&[]), 0)]);
+    assert_eq!(sums.iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 0]);
+    assert_eq!(sums[1][0].to_bits(), sums[0][0].to_bits());
+    for (block, sum) in sums[0].iter().enumerate() {
+        let from = block * K::SQUARES;
+        let part = &g[from..n.min(from + K::SQUARES)];
+        let found = k.square_sums(&[(&k.upload(part), part.len())]);
+        assert_eq!(
+            found[0].iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+            [sum.to_bits()],
+            "block {block}"
+        );
+        // And with others behind it.
+        let rest = k.square_sums(&[(&k.upload(&g[from..]), n - from)]);
+        assert_eq!(rest[0][0].to_bits(), sum.to_bits(), "from block {block} on");
+    }
+    assert_eq!(k.sum_squares(&all, n).to_bits(), sums[0].iter().sum::<f64>().to_bits());
 }

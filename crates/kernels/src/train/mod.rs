@@ -58,6 +58,9 @@ pub struct Teacher<B> {
 
 /// Operations of the training step, each with its gradient. `accumulate` adds to the result instead of overwriting.
 pub trait TrainKernels: Memory {
+    /// Values whose squares make one of the [`TrainKernels::square_sums`].
+    const SQUARES: usize;
+
     /// Values that a buffer can hold.
     fn capacity(&self, buf: &Self::Buf) -> usize;
     /// Overwrites the beginning of a buffer with host data.
@@ -226,12 +229,23 @@ pub trait TrainKernels: Memory {
         g: &Self::Buf,
         moments: KeyValueMut<'_, Self::Buf>,
     );
+    /// Per buffer, over its first `len` values: `Σ x²` of every [`TrainKernels::SQUARES`] of them, the last of what is left. A
+    /// sum depends on its own values alone, so a part of a buffer that begins at a multiple has the sums of the whole there. A
+    /// device is waited for once.
+    fn square_sums(&self, all: &[(&Self::Buf, usize)]) -> Vec<Vec<f64>>;
     /// `Σ x²` over the first `len` values.
-    fn sum_squares(&self, x: &Self::Buf, len: usize) -> f64;
-    /// The sum of [`TrainKernels::sum_squares`] over several buffers, in their order; a device is waited for once.
-    fn sum_squares_of(&self, all: &[(&Self::Buf, usize)]) -> f64 {
-        all.iter().map(|(x, len)| self.sum_squares(x, *len)).sum()
+    fn sum_squares(&self, x: &Self::Buf, len: usize) -> f64 {
+        self.sum_squares_of(&[(x, len)])
     }
+    /// The sum of [`TrainKernels::sum_squares`] over several buffers, in their order.
+    fn sum_squares_of(&self, all: &[(&Self::Buf, usize)]) -> f64 {
+        sum_of_squares(&self.square_sums(all))
+    }
+}
+
+/// Adds up [`TrainKernels::square_sums`], those of each buffer first: the one order of these sums, whoever made them.
+pub fn sum_of_squares(sums: &[Vec<f64>]) -> f64 {
+    sums.iter().map(|sums| sums.iter().sum::<f64>()).sum()
 }
 
 /// Which way to rotate, and whether to add.
@@ -246,6 +260,8 @@ pub enum Rotation {
 }
 
 impl TrainKernels for crate::Cpu {
+    const SQUARES: usize = optim::CHUNK;
+
     fn capacity(&self, buf: &Vec<f32>) -> usize {
         buf.len()
     }
@@ -467,8 +483,8 @@ impl TrainKernels for crate::Cpu {
     ) {
         optim::adamw(self.threads(), step, &mut w[..len], &g[..len], &mut m[..len], &mut v[..len]);
     }
-    fn sum_squares(&self, x: &Vec<f32>, len: usize) -> f64 {
-        optim::sum_squares(self.threads(), &x[..len])
+    fn square_sums(&self, all: &[(&Vec<f32>, usize)]) -> Vec<Vec<f64>> {
+        all.iter().map(|(x, len)| optim::square_sums(self.threads(), &x[..*len])).collect()
     }
 }
 

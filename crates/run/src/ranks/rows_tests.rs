@@ -241,3 +241,96 @@ fn logs_of_ranks_that_were_killed_are_taken_over_once() {
     assert_eq!(text.lines().count(), 80);
     assert_eq!(std::fs::read_dir(dir.join("regenerate")).unwrap().count(), 4, "no log of a rank is left");
 }
+
+#[cfg(feature = "object-store")]
+mod stored {
+    use super::*;
+
+    /// What a store holds, by name; and the report of its capture.
+    fn objects(store: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+        let captures: Vec<PathBuf> =
+            std::fs::read_dir(store).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(captures.len(), 1, "{captures:?}");
+        let read = |entry: std::io::Result<std::fs::DirEntry>| {
+            let path = entry.unwrap().path();
+            (path.strip_prefix(&captures[0]).unwrap().to_path_buf(), std::fs::read(&path).unwrap())
+        };
+        let mut all: Vec<_> = std::fs::read_dir(&captures[0]).unwrap().map(read).collect();
+        all.sort();
+        all
+    }
+
+    /// A folder that is a store, and the key that says so.
+    fn store(home: &Path, name: &str) -> (PathBuf, String) {
+        let store = home.join(format!("store-{name}"));
+        std::fs::create_dir(&store).unwrap();
+        let key = format!("capture.store.url=\"file://{}\"", store.display());
+        (store, key)
+    }
+
+    /// Files of states in the folder of a run.
+    fn states_here(dir: &Path) -> Vec<String> {
+        let names = std::fs::read_dir(dir.join("capture")).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.contains("shard-") || name.contains("part-")).collect()
+    }
+
+    #[test]
+    fn any_number_of_ranks_fills_a_store_as_one_does() {
+        let home = tempfile::tempdir().unwrap();
+        let (alone, key) = store(home.path(), "alone");
+        assert_eq!(run(&home.path().join("alone"), 1, &[&key], NEVER).0, Ok(()));
+        let wanted = objects(&alone);
+        for ranks in [2, 3, 5] {
+            let (dir, (store, key)) =
+                (home.path().join(format!("ranks-{ranks}")), store(home.path(), &ranks.to_string()));
+            let (ended, told) = run(&dir, ranks, &[&key], NEVER);
+            assert_eq!(ended, Ok(()));
+            same(&objects(&store), &wanted);
+            assert_eq!(states_here(&dir), Vec::<String>::new());
+            let of = |words: &str| told.iter().any(|line| line.contains(words));
+            assert!(of("capture: goes to `file://") && of(&format!("by {ranks} ranks")), "{told:?}");
+        }
+    }
+
+    /// False if a stop came too late to find any work undone, which rests with the machine.
+    fn stopped_and_resumed(
+        home: &Path,
+        name: &str,
+        counts: [usize; 2],
+        wanted: &[(PathBuf, Vec<u8>)],
+    ) -> bool {
+        let (dir, (store, key)) = (home.join(name), store(home, name));
+        let far = |told: &[String]| {
+            let at = told.iter().filter_map(|line| line.strip_prefix("capture at "));
+            at.map(|at| at.parse::<u64>().unwrap()).collect::<Vec<_>>()
+        };
+        let (ended, told) = run(&dir, counts[0], &[&key], ("capture", 20, &[0]));
+        if ended.is_ok() {
+            return false;
+        }
+        assert!(ended.as_ref().is_err_and(|e| e.contains("interrupted")), "{ended:?}");
+        let before = far(&told).into_iter().max().unwrap();
+        let (ended, told) = run(&dir, counts[1], &[&key], NEVER);
+        assert_eq!(ended, Ok(()));
+        // No more than a shard of each rank is captured again.
+        let begun = far(&told)[0];
+        assert!(begun + 6 * counts[0] as u64 >= before, "{begun} of {before} rows were kept");
+        same(&objects(&store), wanted);
+        assert_eq!(states_here(&dir), Vec::<String>::new());
+        begun > 0
+    }
+
+    #[test]
+    fn a_store_that_some_ranks_began_to_fill_is_filled_by_any_other_number() {
+        let home = tempfile::tempdir().unwrap();
+        let (alone, key) = store(home.path(), "alone");
+        assert_eq!(run(&home.path().join("alone"), 1, &[&key], NEVER).0, Ok(()));
+        let wanted = objects(&alone);
+        for (case, counts) in [[3, 1], [1, 3], [2, 4]].into_iter().enumerate() {
+            let resumed =
+                |n: usize| stopped_and_resumed(home.path(), &format!("case-{case}-{n}"), counts, &wanted);
+            assert!((0..20).any(resumed), "no stop came in time");
+        }
+    }
+}

@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use draftsmith_core::report::Report;
 use draftsmith_formats::cache::{CacheError, CacheSpec, CaptureRow};
 use draftsmith_formats::run::{CaptureStoreTable, Stage};
-use draftsmith_store::{Address, CacheOptions, Store, StoreError, StoredCache, StoredWriter, capture_folder};
+use draftsmith_store::{
+    Address, CacheOptions, ShardUploads, Store, StoreError, StoredCache, StoredParts, StoredWriter,
+    capture_folder,
+};
 use draftsmith_train::RowStore;
 
-use super::Sink;
+use super::{Finished, Shared, Sink};
 use crate::disk::{free_bytes, human};
 use crate::elsewhere::open;
 use crate::{Error, Run, STAGE_VERSIONS, version};
@@ -31,11 +34,35 @@ impl Run<'_> {
         spec: &CacheSpec,
     ) -> Result<Sink, Error> {
         let store = self.store_of(table, spec)?;
-        // What was captured into the folder of the run before is uploaded, not captured again.
-        let aside = self.folder.all_aside(Stage::Capture, dir);
-        let others: Vec<PathBuf> = aside.into_iter().map(|aside| aside.folder).collect();
-        let writer = StoredWriter::open(dir, spec, &store, &others)?;
+        let writer = StoredWriter::open(dir, spec, &store, &self.captured_before(dir))?;
         Ok(Sink::Stored(Box::new(writer), store))
+    }
+
+    /// What was captured into the folder of the run before is uploaded, not captured again.
+    fn captured_before(&self, dir: &Path) -> Vec<PathBuf> {
+        let aside = self.folder.all_aside(Stage::Capture, dir);
+        aside.into_iter().map(|aside| aside.folder).collect()
+    }
+
+    pub(super) fn stored_parts(
+        &self,
+        table: &CaptureStoreTable,
+        dir: &Path,
+        spec: &CacheSpec,
+    ) -> Result<Shared, Error> {
+        let store = self.store_of(table, spec)?;
+        let parts = StoredParts::open(dir, spec, &store, &self.captured_before(dir))?;
+        Ok(Shared::Stored(Box::new(parts), store))
+    }
+
+    pub(super) fn shard_uploads(
+        &self,
+        table: &CaptureStoreTable,
+        dir: &Path,
+        spec: &CacheSpec,
+    ) -> Result<Finished, Error> {
+        let store = self.store_of(table, spec)?;
+        Ok(Finished::Stored(ShardUploads::begin(dir, spec, &store)?, store))
     }
 
     pub(super) fn open_stored_rows(

@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use draftsmith_core::report::Stop;
 use draftsmith_formats::cache::{
-    CacheError, CacheManifest, CacheReader, CacheSpec, CacheWriter, CaptureDtype, CaptureRow, StoredRow,
+    CacheError, CacheManifest, CacheReader, CacheSpec, CacheWriter, CaptureDtype, CaptureRow, PartWriter,
+    StoredRow,
 };
-use draftsmith_store::{CacheOptions, Store, StoreError, StoredCache, StoredWriter, capture_folder};
+use draftsmith_store::{
+    CacheOptions, ShardUploads, Store, StoreError, StoredCache, StoredParts, StoredWriter, capture_folder,
+};
 
 use crate::fake_s3::{FakeS3, Fault};
 use crate::{bucket, open};
@@ -363,4 +366,91 @@ fn a_store_that_fails_for_good_ends_the_capture_with_its_name() {
     // Nothing that was finished is lost.
     let kept = CacheManifest::read(home.path()).unwrap().unwrap();
     assert!(!kept.shards.is_empty() && home.path().join("shard-00000.dscache").is_file());
+}
+
+/// As ranks do: each writes the ranges of its share, and uploads what is a whole shard; of the last one only so many ranges.
+fn share_out(dir: &Path, store: &Store, ranks: usize, last: usize) -> StoredParts {
+    let mut shared = StoredParts::open(dir, &spec(), store, &[]).unwrap();
+    let shares = shared.parts().shares(ranks, |_| 1);
+    for (rank, share) in shares.iter().enumerate() {
+        let mut uploads = ShardUploads::begin(dir, &spec(), store).unwrap();
+        let ranges = if rank + 1 == ranks { last.min(share.len()) } else { share.len() };
+        for range in &share[..ranges] {
+            let mut part = PartWriter::create(dir, &spec(), range.clone()).unwrap();
+            for number in range.clone() {
+                part.push(&stored(number)).unwrap();
+            }
+            uploads.take(part.finish().unwrap()).unwrap();
+        }
+        uploads.finish().unwrap().into_iter().for_each(|part| shared.add(part));
+    }
+    shared
+}
+
+#[test]
+fn a_capture_by_several_has_the_objects_of_one_and_any_number_goes_on_with_it() {
+    let home = tempfile::tempdir().unwrap();
+    let fake = FakeS3::start(|_, _| None);
+    let objects = |name: &str, manifest: &CacheManifest| {
+        let mut names: Vec<String> =
+            manifest.shards.iter().flat_map(|entry| [entry.file.clone(), entry.rows_file()]).collect();
+        names.push("manifest.json".to_string());
+        let get = |file: &String| fake.get(&format!("bucket/{name}/{file}")).unwrap();
+        names.iter().map(|file| (file.clone(), get(file))).collect::<Vec<_>>()
+    };
+    let alone = capture(&home.path().join("alone"), &bucket(&fake, "alone"), ROWS, &[]).finish().unwrap();
+    let wanted = objects("alone", &alone);
+    for (case, (ranks, last, then)) in
+        [(1, 99, 2), (2, 0, 1), (3, 1, 3), (4, 1, 2), (3, 0, 4)].into_iter().enumerate()
+    {
+        let (name, dir) = (format!("case-{case}"), home.path().join(format!("case-{case}")));
+        let store = bucket(&fake, &name);
+        drop(share_out(&dir, &store, ranks, last));
+        fake.take_asked();
+        let shared = share_out(&dir, &store, then, 99);
+        let manifest = shared.finish().unwrap();
+        assert!(objects(&name, &manifest) == wanted, "{ranks} then {then}");
+        assert_eq!(shards_in(&dir), 0, "what the store has is not kept here");
+        // Nothing travels twice but the manifest.
+        let mut puts: Vec<String> = fake.take_asked();
+        puts.retain(|line| line.starts_with("PUT") && !line.contains("manifest"));
+        let all = puts.len();
+        puts.sort();
+        puts.dedup();
+        assert_eq!(puts.len(), all);
+        // And one process finds it finished.
+        let done = capture(&dir, &store, ROWS, &[]);
+        assert_eq!(done.rows_done(), ROWS);
+        done.finish().unwrap();
+    }
+}
+
+#[test]
+fn a_shard_of_a_rank_that_the_store_refuses_ends_it_with_its_name_and_stays_here() {
+    let home = tempfile::tempdir().unwrap();
+    let fake = FakeS3::start(|_, _| None);
+    let store = bucket(&fake, "x");
+    let shared = StoredParts::open(home.path(), &spec(), &store, &[]).unwrap();
+    let ranges = shared.parts().shares(1, |_| 1).remove(0);
+    fake.set_fail(|line, _| {
+        (line.starts_with("PUT") && line.contains("shard-00001")).then_some(Fault::Status(403))
+    });
+    let mut uploads = ShardUploads::begin(home.path(), &spec(), &store).unwrap();
+    let failed = ranges.iter().find_map(|range| {
+        let mut part = PartWriter::create(home.path(), &spec(), range.clone()).unwrap();
+        for number in range.clone() {
+            part.push(&stored(number)).unwrap();
+        }
+        uploads.take(part.finish().unwrap()).err()
+    });
+    let failed = failed.unwrap_or_else(|| uploads.finish().unwrap_err());
+    assert!(failed.to_string().contains("`s3://bucket/x/shard-00001.dscache`"), "{failed}");
+    fake.set_fail(|_, _| None);
+    let again = StoredParts::open(home.path(), &spec(), &store, &[]).unwrap();
+    assert!(again.parts().rows_done() >= 8, "{}", again.parts().rows_done());
+    drop(again);
+    assert!(share_out(home.path(), &store, 2, 99).finish().unwrap().complete);
+    // Without a beginning there is nothing to upload to.
+    let nowhere = ShardUploads::begin(&home.path().join("nowhere"), &spec(), &store).map(drop).unwrap_err();
+    assert!(matches!(nowhere, StoreError::Cache(CacheError::Missing { .. })), "{nowhere}");
 }

@@ -4,14 +4,16 @@ use std::path::Path;
 
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_formats::safetensors_dir::SafetensorsDir;
+use draftsmith_kernels::Cpu;
 use draftsmith_kernels::train::SoftLoss;
 use draftsmith_model::eagle3::Feedback;
 use draftsmith_model::{DraftConfig, read_draft};
-use draftsmith_train::eagle3::{TargetStart, warm_weights};
+use draftsmith_train::eagle3::{TargetStart, random_weights, warm_weights};
+use draftsmith_train::ranks::threads;
 use draftsmith_train::{
     AdamWOptions, Alone, Collective, DraftWeights, Eagle3Options, Event, Flow, Hooks, LossDivisor,
-    LrSchedule, Method, Mode, Outcome, Pack, Ranks, ReplayOptions, RowStore, TrainError, TrainOptions,
-    TrainState, ValidationResult, train,
+    LrSchedule, Method, Mode, Outcome, Pack, Ranks, ReplayOptions, RowStore, Slices, SumTree, TrainError,
+    TrainOptions, TrainState, ValidationResult, train,
 };
 
 use crate::infer::Random;
@@ -128,6 +130,7 @@ fn options(dir: &Path) -> TrainOptions {
         average_best: 3,
         seed: 11,
         replay: None,
+        shard_optimizer: false,
     }
 }
 
@@ -163,7 +166,7 @@ fn run_as(
 /// The same run by several processes, here threads: what each has at the end.
 fn run_on(ranks: usize, random: &Random, options: &TrainOptions, stop: Option<u64>) -> Vec<Outcome> {
     std::thread::scope(|scope| {
-        let threads: Vec<_> = draftsmith_train::ranks::threads::links(ranks)
+        let threads: Vec<_> = threads::links(ranks)
             .into_iter()
             .map(|link| scope.spawn(move || run_as(&Ranks::new(link), random, options, stop).0))
             .collect();
@@ -310,6 +313,31 @@ fn the_mean_of_the_best_drafts_wins_if_it_is_measured_better() {
     }
 }
 
+/// The last checkpoint, the last draft and the best.
+fn tensors(dir: &Path, state: &TrainState) -> [Vec<u8>; 3] {
+    let step = dir.join(format!("checkpoints/step-{:08}/tensors.safetensors", state.step));
+    [step, dir.join("last/model.safetensors"), dir.join("best/model.safetensors")]
+        .map(|path| std::fs::read(path).unwrap())
+}
+
+/// A log without times and ranks. What looks found since the line before is forgotten where a run stops: then without looks.
+fn log_lines(dir: &Path, with_looks: bool) -> Vec<serde_json::Value> {
+    let log = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        line["tokens_per_s"] = serde_json::Value::Null;
+        line.as_object_mut().unwrap().remove("ranks");
+        if line["replay"].is_object() {
+            let looks = ["sim_accept_len", "rejected"];
+            for key in ["seconds"].iter().chain(looks.iter().filter(|_| !with_looks)) {
+                line["replay"][*key] = serde_json::Value::Null;
+            }
+        }
+        line
+    };
+    log.lines().map(line).collect()
+}
+
 #[test]
 fn any_number_of_ranks_gives_the_same_bits_and_resumes_what_another_number_began() {
     let random = data();
@@ -320,29 +348,7 @@ fn any_number_of_ranks_gives_the_same_bits_and_resumes_what_another_number_began
         let whole = tempfile::tempdir().unwrap();
         let (alone, _) = run(&random, &options(whole.path()), None);
         assert!(alone.finished);
-        let tensors = |dir: &Path, state: &TrainState| {
-            let step = dir.join(format!("checkpoints/step-{:08}/tensors.safetensors", state.step));
-            [step, dir.join("last/model.safetensors"), dir.join("best/model.safetensors")]
-                .map(|path| std::fs::read(path).unwrap())
-        };
         let wanted = tensors(whole.path(), &alone.state);
-        // What looks found since the line before is forgotten where a run stops.
-        let steps = |dir: &Path, with_looks: bool| {
-            let log = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
-            let line = |line: &str| {
-                let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-                line["tokens_per_s"] = serde_json::Value::Null;
-                line.as_object_mut().unwrap().remove("ranks");
-                if line["replay"].is_object() {
-                    let looks = ["sim_accept_len", "rejected"];
-                    for key in ["seconds"].iter().chain(looks.iter().filter(|_| !with_looks)) {
-                        line["replay"][*key] = serde_json::Value::Null;
-                    }
-                }
-                line
-            };
-            log.lines().map(line).collect::<Vec<_>>()
-        };
         for ranks in 1..=4 {
             let dir = tempfile::tempdir().unwrap();
             let outcomes = run_on(ranks, &random, &options(dir.path()), None);
@@ -351,15 +357,70 @@ fn any_number_of_ranks_gives_the_same_bits_and_resumes_what_another_number_began
                 assert_eq!(outcome.finished, alone.finished);
             }
             assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches over {ranks}");
-            assert_eq!(steps(dir.path(), true), steps(whole.path(), true));
+            assert_eq!(log_lines(dir.path(), true), log_lines(whole.path(), true));
             // Begun by so many, and gone on with by others; never stopped where a validation is due, which a stop leaves out.
             let dir = tempfile::tempdir().unwrap();
             for (more, stop) in [(ranks, Some(3)), (5 - ranks, Some(1)), (1, Some(2)), (ranks, None)] {
                 run_on(more, &random, &options(dir.path()), stop);
             }
             assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches, {ranks} in turns");
-            assert_eq!(steps(dir.path(), false), steps(whole.path(), false));
+            assert_eq!(log_lines(dir.path(), false), log_lines(whole.path(), false));
         }
+    }
+}
+
+/// Bytes of gradients and parameters that rank 0 sends in a step, by parameter.
+fn sent_in_a_step(random: &Random, ranks: usize, micro_batches: usize) -> u64 {
+    let first = Ranks::new(threads::links(ranks).remove(0));
+    let (slices, sums) =
+        (Slices::among::<Cpu>(&first), SumTree::new(micro_batches, ranks).pieces_of(0).count());
+    let method = random.method(1, Eagle3Options::default());
+    let lens = method.tape().trained().into_iter().map(|id| method.tape().param(id).numel());
+    let of = |(place, len): (usize, usize)| {
+        let own = slices.mine(place, len).len();
+        4 * (sums * (len - own) + (ranks - 1) * own) as u64
+    };
+    lens.enumerate().map(of).sum()
+}
+
+#[test]
+fn ranks_that_share_the_moments_give_the_same_bits_and_resume_each_other() {
+    let mut random = data();
+    // Wide enough that matrices are cut between ranks, within and across rows.
+    random.config.intermediate_size = 900;
+    random.weights = random_weights(&random.config, 8);
+    let replay = ReplayOptions { share: 0.4, tokens: 48, every: 2, buffer: 6 };
+    for (packs, replay) in [(4, None), (3, Some(replay))] {
+        let options = |dir: &Path, shard_optimizer| TrainOptions {
+            tokens_per_step: 32 * packs,
+            epochs: 3,
+            replay,
+            shard_optimizer,
+            ..options(dir)
+        };
+        let whole = tempfile::tempdir().unwrap();
+        let (alone, _) = run(&random, &options(whole.path(), false), None);
+        assert!(alone.finished && alone.state.step > 8, "{} steps", alone.state.step);
+        let wanted = tensors(whole.path(), &alone.state);
+        for ranks in 1..=4 {
+            let dir = tempfile::tempdir().unwrap();
+            for outcome in run_on(ranks, &random, &options(dir.path(), true), None) {
+                assert_eq!(outcome.state, alone.state, "{packs} micro-batches over {ranks}");
+            }
+            assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches over {ranks}");
+            assert_eq!(log_lines(dir.path(), true), log_lines(whole.path(), true));
+            let log = std::fs::read_to_string(dir.path().join("log.jsonl")).unwrap();
+            let first: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+            let sent = (ranks > 1).then(|| sent_in_a_step(&random, ranks, packs));
+            assert_eq!(first["ranks"]["sent_bytes"].as_u64(), sent, "{packs} micro-batches over {ranks}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let turns = [(4, true, Some(3)), (1, false, Some(1)), (2, true, Some(2)), (3, false, Some(1))];
+        for (ranks, shard, stop) in turns.into_iter().chain([(1, true, Some(1)), (3, true, None)]) {
+            run_on(ranks, &random, &options(dir.path(), shard), stop);
+        }
+        assert!(tensors(dir.path(), &alone.state) == wanted, "{packs} micro-batches in turns");
+        assert_eq!(log_lines(dir.path(), false), log_lines(whole.path(), false));
     }
 }
 
