@@ -45,8 +45,7 @@ pub struct StoredWriter {
     dir: PathBuf,
     /// Shards that were handed over.
     handed: usize,
-    jobs: Option<SyncSender<Job>>,
-    uploader: Option<JoinHandle<Result<CacheManifest, StoreError>>>,
+    courier: Courier<Job, CacheManifest>,
 }
 
 impl StoredWriter {
@@ -66,11 +65,8 @@ impl StoredWriter {
         upload.bring(dir, others)?;
         let writer = CacheWriter::go_on(dir, upload.manifest.clone())?;
         let handed = writer.manifest().shards.len();
-        // One shard may wait while another travels.
-        let (jobs, waiting) = sync_channel(1);
-        let uploader = std::thread::spawn(move || upload.run(&waiting));
-        let (jobs, uploader) = (Some(jobs), Some(uploader));
-        Ok(StoredWriter { writer, dir: dir.to_path_buf(), handed, jobs, uploader })
+        let courier = Courier::start(move |waiting| upload.run(waiting));
+        Ok(StoredWriter { writer, dir: dir.to_path_buf(), handed, courier })
     }
 
     /// Rows that need not be captured again: the next row to push has this number.
@@ -98,23 +94,10 @@ impl StoredWriter {
         while self.handed < shards.len() {
             let entry = shards[self.handed].clone();
             let job = Job { path: self.dir.join(&entry.file), entry, remove: true };
-            let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-            if !sent {
-                return Err(self.uploaded().err().unwrap_or(StoreError::Stopped));
-            }
+            self.courier.send(job)?;
             self.handed += 1;
         }
         Ok(())
-    }
-
-    /// Waits until the store has all.
-    fn uploaded(&mut self) -> Result<CacheManifest, StoreError> {
-        self.jobs = None;
-        match self.uploader.take().map(JoinHandle::join) {
-            Some(Ok(done)) => done,
-            // A panic there was told where it happened.
-            Some(Err(_)) | None => Err(StoreError::Stopped),
-        }
     }
 
     /// Ends the capture: afterwards the store has all of it.
@@ -122,7 +105,7 @@ impl StoredWriter {
     /// # Errors
     /// [`CacheError::Incomplete`] if rows are missing; what keeps from uploading.
     pub fn finish(mut self) -> Result<CacheManifest, StoreError> {
-        let manifest = self.uploaded()?;
+        let manifest = self.courier.wait()?;
         match manifest.complete {
             true => Ok(manifest),
             false => Err(CacheError::Incomplete {
@@ -135,11 +118,43 @@ impl StoredWriter {
     }
 }
 
-impl Drop for StoredWriter {
+/// A thread that uploads what it is sent.
+struct Courier<J, T> {
+    jobs: Option<SyncSender<J>>,
+    thread: Option<JoinHandle<Result<T, StoreError>>>,
+}
+
+impl<J: Send + 'static, T: Send + 'static> Courier<J, T> {
+    fn start(work: impl FnOnce(&Receiver<J>) -> Result<T, StoreError> + Send + 'static) -> Courier<J, T> {
+        // One shard may wait while another travels.
+        let (jobs, waiting) = sync_channel(1);
+        Courier { jobs: Some(jobs), thread: Some(std::thread::spawn(move || work(&waiting))) }
+    }
+
+    /// Fails as the upload did that failed meanwhile.
+    fn send(&mut self, job: J) -> Result<(), StoreError> {
+        match self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok()) {
+            true => Ok(()),
+            false => Err(self.wait().err().unwrap_or(StoreError::Stopped)),
+        }
+    }
+
+    /// Waits until the store has all.
+    fn wait(&mut self) -> Result<T, StoreError> {
+        self.jobs = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(done)) => done,
+            // A panic there was told where it happened.
+            Some(Err(_)) | None => Err(StoreError::Stopped),
+        }
+    }
+}
+
+impl<J, T> Drop for Courier<J, T> {
     fn drop(&mut self) {
         // Whoever gives up waits for what is on its way: the next one would otherwise upload it beside this one.
         self.jobs = None;
-        drop(self.uploader.take().map(JoinHandle::join));
+        drop(self.thread.take().map(JoinHandle::join));
     }
 }
 
@@ -282,8 +297,7 @@ impl StoredParts {
 
 /// Uploads the whole shards that a process makes, on a thread of its own.
 pub struct ShardUploads {
-    jobs: Option<SyncSender<Part>>,
-    uploader: Option<JoinHandle<Result<Vec<Part>, StoreError>>>,
+    courier: Courier<Part, Vec<Part>>,
 }
 
 impl ShardUploads {
@@ -296,9 +310,7 @@ impl ShardUploads {
         let manifest = CacheManifest::read(dir)?.ok_or_else(missing)?;
         manifest.check_spec(spec, dir)?;
         let (dir, spec, store) = (dir.to_path_buf(), spec.clone(), store.clone());
-        // One may wait while another travels.
-        let (jobs, waiting) = sync_channel::<Part>(1);
-        let work = move || {
+        let work = move |waiting: &Receiver<Part>| {
             let mut made = Vec::new();
             for part in waiting {
                 made.push(match part.as_shard(&manifest) {
@@ -311,7 +323,7 @@ impl ShardUploads {
             }
             Ok(made)
         };
-        Ok(ShardUploads { jobs: Some(jobs), uploader: Some(std::thread::spawn(work)) })
+        Ok(ShardUploads { courier: Courier::start(work) })
     }
 
     /// Takes a finished part. Less than a shard stays where it is.
@@ -319,10 +331,7 @@ impl ShardUploads {
     /// # Errors
     /// Those of an upload that failed meanwhile.
     pub fn take(&mut self, part: Part) -> Result<(), StoreError> {
-        match self.jobs.as_ref().is_some_and(|jobs| jobs.send(part).is_ok()) {
-            true => Ok(()),
-            false => Err(self.uploaded().err().unwrap_or(StoreError::Stopped)),
-        }
+        self.courier.send(part)
     }
 
     /// Waits until the store has all; gives the parts as they are now.
@@ -330,23 +339,6 @@ impl ShardUploads {
     /// # Errors
     /// Those of an upload.
     pub fn finish(mut self) -> Result<Vec<Part>, StoreError> {
-        self.uploaded()
-    }
-
-    fn uploaded(&mut self) -> Result<Vec<Part>, StoreError> {
-        self.jobs = None;
-        match self.uploader.take().map(JoinHandle::join) {
-            Some(Ok(done)) => done,
-            // A panic there was told where it happened.
-            Some(Err(_)) | None => Err(StoreError::Stopped),
-        }
-    }
-}
-
-impl Drop for ShardUploads {
-    fn drop(&mut self) {
-        // As a writer does.
-        self.jobs = None;
-        drop(self.uploader.take().map(JoinHandle::join));
+        self.courier.wait()
     }
 }

@@ -260,7 +260,8 @@ pub mod threads {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::sync::{Arc, Mutex};
 
-    use super::{Incoming, Link, Outgoing};
+    use super::{Incoming, Link, Outgoing, Ranks};
+    use crate::Collective;
 
     /// What was posted and not asked for, by rank.
     type Board = Arc<Mutex<Vec<Vec<(usize, Vec<u8>)>>>>;
@@ -298,6 +299,16 @@ pub mod threads {
             link.to = senders.iter_mut().map(|to| to[rank].take().expect("one of each pair")).collect();
         }
         links
+    }
+
+    /// What every rank has after `work`, by rank.
+    pub fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&dyn Collective) -> T + Sync) -> Vec<T> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                links(ranks).into_iter().map(|link| scope.spawn(move || work(&Ranks::new(link)))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a rank panics")).collect()
+        })
     }
 
     impl Link for ThreadLink {
@@ -340,20 +351,9 @@ pub mod threads {
 
 #[cfg(test)]
 mod tests {
+    use super::threads::on_ranks;
     use super::*;
     use crate::{Rng, Visit};
-
-    /// What every rank has after `work`, by rank.
-    fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&dyn Collective) -> T + Sync) -> Vec<T> {
-        let work = &work;
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = threads::links(ranks)
-                .into_iter()
-                .map(|link| scope.spawn(move || work(&Ranks::new(link))))
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        })
-    }
 
     /// Values whose sum depends on its order.
     fn gradient(micro_batch: usize, len: usize) -> Vec<f32> {

@@ -326,8 +326,8 @@ struct Step<'a> {
 type Ran = (BatchStats, Vec<(usize, Pack)>, Option<RanksReport>);
 
 impl Step<'_> {
-    /// Leaves the gradients of all micro-batches in the tape, with zeros outside this rank's slices where there are some. Returns the sums over all of them, and this process's packs by
-    /// number where they are wanted.
+    /// Leaves the gradients of all micro-batches in the tape, with zeros outside this rank's slices where there are some. Returns
+    /// the sums over all of them, and this process's packs by number where they are wanted.
     fn run<M: Method + ?Sized>(&self, method: &mut M, packs: &mut Packs<'_>) -> Result<Ran, TrainError> {
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
         let tree = SumTree::new(self.places.len(), ranks);

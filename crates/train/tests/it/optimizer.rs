@@ -3,10 +3,8 @@
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions};
 use draftsmith_kernels::{Cpu, TrainKernels};
 use draftsmith_model::tape::Tape;
-use draftsmith_train::ranks::threads;
-use draftsmith_train::{
-    AdamW, AdamWOptions, Alone, Collective, LrSchedule, Moment, Ranks, Rng, Slices, TrainError,
-};
+use draftsmith_train::ranks::threads::on_ranks;
+use draftsmith_train::{AdamW, AdamWOptions, Alone, Collective, LrSchedule, Moment, Rng, Slices, TrainError};
 
 use crate::golden::{Case, Errors, cuda_shim};
 
@@ -129,17 +127,6 @@ fn after_steps<K: TrainKernels>(
         all.extend(first.zip(second).map(|(m, v)| [bits(&tape.param_values(id)), m, v]));
     }
     (!all.is_empty()).then_some((all, norms))
-}
-
-fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&dyn Collective) -> T + Sync) -> Vec<T> {
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = threads::links(ranks)
-            .into_iter()
-            .map(|link| scope.spawn(move || work(&Ranks::new(link))))
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
 }
 
 #[track_caller]
