@@ -72,7 +72,8 @@ pub trait Collective {
     /// Bytes of gradients, parameters and moments that this process has sent so far.
     fn sent_bytes(&self) -> u64;
 
-    /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others.
+    /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others. Without words
+    /// it only waits: rank 0 knows.
     fn give_up(&self, words: &[u8]);
 
     /// Ends all processes at once with an exit code. Does nothing where there is only this one.

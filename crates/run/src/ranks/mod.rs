@@ -138,6 +138,8 @@ pub struct Ranks {
     threads: usize,
     /// Orders so far.
     orders: Cell<u64>,
+    /// All know what is wrong, and rank 0 says it.
+    known: Cell<bool>,
 }
 
 impl std::fmt::Debug for Ranks {
@@ -150,7 +152,7 @@ impl Ranks {
     /// This process and no other.
     pub fn alone() -> Ranks {
         let (names, threads) = (vec!["rank 0".to_string()], default_threads());
-        Ranks { collective: Box::new(Alone), names, threads, orders: Cell::new(0) }
+        Ranks { collective: Box::new(Alone), names, threads, orders: Cell::new(0), known: Cell::new(false) }
     }
 
     /// Finds the others of a launch. `tell` is called when another rank fails, before all end; `exit` ends this process where there
@@ -220,7 +222,7 @@ impl Ranks {
                 "start the same program everywhere",
             ));
         }
-        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank), orders: Cell::new(0) })
+        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank), orders: Cell::new(0), known: Cell::new(false) })
     }
 
     /// What training needs of them.
@@ -282,12 +284,11 @@ impl Ranks {
             .iter()
             .map(|said| serde_json::from_slice(said).unwrap_or_else(|_| Said::Faults(Vec::new())))
             .collect();
-        match judge(&all, &self.names) {
-            Some(faults) => Err(Error::of_all(faults).unwrap_or_else(|| {
-                Error::input("a rank says nothing of what it found", "start the same program everywhere")
-            })),
-            None => found,
-        }
+        let Some(faults) = judge(&all, &self.names) else { return found };
+        self.known.set(true);
+        Err(Error::of_all(faults).unwrap_or_else(|| {
+            Error::input("a rank says nothing of what it found", "start the same program everywhere")
+        }))
     }
 
     /// Calls the others.
@@ -338,13 +339,18 @@ impl Ranks {
         Ok((all, any))
     }
 
-    /// This rank fails. Rank 0 is told, which tells the user and ends all; returns where this is rank 0, or if it did not.
+    /// This rank fails. Rank 0 is told, unless all came to the same; it tells the user and ends all. Returns where this is
+    /// rank 0, or if it did not.
     pub fn give_up(&self, told: &[Told]) {
-        if let Some(name) = self.name().filter(|_| !self.is_first()) {
-            let words: Vec<(String, &Option<String>)> =
-                told.iter().map(|t| (format!("{name}: {}", t.message), &t.hint)).collect();
-            self.collective.give_up(json!(words).to_string().as_bytes());
-        }
+        let Some(name) = self.name().filter(|_| !self.is_first()) else { return };
+        let words = match self.known.get() {
+            true => String::new(),
+            false => {
+                let words = told.iter().map(|t| (format!("{name}: {}", t.message), &t.hint));
+                json!(words.collect::<Vec<_>>()).to_string()
+            }
+        };
+        self.collective.give_up(words.as_bytes());
     }
 
     /// Ends all ranks at once, where there are several.

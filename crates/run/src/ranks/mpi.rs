@@ -148,7 +148,9 @@ impl Link for MpiLink {
     }
 
     fn give_up(&self, words: &[u8]) {
-        self.world.process_at_rank(0).buffered_send_with_tag(words, LAST_WORDS);
+        if !words.is_empty() {
+            self.world.process_at_rank(0).buffered_send_with_tag(words, LAST_WORDS);
+        }
         std::thread::sleep(GRACE);
     }
 

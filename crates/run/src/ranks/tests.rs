@@ -77,9 +77,25 @@ fn agreed(
         let ranks = Ranks::of(collective, &hello("host", "0-3", 4)).unwrap();
         match ranks.agree(found(rank), |found| found.clone()) {
             Ok(_) => "agreed".to_string(),
-            Err(error) => format!("{error} | {}", error.hint().unwrap()),
+            Err(error) => {
+                // Rank 0 says it: what another said to it now would be told beside that, or instead of it.
+                ranks.give_up(&error.told());
+                format!("{error} | {}", error.hint().unwrap())
+            }
         }
     })
+}
+
+#[test]
+fn what_one_rank_alone_finds_is_said_to_rank_0() {
+    let said = on_ranks(2, |_, collective| {
+        let ranks = Ranks::of(collective, &hello("host", "0", 1)).unwrap();
+        let give_up = || ranks.give_up(&Error::input("the disk is full", "make room").told());
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(give_up)).err()?;
+        panicked.downcast::<String>().ok().map(|words| *words)
+    });
+    let words = "gave up: [[\"rank 1 of 2 (host, process 7): the disk is full\",\"make room\"]]";
+    assert_eq!(said, [None, Some(words.to_string())]);
 }
 
 #[test]
