@@ -172,7 +172,7 @@ impl<L: Launcher> Backend for Cuda<L> {
     fn device(&self) -> Option<DeviceInfo> {
         let about = self.launcher().about();
         Some(DeviceInfo {
-            name: Device::Cuda(u32::try_from(about.number).unwrap_or(u32::MAX)).to_string(),
+            name: Device::Cuda(u32::try_from(about.number).ok().filter(|number| *number > 0)).to_string(),
             card: about.card,
             capability: about.capability,
             driver: about.driver,

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::report::Report;
-use draftsmith_cuda::{Asked, Card, Cuda, CudaOptions, Search};
+use draftsmith_cuda::{Asked, Card, Cuda, CudaError, CudaOptions, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
@@ -17,6 +17,7 @@ use draftsmith_kernels::{Kernels, catch_failure};
 use crate::Error;
 pub use crate::backend::{Backend, ToLoad};
 pub use crate::host::Host;
+use crate::ranks::local_rank;
 
 /// Something that is done on a device, whatever its kernels are.
 pub trait Work {
@@ -118,7 +119,7 @@ impl Compute {
         })?)
     }
 
-    fn cuda(number: u32, asked: Asked, around: Around<'_>) -> Result<Compute, Error> {
+    fn cuda(number: Option<u32>, asked: Asked, around: Around<'_>) -> Result<Compute, Error> {
         let options = CudaOptions { asked, ..CudaOptions::default() };
         #[cfg(feature = "cuda-shim")]
         if let Some(folder) = (around.variable)("DRAFTSMITH_CUDA_SHIM") {
@@ -131,7 +132,8 @@ impl Compute {
             return Ok(Compute::Shim(Cuda::new(shim?, options)));
         }
         let folders = (around.variable)("DRAFTSMITH_CUDA_LIBS");
-        let card = Card::open(&Search::new(folders.as_deref(), Some(around.python)), number as usize)
+        let search = Search::new(folders.as_deref(), Some(around.python));
+        let card = card(number, local_rank(around.variable), |number| Card::open(&search, number))
             .map_err(|error| error.failure(asked))?;
         let (key, cpu) = match asked {
             Asked::RunFile => ("run.device", "run.device=cpu"),
@@ -167,6 +169,19 @@ impl Compute {
     }
 }
 
+/// Opens the card of a number; where none is given, the one of this process among those on its machine. A launcher may show each
+/// process one card alone, whatever its place.
+fn card<C>(
+    number: Option<u32>,
+    local_rank: Option<u32>,
+    open: impl Fn(usize) -> Result<C, CudaError>,
+) -> Result<C, CudaError> {
+    match (open(number.or(local_rank).unwrap_or(0) as usize), number) {
+        (Err(CudaError::NoSuchDevice { found: 1, .. }), None) => open(0),
+        (opened, _) => opened,
+    }
+}
+
 /// Values of `run.device` that this build can compute on, GPUs with the name that burn gives them.
 pub fn devices() -> Vec<String> {
     let cpu = std::iter::once("cpu".to_string());
@@ -177,4 +192,27 @@ pub fn devices() -> Vec<String> {
         .collect();
     #[cfg(not(feature = "gpu-flex"))]
     cpu.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_process_of_a_machine_takes_another_card_unless_a_number_is_given() {
+        let opened = |number, local, found: usize| {
+            card(number, local, |asked| match asked < found {
+                true => Ok(asked),
+                false => Err(CudaError::NoSuchDevice { asked, found }),
+            })
+        };
+        assert_eq!(opened(None, None, 4), Ok(0));
+        assert_eq!(opened(None, Some(3), 4), Ok(3));
+        assert_eq!(opened(Some(1), Some(3), 4), Ok(1));
+        // One card is all that a process may see; with two of them somebody has started too many.
+        assert_eq!(opened(None, Some(3), 1), Ok(0));
+        assert_eq!(opened(None, Some(3), 2), Err(CudaError::NoSuchDevice { asked: 3, found: 2 }));
+        assert_eq!(opened(Some(3), None, 1), Err(CudaError::NoSuchDevice { asked: 3, found: 1 }));
+        assert_eq!(opened(None, None, 0), Err(CudaError::NoSuchDevice { asked: 0, found: 0 }));
+    }
 }

@@ -204,6 +204,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         "HTTPS_PROXY",
         "DRAFTSMITH_CUDA_LIBS",
         "CUDA_VISIBLE_DEVICES",
+        "DRAFTSMITH_RANKS_PORT",
     ] {
         if let Some(value) = var(name).filter(|v| !v.is_empty()) {
             let secret = name == "HF_TOKEN" || value.contains('@');

@@ -123,6 +123,19 @@ impl<L: Link> Ranks<L> {
     }
 }
 
+/// Longest thing that a rank says to others, beside numbers of training.
+const LONGEST: u64 = 4 << 30;
+
+/// A place for what a rank is about to say, by the length that it says first.
+///
+/// # Panics
+/// That length is not one that a rank says: this is no other rank.
+fn room(length: [u8; 8]) -> Vec<u8> {
+    let length = u64::from_le_bytes(length);
+    assert!(length <= LONGEST, "a rank is about to say {length} bytes");
+    vec![0; length as usize]
+}
+
 /// Cuts consecutive slices of known lengths out of values.
 fn cut_mut(mut values: &mut [f32], ranges: impl Iterator<Item = Range<usize>>) -> Vec<&mut [f32]> {
     let mut cuts = Vec::new();
@@ -204,8 +217,7 @@ impl<L: Link> Collective for Ranks<L> {
             .map(|(rank, length)| (rank, length.as_mut_slice()))
             .collect();
         self.link.exchange(&outgoing, &mut incoming);
-        let mut all: Vec<Vec<u8>> =
-            lengths.iter().map(|length| vec![0; u64::from_le_bytes(*length) as usize]).collect();
+        let mut all: Vec<Vec<u8>> = lengths.iter().map(|length| room(*length)).collect();
         let outgoing: Vec<Outgoing<'_>> = self.others().map(|to| (to, mine.as_slice())).collect();
         let mut incoming: Vec<Incoming<'_>> = all
             .iter_mut()
@@ -228,7 +240,7 @@ impl<L: Link> Collective for Ranks<L> {
         }
         let mut length = [0; 8];
         self.link.exchange(&[], &mut [(0, &mut length)]);
-        let mut bytes = vec![0; u64::from_le_bytes(length) as usize];
+        let mut bytes = room(length);
         self.link.exchange(&[], &mut [(0, &mut bytes)]);
         bytes
     }

@@ -132,11 +132,14 @@ impl Session {
         let launch = Launch::of(variable);
         let ranks = match together(&cli.verb) {
             Together::Joins => Ranks::join(
-                launch,
+                launch.as_ref(),
                 |told| Failure::told(vec![told.clone()]).tell(),
                 |code| std::process::exit(i32::from(code)),
             ),
-            Together::Refuses(verb) => launch.map_or_else(|| Ok(Ranks::alone()), |l| Err(l.refuse(verb))),
+            Together::Refuses(verb) => match &launch {
+                Some(launch) => Err(launch.refuse(verb)),
+                None => Ok(Ranks::alone()),
+            },
             Together::Apart => Ok(Ranks::alone()),
         };
         let ranks = ranks.map_err(|error| match launch.is_some_and(|launch| launch.rank > 0) {

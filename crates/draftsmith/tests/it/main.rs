@@ -31,6 +31,7 @@ mod openai_client;
 mod pip;
 mod published;
 mod push;
+mod ranks;
 mod real_model;
 mod regenerate;
 mod rows;

@@ -31,7 +31,7 @@ fn program() -> Option<PathBuf> {
     std::env::var_os("DRAFTSMITH_TEST_MPI").map(PathBuf::from)
 }
 
-fn arguments(verb: &str, dir: &Path, more: &[&str]) -> Vec<String> {
+pub(crate) fn arguments(verb: &str, dir: &Path, more: &[&str]) -> Vec<String> {
     let mut args = vec![verb.to_string(), "recipes/smoke.toml".into(), format!("run.dir={}", dir.display())];
     args.extend(SMALL.iter().chain(more).map(|s| s.to_string()));
     args
@@ -61,12 +61,12 @@ fn on_ranks(home: &Home, program: &Path, ranks: usize, args: Vec<String>) -> End
 }
 
 #[track_caller]
-fn well(ended: &Ended) -> &Ended {
+pub(crate) fn well(ended: &Ended) -> &Ended {
     assert_eq!(ended.code, Some(0), "{}{}", ended.stdout, ended.stderr);
     ended
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
         let to = to.join(entry.file_name());
@@ -84,7 +84,7 @@ fn captured(home: &Home, program: &Path) -> PathBuf {
     dir
 }
 
-fn weights(dir: &Path) -> Vec<Vec<u8>> {
+pub(crate) fn weights(dir: &Path) -> Vec<Vec<u8>> {
     [
         "train/checkpoints/step-00000024/tensors.safetensors",
         "train/last/model.safetensors",
@@ -95,13 +95,13 @@ fn weights(dir: &Path) -> Vec<Vec<u8>> {
     .collect()
 }
 
-fn log(dir: &Path) -> Vec<Value> {
+pub(crate) fn log(dir: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(dir.join("train/log.jsonl")).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
 /// What was logged, without what depends on time and on the ranks.
-fn numbers(dir: &Path) -> Vec<Value> {
+pub(crate) fn numbers(dir: &Path) -> Vec<Value> {
     let mut lines = log(dir);
     for line in &mut lines {
         line["tokens_per_s"] = Value::Null;
@@ -182,7 +182,7 @@ fn mpi_a_whole_run_of_two_ranks_equals_one_of_one() {
 
 /// What `regenerate` and `capture` make; answers by line, for they are kept as they come.
 #[track_caller]
-fn same_rows(found: &Path, wanted: &Path) {
+pub(crate) fn same_rows(found: &Path, wanted: &Path) {
     for stage in ["regenerate", "capture"] {
         let names = |dir: &Path| {
             let entries = std::fs::read_dir(dir.join(stage)).unwrap();
@@ -217,7 +217,7 @@ fn wait_for(child: &mut Child, what: &str, so: impl Fn() -> bool) {
     }
 }
 
-fn kill(process: u32) {
+pub(crate) fn kill(process: u32) {
     assert!(Command::new("kill").args(["-9", &process.to_string()]).status().unwrap().success());
 }
 
@@ -338,7 +338,7 @@ fn process_of(rank: usize, mark: &str) -> Option<u32> {
 
 /// Waits for the end, for so long.
 #[track_caller]
-fn ends_within(mut child: Child, time: Duration) -> (Ended, Duration) {
+pub(crate) fn ends_within(mut child: Child, time: Duration) -> (Ended, Duration) {
     let began = Instant::now();
     while child.try_wait().unwrap().is_none() {
         if began.elapsed() > time {
@@ -390,7 +390,7 @@ fn mpi_a_rank_that_is_killed_ends_all_and_another_number_of_ranks_goes_on() {
 }
 
 #[track_caller]
-fn fails(ended: &Ended, wanted: &[&str]) {
+pub(crate) fn fails(ended: &Ended, wanted: &[&str]) {
     assert_eq!(ended.code, Some(2), "{}", ended.stderr);
     let errors: Vec<&str> = ended.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
     assert_eq!(errors.len(), 1, "one line says it: {}", ended.stderr);
@@ -477,7 +477,7 @@ fn a_program_that_cannot_join_the_others_says_so_once_and_touches_nothing() {
     home.set("OMPI_COMM_WORLD_SIZE", 2).set("OMPI_COMM_WORLD_RANK", 0);
     let run = |home: &Home, verb: &[&str]| home.run(&[verb, &["recipes/none.toml"]].concat());
     let first = run(&home, &["run"]);
-    fails(&first, &["`mpirun` started 2 processes, but this program was built to work as one"]);
+    fails(&first, &["`mpirun` started 2 processes, but this program was built without MPI"]);
     assert!(first.stderr.contains("--features mpi"), "{}", first.stderr);
     fails(&run(&home, &["make"]), &["`mpirun` started 2 processes, but `make` works as one"]);
     home.set("OMPI_COMM_WORLD_RANK", 1);

@@ -131,8 +131,9 @@ pub enum Device {
     Gpu,
     /// The GPU's code on the CPU, slow: for tests of it.
     GpuFlex,
-    /// An NVIDIA GPU by CUDA's number. Nothing of it has run on a GPU.
-    Cuda(u32),
+    /// An NVIDIA GPU by CUDA's number; without one the first, or of several processes on a machine each another. Nothing of it has
+    /// run on a GPU.
+    Cuda(Option<u32>),
 }
 
 // The schema offers what stages can use; its texts are those of the page.
@@ -167,8 +168,8 @@ impl std::fmt::Display for Device {
             Device::Cpu => f.write_str("cpu"),
             Device::Gpu => f.write_str("gpu"),
             Device::GpuFlex => f.write_str("gpu:flex"),
-            Device::Cuda(0) => f.write_str("cuda"),
-            Device::Cuda(number) => write!(f, "cuda:{number}"),
+            Device::Cuda(None) => f.write_str("cuda"),
+            Device::Cuda(Some(number)) => write!(f, "cuda:{number}"),
         }
     }
 }
@@ -186,12 +187,12 @@ impl TryFrom<String> for Device {
             "cpu" => Ok(Device::Cpu),
             "gpu" => Ok(Device::Gpu),
             "gpu:flex" => Ok(Device::GpuFlex),
-            "cuda" => Ok(Device::Cuda(0)),
+            "cuda" => Ok(Device::Cuda(None)),
             _ => match word.strip_prefix("cuda:") {
                 // Digits alone: `parse` takes a sign too.
                 Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => number
                     .parse()
-                    .map(Device::Cuda)
+                    .map(|number| Device::Cuda(Some(number)))
                     .map_err(|_| format!("`{word}` has no number of a device")),
                 Some(_) => Err(format!("`{word}` has no number of a device")),
                 None => Err(format!("unknown variant `{word}`, expected one of `cpu`, `gpu`, `gpu:flex`")),

@@ -3,17 +3,23 @@
 //! Every rank reads the run file and looks at target and data; then all compare what they found. From there on rank 0 does
 //! the stages as if it were alone, and calls the others to those that are shared: they wait for its [`Order`]s and follow.
 
+mod meet;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(test)]
 mod rows_tests;
 mod side;
+mod tcp;
+#[cfg(test)]
+mod tcp_tests;
 #[cfg(test)]
 mod tests;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
 
 use draftsmith_core::report::Stop;
 use draftsmith_train::{Alone, Collective};
@@ -24,40 +30,83 @@ use crate::engine::default_threads;
 use crate::state::{WHY_SHOWN, changes};
 use crate::{Error, Told};
 
+use meet::{Missed, Place};
 pub(crate) use side::Side;
+use tcp::{Ends, TcpLink};
 
 /// What a launcher says of its processes in their environment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launch {
-    /// The command.
+    /// The command, or the variable, that makes them several.
     pub by: &'static str,
-    /// How many processes it started.
+    /// How many processes there are.
     pub ranks: usize,
     /// Which of them this is.
     pub rank: usize,
+    /// Where they meet without MPI.
+    place: Option<Place>,
 }
 
 /// Launchers with their variables for the number of processes and for the number of a process. A Slurm job has its number of
 /// tasks everywhere, a step alone has that of the step.
-const LAUNCHERS: [(&str, &str, &str); 5] = [
+const LAUNCHERS: [(&str, &str, &str); 4] = [
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("mpiexec", "PMI_SIZE", "PMI_RANK"),
-    (TORCHRUN, "WORLD_SIZE", "RANK"),
 ];
 
-/// Its processes find each other without MPI.
+/// Sets `WORLD_SIZE` and `RANK`, and where rank 0 is.
 const TORCHRUN: &str = "torchrun";
+/// Set by hand.
+const WORLD_SIZE: &str = "WORLD_SIZE";
+
+/// Variables for the number of a process among those on its machine.
+const LOCAL_RANKS: [&str; 4] =
+    ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"];
+
+/// Which of the processes on its machine this is, where a launcher says so.
+pub(crate) fn local_rank(variable: impl Fn(&str) -> Option<String>) -> Option<u32> {
+    LOCAL_RANKS.iter().find_map(|name| variable(name)?.trim().parse().ok())
+}
 
 impl Launch {
-    /// The launcher that started more than this process; `None` if nobody did.
+    /// The launcher that started more than this process; `None` if nobody did. Where ranks meet counts before what any launcher of
+    /// MPI says, if rank and number of ranks stand beside it.
     pub fn of(variable: impl Fn(&str) -> Option<String>) -> Option<Launch> {
         let number = |name: &str| variable(name)?.trim().parse::<usize>().ok();
-        LAUNCHERS.iter().find_map(|(by, size, rank)| {
+        let place = Place::of(&variable);
+        let by_hand = match variable("TORCHELASTIC_RUN_ID") {
+            Some(_) => TORCHRUN,
+            None => WORLD_SIZE,
+        };
+        let by_hand = (by_hand, WORLD_SIZE, "RANK");
+        let (first, last) = if place.is_some() { (Some(by_hand), None) } else { (None, Some(by_hand)) };
+        first.into_iter().chain(LAUNCHERS).chain(last).find_map(|(by, size, rank)| {
             let (ranks, rank) = (number(size)?, number(rank)?);
-            (ranks > 1).then_some(Launch { by, ranks, rank })
+            (ranks > 1).then(|| Launch { by, ranks, rank, place: place.clone() })
         })
+    }
+
+    /// Whether its processes are told of by `RANK` and `WORLD_SIZE`.
+    fn is_by_hand(&self) -> bool {
+        self.by == TORCHRUN || self.by == WORLD_SIZE
+    }
+
+    /// What it does, in words.
+    fn started(&self) -> String {
+        match self.by {
+            WORLD_SIZE => format!("`WORLD_SIZE` says that {} processes work together", self.ranks),
+            by => format!("`{by}` started {} processes", self.ranks),
+        }
+    }
+
+    /// How to do without it.
+    fn without(&self) -> String {
+        match self.by {
+            WORLD_SIZE => "with `RANK` and `WORLD_SIZE` unset".to_string(),
+            by => format!("without `{by}`"),
+        }
     }
 
     /// Refuses to be one of several where a command works as one process.
@@ -66,8 +115,8 @@ impl Launch {
     /// Always.
     pub fn refuse(&self, verb: &str) -> Error {
         Error::input(
-            format!("`{}` started {} processes, but `{verb}` works as one", self.by, self.ranks),
-            format!("start `draftsmith {verb}` without `{}`", self.by),
+            format!("{}, but `{verb}` works as one", self.started()),
+            format!("start `draftsmith {verb}` {}", self.without()),
         )
     }
 }
@@ -109,7 +158,6 @@ struct Hello {
 }
 
 impl Hello {
-    #[cfg_attr(not(feature = "mpi"), expect(dead_code, reason = "said where there are others to hear it"))]
     fn mine(host: String) -> Hello {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
@@ -155,35 +203,41 @@ impl Ranks {
         Ranks { collective: Box::new(Alone), names, threads, orders: Cell::new(0), known: Cell::new(false) }
     }
 
-    /// Finds the others of a launch. `tell` is called when another rank fails, before all end; `exit` ends this process where there
-    /// is no other way.
+    /// Finds the others of a launch. `tell` is called when another rank fails, before all end, and for what rank 0 cannot know of
+    /// this one; `exit` ends this process where there is no other way.
     ///
     /// # Errors
     /// A launcher whose processes this build cannot join, or that are not what it says; ranks of different versions.
-    pub fn join(launch: Option<Launch>, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
+    pub fn join(launch: Option<&Launch>, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
         let Some(launch) = launch else { return Ok(Ranks::alone()) };
-        let Launch { by, ranks, .. } = launch;
-        if by == TORCHRUN {
-            return Err(Error::input(
-                format!("`{by}` started {ranks} processes, but draftsmith's find each other through MPI"),
-                format!("start it as `mpirun -n {ranks} draftsmith run RUN.toml`; docs/RANKS.md says how"),
-            ));
+        match &launch.place {
+            Some(place) if launch.is_by_hand() || cfg!(not(feature = "mpi")) => {
+                let ends = Ends { tell: Arc::new(tell), exit: Arc::new(exit) };
+                Ranks::over_tcp(place, (launch.rank, launch.ranks), meet::PATIENCE, ends)
+            }
+            None if launch.is_by_hand() => Err(Error::input(
+                format!("{}, but not where rank 0 is", launch.started()),
+                "set `MASTER_ADDR` and `MASTER_PORT` to an address of rank 0's machine and a free port there, the same for all \
+                 ranks (docs/RANKS.md)",
+            )),
+            _ => Ranks::join_mpi(launch, tell, exit),
         }
-        Ranks::join_launch(launch, tell, exit)
     }
 
     #[cfg(not(feature = "mpi"))]
-    fn join_launch(Launch { by, ranks, .. }: Launch, _: fn(&Told), _: fn(u8)) -> Result<Ranks, Error> {
+    fn join_mpi(launch: &Launch, _: fn(&Told), _: fn(u8)) -> Result<Ranks, Error> {
         Err(Error::input(
-            format!("`{by}` started {ranks} processes, but this program was built to work as one"),
+            format!("{}, but this program was built without MPI", launch.started()),
             format!(
-                "build it with `cargo build --release --features mpi` (docs/RANKS.md), or start it without `{by}`"
+                "set `MASTER_ADDR` and `MASTER_PORT` to an address of rank 0's machine and a free port there, the same for all \
+                 ranks; or build it with `cargo build --release --features mpi` (docs/RANKS.md); or start it {}",
+                launch.without()
             ),
         ))
     }
 
     #[cfg(feature = "mpi")]
-    fn join_launch(launch: Launch, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
+    fn join_mpi(launch: &Launch, tell: fn(&Told), exit: fn(u8)) -> Result<Ranks, Error> {
         let (link, host) = mpi::join(launch.by, (launch.rank, launch.ranks), tell, exit)?;
         let ranks = draftsmith_train::Ranks::new(std::rc::Rc::clone(&link));
         let found = Ranks::of(Box::new(ranks), &Hello::mine(host));
@@ -191,11 +245,44 @@ impl Ranks {
         found
     }
 
+    /// Meets the others over TCP.
+    ///
+    /// # Errors
+    /// Those that do not come in time, and what stands in this one's way: that is told here where this is not rank 0.
+    fn over_tcp(
+        place: &Place,
+        (rank, ranks): (usize, usize),
+        patience: Duration,
+        ends: Ends,
+    ) -> Result<Ranks, Error> {
+        let link = match rank < ranks {
+            true => meet::meet(place, (rank, ranks), patience).and_then(|pairs| {
+                let link = TcpLink::new(rank, pairs, ends.clone());
+                link.map_err(|e| {
+                    Missed::Mine(Error::input(format!("rank {rank} cannot begin: {e}"), "end other programs"))
+                })
+            }),
+            false => Err(Missed::Mine(Error::input(
+                format!("`RANK` is {rank} and `WORLD_SIZE` {ranks}"),
+                format!("ranks count from 0 to {}", ranks - 1),
+            ))),
+        };
+        match link {
+            Ok(link) => Ranks::of(Box::new(draftsmith_train::Ranks::new(link)), &Hello::mine(meet::host())),
+            Err(Missed::Mine(error)) => {
+                if rank > 0 {
+                    error.told().iter().for_each(|told| (ends.tell)(told));
+                }
+                Err(error)
+            }
+            Err(Missed::Told) => Err(Error::input("not all ranks came", "see what rank 0 says")),
+        }
+    }
+
     /// Of a collective whose processes say this of themselves.
     ///
     /// # Errors
     /// Different versions.
-    #[cfg_attr(not(any(feature = "mpi", test)), expect(dead_code, reason = "made where there are others"))]
     fn of(collective: Box<dyn Collective>, mine: &Hello) -> Result<Ranks, Error> {
         let said = collective.gather(json!(mine).to_string().into_bytes());
         let rank = collective.rank();

@@ -66,6 +66,22 @@ fn run(
     dir: &Path,
     ranks: usize,
     more: &[&str],
+    watched: (&'static str, u64, &[usize]),
+) -> (Result<(), String>, Vec<String>) {
+    let links = Mutex::new(threads::links(ranks));
+    let collective = |_| -> Box<dyn Collective> {
+        Box::new(draftsmith_train::Ranks::new(links.lock().unwrap().pop().expect("one of each rank")))
+    };
+    run_over(collective, Stage::Capture, dir, ranks, more, watched)
+}
+
+/// The same up to a stage, over whatever gives each thread the collective of a rank; it may be any rank's that is not given yet.
+fn run_over(
+    collective: impl Fn(usize) -> Box<dyn Collective> + Sync,
+    last: Stage,
+    dir: &Path,
+    ranks: usize,
+    more: &[&str],
     (task, at, stopped): (&'static str, u64, &[usize]),
 ) -> (Result<(), String>, Vec<String>) {
     let cache = dir.parent().unwrap().join("cache");
@@ -73,8 +89,8 @@ fn run(
     let to_stop: Vec<Stop> = stopped.iter().map(|rank| stops[*rank].clone()).collect();
     let watch = Watch { task, at, stops: &to_stop, now: Mutex::default(), told: Mutex::default() };
     let (stops, watch) = (&stops, &watch);
-    let work = |rank: usize, link| {
-        let collective: Box<dyn Collective> = Box::new(draftsmith_train::Ranks::new(link));
+    let work = |collective: Box<dyn Collective>| {
+        let rank = collective.rank();
         let ranks = Ranks::of(collective, &hello("host", "0-1", 2)).unwrap();
         let var = |name: &str| (name == "DRAFTSMITH_CACHE").then(|| cache.display().to_string());
         let places = Places { offline: true, pack_cache: false, ..Places::from_vars(var) };
@@ -82,7 +98,7 @@ fn run(
         let env = Env { places: &places, report: watch, stop, variable, roots: &[], ranks: &ranks };
         let origin = Origin { verb: "run".into(), path: "run.toml".into(), overrides: Vec::new() };
         let run = Run::open(file(dir, more), origin, env).unwrap();
-        let done = run.advance(Stage::Capture);
+        let done = run.advance(last);
         if done.is_err() && ranks.is_first() {
             // The program ends all of them; threads have to be told.
             ranks.order(&Order::End);
@@ -91,12 +107,18 @@ fn run(
     };
     let ended = std::thread::scope(|scope| {
         let work = &work;
-        let threads: Vec<_> = threads::links(ranks)
-            .into_iter()
-            .enumerate()
-            .map(|(rank, link)| scope.spawn(move || work(rank, link)))
+        let collective = &collective;
+        let threads: Vec<_> = (0..ranks)
+            .map(|thread| {
+                scope.spawn(move || {
+                    let collective = collective(thread);
+                    (collective.rank(), work(collective))
+                })
+            })
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        let mut ended: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        ended.sort_by_key(|(rank, _)| *rank);
+        ended.into_iter().map(|(_, ended)| ended).collect::<Vec<_>>()
     });
     assert!(ended[1..].iter().all(Result::is_ok), "{ended:?}");
     (ended[0].clone(), watch.told.lock().unwrap().clone())
@@ -240,6 +262,32 @@ fn logs_of_ranks_that_were_killed_are_taken_over_once() {
     let text = std::fs::read_to_string(&log).unwrap();
     assert_eq!(text.lines().count(), 80);
     assert_eq!(std::fs::read_dir(dir.join("regenerate")).unwrap().count(), 4, "no log of a rank is left");
+}
+
+#[test]
+fn ranks_over_sockets_answer_capture_and_train_as_one() {
+    let home = tempfile::tempdir().unwrap();
+    let more = [
+        "train.pack_length=256",
+        "train.tokens_per_step=1024",
+        "train.max_steps=6",
+        "train.epochs=8",
+        "validate.prompts=2",
+        "validate.max_new_tokens=8",
+    ];
+    let alone = home.path().join("alone");
+    let one = |_| -> Box<dyn Collective> { Box::new(Alone) };
+    assert_eq!(run_over(one, Stage::Train, &alone, 1, &more, NEVER).0, Ok(()));
+    let trained = |dir: &Path| std::fs::read(dir.join("train/last/model.safetensors")).unwrap();
+    for ranks in [2, 3] {
+        let (dir, port) = (home.path().join(format!("ranks-{ranks}")), super::tcp_tests::free_port());
+        let collective = |rank| super::tcp_tests::collective(port, rank, ranks);
+        assert_eq!(run_over(collective, Stage::Train, &dir, ranks, &more, NEVER).0, Ok(()));
+        same(&made(&dir), &made(&alone));
+        assert!(trained(&dir) == trained(&alone), "{ranks} ranks");
+        let log = std::fs::read_to_string(dir.join("train/log.jsonl")).unwrap();
+        assert!(log.contains(&format!("\"ranks\":{ranks}")), "{log}");
+    }
 }
 
 #[cfg(feature = "object-store")]

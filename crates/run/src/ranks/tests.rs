@@ -9,7 +9,8 @@ fn launch(variables: &[(&str, &str)]) -> Option<Launch> {
 
 #[test]
 fn launchers_are_known_by_their_variables() {
-    let of = |by, ranks, rank| Some(Launch { by, ranks, rank });
+    let of = |by, ranks, rank| Some((by, ranks, rank));
+    let launch = |variables: &[(&str, &str)]| launch(variables).map(|l| (l.by, l.ranks, l.rank));
     assert_eq!(launch(&[]), None);
     assert_eq!(launch(&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")]), None);
     let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "3")];
@@ -20,25 +21,58 @@ fn launchers_are_known_by_their_variables() {
     assert_eq!(launch(&job), None);
     assert_eq!(launch(&[job[0], ("SLURM_PROCID", "5"), ("SLURM_STEP_NUM_TASKS", "8")]), of("srun", 8, 5));
     assert_eq!(launch(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), None);
-    assert_eq!(launch(&[("WORLD_SIZE", "2"), ("RANK", "0")]), of("torchrun", 2, 0));
+    let by_hand = [("WORLD_SIZE", "2"), ("RANK", "0")];
+    assert_eq!(launch(&by_hand), of("WORLD_SIZE", 2, 0));
+    assert_eq!(launch(&[by_hand[0], by_hand[1], ("TORCHELASTIC_RUN_ID", "none")]), of("torchrun", 2, 0));
     assert_eq!(launch(&[("WORLD_SIZE", "two"), ("RANK", "0")]), None);
+    // What stands beside a place to meet counts first; elsewhere it is the launcher's.
+    let place = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "29500")];
+    let both = [mpirun[0], mpirun[1], by_hand[0], by_hand[1]];
+    assert_eq!(launch(&both), of("mpirun", 4, 3));
+    assert_eq!(launch(&[&both[..], &place].concat()), of("WORLD_SIZE", 2, 0));
+    assert_eq!(launch(&[&mpirun[..], &place].concat()), of("mpirun", 4, 3));
 }
 
 #[test]
 fn a_launch_that_cannot_be_joined_is_refused_with_the_way_out() {
-    let torchrun = Launch { by: "torchrun", ranks: 2, rank: 0 };
-    let error = Ranks::join(Some(torchrun), |_| (), |_| ()).unwrap_err();
-    assert!(error.to_string().contains("`torchrun` started 2 processes"), "{error}");
-    assert!(error.hint().unwrap().contains("mpirun -n 2"));
-    let error = torchrun.refuse("make");
-    assert_eq!(error.to_string(), "`torchrun` started 2 processes, but `make` works as one");
+    let join = |launch: &Launch| Ranks::join(Some(launch), |_| (), |_| ()).unwrap_err();
+    let by_hand = launch(&[("WORLD_SIZE", "2"), ("RANK", "0")]).unwrap();
+    let error = join(&by_hand);
+    assert_eq!(
+        error.to_string(),
+        "`WORLD_SIZE` says that 2 processes work together, but not where rank 0 is"
+    );
+    assert!(error.hint().unwrap().starts_with("set `MASTER_ADDR` and `MASTER_PORT` to "));
+    let error = by_hand.refuse("make");
+    assert_eq!(
+        error.to_string(),
+        "`WORLD_SIZE` says that 2 processes work together, but `make` works as one"
+    );
+    assert_eq!(error.hint().unwrap(), "start `draftsmith make` with `RANK` and `WORLD_SIZE` unset");
+    let bad =
+        launch(&[("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "x")]);
+    assert_eq!(join(&bad.unwrap()).to_string(), "`MASTER_PORT` is `x`, which is no port");
     #[cfg(not(feature = "mpi"))]
     {
-        let error = Ranks::join(Some(Launch { by: "srun", ranks: 8, rank: 0 }), |_| (), |_| ()).unwrap_err();
+        let error = join(&launch(&[("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "0")]).unwrap());
         assert!(error.to_string().contains("`srun` started 8 processes"), "{error}");
-        assert!(error.hint().unwrap().contains("--features mpi"));
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("--features mpi") && hint.contains("MASTER_ADDR"), "{hint}");
     }
     assert_eq!(Ranks::join(None, |_| (), |_| ()).unwrap().count(), 1);
+}
+
+#[test]
+fn the_place_of_a_process_on_its_machine_is_what_its_launcher_says() {
+    let of = |variables: &[(&str, &str)]| {
+        local_rank(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_string()))
+    };
+    assert_eq!(of(&[]), None);
+    assert_eq!(of(&[("LOCAL_RANK", "3"), ("SLURM_LOCALID", "1")]), Some(3));
+    assert_eq!(of(&[("OMPI_COMM_WORLD_LOCAL_RANK", "2")]), Some(2));
+    assert_eq!(of(&[("SLURM_LOCALID", "1")]), Some(1));
+    assert_eq!(of(&[("MPI_LOCALRANKID", "0")]), Some(0));
+    assert_eq!(of(&[("LOCAL_RANK", "-1")]), None);
 }
 
 pub(super) fn hello(host: &str, cores: &str, num_cores: usize) -> Hello {
