@@ -2,13 +2,13 @@
 //!
 //! Shape legend: `S` tokens of a row, `K` captured layers, `Ht` target width.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use draftsmith_core::{LayerId, TokenTree};
 use draftsmith_formats::cache::CaptureRow;
 use draftsmith_kernels::Kernels;
-use draftsmith_model::{StepItem, Target};
+use draftsmith_model::{StepItem, StepOutput, Target};
 
 use crate::{Asker, ServerError};
 
@@ -107,6 +107,12 @@ impl CaptureError {
     }
 }
 
+/// Which row of several, and which of its tokens a step has.
+pub type StepPart = (usize, Range<usize>);
+
+/// Takes what a step gives, and what tokens it has: its parts one after the other.
+pub type OnStep<'a, B> = dyn FnMut(&StepOutput<B>, &[StepPart]) + 'a;
+
 /// The target in this process.
 pub struct InProcess<K: Kernels> {
     target: Arc<Target<K>>,
@@ -133,33 +139,63 @@ impl<K: Kernels> InProcess<K> {
     /// Tokens from which on rows fill a step. Where a step takes no more than a chunk, rows go one by one.
     const FULL: usize = if K::STEP_ROWS > CHUNK { K::STEP_ROWS } else { 1 };
 
+    /// Runs rows side by side through the target, as many tokens a step as it takes, and hands on what each step gives where it is,
+    /// with the tokens of the step: parts of rows (numbered from 0), one after the other in the order of the rows.
+    ///
+    /// # Errors
+    /// As [`InProcess::capture`], before the first step.
+    pub fn steps(&self, rows: &[TokenRow], on_step: &mut OnStep<'_, K::Buf>) -> Result<(), CaptureError> {
+        rows.iter().try_for_each(|row| row.check(self.target.config().vocab_size))?;
+        let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids.as_slice()).collect();
+        self.run(&ids, on_step);
+        Ok(())
+    }
+
     /// Hidden states of several rows side by side.
     fn together(&self, rows: Vec<TokenRow>) -> Vec<CaptureRow> {
-        let (width, joined) = (self.target.config().hidden_size, self.layers.len());
-        let joined = joined * width;
+        let width = self.target.config().hidden_size;
+        let joined = self.layers.len() * width;
+        let empty = |row: &TokenRow| {
+            let tokens = row.ids.len();
+            (Vec::with_capacity(tokens * joined), Vec::with_capacity(tokens * width))
+        };
+        let mut states: Vec<(Vec<f32>, Vec<f32>)> = rows.iter().map(empty).collect();
+        let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids.as_slice()).collect();
+        self.run(&ids, &mut |output, parts| {
+            let (features, last) = self.target.states(output);
+            let mut first = 0;
+            for (i, part) in parts {
+                let end = first + part.len();
+                states[*i].0.extend_from_slice(&features[first * joined..end * joined]);
+                states[*i].1.extend_from_slice(&last[first * width..end * width]);
+                first = end;
+            }
+        });
+        let whole = |(row, (features, last)): (TokenRow, _)| CaptureRow {
+            ids: row.ids,
+            loss_mask: row.loss_mask,
+            features,
+            last,
+        };
+        rows.into_iter().zip(states).map(whole).collect()
+    }
+
+    /// All steps of rows that were checked.
+    fn run(&self, rows: &[&[u32]], on_step: &mut OnStep<'_, K::Buf>) {
         let mut kvs: Vec<_> = rows.iter().map(|_| self.target.new_kv()).collect();
-        let mut out: Vec<CaptureRow> = rows
-            .into_iter()
-            .map(|row| CaptureRow {
-                features: Vec::with_capacity(row.ids.len() * joined),
-                last: Vec::with_capacity(row.ids.len() * width),
-                ids: row.ids,
-                loss_mask: row.loss_mask,
-            })
-            .collect();
         loop {
             // Which tokens of which row: as many as a step takes, from the first rows that are not done.
             let mut left = Self::CHUNK;
-            let mut parts: Vec<(usize, std::ops::Range<usize>)> = Vec::new();
-            for (i, (row, kv)) in out.iter().zip(&kvs).enumerate() {
-                let (from, to) = (kv.len(), row.ids.len().min(kv.len() + left));
+            let mut parts: Vec<StepPart> = Vec::new();
+            for (i, (ids, kv)) in rows.iter().zip(&kvs).enumerate() {
+                let (from, to) = (kv.len(), ids.len().min(kv.len() + left));
                 if from < to {
                     left -= to - from;
                     parts.push((i, from..to));
                 }
             }
             if parts.is_empty() {
-                return out;
+                return;
             }
             let parents: Vec<_> =
                 parts.iter().map(|(_, part)| TokenTree::chain_parents(part.len())).collect();
@@ -169,19 +205,12 @@ impl<K: Kernels> InProcess<K> {
                     .iter()
                     .zip(&parents)
                     .filter_map(|((i, part), parents)| {
-                        Some(StepItem { kv: kvs[*i].take()?, tokens: &out[*i].ids[part.clone()], parents })
+                        Some(StepItem { kv: kvs[*i].take()?, tokens: &rows[*i][part.clone()], parents })
                     })
                     .collect();
                 self.target.forward(&mut items, &self.layers)
             };
-            let (features, last) = self.target.states(&output);
-            let mut first = 0;
-            for (i, part) in parts {
-                let end = first + part.len();
-                out[i].features.extend_from_slice(&features[first * joined..end * joined]);
-                out[i].last.extend_from_slice(&last[first * width..end * width]);
-                first = end;
-            }
+            on_step(&output, &parts);
         }
     }
 }

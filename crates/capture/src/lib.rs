@@ -20,7 +20,7 @@ pub use error::RegenerateError;
 pub use generator::{
     Answer, AnswerMark, Generator, IdsFrom, Outcome, Prompt, Prompter, Request, ends_in_loop,
 };
-pub use hidden::{CaptureError, CaptureSource, InProcess, TokenRow};
+pub use hidden::{CaptureError, CaptureSource, InProcess, OnStep, StepPart, TokenRow};
 pub use http::{Alive, Asked, Asker, Fault, Note, ServerError, knock};
 pub use openai::{OpenAiGenerator, metrics_page};
 pub use regenerate::{

@@ -229,3 +229,47 @@ KERNEL(cell_grad, int kind, IN(float) a, IN(float) b, IN(float) dy, OUT(float) d
         }
     }
 }
+
+#define KEPT_BF16 0
+#define KEPT_BLOCK 32
+
+// The scale of a block of a kept state whose largest magnitude is `most`: a 127th of that, rounded up to bf16.
+DEVICE float kept_scale(float most) {
+    float exact = most / 127.0f;
+    union { float f; u32 u; } bits;
+    bits.f = exact;
+    bits.u &= 0xffff0000u;
+    if (bits.f < exact) bits.u += 0x10000u;
+    return bits.f;
+}
+
+// A warp per row. A state of each row as the target cache gives it back, bit for bit: see `cache::RowEncoder` of
+// draftsmith-formats. `unfit[row]` is the first state of a row with a value that cannot be kept, or NO_ID.
+KERNEL(keep_state, IN(float) x, OUT(float) y, OUT(u32) unfit, i64 rows, int width, i64 stride, u32 state, int kind) {
+    i64 row = (BLOCK_X * THREADS + THREAD) / 32;
+    if (row >= rows) return;
+    int lane = THREAD % 32;
+    float wrong = 0.0f;
+    for (int c = lane; c - lane < width; c += KEPT_BLOCK) {
+        float value = 0.0f, kept;
+        if (c < width) value = x[row * width + c];
+        if (!(fabsf(value) <= 3.3e38f)) wrong = 1.0f;
+        if (kind == KEPT_BF16) {
+            kept = from_bf16(to_bf16(value));
+        } else {
+            float most = warp_max(fabsf(value)), scale = kept_scale(most);
+            float inverse = most > 0.0f ? 1.0f / scale : 0.0f;
+            // That of a subnormal scale is infinite: such a block is zero for every purpose.
+            if (!(inverse < -MINUS_INFINITY)) inverse = 0.0f;
+            // By way of an integer, which has no negative zero.
+            kept = (float)(int)rintf(value * inverse) * scale;
+        }
+        if (c < width) y[row * stride + c] = kept;
+    }
+    wrong = warp_max(wrong);
+    if (lane > 0) return;
+    u32 first = NO_ID;
+    if (state > 0) first = unfit[row];
+    if (first == NO_ID && wrong > 0.0f) first = state;
+    unfit[row] = first;
+}

@@ -34,6 +34,7 @@ mod search;
 #[cfg(feature = "shim")]
 pub mod shim;
 pub mod source;
+mod states;
 mod train;
 mod weights;
 
@@ -46,4 +47,5 @@ pub use memory::Buf;
 pub use ops::{Cuda, CudaOptions, Expanded, Operands};
 pub use pages::KvPages;
 pub use search::Search;
+pub use states::{KeptAs, UnfitState};
 pub use weights::Packed;

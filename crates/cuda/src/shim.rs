@@ -43,6 +43,8 @@ pub struct Shim {
     /// Bytes that it has, and that are in use.
     limit: u64,
     used: Arc<AtomicU64>,
+    /// Bytes that were copied to it and from it.
+    copied: Arc<[AtomicU64; 2]>,
 }
 
 /// Memory of a [`Shim`].
@@ -140,7 +142,28 @@ impl Shim {
                 _library: library,
             }
         };
-        Ok(Shim { library: Arc::new(library), limit, used: Arc::new(AtomicU64::new(0)) })
+        Ok(Shim { library: Arc::new(library), limit, used: Arc::default(), copied: Arc::default() })
+    }
+
+    /// Bytes that were copied to the device and from it so far, without the operands of products, which run on the host here.
+    pub fn copied(&self) -> [u64; 2] {
+        [0, 1].map(|way| self.copied[way].load(Ordering::Relaxed))
+    }
+
+    fn put(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.bytes(to, data.len())?;
+        // SAFETY: so many bytes are there, and nobody else is at the device's memory.
+        unsafe { place.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        Ok(())
+    }
+
+    fn get(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = self.bytes(from, out.len())?;
+        // SAFETY: as above.
+        unsafe { out.as_mut_ptr().copy_from_nonoverlapping(place, out.len()) };
+        Ok(())
     }
 
     /// The bytes from a place on.
@@ -156,7 +179,7 @@ impl Shim {
     /// Values of an operand, widened.
     fn operand(&self, at: At<'_, ShimMemory>, len: usize, kind: Operand) -> Result<Vec<f32>, CudaError> {
         let mut bytes = vec![0u8; len * kind.bytes()];
-        self.read(at, &mut bytes)?;
+        self.get(at, &mut bytes)?;
         let values = bytes.chunks_exact(kind.bytes());
         Ok(match kind {
             Operand::F32 => values.map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
@@ -203,19 +226,13 @@ impl Launcher for Shim {
     }
 
     fn write(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
-        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = self.bytes(to, data.len())?;
-        // SAFETY: so many bytes are there, and nobody else is at the device's memory.
-        unsafe { place.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
-        Ok(())
+        self.copied[0].fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.put(to, data)
     }
 
     fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
-        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = self.bytes(from, out.len())?;
-        // SAFETY: as above.
-        unsafe { out.as_mut_ptr().copy_from_nonoverlapping(place, out.len()) };
-        Ok(())
+        self.copied[1].fetch_add(out.len() as u64, Ordering::Relaxed);
+        self.get(from, out)
     }
 
     fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
@@ -282,7 +299,7 @@ impl Launcher for Shim {
     ) -> Result<(), CudaError> {
         let (a, b) = (self.operand(a, p.m * p.k, p.operands)?, self.operand(b, p.k * p.n, p.operands)?);
         let mut out = vec![0.0f32; p.m * p.n];
-        self.read(c, bytemuck::cast_slice_mut(&mut out))?;
+        self.get(c, bytemuck::cast_slice_mut(&mut out))?;
         match (p.a_transposed, p.b_transposed, p.accumulate) {
             (false, true, false) => {
                 matmul(1, &a, &b, LinearShape { rows: p.m, out: p.n, inp: p.k }, &mut out)
@@ -301,6 +318,6 @@ impl Launcher for Shim {
             }
             (true, true, _) => return Err(failed("a product", "both operands are transposed")),
         }
-        self.write(c, bytemuck::cast_slice(&out))
+        self.put(c, bytemuck::cast_slice(&out))
     }
 }

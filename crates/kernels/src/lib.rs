@@ -123,7 +123,7 @@ impl<'a> StepMask<'a> {
 }
 
 /// Device memory of activations.
-pub trait Buffer: Send + Sync + Default {
+pub trait Buffer: Send + Sync + Default + 'static {
     /// Gives the memory up for a later [`Kernels::scratch`]; what is left is empty.
     fn give_back(&mut self);
 }

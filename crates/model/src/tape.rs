@@ -216,6 +216,32 @@ impl<B> BufferPool<B> {
 #[derive(Debug)]
 pub struct Grads<B>(Vec<B>);
 
+/// Rows that are no activation of the tape.
+#[derive(Debug)]
+pub enum OuterRows<'a, B> {
+    /// `[R, C]` on the host, row-major.
+    Host(&'a [f32]),
+    /// Rows of a buffer on the tape's device.
+    Device {
+        /// `[_, C]`
+        buf: &'a B,
+        /// `[R]`
+        rows: &'a [u32],
+    },
+}
+
+impl<'a, B> From<&'a [f32]> for OuterRows<'a, B> {
+    fn from(values: &'a [f32]) -> Self {
+        OuterRows::Host(values)
+    }
+}
+
+impl<'a, B> From<&'a Vec<f32>> for OuterRows<'a, B> {
+    fn from(values: &'a Vec<f32>) -> Self {
+        OuterRows::Host(values)
+    }
+}
+
 /// Records a network and computes gradients. See the module's description.
 pub struct Tape<K: TrainKernels> {
     kernels: K,
@@ -478,6 +504,13 @@ impl<K: TrainKernels> Tape<K> {
         self.push(Op::Input, rows, width, value, &[])
     }
 
+    /// The same from a buffer on the tape's device, which is copied.
+    pub fn input_on_device(&mut self, data: &K::Buf, rows: usize, width: usize) -> Var {
+        let mut value = self.buffer(rows, width);
+        self.kernels.add_to(data, rows * width, false, &mut value);
+        self.push(Op::Input, rows, width, value, &[])
+    }
+
     /// Chosen rows of an activation, strictly ascending.
     pub fn gather_rows(&mut self, x: Var, rows: &[u32]) -> Var {
         let width = self.nodes[x.0].width;
@@ -520,12 +553,15 @@ impl<K: TrainKernels> Tape<K> {
         parts: &[(Var, ParamId)],
         labels: &[u32],
         (ce, l1): (&[f32], &[f32]),
-        states: Option<(&[f32], ParamId, Option<&[f32]>)>,
+        states: Option<(OuterRows<'_, K::Buf>, ParamId, Option<&[f32]>)>,
         grads: bool,
     ) -> Vec<TokenRow> {
         let rows = labels.len();
         let vocab = self.params[parts[0].1.0].shape[0];
-        let states = states.map(|(x, head, lse)| (self.upload(x), head, lse));
+        let states = states.map(|(x, head, lse)| {
+            let width = self.params[head.0].shape[1];
+            (self.take_in(x, width).0, head, lse)
+        });
         // The gradients leave the parameters for the call: their values stay borrowed.
         let mut dheads: Vec<Option<K::Buf>> =
             parts.iter().map(|(_, w)| if grads { self.params[w.0].grad.take() } else { None }).collect();
@@ -611,22 +647,32 @@ impl<K: TrainKernels> Tape<K> {
         sums
     }
 
-    /// Arg-max and log-sum-exp of host rows `x[M, Ht]` times a frozen head `[V, Ht]`, without the `[M, V]` buffer.
-    pub fn stream_head(&mut self, x: &[f32], head: ParamId) -> (Vec<u32>, Vec<f32>) {
+    /// Arg-max and log-sum-exp of rows `x[M, Ht]` times a frozen head `[V, Ht]`, without the `[M, V]` buffer.
+    pub fn stream_head<'x>(
+        &mut self,
+        x: impl Into<OuterRows<'x, K::Buf>>,
+        head: ParamId,
+    ) -> (Vec<u32>, Vec<f32>) {
         let (out, inp) = (self.params[head.0].shape[0], self.params[head.0].shape[1]);
-        let buf = self.upload(x);
-        let shape = LinearShape { rows: x.len() / inp, out, inp };
+        let (buf, rows) = self.take_in(x.into(), inp);
+        let shape = LinearShape { rows, out, inp };
         let result = self.kernels.stream_head(&buf, &self.params[head.0].value, shape);
         self.release(buf);
         result
     }
 
-    /// Probabilities `[M, Vd]` of host rows `x[M, Ht]` over the rows of a frozen head `[Vd, Ht]`, and the share `[M]`
+    /// Probabilities `[M, Vd]` of rows `x[M, Ht]` over the rows of a frozen head `[Vd, Ht]`, and the share `[M]`
     /// of the full distribution (log-sum-exp `lse[M]`) that they cover. Hand the teacher back with
     /// [`Tape::recycle`].
-    pub fn teacher(&mut self, x: &[f32], head: ParamId, lse: &[f32], labels: Vec<u32>) -> Teacher<K::Buf> {
+    pub fn teacher<'x>(
+        &mut self,
+        x: impl Into<OuterRows<'x, K::Buf>>,
+        head: ParamId,
+        lse: &[f32],
+        labels: Vec<u32>,
+    ) -> Teacher<K::Buf> {
         let (out, inp) = (self.params[head.0].shape[0], self.params[head.0].shape[1]);
-        let buf = self.upload(x);
+        let (buf, _) = self.take_in(x.into(), inp);
         let shape = LinearShape { rows: lse.len(), out, inp };
         let mut p = self.buffer(shape.rows, out);
         let mass = self.kernels.soft_targets(&buf, &self.params[head.0].value, shape, lse, &mut p);
@@ -637,6 +683,18 @@ impl<K: TrainKernels> Tape<K> {
     /// Takes the buffers of a teacher back.
     pub fn recycle(&mut self, teacher: Teacher<K::Buf>) {
         self.release(teacher.p);
+    }
+
+    /// Rows of a width in a buffer of the pool, and their number.
+    fn take_in(&mut self, x: OuterRows<'_, K::Buf>, width: usize) -> (K::Buf, usize) {
+        match x {
+            OuterRows::Host(values) => (self.upload(values), values.len() / width),
+            OuterRows::Device { buf, rows } => {
+                let mut taken = self.buffer(rows.len(), width);
+                self.kernels.gather(buf, width, rows, 1.0, &mut taken);
+                (taken, rows.len())
+            }
+        }
     }
 
     fn upload(&mut self, x: &[f32]) -> K::Buf {

@@ -18,6 +18,7 @@ use draftsmith_capture::{
     Alive, CaptureError, CaptureSource, InProcess, RemoteCapture, RemoteOptions, TokenRow,
 };
 use draftsmith_core::report::{Report, Silent, Unit};
+use draftsmith_cuda::{Cuda, Launcher};
 use draftsmith_data::Row;
 use draftsmith_formats::cache::{
     CacheReader, CacheSpec, CaptureRow, KeptKey, KeptRows, Part, PartWriter, StoredRow, drop_kept,
@@ -38,6 +39,7 @@ use crate::Error;
 use crate::device::Compute;
 use crate::disk::{free_bytes, human};
 use crate::measure::prompt_ids;
+use crate::online::{CardRows, OnlineRows, token_row};
 use crate::ranks::Order;
 use crate::server::server_keys;
 use crate::stored::{Shared, Sink};
@@ -518,11 +520,31 @@ impl Run<'_> {
                 let reader = CacheReader::open_for(self.folder.stage_dir(Stage::Capture), &spec)?;
                 Ok(Box::new(reader))
             }
-            CaptureMode::Online => {
+            CaptureMode::Online => self.online_rows(tokens, spec),
+        }
+    }
+
+    /// Rows that are captured as they are asked for: on the card that trains where the target is there too, else through the host.
+    fn online_rows(&self, tokens: TokenFile, spec: CacheSpec) -> Result<Box<dyn RowStore + '_>, Error> {
+        match &self.compute {
+            Compute::Cuda(cuda) if self.file.capture.server.is_none() => self.card_rows(cuda, tokens, spec),
+            #[cfg(feature = "cuda-shim")]
+            Compute::Shim(shim) if self.file.capture.server.is_none() => self.card_rows(shim, tokens, spec),
+            _ => {
                 let source = self.capture_source(self.env.report)?;
-                Ok(Box::new(OnlineStore { tokens, source, spec }))
+                Ok(Box::new(OnlineRows { tokens, source, spec }))
             }
         }
+    }
+
+    fn card_rows<L: Launcher>(
+        &self,
+        cuda: &Cuda<L>,
+        tokens: TokenFile,
+        spec: CacheSpec,
+    ) -> Result<Box<dyn RowStore + '_>, Error> {
+        let target = InProcess::new(self.target_on(cuda)?, self.layers()?);
+        Ok(Box::new(CardRows::new(tokens, target, cuda.clone(), spec)))
     }
 }
 
@@ -595,11 +617,6 @@ impl Rows<'_> {
         }
         Ok(())
     }
-}
-
-fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
-    let row = tokens.row(number);
-    TokenRow { number: number as u64, ids: row.ids.to_vec(), loss_mask: row.loss_mask.to_vec() }
 }
 
 /// How rows come to the cache.
@@ -676,36 +693,5 @@ impl CaptureSource for Source<'_> {
             Source::InProcess(target) => target.capture_rows(next, on_row),
             Source::Remote { capture, .. } => capture.capture_rows(next, on_row),
         }
-    }
-}
-
-/// Rows captured when asked for, rounded as a cache would have rounded them: online and offline training agree.
-struct OnlineStore<'a> {
-    tokens: TokenFile,
-    source: Source<'a>,
-    spec: CacheSpec,
-}
-
-impl RowStore for OnlineStore<'_> {
-    fn num_rows(&self) -> usize {
-        self.tokens.len()
-    }
-
-    fn row_slots(&self, row: usize) -> usize {
-        self.tokens.row_counts(row).0
-    }
-
-    fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
-        let mut out = Vec::with_capacity(rows.len());
-        let mut wanted = rows.iter();
-        let mut next = || wanted.next().map(|n| token_row(&self.tokens, *n));
-        self.source.capture_rows(&mut next, &mut |row| {
-            out.push(row.stored_as(&self.spec));
-            ControlFlow::Continue(())
-        })?;
-        if out.len() < rows.len() {
-            return Err("interrupted".into());
-        }
-        Ok(out.into_iter().collect::<Result<_, _>>()?)
     }
 }

@@ -31,6 +31,7 @@ pub mod inspect;
 mod license;
 pub mod list;
 pub mod measure;
+mod online;
 pub mod packs;
 mod passes;
 pub mod peer;

@@ -6,9 +6,23 @@
 //! Shape legend: `S` slots of a row or pack, `F` width of the captured features, `Ht` target width.
 
 use draftsmith_formats::cache::{CacheReader, CaptureRow};
+use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::DocSpan;
+use draftsmith_model::tape::{Tape, Var};
 
+use crate::states::{DeviceStates, SlotStates};
 use crate::{Rng, TrainError};
+
+/// What the rows of a pack are cut to, and how wide their states are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackShape {
+    /// Slots of a row at most.
+    pub row_slots: usize,
+    /// `F`
+    pub feature_width: usize,
+    /// `Ht`
+    pub last_width: usize,
+}
 
 /// Rows by number: from a target cache on disk, or computed by a live target when asked for (online training).
 pub trait RowStore {
@@ -18,6 +32,18 @@ pub trait RowStore {
     fn row_slots(&self, row: usize) -> usize;
     /// Reads rows, in the order asked for.
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>>;
+    /// Reads rows into a pack, behind those that it has.
+    ///
+    /// # Errors
+    /// Rows that cannot be read, or do not have the widths.
+    fn fill(&mut self, rows: &[usize], shape: PackShape, pack: &mut Pack) -> Result<(), TrainError> {
+        let read = self.read(rows).map_err(|source| TrainError::Rows { source })?;
+        let PackShape { row_slots, feature_width, last_width } = shape;
+        let mut pairs = rows.iter().zip(&read);
+        pairs.try_for_each(|(number, row)| {
+            pack.push(*number as u64, row, row_slots, feature_width, last_width)
+        })
+    }
     /// True if it is worth telling what comes.
     fn looks_ahead(&self) -> bool {
         false
@@ -57,6 +83,8 @@ pub struct Pack {
     pub features: Vec<f32>,
     /// `[S, Ht]`
     pub last: Vec<f32>,
+    /// Both in the memory of the device that trains; those on the host are empty then.
+    pub on_device: Option<DeviceStates>,
     /// Which pass over the data this is: what is drawn from a row differs between passes.
     pub pass: u64,
     /// Slots that the loss divisor "all slots" counts; more than `S` if the batch was padded elsewhere.
@@ -111,19 +139,49 @@ impl Pack {
             }
         }
         let n = all.min(max_slots);
-        let start = self.ids.len();
+        self.push_tokens(number, &row.ids[..n], &row.loss_mask[..n]);
+        self.features.extend_from_slice(&row.features[..n * feature_width]);
+        self.last.extend_from_slice(&row.last[..n * last_width]);
+        Ok(())
+    }
+
+    /// Appends a row without its states, which are on the device. `ids` and `loss_mask` are `[n]` each.
+    ///
+    /// # Panics
+    /// If they are not.
+    pub fn push_tokens(&mut self, number: u64, ids: &[u32], loss_mask: &[bool]) {
+        let (start, n) = (self.ids.len(), ids.len());
+        assert_eq!(loss_mask.len(), n, "one mask entry per token");
         self.docs.push(DocSpan { start: start as u32, len: n as u32 });
         self.rows.push(number);
-        self.ids.extend_from_slice(&row.ids[..n]);
-        self.loss_mask.extend_from_slice(&row.loss_mask[..n]);
+        self.ids.extend_from_slice(ids);
+        self.loss_mask.extend_from_slice(loss_mask);
         if let Some(last) = self.loss_mask[start..].last_mut() {
             *last = false;
         }
         self.positions.extend(0..n as u32);
-        self.features.extend_from_slice(&row.features[..n * feature_width]);
-        self.last.extend_from_slice(&row.last[..n * last_width]);
         self.counted_slots += n;
-        Ok(())
+    }
+}
+
+impl Pack {
+    /// The captured features on a tape: `[S, F]`, of `width`.
+    pub(crate) fn features_on<K: TrainKernels>(&self, tape: &mut Tape<K>, width: usize) -> Var {
+        match &self.on_device {
+            None => tape.input(&self.features, self.len(), width),
+            Some(states) => tape.input_on_device(states.get::<K>().0, self.len(), width),
+        }
+    }
+
+    /// The final states at some slots, of `width`.
+    pub(crate) fn last_at(&self, slots: impl Iterator<Item = usize>, width: usize) -> SlotStates<'_> {
+        match &self.on_device {
+            None => {
+                let state = |slot: usize| &self.last[slot * width..(slot + 1) * width];
+                SlotStates::Host(slots.flat_map(state).copied().collect())
+            }
+            Some(states) => SlotStates::Device(states, slots.map(|slot| slot as u32).collect()),
+        }
     }
 }
 

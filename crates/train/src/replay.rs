@@ -23,7 +23,7 @@ use draftsmith_core::{DraftTokenId, TargetTokenId, VocabMap};
 use draftsmith_formats::run::ReplayTable;
 use serde::Serialize;
 
-use crate::{BatchStats, Collective, Method, Pack, Rng, RowStore, TrainError};
+use crate::{BatchStats, Collective, Method, Pack, PackShape, Rng, RowStore, TrainError};
 
 /// Names the random stream.
 const STREAM: u64 = 0x7265_706c_6179;
@@ -331,13 +331,12 @@ impl Replay {
             return Ok(1.0);
         }
         let numbers: Vec<usize> = drawn.iter().map(|place| self.kept[*place].row as usize).collect();
-        let rows = store.read(&numbers).map_err(|source| TrainError::Rows { source })?;
-        let widths = (method.feature_width(), method.last_width());
+        let (feature_width, last_width) = (method.feature_width(), method.last_width());
         let mut pack = Pack { pass, ..Pack::default() };
+        store.fill(&numbers, PackShape { row_slots: most, feature_width, last_width }, &mut pack)?;
         let mut rejected = Vec::new();
-        for (place, row) in drawn.iter().zip(&rows) {
-            let (kept, start) = (&self.kept[*place], pack.len() as u32);
-            pack.push(kept.row, row, most, widths.0, widths.1)?;
+        for (place, doc) in drawn.iter().zip(&pack.docs) {
+            let (kept, start) = (&self.kept[*place], doc.start);
             rejected.extend(kept.rejected.iter().map(|r| Rejected { anchor: start + r.anchor, ..*r }));
         }
         rejected.sort_unstable();

@@ -9,6 +9,7 @@ use draftsmith_kernels::train::Teacher;
 use draftsmith_model::tape::{ParamId, Tape};
 
 use crate::Pack;
+use crate::states::SlotStates;
 
 /// The target's own head, as decoding computes it: final hidden states `[N, Ht]` to arg-max and log-sum-exp of the full logits of
 /// each. Where it is given it is asked in place of the head in f32 on the tape, which reads four times as much of a quantised one.
@@ -44,18 +45,20 @@ impl TargetHeads {
     }
 
     /// Arg-max and log-sum-exp of the full logits of final hidden states `[N, Ht]`.
-    pub(crate) fn tops<K: TrainKernels>(&self, tape: &mut Tape<K>, states: &[f32]) -> (Vec<u32>, Vec<f32>) {
-        match &self.own {
-            Some(own) => own(states),
-            None => tape.stream_head(states, self.whole),
+    pub(crate) fn tops<K: TrainKernels>(
+        &self,
+        tape: &mut Tape<K>,
+        states: &SlotStates<'_>,
+    ) -> (Vec<u32>, Vec<f32>) {
+        match (&self.own, states) {
+            (Some(own), SlotStates::Host(states)) => own(states),
+            _ => tape.stream_head(states.rows::<K>(), self.whole),
         }
     }
 
     /// Final hidden states of the positions behind `slots`.
-    fn states(&self, pack: &Pack, slots: &[u32]) -> Vec<f32> {
-        let width = self.width;
-        let state = |s: &u32| &pack.last[(*s as usize + 1) * width..(*s as usize + 2) * width];
-        slots.iter().flat_map(state).copied().collect()
+    fn states<'p>(&self, pack: &'p Pack, slots: &[u32]) -> SlotStates<'p> {
+        pack.last_at(slots.iter().map(|s| *s as usize + 1), self.width)
     }
 
     /// The slots with a set loss mask of each document, whose arg-max and log-sum-exp are known from then on.
@@ -125,7 +128,8 @@ impl TargetHeads {
                 }
             }
         }
-        let rows = tape.teacher(&self.states(pack, &trained), self.part, &lse, labels);
+        let states = self.states(pack, &trained);
+        let rows = tape.teacher(states.rows::<K>(), self.part, &lse, labels);
         PackTeacher { rows, of_slot, token_ids }
     }
 }

@@ -12,7 +12,7 @@ use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
     AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
-    Pack, RowStore, Slices, SumTree, TensorBoard, TrainError, Visit,
+    Pack, PackShape, RowStore, Slices, SumTree, TensorBoard, TrainError, Visit,
 };
 
 /// Settings of the loop.
@@ -289,11 +289,9 @@ impl Packs<'_> {
         (feature_width, last_width): (usize, usize),
     ) -> Result<Pack, TrainError> {
         let numbers = self.of_epoch(place.epoch)[place.pack as usize].clone();
-        let rows = self.store.read(&numbers).map_err(|source| TrainError::Rows { source })?;
+        let shape = PackShape { row_slots: self.options.pack_slots, feature_width, last_width };
         let mut out = Pack { pass: place.epoch, ..Pack::default() };
-        for (number, row) in numbers.iter().zip(&rows) {
-            out.push(*number as u64, row, self.options.pack_slots, feature_width, last_width)?;
-        }
+        self.store.fill(&numbers, shape, &mut out)?;
         Ok(out)
     }
 }

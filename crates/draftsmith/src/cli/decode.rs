@@ -16,7 +16,7 @@ pub struct Computing {
 }
 
 /// A device as it is written.
-fn device(word: &str) -> Result<Device, String> {
+pub(super) fn device(word: &str) -> Result<Device, String> {
     let unknown = |why: String| match word.starts_with("cuda:") {
         true => format!("{why}: expected `cuda` or `cuda:N`, with the number that `draftsmith doctor` shows"),
         false => "expected `cpu`, `cuda` or `cuda:N`".to_owned(),

@@ -13,6 +13,7 @@ mod written;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use draftsmith_formats::run::Device;
 
 pub use decode::{
     Bench, BenchCompare, BenchDecode, BenchIdentity, BenchKernels, BenchTrain, BenchTune, BenchVerb,
@@ -90,7 +91,8 @@ pub enum Verb {
     args_conflicts_with_subcommands = true,
     after_help = "Examples:\n  draftsmith doctor\n  draftsmith doctor --json\n  \
                         draftsmith doctor --draft hf:ORG/DRAFT --target hf:ORG/MODEL\n  \
-                        draftsmith doctor --draft draft.gguf --target model.gguf --workload recipes/data/eval/gsm8k.jsonl\n\n\
+                        draftsmith doctor --draft draft.gguf --target model.gguf --workload recipes/data/eval/gsm8k.jsonl\n  \
+                        draftsmith doctor --draft DIR --device cuda\n\n\
                         Ends with 1 if the main job does not work here, or if something about the draft is suspected."
 )]
 pub struct Doctor {
@@ -112,6 +114,9 @@ pub struct Doctor {
     /// Tokens per answer.
     #[arg(long, value_name = "M", default_value_t = 64, requires = "draft", value_parser = clap::value_parser!(u32).range(8..))]
     pub max_new_tokens: u32,
+    /// Ask it on the CPU (`cpu`) or on an NVIDIA GPU: `cuda`, or `cuda:N` for card N.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", requires = "draft", value_parser = decode::device)]
+    pub device: Device,
     /// Threads (default: as many as this process may use).
     #[arg(long, value_name = "N", requires = "draft", value_parser = clap::value_parser!(u32).range(1..))]
     pub threads: Option<u32>,

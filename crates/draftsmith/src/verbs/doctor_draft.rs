@@ -3,23 +3,35 @@
 use std::fmt::Write;
 use std::path::Path;
 use std::slice::from_ref;
+use std::sync::Arc;
 
 use draftsmith::Error;
 use draftsmith::bench::Workload;
 use draftsmith::bundle::has_manifest;
 use draftsmith::catalogue::catalogued;
 use draftsmith::cli;
+use draftsmith::device::Backend;
 use draftsmith::doctor::draft::{DraftReport, Patient, Suspicion};
 use draftsmith::doctor::score::Measure;
 use draftsmith::doctor::texts::{Texts, built_in_prompts};
 use draftsmith::engine::{bundle_place, locate};
 use draftsmith::measure::first_prompt;
 
-use super::{DraftSource, Session, target_sources};
+use super::{DraftSource, OnDevice, Session, target_sources};
 use crate::failure::{Failure, NOT_HELD};
 use crate::printer;
 
 pub(crate) fn run(args: &cli::Doctor, session: &Session) -> Result<u8, Failure> {
+    session.work(args.device, args.threads, args)
+}
+
+impl OnDevice for cli::Doctor {
+    fn on<K: Backend>(&self, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
+        doctor(self, session, kernels)
+    }
+}
+
+fn doctor<K: Backend>(args: &cli::Doctor, session: &Session, kernels: &Arc<K>) -> Result<u8, Failure> {
     let Some(draft) = &args.draft else { return Ok(0) };
     let (report, stop) = (&session.printer, &session.stop);
     let draft = &place(draft, session)?;
@@ -37,7 +49,7 @@ pub(crate) fn run(args: &cli::Doctor, session: &Session) -> Result<u8, Failure> 
         }
         target => target_sources(Some(DraftSource::Bundle(&pulled.path)), target.as_ref())?,
     };
-    let target = session.load_target(&sources, None, false, args.threads)?;
+    let target = session.load_target_on(kernels, &sources, None, false)?;
     let mut prompts = match &workload {
         Some(workload) => {
             workload.rows.iter().map(|row| first_prompt(&target.text, row)).collect::<Result<_, _>>()?
@@ -89,6 +101,9 @@ fn page(found: &DraftReport, name: &str) -> String {
     };
     row("draft", format!("{name}{kind}"));
     row("target", found.target.clone());
+    if let Some(device) = &found.device {
+        row("asked on", format!("{}: {}", device.name, device.card));
+    }
     if let Some(own) = &found.own {
         row("as it is", rates(own));
     }

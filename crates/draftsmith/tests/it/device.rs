@@ -86,6 +86,7 @@ fn decoding(home: &Home) -> Vec<Vec<String>> {
         with(&["bench", "compare"], &measured),
         with(&["serve", "--port", "0"], &[]),
         with(&["quickstart"], &["--bundle", &draft]),
+        with(&["doctor"], &["--draft", &draft]),
     ]
 }
 
@@ -389,6 +390,42 @@ mod shim {
             "messages": [{"role": "user", "content": "Calculate 22 + 20."}], "max_tokens": 6, "temperature": 0,
         });
         assert_eq!(served.text_of(&ask), wanted["text"].as_str().unwrap());
+    }
+
+    /// The draft's states and proposals come from the same kernels as its decoding: so do its steps.
+    #[test]
+    fn doctor_asks_a_draft_on_the_kernels_for_cuda() {
+        let home = home();
+        let draft = fixture("tiny-drafts/eagle3");
+        let tiny = fixture("tiny-target");
+        let rows = home.write("rows.jsonl", r#"{"id": "a", "turns": ["Calculate 22 + 20."]}"#);
+        let rows = rows.display().to_string();
+        let ask = ["doctor", "--draft", &draft, "--target", &tiny, "--workload", &rows];
+        let more = ["--max-new-tokens", "8", "--device", "cuda", "--json"];
+        let found = home.run(&[&ask[..], &more].concat());
+        assert!(matches!(found.code, Some(0 | 1)), "{}", found.stderr);
+        let found: Value = serde_json::from_str(&found.stdout).unwrap();
+        assert_eq!(found["device"]["name"], "cuda", "{found}");
+        let cuda = ["--device", "cuda", "--max-new-tokens", "8"];
+        let decoded = generate(&home, &[&cuda[..], &["--bundle", &draft, "--depth", "4"]].concat());
+        assert_eq!(found["own"]["accept_len"], decoded["accept_len"], "{found} {decoded}");
+        assert!(decoded["accept_len"].as_f64() > Some(1.0), "{decoded}");
+        assert!(found["tried"].as_array().unwrap().len() > 10, "{found}");
+    }
+
+    #[test]
+    fn quickstart_on_the_kernels_for_cuda_proves_its_answers() {
+        let home = home();
+        let (tiny, draft) = (fixture("tiny-target"), fixture("tiny-drafts/eagle3"));
+        let ask = ["quickstart", "--target", &tiny, "--bundle", &draft, "--device", "cuda"];
+        let found = home.run(&[&ask[..], &["--max-new-tokens", "4", "--json"]].concat()).json();
+        assert_eq!(
+            (&found["identical"], &found["device"]["name"]),
+            (&json!(true), &json!("cuda")),
+            "{found}"
+        );
+        assert_eq!(found["prompts"].as_array().unwrap().len(), 4, "{found}");
+        assert!(found["tokens_compared"].as_u64() > Some(4), "{found}");
     }
 
     #[test]

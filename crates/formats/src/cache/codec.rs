@@ -40,6 +40,15 @@ pub(super) fn decode_head(head: &[u8], tokens: usize) -> Result<(Vec<u32>, Vec<b
     Ok((ids, unpack_bits(mask, tokens).ok_or("the mask has spare bits")?))
 }
 
+/// What is said of a state that cannot be stored, by its number among those of a token.
+pub(super) fn unfit(layers: &[u32], token: usize, state: usize) -> String {
+    let what = match layers.get(state) {
+        Some(layer) => format!("layer {layer}"),
+        None => "the final state".to_string(),
+    };
+    format!("{what} of token {token} has a value that is not finite")
+}
+
 /// The states of a row's tokens as they are stored, token by token as they come.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowEncoder {
@@ -51,7 +60,7 @@ pub struct RowEncoder {
     scales: Vec<u8>,
     values: Vec<u8>,
     /// The first token with a state that cannot be stored, and which.
-    problem: Option<(usize, String)>,
+    problem: Option<(usize, usize)>,
 }
 
 impl RowEncoder {
@@ -98,11 +107,7 @@ impl RowEncoder {
     fn push_state(&mut self, i: usize, state: &[f32]) {
         // Largest magnitude that int8 and bf16 both keep finite when rounded.
         if self.problem.is_none() && !state.iter().all(|v| v.abs() <= 3.3e38) {
-            let what = match self.layers.get(i) {
-                Some(layer) => format!("layer {layer}"),
-                None => "the final state".to_string(),
-            };
-            self.problem = Some((self.tokens, what));
+            self.problem = Some((self.tokens, i));
         }
         match self.dtype {
             CaptureDtype::Bf16 => {
@@ -143,8 +148,8 @@ impl RowEncoder {
         if ids.len() != self.tokens {
             return Err(format!("{} tokens but the states of {}", ids.len(), self.tokens));
         }
-        if let Some((token, what)) = &self.problem {
-            return Err(format!("{what} of token {token} has a value that is not finite"));
+        if let Some((token, state)) = self.problem {
+            return Err(unfit(&self.layers, token, state));
         }
         let mask = pack_bits(loss_mask);
         let mut out = Vec::with_capacity(ids.len() * 4 + mask.len() + self.scales.len() + self.values.len());

@@ -99,6 +99,11 @@ impl CacheSpec {
         self.target_layer_ids.len() + 1
     }
 
+    /// What is said where a device finds that a state of a row cannot be stored; `state` counts the captured layers, then the final one.
+    pub fn unfit_state(&self, row: u64, token: usize, state: usize) -> CacheError {
+        CacheError::Row { row, problem: codec::unfit(&self.target_layer_ids, token, state) }
+    }
+
     /// Names and values of what must be equal.
     pub fn compared(&self) -> [(&'static str, String); 10] {
         [

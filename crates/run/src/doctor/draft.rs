@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use draftsmith_bench::record::DeviceInfo;
 use draftsmith_bundle::{Imported, Manifest, Problem, has_manifest, layer_problem, number_problems};
 use draftsmith_core::VocabMap;
 use draftsmith_core::report::{Report, Stop, Unit};
@@ -21,6 +22,7 @@ use super::score::{Measure, Scores, score};
 use super::setting::{Copies, Feed, Setting, Source};
 use super::texts::{Tap, Texts, interrupted};
 use crate::Error;
+use crate::backend::Backend;
 use crate::engine::LoadedTarget;
 use crate::target::tokenizer_of;
 
@@ -86,6 +88,9 @@ pub struct DraftReport {
     pub kind: Option<&'static str>,
     /// The target.
     pub target: String,
+    /// What it was asked on, if that is not the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceInfo>,
     /// How the draft does as its folder says; `None` if it cannot be asked.
     pub own: Option<Measure>,
     /// How it does with all corrections.
@@ -129,7 +134,7 @@ impl Patient {
     }
 
     /// What can be told by looking.
-    fn look(&self, target: &LoadedTarget) -> DraftReport {
+    fn look<K: Backend>(&self, target: &LoadedTarget<K>) -> DraftReport {
         let imported = match &self.opened {
             Opened::Whole(imported) => Some(imported.as_ref()),
             Opened::Refused { repaired, .. } => repaired.first().map(|r| &r.imported),
@@ -139,6 +144,7 @@ impl Patient {
             layout: imported.map(|i| i.layout.name()),
             kind: imported.map(|i| i.config.name()),
             target: target.name(),
+            device: target.target.kernels().device(),
             own: None,
             corrected: None,
             suspicions: Vec::new(),
@@ -159,7 +165,7 @@ impl Patient {
         report
     }
 
-    fn look_at(&self, imported: &Imported, target: &LoadedTarget, report: &mut DraftReport) {
+    fn look_at<K: Backend>(&self, imported: &Imported, target: &LoadedTarget<K>, report: &mut DraftReport) {
         let config = &imported.config;
         let t = target.target.config();
         let words = Words::new(imported.layout, config, self.raw.clone());
@@ -220,7 +226,11 @@ impl Patient {
     }
 
     /// The first token that means something else in a tokenizer that came along.
-    fn tokenizer_difference(&self, target: &LoadedTarget, notes: &mut Vec<String>) -> Option<String> {
+    fn tokenizer_difference<K: Backend>(
+        &self,
+        target: &LoadedTarget<K>,
+        notes: &mut Vec<String>,
+    ) -> Option<String> {
         let file = match self.path.is_dir() {
             false => self.path.clone(),
             true if self.path.join("tokenizer.json").is_file() => self.path.clone(),
@@ -254,9 +264,9 @@ impl Patient {
     ///
     /// # Errors
     /// The wish to stop.
-    pub fn examine(
+    pub fn examine<K: Backend>(
         &self,
-        target: &LoadedTarget,
+        target: &LoadedTarget<K>,
         texts: &Texts,
         progress: &dyn Report,
         stop: &Stop,
@@ -373,7 +383,13 @@ impl Patient {
     }
 
     /// What a measurement leaves to be said.
-    fn conclude(&self, report: &mut DraftReport, imported: &Imported, target: &LoadedTarget, now: &Scores) {
+    fn conclude<K: Backend>(
+        &self,
+        report: &mut DraftReport,
+        imported: &Imported,
+        target: &LoadedTarget<K>,
+        now: &Scores,
+    ) {
         let layers = target.target.config().num_layers as u32;
         let told = report.suspicions.iter().any(|s| s.id.contains("layers"));
         let problem = imported.contradiction().cloned().or_else(|| layer_problem(&imported.config, layers));
@@ -463,9 +479,9 @@ fn depth(config: &DraftConfig) -> usize {
 }
 
 /// A probe's scores: of all texts if it looks promising on the first, else of these alone.
-fn attempt(
+fn attempt<K: Backend>(
     probe: &Probe,
-    target: &LoadedTarget,
+    target: &LoadedTarget<K>,
     copies: &Copies,
     texts: &Texts,
     now: &Scores,
@@ -495,7 +511,7 @@ fn meant(better: &[(Probe, Scores)], depth: usize) -> Option<usize> {
 
 /// Tokens that may stand for those to be proposed: what the tokenizer calls a mask, its other special tokens, and ids that
 /// it does not use.
-fn mask_tokens(target: &LoadedTarget) -> Vec<u32> {
+fn mask_tokens<K: Backend>(target: &LoadedTarget<K>) -> Vec<u32> {
     let tokenizer = &target.text.tokenizer;
     let vocab = target.target.config().vocab_size as u32;
     let special = tokenizer.special_ids();
@@ -511,7 +527,7 @@ fn mask_tokens(target: &LoadedTarget) -> Vec<u32> {
 }
 
 /// The setting that a folder asks for, made to fit the target's vocabulary. `None` if it cannot be.
-fn setting_of(imported: &Imported, target: &LoadedTarget) -> Option<Setting> {
+fn setting_of<K: Backend>(imported: &Imported, target: &LoadedTarget<K>) -> Option<Setting> {
     let t = target.target.config();
     let mut config = imported.config.clone();
     let mut tensors = imported.tensors.clone();

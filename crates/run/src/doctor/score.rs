@@ -7,13 +7,12 @@ use std::sync::Arc;
 
 use draftsmith_core::Sampling;
 use draftsmith_decode::{Ask, Committed, Drafter, DrafterSession, Features, Node};
-use draftsmith_kernels::Memory;
+use draftsmith_kernels::Kernels;
 use draftsmith_model::{Infer, Rows, StepOutput, Target};
 use serde::Serialize;
 
 use super::setting::{Copies, Feed, Setting};
 use super::texts::{Text, Texts};
-use crate::host::Host;
 
 /// Positions that are taken for one draw: what stands side by side in a text is alike.
 const CLUSTER: usize = 8;
@@ -59,10 +58,10 @@ pub struct Measure {
 }
 
 /// A sequence under way.
-struct Asked<'a> {
+struct Asked<'a, K: Kernels> {
     text: &'a Text,
-    output: StepOutput<<Host as Memory>::Buf>,
-    session: Box<dyn DrafterSession<Host>>,
+    output: StepOutput<K::Buf>,
+    session: Box<dyn DrafterSession<K>>,
     fed: usize,
 }
 
@@ -70,9 +69,9 @@ struct Asked<'a> {
 ///
 /// # Errors
 /// What of it does not fit the target, as a sentence.
-pub fn score(
+pub fn score<K: Kernels>(
     setting: &Setting,
-    target: &Target<Host>,
+    target: &Target<K>,
     copies: &Copies,
     texts: &Texts,
     depth: usize,
@@ -95,7 +94,7 @@ pub fn score(
             .collect(),
     };
     for at in 0..most {
-        let mut open: Vec<(usize, &mut Asked<'_>)> =
+        let mut open: Vec<(usize, &mut Asked<'_, K>)> =
             asked.iter_mut().enumerate().filter(|(_, one)| at < one.text.positions()).collect();
         let accepted = propose(setting.feed, drafter.as_ref(), &mut open, at, depth);
         for ((of, _), accepted) in open.iter().zip(accepted) {
@@ -106,12 +105,12 @@ pub fn score(
 }
 
 /// A text's states as this setting reads them.
-fn output(
+fn output<K: Kernels>(
     setting: &Setting,
-    target: &Target<Host>,
+    target: &Target<K>,
     width: usize,
     text: &Text,
-) -> Result<StepOutput<<Host as Memory>::Buf>, String> {
+) -> Result<StepOutput<K::Buf>, String> {
     let ops = Infer::new(target.kernels().as_ref());
     let hidden = setting
         .taps
@@ -135,10 +134,10 @@ fn output(
 }
 
 /// Hands over what is known at a position of each text and counts how many proposed tokens are the text's.
-fn propose(
+fn propose<K: Kernels>(
     feed: Feed,
-    drafter: &dyn Drafter<Host>,
-    open: &mut [(usize, &mut Asked<'_>)],
+    drafter: &dyn Drafter<K>,
+    open: &mut [(usize, &mut Asked<'_, K>)],
     at: usize,
     depth: usize,
 ) -> Vec<usize> {
@@ -160,7 +159,7 @@ fn propose(
         Feed::OwnToken => 1,
     };
     let texts: Vec<&Text> = open.iter().map(|(_, one)| one.text).collect();
-    let mut asks: Vec<Ask<'_, Host>> = open
+    let mut asks: Vec<Ask<'_, K>> = open
         .iter_mut()
         .map(|(_, one)| {
             let known = one.text.prompt + 1 + at;

@@ -10,7 +10,6 @@ use draftsmith_kernels::{Kernels, PackMode, WeightView};
 use draftsmith_model::{Draft, DraftConfig, DraftTensors, Infer, Linear, Ops, Target};
 
 use super::texts::Tap;
-use crate::host::Host;
 
 /// How states and tokens are put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +81,7 @@ pub struct Copies {
     pub head: Option<Vec<f32>>,
 }
 
-type Matrix = Arc<Linear<<Host as Kernels>::Packed>>;
+type Matrix<K> = Arc<Linear<<K as Kernels>::Packed>>;
 
 impl Setting {
     /// True if the other one of the same draft is the same.
@@ -111,7 +110,11 @@ impl Setting {
     ///
     /// # Errors
     /// What does not fit, as a sentence.
-    pub fn drafter(&self, target: &Target<Host>, copies: &Copies) -> Result<Arc<dyn Drafter<Host>>, String> {
+    pub fn drafter<K: Kernels>(
+        &self,
+        target: &Target<K>,
+        copies: &Copies,
+    ) -> Result<Arc<dyn Drafter<K>>, String> {
         let kernels = target.kernels().as_ref();
         let mut config = self.config.clone();
         // What is fed is decided here; the drafter only counts the layers.
@@ -135,7 +138,7 @@ impl Setting {
         }
         let mut borrowed = Borrowed::of(target);
         let width = target.config().hidden_size;
-        let matrix = |values: &Option<Vec<f32>>| -> Result<Matrix, String> {
+        let matrix = |values: &Option<Vec<f32>>| -> Result<Matrix<K>, String> {
             let values = values.as_ref().ok_or("the draft brought no copy")?;
             let rows = values.len() / width;
             let view = WeightView::f32(values, rows, width);
@@ -157,7 +160,7 @@ impl Setting {
         drafter_with(target, draft, borrowed).map_err(|e| e.to_string())
     }
 
-    fn changed(&self, target: &Target<Host>) -> DraftTensors {
+    fn changed<K: Kernels>(&self, target: &Target<K>) -> DraftTensors {
         let mut tensors = self.tensors.as_ref().clone();
         let head_dim = self.config.shape().head_dim;
         for change in &self.weights {

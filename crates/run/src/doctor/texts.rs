@@ -13,6 +13,7 @@ use draftsmith_model::{Infer, Ops, StepItem, Target};
 use draftsmith_text::Message;
 
 use crate::Error;
+use crate::backend::Backend;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids;
 
@@ -66,7 +67,7 @@ pub struct Texts {
 ///
 /// # Errors
 /// A template that refuses a plain request.
-pub fn built_in_prompts(target: &LoadedTarget) -> Result<Vec<Vec<u32>>, Error> {
+pub fn built_in_prompts<K: Kernels>(target: &LoadedTarget<K>) -> Result<Vec<Vec<u32>>, Error> {
     let text = &target.text;
     let ids = |prompt: &&str| match text.template {
         Some(_) => prompt_ids(text, &[Message::new("user", *prompt)]),
@@ -80,8 +81,8 @@ impl Texts {
     ///
     /// # Errors
     /// A prompt longer than the context, named by the engine; the wish to stop.
-    pub fn read(
-        target: &LoadedTarget,
+    pub fn read<K: Backend>(
+        target: &LoadedTarget<K>,
         prompts: &[Vec<u32>],
         max_new_tokens: usize,
         report: &dyn Report,

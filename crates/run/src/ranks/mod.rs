@@ -309,7 +309,13 @@ impl Ranks {
                 "start the same program everywhere",
             ));
         }
-        Ok(Ranks { collective, names, threads: threads_of(&hellos, rank), orders: Cell::new(0), known: Cell::new(false) })
+        Ok(Ranks {
+            collective,
+            names,
+            threads: threads_of(&hellos, rank),
+            orders: Cell::new(0),
+            known: Cell::new(false),
+        })
     }
 
     /// What training needs of them.

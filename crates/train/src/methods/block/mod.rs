@@ -316,9 +316,8 @@ impl<K: TrainKernels> BlockTrain<K> {
         let mut new: Vec<usize> = docs.filter(|d| !self.memo.contains_key(&pack.rows[*d])).collect();
         new.dedup();
         let slots: Vec<Vec<u32>> = new.iter().map(|d| wanted(*d)).collect();
-        let state = |s: &u32| &pack.last[*s as usize * h..(*s as usize + 1) * h];
-        let states: Vec<f32> = slots.iter().flatten().flat_map(state).copied().collect();
-        if !states.is_empty() {
+        if slots.iter().any(|slots| !slots.is_empty()) {
+            let states = pack.last_at(slots.iter().flatten().map(|s| *s as usize), h);
             let (argmax, lse) = self.heads.tops(&mut self.tape, &states);
             let mut found = argmax.into_iter().zip(lse);
             for (doc, slots) in new.iter().zip(&slots) {
@@ -392,7 +391,7 @@ impl<K: TrainKernels> BlockTrain<K> {
             MaskLayout::Spans(Arc::clone(sights.as_ref().expect("made for the layers there are")))
         });
         let masks: Vec<MaskLayout> = masks.collect();
-        let features = self.tape.input(&pack.features, pack.len(), config.features_width());
+        let features = pack.features_on(&mut self.tape, config.features_width());
         let context = self.net.context(&mut self.tape, &self.weights, &features, &pack.positions);
         let mut attend = BlockAttend::new(heads, masks.into_iter().zip(context).collect());
         let (mut tokens, mut positions) = (Vec::new(), Vec::new());
@@ -507,12 +506,8 @@ impl<K: TrainKernels> BlockTrain<K> {
                 let weights: Vec<f32> = own.unwrap_or_else(all);
                 let times = |factor: f64| -> Vec<f32> { weights.iter().map(|w| w * factor as f32).collect() };
                 let h = self.net.config.layer.hidden_size;
-                let state = |r: &LossRow| {
-                    let at = r.label_slot as usize - 1;
-                    &pack.last[at * h..(at + 1) * h]
-                };
-                let states: Vec<f32> = rows.iter().flat_map(state).copied().collect();
-                let teacher = Some((&states[..], self.heads.part, full_lse.as_deref()));
+                let states = pack.last_at(rows.iter().map(|r| r.label_slot as usize - 1), h);
+                let teacher = Some((states.rows::<K>(), self.heads.part, full_lse.as_deref()));
                 let factors = (times(ce), times(l1));
                 let found = self.tape.token_loss(&parts, &labels, (&factors.0, &factors.1), teacher, grads);
                 stats.weight = sum(&weights);

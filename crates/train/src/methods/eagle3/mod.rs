@@ -288,7 +288,7 @@ impl<K: TrainKernels> Eagle3Train<K> {
         let mut attend = TttAttend::new(self.layout(pack), Arc::clone(&all), Arc::clone(&later));
         let config = &self.net.config;
         let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
-        let features = tape.input(&pack.features, slots, config.features_width());
+        let features = pack.features_on(tape, config.features_width());
         let mut hidden = net.project(tape, w, &features); // [S, H]
         if let Some(trace) = trace.as_deref_mut() {
             trace.projected = tape.values(hidden);

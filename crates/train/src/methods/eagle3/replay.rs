@@ -35,7 +35,7 @@ impl<K: TrainKernels> Replays for Eagle3Train<K> {
         let mut attend = TttAttend::new(self.layout(pack), all, Arc::from([]));
         let mut chains = Chains::new(pack, &self.vocab_map, &choices, steps);
         let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
-        let features = tape.input(&pack.features, pack.len(), net.config.features_width());
+        let features = pack.features_on(tape, net.config.features_width());
         let mut hidden = net.project(tape, w, &features); // [S, H]
         for k in 0..steps {
             let live: Vec<u32> = chains.live().iter().map(|anchor| anchor - 1).collect();

@@ -213,7 +213,7 @@ impl<K: TrainKernels> PEagleTrain<K> {
             scale: shape.scale(),
         };
         let (tape, net, w) = (&mut self.tape, &self.net, &self.weights);
-        let features = tape.input(&pack.features, slots, config.features_width());
+        let features = pack.features_on(tape, config.features_width());
         let mut hidden = net.project(tape, w, &features); // [S, H]
         if elements.len() > slots {
             let unknown = net.unknown(tape, w); // [1, H]
