@@ -285,7 +285,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // The longest row is cut to a pack.
         let text = format!(
-            "[target]\nsource = \"-\"\n[data]\nsources = [{{ path = \"-\" }}]\nmax_length = 64\n\
+            "[target]\nsource = \"-\"\n[data]\nsources = [{{ path = \"-\" }}]\nmax_length = 24\n\
              [draft]\nmethod = \"{kind}\"\nvocab_size = 293\ninit = \"random\"\nintermediate = 32\n\
              [draft.dflash]\nblock_size = 3\n[draft.dspark]\nblock_size = 3\nmarkov_rank = 8\n\
              [draft.p-eagle]\nlayers = 1\ndepths = 2\n\

@@ -417,7 +417,9 @@ mod shim {
     fn quickstart_on_the_kernels_for_cuda_proves_its_answers() {
         let home = home();
         let (tiny, draft) = (fixture("tiny-target"), fixture("tiny-drafts/eagle3"));
-        let ask = ["quickstart", "--target", &tiny, "--bundle", &draft, "--device", "cuda"];
+        let bundle = home.path().join("bundle").display().to_string();
+        home.run(&["bundle", "import", &draft, "--target", &tiny, "--out", &bundle, "--json"]).json();
+        let ask = ["quickstart", "--target", &tiny, "--bundle", &bundle, "--device", "cuda"];
         let found = home.run(&[&ask[..], &["--max-new-tokens", "4", "--json"]].concat()).json();
         assert_eq!(
             (&found["identical"], &found["device"]["name"]),

@@ -26,7 +26,7 @@ const SILENT: u32 = 7;
 const GRACE: Duration = Duration::from_secs(5);
 /// How long those behind rank 1 wait for it where rank 0 is gone.
 const SECOND: Duration = Duration::from_secs(2);
-/// What was said last is underway before the process ends.
+/// What was said last is underway before the process ends, and heard before another is missed.
 const LINGER: Duration = Duration::from_millis(100);
 /// A wait asks without a pause, then with short ones, then with longer ones.
 const EAGER: Duration = Duration::from_millis(1);
@@ -92,11 +92,11 @@ impl Shared {
         }
     }
 
-    /// Says something to all that nobody is talking to: in the middle of another's words a rank has a sign of life.
-    fn say_to_all(&self, kind: u8, words: &[u8]) {
+    /// A sign of life to all that nobody is talking to: others hear a word anyway.
+    fn beat(&self) {
         for side in self.sides.iter().flatten() {
             if let Ok(mut side) = side.try_lock() {
-                say(&mut side, kind, words);
+                say(&mut side, ALIVE, &[]);
             }
         }
     }
@@ -107,7 +107,13 @@ impl Shared {
             return;
         }
         told.iter().for_each(|told| (self.ends.tell)(told));
-        self.say_to_all(END, &[code]);
+        let until = Instant::now() + LINGER;
+        let mut left: Vec<_> = self.sides.iter().flatten().collect();
+        while !left.is_empty() && Instant::now() < until {
+            // One that somebody is talking to is next.
+            left.retain(|side| side.try_lock().map(|mut side| say(&mut side, END, &[code])).is_err());
+            std::thread::sleep(PAUSE);
+        }
         std::thread::sleep(LINGER);
         self.end(code);
     }
@@ -158,7 +164,7 @@ impl Shared {
     /// A rank is gone. Rank 0 says so, or the next one if it is rank 0; others do where these do not.
     fn lost(&self, other: usize, reason: &str) {
         let wait = match (self.rank, other) {
-            (0, _) | (1, 0) => Duration::ZERO,
+            (0, _) | (1, 0) => LINGER,
             (_, 0) => SECOND,
             _ => GRACE,
         };
@@ -207,6 +213,8 @@ impl Shared {
                 LAST_WORDS => *locked(&self.words) = Some(words),
                 END => {
                     if !self.ended.swap(true, Ordering::SeqCst) {
+                        // Others are to hear of the end before they miss this rank.
+                        std::thread::sleep(LINGER);
                         self.end(words.first().copied().unwrap_or(2));
                     }
                     return Ok(());
@@ -314,7 +322,7 @@ impl TcpLink {
         let beating = Arc::clone(&shared);
         std::thread::Builder::new().name("ranks".to_string()).spawn(move || {
             while ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
-                beating.say_to_all(ALIVE, &[]);
+                beating.beat();
             }
         })?;
         Ok(TcpLink { shared, _beats: beats })
