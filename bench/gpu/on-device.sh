@@ -77,6 +77,9 @@ torch_speed() {
     rm -f "$out/torch-$shape.in"
 }
 
+# A path that is there from wherever it is read; anything else (`hf:…`) as it is.
+place() { if [ -e "$1" ]; then realpath "$1"; else printf '%s' "$1"; fi; }
+
 # A run file for a target: answers, states as they are asked for, training, validation.
 run_file() {
     cat <<END
@@ -86,9 +89,9 @@ dir = "$out/run"
 seed = 7
 device = "cuda"
 [target]
-source = "$1"
+source = "$(place "$1")"
 [data]
-sources = [{ path = "${PROMPTS:-$here/../../fixtures/tiny-target/prompts-train.jsonl}" }]
+sources = [{ path = "$(place "${PROMPTS:-$here/../../fixtures/tiny-target/prompts-train.jsonl}")" }]
 max_length = ${LENGTH:-1024}
 [regenerate]
 enabled = true
@@ -141,9 +144,10 @@ scale() {
         echo '{"stage": "scale", "ok": false, "error": "no answer in two fifths of the time: see scale.txt"}' | tee -a "$out/scale.jsonl"
         return 1
     fi
-    # What is there is enough: the stage ends with these, and training begins.
+    # What is there is enough: the stage ends with most of these, and training begins. Held-out rows are counted among them, and the
+    # first rows that are not done yet, which were under way, would have to be answered again.
     left=$((seconds - ($(date +%s) - began)))
-    [ -n "$whole" ] || set -- "$@" "regenerate.max_tokens=$tokens"
+    [ -n "$whole" ] || set -- "$@" "regenerate.max_tokens=$((tokens * 9 / 10))"
     timed training "$left" train "$@"
     kept=(scale.toml scale.jsonl scale.txt)
     for path in run/run.toml run/state run/regenerate/answers.jsonl run/train/log.jsonl run/train/best run/train/last; do
