@@ -74,13 +74,16 @@ pub(crate) struct Rates {
     beside_repeat: f32,
     /// Steps of that kind in which the draft was left out since it was last asked.
     left_out: usize,
-    /// Time, in plain steps, and tokens of the steps in which the draft was asked.
+    /// Time, in plain steps, and tokens of the steps in which the draft was asked; how many those were, up to a window.
     asked: (f32, f32),
+    asks: usize,
     /// Time that may be spent on reading texts anew for a draft that may not be worth it, in plain steps.
     spare: f32,
     /// Tokens of this answer so far, and of an answer on average.
     tokens: f32,
     answer: f32,
+    /// Steps in which the draft was asked since it last rested.
+    awake: usize,
     /// Steps until the draft is tried again.
     paused: usize,
     next_pause: usize,
@@ -110,9 +113,11 @@ impl Default for Rates {
             beside_repeat: 0.0,
             left_out: 0,
             asked: (1.5, 2.0),
+            asks: 0,
             spare: 0.0,
             tokens: 0.0,
             answer: 128.0,
+            awake: 0,
             paused: FIRST_LOOK,
             next_pause: PAUSE,
             looked: None,
@@ -225,6 +230,10 @@ const LONGEST_PAUSE: usize = 1024;
 const LOSS: f32 = -0.02;
 /// and what became of the promises: more than chance makes of a draft that neither gains nor loses.
 const LONG_LOSS: f32 = -0.08;
+/// Steps after which a draft must have promised this much on average, where several sequences are decoded: what proposals take there
+/// beside passes and draft steps is not measured, and waiting for a loss to show takes as long as a short answer.
+const SHOWN: usize = 12;
+const LEAST_BESIDE: f32 = 0.02;
 /// Length from which on a repetition counts as long: the draft may then be left out.
 const LONG_REPEAT: usize = 4;
 /// Steps with a long repetition after which the draft is asked all the same.
@@ -238,6 +247,17 @@ const CARRIED_PAUSE: usize = 48;
 #[derive(Debug)]
 pub(crate) struct Pacer {
     rates: Rates,
+}
+
+/// What stands before a draft's first proposals.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    /// It has to read the text first,
+    is_behind: bool,
+    /// which takes so many plain steps.
+    steps: f32,
+    /// What a further row of the pass takes of what an accepted token saves.
+    row: f32,
 }
 
 /// A node that may be proposed.
@@ -527,8 +547,12 @@ impl<'a, K: Kernels> Growing<'a, K> {
             grown.repeat = Some(((tokens - rows_ms / plain).max(0.0), m.length >= LONG_REPEAT));
         }
         let behind = seed.session.as_ref().map_or(0, |session| session.behind(seed.text.len()));
-        let reading = in_units(behind as f32 * costs.read_row_ms, plain);
-        if rates.paused > 0 || !rates.is_worth_asking(&grown, behind > 0, reading, seed.room) {
+        let reading = Reading {
+            is_behind: behind > 0,
+            steps: in_units(behind as f32 * costs.read_row_ms, plain),
+            row: in_units(costs.cheapest_row(load.rows), price).min(1.0),
+        };
+        if rates.paused > 0 || !rates.is_worth_asking(&grown, reading, seed.room) {
             seed.session = None;
         }
         Growing { seed, price, candidates: Vec::new(), roots: Vec::new(), grown }
@@ -684,20 +708,24 @@ impl Rates {
 
     /// Whether the draft is to be asked, if it is awake: not where a long repetition has shown to do without it, and
     /// not where reading what it missed takes longer than the rest of the answer would gain.
-    fn is_worth_asking(&mut self, grown: &Grown, is_behind: bool, reading: f32, room: usize) -> bool {
+    fn is_worth_asking(&mut self, grown: &Grown, reading: Reading, room: usize) -> bool {
         if self.beside_repeat < 0.0 && grown.repeat.is_some_and(|(_, is_long)| is_long) {
             self.left_out += 1;
             if self.left_out < LOOK_BESIDE {
                 return false;
             }
         }
-        if is_behind {
-            let saved = (1.0 - self.asked.0 / self.asked.1).max(0.0);
-            if saved * self.answer.min(room as f32) <= reading {
-                if self.spare < reading {
+        if reading.is_behind {
+            let mut saved = (1.0 - self.asked.0 / self.asked.1).max(0.0);
+            if self.asks < WINDOW as usize {
+                // Not known yet. Of a draft that is as often sure as unsure, what is likelier than a row is dear.
+                saved = saved.min((1.0 - reading.row).powi(2) / 2.0);
+            }
+            if saved * self.answer.min(room as f32) <= reading.steps {
+                if self.spare < reading.steps {
                     return false;
                 }
-                self.spare -= reading;
+                self.spare -= reading.steps;
             }
         }
         self.left_out = 0;
@@ -783,10 +811,14 @@ impl Pacer {
         }
         rates.asked.0 += (1.0 + extra - rates.asked.0) / WINDOW;
         rates.asked.1 += (committed - rates.asked.1) / WINDOW;
+        rates.asks = (rates.asks + 1).min(WINDOW as usize);
         rates.promised += (expected - extra - without - rates.promised) / WINDOW;
         rates.kept += (committed - 1.0 - extra - without - rates.kept) / LONG_WINDOW;
-        if (rates.promised < LOSS || rates.kept < LONG_LOSS) && costs.draft_step_ms.max(costs.extend_ms) > 0.0
-        {
+        rates.awake += 1;
+        let is_idle = !load.is_alone() && rates.awake >= SHOWN && rates.promised < LEAST_BESIDE;
+        let is_losing = rates.promised < LOSS || rates.kept < LONG_LOSS;
+        if (is_losing || is_idle) && costs.draft_step_ms.max(costs.extend_ms) > 0.0 {
+            rates.awake = 0;
             rates.paused = rates.next_pause;
             rates.next_pause = (rates.next_pause * 2).min(LONGEST_PAUSE);
             (rates.promised, rates.kept) = (0.0, 0.0);
@@ -1072,18 +1104,29 @@ mod tests {
     #[test]
     fn a_text_is_read_for_a_draft_where_the_rest_of_the_answer_pays_for_it() {
         let costs = Costs { read_row_ms: 1.6, ..costs(&[(1, 44.0), (8, 46.0), (32, 90.0)], 10.0) };
-        let is_asked = |pacer: &mut Pacer, behind: usize, room: usize| {
+        let is_asked_at = |costs: &Costs, load: Load, pacer: &mut Pacer, behind: usize, room: usize| {
             let mut session = Reading(behind);
             let text = &[1, 2, 3];
             let (lookup, repetition, sampling) = (None, None, &Sampling::GREEDY);
             let session: Option<&mut dyn DrafterSession<Cpu>> = Some(&mut session);
             let seed = Seed { pacer, session, repetition, lookup, text, room, sampling };
-            grow(&costs, ALONE, Some(&Sure(0.9)), vec![seed]).remove(0).root_share > 0.0
+            grow(costs, load, Some(&Sure(0.9)), vec![seed]).remove(0).root_share > 0.0
         };
+        let is_asked = |pacer: &mut Pacer, behind, room| is_asked_at(&costs, ALONE, pacer, behind, room);
         assert!(is_asked(&mut awake(), 0, 3));
         assert!(is_asked(&mut awake(), 500, 400));
         assert!(!is_asked(&mut awake(), 500, 20), "the answer ends before");
         assert!(!is_asked(&mut awake(), 4000, 400), "a long prompt");
+        // Beside so many others that a row costs nearly what a token does, a draft that nobody knows yet is not read for.
+        let full =
+            Costs { read_row_ms: 0.1, ..self::costs(&[(1, 37.8), (4, 39.5), (8, 52.7), (16, 97.1)], 0.4) };
+        for (sequences, wanted) in [(1, true), (3, true), (8, false)] {
+            let load = Load { rows: sequences, sequences };
+            assert_eq!(is_asked_at(&full, load, &mut awake(), 100, 60), wanted, "{sequences}");
+            let mut known = awake();
+            (known.rates.asked, known.rates.asks) = ((1.1, 1.4), WINDOW as usize);
+            assert!(is_asked_at(&full, load, &mut known, 100, 60), "{sequences}");
+        }
         // One that gained nothing: a text is read for it rarely, so that all of it takes a hundredth of the time.
         let mut useless = awake();
         useless.rates.asked = (1.3, 1.2);

@@ -116,6 +116,8 @@ struct Sim {
     levels: usize,
 }
 
+/// Share of a pass of several sequences that proposals cost beside what is known.
+const UNSEEN: f32 = 0.02;
 const TOKENS: u64 = 3000;
 /// Tokens of an answer.
 const ANSWER: u64 = 100;
@@ -229,7 +231,8 @@ impl Sim {
             let steps: f32 = grown.iter().map(|g| g.draft_steps).sum();
             let pass_ms = costs.verify(rows);
             let elapsed_ms = pass_ms + costs.root_pass(asked) + steps * costs.draft_step_ms;
-            time += elapsed_ms;
+            // Beside what costs know, a step with proposals takes somewhat longer.
+            time += elapsed_ms + if asked > 0 { UNSEEN * pass_ms } else { 0.0 };
             for ((grown, pacer), place) in grown.iter().zip(&mut pacers).zip(&mut places) {
                 let accepted = right(grown, *place);
                 let committed = accepted.len() + 1;
@@ -314,6 +317,22 @@ fn costs(verify: &[(usize, f32)], draft_step_ms: f32, extend_ms: f32) -> Costs {
 /// A 1.5B target on two cores.
 fn large() -> Costs {
     costs(&[(1, 44.6), (2, 44.9), (4, 45.5), (8, 57.0), (16, 103.0), (32, 190.0)], 1.4, 2.0)
+}
+
+/// The same where memory is fast for its cores: a row costs nearly what a sequence does.
+fn wide() -> Costs {
+    let verify = [
+        (1, 37.8),
+        (2, 38.1),
+        (4, 39.5),
+        (6, 45.2),
+        (8, 52.7),
+        (12, 75.9),
+        (16, 97.1),
+        (24, 144.0),
+        (32, 192.6),
+    ];
+    Costs { draft_row_ms: 0.05, extend_row_ms: 0.1, ..costs(&verify, 0.39, 0.6) }
 }
 
 /// A 135M target: a draft step is a large part of a pass.
@@ -454,6 +473,7 @@ fn several_sequences_are_never_slower_than_without_a_draft() {
     let (mut lines, mut short) = (String::new(), 0);
     for (name, real, levels) in [
         ("chain", large(), 1),
+        ("chain on fast memory", wide(), 1),
         ("chain on a small target", Costs { draft_row_ms: 0.1, extend_row_ms: 0.15, ..small() }, 1),
         ("small model", with_small(large(), 0.3), 1),
         ("block", Costs { extend_ms: 3.0, extend_row_ms: 0.8, draft_step_ms: 0.0, ..large() }, 7),
@@ -468,7 +488,7 @@ fn several_sequences_are_never_slower_than_without_a_draft() {
                 let made = Made { worse, decay: 0.93, seed: 9 };
                 let sim = Sim { real: real.clone(), load: calm, noise: 0.0, made, levels };
                 let speedup = sim.together(count);
-                short += usize::from(speedup < 0.97);
+                short += usize::from(speedup < 0.98);
                 lines += &format!("{name}, draft {worse}, {count} sequences: {speedup:.3}\n");
             }
         }
