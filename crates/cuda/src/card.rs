@@ -17,11 +17,11 @@ use crate::source::{Compiler, PTX_CUDA, ptx, text};
 const WORKSPACE: usize = 32 << 20;
 
 /// The context of a device, kept while anything of it lives.
-struct Context {
-    api: Arc<DriverApi>,
+pub(crate) struct Context {
+    pub(crate) api: Arc<DriverApi>,
     device: c_int,
     context: Handle,
-    stream: Handle,
+    pub(crate) stream: Handle,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current there, which `enter` sees to.
@@ -30,7 +30,7 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    fn enter(&self) -> Result<(), CudaError> {
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
         // SAFETY: the context lives as long as `self`.
         self.api.check("cuCtxSetCurrent", unsafe { (self.api.context_set)(self.context) })
     }
@@ -52,6 +52,13 @@ impl Drop for Context {
 pub struct CardMemory {
     context: Arc<Context>,
     pointer: u64,
+}
+
+impl CardMemory {
+    /// The address of a byte.
+    pub(crate) fn address(&self, offset: usize) -> u64 {
+        self.pointer + offset as u64
+    }
 }
 
 impl Drop for CardMemory {
@@ -167,6 +174,27 @@ impl Card {
     /// The card.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// What its work is ordered by.
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// The CUDA that the driver knows.
+    pub fn driver(&self) -> CudaVersion {
+        self.driver
+    }
+
+    /// What tells this card, or the part of one, from all others.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    pub fn uuid(&self) -> Result<String, CudaError> {
+        let (api, mut uuid) = (&self.context.api, [0u8; 16]);
+        // SAFETY: sixteen bytes are written.
+        api.check("cuDeviceGetUuid", unsafe { (api.device_uuid)(&mut uuid, self.context.device) })?;
+        Ok(uuid.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The version of cuBLASLt.
