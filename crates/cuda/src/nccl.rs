@@ -1,7 +1,7 @@
 //! Messages between cards by NCCL, each card in a process of its own.
 
 use std::ffi::c_int;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_micros(50);
 
 /// The library, loaded.
 pub struct Nccl {
-    api: NcclApi,
+    api: Arc<NcclApi>,
     path: PathBuf,
     version: String,
 }
@@ -32,7 +32,9 @@ impl Nccl {
     /// [`CudaError::MissingLibrary`], or a library that lacks a function or does not say its version.
     pub fn open(search: &Search, driver: CudaVersion) -> Result<Nccl, CudaError> {
         let (library, path) = search.open(Library::Nccl, driver)?;
-        let (api, mut version) = (NcclApi::load(library, &path)?, 0);
+        let (api, mut version) = (Arc::new(NcclApi::load(library, &path)?), 0);
+        // Never unloaded: threads of the library's own may still end when the last handle is gone.
+        std::mem::forget(Arc::clone(&api));
         // SAFETY: one number is written.
         api.check("ncclGetVersion", unsafe { (api.version)(&mut version) })?;
         Ok(Nccl { api, path, version: nccl_version(version) })
@@ -44,7 +46,7 @@ impl Nccl {
     }
 
     /// Where it is.
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -64,7 +66,7 @@ impl Nccl {
     /// # Errors
     /// A meeting that none is, or whatever keeps the cards from each other.
     pub fn join(
-        self,
+        &self,
         card: &Card,
         meeting: &[u8],
         (rank, ranks): (usize, usize),
@@ -80,7 +82,7 @@ impl Nccl {
         // SAFETY: a handle is written to a handle; the id goes by value, as the header says; the card's context is current.
         let joined = unsafe { (self.api.init_rank)(&mut comm, number_of_ranks, UniqueId(id), number) };
         self.api.check(CALL, joined)?;
-        Ok(NcclLink { api: self.api, comm: Mutex::new(Some(Comm(comm))), context })
+        Ok(NcclLink { api: Arc::clone(&self.api), comm: Mutex::new(Some(Comm(comm))), context })
     }
 }
 
@@ -92,7 +94,7 @@ unsafe impl Send for Comm {}
 
 /// The way from a card to those of the other processes.
 pub struct NcclLink {
-    api: NcclApi,
+    api: Arc<NcclApi>,
     /// None once something failed: then nothing goes this way any more.
     comm: Mutex<Option<Comm>>,
     /// Kept so that the card outlives the handle.

@@ -69,3 +69,126 @@ pub(crate) fn join_slices<B>(peers: &dyn Peers<B>, buf: &mut B, slices: &[Range<
     peers.exchange(&mut [buf], &outgoing, &incoming);
     bytes(&outgoing)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use draftsmith_cuda::shim::{Shim, ShimLink, links};
+    use draftsmith_cuda::{Cuda, CudaOptions};
+    use draftsmith_kernels::{Memory, catch_failure};
+
+    use super::*;
+    use crate::ranks::threads::on_ranks;
+    use crate::{Collective, Rng, Slices};
+
+    fn device(link: Option<ShimLink>) -> Cuda<Shim> {
+        let folder = std::env::current_exe().unwrap().with_file_name("cuda-shim");
+        std::fs::create_dir_all(&folder).unwrap();
+        let device = Cuda::new(Shim::new(&folder).unwrap(), CudaOptions::default());
+        match link {
+            Some(link) => device.with_peers(link),
+            None => device,
+        }
+    }
+
+    /// Sums whose own sum depends on its order.
+    fn pieces(tree: &SumTree, rank: usize, len: usize) -> Vec<Vec<f32>> {
+        let mut rng = Rng::new(9, &[rank as u64, tree.pieces().len() as u64]);
+        let mut value = |x: f32| x * 10f32.powi(rng.below(7) as i32);
+        let normal = |i: usize| Rng::new(8, &[rank as u64, i as u64]).normal(len, 1.0);
+        tree.pieces_of(rank)
+            .enumerate()
+            .map(|(i, _)| normal(i).into_iter().map(&mut value).collect())
+            .collect()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|x| x.to_bits()).collect()
+    }
+
+    /// A rank's sum of pieces that it has, over devices or over hosts; with the bytes that it sent.
+    fn sum(
+        collective: &dyn Collective,
+        link: Option<ShimLink>,
+        tree: &SumTree,
+        (slices, to_all): (&[Range<usize>], bool),
+    ) -> (Vec<u32>, u64) {
+        let (rank, len) = (collective.rank(), slices.iter().map(|slice| slice.end).max().unwrap());
+        let pieces = pieces(tree, rank, len);
+        let Some(link) = link else {
+            let mine = collective.sum_slice(tree, pieces, slices);
+            let mine = if to_all { collective.join_slices(&mine, slices) } else { mine };
+            return (bits(&mine), collective.sent_bytes());
+        };
+        let k = device(Some(link));
+        let mut bufs: Vec<_> = pieces.iter().map(|piece| k.upload(piece)).collect();
+        if bufs.is_empty() {
+            bufs.push(k.zeros(len));
+        }
+        let (peers, copied) = (k.peers().unwrap(), k.launcher().copied());
+        let mut all: Vec<_> = bufs.iter_mut().collect();
+        let mut sent = sum_slice((&k, peers), tree, &mut all, slices, rank);
+        if to_all {
+            sent += join_slices(peers, all.pop().unwrap(), slices, rank);
+        }
+        assert_eq!(k.launcher().copied(), copied, "nothing goes over the host");
+        let own = if to_all { 0..len } else { slices[rank].clone() };
+        let mut found = vec![0.0; own.len()];
+        k.download(bufs.last().unwrap(), own.start, &mut found);
+        (bits(&found), sent)
+    }
+
+    #[test]
+    fn sums_over_devices_have_the_bits_of_sums_over_hosts() {
+        device(None);
+        let orders = Mutex::new(0);
+        for (count, len) in [(1, 70), (2, 1), (3, 200), (4, 33), (5, 130), (8, 64)] {
+            for ranks in 2..=4 {
+                let ends = || Mutex::new(links(ranks).into_iter().map(Some).collect::<Vec<_>>());
+                for to_all in [true, false] {
+                    let (ends, tree) = (ends(), SumTree::new(count, ranks));
+                    let wanted = on_ranks(ranks, |collective| {
+                        let slices = Slices::of_lines(collective).of(count, len);
+                        sum(collective, None, &tree, (&slices, to_all))
+                    });
+                    let found = on_ranks(ranks, |collective| {
+                        let slices = Slices::of_lines(collective).of(count, len);
+                        let link = ends.lock().unwrap()[collective.rank()].take();
+                        sum(collective, link, &tree, (&slices, to_all))
+                    });
+                    assert_eq!(found, wanted, "{count} micro-batches over {ranks}, {len} values");
+                }
+                // Whether the order can be told from the bits.
+                let tree = SumTree::new(count, ranks);
+                let all: Vec<Vec<f32>> = (0..ranks).flat_map(|rank| pieces(&tree, rank, len)).collect();
+                let of = |all: &[Vec<f32>]| {
+                    let add = |sum: Vec<f32>, x: &Vec<f32>| sum.iter().zip(x).map(|(a, b)| a + b).collect();
+                    all.iter().fold(vec![0.0; len], add)
+                };
+                let turned: Vec<Vec<f32>> = all.iter().rev().cloned().collect();
+                *orders.lock().unwrap() += usize::from(bits(&of(&all)) != bits(&of(&turned)));
+            }
+        }
+        assert!(*orders.lock().unwrap() > 5, "the values tell orders apart");
+    }
+
+    #[test]
+    fn mistakes_in_an_exchange_are_found() {
+        let mut ends = links(2);
+        let k = device(Some(ends.remove(0)));
+        let mut buf = k.zeros(8);
+        let part = |rank, values| Part { rank, buf: 0, values };
+        let peers = k.peers().unwrap();
+        let mut failed = |outgoing: &[Part], incoming: &[Part]| {
+            catch_failure(|| peers.exchange(&mut [&mut buf], outgoing, incoming)).unwrap_err().message
+        };
+        let overlap = failed(&[part(1, 0..4)], &[part(1, 3..5)]);
+        assert_eq!(overlap, "an exchange failed: what comes in overlaps another message");
+        assert!(failed(&[], &[part(1, 0..2), part(1, 1..2)]).contains("overlaps"));
+        assert!(failed(&[part(0, 0..1)], &[]).contains("a message to nobody else"));
+        assert!(failed(&[part(2, 0..1)], &[]).contains("a message to nobody else"));
+        drop(ends);
+        assert!(failed(&[part(1, 0..1)], &[]).contains("another thread is gone"));
+    }
+}
