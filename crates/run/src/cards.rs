@@ -172,12 +172,15 @@ mod tests {
         }
     }
 
-    /// What each rank comes to: what it joined, or why not; and how often a meeting was asked for.
+    /// What a rank joined, or why it did not; or what failed.
+    type Decided = Result<Result<String, String>, String>;
+
+    /// What each rank comes to, and how often a meeting was asked for.
     fn decided(
         ranks: usize,
         offer_of: impl Fn(usize) -> Offer + Sync,
         meeting: Result<Vec<u8>, CudaError>,
-    ) -> (Vec<Result<Result<String, String>, String>>, usize) {
+    ) -> (Vec<Decided>, usize) {
         let asked = AtomicUsize::new(0);
         let found = on_ranks(ranks, |collective| {
             let rank = collective.rank();

@@ -190,3 +190,21 @@ fn a_device_without_peers_has_none_and_a_missing_library_is_named() {
     let error = Nccl::open(&search, CudaVersion(12080)).err().expect("no NCCL");
     assert!(matches!(error, CudaError::MissingFunction { symbol: "ncclGetVersion", .. }), "{error}");
 }
+
+#[test]
+fn nccl_library_is_called_as_it_wants() {
+    let folder = std::env::var_os("DRAFTSMITH_TEST_NCCL")
+        .expect("DRAFTSMITH_TEST_NCCL names the folder of NCCL, on a machine without a card");
+    let (_folder, mut search) = libraries(&crate::card::GOOD, true);
+    search.folders.push(folder.into());
+    let card = Card::open(&search, 0).unwrap();
+    let nccl = Nccl::open(&search, card.driver()).unwrap();
+    assert!(nccl.version().starts_with("2."), "{}", nccl.version());
+    // A place to meet needs no card, and goes by value to what does.
+    let meeting = nccl.meeting().unwrap();
+    assert!(meeting.len() == 128 && meeting.iter().any(|byte| *byte != 0), "{meeting:?}");
+    let error = nccl.join(&card, &meeting, (0, 1)).err().expect("no card");
+    let CudaError::Nccl { call: "ncclCommInitRank", reason } = &error else { panic!("{error}") };
+    assert!(reason.starts_with("unhandled cuda error"), "{reason}");
+    assert!(reason.contains("CUDA driver version is insufficient"), "{reason}");
+}
