@@ -136,8 +136,16 @@ pub(crate) fn linked(
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::collections::HashMap;
+    use std::path::Path;
+    use std::process::Command;
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use draftsmith_core::report::{Report, Unit};
+    use draftsmith_cuda::CudaOptions;
+    use draftsmith_kernels::TrainKernels;
     use draftsmith_train::ranks::threads::on_ranks;
 
     use super::*;
@@ -214,5 +222,110 @@ mod tests {
         assert_eq!(asked, 1);
         assert_eq!(found[0], Err("ncclGetUniqueId failed: no network".to_string()));
         assert_eq!(found[1], Err("rank 0 cannot begin with NCCL".to_string()));
+    }
+
+    /// A folder with the libraries of the crate `cuda`'s tests, which need no card.
+    fn libraries(with_nccl: bool) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cuda/tests/fake");
+        let nccl = with_nccl.then_some(("nccl.c", "libnccl.so.2"));
+        let all = [("driver.c", "libcuda.so.1"), ("cublaslt.c", "libcublasLt.so.12")];
+        for (source, library) in all.into_iter().chain(nccl) {
+            let mut command = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".to_owned()));
+            command.args(["-O1", "-w", "-fPIC", "-shared", "-DVERSION=13000", "-DDEVICES=4", "-DMAJOR=9"]);
+            command.arg("-DMEMORY=(80ull<<30)").arg("-o").arg(folder.path().join(library));
+            let done = command.arg(sources.join(source)).output().expect("a C compiler");
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        }
+        folder
+    }
+
+    thread_local! {
+        /// What the variables of a rank say.
+        static VARIABLES: RefCell<HashMap<&'static str, String>> = RefCell::default();
+    }
+
+    fn variable(name: &str) -> Option<String> {
+        VARIABLES.with_borrow(|all| all.get(name).cloned())
+    }
+
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<String>>);
+
+    impl Report for Notes {
+        fn begin(&self, _: &str, _: Option<u64>, _: Unit) {}
+        fn at(&self, _: u64) {}
+        fn detail(&self, _: &str) {}
+        fn end(&self) {}
+        fn note(&self, line: &str) {
+            self.0.lock().unwrap().push(line.to_string());
+        }
+    }
+
+    /// Whether each rank's card has peers, with what the rank is told.
+    fn linked_on(
+        folder: &Path,
+        cards: &[usize],
+        switch: impl Fn(usize) -> Option<&'static str> + Sync,
+    ) -> Vec<Result<(bool, Vec<String>), String>> {
+        on_ranks(cards.len(), |collective| {
+            let rank = collective.rank();
+            VARIABLES.with_borrow_mut(|all| {
+                all.insert("DRAFTSMITH_CUDA_LIBS", folder.display().to_string());
+                all.extend(switch(rank).map(|value| (SWITCH, value.to_string())));
+            });
+            let notes = Notes::default();
+            let around = Around { variable, python: Path::new("no-such-python"), report: &notes };
+            let card = Card::open(&around.search(), cards[rank]).unwrap();
+            let cuda = Cuda::new(card, CudaOptions::default());
+            let linked = linked(&cuda, collective, around).map_err(|error| error.to_string())?;
+            Ok((linked.peers().is_some(), notes.0.into_inner().unwrap()))
+        })
+    }
+
+    #[track_caller]
+    fn check(found: Vec<Result<(bool, Vec<String>), String>>, has_peers: bool, begins: &str) {
+        for found in found {
+            let (peers, notes) = found.unwrap();
+            assert_eq!(peers, has_peers, "{notes:?}");
+            assert!(notes.len() == 1 && notes[0].starts_with(begins), "{notes:?}");
+        }
+    }
+
+    #[test]
+    fn cards_are_linked_where_all_can_be_and_the_user_is_told_what_happens() {
+        let folder = libraries(true);
+        let nothing = |_| None;
+        check(
+            linked_on(folder.path(), &[0, 1, 2], nothing),
+            true,
+            "train: gradients go from card to card by NCCL 2.30.7, which never ran on a card so far",
+        );
+        check(
+            linked_on(folder.path(), &[0, 1, 0], nothing),
+            false,
+            "train: gradients go through host memory: ranks 0 and 2 share a card",
+        );
+        check(
+            linked_on(folder.path(), &[0, 1], |rank| (rank == 1).then_some("off")),
+            false,
+            "train: gradients go through host memory: rank 1 was started with DRAFTSMITH_NCCL=off",
+        );
+        assert_eq!(linked_on(folder.path(), &[0], nothing), [Ok((false, Vec::new()))], "one alone");
+        let wrong = linked_on(folder.path(), &[0, 1], |_| Some("on"));
+        assert_eq!(wrong, vec![Err("`DRAFTSMITH_NCCL` is `on`".to_string()); 2]);
+    }
+
+    #[test]
+    fn a_missing_library_leaves_the_way_over_the_host_and_names_the_package() {
+        let folder = libraries(false);
+        let found = linked_on(folder.path(), &[0, 1], |_| None);
+        // (Unless the system has one, which this driver cannot serve.)
+        if found.iter().any(Result::is_err) {
+            return;
+        }
+        let notes = found[0].clone().unwrap().1;
+        assert!(notes[0].contains("`pip install nvidia-nccl-cu13`"), "{notes:?}");
+        check(found, false, "train: gradients go through host memory: rank 0: `libnccl.so.2` was not found");
     }
 }
