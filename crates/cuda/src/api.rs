@@ -222,7 +222,6 @@ functions! {
         group_start = "ncclGroupStart"();
         group_end = "ncclGroupEnd"();
         async_error = "ncclCommGetAsyncError"(Handle, *mut c_int);
-        abort = "ncclCommAbort"(Handle);
         destroy = "ncclCommDestroy"(Handle);
         error_text = "ncclGetErrorString"(c_int) -> *const c_char;
         last_error = "ncclGetLastError"(Handle) -> *const c_char;

@@ -117,6 +117,12 @@ pub trait DeviceLink<M>: Send + Sync {
     /// # Errors
     /// A message that the library refuses, or another process that is lost.
     fn exchange(&self, outgoing: &[Message<'_, M>], incoming: &[Message<'_, M>]) -> Result<(), CudaError>;
+    /// Gives up what the link takes of the device. All processes call this, and it returns when all have: where something failed
+    /// nobody does. Nothing is exchanged afterwards.
+    ///
+    /// # Errors
+    /// What the library says.
+    fn end(&self) -> Result<(), CudaError>;
 }
 
 /// A device. Everything runs in the order of the calls.

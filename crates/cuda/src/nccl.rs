@@ -92,12 +92,12 @@ struct Comm(Handle);
 // SAFETY: the library's handles may be used from any thread, by one at a time, which their lock sees to.
 unsafe impl Send for Comm {}
 
-/// The way from a card to those of the other processes.
+/// The way from a card to those of the other processes. If it is not ended it stays to the end of the process: without the others
+/// the library may wait for ever there.
 pub struct NcclLink {
     api: Arc<NcclApi>,
-    /// None once something failed: then nothing goes this way any more.
+    /// None once it was ended.
     comm: Mutex<Option<Comm>>,
-    /// Kept so that the card outlives the handle.
     context: Arc<Context>,
 }
 
@@ -166,29 +166,24 @@ impl DeviceLink<CardMemory> for NcclLink {
         if outgoing.is_empty() && incoming.is_empty() {
             return Ok(());
         }
-        let mut held = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+        self.context.enter()?;
+        let held = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
         let comm = held.as_ref().map(|comm| comm.0).ok_or_else(|| CudaError::Nccl {
             call: "an exchange between cards",
-            reason: "an earlier one failed".to_owned(),
+            reason: "the way between them was given up".to_owned(),
         })?;
-        self.context.enter()?;
         let done = self.start(comm, outgoing, incoming).and_then(|()| self.wait(comm));
         if done.is_err() {
-            *held = None;
-            // SAFETY: the handle was made by the library and is given up once; what still runs of it ends.
-            unsafe { (self.api.abort)(comm) };
+            self.context.give_up();
         }
         done
     }
-}
 
-impl Drop for NcclLink {
-    fn drop(&mut self) {
-        let comm = self.comm.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Comm(comm)) = comm.filter(|_| self.context.enter().is_ok()) else { return };
-        // Ending in peace waits for the others, which do not come where something failed.
-        let end = if std::thread::panicking() { self.api.abort } else { self.api.destroy };
+    fn end(&self) -> Result<(), CudaError> {
+        self.context.enter()?;
+        let mut held = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Comm(comm)) = held.take() else { return Ok(()) };
         // SAFETY: the handle was made by the library and is given up once; the context is current.
-        unsafe { end(comm) };
+        self.api.check("ncclCommDestroy", unsafe { (self.api.destroy)(comm) })
     }
 }

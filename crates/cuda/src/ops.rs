@@ -116,6 +116,14 @@ impl<L: Launcher> Cuda<L> {
         Cuda { link: Some(Arc::new(link)), ..self }
     }
 
+    /// Gives up the way to the devices of other processes, as all of them do: [`DeviceLink::end`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn end_peers(&self) -> Result<(), CudaError> {
+        self.link.as_ref().map_or(Ok(()), |link| link.end())
+    }
+
     /// The device.
     pub fn launcher(&self) -> &L {
         &self.pool.launcher

@@ -1,9 +1,8 @@
 //! [`Peers`] of a device: buffers to places in memory, messages by the device's own link.
 
-use draftsmith_kernels::train::Columns;
-use draftsmith_kernels::{Part, Peers, TrainKernels};
+use draftsmith_kernels::{Part, Peers};
 
-use crate::launcher::{Launcher, Message};
+use crate::launcher::{Arg, Launcher, Message};
 use crate::memory::Buf;
 use crate::ops::Cuda;
 
@@ -29,7 +28,13 @@ impl<L: Launcher> Peers<Buf<L>> for Cuda<L> {
         accumulate: bool,
     ) {
         assert!(from_at + len <= from.capacity && to_at + len <= to.capacity, "whole parts");
-        let columns = |from| Columns { stride: from + len, from };
-        self.copy_cols((from, columns(from_at)), (to, columns(to_at)), 1, len, accumulate);
+        to.changed();
+        let args = [
+            Arg::Buffer(from.place(from_at)),
+            Arg::Buffer(to.place(to_at)),
+            Arg::I64(len as i64),
+            Arg::I32(accumulate.into()),
+        ];
+        self.over(len, "add_to", &args);
     }
 }

@@ -398,4 +398,8 @@ impl DeviceLink<ShimMemory> for ShimLink {
         }
         Ok(())
     }
+
+    fn end(&self) -> Result<(), CudaError> {
+        Ok(())
+    }
 }

@@ -279,6 +279,7 @@ mod tests {
             let card = Card::open(&around.search(), cards[rank]).unwrap();
             let cuda = Cuda::new(card, CudaOptions::default());
             let linked = linked(&cuda, collective, around).map_err(|error| error.to_string())?;
+            assert_eq!(linked.end_peers(), Ok(()));
             Ok((linked.peers().is_some(), notes.0.into_inner().unwrap()))
         })
     }

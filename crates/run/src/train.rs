@@ -72,7 +72,12 @@ impl Run<'_> {
             Compute::Gpu(gpu) => self.train_on(gpu.clone(), dir, key, report),
             Compute::Cuda(cuda) => {
                 let around = Around { variable: self.env.variable, python: &self.env.places.python, report };
-                self.train_on(linked(cuda, self.env.ranks.collective(), around)?, dir, key, report)
+                let linked = linked(cuda, self.env.ranks.collective(), around)?;
+                let trained = self.train_on(linked.clone(), dir, key, report)?;
+                if let Err(error) = linked.end_peers() {
+                    report.note(&format!("train: all is done, but {error}"));
+                }
+                Ok(trained)
             }
             #[cfg(feature = "cuda-shim")]
             Compute::Shim(shim) => self.train_on(shim.clone(), dir, key, report),

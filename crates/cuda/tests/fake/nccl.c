@@ -38,14 +38,13 @@ struct op {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static struct message *messages;
-static int meetings, came[256][MOST], open_comms, aborted;
+static int meetings, came[256][MOST], gone[256], open_comms;
 static _Thread_local int depth, num_ops;
 static _Thread_local struct op ops[256];
 static _Thread_local const char *last = "";
 
 // What tests ask beside the library's functions.
 int fake_open(void) { return open_comms; }
-int fake_aborted(void) { return aborted; }
 int fake_depth(void) { return depth; }
 
 static int wrong(int result, const char *why) { return last = why, result; }
@@ -139,16 +138,19 @@ int ncclGroupEnd(void) {
     return result;
 }
 int ncclCommGetAsyncError(struct comm *comm, int *error) { return *error = ASYNC, comm->magic == MAGIC ? 0 : 4; }
-static int end(struct comm *comm, int is_abort) {
+// As NVIDIA's, it waits for the others.
+int ncclCommDestroy(struct comm *comm) {
     if (comm->magic != MAGIC) return wrong(4, "no communicator");
     pthread_mutex_lock(&lock);
     comm->magic = 0;
     open_comms--;
-    aborted += is_abort;
+    gone[comm->meeting]++;
+    pthread_cond_broadcast(&changed);
+    int result = 0;
+    while (gone[comm->meeting] < comm->ranks && !result)
+        if (wait_for_change()) result = wrong(6, "not all ranks end");
     pthread_mutex_unlock(&lock);
-    return 0;
+    return result;
 }
-int ncclCommAbort(struct comm *comm) { return end(comm, 1); }
-int ncclCommDestroy(struct comm *comm) { return end(comm, 0); }
 const char *ncclGetErrorString(int result) { return result == 6 ? "remote process exited" : "an error of a test"; }
 const char *ncclGetLastError(struct comm *comm) { return comm ? "not asked so" : last; }

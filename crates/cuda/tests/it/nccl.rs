@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::mpsc::channel;
 
-use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, CudaVersion, Nccl, Search};
+use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, CudaVersion, DeviceLink, Nccl, Search};
 use draftsmith_kernels::{DeviceFailure, Memory, Part, TrainKernels, catch_failure};
 
 use crate::card::{compile, libraries};
@@ -16,11 +16,11 @@ fn all(driver: &[&str], nccl: &[&str]) -> (tempfile::TempDir, Search) {
     (folder, search)
 }
 
-/// What the library counts: communicators that are open, and those that were aborted; groups that this thread has open.
-fn counts(folder: &Path) -> [i32; 3] {
+/// What the library counts: communicators that are open, and groups that this thread has open.
+fn counts(folder: &Path) -> [i32; 2] {
     // SAFETY: our own library, which is loaded already.
     let library = unsafe { libloading::Library::new(folder.join("libnccl.so.2")) }.unwrap();
-    ["fake_open", "fake_aborted", "fake_depth"].map(|name| {
+    ["fake_open", "fake_depth"].map(|name| {
         // SAFETY: functions of that type, which take nothing.
         unsafe { library.get::<unsafe extern "C" fn() -> i32>(name.as_bytes()).unwrap()() }
     })
@@ -96,7 +96,14 @@ fn parts_of_buffers_go_from_card_to_card() {
             for _ in 0..2 {
                 peers.exchange(&mut [&mut own, &mut came], &outgoing, &incoming);
             }
-            (host(&k, &own, 10), host(&k, &came, 12))
+            let found = (host(&k, &own, 10), host(&k, &came, 12));
+            assert_eq!(k.end_peers(), Ok(()));
+            // Once is enough, and nothing goes that way any more.
+            assert_eq!(k.end_peers(), Ok(()));
+            let exchange = || peers.exchange(&mut [&mut own, &mut came], &outgoing, &incoming);
+            let failure = catch_failure(exchange).unwrap_err();
+            assert!(failure.message.ends_with("the way between them was given up"), "{}", failure.message);
+            found
         });
         for (rank, (own, came)) in found.into_iter().enumerate() {
             let mut wanted: Vec<f32> = (0..10).map(|i| (100 * rank + i) as f32).collect();
@@ -108,12 +115,12 @@ fn parts_of_buffers_go_from_card_to_card() {
             wanted.resize(12, -1.0);
             assert_eq!(came, wanted, "rank {rank} of {ranks}");
         }
-        assert_eq!(counts(folder.path()), [0, 0, 0], "each was destroyed");
+        assert_eq!(counts(folder.path()), [0, 0], "each was destroyed");
     }
 }
 
 /// What an exchange of two ranks fails with, and another one after it.
-fn failures(driver: &[&str], nccl: &[&str]) -> (Vec<[DeviceFailure; 2]>, [i32; 3]) {
+fn failures(driver: &[&str], nccl: &[&str]) -> (Vec<[DeviceFailure; 2]>, [i32; 2]) {
     let (folder, search) = all(driver, nccl);
     let found = on_cards(&search, 2, |rank, k| {
         let (mut sent, mut came) = (k.upload(&[1.0]), k.upload(&[0.0]));
@@ -123,8 +130,8 @@ fn failures(driver: &[&str], nccl: &[&str]) -> (Vec<[DeviceFailure; 2]>, [i32; 3
             catch_failure(|| peers.exchange(bufs, &[part(1 - rank, 0, 0..1)], &[part(1 - rank, 1, 0..1)]))
         };
         let failed = [exchange().unwrap_err(), exchange().unwrap_err()];
-        let open = counts(folder.path())[2];
-        assert_eq!(open, 0, "a group that failed is ended");
+        assert_eq!(counts(folder.path())[1], 0, "a group that failed is ended");
+        assert!(k.end_peers().is_err(), "who failed does not wait for the others");
         failed
     });
     (found, counts(folder.path()))
@@ -132,14 +139,14 @@ fn failures(driver: &[&str], nccl: &[&str]) -> (Vec<[DeviceFailure; 2]>, [i32; 3
 
 #[test]
 fn a_card_does_not_wait_for_one_that_is_lost() {
-    // The card would work for ever.
-    let (found, counts) = failures(&["PENDING=(1l<<60)"], &["ASYNC=6"]);
+    // The card would work for ever, and nobody waits for it when all is dropped.
+    let (found, counts) = failures(&["PENDING=1000000"], &["ASYNC=6"]);
     for [first, later] in found {
         assert_eq!(first.message, "an exchange between cards failed: remote process exited");
         assert!(first.hint.contains("DRAFTSMITH_NCCL=off"), "{}", first.hint);
         assert_eq!(later.message, "an exchange between cards failed: an earlier one failed");
     }
-    assert_eq!(counts, [0, 2, 0], "aborted, once each");
+    assert_eq!(counts, [2, 0], "left alone");
 }
 
 #[test]
@@ -148,7 +155,7 @@ fn what_the_library_refuses_names_the_call() {
     for [first, _] in found {
         assert_eq!(first.message, "ncclSend failed: an error of a test: a send of a test");
     }
-    assert_eq!(counts, [0, 2, 0]);
+    assert_eq!(counts, [2, 0]);
     let (found, _) = failures(&["LOSE=700"], &[]);
     for [first, _] in found {
         assert!(first.message.starts_with("the GPU stopped during cuStreamQuery: "), "{}", first.message);
@@ -169,7 +176,7 @@ fn a_meeting_that_is_none_is_refused() {
     let meeting = Nccl::open(&search, card.driver()).unwrap().meeting().unwrap();
     let first = Nccl::open(&search, card.driver()).unwrap().join(&card, &meeting, (0, 1)).unwrap();
     assert_eq!(join(&meeting), "ncclCommInitRank failed: an error of a test: Duplicate rank");
-    drop(first);
+    assert_eq!(first.end(), Ok(()));
 }
 
 #[test]
