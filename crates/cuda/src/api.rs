@@ -51,6 +51,7 @@ functions! {
         device_name = "cuDeviceGetName"(*mut c_char, c_int, c_int);
         device_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int);
         device_memory = "cuDeviceTotalMem_v2"(*mut usize, c_int);
+        device_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int);
         context_retain = "cuDevicePrimaryCtxRetain"(*mut Handle, c_int);
         context_release = "cuDevicePrimaryCtxRelease_v2"(c_int);
         context_set = "cuCtxSetCurrent"(Handle);
@@ -61,6 +62,7 @@ functions! {
         to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, DevicePointer, usize, Handle);
         stream_create = "cuStreamCreate"(*mut Handle, c_uint);
         stream_wait = "cuStreamSynchronize"(Handle);
+        stream_query = "cuStreamQuery"(Handle);
         stream_destroy = "cuStreamDestroy_v2"(Handle);
         module_load = "cuModuleLoadDataEx"(*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
         module_unload = "cuModuleUnload"(Handle);
@@ -78,6 +80,8 @@ pub(crate) const OUT_OF_MEMORY: c_int = 2;
 /// After these the context answers nothing any more: device unavailable, ECC, NVLink, illegal address, timeout, assert, stack,
 /// instruction, misaligned address, address space, program counter, launch.
 pub(crate) const LOST: [c_int; 12] = [46, 214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719];
+/// `CUDA_ERROR_NOT_READY`
+pub(crate) const NOT_READY: c_int = 600;
 /// `CUDA_ERROR_NO_DEVICE`
 pub(crate) const NO_DEVICE: c_int = 100;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and the minor one behind it.
@@ -205,4 +209,54 @@ pub(crate) fn check_cublas(call: &'static str, status: c_int) -> Result<(), Cuda
         _ => return Err(CudaError::Call { call, reason: format!("status {status}") }),
     };
     Err(CudaError::Call { call, reason: name.to_owned() })
+}
+
+functions! {
+    /// Messages between cards.
+    NcclApi {
+        version = "ncclGetVersion"(*mut c_int);
+        unique_id = "ncclGetUniqueId"(*mut UniqueId);
+        init_rank = "ncclCommInitRank"(*mut Handle, c_int, UniqueId, c_int);
+        send = "ncclSend"(DevicePointer, usize, c_int, c_int, Handle, Handle);
+        receive = "ncclRecv"(DevicePointer, usize, c_int, c_int, Handle, Handle);
+        group_start = "ncclGroupStart"();
+        group_end = "ncclGroupEnd"();
+        async_error = "ncclCommGetAsyncError"(Handle, *mut c_int);
+        destroy = "ncclCommDestroy"(Handle);
+        error_text = "ncclGetErrorString"(c_int) -> *const c_char;
+        last_error = "ncclGetLastError"(Handle) -> *const c_char;
+    }
+}
+
+/// `ncclUniqueId`, handed over by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct UniqueId(pub(crate) [u8; 128]);
+
+/// `ncclFloat32`
+pub(crate) const NCCL_F32: c_int = 7;
+/// `ncclInProgress`: nothing is wrong.
+pub(crate) const NCCL_IN_PROGRESS: c_int = 7;
+/// Of versions of NCCL: `10000 * major + 100 * minor + patch`.
+pub(crate) fn nccl_version(code: c_int) -> String {
+    format!("{}.{}.{}", code / 10_000, code / 100 % 100, code % 100)
+}
+
+impl NcclApi {
+    /// What a result means.
+    pub(crate) fn check(&self, call: &'static str, result: c_int) -> Result<(), CudaError> {
+        if result == 0 {
+            return Ok(());
+        }
+        // SAFETY: both return a pointer to a text of the library's own, or none; the last error of this thread needs no handle.
+        let texts = unsafe { [(self.error_text)(result), (self.last_error)(std::ptr::null_mut())] };
+        let texts = texts.into_iter().filter(|text| !text.is_null()).map(|text| {
+            // SAFETY: a text of the library ends with NUL and is read before another call.
+            let text = unsafe { CStr::from_ptr(text) };
+            text.to_string_lossy().split_whitespace().collect::<Vec<_>>().join(" ")
+        });
+        let texts: Vec<String> = texts.filter(|text| !text.is_empty()).collect();
+        let reason = if texts.is_empty() { format!("error {result}") } else { texts.join(": ") };
+        Err(CudaError::Nccl { call, reason })
+    }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::{from_mut, from_ref, null_mut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::api::{self, CublasLtApi, DriverApi, Handle, Heuristic, check_cublas};
@@ -17,11 +18,13 @@ use crate::source::{Compiler, PTX_CUDA, ptx, text};
 const WORKSPACE: usize = 32 << 20;
 
 /// The context of a device, kept while anything of it lives.
-struct Context {
-    api: Arc<DriverApi>,
+pub(crate) struct Context {
+    pub(crate) api: Arc<DriverApi>,
     device: c_int,
     context: Handle,
-    stream: Handle,
+    pub(crate) stream: Handle,
+    /// Work of the stream waits for a process that is lost: whoever waits for the stream waits for ever.
+    stuck: AtomicBool,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current there, which `enter` sees to.
@@ -30,14 +33,28 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    fn enter(&self) -> Result<(), CudaError> {
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
+        if self.stuck.load(Ordering::Relaxed) {
+            let reason = "an earlier one failed".to_owned();
+            return Err(CudaError::Nccl { call: "an exchange between cards", reason });
+        }
         // SAFETY: the context lives as long as `self`.
         self.api.check("cuCtxSetCurrent", unsafe { (self.api.context_set)(self.context) })
     }
 }
 
+impl Context {
+    /// Work that was started does not end: from now on the card is left alone, to the end of the process.
+    pub(crate) fn give_up(&self) {
+        self.stuck.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
+        if *self.stuck.get_mut() {
+            return;
+        }
         // SAFETY: nothing else of the context lives; errors at the end change nothing.
         unsafe {
             (self.api.context_set)(self.context);
@@ -52,6 +69,13 @@ impl Drop for Context {
 pub struct CardMemory {
     context: Arc<Context>,
     pointer: u64,
+}
+
+impl CardMemory {
+    /// The address of a byte.
+    pub(crate) fn address(&self, offset: usize) -> u64 {
+        self.pointer + offset as u64
+    }
 }
 
 impl Drop for CardMemory {
@@ -76,6 +100,7 @@ struct Products {
     api: CublasLtApi,
     handle: Handle,
     plans: Mutex<HashMap<(Product, [u32; 3]), Plan>>,
+    context: Arc<Context>,
 }
 
 // SAFETY: the library's handles may be used from any thread; plans are changed under their lock.
@@ -85,6 +110,9 @@ unsafe impl Sync for Products {}
 
 impl Drop for Products {
     fn drop(&mut self) {
+        if self.context.enter().is_err() {
+            return;
+        }
         let plans = std::mem::take(self.plans.get_mut().unwrap_or_else(PoisonError::into_inner));
         // SAFETY: each handle was created by the library and is destroyed once.
         unsafe {
@@ -146,12 +174,13 @@ impl Card {
             api.check("cuCtxSetCurrent", (api.context_set)(context))?;
             api.check("cuStreamCreate", (api.stream_create)(&mut stream, api::NON_BLOCKING))?;
         }
-        let context = Arc::new(Context { api, device, context, stream });
+        let context = Arc::new(Context { api, device, context, stream, stuck: AtomicBool::new(false) });
         let module = load_kernels(&context, search, driver.version(), &info)? as usize;
         let mut handle = null_mut();
         // SAFETY: a handle is written to a handle, under the current context.
         check_cublas("cublasLtCreate", unsafe { (cublas.create)(&mut handle) })?;
-        let products = Products { api: cublas, handle, plans: Mutex::new(HashMap::new()) };
+        let plans = Mutex::new(HashMap::new());
+        let products = Products { api: cublas, handle, plans, context: Arc::clone(&context) };
         let workspace = allocate(&context, WORKSPACE)?;
         Ok(Card {
             products,
@@ -167,6 +196,27 @@ impl Card {
     /// The card.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+
+    /// What its work is ordered by.
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// The CUDA that the driver knows.
+    pub fn driver(&self) -> CudaVersion {
+        self.driver
+    }
+
+    /// What tells this card, or the part of one, from all others.
+    ///
+    /// # Errors
+    /// If the driver does not say.
+    pub fn uuid(&self) -> Result<String, CudaError> {
+        let (api, mut uuid) = (&self.context.api, [0u8; 16]);
+        // SAFETY: sixteen bytes are written.
+        api.check("cuDeviceGetUuid", unsafe { (api.device_uuid)(&mut uuid, self.context.device) })?;
+        Ok(uuid.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The version of cuBLASLt.

@@ -149,7 +149,7 @@ impl Report {
         };
         let search = Search::new(folders, python);
         let found = |library| (library, search.open(library, driver.version).map(|(_, path)| path));
-        let libraries = [Library::CublasLt, Library::Nvrtc].map(found).into();
+        let libraries = [Library::CublasLt, Library::Nvrtc, Library::Nccl].map(found).into();
         Report { driver: driver.devices().map(|devices| (driver.version, devices)), libraries }
     }
 }

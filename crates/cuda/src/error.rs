@@ -112,6 +112,14 @@ pub enum CudaError {
         /// What it says.
         reason: String,
     },
+    /// Messages between cards failed.
+    #[error("{call} failed: {reason}")]
+    Nccl {
+        /// The function.
+        call: &'static str,
+        /// What it says.
+        reason: String,
+    },
     /// Heads wider than the kernels take.
     #[error("heads of {found} values, the kernels for NVIDIA GPUs take {MOST_HEAD_DIM} at most")]
     WideHeads {
@@ -236,6 +244,11 @@ impl CudaError {
             CudaError::Call { .. } => {
                 format!("see `draftsmith doctor` and the driver's log (`dmesg`), or {cpu}")
             }
+            CudaError::Nccl { .. } => {
+                "start again with NCCL_DEBUG=INFO to see more of it, or with DRAFTSMITH_NCCL=off on any rank: gradients then go \
+                 through host memory (docs/RANKS.md)"
+                    .into()
+            }
             CudaError::WideHeads { .. } => cpu.into(),
             CudaError::Compile { .. } => "this is a fault of draftsmith: report it with the text above".into(),
         }
@@ -312,5 +325,15 @@ mod tests {
             "{}",
             missing(13000).hint()
         );
+        let nccl = |driver| CudaError::MissingLibrary {
+            library: Library::Nccl,
+            searched: Vec::new(),
+            driver: CudaVersion(driver),
+        };
+        assert_eq!(nccl(12080).to_string(), "`libnccl.so.2` was not found among the system's libraries");
+        for (driver, package) in [(12080, "nvidia-nccl-cu12"), (13000, "nvidia-nccl-cu13")] {
+            let hint = nccl(driver).hint();
+            assert!(hint.starts_with(&format!("`pip install {package}`")), "{hint}");
+        }
     }
 }

@@ -99,6 +99,32 @@ pub struct About {
     pub driver: String,
 }
 
+/// Bytes for the device of another process, or a place for bytes from there.
+pub struct Message<'a, M> {
+    /// The other process.
+    pub rank: usize,
+    /// Where they are, or are to be.
+    pub at: At<'a, M>,
+    /// How many there are: whole values of four bytes.
+    pub bytes: usize,
+}
+
+/// A way from the memory of a device to that of other processes' devices.
+pub trait DeviceLink<M>: Send + Sync {
+    /// As [`draftsmith_kernels::Peers::exchange`], in the order of the device's calls: what was started before is sent, and what
+    /// is started afterwards finds what came. Returns when all is there.
+    ///
+    /// # Errors
+    /// A message that the library refuses, or another process that is lost.
+    fn exchange(&self, outgoing: &[Message<'_, M>], incoming: &[Message<'_, M>]) -> Result<(), CudaError>;
+    /// Gives up what the link takes of the device. All processes call this, and it returns when all have: where something failed
+    /// nobody does. Nothing is exchanged afterwards.
+    ///
+    /// # Errors
+    /// What the library says.
+    fn end(&self) -> Result<(), CudaError>;
+}
+
 /// A device. Everything runs in the order of the calls.
 pub trait Launcher: Send + Sync + 'static {
     /// An allocation; dropping it gives it back.

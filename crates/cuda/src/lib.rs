@@ -3,7 +3,8 @@
 //!
 //! Nothing of CUDA is needed to build or to start: driver and cuBLASLt are looked for when a device is opened
 //! ([`Search`]), and what is missing is an error that names the package which brings it. The kernels
-//! (`kernels/*.cu`) come compiled to PTX; where a driver is too old for that, NVRTC compiles them.
+//! (`kernels/*.cu`) come compiled to PTX; where a driver is too old for that, NVRTC compiles them. Processes that train together send
+//! gradients from card to card by NCCL ([`Nccl`]), where it is there.
 //!
 //! The libraries are called by name through `libloading`: bindings that are chosen when the program is built know the
 //! file names of one version of CUDA, and end the program where a library is missing.
@@ -28,8 +29,10 @@ mod infer;
 mod launcher;
 mod library;
 mod memory;
+mod nccl;
 mod ops;
 mod pages;
+mod peers;
 mod search;
 #[cfg(feature = "shim")]
 pub mod shim;
@@ -41,9 +44,10 @@ mod weights;
 pub use card::{Card, CardMemory};
 pub use device::{Cards, DeviceInfo, Driver, MIN_CAPABILITY, MIN_CUDA, Report, choose};
 pub use error::{Asked, CudaError};
-pub use launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
+pub use launcher::{About, Arg, At, DeviceLink, Launch, Launcher, Message, Operand, Product};
 pub use library::{CudaVersion, Library};
 pub use memory::Buf;
+pub use nccl::{Nccl, NcclLink};
 pub use ops::{Cuda, CudaOptions, Expanded, Operands};
 pub use pages::KvPages;
 pub use search::Search;

@@ -31,6 +31,8 @@ pub enum Library {
     CublasLt,
     /// The compiler of CUDA C; needed only where the kernels that draftsmith brings do not fit the driver.
     Nvrtc,
+    /// Messages between cards; needed only where several processes train together.
+    Nccl,
 }
 
 impl Library {
@@ -40,6 +42,7 @@ impl Library {
             Library::Driver => "driver",
             Library::CublasLt => "cuBLASLt",
             Library::Nvrtc => "NVRTC",
+            Library::Nccl => "NCCL",
         }
     }
 
@@ -49,6 +52,16 @@ impl Library {
             Library::Driver => "libcuda.so.1",
             Library::CublasLt => "libcublasLt.so",
             Library::Nvrtc => "libnvrtc.so",
+            Library::Nccl => "libnccl.so.2",
+        }
+    }
+
+    /// What alone it is for, where most do without it.
+    pub fn purpose(self) -> Option<&'static str> {
+        match self {
+            Library::Driver | Library::CublasLt => None,
+            Library::Nvrtc => Some("drivers that are too old for the compiled kernels"),
+            Library::Nccl => Some("training on several GPUs"),
         }
     }
 
@@ -57,7 +70,7 @@ impl Library {
     pub fn files(self, driver: CudaVersion) -> Vec<String> {
         match self {
             Library::Driver if cfg!(windows) => vec!["nvcuda.dll".to_owned()],
-            Library::Driver => vec![self.file().to_owned()],
+            Library::Driver | Library::Nccl => vec![self.file().to_owned()],
             Library::CublasLt | Library::Nvrtc => (12..=driver.major().clamp(12, 13))
                 .rev()
                 .map(|major| match (self, cfg!(windows)) {
@@ -75,6 +88,7 @@ impl Library {
             Library::Driver => &[],
             Library::CublasLt => &["nvidia/cu13/lib", "nvidia/cublas/lib"],
             Library::Nvrtc => &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
+            Library::Nccl => &["nvidia/nccl/lib"],
         }
     }
 
@@ -86,6 +100,8 @@ impl Library {
             (Library::CublasLt, _) => "nvidia-cublas-cu12",
             (Library::Nvrtc, 13..) => "\"nvidia-cuda-nvrtc<14\"",
             (Library::Nvrtc, _) => "nvidia-cuda-nvrtc-cu12",
+            (Library::Nccl, 13..) => "nvidia-nccl-cu13",
+            (Library::Nccl, _) => "nvidia-nccl-cu12",
         }
     }
 }

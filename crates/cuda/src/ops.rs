@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use draftsmith_kernels::RopeTable;
 
 use crate::error::{Asked, CudaError};
-use crate::launcher::{Arg, At, Launch, Launcher, Operand, Product};
+use crate::launcher::{Arg, At, DeviceLink, Launch, Launcher, Operand, Product};
 use crate::memory::{Block, Buf, Half, KeptTable, Pool};
 use crate::pages::{KvShape, Slabs};
 
@@ -72,6 +72,8 @@ pub struct Cuda<L: Launcher> {
     pub(crate) slabs: Arc<Mutex<SlabsByShape<L>>>,
     /// Tables of the last steps.
     pub(crate) tables: Arc<Mutex<Vec<KeptTable<L>>>>,
+    /// The way to the devices of other processes.
+    pub(crate) link: Option<Arc<dyn DeviceLink<L::Memory>>>,
 }
 
 impl<L: Launcher> Clone for Cuda<L> {
@@ -85,6 +87,7 @@ impl<L: Launcher> Clone for Cuda<L> {
             angles: Arc::clone(&self.angles),
             slabs: Arc::clone(&self.slabs),
             tables: Arc::clone(&self.tables),
+            link: self.link.clone(),
         }
     }
 }
@@ -104,7 +107,21 @@ impl<L: Launcher> Cuda<L> {
             angles: Arc::default(),
             slabs: Arc::default(),
             tables: Arc::default(),
+            link: None,
         }
+    }
+
+    /// The same device, with a way to those of other processes.
+    pub fn with_peers(self, link: impl DeviceLink<L::Memory> + 'static) -> Cuda<L> {
+        Cuda { link: Some(Arc::new(link)), ..self }
+    }
+
+    /// Gives up the way to the devices of other processes, as all of them do: [`DeviceLink::end`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn end_peers(&self) -> Result<(), CudaError> {
+        self.link.as_ref().map_or(Ok(()), |link| link.end())
     }
 
     /// The device.

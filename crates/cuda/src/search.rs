@@ -61,7 +61,7 @@ impl Search {
         }
         Err(match library {
             Library::Driver => CudaError::NoDriver { reason },
-            Library::CublasLt | Library::Nvrtc => {
+            Library::CublasLt | Library::Nvrtc | Library::Nccl => {
                 CudaError::MissingLibrary { library, searched: self.searched(), driver }
             }
         })
@@ -98,6 +98,7 @@ mod tests {
             "packages/nvidia/cu13/lib/libnvrtc.so.13",
             "packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
             "packages/nvidia/cublas/lib/libcublasLt.so.12",
+            "packages/nvidia/nccl/lib/libnccl.so.2",
         ] {
             let path = folder.path().join(file);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -122,6 +123,10 @@ mod tests {
             names(Library::CublasLt, 12040),
             ["libcublasLt.so.12", "packages/nvidia/cublas/lib/libcublasLt.so.12"]
         );
+        for driver in [12040, 13000] {
+            let wanted = ["libnccl.so.2", "packages/nvidia/nccl/lib/libnccl.so.2"];
+            assert_eq!(names(Library::Nccl, driver), wanted);
+        }
         // Files of that name that are no libraries are passed over, and what was searched is named.
         // (Unless the system has one.)
         if let Err(error) = search.open(Library::CublasLt, CudaVersion(12040)) {

@@ -8,6 +8,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use draftsmith_kernels::train::LinearShape;
@@ -15,7 +16,7 @@ use draftsmith_kernels::train::linear::{matmul, matmul_acc, matmul_dw_acc, matmu
 use half::bf16;
 
 use crate::error::CudaError;
-use crate::launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
+use crate::launcher::{About, Arg, At, DeviceLink, Launch, Launcher, Message, Operand, Product};
 use crate::source;
 
 const HEADER: &str = include_str!("../shim/shim.h");
@@ -319,5 +320,86 @@ impl Launcher for Shim {
             (true, true, _) => return Err(failed("a product", "both operands are transposed")),
         }
         self.put(c, bytemuck::cast_slice(&out))
+    }
+}
+
+/// A way between devices that threads of one process have.
+pub struct ShimLink {
+    rank: usize,
+    /// By rank.
+    to: Vec<Sender<Vec<u8>>>,
+    /// By rank.
+    from: Vec<Mutex<Receiver<Vec<u8>>>>,
+}
+
+/// Ends for the devices of so many threads, by rank.
+pub fn links(ranks: usize) -> Vec<ShimLink> {
+    let mut links: Vec<ShimLink> =
+        (0..ranks).map(|rank| ShimLink { rank, to: Vec::new(), from: Vec::new() }).collect();
+    for from in 0..ranks {
+        for to in 0..ranks {
+            let (sender, receiver) = channel();
+            links[from].to.push(sender);
+            links[to].from.push(Mutex::new(receiver));
+        }
+    }
+    links
+}
+
+impl ShimLink {
+    /// What a card would take without a word and get wrong.
+    fn check(
+        &self,
+        outgoing: &[Message<'_, ShimMemory>],
+        incoming: &[Message<'_, ShimMemory>],
+    ) -> Result<(), CudaError> {
+        let wrong = |reason: &str| Err(failed("an exchange", reason));
+        let all = || outgoing.iter().chain(incoming);
+        if all().any(|message| message.rank == self.rank || message.rank >= self.to.len()) {
+            return wrong("a message to nobody else");
+        }
+        if all().any(|message| message.bytes == 0 || message.bytes % size_of::<f32>() != 0) {
+            return wrong("a message of no whole values");
+        }
+        let overlap = |a: &Message<'_, ShimMemory>, b: &Message<'_, ShimMemory>| {
+            let (from, to) = (a.at.offset, b.at.offset);
+            a.at.memory.buffer == b.at.memory.buffer && from < to + b.bytes && to < from + a.bytes
+        };
+        for (i, message) in incoming.iter().enumerate() {
+            if outgoing.iter().chain(&incoming[..i]).any(|other| overlap(message, other)) {
+                return wrong("what comes in overlaps another message");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DeviceLink<ShimMemory> for ShimLink {
+    fn exchange(
+        &self,
+        outgoing: &[Message<'_, ShimMemory>],
+        incoming: &[Message<'_, ShimMemory>],
+    ) -> Result<(), CudaError> {
+        self.check(outgoing, incoming)?;
+        let gone = || failed("an exchange", "another thread is gone");
+        for message in outgoing {
+            let mut bytes = vec![0; message.bytes];
+            message.at.memory.shim.get(message.at, &mut bytes)?;
+            self.to[message.rank].send(bytes).map_err(|_| gone())?;
+        }
+        for message in incoming {
+            let from = self.from[message.rank].lock().unwrap_or_else(PoisonError::into_inner);
+            let bytes = from.recv().map_err(|_| gone())?;
+            if bytes.len() != message.bytes {
+                let reason = format!("{} bytes came, {} were expected", bytes.len(), message.bytes);
+                return Err(failed("an exchange", reason));
+            }
+            message.at.memory.shim.put(message.at, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), CudaError> {
+        Ok(())
     }
 }

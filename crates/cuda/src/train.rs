@@ -7,7 +7,7 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
     SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets,
 };
-use draftsmith_kernels::{Activation, Cell, Deferred, Memory, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Deferred, Memory, Peers, RopeTable, TrainKernels};
 
 use crate::launcher::{Arg, At, Launcher, Operand, Product};
 use crate::memory::Buf;
@@ -201,6 +201,9 @@ impl<L: Launcher> TrainKernels for Cuda<L> {
     }
     fn retire(&self, buf: &mut Buf<L>) {
         buf.changed();
+    }
+    fn peers(&self) -> Option<&dyn Peers<Buf<L>>> {
+        self.link.as_ref().map(|_| self as &dyn Peers<Buf<L>>)
     }
 
     fn linear(&self, x: &Buf<L>, w: &Buf<L>, s: LinearShape, y: &mut Buf<L>) {

@@ -328,6 +328,40 @@ impl<K: TrainKernels> Tape<K> {
         self.kernels.write(&mut p.value, values);
     }
 
+    /// A parameter on the device.
+    pub fn param_buf(&self, id: ParamId) -> &K::Buf {
+        &self.params[id.0].value
+    }
+
+    /// The backend, and a parameter to write to.
+    pub fn param_buf_mut(&mut self, id: ParamId) -> (&K, &mut K::Buf) {
+        (&self.kernels, &mut self.params[id.0].value)
+    }
+
+    /// The gradient of a trained parameter on the device.
+    ///
+    /// # Panics
+    /// If the parameter is frozen.
+    pub fn grad_buf(&self, id: ParamId) -> &K::Buf {
+        self.params[id.0].grad.as_ref().expect("only trained parameters have gradients")
+    }
+
+    /// The backend, and the gradients of the trained parameter at a place: those that were taken out, in their order, and last the
+    /// accumulator.
+    ///
+    /// # Panics
+    /// If there is no such place.
+    pub fn grad_bufs_mut<'a>(
+        &'a mut self,
+        place: usize,
+        taken: &'a mut [Grads<K::Buf>],
+    ) -> (&'a K, Vec<&'a mut K::Buf>) {
+        let now = self.params.iter_mut().filter_map(|p| p.grad.as_mut()).nth(place);
+        let now = now.expect("a trained parameter");
+        let taken = taken.iter_mut().map(|taken| &mut taken.0[place]);
+        (&self.kernels, taken.chain([now]).collect())
+    }
+
     /// Copies the gradient of a trained parameter to the host.
     pub fn grad_values(&self, id: ParamId) -> Option<Vec<f32>> {
         let p = &self.params[id.0];

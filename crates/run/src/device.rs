@@ -38,6 +38,14 @@ pub struct Around<'a> {
     pub report: &'a dyn Report,
 }
 
+impl Around<'_> {
+    /// Where NVIDIA's libraries are looked for.
+    pub(crate) fn search(&self) -> Search {
+        let folders = (self.variable)("DRAFTSMITH_CUDA_LIBS");
+        Search::new(folders.as_deref(), Some(self.python))
+    }
+}
+
 /// A device, open.
 #[derive(Clone)]
 pub enum Compute {
@@ -131,8 +139,7 @@ impl Compute {
             };
             return Ok(Compute::Shim(Cuda::new(shim?, options)));
         }
-        let folders = (around.variable)("DRAFTSMITH_CUDA_LIBS");
-        let search = Search::new(folders.as_deref(), Some(around.python));
+        let search = around.search();
         let card = card(number, local_rank(around.variable), |number| Card::open(&search, number))
             .map_err(|error| error.failure(asked))?;
         let (key, cpu) = match asked {

@@ -109,8 +109,10 @@ pub struct CudaCard {
 /// A library of CUDA's.
 #[derive(Debug, Serialize)]
 pub struct CudaLibrary {
-    /// `cuBLASLt` or `NVRTC`.
+    /// `cuBLASLt`, `NVRTC` or `NCCL`.
     pub name: &'static str,
+    /// What alone needs it, where most do without.
+    pub only_for: Option<&'static str>,
     /// Where it is, or the name by which the system finds it.
     pub path: Option<PathBuf>,
     /// What installs it, if it is missing.
@@ -203,6 +205,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         "HF_TOKEN",
         "HTTPS_PROXY",
         "DRAFTSMITH_CUDA_LIBS",
+        "DRAFTSMITH_NCCL",
         "CUDA_VISIBLE_DEVICES",
         "DRAFTSMITH_RANKS_PORT",
     ] {
@@ -346,7 +349,7 @@ fn cuda(folders: Option<&str>, python: &Path) -> Cuda {
             Ok(path) => (Some(path), None),
             Err(error) => (None, Some(error.hint())),
         };
-        CudaLibrary { name: library.name(), path, install }
+        CudaLibrary { name: library.name(), only_for: library.purpose(), path, install }
     });
     let libraries = libraries.collect();
     match report.driver {

@@ -13,6 +13,7 @@ mod begun;
 mod bench;
 mod bundle;
 mod capture;
+mod cards;
 pub mod catalogue;
 mod check;
 pub mod costs;

@@ -32,7 +32,8 @@ use super::Run;
 use super::data::VALIDATION;
 use crate::Error;
 use crate::begun::Begun;
-use crate::device::Compute;
+use crate::cards::linked;
+use crate::device::{Around, Compute};
 use crate::elsewhere::train_error;
 use crate::engine::LoadedTarget;
 use crate::measure::prompt_ids_with;
@@ -69,7 +70,15 @@ impl Run<'_> {
             }
             #[cfg(feature = "gpu-flex")]
             Compute::Gpu(gpu) => self.train_on(gpu.clone(), dir, key, report),
-            Compute::Cuda(cuda) => self.train_on(cuda.clone(), dir, key, report),
+            Compute::Cuda(cuda) => {
+                let around = Around { variable: self.env.variable, python: &self.env.places.python, report };
+                let linked = linked(cuda, self.env.ranks.collective(), around)?;
+                let trained = self.train_on(linked.clone(), dir, key, report)?;
+                if let Err(error) = linked.end_peers() {
+                    report.note(&format!("train: all is done, but {error}"));
+                }
+                Ok(trained)
+            }
             #[cfg(feature = "cuda-shim")]
             Compute::Shim(shim) => self.train_on(shim.clone(), dir, key, report),
         }

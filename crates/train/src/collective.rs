@@ -72,6 +72,9 @@ pub trait Collective {
     /// Bytes of gradients, parameters and moments that this process has sent so far.
     fn sent_bytes(&self) -> u64;
 
+    /// Counts bytes of gradients or parameters that went from device to device.
+    fn count_sent(&self, bytes: u64);
+
     /// Tells rank 0 why this process ends before its work does, and waits a while to be ended with the others. Without words
     /// it only waits: rank 0 knows.
     fn give_up(&self, words: &[u8]);
@@ -119,6 +122,8 @@ impl Collective for Alone {
     fn sent_bytes(&self) -> u64 {
         0
     }
+
+    fn count_sent(&self, _: u64) {}
 
     fn give_up(&self, _: &[u8]) {}
 

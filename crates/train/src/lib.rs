@@ -12,6 +12,7 @@ mod average;
 mod checkpoint;
 mod collective;
 mod data;
+mod device_sums;
 mod draft;
 mod error;
 mod log;

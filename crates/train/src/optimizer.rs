@@ -9,6 +9,7 @@ use draftsmith_kernels::TrainKernels;
 use draftsmith_kernels::train::AdamStep;
 use draftsmith_model::tape::{ParamId, Tape};
 
+use crate::device_sums::join_slices;
 use crate::{Collective, Slices, TrainError};
 
 /// Learning rate as a function of the step.
@@ -158,9 +159,7 @@ impl<K: TrainKernels> AdamW<K> {
     ) -> Result<(f64, f64), TrainError> {
         let Some(slices) = self.slices else { return Ok((self.step(tape, lr, divisor)?, 0.0)) };
         // Copied twice, so that no more than one slice of them is held beside the gradients.
-        let grad = |tape: &Tape<K>, of: &Moments<K::Buf>| {
-            tape.kernels().upload(&tape.grad_part(of.id, of.own.clone()))
-        };
+        let grad = |tape: &Tape<K>, of: &Moments<K::Buf>| own_part(tape, (of.id, &of.own), Side::Gradient);
         let squares = |of: &Moments<K::Buf>| {
             tape.kernels().square_sums(&[(&grad(tape, of), of.own.len())]).swap_remove(0)
         };
@@ -170,17 +169,13 @@ impl<K: TrainKernels> AdamW<K> {
         let step = self.adam_step(norm, lr, divisor)?;
         let mut joining = Duration::ZERO;
         for (place, of) in self.moments.iter_mut().enumerate() {
-            let mut values = tape.param_part(of.id, of.own.clone());
-            if !values.is_empty() {
-                let (mut weights, grad) = (tape.kernels().upload(&values), grad(tape, of));
-                let moments = (&mut of.first, &mut of.second);
-                tape.kernels().adamw(step, values.len(), &mut weights, &grad, moments);
-                tape.kernels().download(&weights, 0, &mut values);
+            let len = of.own.len();
+            let mut weights = own_part(tape, (of.id, &of.own), Side::Value);
+            if len > 0 {
+                let grad = grad(tape, of);
+                tape.kernels().adamw(step, len, &mut weights, &grad, (&mut of.first, &mut of.second));
             }
-            let began = Instant::now();
-            let whole = collective.join_slices(&values, &slices.of(place, lens[place]));
-            joining += began.elapsed();
-            tape.set_param(of.id, &whole);
+            joining += join(tape, (of.id, &of.own), &weights, &slices.of(place, lens[place]), collective);
         }
         tape.clear_grads();
         Ok((norm, joining.as_secs_f64()))
@@ -243,6 +238,57 @@ impl<K: TrainKernels> AdamW<K> {
     pub fn set_steps(&mut self, steps: u64) {
         self.steps = steps;
     }
+}
+
+/// What of a parameter is meant.
+#[derive(Clone, Copy)]
+enum Side {
+    Value,
+    Gradient,
+}
+
+/// A copy of a part of a parameter, or of its gradient: on the device where it has peers, else over the host.
+fn own_part<K: TrainKernels>(tape: &Tape<K>, (id, own): (ParamId, &Range<usize>), side: Side) -> K::Buf {
+    let kernels = tape.kernels();
+    let Some(peers) = kernels.peers() else {
+        return kernels.upload(&match side {
+            Side::Value => tape.param_part(id, own.clone()),
+            Side::Gradient => tape.grad_part(id, own.clone()),
+        });
+    };
+    let whole = match side {
+        Side::Value => tape.param_buf(id),
+        Side::Gradient => tape.grad_buf(id),
+    };
+    let mut part = kernels.scratch(own.len());
+    peers.copy((whole, own.start), (&mut part, 0), own.len(), false);
+    part
+}
+
+/// Puts a parameter together from what each rank has of it, `own` values here. Returns the time of the exchange.
+fn join<K: TrainKernels>(
+    tape: &mut Tape<K>,
+    (id, own): (ParamId, &Range<usize>),
+    weights: &K::Buf,
+    slices: &[Range<usize>],
+    collective: &dyn Collective,
+) -> Duration {
+    let (kernels, value) = tape.param_buf_mut(id);
+    if let Some(peers) = kernels.peers() {
+        peers.copy((weights, 0), (value, own.start), own.len(), false);
+        let began = Instant::now();
+        collective.count_sent(join_slices(peers, value, slices, collective.rank()));
+        return began.elapsed();
+    }
+    let mut values = vec![0.0; own.len()];
+    if !values.is_empty() {
+        kernels.download(weights, 0, &mut values);
+    }
+    let began = Instant::now();
+    let whole = collective.join_slices(&values, slices);
+    let took = began.elapsed();
+    tape.set_param(id, &whole);
+    took
 }
 
 #[cfg(test)]

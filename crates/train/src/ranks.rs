@@ -101,7 +101,7 @@ impl<L: Link> Ranks<L> {
     fn exchange_counted(&self, outgoing: &[Outgoing<'_>], incoming: &mut [Incoming<'_>]) {
         self.link.exchange(outgoing, incoming);
         let sent: usize = outgoing.iter().map(|(_, bytes)| bytes.len()).sum();
-        self.sent.set(self.sent.get() + sent as u64);
+        self.count_sent(sent as u64);
     }
 
     /// All values, of which the others send their slices while this process sends what it has to.
@@ -255,6 +255,10 @@ impl<L: Link> Collective for Ranks<L> {
 
     fn sent_bytes(&self) -> u64 {
         self.sent.get()
+    }
+
+    fn count_sent(&self, bytes: u64) {
+        self.sent.set(self.sent.get() + bytes);
     }
 
     fn give_up(&self, words: &[u8]) {
@@ -447,6 +451,10 @@ mod tests {
 
         fn sent_bytes(&self) -> u64 {
             self.0.sent_bytes()
+        }
+
+        fn count_sent(&self, bytes: u64) {
+            self.0.count_sent(bytes);
         }
 
         fn give_up(&self, words: &[u8]) {

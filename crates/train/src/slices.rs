@@ -11,6 +11,9 @@ use draftsmith_kernels::train::sum_of_squares;
 
 use crate::Collective;
 
+/// Values that devices send without a loss where a message begins: 128 bytes.
+const LINE: usize = 32;
+
 /// How parameters are cut among ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slices {
@@ -24,6 +27,11 @@ impl Slices {
     /// Of the processes of a collective that compute with these kernels.
     pub fn among<K: TrainKernels>(collective: &dyn Collective) -> Slices {
         Slices { rank: collective.rank(), ranks: collective.ranks(), block: K::SQUARES }
+    }
+
+    /// Whole cache lines of a device, for sums that all processes get.
+    pub(crate) fn of_lines(collective: &dyn Collective) -> Slices {
+        Slices { rank: collective.rank(), ranks: collective.ranks(), block: LINE }
     }
 
     /// By rank the values of the trained parameter at a place, `len` long.

@@ -94,24 +94,33 @@ impl SumTree {
     /// # Panics
     /// If there are not as many as pieces, each `len` long.
     pub fn add(&self, pieces: Vec<Vec<f32>>, len: usize) -> Vec<f32> {
-        assert_eq!(pieces.len(), self.pieces.len(), "one sum for each piece");
         assert!(pieces.iter().all(|piece| piece.len() == len), "pieces are equally long");
-        let mut pieces: Vec<Option<Vec<f32>>> = pieces.into_iter().map(Some).collect();
-        match &self.top {
-            Some(top) => add(top, &mut pieces),
-            None => vec![0.0; len],
-        }
+        let sum = self.fold(pieces, |mut sum, odd| {
+            sum.iter_mut().zip(&odd).for_each(|(sum, x)| *sum += x);
+            sum
+        });
+        sum.unwrap_or_else(|| vec![0.0; len])
+    }
+
+    /// The same of whatever stands for the sums: `add` gets an even one and the odd one that is added to it. `None` if there are
+    /// no pieces.
+    ///
+    /// # Panics
+    /// If there are not as many as pieces.
+    pub fn fold<T>(&self, pieces: Vec<T>, mut add: impl FnMut(T, T) -> T) -> Option<T> {
+        assert_eq!(pieces.len(), self.pieces.len(), "one sum for each piece");
+        let mut pieces: Vec<Option<T>> = pieces.into_iter().map(Some).collect();
+        self.top.as_ref().map(|top| fold(top, &mut pieces, &mut add))
     }
 }
 
-fn add(node: &Node, pieces: &mut [Option<Vec<f32>>]) -> Vec<f32> {
+fn fold<T>(node: &Node, pieces: &mut [Option<T>], add: &mut impl FnMut(T, T) -> T) -> T {
     match node {
         Node::Piece(place) => pieces[*place].take().expect("each piece is in the tree once"),
         Node::Sum(even, odd) => {
-            let mut sum = add(even, pieces);
-            let odd = add(odd, pieces);
-            sum.iter_mut().zip(&odd).for_each(|(sum, x)| *sum += x);
-            sum
+            let even = fold(even, pieces, add);
+            let odd = fold(odd, pieces, add);
+            add(even, odd)
         }
     }
 }

@@ -4,11 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use draftsmith_formats::run::{RunFile, Schedule};
+use draftsmith_kernels::TrainKernels;
+use draftsmith_model::tape::{Grads, Tape};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState, ValidationResult};
+use crate::device_sums::{join_slices, sum_slice};
 use crate::replay::{Replay, ReplayOptions, ReplayReport, replays};
 use crate::{
     AdamW, AdamWOptions, BatchStats, Collective, DraftWeights, JsonLog, LrSchedule, Method, Mode, Order,
@@ -324,8 +327,8 @@ struct Step<'a> {
 type Ran = (BatchStats, Vec<(usize, Pack)>, Option<RanksReport>);
 
 impl Step<'_> {
-    /// Leaves the gradients of all micro-batches in the tape, with zeros outside this rank's slices where there are some. Returns
-    /// the sums over all of them, and this process's packs by number where they are wanted.
+    /// Leaves the gradients of all micro-batches in the tape, with nothing of use outside this rank's slices where there are some.
+    /// Returns the sums over all of them, and this process's packs by number where they are wanted.
     fn run<M: Method + ?Sized>(&self, method: &mut M, packs: &mut Packs<'_>) -> Result<Ran, TrainError> {
         let (rank, ranks) = (self.collective.rank(), self.collective.ranks());
         let tree = SumTree::new(self.places.len(), ranks);
@@ -366,8 +369,21 @@ impl Step<'_> {
             return Ok((stats, seen, None));
         }
         let (began, before) = (Instant::now(), self.collective.sent_bytes());
-        let has_piece = tree.pieces_of(rank).next().is_some();
         let tape = method.tape_mut();
+        match tape.kernels().peers().is_some() {
+            true => self.sum_on_devices(tape, &tree, &mut done),
+            false => self.sum_on_hosts(tape, &tree, &done),
+        }
+        done.into_iter().for_each(|grads| tape.drop_grads(grads));
+        let sent_bytes = self.collective.sent_bytes() - before;
+        let report = RanksReport { ranks, sent_bytes, sum_s: began.elapsed().as_secs_f64(), wait_s };
+        Ok((stats, seen, Some(report)))
+    }
+
+    /// Sums the gradients over all processes; `done` are those of this one's pieces but the last.
+    fn sum_on_hosts<K: TrainKernels>(&self, tape: &mut Tape<K>, tree: &SumTree, done: &[Grads<K::Buf>]) {
+        let rank = self.collective.rank();
+        let has_piece = tree.pieces_of(rank).next().is_some();
         for (place, id) in tape.trained().into_iter().enumerate() {
             let mut mine: Vec<Vec<f32>> = done.iter().map(|grads| tape.taken_values(grads, place)).collect();
             if has_piece {
@@ -375,21 +391,39 @@ impl Step<'_> {
             }
             let len = tape.param(id).numel();
             let sum = match &self.slices {
-                None => self.collective.sum(&tree, mine, len),
+                None => self.collective.sum(tree, mine, len),
                 Some(slices) => {
                     let slices = slices.of(place, len);
                     let mut sum = vec![0.0; len];
                     sum[slices[rank].clone()]
-                        .copy_from_slice(&self.collective.sum_slice(&tree, mine, &slices));
+                        .copy_from_slice(&self.collective.sum_slice(tree, mine, &slices));
                     sum
                 }
             };
             tape.set_grad(id, &sum);
         }
-        done.into_iter().for_each(|grads| tape.drop_grads(grads));
-        let sent_bytes = self.collective.sent_bytes() - before;
-        let report = RanksReport { ranks, sent_bytes, sum_s: began.elapsed().as_secs_f64(), wait_s };
-        Ok((stats, seen, Some(report)))
+    }
+
+    /// The same between devices, with the same bits: nothing of a gradient comes to the host.
+    fn sum_on_devices<K: TrainKernels>(
+        &self,
+        tape: &mut Tape<K>,
+        tree: &SumTree,
+        done: &mut [Grads<K::Buf>],
+    ) {
+        let (collective, rank) = (self.collective, self.collective.rank());
+        let cut = self.slices.unwrap_or_else(|| Slices::of_lines(collective));
+        for (place, id) in tape.trained().into_iter().enumerate() {
+            let slices = cut.of(place, tape.param(id).numel());
+            let (kernels, mut bufs) = tape.grad_bufs_mut(place, done);
+            let peers = kernels.peers().expect("asked before");
+            let to_all = self.slices.is_none();
+            let sent = sum_slice((kernels, peers), tree, &mut bufs, &slices, rank);
+            collective.count_sent(sent);
+            if let Some(sum) = bufs.pop().filter(|_| to_all) {
+                collective.count_sent(join_slices(peers, sum, &slices, rank));
+            }
+        }
     }
 
     /// The sums of all micro-batches, of those of all processes.

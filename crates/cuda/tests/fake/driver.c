@@ -1,5 +1,6 @@
 // A driver without a card, for tests of what calls one: memory is the host's, launches know two kernels. VERSION,
-// DEVICES, MAJOR and MEMORY are set when it is compiled, and LOSE and REFUSE, the errors of a wait and of a launch.
+// DEVICES, MAJOR and MEMORY are set when it is compiled, LOSE and REFUSE, the errors of a wait and of a launch, and PENDING, how often
+// work is not done yet; a million times are for ever.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,12 +11,22 @@
 #ifndef REFUSE
 #define REFUSE 0
 #endif
+#ifndef PENDING
+#define PENDING 3
+#endif
 
 typedef void *handle;
 typedef uint64_t pointer;
 
-static size_t used;
-static handle current;
+static _Atomic size_t used;
+static _Thread_local handle current;
+static _Thread_local long asked;
+
+// What waits for work that does not end.
+static void wait_for_work(void) {
+    while (asked && PENDING >= 1000000) {
+    }
+}
 
 int cuInit(unsigned flags) { return DEVICES ? 0 : 100; }
 int cuDriverGetVersion(int *version) { return *version = VERSION, 0; }
@@ -31,6 +42,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return 1;
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { return *bytes = MEMORY, 0; }
+int cuDeviceGetUuid_v2(char uuid[16], int device) { return memset(uuid, device + 1, 16), 0; }
 int cuDevicePrimaryCtxRetain(handle *context, int device) { return *context = (handle)(intptr_t)(device + 1), 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 int cuCtxSetCurrent(handle context) { return current = context, 0; }
@@ -46,6 +58,7 @@ int cuMemAlloc_v2(pointer *place, size_t bytes) {
     return *place = (pointer)(uintptr_t)((char *)block + 256), 0;
 }
 int cuMemFree_v2(pointer place) {
+    wait_for_work();
     size_t *block = (size_t *)((char *)(uintptr_t)place - 256);
     used -= *block;
     return free(block), 0;
@@ -57,7 +70,12 @@ int cuMemcpyDtoHAsync_v2(void *to, pointer from, size_t bytes, handle stream) {
     return memcpy(to, (void *)(uintptr_t)from, bytes), stream ? 0 : 400;
 }
 int cuStreamCreate(handle *stream, unsigned flags) { return *stream = (handle)7, flags == 1 && current ? 0 : 1; }
-int cuStreamSynchronize(handle stream) { return stream == (handle)7 ? LOSE : 400; }
+int cuStreamSynchronize(handle stream) { return wait_for_work(), stream == (handle)7 ? LOSE : 400; }
+int cuStreamQuery(handle stream) {
+    if (stream != (handle)7 || !current) return 400;
+    if (asked++ < PENDING) return 600;
+    return asked = 0, LOSE;
+}
 int cuStreamDestroy_v2(handle stream) { return stream == (handle)7 ? 0 : 400; }
 int cuModuleLoadDataEx(handle *module, const void *image, unsigned count, int *options, void **values) {
     if (count == 2 && options[0] == 5 && options[1] == 6 && (uintptr_t)values[1] > 16) strcpy(values[0], "a log");

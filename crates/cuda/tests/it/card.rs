@@ -8,7 +8,7 @@ use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, Operands, Report, Sear
 use draftsmith_kernels::{Memory, catch_failure, testing};
 
 /// Compiles one of the libraries in `tests/fake`.
-fn compile(folder: &Path, source: &str, library: &str, defines: &[&str]) {
+pub(crate) fn compile(folder: &Path, source: &str, library: &str, defines: &[&str]) {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake").join(source);
     let mut command = Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".to_owned()));
     command.args(["-O1", "-w", "-fPIC", "-shared", "-o"]).arg(folder.join(library)).arg(from);
@@ -18,7 +18,7 @@ fn compile(folder: &Path, source: &str, library: &str, defines: &[&str]) {
 }
 
 /// A folder with a driver, and with cuBLASLt if that is wanted.
-fn libraries(driver: &[&str], cublas: bool) -> (tempfile::TempDir, Search) {
+pub(crate) fn libraries(driver: &[&str], cublas: bool) -> (tempfile::TempDir, Search) {
     let folder = tempfile::tempdir().unwrap();
     compile(folder.path(), "driver.c", "libcuda.so.1", driver);
     if cublas {
@@ -28,7 +28,7 @@ fn libraries(driver: &[&str], cublas: bool) -> (tempfile::TempDir, Search) {
     (folder, search)
 }
 
-const GOOD: [&str; 4] = ["VERSION=13000", "DEVICES=2", "MAJOR=9", "MEMORY=(80ull<<30)"];
+pub(crate) const GOOD: [&str; 4] = ["VERSION=13000", "DEVICES=2", "MAJOR=9", "MEMORY=(80ull<<30)"];
 
 #[track_caller]
 fn refused(driver: &[&str], cublas: bool, number: usize) -> CudaError {
@@ -165,4 +165,10 @@ fn a_report_shows_cards_and_what_is_missing() {
     );
     let path = report.libraries[0].1.as_ref().unwrap();
     assert!(path.ends_with("libcublasLt.so.12") || path.ends_with("libcublasLt.so.13"), "{path:?}");
+    let (library, found) = report.libraries.last().unwrap();
+    assert_eq!((library.name(), library.purpose()), ("NCCL", Some("training on several GPUs")));
+    // (Unless the system has one.)
+    if let Err(error) = found {
+        assert!(error.hint().starts_with("`pip install nvidia-nccl-cu13`"), "{}", error.hint());
+    }
 }

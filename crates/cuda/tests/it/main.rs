@@ -2,5 +2,6 @@
 
 mod card;
 mod decode;
+mod nccl;
 mod nvrtc;
 mod shim;

@@ -62,7 +62,8 @@ fn page(doctor: &Doctor) -> String {
             (Some(path), _) => path.display().to_string(),
             (None, install) => format!("not found: {}", install.as_deref().unwrap_or("unknown")),
         };
-        row("", format!("{}: {state}", library.name));
+        let only_for = library.only_for.map_or_else(String::new, |what| format!(" (for {what} only)"));
+        row("", format!("{}{only_for}: {state}", library.name));
     }
     row("devices", doctor.devices.join(", "));
     for folder in &doctor.folders {

@@ -25,7 +25,7 @@ pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
 pub use spans::{Sight, Span, SpanShape};
 pub use token_loss::{LogitPart, NO_LABEL, PartGrad, TokenRow, TokenTargets, TokenTeacher};
 
-use crate::{Activation, Cell, Deferred, Memory, RopeTable, cell};
+use crate::{Activation, Cell, Deferred, Memory, Peers, RopeTable, cell};
 use attention::{TttGrads, TttInputs};
 use rowwise::NormGrad;
 use soft_ce::SoftTargets;
@@ -70,6 +70,10 @@ pub trait TrainKernels: Memory {
     /// The values are not needed any more; the buffer is, for others of its size. A backend whose buffers are only
     /// names for memory may give that back.
     fn retire(&self, _buf: &mut Self::Buf) {}
+    /// The devices of the other processes, where this one reaches them: gradients then need no way over the host.
+    fn peers(&self) -> Option<&dyn Peers<Self::Buf>> {
+        None
+    }
 
     /// `y[R, O] = x[R, I] · w[O, I]ᵀ`
     fn linear(&self, x: &Self::Buf, w: &Self::Buf, shape: LinearShape, y: &mut Self::Buf);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use draftsmith_core::VocabMap;
 use draftsmith_formats::cache::CaptureRow;
-use draftsmith_kernels::{Cpu, Kernels, Memory, PackMode, StepMask, WeightView};
+use draftsmith_kernels::{Cpu, Kernels, Memory, PackMode, StepMask, TrainKernels, WeightView};
 use draftsmith_model::eagle3::{Eagle3Config, Feedback};
 use draftsmith_model::tape::Tape;
 use draftsmith_model::{CacheAttend, Draft, DraftConfig, Infer, Linear, Ops};
@@ -146,8 +146,11 @@ impl Random {
         pack
     }
     pub(crate) fn method(&self, threads: usize, options: Eagle3Options) -> Eagle3Train<Cpu> {
+        self.method_on(Cpu::new(threads), options)
+    }
+    pub(crate) fn method_on<K: TrainKernels>(&self, kernels: K, options: Eagle3Options) -> Eagle3Train<K> {
         let (config, map) = (self.config.clone(), self.vocab_map.clone());
-        Eagle3Train::new(Cpu::new(threads), config, options, map, &self.target(), &self.weights).unwrap()
+        Eagle3Train::new(kernels, config, options, map, &self.target(), &self.weights).unwrap()
     }
 }
 

@@ -18,7 +18,7 @@ use draftsmith_train::{
 
 use crate::infer::Random;
 
-struct Memory(Vec<CaptureRow>);
+pub(crate) struct Memory(pub(crate) Vec<CaptureRow>);
 
 impl RowStore for Memory {
     fn num_rows(&self) -> usize {
@@ -111,7 +111,7 @@ fn gradients_do_not_depend_on_the_thread_count() {
     assert!(one == stats_and_grads(&random, &[random.pack()], 3));
 }
 
-fn options(dir: &Path) -> TrainOptions {
+pub(crate) fn options(dir: &Path) -> TrainOptions {
     TrainOptions {
         dir: dir.to_owned(),
         run_hash: "abc".into(),

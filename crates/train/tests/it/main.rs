@@ -8,4 +8,5 @@ mod golden_peagle;
 mod infer;
 mod learning;
 mod optimizer;
+mod peers;
 mod replay;

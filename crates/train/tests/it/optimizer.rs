@@ -7,6 +7,7 @@ use draftsmith_train::ranks::threads::on_ranks;
 use draftsmith_train::{AdamW, AdamWOptions, Alone, Collective, LrSchedule, Moment, Rng, Slices, TrainError};
 
 use crate::golden::{Case, Errors, cuda_shim};
+use crate::peers::Linked;
 
 #[track_caller]
 fn check(name: &str) -> Errors {
@@ -130,9 +131,9 @@ fn after_steps<K: TrainKernels>(
 }
 
 #[track_caller]
-fn check_slices<K: TrainKernels>(kernels: impl Fn() -> K + Sync, counts: &[usize]) {
+fn check_slices<K: TrainKernels>(kernels: impl Fn(&dyn Collective) -> K + Sync, counts: &[usize]) {
     let options = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::default() };
-    let mut alone = tape(kernels());
+    let mut alone = tape(kernels(&Alone));
     let mut optimizer = AdamW::new(options, &alone);
     let lens = lens::<K>();
     let all: usize = lens.iter().sum();
@@ -140,7 +141,7 @@ fn check_slices<K: TrainKernels>(kernels: impl Fn() -> K + Sync, counts: &[usize
     let wanted = after_steps(&Alone, &mut alone, &mut optimizer).unwrap();
     for ranks in counts.iter().copied() {
         let found = on_ranks(ranks, |collective| {
-            let mut tape = tape(kernels());
+            let mut tape = tape(kernels(collective));
             let slices = Slices::among::<K>(collective);
             let mut optimizer = AdamW::sharded(options, &tape, slices);
             let own: usize = lens.iter().enumerate().map(|(place, len)| slices.mine(place, *len).len()).sum();
@@ -167,13 +168,19 @@ fn check_slices<K: TrainKernels>(kernels: impl Fn() -> K + Sync, counts: &[usize
 
 #[test]
 fn slices_are_stepped_as_the_whole_is() {
-    check_slices(|| Cpu::new(2), &[1, 2, 3, 4, 5]);
+    check_slices(|_| Cpu::new(2), &[1, 2, 3, 4, 5]);
 }
 
 #[test]
 fn slices_are_stepped_as_the_whole_is_on_devices() {
-    check_slices(|| Gpu::new(Accelerator::flex(), GpuOptions::default()), &[2, 3]);
-    check_slices(cuda_shim, &[3]);
+    check_slices(|_| Gpu::new(Accelerator::flex(), GpuOptions::default()), &[2, 3]);
+    check_slices(|_| cuda_shim(), &[3]);
+}
+
+#[test]
+fn slices_go_from_device_to_device() {
+    let linked = Linked::default();
+    check_slices(|collective| linked.device(collective), &[2, 3]);
 }
 
 #[test]
