@@ -5,9 +5,10 @@ Rows are captured once; then both sides train on copies of them, in turn, each t
 difference of what the log says after it and after the one before; the first step of a process is not counted. Both must come
 to the same weights, bit for bit, and the traffic of a step must be that of the formula in docs/RANKS.md.
 
-Usage: two_ranks.py --draftsmith BINARY --target FILE [--repetitions N] [--steps N] [--around COMMAND] [--out FILE]
-Run it from the root of the repository, with a program that was built with the feature `mpi`. `--around` is put before each
-measured command, for example to keep the machine quiet. One JSON object goes to stdout or to FILE.
+Usage: two_ranks.py --draftsmith BINARY --target FILE [--launch env|mpirun] [--repetitions N] [--steps N] [--around COMMAND] [--out FILE]
+Run it from the root of the repository. Ranks are started by their environment and meet over TCP, or by `mpirun`, which takes a program
+that was built with the feature `mpi`. `--around` is put before each measured command, for example to keep the machine quiet. One JSON
+object goes to stdout or to FILE.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import socket
 import statistics
 import struct
 import subprocess
@@ -51,10 +53,30 @@ license = "Apache-2.0"
 """
 
 
+def start(command, **variables):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables})
+
+
+def end(command, process):
+    out, err = process.communicate()
+    if process.returncode != 0:
+        sys.exit(f"{shlex.join(command)}\n{out}{err}")
+
+
 def run(command):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    end(command, start(command))
+
+
+def run_two(command):
+    """Two ranks that find each other by their environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(command, RANK=rank, **place) for rank in "01"]
+    for process in ranks:
+        end(command, process)
 
 
 def steps_of(folder):
@@ -87,6 +109,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--draftsmith", required=True)
     parser.add_argument("--target", required=True)
+    parser.add_argument("--launch", choices=["env", "mpirun"], default="env")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pack", type=int, default=512)
@@ -96,9 +119,10 @@ def main():
     args = parser.parse_args()
     program = str(pathlib.Path(args.draftsmith).resolve())
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
+    launched = run_two if args.launch == "env" else lambda command: run(mpirun + command)
     sides = {
-        "one process, two threads": (["run.threads=2"], []),
-        "two processes, one thread each": (["run.threads=1"], mpirun),
+        "one process, two threads": (["run.threads=2"], run),
+        "two processes, one thread each": (["run.threads=1"], launched),
     }
     with tempfile.TemporaryDirectory() as home:
         home = pathlib.Path(home)
@@ -117,7 +141,7 @@ def main():
                 folder = home / "train"
                 shutil.copytree(captured, folder)
                 command = [program, "train", str(run_file), f"run.dir={folder}", *overrides]
-                run(shlex.split(args.around) + launcher + command)
+                launcher(shlex.split(args.around) + command)
                 parameters, digest = trained_parameters(folder)
                 hashes.add(digest)
                 raw[name].append(steps_of(folder))
@@ -135,7 +159,7 @@ def main():
     # Rank 0 sends what others own of its gradient, and what it owns of the sum: 4 bytes, twice, half of them.
     formula = 4 * 2 * (2 - 1) * parameters // 2
     record = {
-        "command": f"bench/peers/two_ranks.py --repetitions {args.repetitions} --steps {args.steps}",
+        "command": f"bench/peers/two_ranks.py --launch {args.launch} --repetitions {args.repetitions} --steps {args.steps}",
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "target": pathlib.Path(args.target).name,
         "pack_length": args.pack,
