@@ -33,7 +33,7 @@ seed = 7
 [target]
 source = {target}
 [data]
-sources = [{{ path = "fixtures/tiny-target/prompts-train.jsonl", max_rows = {rows} }}]
+sources = [{{ path = {data}, max_rows = {rows} }}]
 max_length = 512
 [regenerate]
 enabled = false
@@ -130,7 +130,14 @@ def main():
         step = args.pack * args.micro_batches
         slots = step * args.steps
         run_file.write_text(
-            RUN.format(target=json.dumps(args.target), rows=slots // 50, pack=args.pack, step=step, steps=args.steps)
+            RUN.format(
+                target=json.dumps(str(pathlib.Path(args.target).resolve())),
+                data=json.dumps(str(pathlib.Path("fixtures/tiny-target/prompts-train.jsonl").resolve())),
+                rows=slots // 50,
+                pack=args.pack,
+                step=step,
+                steps=args.steps,
+            )
         )
         captured = home / "captured"
         run([program, "capture", str(run_file), f"run.dir={captured}"])
