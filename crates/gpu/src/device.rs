@@ -2,6 +2,8 @@
 
 use burn_tensor::Device;
 
+use crate::Storage;
+
 /// A device that this build can use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Accelerator(pub(crate) Device);
@@ -17,11 +19,8 @@ pub enum DeviceError {
 impl DeviceError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
-        let built = if cfg!(feature = "vulkan") {
-            "check the GPU's driver"
-        } else {
-            "this build knows no kind of GPU"
-        };
+        let built =
+            if cfg!(feature = "wgpu") { "check the GPU's driver" } else { "this build knows no kind of GPU" };
         Some(format!("{built}, or compute on the CPU"))
     }
 }
@@ -34,10 +33,21 @@ impl Accelerator {
 
     /// The GPUs of this machine that this build can use.
     pub fn gpus() -> Vec<Accelerator> {
-        #[cfg(feature = "vulkan")]
-        return Device::enumerate(burn_tensor::DeviceType::Vulkan).into_iter().map(Accelerator).collect();
-        #[cfg(not(feature = "vulkan"))]
+        #[cfg(feature = "wgpu")]
+        return Device::enumerate(burn_tensor::DeviceType::Wgpu).into_iter().map(Accelerator).collect();
+        #[cfg(not(feature = "wgpu"))]
         Vec::new()
+    }
+
+    /// A graphics driver that computes on the processor, for tests: it is none of [`Accelerator::gpus`].
+    #[cfg(feature = "wgpu")]
+    pub fn software() -> Accelerator {
+        Accelerator(Device::wgpu(burn_tensor::DeviceKind::Cpu))
+    }
+
+    /// Whether values can be stored so on it.
+    pub fn stores(&self, storage: Storage) -> bool {
+        self.0.supports_dtype(storage.dtype())
     }
 
     /// The first GPU.

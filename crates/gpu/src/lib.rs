@@ -15,8 +15,10 @@
 //! are not rounded to 8 bits: results are nearer to the full-precision model than those of the CPU, not equal to them.
 //!
 //! # Devices
-//! Vulkan with the feature `vulkan`. CUDA would be one line more, but burn 0.22.1 fetches an LLVM from the network
-//! while it builds for CUDA, so it is not offered yet. No part of this crate has run on a GPU so far.
+//! Whatever wgpu reaches, with the feature `wgpu`: Vulkan, Metal, Direct3D 12, by shaders in WGSL. (burn's own way to Vulkan, by
+//! SPIR-V, ends in a crash inside Mesa's software driver; WGSL runs there.) That is where the tests of that feature run: no
+//! part of this crate has run on a GPU so far. WGSL knows no bf16. For NVIDIA's cards there is the crate `cuda`: burn 0.22.1 fetches an LLVM from the
+//! network while it builds for CUDA.
 //!
 //! Shape legend: `R` rows, `I`/`O` input and output features, `S` slots.
 
@@ -49,6 +51,15 @@ pub enum Storage {
     Bf16,
 }
 
+impl Storage {
+    fn dtype(self) -> FloatDType {
+        match self {
+            Storage::F32 => FloatDType::F32,
+            Storage::Bf16 => FloatDType::BF16,
+        }
+    }
+}
+
 /// Settings of a [`Gpu`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GpuOptions {
@@ -64,13 +75,9 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// The operations on a device.
+    /// The operations on a device that stores values so ([`Accelerator::stores`]).
     pub fn new(accelerator: Accelerator, options: GpuOptions) -> Gpu {
-        let storage = match options.storage {
-            Storage::F32 => FloatDType::F32,
-            Storage::Bf16 => FloatDType::BF16,
-        };
-        Gpu { device: accelerator.0, storage }
+        Gpu { device: accelerator.0, storage: options.storage.dtype() }
     }
 
     /// Host values on the device, as f32.

@@ -164,6 +164,12 @@ impl Compute {
             GpuDtype::F32 => Storage::F32,
             GpuDtype::Bf16 => Storage::Bf16,
         };
+        if !accelerator.stores(storage) {
+            return Err(Error::input(
+                "`run.gpu_dtype` is `bf16`, which the shaders for this GPU do not know",
+                "leave `run.gpu_dtype` out",
+            ));
+        }
         Ok(Compute::Gpu(Gpu::new(accelerator, GpuOptions { storage })))
     }
 

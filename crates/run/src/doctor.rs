@@ -294,7 +294,7 @@ fn findings(doctor: &Doctor, places: &Places) -> Vec<Finding> {
             Severity::Note,
             format!("a GPU is here ({}), and this build computes on the processor", doctor.gpus[0].name),
             "nothing to do: every stage works without it; `cargo build --release --features gpu` makes a build that \
-             trains on it",
+             is meant for it and never ran on one",
         );
     }
     list

@@ -523,7 +523,8 @@ pub fn adamw<K: TrainKernels>(k: &K) {
     }
     let x = noise(1, 100_003);
     let want: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
-    assert!((k.sum_squares(&k.upload(&x), x.len()) - want).abs() < 1e-3);
+    // Blocks may be summed in f32.
+    assert!((k.sum_squares(&k.upload(&x), x.len()) - want).abs() < 1e-6 * want);
     adamw_slices(k);
 }
 
