@@ -2,7 +2,7 @@
 
 use burn_tensor::Device;
 
-use crate::Storage;
+use crate::storage::Storage;
 
 /// A device that this build can use.
 #[derive(Clone, Debug, PartialEq)]
