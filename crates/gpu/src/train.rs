@@ -19,6 +19,8 @@ use crate::{Buf, Gpu};
 pub(crate) const LOGITS: usize = 1 << 26;
 /// Values added up on the device; the sums of these are added in double precision.
 const SUM_BLOCK: usize = 4096;
+/// Squares of it that are summed in f32, in whatever order the device likes.
+const F32_SUM: usize = 64;
 
 /// What the rows of one panel of training-time-test attention see of block 0.
 struct Panel {
@@ -642,19 +644,20 @@ impl TrainKernels for Gpu {
         let of = |(x, len): &(&Buf, usize)| {
             let len = *len;
             let mut parts = Vec::new();
-            let whole = len / SUM_BLOCK * SUM_BLOCK;
+            let whole = len / F32_SUM * F32_SUM;
             if len > 0 {
                 let squares = self.read(x, 1, len).square();
                 if whole > 0 {
                     let blocks = squares.clone().slice([0..1, 0..whole]);
-                    let blocks = blocks.reshape([len / SUM_BLOCK, SUM_BLOCK]);
+                    let blocks = blocks.reshape([len / F32_SUM, F32_SUM]);
                     parts.extend(self.host(blocks.sum_dim(1)));
                 }
                 if whole < len {
                     parts.extend(self.host(squares.slice([0..1, whole..len]).sum_dim(1)));
                 }
             }
-            parts.into_iter().map(f64::from).collect()
+            let blocks = parts.chunks(SUM_BLOCK / F32_SUM);
+            blocks.map(|block| block.iter().map(|sum| f64::from(*sum)).sum()).collect()
         };
         all.iter().map(of).collect()
     }

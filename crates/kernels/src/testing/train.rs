@@ -523,8 +523,7 @@ pub fn adamw<K: TrainKernels>(k: &K) {
     }
     let x = noise(1, 100_003);
     let want: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
-    // Blocks may be summed in f32.
-    assert!((k.sum_squares(&k.upload(&x), x.len()) - want).abs() < 1e-6 * want);
+    assert!((k.sum_squares(&k.upload(&x), x.len()) - want).abs() < 1e-3);
     adamw_slices(k);
 }
 
