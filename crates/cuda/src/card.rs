@@ -362,7 +362,7 @@ impl Launcher for Card {
         }
         self.context.enter()?;
         let (api, stream) = (&self.context.api, self.context.stream);
-        let place = to.memory.pointer + to.offset as u64;
+        let place = to.memory.address(to.offset);
         // SAFETY: the caller names a place inside the allocation. Memory that is not page-locked is copied to the driver's
         // own before the call returns, so `data` is free afterwards.
         api.check("cuMemcpyHtoDAsync", unsafe {
@@ -376,7 +376,7 @@ impl Launcher for Card {
         }
         self.context.enter()?;
         let (api, stream) = (&self.context.api, self.context.stream);
-        let place = from.memory.pointer + from.offset as u64;
+        let place = from.memory.address(from.offset);
         // SAFETY: the caller names a place inside the allocation; the stream is waited for before `out` is looked at.
         unsafe {
             api.check("cuMemcpyDtoHAsync", (api.to_host)(out.as_mut_ptr().cast(), place, out.len(), stream))?;
@@ -389,8 +389,7 @@ impl Launcher for Card {
         self.context.enter()?;
         // Parameters one after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number
         // stands at the beginning of its place.
-        let address =
-            |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.pointer + at.offset as u64);
+        let address = |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.address(at.offset));
         let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
         for arg in launch.args {
             starts.push(values.len());
@@ -444,7 +443,7 @@ impl Launcher for Card {
         c: At<'_, CardMemory>,
     ) -> Result<(), CudaError> {
         self.context.enter()?;
-        let places = [b, a, c].map(|at| at.memory.pointer + at.offset as u64);
+        let places = [b, a, c].map(|at| at.memory.address(at.offset));
         let alignment = places.map(|place| 1 << place.trailing_zeros().min(8));
         let products = &self.products;
         let mut plans = products.plans.lock().unwrap_or_else(PoisonError::into_inner);

@@ -111,6 +111,18 @@ impl<L: Launcher> Cuda<L> {
         }
     }
 
+    /// `to[..len] (+)= from[..len]`, each from its place on.
+    pub(crate) fn copy_values(
+        &self,
+        from: Option<At<'_, L::Memory>>,
+        to: Option<At<'_, L::Memory>>,
+        len: usize,
+        accumulate: bool,
+    ) {
+        let args = [Arg::Buffer(from), Arg::Buffer(to), Arg::I64(len as i64), Arg::I32(accumulate.into())];
+        self.over(len, "add_to", &args);
+    }
+
     /// The same device, with a way to those of other processes.
     pub fn with_peers(self, link: impl DeviceLink<L::Memory> + 'static) -> Cuda<L> {
         Cuda { link: Some(Arc::new(link)), ..self }

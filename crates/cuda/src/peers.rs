@@ -2,7 +2,7 @@
 
 use draftsmith_kernels::{Part, Peers};
 
-use crate::launcher::{Arg, Launcher, Message};
+use crate::launcher::{Launcher, Message};
 use crate::memory::Buf;
 use crate::ops::Cuda;
 
@@ -29,12 +29,6 @@ impl<L: Launcher> Peers<Buf<L>> for Cuda<L> {
     ) {
         assert!(from_at + len <= from.capacity && to_at + len <= to.capacity, "whole parts");
         to.changed();
-        let args = [
-            Arg::Buffer(from.place(from_at)),
-            Arg::Buffer(to.place(to_at)),
-            Arg::I64(len as i64),
-            Arg::I32(accumulate.into()),
-        ];
-        self.over(len, "add_to", &args);
+        self.copy_values(from.place(from_at), to.place(to_at), len, accumulate);
     }
 }

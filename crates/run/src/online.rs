@@ -21,26 +21,7 @@ pub(crate) fn token_row(tokens: &TokenFile, number: usize) -> TokenRow {
     TokenRow { number: number as u64, ids: row.ids.to_vec(), loss_mask: row.loss_mask.to_vec() }
 }
 
-/// Rows from a source, as they would come back from a cache.
-fn captured(
-    source: &mut dyn CaptureSource,
-    (tokens, spec): (&TokenFile, &CacheSpec),
-    rows: &[usize],
-) -> Result<Vec<CaptureRow>, BoxError> {
-    let mut out = Vec::with_capacity(rows.len());
-    let mut wanted = rows.iter();
-    let mut next = || wanted.next().map(|n| token_row(tokens, *n));
-    source.capture_rows(&mut next, &mut |row| {
-        out.push(row.stored_as(spec));
-        ControlFlow::Continue(())
-    })?;
-    if out.len() < rows.len() {
-        return Err("interrupted".into());
-    }
-    Ok(out.into_iter().collect::<Result<_, _>>()?)
-}
-
-/// Rows of a source.
+/// Rows of a source, as they would come back from a cache.
 pub(crate) struct OnlineRows<S> {
     pub(crate) tokens: TokenFile,
     pub(crate) source: S,
@@ -57,16 +38,25 @@ impl<S: CaptureSource> RowStore for OnlineRows<S> {
     }
 
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, BoxError> {
-        captured(&mut self.source, (&self.tokens, &self.spec), rows)
+        let mut out = Vec::with_capacity(rows.len());
+        let mut wanted = rows.iter();
+        let mut next = || wanted.next().map(|n| token_row(&self.tokens, *n));
+        self.source.capture_rows(&mut next, &mut |row| {
+            out.push(row.stored_as(&self.spec));
+            ControlFlow::Continue(())
+        })?;
+        if out.len() < rows.len() {
+            return Err("interrupted".into());
+        }
+        Ok(out.into_iter().collect::<Result<_, _>>()?)
     }
 }
 
 /// Rows of a target on the card that trains. Read one by one they come through the host; a pack is filled where it is used.
 pub(crate) struct CardRows<L: Launcher> {
-    tokens: TokenFile,
-    target: InProcess<Cuda<L>>,
+    /// The way through the host.
+    rows: OnlineRows<InProcess<Cuda<L>>>,
     cuda: Cuda<L>,
-    spec: CacheSpec,
 }
 
 impl<L: Launcher> CardRows<L> {
@@ -77,26 +67,27 @@ impl<L: Launcher> CardRows<L> {
         cuda: Cuda<L>,
         spec: CacheSpec,
     ) -> CardRows<L> {
-        CardRows { tokens, target, cuda, spec }
+        CardRows { rows: OnlineRows { tokens, source: target, spec }, cuda }
     }
 }
 
 impl<L: Launcher> RowStore for CardRows<L> {
     fn num_rows(&self) -> usize {
-        self.tokens.len()
+        self.rows.num_rows()
     }
 
     fn row_slots(&self, row: usize) -> usize {
-        self.tokens.row_counts(row).0
+        self.rows.row_slots(row)
     }
 
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, BoxError> {
-        captured(&mut self.target, (&self.tokens, &self.spec), rows)
+        self.rows.read(rows)
     }
 
     fn fill(&mut self, rows: &[usize], shape: PackShape, pack: &mut Pack) -> Result<(), TrainError> {
-        let width = self.spec.hidden_size as usize;
-        let joined = self.spec.target_layer_ids.len() * width;
+        let OnlineRows { tokens, source: target, spec } = &self.rows;
+        let width = spec.hidden_size as usize;
+        let joined = spec.target_layer_ids.len() * width;
         for (what, found, wanted) in [
             ("feature values a token", joined, shape.feature_width),
             ("final hidden values a token", width, shape.last_width),
@@ -108,21 +99,21 @@ impl<L: Launcher> RowStore for CardRows<L> {
         assert!(pack.is_empty(), "a pack is filled once");
         // What a row is cut by does not change the states before it.
         let cut = |number: &usize| {
-            let mut row = token_row(&self.tokens, *number);
+            let mut row = token_row(tokens, *number);
             row.ids.truncate(shape.row_slots);
             row.loss_mask.truncate(shape.row_slots);
             row
         };
         let rows: Vec<TokenRow> = rows.iter().map(cut).collect();
         rows.iter().for_each(|row| pack.push_tokens(row.number, &row.ids, &row.loss_mask));
-        let kept = match self.spec.dtype {
+        let kept = match spec.dtype {
             CaptureDtype::Bf16 => KeptAs::Bf16,
             CaptureDtype::Int8 => KeptAs::Int8,
         };
         let (mut features, mut last) =
             (self.cuda.scratch(pack.len() * joined), self.cuda.scratch(pack.len() * width));
         let (mut first, mut unfit) = (0, None);
-        let ran = self.target.steps(&rows, &mut |output, parts| {
+        let ran = target.steps(&rows, &mut |output, parts| {
             if unfit.is_some() {
                 return;
             }
@@ -135,7 +126,7 @@ impl<L: Launcher> RowStore for CardRows<L> {
                 // Rows of the step are the tokens of its parts, one after the other.
                 let tokens = parts.iter().flat_map(|(i, part)| part.clone().map(move |token| (*i, token)));
                 let (i, token) = { tokens }.nth(row).expect("a row of the step");
-                unfit = Some(self.spec.unfit_state(rows[i].number, token, state));
+                unfit = Some(spec.unfit_state(rows[i].number, token, state));
             }
         });
         ran.map_err(|source| TrainError::Rows { source: source.into() })?;
@@ -265,21 +256,6 @@ mod tests {
         TokenFile::open(&path).unwrap()
     }
 
-    /// Rows that come through the host alone.
-    struct ThroughHost(CardRows<Shim>);
-
-    impl RowStore for ThroughHost {
-        fn num_rows(&self) -> usize {
-            self.0.num_rows()
-        }
-        fn row_slots(&self, row: usize) -> usize {
-            self.0.row_slots(row)
-        }
-        fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, BoxError> {
-            self.0.read(rows)
-        }
-    }
-
     /// Weights after some steps, the bytes that they copied to and from the card, and the slots that they trained on.
     fn trained(kind: &str, dtype: CaptureDtype, on_card: bool) -> (Vec<Vec<f32>>, [u64; 2], u64) {
         let dir = tempfile::tempdir().unwrap();
@@ -319,7 +295,7 @@ mod tests {
         let before = cuda.launcher().copied();
         let mut store: Box<dyn RowStore> = match on_card {
             true => Box::new(rows),
-            false => Box::new(ThroughHost(rows)),
+            false => Box::new(rows.rows),
         };
         assert!(train(method.as_mut(), store.as_mut(), &options, hooks).unwrap().finished);
         let after = cuda.launcher().copied();

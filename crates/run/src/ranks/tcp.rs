@@ -345,6 +345,17 @@ enum Stuck {
     OtherLength(u64, usize),
 }
 
+/// Bytes that a connection took or gave, `None` if it does neither now; `end` is what nothing at all means.
+fn taken(moved: io::Result<usize>, end: ErrorKind) -> Result<Option<usize>, Stuck> {
+    match moved {
+        Ok(0) => Err(Stuck::Broken(end.into())),
+        Ok(n) => Ok(Some(n)),
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(None),
+        Err(e) if e.kind() == ErrorKind::Interrupted => Ok(Some(0)),
+        Err(e) => Err(Stuck::Broken(e)),
+    }
+}
+
 /// Before each message.
 const HEAD: usize = 8;
 
@@ -369,16 +380,9 @@ impl Leaving<'_> {
                 }
                 _ => stream.write(&body[self.at - HEAD..]),
             };
-            match written {
-                Ok(0) => return Err(Stuck::Broken(ErrorKind::WriteZero.into())),
-                Ok(n) => {
-                    moved += n;
-                    self.at += n;
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Stuck::Broken(e)),
-            }
+            let Some(n) = taken(written, ErrorKind::WriteZero)? else { break };
+            moved += n;
+            self.at += n;
             if self.at == HEAD + body.len() {
                 self.messages.pop_front();
                 self.at = 0;
@@ -408,16 +412,9 @@ impl Arriving<'_> {
                 at @ ..HEAD => stream.read(&mut self.head[at..]),
                 at => stream.read(&mut body[at - HEAD..]),
             };
-            match read {
-                Ok(0) => return Err(Stuck::Broken(ErrorKind::UnexpectedEof.into())),
-                Ok(n) => {
-                    moved += n;
-                    self.at += n;
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(Stuck::Broken(e)),
-            }
+            let Some(n) = taken(read, ErrorKind::UnexpectedEof)? else { break };
+            moved += n;
+            self.at += n;
             if self.at == HEAD {
                 let said = u64::from_le_bytes(self.head);
                 if said != body.len() as u64 {
