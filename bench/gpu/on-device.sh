@@ -11,7 +11,8 @@
 # TARGET, too, if that variable is set.
 #
 # `decode` is decoding with and without a draft on the card: a proof of one answer, texts alone and in a batch, by every way to
-# draft (`bench identity`, greedy and drawn), rates of plain and drafted decoding and of a batch (`bench decode`), accept length and
+# draft (`bench identity`, greedy and drawn), rates of plain and drafted decoding and of a batch (`bench decode`; once more with
+# DRAFTSMITH_CUDA_GRAPHS=off), accept length and
 # speedup with a record (`bench`), and where the draft pays (`bench tune`). TARGET and BUNDLE name target and draft (by default the
 # tiny ones), WORKLOAD the prompts, PROMPT_ROWS and NEW_TOKENS how many and how long. Records lie in OUT/decode-report.
 #
@@ -194,8 +195,12 @@ decode() {
         --json || bad=1
     ask decode "$draftsmith" bench "${own[@]}" "${more[@]}" --depth 3 --max-new-tokens "$tokens" \
         --report "$out/decode-report" --json || bad=1
-    ask decode "$draftsmith" bench decode "${own[@]}" "${more[@]}" --new-tokens "$tokens" --batch "$batch" \
-        --prefill-tokens "$prefill" --json || bad=1
+    # With kernels started as graphs, and one by one.
+    local graphs
+    for graphs in '' off; do
+        ask decode env DRAFTSMITH_CUDA_GRAPHS="$graphs" "$draftsmith" bench decode "${own[@]}" "${more[@]}" --new-tokens "$tokens" \
+            --batch "$batch" --prefill-tokens "$prefill" --json || bad=1
+    done
     ask decode "$draftsmith" bench tune "${own[@]}" "${more[@]}" --max-new-tokens "$tokens" --sequences "$sequences" --json || bad=1
     return "$bad"
 }

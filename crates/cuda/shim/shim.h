@@ -104,11 +104,11 @@ extern Machine machine;
     abort();
 }
 
-inline void check_place(const Buffer *b, int64_t at, size_t size) {
+inline void check_place(const Buffer *b, int64_t at, int64_t begin, int64_t end, size_t size) {
     if (b == nullptr) fail("a null buffer is used");
-    if (at < 0 || (uint64_t)at + size > b->bytes)
-        fail("element at byte %lld of %s of %llu bytes", (long long)at, b->shared ? "shared memory" : "a buffer",
-             (unsigned long long)b->bytes);
+    if (at < begin || at + (int64_t)size > end)
+        fail("element at byte %lld of %s of %lld bytes", (long long)(at - begin),
+             b->shared ? "shared memory" : "a buffer", (long long)(end - begin));
     if (at % size != 0) fail("byte %lld is no place for an element of %zu bytes", (long long)at, size);
 }
 
@@ -171,21 +171,21 @@ template <class T> struct Ref {
     Ref &operator-=(T value) { return *this = (T)*this - value; }
 };
 
-// A pointer into a buffer. As the host passes it: the buffer and a place in bytes.
+// A pointer into a buffer. As the host passes it: the buffer, a place in bytes, and from where to where it may touch it.
 template <class T> struct Pointer {
     using Value = std::remove_const_t<T>;
     Buffer *buffer;
-    int64_t at;
+    int64_t at, begin, end;
     auto operator[](int64_t index) const {
         int64_t place = at + index * (int64_t)sizeof(T);
-        check_place(buffer, place, sizeof(T));
+        check_place(buffer, place, begin, end, sizeof(T));
         if constexpr (std::is_const_v<T>) {
             return (Value)Ref<Value>(buffer, place);
         } else {
             return Ref<Value>(buffer, place);
         }
     }
-    Pointer operator+(int64_t index) const { return Pointer{buffer, at + index * (int64_t)sizeof(T)}; }
+    Pointer operator+(int64_t index) const { return Pointer{buffer, at + index * (int64_t)sizeof(T), begin, end}; }
 };
 
 inline void switch_out(State state, int line) {
@@ -307,7 +307,7 @@ template <class T> Pointer<T> shared(int line, size_t count) {
         for (const auto &[_, other] : machine.shared) total += other->bytes;
         if (total > 48 << 10) fail("%zu bytes of shared memory", total);
     }
-    return Pointer<T>{b.get(), 0};
+    return Pointer<T>{b.get(), 0, 0, (int64_t)b->bytes};
 }
 
 struct Registered {

@@ -67,6 +67,14 @@ functions! {
         module_load = "cuModuleLoadDataEx"(*mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
         module_unload = "cuModuleUnload"(Handle);
         module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
+        allocate_host = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
+        free_host = "cuMemFreeHost"(*mut c_void);
+        capture_begin = "cuStreamBeginCapture_v2"(Handle, c_int);
+        capture_end = "cuStreamEndCapture"(Handle, *mut Handle);
+        graph_instantiate = "cuGraphInstantiateWithFlags"(*mut Handle, Handle, u64);
+        graph_launch = "cuGraphLaunch"(Handle, Handle);
+        graph_destroy = "cuGraphDestroy"(Handle);
+        graph_exec_destroy = "cuGraphExecDestroy"(Handle);
         launch = "cuLaunchKernel"(
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
         );
@@ -88,6 +96,8 @@ pub(crate) const NO_DEVICE: c_int = 100;
 pub(crate) const CAPABILITY_MAJOR: c_int = 75;
 /// `CU_JIT_ERROR_LOG_BUFFER` and `CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES`.
 pub(crate) const JIT_LOG: [c_int; 2] = [5, 6];
+/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads may call what they like, on other streams.
+pub(crate) const CAPTURE_THREAD_LOCAL: c_int = 1;
 /// `CU_STREAM_NON_BLOCKING`
 pub(crate) const NON_BLOCKING: c_uint = 1;
 

@@ -156,7 +156,7 @@ impl<L: Launcher> Cuda<L> {
             sights.iter().flat_map(|s| [s.context.from, s.context.to, s.own.from, s.own.to]).collect();
         let on_device = |most: usize| {
             let table = tile_table(&shape, most);
-            (self.table(&table), table.len() / 6)
+            (self.put_values(&table), table.len() / 6)
         };
         let all = |of: fn(&Sight) -> Span| sights.iter().fold(Span::default(), |all, s| join(all, of(s)));
         Some(Plan {
@@ -166,7 +166,7 @@ impl<L: Launcher> Cuda<L> {
             scale,
             rows: sights.len(),
             tiles,
-            sights: self.table(&table),
+            sights: self.put_values(&table),
             by_rows: on_device(tiles.rows),
             by_step: on_device(tiles.step),
             seen: [all(|s| s.context), all(|s| s.own)],

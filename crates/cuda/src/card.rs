@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::ptr::{from_mut, from_ref, null_mut};
+use std::ops::{Deref, DerefMut};
+use std::ptr::{NonNull, from_ref, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -225,17 +226,6 @@ impl Card {
         unsafe { (self.products.api.version)() }
     }
 
-    /// Waits for all that was started.
-    ///
-    /// # Errors
-    /// Failures of what was started.
-    pub fn wait(&self) -> Result<(), CudaError> {
-        self.context.enter()?;
-        let api = &self.context.api;
-        // SAFETY: the stream lives as long as the context.
-        api.check("cuStreamSynchronize", unsafe { (api.stream_wait)(self.context.stream) })
-    }
-
     fn function(&self, name: &'static str) -> Result<Handle, CudaError> {
         let mut known = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = known.get(name) {
@@ -334,8 +324,100 @@ fn load_module(context: &Context, ptx: &str) -> Result<Handle, CudaError> {
     })
 }
 
+/// A launch on a [`Card`].
+#[derive(PartialEq, Eq, Hash)]
+pub struct CardLaunch {
+    kernel: &'static str,
+    function: usize,
+    grid: (u32, u32),
+    threads: u32,
+    /// Parameters one after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number
+    /// stands at the beginning of its place.
+    values: Vec<u64>,
+    /// Where each of them begins.
+    starts: Vec<usize>,
+}
+
+/// A CUDA graph, ready to be launched.
+pub struct CardGraph {
+    context: Arc<Context>,
+    exec: usize,
+}
+
+impl Drop for CardGraph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made by the driver and destroyed once; a launch that is under way ends before.
+            unsafe { (self.context.api.graph_exec_destroy)(self.exec as Handle) };
+        }
+    }
+}
+
+/// Page-locked memory of the host.
+pub struct CardStaging {
+    context: Arc<Context>,
+    place: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: memory of the host, owned by this alone.
+unsafe impl Send for CardStaging {}
+
+impl Deref for CardStaging {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: so many bytes were allocated, and zeroed at once.
+        unsafe { std::slice::from_raw_parts(self.place.as_ptr(), self.bytes) }
+    }
+}
+
+impl DerefMut for CardStaging {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.place.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for CardStaging {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: allocated by the driver and freed once, when the stream no longer reads it.
+            unsafe {
+                (self.context.api.stream_wait)(self.context.stream);
+                (self.context.api.free_host)(self.place.as_ptr().cast());
+            }
+        }
+    }
+}
+
+impl Card {
+    /// An executable graph of a captured one, written to `exec`.
+    fn instantiate(&self, graph: Handle, exec: &mut Handle) -> Result<(), CudaError> {
+        let api = &self.context.api;
+        // SAFETY: the graph was captured just now; a handle is written to a handle.
+        let code = unsafe { (api.graph_instantiate)(exec, graph, 0) };
+        if code == api::OUT_OF_MEMORY {
+            let (free, total) = memory(&self.context)?;
+            // What a graph takes the driver does not say: it is little.
+            return Err(CudaError::Memory { wanted: 1 << 20, free, total });
+        }
+        api.check("cuGraphInstantiate", code)
+    }
+}
+
+/// A call that failed, as one that need not be made.
+fn of_graphs(error: CudaError) -> CudaError {
+    match error {
+        CudaError::Call { call, reason } => CudaError::Graph { call, reason },
+        other => other,
+    }
+}
+
 impl Launcher for Card {
     type Memory = CardMemory;
+    type Ready = CardLaunch;
+    type Graph = CardGraph;
+    type Staging = CardStaging;
 
     fn about(&self) -> About {
         let DeviceInfo { number, name, capability: (major, minor), memory } = self.info.clone();
@@ -364,10 +446,34 @@ impl Launcher for Card {
         let (api, stream) = (&self.context.api, self.context.stream);
         let place = to.memory.address(to.offset);
         // SAFETY: the caller names a place inside the allocation. Memory that is not page-locked is copied to the driver's
-        // own before the call returns, so `data` is free afterwards.
+        // own before the call returns, so `data` is free afterwards; page-locked memory comes from `write_staged` alone.
         api.check("cuMemcpyHtoDAsync", unsafe {
             (api.to_device)(place, data.as_ptr().cast(), data.len(), stream)
         })
+    }
+
+    fn staging(&self, bytes: usize) -> Result<CardStaging, CudaError> {
+        self.context.enter()?;
+        let (api, mut place) = (&self.context.api, null_mut());
+        // SAFETY: a pointer is written to a pointer.
+        api.check("cuMemAllocHost", unsafe { (api.allocate_host)(&mut place, bytes.max(1)) })?;
+        let place = NonNull::new(place.cast::<u8>()).ok_or_else(|| CudaError::Call {
+            call: "cuMemAllocHost",
+            reason: "no memory, and no error".to_owned(),
+        })?;
+        // SAFETY: so many bytes were allocated just above.
+        unsafe { place.write_bytes(0, bytes) };
+        Ok(CardStaging { context: Arc::clone(&self.context), place, bytes })
+    }
+
+    fn write_staged(
+        &self,
+        to: At<'_, CardMemory>,
+        from: &CardStaging,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        // Page-locked memory is read when the copy's turn comes: what the caller has to heed.
+        self.write(to, &from[..bytes])
     }
 
     fn read(&self, from: At<'_, CardMemory>, out: &mut [u8]) -> Result<(), CudaError> {
@@ -384,11 +490,15 @@ impl Launcher for Card {
         }
     }
 
-    fn launch(&self, launch: Launch<'_, CardMemory>) -> Result<(), CudaError> {
-        let function = self.function(launch.kernel)?;
+    fn wait(&self) -> Result<(), CudaError> {
         self.context.enter()?;
-        // Parameters one after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number
-        // stands at the beginning of its place.
+        let api = &self.context.api;
+        // SAFETY: the stream lives as long as the context.
+        api.check("cuStreamSynchronize", unsafe { (api.stream_wait)(self.context.stream) })
+    }
+
+    fn ready(&self, launch: Launch<'_, CardMemory>) -> Result<CardLaunch, CudaError> {
+        self.context.enter()?;
         let address = |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.address(at.offset));
         let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
         for arg in launch.args {
@@ -402,29 +512,35 @@ impl Launcher for Card {
                 Arg::F32(x) => values.push(u64::from(x.to_bits())),
             }
         }
-        let mut pointers: Vec<*mut c_void> =
-            starts.iter().map(|i| from_mut(&mut values[*i]).cast()).collect();
         let size = |n: usize| {
             u32::try_from(n).map_err(|_| CudaError::Call {
                 call: "cuLaunchKernel",
                 reason: format!("{n} blocks of `{}`", launch.kernel),
             })
         };
-        let (x, y) = (size(launch.grid.0)?, size(launch.grid.1)?);
+        let grid = (size(launch.grid.0)?, size(launch.grid.1)?);
+        let function = self.function(launch.kernel)? as usize;
+        Ok(CardLaunch { kernel: launch.kernel, function, grid, threads: launch.threads, values, starts })
+    }
+
+    fn start(&self, launch: &CardLaunch) -> Result<(), CudaError> {
+        self.context.enter()?;
         let api = &self.context.api;
-        // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them.
+        let mut pointers: Vec<*mut c_void> =
+            launch.starts.iter().map(|i| from_ref(&launch.values[*i]).cast_mut().cast()).collect();
+        // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them; the driver copies
+        // the parameters before it returns, and writes to none.
         let code = unsafe {
-            let stream = self.context.stream;
             (api.launch)(
-                function,
-                x,
-                y,
+                launch.function as Handle,
+                launch.grid.0,
+                launch.grid.1,
                 1,
                 launch.threads,
                 1,
                 1,
                 0,
-                stream,
+                self.context.stream,
                 pointers.as_mut_ptr(),
                 null_mut(),
             )
@@ -433,6 +549,36 @@ impl Launcher for Card {
             return Ok(());
         }
         Err(api.failed("cuLaunchKernel", code, launch.kernel))
+    }
+
+    fn record(&self, launches: &[CardLaunch]) -> Result<CardGraph, CudaError> {
+        self.context.enter()?;
+        let (api, stream) = (&self.context.api, self.context.stream);
+        let (mut graph, mut exec) = (null_mut(), null_mut());
+        // SAFETY: the stream takes launches down instead of running them until the capture ends, which it does whatever they come
+        // to; handles are written to handles, and the graph is destroyed when the executable one has been made of it.
+        unsafe {
+            let begun = (api.capture_begin)(stream, api::CAPTURE_THREAD_LOCAL);
+            api.check("cuStreamBeginCapture", begun).map_err(of_graphs)?;
+            let taken = launches.iter().try_for_each(|launch| self.start(launch));
+            let ended = (api.capture_end)(stream, &mut graph);
+            let made = taken
+                .and_then(|()| api.check("cuStreamEndCapture", ended))
+                .and_then(|()| self.instantiate(graph, &mut exec));
+            if !graph.is_null() {
+                (api.graph_destroy)(graph);
+            }
+            made.map_err(of_graphs)?;
+        }
+        Ok(CardGraph { context: Arc::clone(&self.context), exec: exec as usize })
+    }
+
+    fn replay(&self, graph: &CardGraph) -> Result<(), CudaError> {
+        self.context.enter()?;
+        let api = &self.context.api;
+        // SAFETY: the graph lives; what its launches touch is allocated, by the promise of who replays it.
+        let launched = unsafe { (api.graph_launch)(graph.exec as Handle, self.context.stream) };
+        api.check("cuGraphLaunch", launched).map_err(of_graphs)
     }
 
     fn product(

@@ -120,6 +120,14 @@ pub enum CudaError {
         /// What it says.
         reason: String,
     },
+    /// Launches cannot start as one graph.
+    #[error("{call} failed: {reason}")]
+    Graph {
+        /// The function.
+        call: &'static str,
+        /// What it says.
+        reason: String,
+    },
     /// Heads wider than the kernels take.
     #[error("heads of {found} values, the kernels for NVIDIA GPUs take {MOST_HEAD_DIM} at most")]
     WideHeads {
@@ -247,6 +255,11 @@ impl CudaError {
             CudaError::Nccl { .. } => {
                 "start again with NCCL_DEBUG=INFO to see more of it, or with DRAFTSMITH_NCCL=off on any rank: gradients then go \
                  through host memory (docs/RANKS.md)"
+                    .into()
+            }
+            CudaError::Graph { .. } => {
+                "start again with DRAFTSMITH_CUDA_GRAPHS=off: each kernel is then started by itself, and nothing that is computed \
+                 changes; and report it"
                     .into()
             }
             CudaError::WideHeads { .. } => cpu.into(),

@@ -15,7 +15,7 @@ use draftsmith_kernels::{
 
 use crate::error::{CudaError, MOST_HEAD_DIM};
 use crate::launcher::{Arg, At, Launcher};
-use crate::memory::{Block, Buf, KeptTable};
+use crate::memory::{Buf, KeptTable, Table};
 use crate::ops::{Cuda, THREADS};
 use crate::pages::{KvPages, KvShape, PAGE, Slabs};
 use crate::train::activation_args;
@@ -77,16 +77,16 @@ impl<L: Launcher> Cuda<L> {
         Arc::clone(all.entry(shape).or_insert_with(|| Arc::new(Mutex::new(Slabs::new(shape)))))
     }
 
-    /// A table on the device, the same as before if it holds the same.
-    fn kept_table(&self, words: Vec<u32>) -> Arc<Block<L>> {
+    /// A table on the device, the same as before if it holds the same. They are kept until somebody asks for a result.
+    fn kept_table(&self, words: Vec<u32>) -> Arc<Table<L>> {
         let mut kept = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = kept.iter().position(|table| table.words == words) {
-            return Arc::clone(&kept[at].block);
+            return Arc::clone(&kept[at].table);
         }
-        let block = Arc::new(self.table(&words));
+        let table = Arc::new(self.table(&words));
         kept.truncate(KEPT_TABLES - 1);
-        kept.insert(0, KeptTable { words, block: Arc::clone(&block) });
-        block
+        kept.insert(0, KeptTable { words, table: Arc::clone(&table) });
+        table
     }
 
     /// Writes rows of keys and values where `places` (page and slot of each) says.

@@ -1,6 +1,9 @@
 //! The seam below the operations: memory, launches and matrix products of one device. A card behind the driver is one
 //! ([`crate::Card`]), the host shim of the tests the other.
 
+use std::hash::Hash;
+use std::ops::DerefMut;
+
 use crate::error::CudaError;
 
 /// A place in a device's memory, in bytes from its beginning.
@@ -9,6 +12,21 @@ pub struct At<'a, M> {
     pub memory: &'a M,
     /// Bytes from its beginning.
     pub offset: usize,
+    /// First byte of what the place is in, and the one behind its last: an allocation may be larger than what was asked for, or
+    /// have several tables. The host shim holds kernels to it.
+    pub within: (usize, usize),
+}
+
+impl<'a, M> At<'a, M> {
+    /// A place in an allocation that is one thing as a whole.
+    pub fn new(memory: &'a M, offset: usize) -> At<'a, M> {
+        At { memory, offset, within: (0, usize::MAX) }
+    }
+
+    /// So many bytes further on.
+    pub fn plus(self, bytes: usize) -> At<'a, M> {
+        At { offset: self.offset + bytes, ..self }
+    }
 }
 
 impl<M> Clone for At<'_, M> {
@@ -129,27 +147,69 @@ pub trait DeviceLink<M>: Send + Sync {
 pub trait Launcher: Send + Sync + 'static {
     /// An allocation; dropping it gives it back.
     type Memory: Send + Sync;
+    /// A launch with all that its start needs, beside the memory itself. Equal ones do the same.
+    type Ready: Eq + Hash + Send + Sync;
+    /// Launches that the device knows as one.
+    type Graph: Send + Sync;
+    /// Memory of the host that the device copies from by itself.
+    type Staging: DerefMut<Target = [u8]> + Send;
 
     /// `bytes` of memory with unspecified content, aligned for everything.
     ///
     /// # Errors
     /// [`CudaError::Memory`] if there is not enough.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory, CudaError>;
+    /// `bytes` of memory of the host.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn staging(&self, bytes: usize) -> Result<Self::Staging, CudaError>;
     /// Copies from the host; `data` may change when the call returns.
     ///
     /// # Errors
     /// What the driver refuses.
     fn write(&self, to: At<'_, Self::Memory>, data: &[u8]) -> Result<(), CudaError>;
+    /// Copies the first `bytes` of host memory, which must not change before the next [`Launcher::read`] or [`Launcher::wait`] has
+    /// returned.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn write_staged(
+        &self,
+        to: At<'_, Self::Memory>,
+        from: &Self::Staging,
+        bytes: usize,
+    ) -> Result<(), CudaError>;
     /// Copies to the host, when all calls before are done.
     ///
     /// # Errors
     /// What the driver refuses, failures of calls before among them.
     fn read(&self, from: At<'_, Self::Memory>, out: &mut [u8]) -> Result<(), CudaError>;
+    /// Returns when all calls before are done.
+    ///
+    /// # Errors
+    /// Their failures.
+    fn wait(&self) -> Result<(), CudaError>;
+    /// A launch that may be started later, while its memory is allocated.
+    ///
+    /// # Errors
+    /// A kernel that is not there, or sizes that no device takes.
+    fn ready(&self, launch: Launch<'_, Self::Memory>) -> Result<Self::Ready, CudaError>;
     /// Starts a kernel.
     ///
     /// # Errors
     /// What the driver refuses.
-    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<(), CudaError>;
+    fn start(&self, launch: &Self::Ready) -> Result<(), CudaError>;
+    /// Makes one of launches, each of which was started before. None of them runs.
+    ///
+    /// # Errors
+    /// What the driver refuses; [`CudaError::Memory`] if the device has no room for it.
+    fn record(&self, launches: &[Self::Ready]) -> Result<Self::Graph, CudaError>;
+    /// Starts recorded launches, one after the other.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn replay(&self, graph: &Self::Graph) -> Result<(), CudaError>;
     /// What the device is, for records.
     fn about(&self) -> About;
     /// Bytes free and in all.

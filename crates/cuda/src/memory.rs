@@ -4,20 +4,26 @@
 //! of the calls on one stream, so a block may be handed out while what used it before still runs.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use draftsmith_kernels::Buffer;
 
 use crate::error::CudaError;
 use crate::launcher::{At, Launcher};
+use crate::stream::{Among, Stream};
 
 /// Smallest block.
 const LEAST: usize = 512;
 
+/// Unused memory of one size class, by the number of its allocation.
+type Unused<L> = BTreeMap<u64, <L as Launcher>::Memory>;
+
 /// Memory of a device by size class.
 pub(crate) struct Pool<L: Launcher> {
-    pub(crate) launcher: L,
-    free: Mutex<BTreeMap<usize, Vec<L::Memory>>>,
+    pub(crate) stream: Stream<L>,
+    free: Mutex<BTreeMap<usize, Unused<L>>>,
+    allocated: AtomicU64,
 }
 
 /// Bytes that a request is given: at most an eighth more, so that requests of like sizes share blocks.
@@ -28,8 +34,8 @@ fn size_class(bytes: usize) -> usize {
 }
 
 impl<L: Launcher> Pool<L> {
-    pub(crate) fn new(launcher: L) -> Arc<Pool<L>> {
-        Arc::new(Pool { launcher, free: Mutex::new(BTreeMap::new()) })
+    pub(crate) fn new(stream: Stream<L>) -> Arc<Pool<L>> {
+        Arc::new(Pool { stream, free: Mutex::new(BTreeMap::new()), allocated: AtomicU64::new(0) })
     }
 
     /// A block of at least `bytes`.
@@ -39,18 +45,24 @@ impl<L: Launcher> Pool<L> {
     pub(crate) fn take(self: &Arc<Pool<L>>, bytes: usize) -> Result<Block<L>, CudaError> {
         let class = size_class(bytes);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = free.get_mut(&class).and_then(Vec::pop);
-        let memory = match kept {
-            Some(memory) => memory,
-            None => match self.launcher.allocate(class) {
-                Err(CudaError::Memory { .. }) => {
-                    free.clear();
-                    self.launcher.allocate(class)?
-                }
-                other => other?,
-            },
+        // The oldest first: work that comes again finds the memory that it had.
+        let kept = free.get_mut(&class).and_then(BTreeMap::pop_first);
+        let (number, memory) = match kept {
+            Some(kept) => kept,
+            None => {
+                let launcher = self.stream.launcher();
+                let memory = match launcher.allocate(class) {
+                    Err(CudaError::Memory { .. }) => {
+                        self.stream.forget()?;
+                        free.clear();
+                        launcher.allocate(class)?
+                    }
+                    other => other?,
+                };
+                (self.allocated.fetch_add(1, Ordering::Relaxed), memory)
+            }
         };
-        Ok(Block { memory: Some(memory), class, pool: Arc::clone(self) })
+        Ok(Block { memory: Some(memory), number, bytes, class, pool: Arc::clone(self) })
     }
 }
 
@@ -58,6 +70,10 @@ impl<L: Launcher> Pool<L> {
 pub(crate) struct Block<L: Launcher> {
     /// Always there until the block is dropped.
     memory: Option<L::Memory>,
+    /// Of the allocation.
+    number: u64,
+    /// That were asked for.
+    bytes: usize,
     class: usize,
     pool: Arc<Pool<L>>,
 }
@@ -66,7 +82,7 @@ impl<L: Launcher> Block<L> {
     /// A place `offset` bytes from the beginning.
     pub(crate) fn at(&self, offset: usize) -> At<'_, L::Memory> {
         let memory = self.memory.as_ref().expect("a block has memory until it is dropped");
-        At { memory, offset }
+        At { memory, offset, within: (0, self.bytes) }
     }
 }
 
@@ -74,15 +90,33 @@ impl<L: Launcher> Drop for Block<L> {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-            free.entry(self.class).or_default().push(memory);
+            free.entry(self.class).or_default().insert(self.number, memory);
         }
     }
 }
 
-/// A table that was uploaded, to be used again where the next layers ask for the same.
+/// A table on the device, for launches that are asked for while it is held.
+pub(crate) enum Table<L: Launcher> {
+    /// Among others that one copy brings.
+    Among(Among<L>),
+    /// In memory of its own.
+    Own(Block<L>),
+}
+
+impl<L: Launcher> Table<L> {
+    /// A place `offset` bytes from the beginning.
+    pub(crate) fn at(&self, offset: usize) -> At<'_, L::Memory> {
+        match self {
+            Table::Among((memory, within)) => At { memory, offset: within.0 + offset, within: *within },
+            Table::Own(block) => block.at(offset),
+        }
+    }
+}
+
+/// A table that the next layers of a step are given again if they ask for the same.
 pub(crate) struct KeptTable<L: Launcher> {
     pub(crate) words: Vec<u32>,
-    pub(crate) block: Arc<Block<L>>,
+    pub(crate) table: Arc<Table<L>>,
 }
 
 /// The copy of a buffer that products read.

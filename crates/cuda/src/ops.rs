@@ -7,8 +7,9 @@ use draftsmith_kernels::RopeTable;
 
 use crate::error::{Asked, CudaError};
 use crate::launcher::{Arg, At, DeviceLink, Launch, Launcher, Operand, Product};
-use crate::memory::{Block, Buf, Half, KeptTable, Pool};
+use crate::memory::{Block, Buf, Half, KeptTable, Pool, Table};
 use crate::pages::{KvShape, Slabs};
+use crate::stream::{LARGEST_TABLE, Started, Stream};
 
 /// Threads of a block.
 pub(crate) const THREADS: usize = 256;
@@ -24,6 +25,8 @@ pub struct CudaOptions {
     pub operands: Operands,
     /// Logits over a vocabulary that exist at once; 0: 64 Mi, which are 256 MiB.
     pub logits: usize,
+    /// Whether lists of launches that come again start by one call.
+    pub graphs: Graphs,
     /// What asked for the device: advice on failures names its settings.
     pub asked: Asked,
 }
@@ -36,6 +39,16 @@ pub enum Operands {
     Bf16,
     /// Not rounded: to compare with the CPU.
     F32,
+}
+
+/// Whether launches that come again word for word are started as a CUDA graph. Nothing that is computed depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Graphs {
+    /// They are.
+    #[default]
+    On,
+    /// Each launch is started by itself.
+    Off,
 }
 
 /// Weights that stand in a larger form on the device than in the file.
@@ -99,7 +112,7 @@ impl<L: Launcher> Cuda<L> {
     /// The operations on a device.
     pub fn new(launcher: L, options: CudaOptions) -> Cuda<L> {
         Cuda {
-            pool: Pool::new(launcher),
+            pool: Pool::new(Stream::new(launcher, options.graphs == Graphs::On)),
             operands: options.operands,
             logits_at_once: if options.logits == 0 { 1 << 26 } else { options.logits },
             asked: options.asked,
@@ -138,7 +151,12 @@ impl<L: Launcher> Cuda<L> {
 
     /// The device.
     pub fn launcher(&self) -> &L {
-        &self.pool.launcher
+        self.pool.stream.launcher()
+    }
+
+    /// What it was asked to start so far.
+    pub fn started(&self) -> Started {
+        self.pool.stream.started()
     }
 
     /// Weights that were put on the device in a larger form than the file has since this was last asked, by the type in the file.
@@ -176,17 +194,31 @@ impl<L: Launcher> Cuda<L> {
         self.must(self.pool.take(bytes))
     }
 
-    /// A small table on the device.
-    pub(crate) fn table<T: bytemuck::Pod>(&self, values: &[T]) -> Block<L> {
+    /// Values that stay on the device.
+    pub(crate) fn put_values<T: bytemuck::Pod>(&self, values: &[T]) -> Block<L> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let block = self.block(bytes.len());
-        self.must(self.pool.launcher.write(block.at(0), bytes));
+        self.must(self.pool.stream.write(block.at(0), bytes));
         block
+    }
+
+    /// A table for launches that are asked for while it is held.
+    pub(crate) fn table<T: bytemuck::Pod>(&self, values: &[T]) -> Table<L> {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        if bytes.len() <= LARGEST_TABLE {
+            match self.pool.stream.table(bytes) {
+                // The pool may have memory that lies unused.
+                Err(CudaError::Memory { .. }) => {}
+                other => return Table::Among(self.must(other)),
+            }
+        }
+        Table::Own(self.put_values(values))
     }
 
     /// Host copies of `out.len()` values from a place on.
     pub(crate) fn fetch<T: bytemuck::Pod>(&self, from: At<'_, L::Memory>, out: &mut [T]) {
-        self.must(self.pool.launcher.read(from, bytemuck::cast_slice_mut(out)));
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.must(self.pool.stream.read(from, bytemuck::cast_slice_mut(out)));
     }
 
     /// A launch of whole blocks.
@@ -201,7 +233,7 @@ impl<L: Launcher> Cuda<L> {
             return;
         }
         assert!(grid.1 <= BLOCKS_Y, "{} blocks along y", grid.1);
-        self.must(self.pool.launcher.launch(Launch { kernel, grid, threads: threads as u32, args }));
+        self.must(self.pool.stream.launch(Launch { kernel, grid, threads: threads as u32, args }));
     }
 
     /// A launch over `count` values.
@@ -245,18 +277,18 @@ impl<L: Launcher> Cuda<L> {
             return;
         }
         assert!(a_all <= a.capacity && b_all <= b.capacity, "complete operands");
-        let launcher = &self.pool.launcher;
+        let stream = &self.pool.stream;
         match self.operands {
             Operands::F32 => {
                 shape.operands = Operand::F32;
                 let (a, b) = (a.place(a_first), b.place(b_first));
                 let (a, b) = (a.expect("an operand has memory"), b.expect("an operand has memory"));
-                self.must(launcher.product(shape, a, b, c));
+                self.must(stream.product(shape, a, b, c));
             }
             Operands::Bf16 => {
                 shape.operands = Operand::Bf16;
                 let (a, b) = (self.half(a, a_all), self.half(b, b_all));
-                self.must(launcher.product(shape, a.at(a_first * 2), b.at(b_first * 2), c));
+                self.must(stream.product(shape, a.at(a_first * 2), b.at(b_first * 2), c));
             }
         }
     }
@@ -281,7 +313,7 @@ impl<L: Launcher> Cuda<L> {
                 cos.iter().chain(sin).copied()
             })
             .collect();
-        let block = Arc::new(self.table(&values));
+        let block = Arc::new(self.put_values(&values));
         known.push(Angles { table: table.clone(), positions, block: Arc::clone(&block) });
         block
     }

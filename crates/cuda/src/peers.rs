@@ -17,6 +17,7 @@ impl<L: Launcher> Peers<Buf<L>> for Cuda<L> {
             Some(Message { rank: part.rank, at, bytes: values.len() * size_of::<f32>() })
         };
         let messages = |parts: &[Part]| parts.iter().filter_map(message).collect::<Vec<_>>();
+        self.must(self.pool.stream.begin());
         self.must(link.exchange(&messages(outgoing), &messages(incoming)));
     }
 

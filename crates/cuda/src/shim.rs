@@ -5,6 +5,7 @@
 //! time. An error of the shim (a race, a place outside a buffer) is a [`CudaError::Call`].
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +47,8 @@ pub struct Shim {
     used: Arc<AtomicU64>,
     /// Bytes that were copied to it and from it.
     copied: Arc<[AtomicU64; 2]>,
+    /// How often it was waited for, and one.
+    waits: Arc<AtomicU64>,
 }
 
 /// Memory of a [`Shim`].
@@ -68,13 +71,59 @@ impl Drop for ShimMemory {
     }
 }
 
+/// Memory of the host that a [`Shim`] copies from. It panics where it is changed while a card might still read it.
+pub struct ShimStaging {
+    bytes: Vec<u8>,
+    /// How often the device had been waited for when it was copied last.
+    copied: AtomicU64,
+    waits: Arc<AtomicU64>,
+}
+
+impl Deref for ShimStaging {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for ShimStaging {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let done = *self.copied.get_mut() < self.waits.load(Ordering::Relaxed);
+        assert!(done, "memory of the host changes before the device was waited for");
+        &mut self.bytes
+    }
+}
+
 /// A pointer as the shim's kernels take it.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Pointer {
     buffer: *mut c_void,
     at: i64,
+    begin: i64,
+    end: i64,
 }
+
+/// An argument in memory of its own, as the shim's kernels take it.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Stored {
+    Pointers(Vec<Pointer>),
+    Word([u8; 8], u64),
+}
+
+/// A launch on a [`Shim`].
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct ShimLaunch {
+    kernel: &'static str,
+    grid: (usize, usize),
+    threads: u32,
+    args: Vec<Stored>,
+}
+
+// SAFETY: the shim's buffers belong to no thread; launches are kept apart by a lock.
+unsafe impl Send for ShimLaunch {}
+// SAFETY: as above.
+unsafe impl Sync for ShimLaunch {}
 
 fn failed(call: &'static str, reason: impl Into<String>) -> CudaError {
     CudaError::Call { call, reason: reason.into() }
@@ -143,7 +192,13 @@ impl Shim {
                 _library: library,
             }
         };
-        Ok(Shim { library: Arc::new(library), limit, used: Arc::default(), copied: Arc::default() })
+        Ok(Shim {
+            library: Arc::new(library),
+            limit,
+            used: Arc::default(),
+            copied: Arc::default(),
+            waits: Arc::new(1.into()),
+        })
     }
 
     /// Bytes that were copied to the device and from it so far, without the operands of products, which run on the host here.
@@ -169,8 +224,9 @@ impl Shim {
 
     /// The bytes from a place on.
     fn bytes(&self, at: At<'_, ShimMemory>, len: usize) -> Result<*mut u8, CudaError> {
-        if at.offset + len > at.memory.bytes {
-            let reason = format!("{len} bytes from {} of {}", at.offset, at.memory.bytes);
+        let end = at.within.1.min(at.memory.bytes);
+        if at.offset + len > end {
+            let reason = format!("{len} bytes from {} of {end}", at.offset);
             return Err(failed("a copy or a product", reason));
         }
         // SAFETY: inside the buffer, checked just above.
@@ -199,6 +255,9 @@ unsafe fn symbol<T: Copy>(library: &libloading::Library, name: &[u8]) -> Result<
 
 impl Launcher for Shim {
     type Memory = ShimMemory;
+    type Ready = ShimLaunch;
+    type Graph = Vec<ShimLaunch>;
+    type Staging = ShimStaging;
 
     fn about(&self) -> About {
         About {
@@ -231,39 +290,59 @@ impl Launcher for Shim {
         self.put(to, data)
     }
 
+    fn staging(&self, bytes: usize) -> Result<ShimStaging, CudaError> {
+        Ok(ShimStaging { bytes: vec![0; bytes], copied: AtomicU64::new(0), waits: Arc::clone(&self.waits) })
+    }
+
+    fn write_staged(
+        &self,
+        to: At<'_, ShimMemory>,
+        from: &ShimStaging,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        from.copied.store(self.waits.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.write(to, &from[..bytes])
+    }
+
     fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
         self.copied[1].fetch_add(out.len() as u64, Ordering::Relaxed);
+        self.wait()?;
         self.get(from, out)
     }
 
-    fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
-        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    fn wait(&self) -> Result<(), CudaError> {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn ready(&self, launch: Launch<'_, ShimMemory>) -> Result<ShimLaunch, CudaError> {
         let pointer = |at: &Option<At<'_, ShimMemory>>| match at {
-            Some(at) => Pointer { buffer: at.memory.buffer, at: at.offset as i64 },
-            None => Pointer { buffer: std::ptr::null_mut(), at: 0 },
+            Some(at) => {
+                let (begin, end) = (at.within.0 as i64, at.within.1.min(at.memory.bytes) as i64);
+                Pointer { buffer: at.memory.buffer, at: at.offset as i64, begin, end }
+            }
+            None => Pointer { buffer: std::ptr::null_mut(), at: 0, begin: 0, end: 0 },
         };
-        // Every argument in memory of its own, with its size.
-        enum Stored {
-            Pointers(Vec<Pointer>),
-            Word([u8; 8], u64),
-        }
         let wide = |bytes: [u8; 4]| {
             let mut all = [0; 8];
             all[..4].copy_from_slice(&bytes);
             Stored::Word(all, 4)
         };
-        let mut stored: Vec<Stored> = launch
-            .args
-            .iter()
-            .map(|arg| match arg {
-                Arg::Buffer(at) => Stored::Pointers(vec![pointer(at)]),
-                Arg::Buffers(all) => Stored::Pointers(all.iter().map(pointer).collect()),
-                Arg::I32(x) => wide(x.to_ne_bytes()),
-                Arg::U32(x) => wide(x.to_ne_bytes()),
-                Arg::F32(x) => wide(x.to_ne_bytes()),
-                Arg::I64(x) => Stored::Word(x.to_ne_bytes(), 8),
-            })
-            .collect();
+        let args = launch.args.iter().map(|arg| match arg {
+            Arg::Buffer(at) => Stored::Pointers(vec![pointer(at)]),
+            Arg::Buffers(all) => Stored::Pointers(all.iter().map(pointer).collect()),
+            Arg::I32(x) => wide(x.to_ne_bytes()),
+            Arg::U32(x) => wide(x.to_ne_bytes()),
+            Arg::F32(x) => wide(x.to_ne_bytes()),
+            Arg::I64(x) => Stored::Word(x.to_ne_bytes(), 8),
+        });
+        let Launch { kernel, grid, threads, .. } = launch;
+        Ok(ShimLaunch { kernel, grid, threads, args: args.collect() })
+    }
+
+    fn start(&self, launch: &ShimLaunch) -> Result<(), CudaError> {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stored = launch.args.clone();
         let (mut arguments, sizes): (Vec<*mut c_void>, Vec<u64>) = stored
             .iter_mut()
             .map(|s| match s {
@@ -289,6 +368,14 @@ impl Launcher for Shim {
             }
             Err(failed("shim_launch", CStr::from_ptr(error).to_string_lossy()))
         }
+    }
+
+    fn record(&self, launches: &[ShimLaunch]) -> Result<Vec<ShimLaunch>, CudaError> {
+        Ok(launches.to_vec())
+    }
+
+    fn replay(&self, graph: &Vec<ShimLaunch>) -> Result<(), CudaError> {
+        graph.iter().try_for_each(|launch| self.start(launch))
     }
 
     fn product(

@@ -189,7 +189,7 @@ impl<L: Launcher> TrainKernels for Cuda<L> {
         assert!(data.len() <= buf.capacity, "{} values into {}", data.len(), buf.capacity);
         buf.changed();
         if let Some(at) = buf.place(0) {
-            self.must(self.pool.launcher.write(at, bytemuck::cast_slice(data)));
+            self.must(self.pool.stream.write(at, bytemuck::cast_slice(data)));
         }
     }
     fn clear(&self, buf: &mut Buf<L>, len: usize) {

@@ -142,7 +142,7 @@ impl<L: Launcher> Cuda<L> {
         w.check(name)?;
         let exact = mode == PackMode::F32 || self.operands == Operands::F32;
         let (out, inp) = (w.out_features, w.in_features);
-        let packed = |bytes: &[u8], stored| Packed { block: self.table(bytes), stored, exact, out, inp };
+        let packed = |bytes: &[u8], stored| Packed { block: self.put_values(bytes), stored, exact, out, inp };
         let floats = w.dtype.block().0 == 1;
         if mode == PackMode::Q8 && floats && inp.is_multiple_of(Q8_BLOCK) {
             return Ok(packed(&quantised(&quant::dequantize(w)), Q8_0));
@@ -191,7 +191,7 @@ impl<L: Launcher> Cuda<L> {
                 Arg::Buffer(x.place((first + start) * w.inp)),
                 Arg::Buffer(Some(w.block.at(0))),
                 Arg::Buffer(bias.and_then(|b| b.place(0))),
-                Arg::Buffer(Some(At { memory: to.memory, offset: to.offset + start * w.out * 4 })),
+                Arg::Buffer(Some(to.plus(start * w.out * 4))),
                 Arg::I64(n as i64),
                 Arg::I32(w.out as i32),
                 Arg::I32(w.inp as i32),

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use draftsmith_core::report::Report;
-use draftsmith_cuda::{Asked, Card, Cuda, CudaError, CudaOptions, Search};
+use draftsmith_cuda::{Asked, Card, Cuda, CudaError, CudaOptions, Graphs, Search};
 use draftsmith_formats::run::{Device, RunTable};
 #[cfg(feature = "gpu-flex")]
 use draftsmith_gpu::{Accelerator, Gpu, GpuOptions, Storage};
@@ -18,6 +18,9 @@ use crate::Error;
 pub use crate::backend::{Backend, ToLoad};
 pub use crate::host::Host;
 use crate::ranks::local_rank;
+
+/// `off`: kernels of NVIDIA GPUs are started one by one, not as CUDA graphs.
+const GRAPHS: &str = "DRAFTSMITH_CUDA_GRAPHS";
 
 /// Something that is done on a device, whatever its kernels are.
 pub trait Work {
@@ -128,7 +131,8 @@ impl Compute {
     }
 
     fn cuda(number: Option<u32>, asked: Asked, around: Around<'_>) -> Result<Compute, Error> {
-        let options = CudaOptions { asked, ..CudaOptions::default() };
+        let graphs = graphs((around.variable)(GRAPHS))?;
+        let options = CudaOptions { asked, graphs, ..CudaOptions::default() };
         #[cfg(feature = "cuda-shim")]
         if let Some(folder) = (around.variable)("DRAFTSMITH_CUDA_SHIM") {
             use draftsmith_cuda::shim::Shim;
@@ -182,6 +186,18 @@ impl Compute {
     }
 }
 
+/// What the variable asks for.
+fn graphs(value: Option<String>) -> Result<Graphs, Error> {
+    match value.as_deref() {
+        None | Some("") => Ok(Graphs::On),
+        Some("off") => Ok(Graphs::Off),
+        Some(other) => Err(Error::input(
+            format!("`{GRAPHS}` is `{other}`"),
+            "set it to `off` to start each kernel by itself, or leave it out",
+        )),
+    }
+}
+
 /// Opens the card of a number; where none is given, the one of this process among those on its machine. A launcher may show each
 /// process one card alone, whatever its place.
 fn card<C>(
@@ -227,5 +243,12 @@ mod tests {
         assert_eq!(opened(None, Some(3), 2), Err(CudaError::NoSuchDevice { asked: 3, found: 2 }));
         assert_eq!(opened(Some(3), None, 1), Err(CudaError::NoSuchDevice { asked: 3, found: 1 }));
         assert_eq!(opened(None, None, 0), Err(CudaError::NoSuchDevice { asked: 0, found: 0 }));
+    }
+    #[test]
+    fn graphs_are_on_unless_they_are_not_wanted() {
+        assert_eq!(graphs(None).unwrap(), Graphs::On);
+        assert_eq!(graphs(Some(String::new())).unwrap(), Graphs::On);
+        assert_eq!(graphs(Some("off".into())).unwrap(), Graphs::Off);
+        assert_eq!(graphs(Some("0".into())).unwrap_err().to_string(), "`DRAFTSMITH_CUDA_GRAPHS` is `0`");
     }
 }

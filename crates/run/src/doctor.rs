@@ -205,6 +205,7 @@ pub fn examine(places: &Places, folder: &Path, var: impl Fn(&str) -> Option<Stri
         "HF_TOKEN",
         "HTTPS_PROXY",
         "DRAFTSMITH_CUDA_LIBS",
+        "DRAFTSMITH_CUDA_GRAPHS",
         "DRAFTSMITH_NCCL",
         "CUDA_VISIBLE_DEVICES",
         "DRAFTSMITH_RANKS_PORT",

@@ -16,9 +16,10 @@ use std::time::Instant;
 
 use draftsmith_core::VocabMap;
 use draftsmith_cuda::shim::Shim;
-use draftsmith_cuda::{Card, Cuda, CudaOptions, Launcher, Operands, Report, Search};
+use draftsmith_cuda::{Card, Cuda, CudaOptions, Launcher, Operands, Report, Search, Started};
 use draftsmith_formats::cache::CaptureRow;
-use draftsmith_kernels::{Cpu, Memory, TrainKernels, testing};
+use draftsmith_kernels::testing::{self, infer};
+use draftsmith_kernels::{Cpu, Memory, TrainKernels};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_train::eagle3::{TargetSide, random_weights};
 use draftsmith_train::{AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng};
@@ -195,6 +196,10 @@ fn check(stage: &str, what: &str, f: impl FnOnce()) -> bool {
 
 /// What a bf16 of 8 significant bits loses in operands of products.
 const BF16: f64 = 2e-2;
+/// The same on the average of many products.
+const BF16_MEAN: f64 = 5e-3;
+/// What a product loses where a backend rounds its inputs for quantised weights.
+const QUANTISED: f64 = 1e-2;
 
 fn tests<O: Opener>(opener: &O) -> bool {
     let mut well = true;
@@ -217,6 +222,38 @@ fn tests<O: Opener>(opener: &O) -> bool {
         for (what, f) in all {
             well &= check("tests", &format!("{what}, {name}"), || f(k, rounding));
         }
+        let decoding: &[Check<'_, Cuda<O::Device>>] = match operands {
+            Operands::F32 => &[
+                ("products", |k, _| infer::matmuls(k, 0.0, QUANTISED)),
+                ("biases", infer::biases),
+                ("ties", |k, _| infer::ties(k)),
+                ("rows of tables", infer::embedding),
+                ("rows of decoding", infer::rowwise),
+                ("gates of decoding", infer::gates),
+                ("experts", |k, _| infer::experts(k, 0.0, QUANTISED)),
+                ("columns", |k, _| infer::columns(k)),
+                ("work that comes again", |k, _| infer::again(k)),
+                ("attention over pages", infer::attention),
+                ("blocks", infer::blocks),
+                ("moved slots", infer::compaction),
+                ("large numbers", |k, _| infer::beyond_f16(k)),
+            ],
+            Operands::Bf16 => &[
+                ("products", |k, _| infer::matmuls(k, BF16_MEAN, QUANTISED)),
+                ("biases", infer::biases),
+                ("ties", |k, _| infer::ties(k)),
+                ("rows of tables", infer::embedding),
+            ],
+        };
+        for (what, f) in decoding {
+            well &= check("tests", &format!("{what}, {name}"), || f(k, rounding));
+        }
+        let Started { launches, replayed, calls, recorded, .. } = k.started();
+        println!(
+            "{}",
+            json!({ "stage": "tests", "what": format!("launches, {name}"), "launches": launches, "replayed": replayed,
+                    "calls": calls, "graphs": recorded })
+        );
         well &= check("tests", &format!("adamw, {name}"), || testing::train::adamw(k));
         well &= check("tests", &format!("the same bits twice, {name}"), || {
             let table = TINY.table();

@@ -1,6 +1,7 @@
 // A driver without a card, for tests of what calls one: memory is the host's, launches know two kernels. VERSION,
-// DEVICES, MAJOR and MEMORY are set when it is compiled, LOSE and REFUSE, the errors of a wait and of a launch, and PENDING, how often
-// work is not done yet; a million times are for ever.
+// DEVICES, MAJOR and MEMORY are set when it is compiled, LOSE and REFUSE, the errors of a wait and of a launch, PENDING, how often
+// work is not done yet (a million times are for ever), and GRAPHS, the error of making a graph. What was copied from page-locked
+// memory must still stand there when the stream is waited for.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,10 @@
 #endif
 #ifndef PENDING
 #define PENDING 3
+#endif
+
+#ifndef GRAPHS
+#define GRAPHS 0
 #endif
 
 typedef void *handle;
@@ -63,14 +68,55 @@ int cuMemFree_v2(pointer place) {
     used -= *block;
     return free(block), 0;
 }
+// Page-locked memory, and what was copied from it and not waited for.
+static struct { char *from; size_t bytes; char *copied; } locked[64], copies[64];
+static int locked_count, copy_count;
+
+static int capturing;
+
+int cuMemAllocHost_v2(void **place, size_t bytes) {
+    if (!current || !bytes || locked_count == 64) return 1;
+    locked[locked_count].bytes = bytes;
+    locked[locked_count].from = *place = malloc(bytes);
+    return locked_count++, 0;
+}
+int cuMemFreeHost(void *place) {
+    for (int i = 0; i < locked_count; i++) {
+        if (locked[i].from == place) return locked[i] = locked[--locked_count], free(place), 0;
+    }
+    return 1;
+}
 int cuMemcpyHtoDAsync_v2(pointer to, const void *from, size_t bytes, handle stream) {
+    if (capturing) return 900;
+    for (int i = 0; i < locked_count; i++) {
+        if ((char *)from < locked[i].from || (char *)from >= locked[i].from + locked[i].bytes) continue;
+        if (copy_count == 64 || (char *)from + bytes > locked[i].from + locked[i].bytes) return 1;
+        copies[copy_count].from = (char *)from;
+        copies[copy_count].bytes = bytes;
+        memcpy(copies[copy_count++].copied = malloc(bytes), from, bytes);
+    }
     return memcpy((void *)(uintptr_t)to, from, bytes), stream ? 0 : 400;
 }
 int cuMemcpyDtoHAsync_v2(void *to, pointer from, size_t bytes, handle stream) {
+    if (capturing) return 900;
     return memcpy(to, (void *)(uintptr_t)from, bytes), stream ? 0 : 400;
 }
+// Whether all that was copied is still as it was.
+static int kept(void) {
+    int same = 1;
+    for (; copy_count; free(copies[copy_count].copied)) {
+        copy_count--;
+        same &= !memcmp(copies[copy_count].from, copies[copy_count].copied, copies[copy_count].bytes);
+    }
+    return same;
+}
 int cuStreamCreate(handle *stream, unsigned flags) { return *stream = (handle)7, flags == 1 && current ? 0 : 1; }
-int cuStreamSynchronize(handle stream) { return wait_for_work(), stream == (handle)7 ? LOSE : 400; }
+int cuStreamSynchronize(handle stream) {
+    if (capturing) return 900;
+    wait_for_work();
+    if (!kept()) return 1;
+    return stream == (handle)7 ? LOSE : 400;
+}
 int cuStreamQuery(handle stream) {
     if (stream != (handle)7 || !current) return 400;
     if (asked++ < PENDING) return 600;
@@ -88,22 +134,55 @@ int cuModuleGetFunction(handle *function, handle module, const char *name) {
     if (strcmp(name, "round_to_bf16") == 0) return *function = (handle)2, 0;
     return 500;
 }
+// A launch, and a list of them.
+struct launch { handle function; uint64_t params[3]; };
+struct graph { int count; struct launch launches[256]; };
+static struct graph *taken;
+
+static void run(const struct launch *launch) {
+    int64_t count = (int64_t)launch->params[2];
+    float *x = (float *)(uintptr_t)launch->params[0], value;
+    memcpy(&value, &launch->params[1], 4);
+    for (int64_t i = 0; i < count; i++) {
+        if (launch->function == (handle)1) {
+            x[i] = value;
+        } else {
+            uint32_t bits;
+            memcpy(&bits, &x[i], 4);
+            ((uint16_t *)(uintptr_t)launch->params[1])[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
+}
 int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, handle stream, void **params, void **extra) {
     if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || stream != (handle)7 || extra) return 1;
     if (REFUSE) return REFUSE;
-    int64_t count = *(int64_t *)params[2];
-    float *x = *(float **)params[0];
-    for (int64_t i = 0; i < count; i++) {
-        if (function == (handle)1) {
-            x[i] = *(float *)params[1];
-        } else {
-            uint32_t bits;
-            memcpy(&bits, &x[i], 4);
-            (*(uint16_t **)params[1])[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
-    }
+    struct launch launch = {function, {*(uint64_t *)params[0], 0, *(uint64_t *)params[2]}};
+    memcpy(&launch.params[1], params[1], function == (handle)1 ? 4 : 8);
+    if (!capturing) return run(&launch), 0;
+    if (taken->count == 256) return 1;
+    return taken->launches[taken->count++] = launch, 0;
+}
+int cuStreamBeginCapture_v2(handle stream, int mode) {
+    if (capturing || mode != 1 || stream != (handle)7) return 1;
+    taken = calloc(1, sizeof *taken);
+    return capturing = 1, 0;
+}
+int cuStreamEndCapture(handle stream, handle *graph) {
+    if (!capturing || stream != (handle)7) return 1;
+    return capturing = 0, *graph = taken, 0;
+}
+int cuGraphInstantiateWithFlags(handle *exec, handle graph, uint64_t flags) {
+    if (flags || GRAPHS) return GRAPHS ? GRAPHS : 1;
+    return *exec = memcpy(malloc(sizeof *taken), graph, sizeof *taken), 0;
+}
+int cuGraphLaunch(handle exec, handle stream) {
+    if (capturing || stream != (handle)7) return 1;
+    const struct graph *graph = exec;
+    for (int i = 0; i < graph->count; i++) run(&graph->launches[i]);
     return 0;
 }
+int cuGraphDestroy(handle graph) { return free(graph), 0; }
+int cuGraphExecDestroy(handle exec) { return free(exec), 0; }
 int cuGetErrorName(int error, const char **text) { return *text = "CUDA_ERROR_OF_A_TEST", 0; }
 int cuGetErrorString(int error, const char **text) { return *text = "an error of a test", 0; }

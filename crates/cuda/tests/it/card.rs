@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use draftsmith_cuda::{Card, Cuda, CudaError, CudaOptions, Operands, Report, Search};
+use draftsmith_cuda::{
+    Card, Cuda, CudaError, CudaOptions, Graphs, Launcher, Operands, Report, Search, Started,
+};
 use draftsmith_kernels::{Memory, catch_failure, testing};
 
 /// Compiles one of the libraries in `tests/fake`.
@@ -149,8 +151,53 @@ fn a_card_that_is_lost_says_so_where_it_is_noticed() {
     let refused: Vec<&str> = GOOD.into_iter().chain(["REFUSE=700"]).collect();
     let (_folder, search) = libraries(&refused, true);
     let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
-    let failure = catch_failure(|| k.zeros(8)).err().expect("no launch");
+    let failure = catch_failure(|| testing::host(&k, &k.zeros(8), 8)).unwrap_err();
     assert_eq!(failure.message, format!("the GPU stopped during cuLaunchKernel: `fill`: {meaning}"));
+}
+
+/// Fills of twelve buffers, and what comes of the last.
+fn filled<L: Launcher>(k: &Cuda<L>) -> Vec<f32> {
+    let bufs: Vec<_> = (0..12).map(|_| k.zeros(5)).collect();
+    testing::host(k, &bufs[11], 5)
+}
+
+#[test]
+fn launches_that_come_again_start_as_one_graph() {
+    let (_folder, search) = libraries(&GOOD, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    for _ in 0..4 {
+        assert_eq!(filled(&k), [0.0; 5]);
+    }
+    // Seen, recorded, replayed twice.
+    let Started { launches, replayed, calls, recorded, .. } = k.started();
+    assert_eq!((launches, replayed, calls, recorded), (48, 36, 15, 1));
+    // Not where that is not wanted.
+    let off = CudaOptions { graphs: Graphs::Off, ..CudaOptions::default() };
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), off);
+    for _ in 0..4 {
+        assert_eq!(filled(&k), [0.0; 5]);
+    }
+    assert_eq!((k.started().calls, k.started().recorded), (48, 0));
+}
+
+#[test]
+fn a_card_without_room_for_graphs_computes_without_them() {
+    let full: Vec<&str> = GOOD.into_iter().chain(["GRAPHS=2"]).collect();
+    let (_folder, search) = libraries(&full, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    for _ in 0..4 {
+        assert_eq!(filled(&k), [0.0; 5]);
+    }
+    assert_eq!((k.started().calls, k.started().recorded), (48, 0));
+    // Any other refusal is one of the work.
+    let refused: Vec<&str> = GOOD.into_iter().chain(["GRAPHS=801"]).collect();
+    let (_folder, search) = libraries(&refused, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    filled(&k);
+    let failure = catch_failure(|| filled(&k)).unwrap_err();
+    let meaning = "CUDA_ERROR_OF_A_TEST (an error of a test)";
+    assert_eq!(failure.message, format!("cuGraphInstantiate failed: {meaning}"));
+    assert!(failure.hint.contains("DRAFTSMITH_CUDA_GRAPHS=off"), "{}", failure.hint);
 }
 
 #[test]

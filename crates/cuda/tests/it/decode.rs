@@ -51,6 +51,7 @@ fn row_wise_operations_of_decoding_equal_the_formulas() {
     infer::rowwise(&k, 0.0);
     infer::gates(&k, 0.0);
     infer::columns(&k);
+    infer::again(&k);
 }
 
 #[test]

@@ -5,3 +5,4 @@ mod decode;
 mod nccl;
 mod nvrtc;
 mod shim;
+mod stream;

@@ -100,10 +100,11 @@ fn run(
 ) -> Result<(), String> {
     let shim = Shim::of(folder(), &format!("{}{kernels}", source::FILES[0].1), u64::MAX).unwrap();
     let memory = shim.allocate(values * 4).unwrap();
-    let at = At { memory: &memory, offset: 0 };
+    let at = At::new(&memory, 0);
     shim.write(at, &vec![0; values * 4]).unwrap();
     let args = [Arg::Buffer(Some(at)), Arg::I32(values as i32)];
-    match shim.launch(Launch { kernel, grid, threads, args: &args }) {
+    let launch = shim.ready(Launch { kernel, grid, threads, args: &args }).unwrap();
+    match shim.start(&launch) {
         Ok(()) => Ok(()),
         Err(CudaError::Call { reason, .. }) => Err(reason),
         Err(other) => panic!("{other}"),
@@ -197,18 +198,16 @@ fn the_shim_finds_what_is_wrong_with_a_kernel_and_nothing_in_a_right_one() {
     }
     let shim = Shim::of(folder(), &format!("{}{KERNELS}", source::FILES[0].1), u64::MAX).unwrap();
     let memory = shim.allocate(256).unwrap();
-    let place = Arg::Buffer(Some(At { memory: &memory, offset: 0 }));
+    let place = Arg::Buffer(Some(At::new(&memory, 0)));
     let wrong = |args: &[Arg<'_, _>]| {
         let launch = Launch { kernel: "right", grid: (1, 1), threads: 64, args };
-        shim.launch(launch).unwrap_err().to_string()
+        shim.start(&shim.ready(launch).unwrap()).unwrap_err().to_string()
     };
     assert!(wrong(&[place]).contains("right takes 2 arguments, not 1"));
-    let place = Arg::Buffer(Some(At { memory: &memory, offset: 0 }));
+    let place = Arg::Buffer(Some(At::new(&memory, 0)));
     assert!(wrong(&[place, Arg::I64(1)]).contains("argument 1 has 4 bytes, not 8"));
     assert!(wrong(&[Arg::Buffer(None), Arg::I32(64)]).contains("a null buffer is used"));
-    assert!(
-        wrong(&[Arg::Buffer(Some(At { memory: &memory, offset: 2 })), Arg::I32(64)]).contains("no place for")
-    );
+    assert!(wrong(&[Arg::Buffer(Some(At::new(&memory, 2))), Arg::I32(64)]).contains("no place for"));
 }
 
 #[test]

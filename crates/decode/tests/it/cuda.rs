@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
-use draftsmith_cuda::shim::{Shim, ShimMemory};
-use draftsmith_cuda::{About, At, Cuda, CudaError, CudaOptions, Launch, Launcher, Product};
+use draftsmith_cuda::shim::{Shim, ShimLaunch, ShimMemory, ShimStaging};
+use draftsmith_cuda::{About, At, Cuda, CudaError, CudaOptions, Graphs, Launch, Launcher, Product};
 use draftsmith_decode::{BatchOptions, DraftPlan, Engine, GenerateOptions, drafter};
 use draftsmith_kernels::{Cpu, Kernels, PackMode};
 use draftsmith_model::{Draft, Infer, Precision, StepItem, Target};
@@ -108,6 +108,9 @@ struct Drawing {
 
 impl Launcher for Drawing {
     type Memory = ShimMemory;
+    type Ready = ShimLaunch;
+    type Graph = Vec<ShimLaunch>;
+    type Staging = ShimStaging;
 
     fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
         self.shim.allocate(bytes)
@@ -118,11 +121,34 @@ impl Launcher for Drawing {
     fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
         self.shim.read(from, out)
     }
-    fn launch(&self, launch: Launch<'_, ShimMemory>) -> Result<(), CudaError> {
+    fn ready(&self, launch: Launch<'_, ShimMemory>) -> Result<ShimLaunch, CudaError> {
         if launch.kernel == "draw_rows" {
             self.rows.fetch_add(launch.grid.0, Ordering::Relaxed);
         }
-        self.shim.launch(launch)
+        self.shim.ready(launch)
+    }
+    fn start(&self, launch: &ShimLaunch) -> Result<(), CudaError> {
+        self.shim.start(launch)
+    }
+    fn record(&self, launches: &[ShimLaunch]) -> Result<Vec<ShimLaunch>, CudaError> {
+        self.shim.record(launches)
+    }
+    fn replay(&self, graph: &Vec<ShimLaunch>) -> Result<(), CudaError> {
+        self.shim.replay(graph)
+    }
+    fn wait(&self) -> Result<(), CudaError> {
+        self.shim.wait()
+    }
+    fn staging(&self, bytes: usize) -> Result<ShimStaging, CudaError> {
+        self.shim.staging(bytes)
+    }
+    fn write_staged(
+        &self,
+        to: At<'_, ShimMemory>,
+        from: &ShimStaging,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        self.shim.write_staged(to, from, bytes)
     }
     fn product(
         &self,
@@ -191,6 +217,35 @@ fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_st
     let (mixed, drawn) = run(vec![options(DraftPlan::None, None), options(DraftPlan::None, Some(1))]);
     assert_eq!(mixed[0].token_ids, plain[0].token_ids);
     assert_eq!(drawn, 6);
+}
+
+#[test]
+fn steps_of_an_answer_start_as_graphs_and_change_no_token() {
+    let draft = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-drafts/eagle3");
+    let prompt = &rows_of()[..8];
+    // Tokens, launches, calls that started them.
+    let run = |graphs, plan| {
+        let shim = Shim::new(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+        let kernels = Cuda::new(shim, CudaOptions { graphs, ..CudaOptions::default() });
+        let target = load(kernels, Precision::Stored);
+        let draft = Draft::load(target.kernels().as_ref(), &draft, PackMode::Q8).unwrap();
+        let engine = Engine::new(Arc::clone(&target), Some(drafter(&target, draft).unwrap()));
+        let before = target.kernels().started();
+        let options = GenerateOptions { max_new_tokens: 14, draft: plan, ..GenerateOptions::default() };
+        let tokens = engine.generate(prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap().token_ids;
+        let started = target.kernels().started();
+        let tables = (started.tables - before.tables, started.copies - before.copies);
+        (tokens, started.launches - before.launches, started.calls - before.calls, tables)
+    };
+    for plan in [DraftPlan::None, DraftPlan::Chain { depth: 2 }] {
+        let (tokens, launches, calls, (tables, copies)) = run(Graphs::On, plan);
+        let (wanted, all, each, _) = run(Graphs::Off, plan);
+        assert_eq!((tokens.len(), launches), (14, all), "{plan:?}");
+        assert_eq!(tokens, wanted, "{plan:?}");
+        assert_eq!(each, all, "{plan:?}");
+        assert!(2 * calls < launches, "{plan:?}: {calls} calls for {launches} launches");
+        assert!(3 * copies < tables, "{plan:?}: {copies} copies for {tables} tables");
+    }
 }
 
 /// A prompt of the fixture.

@@ -5,7 +5,7 @@
 use super::{CLAMPED, close, host};
 use crate::experts::{Expert, Experts, Routing};
 use crate::{
-    Activation, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, TopK,
+    Activation, Buffer, Groups, Kernels, KvDtype, PackMode, RopeScaling, RopeTable, Segment, StepMask, TopK,
     WeightDtype, WeightView, quant, reference,
 };
 
@@ -169,6 +169,7 @@ pub fn all<K: Kernels>(k: &K, rounding: f64, quantised: f64) {
     gates(k, rounding);
     experts(k, rounding, quantised);
     columns(k);
+    again(k);
     attention(k, rounding);
     blocks(k, rounding);
     compaction(k, rounding);
@@ -427,6 +428,31 @@ pub fn columns<K: Kernels>(k: &K) {
     let mut part = [0.0; 2];
     k.download(&x, 5, &mut part);
     assert_eq!(part, [5.0, 6.0]);
+}
+
+/// Work that comes again with other numbers, and with other rows of them: a device that knows it by heart must not give what it gave
+/// before.
+pub fn again<K: Kernels>(k: &K) {
+    const WIDTH: usize = 24;
+    for round in 0..6u32 {
+        // Small integers: exact in every storage.
+        let x: Vec<f32> = (0..10 * WIDTH as u32).map(|i| ((i * (round + 3)) % 16) as f32).collect();
+        let on_device = k.upload(&x);
+        let (mut sum, mut wanted) = (k.zeros(3 * WIDTH), vec![0.0f32; 3 * WIDTH]);
+        for i in 0..16 {
+            let rows = [(i + round) % 10, (3 * i + 1) % 10, (7 * i + 2 * round) % 10];
+            let mut chosen = k.scratch(3 * WIDTH);
+            k.gather_rows(&on_device, WIDTH, &rows, &mut chosen);
+            k.add(&mut sum, &chosen);
+            chosen.give_back();
+            for (row, wanted) in rows.iter().zip(wanted.chunks_exact_mut(WIDTH)) {
+                wanted.iter_mut().zip(&x[*row as usize * WIDTH..]).for_each(|(sum, x)| *sum += x);
+            }
+        }
+        k.scale(&mut sum, 0.5);
+        let wanted: Vec<f32> = wanted.iter().map(|x| x * 0.5).collect();
+        assert_eq!(host(k, &sum, 3 * WIDTH), wanted, "round {round}");
+    }
 }
 
 /// A step of attention over a filled cache.
