@@ -11,10 +11,10 @@
 # TARGET, too, if that variable is set.
 #
 # `decode` is decoding with and without a draft on the card: a proof of one answer, texts alone and in a batch, by every way to
-# draft (`bench identity`, greedy and drawn), rates of plain and drafted decoding and of a batch (`bench decode`; once more with
-# DRAFTSMITH_CUDA_GRAPHS=off), accept length and
-# speedup with a record (`bench`), and where the draft pays (`bench tune`). TARGET and BUNDLE name target and draft (by default the
-# tiny ones), WORKLOAD the prompts, PROMPT_ROWS and NEW_TOKENS how many and how long. Records lie in OUT/decode-report.
+# draft (`bench identity`, greedy and drawn), rates of plain and drafted decoding and of a batch (`bench decode`, once more with
+# DRAFTSMITH_CUDA_GRAPHS=off), accept length and speedup with a record (`bench`), and where the draft pays (`bench tune`). TARGET
+# and BUNDLE name target and draft (by default the tiny ones), WORKLOAD the prompts, PROMPT_ROWS and NEW_TOKENS how many and how long.
+# Records lie in OUT/decode-report.
 #
 # It needs no network and no Rust: ON_DEVICE names the program, which is brought along
 # (`cargo build --release -p draftsmith-train --example on_device`, then `strip`; by default where that leaves it). `scale`, `decode`

@@ -69,6 +69,11 @@ functions! {
         module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
         allocate_host = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
         free_host = "cuMemFreeHost"(*mut c_void);
+        event_create = "cuEventCreate"(*mut Handle, c_uint);
+        event_record = "cuEventRecord"(Handle, Handle);
+        event_wait = "cuEventSynchronize"(Handle);
+        event_destroy = "cuEventDestroy_v2"(Handle);
+        stream_after = "cuStreamWaitEvent"(Handle, Handle, c_uint);
         capture_begin = "cuStreamBeginCapture_v2"(Handle, c_int);
         capture_end = "cuStreamEndCapture"(Handle, *mut Handle);
         graph_instantiate = "cuGraphInstantiateWithFlags"(*mut Handle, Handle, u64);
@@ -98,6 +103,8 @@ pub(crate) const CAPABILITY_MAJOR: c_int = 75;
 pub(crate) const JIT_LOG: [c_int; 2] = [5, 6];
 /// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads may call what they like, on other streams.
 pub(crate) const CAPTURE_THREAD_LOCAL: c_int = 1;
+/// `CU_EVENT_DISABLE_TIMING`
+pub(crate) const NO_TIMING: c_uint = 2;
 /// `CU_STREAM_NON_BLOCKING`
 pub(crate) const NON_BLOCKING: c_uint = 1;
 

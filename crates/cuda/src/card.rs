@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::ptr::{NonNull, from_ref, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +24,8 @@ pub(crate) struct Context {
     device: c_int,
     context: Handle,
     pub(crate) stream: Handle,
+    /// Where copies run beside the work.
+    beside: Handle,
     /// Work of the stream waits for a process that is lost: whoever waits for the stream waits for ever.
     stuck: AtomicBool,
 }
@@ -59,8 +61,10 @@ impl Drop for Context {
         // SAFETY: nothing else of the context lives; errors at the end change nothing.
         unsafe {
             (self.api.context_set)(self.context);
-            (self.api.stream_wait)(self.stream);
-            (self.api.stream_destroy)(self.stream);
+            for stream in [self.beside, self.stream] {
+                (self.api.stream_wait)(stream);
+                (self.api.stream_destroy)(stream);
+            }
             (self.api.context_release)(self.device);
         }
     }
@@ -163,7 +167,7 @@ impl Card {
         let (library, path) = search.open(Library::CublasLt, driver.version())?;
         let cublas = CublasLtApi::load(library, &path)?;
         let api = Arc::clone(&driver.api);
-        let (mut device, mut context, mut stream) = (0, null_mut(), null_mut());
+        let (mut device, mut context, mut stream, mut beside) = (0, null_mut(), null_mut(), null_mut());
         // SAFETY: handles are written to handles; the context is current before the stream is made.
         unsafe {
             api.check("cuDeviceGet", (api.device_get)(&mut device, number as c_int))?;
@@ -174,8 +178,10 @@ impl Card {
             api.check("cuDevicePrimaryCtxRetain", retained)?;
             api.check("cuCtxSetCurrent", (api.context_set)(context))?;
             api.check("cuStreamCreate", (api.stream_create)(&mut stream, api::NON_BLOCKING))?;
+            api.check("cuStreamCreate", (api.stream_create)(&mut beside, api::NON_BLOCKING))?;
         }
-        let context = Arc::new(Context { api, device, context, stream, stuck: AtomicBool::new(false) });
+        let context =
+            Arc::new(Context { api, device, context, stream, beside, stuck: AtomicBool::new(false) });
         let module = load_kernels(&context, search, driver.version(), &info)? as usize;
         let mut handle = null_mut();
         // SAFETY: a handle is written to a handle, under the current context.
@@ -381,9 +387,10 @@ impl DerefMut for CardStaging {
 impl Drop for CardStaging {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: allocated by the driver and freed once, when the stream no longer reads it.
+            // SAFETY: allocated by the driver and freed once, when no stream reads it any more.
             unsafe {
                 (self.context.api.stream_wait)(self.context.stream);
+                (self.context.api.stream_wait)(self.context.beside);
                 (self.context.api.free_host)(self.place.as_ptr().cast());
             }
         }
@@ -405,6 +412,42 @@ impl Card {
     }
 }
 
+/// A place in the order of a stream.
+pub struct CardMark {
+    context: Arc<Context>,
+    event: usize,
+}
+
+impl CardMark {
+    /// What a stream was asked so far.
+    fn of(context: &Arc<Context>, stream: Handle) -> Result<CardMark, CudaError> {
+        let (api, mut event) = (&context.api, null_mut());
+        // SAFETY: a handle is written to a handle, and recorded on a stream of the context.
+        unsafe {
+            api.check("cuEventCreate", (api.event_create)(&mut event, api::NO_TIMING))?;
+            let mark = CardMark { context: Arc::clone(context), event: event as usize };
+            api.check("cuEventRecord", (api.event_record)(event, stream))?;
+            Ok(mark)
+        }
+    }
+
+    /// The stream goes on when the other has come to this place.
+    fn before(&self, stream: Handle) -> Result<(), CudaError> {
+        let api = &self.context.api;
+        // SAFETY: event and stream live, and belong to one context.
+        api.check("cuStreamWaitEvent", unsafe { (api.stream_after)(stream, self.event as Handle, 0) })
+    }
+}
+
+impl Drop for CardMark {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made by the driver and destroyed once; who waits for it already goes on waiting.
+            unsafe { (self.context.api.event_destroy)(self.event as Handle) };
+        }
+    }
+}
+
 /// A call that failed, as one that need not be made.
 fn of_graphs(error: CudaError) -> CudaError {
     match error {
@@ -418,6 +461,7 @@ impl Launcher for Card {
     type Ready = CardLaunch;
     type Graph = CardGraph;
     type Staging = CardStaging;
+    type Mark = CardMark;
 
     fn about(&self) -> About {
         let DeviceInfo { number, name, capability: (major, minor), memory } = self.info.clone();
@@ -456,7 +500,12 @@ impl Launcher for Card {
         self.context.enter()?;
         let (api, mut place) = (&self.context.api, null_mut());
         // SAFETY: a pointer is written to a pointer.
-        api.check("cuMemAllocHost", unsafe { (api.allocate_host)(&mut place, bytes.max(1)) })?;
+        let code = unsafe { (api.allocate_host)(&mut place, bytes.max(1)) };
+        if code == api::OUT_OF_MEMORY {
+            // The host's, of which the driver says no numbers.
+            return Err(CudaError::Memory { wanted: bytes as u64, free: 0, total: 0 });
+        }
+        api.check("cuMemAllocHost", code)?;
         let place = NonNull::new(place.cast::<u8>()).ok_or_else(|| CudaError::Call {
             call: "cuMemAllocHost",
             reason: "no memory, and no error".to_owned(),
@@ -488,6 +537,36 @@ impl Launcher for Card {
             api.check("cuMemcpyDtoHAsync", (api.to_host)(out.as_mut_ptr().cast(), place, out.len(), stream))?;
             api.check("cuStreamSynchronize", (api.stream_wait)(stream))
         }
+    }
+
+    fn copy_beside(
+        &self,
+        copies: &[(At<'_, CardMemory>, Range<usize>)],
+        from: &CardStaging,
+    ) -> Result<CardMark, CudaError> {
+        self.context.enter()?;
+        let (api, beside) = (&self.context.api, self.context.beside);
+        CardMark::of(&self.context, self.context.stream)?.before(beside)?;
+        for (to, bytes) in copies {
+            let data = &from[bytes.clone()];
+            // SAFETY: the caller names places inside allocations, and keeps the page-locked memory as it is until the copy is done.
+            api.check("cuMemcpyHtoDAsync", unsafe {
+                (api.to_device)(to.memory.address(to.offset), data.as_ptr().cast(), data.len(), beside)
+            })?;
+        }
+        CardMark::of(&self.context, beside)
+    }
+
+    fn after(&self, mark: &CardMark) -> Result<(), CudaError> {
+        self.context.enter()?;
+        mark.before(self.context.stream)
+    }
+
+    fn wait_for(&self, mark: &CardMark) -> Result<(), CudaError> {
+        self.context.enter()?;
+        let api = &self.context.api;
+        // SAFETY: the event lives.
+        api.check("cuEventSynchronize", unsafe { (api.event_wait)(mark.event as Handle) })
     }
 
     fn wait(&self) -> Result<(), CudaError> {

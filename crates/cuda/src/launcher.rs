@@ -2,7 +2,7 @@
 //! ([`crate::Card`]), the host shim of the tests the other.
 
 use std::hash::Hash;
-use std::ops::DerefMut;
+use std::ops::{DerefMut, Range};
 
 use crate::error::CudaError;
 
@@ -153,6 +153,8 @@ pub trait Launcher: Send + Sync + 'static {
     type Graph: Send + Sync;
     /// Memory of the host that the device copies from by itself.
     type Staging: DerefMut<Target = [u8]> + Send;
+    /// The end of copies beside the work.
+    type Mark: Send + Sync;
 
     /// `bytes` of memory with unspecified content, aligned for everything.
     ///
@@ -180,6 +182,26 @@ pub trait Launcher: Send + Sync + 'static {
         from: &Self::Staging,
         bytes: usize,
     ) -> Result<(), CudaError>;
+    /// Copies pieces of host memory beside the work: they begin when all calls before are done, and later ones do not wait for them
+    /// ([`Launcher::after`]). The host memory must not change before [`Launcher::wait_for`] has returned.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn copy_beside(
+        &self,
+        copies: &[(At<'_, Self::Memory>, Range<usize>)],
+        from: &Self::Staging,
+    ) -> Result<Self::Mark, CudaError>;
+    /// Calls from now on find what was copied.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    fn after(&self, mark: &Self::Mark) -> Result<(), CudaError>;
+    /// Returns when the copies are done.
+    ///
+    /// # Errors
+    /// Their failures.
+    fn wait_for(&self, mark: &Self::Mark) -> Result<(), CudaError>;
     /// Copies to the host, when all calls before are done.
     ///
     /// # Errors

@@ -23,6 +23,7 @@
 mod api;
 mod attention;
 mod card;
+mod courier;
 mod device;
 mod error;
 mod infer;
@@ -42,7 +43,7 @@ mod stream;
 mod train;
 mod weights;
 
-pub use card::{Card, CardGraph, CardLaunch, CardMemory, CardStaging};
+pub use card::{Card, CardGraph, CardLaunch, CardMark, CardMemory, CardStaging};
 pub use device::{Cards, DeviceInfo, Driver, MIN_CAPABILITY, MIN_CUDA, Report, choose};
 pub use error::{Asked, CudaError};
 pub use launcher::{About, Arg, At, DeviceLink, Launch, Launcher, Message, Operand, Product};

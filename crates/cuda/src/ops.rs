@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use draftsmith_kernels::RopeTable;
+use draftsmith_kernels::{DeviceFailure, RopeTable};
 
 use crate::error::{Asked, CudaError};
 use crate::launcher::{Arg, At, DeviceLink, Launch, Launcher, Operand, Product};
@@ -186,8 +186,13 @@ impl<L: Launcher> Cuda<L> {
     pub(crate) fn must<T>(&self, result: Result<T, CudaError>) -> T {
         match result {
             Ok(value) => value,
-            Err(error) => error.failure(self.asked).raise(),
+            Err(error) => self.failure(error).raise(),
         }
+    }
+
+    /// An error as who asked for the device hears of it.
+    pub(crate) fn failure(&self, error: CudaError) -> DeviceFailure {
+        error.failure(self.asked)
     }
 
     pub(crate) fn block(&self, bytes: usize) -> Block<L> {

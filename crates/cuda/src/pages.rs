@@ -107,6 +107,10 @@ impl<L: Launcher> KvPages<L> {
     /// Has pages for `len` slots, and none beyond.
     pub(crate) fn resize(&mut self, len: usize, pool: &Arc<Pool<L>>) -> Result<(), CudaError> {
         let wanted = len.div_ceil(PAGE);
+        if wanted == self.pages.len() {
+            self.len = len;
+            return Ok(());
+        }
         let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
         while self.pages.len() > wanted {
             slabs.free.extend(self.pages.pop());

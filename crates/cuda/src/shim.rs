@@ -5,10 +5,10 @@
 //! time. An error of the shim (a race, a place outside a buffer) is a [`CudaError::Call`].
 
 use std::ffi::{CStr, CString, c_char, c_void};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -77,6 +77,35 @@ pub struct ShimStaging {
     /// How often the device had been waited for when it was copied last.
     copied: AtomicU64,
     waits: Arc<AtomicU64>,
+    /// Copies beside the work read it.
+    read: Arc<AtomicBool>,
+}
+
+/// Copies of a [`Shim`] beside its work. They happen as late as they may: where somebody waits for them.
+pub struct ShimMark {
+    shim: Shim,
+    copies: Mutex<Vec<(*mut c_void, usize, Vec<u8>)>>,
+    read: Arc<AtomicBool>,
+}
+
+// SAFETY: the shim's buffers belong to no thread; copies are kept apart by a lock.
+unsafe impl Send for ShimMark {}
+// SAFETY: as above.
+unsafe impl Sync for ShimMark {}
+
+impl ShimMark {
+    /// Makes the copies, unless they were made.
+    fn copy(&self) {
+        let _alone = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
+        for (buffer, offset, bytes) in copies.drain(..) {
+            // SAFETY: the places were checked when the copies were asked for; their memory lives until somebody waited for them.
+            unsafe {
+                let place = (self.shim.library.data)(buffer).add(offset);
+                place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            }
+        }
+    }
 }
 
 impl Deref for ShimStaging {
@@ -89,6 +118,7 @@ impl Deref for ShimStaging {
 impl DerefMut for ShimStaging {
     fn deref_mut(&mut self) -> &mut [u8] {
         let done = *self.copied.get_mut() < self.waits.load(Ordering::Relaxed);
+        let done = done && !self.read.load(Ordering::Relaxed);
         assert!(done, "memory of the host changes before the device was waited for");
         &mut self.bytes
     }
@@ -258,6 +288,7 @@ impl Launcher for Shim {
     type Ready = ShimLaunch;
     type Graph = Vec<ShimLaunch>;
     type Staging = ShimStaging;
+    type Mark = ShimMark;
 
     fn about(&self) -> About {
         About {
@@ -291,7 +322,8 @@ impl Launcher for Shim {
     }
 
     fn staging(&self, bytes: usize) -> Result<ShimStaging, CudaError> {
-        Ok(ShimStaging { bytes: vec![0; bytes], copied: AtomicU64::new(0), waits: Arc::clone(&self.waits) })
+        let (waits, read) = (Arc::clone(&self.waits), Arc::default());
+        Ok(ShimStaging { bytes: vec![0; bytes], copied: AtomicU64::new(0), waits, read })
     }
 
     fn write_staged(
@@ -308,6 +340,32 @@ impl Launcher for Shim {
         self.copied[1].fetch_add(out.len() as u64, Ordering::Relaxed);
         self.wait()?;
         self.get(from, out)
+    }
+
+    fn copy_beside(
+        &self,
+        copies: &[(At<'_, ShimMemory>, Range<usize>)],
+        from: &ShimStaging,
+    ) -> Result<ShimMark, CudaError> {
+        let mut kept = Vec::new();
+        for (to, bytes) in copies {
+            self.copied[0].fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            self.bytes(*to, bytes.len())?;
+            kept.push((to.memory.buffer, to.offset, from[bytes.clone()].to_vec()));
+        }
+        from.read.store(true, Ordering::Relaxed);
+        Ok(ShimMark { shim: self.clone(), copies: Mutex::new(kept), read: Arc::clone(&from.read) })
+    }
+
+    fn after(&self, mark: &ShimMark) -> Result<(), CudaError> {
+        mark.copy();
+        Ok(())
+    }
+
+    fn wait_for(&self, mark: &ShimMark) -> Result<(), CudaError> {
+        mark.copy();
+        mark.read.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     fn wait(&self) -> Result<(), CudaError> {

@@ -10,7 +10,8 @@
 //! devices) starts what waits first.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{Hash, Hasher};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::CudaError;
@@ -94,6 +95,30 @@ pub(crate) struct Stream<L: Launcher> {
     // Records go before the kernels that they start.
     state: Mutex<State<L>>,
     launcher: L,
+}
+
+/// A quick hash of words: lists that share one are told apart by comparing them.
+struct Mix(u64);
+
+impl Hasher for Mix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        let (words, rest) = bytes.as_chunks::<8>();
+        words.iter().for_each(|word| self.write_u64(u64::from_le_bytes(*word)));
+        rest.iter().for_each(|byte| self.write_u64((*byte).into()));
+    }
+    fn write_u64(&mut self, word: u64) {
+        // Odd, and without a pattern: digits of the golden ratio.
+        self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+    fn write_usize(&mut self, word: usize) {
+        self.write_u64(word as u64);
+    }
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(word.into());
+    }
 }
 
 /// Room of a table: a few sizes, so that lists stay equal while tables grow.
@@ -231,7 +256,7 @@ impl<L: Launcher> Stream<L> {
         }
         state.lists += 1;
         let now = state.lists;
-        let mut hasher = DefaultHasher::new();
+        let mut hasher = Mix(0);
         waiting.hash(&mut hasher);
         let hash = hasher.finish();
         let known = state.records.get_mut(&hash).filter(|record| record.launches == waiting);
@@ -294,6 +319,30 @@ impl<L: Launcher> Stream<L> {
     pub(crate) fn write(&self, to: At<'_, L::Memory>, data: &[u8]) -> Result<(), CudaError> {
         self.begin()?;
         self.launcher.write(to, data)
+    }
+
+    /// [`Launcher::copy_beside`], behind what was asked for so far.
+    ///
+    /// # Errors
+    /// As there; what the start of launches before says.
+    pub(crate) fn send(
+        &self,
+        copies: &[(At<'_, L::Memory>, Range<usize>)],
+        from: &L::Staging,
+    ) -> Result<L::Mark, CudaError> {
+        let mut state = self.state();
+        self.start(&mut state)?;
+        self.launcher.copy_beside(copies, from)
+    }
+
+    /// [`Launcher::after`]: launches that wait already need not wait for the copies.
+    ///
+    /// # Errors
+    /// As there; what the start of launches before says.
+    pub(crate) fn after(&self, mark: &L::Mark) -> Result<(), CudaError> {
+        let mut state = self.state();
+        self.start(&mut state)?;
+        self.launcher.after(mark)
     }
 
     /// [`Launcher::read`], in its turn.

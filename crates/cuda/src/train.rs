@@ -7,8 +7,9 @@ use draftsmith_kernels::train::{
     AdamStep, AttentionMask, Columns, KeyValue, KeyValueMut, LinearShape, LogitPart, PartGrad, Rotation,
     SoftLoss, SoftScale, SoftSums, Teacher, TokenRow, TokenTargets,
 };
-use draftsmith_kernels::{Activation, Cell, Deferred, Memory, Peers, RopeTable, TrainKernels};
+use draftsmith_kernels::{Activation, Cell, Courier, Deferred, Memory, Peers, RopeTable, TrainKernels};
 
+use crate::courier::Sender;
 use crate::launcher::{Arg, At, Launcher, Operand, Product};
 use crate::memory::Buf;
 use crate::ops::{BLOCKS_Y, Cuda, THREADS};
@@ -181,6 +182,11 @@ impl<L: Launcher> Memory for Cuda<L> {
 
 impl<L: Launcher> TrainKernels for Cuda<L> {
     const SQUARES: usize = SQUARES;
+    const HOST_IS_FREE: bool = true;
+
+    fn courier(&self) -> Option<Box<dyn Courier<Buf<L>>>> {
+        Some(Box::new(Sender::new(self.clone())))
+    }
 
     fn capacity(&self, buf: &Buf<L>) -> usize {
         buf.capacity

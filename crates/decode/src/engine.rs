@@ -352,7 +352,7 @@ impl<K: Kernels> Engine<K> {
         }
         let rows: usize = work.iter().map(|(_, rows, _)| rows.len()).sum();
         let mut trees = self.propose(sessions, &decoding, rows - decoding.len()).into_iter();
-        for (_, rows, tree) in work.iter_mut().filter(|(index, ..)| decoding.contains(index)) {
+        for (_, rows, tree) in work.iter_mut().filter(|(index, ..)| decoding.binary_search(index).is_ok()) {
             *tree = trees.next().expect("one for every sequence that decodes");
             rows.extend(tree.tokens.iter().map(|t| t.0));
         }

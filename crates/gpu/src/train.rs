@@ -179,6 +179,7 @@ impl Gpu {
 
 impl TrainKernels for Gpu {
     const SQUARES: usize = SUM_BLOCK;
+    const HOST_IS_FREE: bool = true;
 
     fn capacity(&self, buf: &Buf) -> usize {
         buf.capacity()

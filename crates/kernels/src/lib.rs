@@ -11,6 +11,7 @@
 //! Shape legend: `R` rows (tokens) of a call, `I`/`O` input and output features, `S` sequence slots.
 
 pub mod cell;
+mod courier;
 mod cpu;
 mod deferred;
 pub mod experts;
@@ -29,6 +30,7 @@ pub mod train;
 mod weight;
 
 pub use cell::Cell;
+pub use courier::{Coming, Courier};
 pub use cpu::{Cpu, CpuFeatures, KeptPanels, KvLayer, PANEL_VERSION, PackedWeight, SharedBytes};
 pub use deferred::Deferred;
 pub use failure::{DeviceFailure, catch_failure};

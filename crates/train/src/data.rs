@@ -48,9 +48,13 @@ pub trait RowStore {
     fn looks_ahead(&self) -> bool {
         false
     }
-    /// The rows that will be read next, in their order, in place of what was said before; others may be read between them.
-    fn expect(&mut self, rows: &[usize]) {
-        let _ = rows;
+    /// The packs that will be read next, in their order, in place of what was said before; others may be read between them.
+    fn expect(&mut self, packs: &[Vec<usize>]) {
+        let _ = packs;
+    }
+    /// The store for a thread that reads while the device computes; `None` if it computes there itself, or is not to leave its thread.
+    fn beside(&mut self) -> Option<&mut (dyn RowStore + Send)> {
+        None
     }
 }
 
@@ -63,6 +67,9 @@ impl RowStore for CacheReader {
     }
     fn read(&mut self, rows: &[usize]) -> Result<Vec<CaptureRow>, Box<dyn std::error::Error + Send + Sync>> {
         Ok(rows.iter().map(|row| self.row(*row)).collect::<Result<_, _>>()?)
+    }
+    fn beside(&mut self) -> Option<&mut (dyn RowStore + Send)> {
+        Some(self)
     }
 }
 

@@ -8,6 +8,7 @@
 //! weights and the moments at step `n` are functions of run file and seed alone, so a resumed run equals an
 //! uninterrupted one bit for bit. Several processes may do it together ([`Collective`]): they change the time, never a bit.
 
+mod ahead;
 mod average;
 mod checkpoint;
 mod collective;

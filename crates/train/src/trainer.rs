@@ -9,6 +9,7 @@ use draftsmith_model::tape::{Grads, Tape};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::ahead::Ahead;
 use crate::average::Candidates;
 use crate::checkpoint::{self, Best, TrainState, ValidationResult};
 use crate::device_sums::{join_slices, sum_slice};
@@ -257,7 +258,7 @@ impl Packs<'_> {
         (places, place)
     }
 
-    /// Tells a store that looks ahead which rows a rank reads from a place on, in their order, to the end of the next epoch or
+    /// Tells a store that looks ahead which packs a rank reads from a place on, in their order, to the end of the next epoch or
     /// of so many steps.
     fn tell(&mut self, mut place: Place, packs_per_step: usize, mut steps: u64, collective: &dyn Collective) {
         if !self.store.looks_ahead() {
@@ -265,7 +266,7 @@ impl Packs<'_> {
         }
         let (rank, ranks) = (collective.rank(), collective.ranks());
         let last = place.epoch + 1;
-        let mut rows = Vec::new();
+        let mut packs = Vec::new();
         while steps > 0 && place.epoch <= last {
             let (places, next) = self.of_step(place, packs_per_step);
             if places.is_empty() {
@@ -276,13 +277,13 @@ impl Packs<'_> {
                 for visit in tree.visits(piece) {
                     if let Visit::MicroBatch(number) = visit {
                         let Place { epoch, pack } = places[number];
-                        rows.extend_from_slice(&self.of_epoch(epoch)[pack as usize]);
+                        packs.push(self.of_epoch(epoch)[pack as usize].clone());
                     }
                 }
             }
             (place, steps) = (next, steps - 1);
         }
-        self.store.expect(&rows);
+        self.store.expect(&packs);
     }
 
     /// Reads the pack at a place.
@@ -475,6 +476,24 @@ fn same_beginning(
 /// # Errors
 /// See [`TrainError`]. After an error the newest checkpoint is still good.
 pub fn train<M: Method + ?Sized>(
+    method: &mut M,
+    store: &mut dyn RowStore,
+    options: &TrainOptions,
+    hooks: Hooks<'_>,
+) -> Result<Outcome, TrainError> {
+    if M::Kernels::HOST_IS_FREE
+        && let Some(store) = store.beside()
+    {
+        return std::thread::scope(|scope| {
+            let mut store = Ahead::new(scope, store, method.tape().kernels());
+            train_on(method, &mut store, options, hooks)
+        });
+    }
+    train_on(method, store, options, hooks)
+}
+
+/// [`train`], with rows that are read where they are asked for.
+fn train_on<M: Method + ?Sized>(
     method: &mut M,
     store: &mut dyn RowStore,
     options: &TrainOptions,

@@ -7,7 +7,7 @@ use std::process::Command;
 use draftsmith_cuda::{
     Card, Cuda, CudaError, CudaOptions, Graphs, Launcher, Operands, Report, Search, Started,
 };
-use draftsmith_kernels::{Memory, catch_failure, testing};
+use draftsmith_kernels::{Memory, TrainKernels, catch_failure, testing};
 
 /// Compiles one of the libraries in `tests/fake`.
 pub(crate) fn compile(folder: &Path, source: &str, library: &str, defines: &[&str]) {
@@ -178,6 +178,24 @@ fn launches_that_come_again_start_as_one_graph() {
         assert_eq!(filled(&k), [0.0; 5]);
     }
     assert_eq!((k.started().calls, k.started().recorded), (48, 0));
+}
+
+#[test]
+fn data_goes_beside_the_work_of_a_card() {
+    let (_folder, search) = libraries(&GOOD, true);
+    let k = Cuda::new(Card::open(&search, 0).unwrap(), CudaOptions::default());
+    let courier = k.courier().unwrap();
+    for round in 0..4u8 {
+        let parts = [vec![f32::from(round); 9], vec![0.5; 700]];
+        let coming = courier.send(&[&parts[0], &parts[1]]).unwrap();
+        assert_eq!(filled(&k), [0.0; 5]);
+        let bufs = coming.arrived();
+        for (buf, part) in bufs.iter().zip(&parts) {
+            assert_eq!(testing::host(&k, buf, part.len()), *part);
+        }
+    }
+    drop(courier.send(&[&[1.0; 8]]));
+    drop(courier);
 }
 
 #[test]

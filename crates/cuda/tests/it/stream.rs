@@ -5,7 +5,7 @@ use std::path::Path;
 use draftsmith_cuda::shim::Shim;
 use draftsmith_cuda::{Cuda, CudaOptions, Graphs, source};
 use draftsmith_kernels::testing::{host, noise};
-use draftsmith_kernels::{Kernels, Memory};
+use draftsmith_kernels::{Kernels, Memory, TrainKernels};
 
 fn folder() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
@@ -139,4 +139,39 @@ fn threads_that_share_a_device_do_not_mix_their_work() {
             });
         }
     });
+}
+
+#[test]
+fn data_that_is_sent_beside_the_work_is_there_when_it_was_asked_for() {
+    let k = device(Graphs::On);
+    let courier = k.courier().unwrap();
+    // More than the host's memory for it holds at once, of all sizes.
+    for round in 0..6u64 {
+        let parts = [noise(round, 3000 + 500 * round as usize), Vec::new(), noise(round + 9, 7)];
+        let coming = courier.send(&[&parts[0], &parts[1], &parts[2]]).unwrap();
+        // Work of other memory goes on meanwhile.
+        let x = noise(1, 10 * WIDTH);
+        assert_eq!(sums(&k, &x, &lists(5, 1), 1.0), wanted(&x, &lists(5, 1), 1.0));
+        if round == 3 {
+            // Nobody wants it: its memory is used by others.
+            drop(coming);
+            let zeros = k.zeros(4500);
+            assert_eq!(host(&k, &zeros, 4500), vec![0.0; 4500]);
+            continue;
+        }
+        let bufs = coming.arrived();
+        for (buf, part) in bufs.iter().zip(&parts) {
+            assert_eq!(host(&k, buf, part.len()), *part, "round {round}");
+        }
+    }
+}
+
+#[test]
+fn data_for_which_there_is_no_room_stays_where_it_is() {
+    let shim = Shim::of(folder(), &source::text(), 1 << 20).unwrap();
+    let k = Cuda::new(shim, CudaOptions::default());
+    let courier = k.courier().unwrap();
+    assert!(courier.send(&[&[1.0; 1000], &vec![0.0; 400_000]]).is_none());
+    let bufs = courier.send(&[&[1.0; 1000]]).unwrap().arrived();
+    assert_eq!(host(&k, &bufs[0], 1000), [1.0; 1000]);
 }

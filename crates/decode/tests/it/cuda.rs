@@ -2,13 +2,13 @@
 //! where nothing is rounded, and do not depend on what else is in the batch where products are.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
-use draftsmith_cuda::shim::{Shim, ShimLaunch, ShimMemory, ShimStaging};
+use draftsmith_cuda::shim::{Shim, ShimLaunch, ShimMark, ShimMemory, ShimStaging};
 use draftsmith_cuda::{About, At, Cuda, CudaError, CudaOptions, Graphs, Launch, Launcher, Product};
 use draftsmith_decode::{BatchOptions, DraftPlan, Engine, GenerateOptions, drafter};
 use draftsmith_kernels::{Cpu, Kernels, PackMode};
@@ -111,6 +111,7 @@ impl Launcher for Drawing {
     type Ready = ShimLaunch;
     type Graph = Vec<ShimLaunch>;
     type Staging = ShimStaging;
+    type Mark = ShimMark;
 
     fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
         self.shim.allocate(bytes)
@@ -135,6 +136,19 @@ impl Launcher for Drawing {
     }
     fn replay(&self, graph: &Vec<ShimLaunch>) -> Result<(), CudaError> {
         self.shim.replay(graph)
+    }
+    fn copy_beside(
+        &self,
+        copies: &[(At<'_, ShimMemory>, Range<usize>)],
+        from: &ShimStaging,
+    ) -> Result<ShimMark, CudaError> {
+        self.shim.copy_beside(copies, from)
+    }
+    fn after(&self, mark: &ShimMark) -> Result<(), CudaError> {
+        self.shim.after(mark)
+    }
+    fn wait_for(&self, mark: &ShimMark) -> Result<(), CudaError> {
+        self.shim.wait_for(mark)
     }
     fn wait(&self) -> Result<(), CudaError> {
         self.shim.wait()

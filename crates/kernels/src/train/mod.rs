@@ -25,7 +25,7 @@ pub use soft_ce::{SoftLoss, SoftScale, SoftSums};
 pub use spans::{Sight, Span, SpanShape};
 pub use token_loss::{LogitPart, NO_LABEL, PartGrad, TokenRow, TokenTargets, TokenTeacher};
 
-use crate::{Activation, Cell, Deferred, Memory, Peers, RopeTable, cell};
+use crate::{Activation, Cell, Courier, Deferred, Memory, Peers, RopeTable, cell};
 use attention::{TttGrads, TttInputs};
 use rowwise::NormGrad;
 use soft_ce::SoftTargets;
@@ -60,7 +60,13 @@ pub struct Teacher<B> {
 pub trait TrainKernels: Memory {
     /// Values whose squares make one of the [`TrainKernels::square_sums`].
     const SQUARES: usize;
+    /// Whether the operations run beside the host, which may do something else meanwhile.
+    const HOST_IS_FREE: bool = false;
 
+    /// Who sends data to the device while it computes, where somebody does.
+    fn courier(&self) -> Option<Box<dyn Courier<Self::Buf>>> {
+        None
+    }
     /// Values that a buffer can hold.
     fn capacity(&self, buf: &Self::Buf) -> usize;
     /// Overwrites the beginning of a buffer with host data.

@@ -157,7 +157,11 @@ impl RowStore for StoredRows<'_> {
         true
     }
 
-    fn expect(&mut self, rows: &[usize]) {
-        self.cache.expect(rows);
+    fn expect(&mut self, packs: &[Vec<usize>]) {
+        self.cache.expect(&packs.concat());
+    }
+
+    fn beside(&mut self) -> Option<&mut (dyn RowStore + Send)> {
+        Some(self)
     }
 }

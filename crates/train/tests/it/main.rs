@@ -1,5 +1,6 @@
 //! Training against reference vectors, against decoding, and against itself.
 
+mod ahead;
 mod block_infer;
 mod blocks;
 mod golden;
