@@ -27,7 +27,7 @@ enum Request {
 
 /// What it answers, in the order of the requests; to what is expected nothing.
 enum Answer<B> {
-    Filled(Filled<B>),
+    Filled(Box<Filled<B>>),
     Read(Result<Vec<CaptureRow>, BoxError>),
 }
 
@@ -79,7 +79,7 @@ impl<K: TrainKernels> Ahead<K> {
             while let Ok(request) = asked.recv() {
                 let answer = match request {
                     Request::Fill(key) => {
-                        Answer::Filled(catch_failure(|| filled(store, &key, courier.as_deref())))
+                        Answer::Filled(Box::new(catch_failure(|| filled(store, &key, courier.as_deref()))))
                     }
                     Request::Read(rows) => Answer::Read(store.read(&rows)),
                     Request::Expect(packs) => {
@@ -106,7 +106,7 @@ impl<K: TrainKernels> Ahead<K> {
         self.next = match self.next.take() {
             Some((key, None)) => {
                 let Answer::Filled(pack) = self.hear() else { unreachable!("a pack was asked for first") };
-                Some((key, Some(pack)))
+                Some((key, Some(*pack)))
             }
             seen => seen,
         };
@@ -138,13 +138,13 @@ impl<K: TrainKernels> Ahead<K> {
             self.next.take_if(|((known, for_shape), _)| known == rows && *for_shape == shape)
         {
             return pack.unwrap_or_else(|| match self.hear() {
-                Answer::Filled(pack) => pack,
+                Answer::Filled(pack) => *pack,
                 Answer::Read(_) => unreachable!("a pack was asked for first"),
             });
         }
         self.ask(Request::Fill((rows.to_vec(), shape)));
         match self.answer() {
-            Answer::Filled(pack) => pack,
+            Answer::Filled(pack) => *pack,
             Answer::Read(_) => unreachable!("a pack was asked for"),
         }
     }

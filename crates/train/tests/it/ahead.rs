@@ -15,11 +15,13 @@ use crate::golden::cuda_shim;
 use crate::infer::Random;
 use crate::learning::{Memory, options};
 
+/// Who read which rows.
+type Reads = Arc<Mutex<Vec<(ThreadId, Vec<usize>)>>>;
+
 /// Rows that may be read by any thread.
 struct Anywhere {
     rows: Memory,
-    /// Who read which rows.
-    reads: Arc<Mutex<Vec<(ThreadId, Vec<usize>)>>>,
+    reads: Reads,
     /// A row that cannot be read.
     broken: Option<usize>,
 }
@@ -77,7 +79,7 @@ fn rows_that_another_thread_reads_train_the_same_draft() {
         let here = tempfile::tempdir().unwrap();
         let mut rows = Memory(random.rows.clone());
         run(cuda_shim(), &random, &mut rows, &settings(here.path(), replay)).unwrap();
-        let (beside, reads) = (tempfile::tempdir().unwrap(), Arc::default());
+        let (beside, reads) = (tempfile::tempdir().unwrap(), Reads::default());
         let mut store = Anywhere { rows, reads: Arc::clone(&reads), broken: None };
         run(cuda_shim(), &random, &mut store, &settings(beside.path(), replay)).unwrap();
         assert!(draft(beside.path()) == draft(here.path()), "{replay:?}");
@@ -94,7 +96,7 @@ fn rows_that_another_thread_reads_train_the_same_draft() {
 #[test]
 fn a_row_that_cannot_be_read_ends_training_when_its_turn_comes() {
     let random = Random::new(8, &[32, 32, 32, 32, 32, 32, 32]);
-    let reads = Arc::default();
+    let reads = Reads::default();
     let mut store = Anywhere { reads: Arc::clone(&reads), ..store_of(&random) };
     let dir = tempfile::tempdir().unwrap();
     run(cuda_shim(), &random, &mut store, &settings(dir.path(), None)).unwrap();
