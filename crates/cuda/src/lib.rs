@@ -31,6 +31,8 @@ mod launcher;
 mod library;
 mod memory;
 mod nccl;
+#[cfg(feature = "shim")]
+pub mod nothing;
 mod ops;
 mod pages;
 mod peers;

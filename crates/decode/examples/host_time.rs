@@ -7,125 +7,15 @@
 //! Keys: `sequences` (1,8,64,256,1024), `prompt` (64), `tokens` (64), `graphs` (`on`, `off`).
 #![expect(clippy::print_stdout, reason = "an example prints its result")]
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
-use draftsmith_cuda::{About, Arg, At, Cuda, CudaError, CudaOptions, Graphs, Launch, Launcher, Product};
+use draftsmith_cuda::nothing::Nothing;
+use draftsmith_cuda::{Cuda, CudaOptions, Graphs};
 use draftsmith_decode::{BatchOptions, Engine, GenerateOptions};
 use draftsmith_model::{Precision, Target};
-
-/// A device without kernels: it takes all calls, and adds up how long it had nothing to do.
-#[derive(Default)]
-struct Nothing {
-    allocated: AtomicU64,
-    /// When the last result was handed out, if nothing was started since.
-    resting: Mutex<Option<Instant>>,
-    idle_ns: Arc<AtomicU64>,
-}
-
-impl Nothing {
-    fn begin(&self) {
-        if let Some(since) = self.resting.lock().unwrap().take() {
-            self.idle_ns.fetch_add(since.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Memory that is an address alone.
-struct Address(u64);
-
-/// A launch as a card would take it.
-#[derive(PartialEq, Eq, Hash)]
-struct Taken {
-    kernel: &'static str,
-    grid: (usize, usize),
-    values: Vec<u64>,
-    starts: Vec<usize>,
-}
-
-impl Launcher for Nothing {
-    type Memory = Address;
-    type Ready = Taken;
-    type Graph = ();
-    type Staging = Vec<u8>;
-    type Mark = ();
-
-    fn allocate(&self, bytes: usize) -> Result<Address, CudaError> {
-        Ok(Address(self.allocated.fetch_add(bytes as u64, Ordering::Relaxed)))
-    }
-    fn staging(&self, bytes: usize) -> Result<Vec<u8>, CudaError> {
-        Ok(vec![0; bytes])
-    }
-    fn write(&self, _: At<'_, Address>, _: &[u8]) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn write_staged(&self, _: At<'_, Address>, _: &Vec<u8>, _: usize) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn copy_beside(&self, _: &[(At<'_, Address>, Range<usize>)], _: &Vec<u8>) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn after(&self, (): &()) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn wait_for(&self, (): &()) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn read(&self, _: At<'_, Address>, out: &mut [u8]) -> Result<(), CudaError> {
-        out.fill(0);
-        *self.resting.lock().unwrap() = Some(Instant::now());
-        Ok(())
-    }
-    fn wait(&self) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn ready(&self, launch: Launch<'_, Address>) -> Result<Taken, CudaError> {
-        let address = |at: &Option<At<'_, Address>>| at.map_or(0, |at| at.memory.0 + at.offset as u64);
-        let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
-        for arg in launch.args {
-            starts.push(values.len());
-            match arg {
-                Arg::Buffer(at) => values.push(address(at)),
-                Arg::Buffers(all) => values.extend(all.iter().map(address)),
-                Arg::I32(x) => values.push(u64::from(x.cast_unsigned())),
-                Arg::U32(x) => values.push(u64::from(*x)),
-                Arg::I64(x) => values.push(x.cast_unsigned()),
-                Arg::F32(x) => values.push(u64::from(x.to_bits())),
-            }
-        }
-        Ok(Taken { kernel: launch.kernel, grid: launch.grid, values, starts })
-    }
-    fn start(&self, _: &Taken) -> Result<(), CudaError> {
-        self.begin();
-        Ok(())
-    }
-    fn record(&self, _: &[Taken]) -> Result<(), CudaError> {
-        Ok(())
-    }
-    fn replay(&self, (): &()) -> Result<(), CudaError> {
-        self.begin();
-        Ok(())
-    }
-    fn about(&self) -> About {
-        let none = String::from("none");
-        About { number: 0, card: none.clone(), capability: none.clone(), memory: 0, driver: none }
-    }
-    fn memory(&self) -> Result<(u64, u64), CudaError> {
-        Ok((u64::MAX, u64::MAX))
-    }
-    fn product(
-        &self,
-        _: Product,
-        _: At<'_, Address>,
-        _: At<'_, Address>,
-        _: At<'_, Address>,
-    ) -> Result<(), CudaError> {
-        Ok(())
-    }
-}
 
 fn main() {
     let mut args = std::env::args().skip(1);
@@ -144,7 +34,6 @@ fn main() {
         }
     }
     let device = Cuda::new(Nothing::default(), CudaOptions { graphs, ..CudaOptions::default() });
-    let idle = Arc::clone(&device.launcher().idle_ns);
     let target = Target::load(Arc::new(device.clone()), &path, Precision::Stored).expect("a loadable model");
     let engine = Engine::new(Arc::new(target), None);
     for number in sequences.split(',') {
@@ -158,7 +47,7 @@ fn main() {
                 Some((i, ids, GenerateOptions { max_new_tokens: tokens, ..GenerateOptions::default() }))
             };
             let (before, begun) = (device.started(), Instant::now());
-            idle.store(0, Ordering::Relaxed);
+            device.launcher().take_idle_s();
             engine
                 .generate_batch(BatchOptions { batch_size: number }, &mut next, &mut |_, generation| {
                     assert_eq!(generation.token_ids.len(), tokens, "no token ends a text");
@@ -166,7 +55,7 @@ fn main() {
                 })
                 .expect("plain decoding");
             let (seconds, after) = (begun.elapsed().as_secs_f64(), device.started());
-            let idle = idle.load(Ordering::Relaxed) as f64 / 1e9;
+            let idle = device.launcher().take_idle_s();
             [
                 seconds * 1e3,
                 idle * 1e3,

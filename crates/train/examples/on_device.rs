@@ -5,7 +5,8 @@
 //! * `smoke`: steps of training beside the CPU's, from the same weights.
 //! * `speed [SHAPE]`: tokens per second and memory of a training step; `smollm2` or `llama8b`.
 //!
-//! With `--shim` the kernels run on the host, and `speed` takes a tiny shape: to try the program where no GPU is.
+//! With `--shim` the kernels run on the host, and `speed` takes a tiny shape: to try the program where no GPU is. With `--nothing` no
+//! kernel runs at all, and `speed` is what the host needs to drive a card.
 //! DRAFTSMITH_CUDA_LIBS and DRAFTSMITH_PYTHON say where libraries are, DRAFTSMITH_DEVICE the number of the card.
 #![allow(clippy::print_stdout, reason = "an example reports on standard output")]
 
@@ -15,6 +16,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use draftsmith_core::VocabMap;
+use draftsmith_cuda::nothing::Nothing;
 use draftsmith_cuda::shim::Shim;
 use draftsmith_cuda::{Card, Cuda, CudaOptions, Launcher, Operands, Report, Search, Started};
 use draftsmith_formats::cache::CaptureRow;
@@ -22,7 +24,9 @@ use draftsmith_kernels::testing::{self, infer};
 use draftsmith_kernels::{Cpu, Memory, TrainKernels};
 use draftsmith_model::eagle3::Eagle3Config;
 use draftsmith_train::eagle3::{TargetSide, random_weights};
-use draftsmith_train::{AdamW, AdamWOptions, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng};
+use draftsmith_train::{
+    AdamW, AdamWOptions, DeviceStates, Eagle3Options, Eagle3Train, Method, Mode, Pack, Rng,
+};
 use serde_json::{Value, json};
 
 /// A device that can be opened again.
@@ -31,6 +35,8 @@ trait Opener {
     fn open(&self, operands: Operands) -> Cuda<Self::Device>;
     /// Bytes free on the device, where that means something.
     fn free(&self, device: &Cuda<Self::Device>) -> Option<u64>;
+    /// Steps that are timed.
+    const STEPS: usize = 6;
 }
 
 struct OnCard {
@@ -68,6 +74,20 @@ impl Opener for OnHost {
     fn free(&self, _: &Cuda<Shim>) -> Option<u64> {
         None
     }
+}
+
+/// No device: what the host does is all that is timed.
+struct OnNothing;
+
+impl Opener for OnNothing {
+    type Device = Nothing;
+    fn open(&self, operands: Operands) -> Cuda<Nothing> {
+        Cuda::new(Nothing::default(), CudaOptions { operands, ..CudaOptions::default() })
+    }
+    fn free(&self, _: &Cuda<Nothing>) -> Option<u64> {
+        None
+    }
+    const STEPS: usize = 60;
 }
 
 /// Sizes of a draft and of what it is trained on.
@@ -305,30 +325,44 @@ fn speed<O: Opener>(opener: &O, shape: Shape) {
     let table = shape.table();
     let (mut method, mut pack) = (shape.method(k.clone(), &table), shape.pack(&table));
     let mut optimizer = AdamW::new(AdamWOptions::default(), method.tape());
+    // As a run has it: states of the next pack are on their way while a step computes.
+    let mut courier = k.courier().expect("a card has one");
+    let (features, states) = (std::mem::take(&mut pack.features), std::mem::take(&mut pack.last));
+    let mut coming = courier.send(&[&features, &states]);
     let mut ms = Vec::new();
+    let started = k.started();
     let mut last = Value::Null;
-    for _ in 0..6 {
+    for _ in 0..O::STEPS {
         // New numbers: the target's head is streamed, as for rows of a first epoch.
         pack.rows.iter_mut().for_each(|row| *row += 1_000_000);
         let began = Instant::now();
-        let stats = method.micro_batch(&pack, Mode::Train).expect("a good pack");
-        // Reading the norm waits for everything before it.
-        let norm = optimizer.step(method.tape_mut(), 1e-4, stats.weight).expect("finite");
-        let mut one = [0.0];
-        let kernels = method.tape().kernels();
-        kernels.download(&kernels.zeros(1), 0, &mut one);
-        ms.push(began.elapsed().as_secs_f64() * 1e3);
-        last = json!({ "loss": stats.loss / stats.weight, "grad_norm": norm });
+        let here = coming.take().expect("room for a pack ahead").arrived();
+        let [here_features, here_states] = here.try_into().ok().expect("both were sent");
+        pack.on_device = Some(DeviceStates::new::<Cuda<O::Device>>(here_features, here_states));
+        std::thread::scope(|scope| {
+            let (courier, parts) = (&mut courier, [&features[..], &states[..]]);
+            let next = scope.spawn(move || courier.send(&parts));
+            let stats = method.micro_batch(&pack, Mode::Train).expect("a good pack");
+            // Reading the norm waits for everything before it.
+            let norm = optimizer.step(method.tape_mut(), 1e-4, stats.weight).expect("finite");
+            let mut one = [0.0];
+            let kernels = method.tape().kernels();
+            kernels.download(&kernels.zeros(1), 0, &mut one);
+            ms.push(began.elapsed().as_secs_f64() * 1e3);
+            last = json!({ "loss": stats.loss / stats.weight, "grad_norm": norm });
+            coming = next.join().expect("a thread that ends");
+        });
     }
     let used = before.zip(opener.free(&k)).map(|(before, after)| before.saturating_sub(after));
     let mut sorted = ms[1..].to_vec();
     sorted.sort_by(f64::total_cmp);
     let median = sorted[sorted.len() / 2];
+    let launches = (k.started().launches - started.launches) as f64 / O::STEPS as f64;
     println!(
         "{}",
         json!({
             "stage": "speed", "side": "draftsmith", "shape": shape.name, "slots": shape.slots, "ttt": shape.ttt_length,
-            "ms": ms, "tokens_per_s": shape.slots as f64 / median * 1e3, "memory_bytes": used, "last": last
+            "ms": ms, "tokens_per_s": shape.slots as f64 / median * 1e3, "memory_bytes": used, "launches": launches,  "last": last
         })
     );
 }
@@ -383,6 +417,9 @@ fn main() -> ExitCode {
             Some(&"llama8b") => vec![LLAMA8B],
             _ => vec![SMOLLM2, LLAMA8B],
         };
+        if flags.contains(&"--nothing") {
+            return if run(&OnNothing, stage, &shapes) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
         let number = std::env::var("DRAFTSMITH_DEVICE").ok().and_then(|n| n.parse().ok()).unwrap_or(0);
         run(&OnCard { search: Search::new(libraries.as_deref(), Some(&python)), number }, stage, &shapes)
     };

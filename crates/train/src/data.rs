@@ -184,8 +184,9 @@ impl Pack {
     pub(crate) fn last_at(&self, slots: impl Iterator<Item = usize>, width: usize) -> SlotStates<'_> {
         match &self.on_device {
             None => {
-                let state = |slot: usize| &self.last[slot * width..(slot + 1) * width];
-                SlotStates::Host(slots.flat_map(state).copied().collect())
+                let mut states = Vec::with_capacity(slots.size_hint().0 * width);
+                slots.for_each(|slot| states.extend_from_slice(&self.last[slot * width..(slot + 1) * width]));
+                SlotStates::Host(states)
             }
             Some(states) => SlotStates::Device(states, slots.map(|slot| slot as u32).collect()),
         }

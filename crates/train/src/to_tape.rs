@@ -78,5 +78,5 @@ pub(crate) fn trained_tensors<K: TrainKernels>(
 /// Rows of a head `[V, width]` that belong to a draft vocabulary.
 pub(crate) fn head_rows(head: &[f32], width: usize, map: &VocabMap) -> Vec<f32> {
     let row = |id: &u32| &head[*id as usize * width..(*id as usize + 1) * width];
-    map.target_ids().iter().flat_map(row).copied().collect()
+    map.target_ids().iter().map(row).collect::<Vec<_>>().concat()
 }
