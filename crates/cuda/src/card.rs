@@ -26,6 +26,8 @@ pub(crate) struct Context {
     pub(crate) stream: Handle,
     /// Where copies run beside the work.
     beside: Handle,
+    /// Where launches are taken down; nothing ever runs there, so other threads may use the other streams meanwhile.
+    recorder: Handle,
     /// Work of the stream waits for a process that is lost: whoever waits for the stream waits for ever.
     stuck: AtomicBool,
 }
@@ -61,7 +63,7 @@ impl Drop for Context {
         // SAFETY: nothing else of the context lives; errors at the end change nothing.
         unsafe {
             (self.api.context_set)(self.context);
-            for stream in [self.beside, self.stream] {
+            for stream in [self.recorder, self.beside, self.stream] {
                 (self.api.stream_wait)(stream);
                 (self.api.stream_destroy)(stream);
             }
@@ -167,7 +169,8 @@ impl Card {
         let (library, path) = search.open(Library::CublasLt, driver.version())?;
         let cublas = CublasLtApi::load(library, &path)?;
         let api = Arc::clone(&driver.api);
-        let (mut device, mut context, mut stream, mut beside) = (0, null_mut(), null_mut(), null_mut());
+        let (mut device, mut context) = (0, null_mut());
+        let [mut stream, mut beside, mut recorder] = [null_mut(); 3];
         // SAFETY: handles are written to handles; the context is current before the stream is made.
         unsafe {
             api.check("cuDeviceGet", (api.device_get)(&mut device, number as c_int))?;
@@ -177,11 +180,12 @@ impl Card {
             }
             api.check("cuDevicePrimaryCtxRetain", retained)?;
             api.check("cuCtxSetCurrent", (api.context_set)(context))?;
-            api.check("cuStreamCreate", (api.stream_create)(&mut stream, api::NON_BLOCKING))?;
-            api.check("cuStreamCreate", (api.stream_create)(&mut beside, api::NON_BLOCKING))?;
+            for stream in [&mut stream, &mut beside, &mut recorder] {
+                api.check("cuStreamCreate", (api.stream_create)(stream, api::NON_BLOCKING))?;
+            }
         }
-        let context =
-            Arc::new(Context { api, device, context, stream, beside, stuck: AtomicBool::new(false) });
+        let stuck = AtomicBool::new(false);
+        let context = Arc::new(Context { api, device, context, stream, beside, recorder, stuck });
         let module = load_kernels(&context, search, driver.version(), &info)? as usize;
         let mut handle = null_mut();
         // SAFETY: a handle is written to a handle, under the current context.
@@ -353,8 +357,11 @@ pub struct CardGraph {
 impl Drop for CardGraph {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: made by the driver and destroyed once; a launch that is under way ends before.
-            unsafe { (self.context.api.graph_exec_destroy)(self.exec as Handle) };
+            // SAFETY: made by the driver and destroyed once, when no launch of it is under way.
+            unsafe {
+                (self.context.api.stream_wait)(self.context.stream);
+                (self.context.api.graph_exec_destroy)(self.exec as Handle);
+            }
         }
     }
 }
@@ -398,6 +405,34 @@ impl Drop for CardStaging {
 }
 
 impl Card {
+    /// Hands a launch to a stream.
+    fn start_on(&self, stream: Handle, launch: &CardLaunch) -> Result<(), CudaError> {
+        let api = &self.context.api;
+        let mut pointers: Vec<*mut c_void> =
+            launch.starts.iter().map(|i| from_ref(&launch.values[*i]).cast_mut().cast()).collect();
+        // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them; the driver copies
+        // the parameters before it returns, and writes to none.
+        let code = unsafe {
+            (api.launch)(
+                launch.function as Handle,
+                launch.grid.0,
+                launch.grid.1,
+                1,
+                launch.threads,
+                1,
+                1,
+                0,
+                stream,
+                pointers.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        if code == 0 {
+            return Ok(());
+        }
+        Err(api.failed("cuLaunchKernel", code, launch.kernel))
+    }
+
     /// An executable graph of a captured one, written to `exec`.
     fn instantiate(&self, graph: Handle, exec: &mut Handle) -> Result<(), CudaError> {
         let api = &self.context.api;
@@ -604,42 +639,19 @@ impl Launcher for Card {
 
     fn start(&self, launch: &CardLaunch) -> Result<(), CudaError> {
         self.context.enter()?;
-        let api = &self.context.api;
-        let mut pointers: Vec<*mut c_void> =
-            launch.starts.iter().map(|i| from_ref(&launch.values[*i]).cast_mut().cast()).collect();
-        // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them; the driver copies
-        // the parameters before it returns, and writes to none.
-        let code = unsafe {
-            (api.launch)(
-                launch.function as Handle,
-                launch.grid.0,
-                launch.grid.1,
-                1,
-                launch.threads,
-                1,
-                1,
-                0,
-                self.context.stream,
-                pointers.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        if code == 0 {
-            return Ok(());
-        }
-        Err(api.failed("cuLaunchKernel", code, launch.kernel))
+        self.start_on(self.context.stream, launch)
     }
 
     fn record(&self, launches: &[CardLaunch]) -> Result<CardGraph, CudaError> {
         self.context.enter()?;
-        let (api, stream) = (&self.context.api, self.context.stream);
+        let (api, stream) = (&self.context.api, self.context.recorder);
         let (mut graph, mut exec) = (null_mut(), null_mut());
         // SAFETY: the stream takes launches down instead of running them until the capture ends, which it does whatever they come
-        // to; handles are written to handles, and the graph is destroyed when the executable one has been made of it.
+        // to, and nobody else uses it; handles are written to handles, and the graph is destroyed when the executable one has been made of it.
         unsafe {
             let begun = (api.capture_begin)(stream, api::CAPTURE_THREAD_LOCAL);
             api.check("cuStreamBeginCapture", begun).map_err(of_graphs)?;
-            let taken = launches.iter().try_for_each(|launch| self.start(launch));
+            let taken = launches.iter().try_for_each(|launch| self.start_on(stream, launch));
             let ended = (api.capture_end)(stream, &mut graph);
             let made = taken
                 .and_then(|()| api.check("cuStreamEndCapture", ended))

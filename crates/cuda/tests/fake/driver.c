@@ -99,7 +99,6 @@ int cuMemFreeHost(void *place) {
     return 1;
 }
 int cuMemcpyHtoDAsync_v2(pointer to, const void *from, size_t bytes, handle stream) {
-    if (capturing) return 900;
     if (stream == (handle)8) {
         if (beside_count == 64) return 1;
         return besides[beside_count++] = (struct beside){(char *)(uintptr_t)to, from, bytes}, 0;
@@ -114,7 +113,6 @@ int cuMemcpyHtoDAsync_v2(pointer to, const void *from, size_t bytes, handle stre
     return memcpy((void *)(uintptr_t)to, from, bytes), stream ? 0 : 400;
 }
 int cuMemcpyDtoHAsync_v2(void *to, pointer from, size_t bytes, handle stream) {
-    if (capturing) return 900;
     return memcpy(to, (void *)(uintptr_t)from, bytes), stream ? 0 : 400;
 }
 // Whether all that was copied is still as it was.
@@ -126,10 +124,10 @@ static int kept(void) {
     }
     return same;
 }
-// The work, and what goes beside it.
+// The work, what goes beside it, and where launches are taken down.
 int cuStreamCreate(handle *stream, unsigned flags) {
     static _Thread_local intptr_t made;
-    return *stream = (handle)(7 + made++ % 2), flags == 1 && current ? 0 : 1;
+    return *stream = (handle)(7 + made++ % 3), flags == 1 && current ? 0 : 1;
 }
 int cuEventCreate(handle *event, unsigned flags) { return *event = malloc(sizeof(handle)), flags == 2 && current ? 0 : 1; }
 int cuEventRecord(handle event, handle stream) { return *(handle *)event = stream, 0; }
@@ -141,9 +139,9 @@ int cuStreamWaitEvent(handle stream, handle event, unsigned flags) {
     return 0;
 }
 int cuStreamSynchronize(handle stream) {
-    if (capturing) return 900;
     wait_for_work();
     if (stream == (handle)8) return copy_besides(), 0;
+    if (stream == (handle)9) return 0;
     if (!kept()) return 1;
     return stream == (handle)7 ? LOSE : 400;
 }
@@ -152,7 +150,7 @@ int cuStreamQuery(handle stream) {
     if (asked++ < PENDING) return 600;
     return asked = 0, LOSE;
 }
-int cuStreamDestroy_v2(handle stream) { return stream == (handle)7 || stream == (handle)8 ? 0 : 400; }
+int cuStreamDestroy_v2(handle stream) { return stream >= (handle)7 && stream <= (handle)9 ? 0 : 400; }
 int cuModuleLoadDataEx(handle *module, const void *image, unsigned count, int *options, void **values) {
     if (count == 2 && options[0] == 5 && options[1] == 6 && (uintptr_t)values[1] > 16) strcpy(values[0], "a log");
     // What the program brings, and nothing else.
@@ -185,7 +183,8 @@ static void run(const struct launch *launch) {
 }
 int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, handle stream, void **params, void **extra) {
-    if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || stream != (handle)7 || extra) return 1;
+    if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || shared || extra) return 1;
+    if (stream != (handle)(capturing ? 9 : 7)) return 1;
     if (REFUSE) return REFUSE;
     struct launch launch = {function, {*(uint64_t *)params[0], 0, *(uint64_t *)params[2]}};
     memcpy(&launch.params[1], params[1], function == (handle)1 ? 4 : 8);
@@ -194,12 +193,12 @@ int cuLaunchKernel(handle function, unsigned gx, unsigned gy, unsigned gz, unsig
     return taken->launches[taken->count++] = launch, 0;
 }
 int cuStreamBeginCapture_v2(handle stream, int mode) {
-    if (capturing || mode != 1 || stream != (handle)7) return 1;
+    if (capturing || mode != 1 || stream != (handle)9) return 1;
     taken = calloc(1, sizeof *taken);
     return capturing = 1, 0;
 }
 int cuStreamEndCapture(handle stream, handle *graph) {
-    if (!capturing || stream != (handle)7) return 1;
+    if (!capturing || stream != (handle)9) return 1;
     return capturing = 0, *graph = taken, 0;
 }
 int cuGraphInstantiateWithFlags(handle *exec, handle graph, uint64_t flags) {
