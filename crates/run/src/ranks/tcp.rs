@@ -143,7 +143,12 @@ impl Shared {
         let said: Vec<(String, Option<String>)> = serde_json::from_slice(words).unwrap_or_default();
         let mut told: Vec<Told> = said.into_iter().map(|(message, hint)| Told { message, hint }).collect();
         if told.is_empty() {
-            told.push(Told { message: "a rank ends and does not say why".to_string(), hint: None });
+            told.push(Told {
+                message: "a rank ends and does not say why".to_string(),
+                hint: Some(
+                    "see what the other ranks wrote before, and that all are the same program".to_string(),
+                ),
+            });
         }
         self.end_all(&told, 2);
         self.wait_for_end()
