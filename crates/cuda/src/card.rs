@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::api::{self, CublasLtApi, DriverApi, Handle, Heuristic, check_cublas};
 use crate::device::{Cards, DeviceInfo, Driver, choose};
 use crate::error::CudaError;
-use crate::launcher::{About, Arg, At, Launch, Launcher, Operand, Product};
+use crate::launcher::{About, At, Launch, Launcher, Operand, Product, Words};
 use crate::library::{CudaVersion, Library};
 use crate::search::Search;
 use crate::source::{Compiler, PTX_CUDA, ptx, text};
@@ -341,11 +341,7 @@ pub struct CardLaunch {
     function: usize,
     grid: (u32, u32),
     threads: u32,
-    /// Parameters one after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number
-    /// stands at the beginning of its place.
-    values: Vec<u64>,
-    /// Where each of them begins.
-    starts: Vec<usize>,
+    words: Words,
 }
 
 /// A CUDA graph, ready to be launched.
@@ -407,9 +403,9 @@ impl Drop for CardStaging {
 impl Card {
     /// Hands a launch to a stream.
     fn start_on(&self, stream: Handle, launch: &CardLaunch) -> Result<(), CudaError> {
-        let api = &self.context.api;
+        let (api, Words { values, starts }) = (&self.context.api, &launch.words);
         let mut pointers: Vec<*mut c_void> =
-            launch.starts.iter().map(|i| from_ref(&launch.values[*i]).cast_mut().cast()).collect();
+            starts.iter().map(|i| from_ref(&values[*i]).cast_mut().cast()).collect();
         // SAFETY: the operations pass what the kernel takes, which the host shim checks for every one of them; the driver copies
         // the parameters before it returns, and writes to none.
         let code = unsafe {
@@ -613,19 +609,6 @@ impl Launcher for Card {
 
     fn ready(&self, launch: Launch<'_, CardMemory>) -> Result<CardLaunch, CudaError> {
         self.context.enter()?;
-        let address = |at: &Option<At<'_, CardMemory>>| at.map_or(0, |at| at.memory.address(at.offset));
-        let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
-        for arg in launch.args {
-            starts.push(values.len());
-            match arg {
-                Arg::Buffer(at) => values.push(address(at)),
-                Arg::Buffers(all) => values.extend(all.iter().map(address)),
-                Arg::I32(x) => values.push(u64::from(x.cast_unsigned())),
-                Arg::U32(x) => values.push(u64::from(*x)),
-                Arg::I64(x) => values.push(x.cast_unsigned()),
-                Arg::F32(x) => values.push(u64::from(x.to_bits())),
-            }
-        }
         let size = |n: usize| {
             u32::try_from(n).map_err(|_| CudaError::Call {
                 call: "cuLaunchKernel",
@@ -634,7 +617,8 @@ impl Launcher for Card {
         };
         let grid = (size(launch.grid.0)?, size(launch.grid.1)?);
         let function = self.function(launch.kernel)? as usize;
-        Ok(CardLaunch { kernel: launch.kernel, function, grid, threads: launch.threads, values, starts })
+        let words = Words::of(launch.args, |at| at.memory.address(at.offset));
+        Ok(CardLaunch { kernel: launch.kernel, function, grid, threads: launch.threads, words })
     }
 
     fn start(&self, launch: &CardLaunch) -> Result<(), CudaError> {

@@ -424,10 +424,6 @@ impl<L: Launcher> Kernels for Cuda<L> {
         KvPages::new(shape, self.slabs_of(shape))
     }
     fn kv_compact(&self, kv: &mut KvPages<L>, base: usize, from: &[usize]) {
-        // Plain decoding keeps all that a step appended, in all layers of all sequences.
-        if kv.len == base + from.len() && from.iter().zip(base..).all(|(slot, at)| *slot == at) {
-            return;
-        }
         let moves: Vec<u32> = from
             .iter()
             .enumerate()

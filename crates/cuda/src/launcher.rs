@@ -52,6 +52,36 @@ pub enum Arg<'a, M> {
     F32(f32),
 }
 
+/// Arguments as the driver takes them.
+#[derive(PartialEq, Eq, Hash)]
+pub(crate) struct Words {
+    /// One after the other, eight bytes each or a multiple of that: little-endian, so that a smaller number stands at the beginning
+    /// of its place.
+    pub(crate) values: Vec<u64>,
+    /// Where each of them begins.
+    pub(crate) starts: Vec<usize>,
+}
+
+impl Words {
+    /// Arguments with the addresses of their places; the null buffer is 0.
+    pub(crate) fn of<M>(args: &[Arg<'_, M>], address: impl Fn(&At<'_, M>) -> u64) -> Words {
+        let address = |at: &Option<At<'_, M>>| at.as_ref().map_or(0, &address);
+        let (mut values, mut starts) = (Vec::with_capacity(args.len()), Vec::new());
+        for arg in args {
+            starts.push(values.len());
+            match arg {
+                Arg::Buffer(at) => values.push(address(at)),
+                Arg::Buffers(all) => values.extend(all.iter().map(address)),
+                Arg::I32(x) => values.push(u64::from(x.cast_unsigned())),
+                Arg::U32(x) => values.push(u64::from(*x)),
+                Arg::I64(x) => values.push(x.cast_unsigned()),
+                Arg::F32(x) => values.push(u64::from(x.to_bits())),
+            }
+        }
+        Words { values, starts }
+    }
+}
+
 /// A launch of a kernel.
 pub struct Launch<'a, M> {
     /// Its name.

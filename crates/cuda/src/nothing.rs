@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::error::CudaError;
-use crate::launcher::{About, Arg, At, Launch, Launcher, Product};
+use crate::launcher::{About, At, Launch, Launcher, Product, Words};
 
 /// A device without kernels: it takes all calls, and adds up how long it had nothing to do.
 #[derive(Default)]
@@ -42,8 +42,7 @@ pub struct Address(u64);
 pub struct Taken {
     kernel: &'static str,
     grid: (usize, usize),
-    values: Vec<u64>,
-    starts: Vec<usize>,
+    words: Words,
 }
 
 impl Launcher for Nothing {
@@ -83,20 +82,8 @@ impl Launcher for Nothing {
         Ok(())
     }
     fn ready(&self, launch: Launch<'_, Address>) -> Result<Taken, CudaError> {
-        let address = |at: &Option<At<'_, Address>>| at.map_or(0, |at| at.memory.0 + at.offset as u64);
-        let (mut values, mut starts) = (Vec::with_capacity(launch.args.len()), Vec::new());
-        for arg in launch.args {
-            starts.push(values.len());
-            match arg {
-                Arg::Buffer(at) => values.push(address(at)),
-                Arg::Buffers(all) => values.extend(all.iter().map(address)),
-                Arg::I32(x) => values.push(u64::from(x.cast_unsigned())),
-                Arg::U32(x) => values.push(u64::from(*x)),
-                Arg::I64(x) => values.push(x.cast_unsigned()),
-                Arg::F32(x) => values.push(u64::from(x.to_bits())),
-            }
-        }
-        Ok(Taken { kernel: launch.kernel, grid: launch.grid, values, starts })
+        let words = Words::of(launch.args, |at| at.memory.0 + at.offset as u64);
+        Ok(Taken { kernel: launch.kernel, grid: launch.grid, words })
     }
     fn start(&self, _: &Taken) -> Result<(), CudaError> {
         self.begin();

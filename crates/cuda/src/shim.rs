@@ -4,6 +4,7 @@
 //! that the caller names, by what it was made of. One launch runs at a
 //! time. An error of the shim (a race, a place outside a buffer) is a [`CudaError::Call`].
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ops::{Deref, DerefMut, Range};
 use std::path::{Path, PathBuf};
@@ -49,6 +50,8 @@ pub struct Shim {
     copied: Arc<[AtomicU64; 2]>,
     /// How often it was waited for, and one.
     waits: Arc<AtomicU64>,
+    /// Blocks that ran, by kernel.
+    blocks: Arc<Mutex<BTreeMap<&'static str, usize>>>,
 }
 
 /// Memory of a [`Shim`].
@@ -228,12 +231,19 @@ impl Shim {
             used: Arc::default(),
             copied: Arc::default(),
             waits: Arc::new(1.into()),
+            blocks: Arc::default(),
         })
     }
 
     /// Bytes that were copied to the device and from it so far, without the operands of products, which run on the host here.
     pub fn copied(&self) -> [u64; 2] {
         [0, 1].map(|way| self.copied[way].load(Ordering::Relaxed))
+    }
+
+    /// Blocks of a kernel that ran so far.
+    pub fn blocks(&self, kernel: &str) -> usize {
+        let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.get(kernel).copied().unwrap_or_default()
     }
 
     fn put(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
@@ -422,6 +432,8 @@ impl Launcher for Shim {
                 sizes.len() as u64,
             );
             if error.is_null() {
+                let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+                *blocks.entry(launch.kernel).or_default() += launch.grid.0 * launch.grid.1;
                 return Ok(());
             }
             Err(failed("shim_launch", CStr::from_ptr(error).to_string_lossy()))

@@ -156,6 +156,10 @@ impl<K: Kernels> TargetKv<K> {
 
     /// Keeps the accepted rows of the last step: `rows` (ascending) of the step that began at `base`.
     pub fn commit(&mut self, kernels: &K, base: usize, rows: &[u32]) {
+        // Plain decoding keeps all that a step appended.
+        if self.len == base + rows.len() && rows.iter().zip(0..).all(|(row, at)| *row == at) {
+            return;
+        }
         let from: Vec<usize> = rows.iter().map(|r| base + *r as usize).collect();
         self.len = base + rows.len();
         let keep = |layers: &mut [K::Kv]| {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::Error;
-use crate::device::Around;
+use crate::device::{Around, is_off};
 
 /// `off` on any rank: gradients go through host memory.
 const SWITCH: &str = "DRAFTSMITH_NCCL";
@@ -97,15 +97,9 @@ pub(crate) fn linked(
     }
     let (card, report) = (cuda.launcher(), around.report);
     let wrong = |error: CudaError| Error::from(error.failure(Asked::RunFile));
-    let nccl = match (around.variable)(SWITCH).as_deref() {
-        None | Some("") => Some(Nccl::open(&around.search(), card.driver())),
-        Some("off") => None,
-        Some(other) => {
-            return Err(Error::input(
-                format!("`{SWITCH}` is `{other}`"),
-                "set it to `off` for gradients through host memory, or leave it out",
-            ));
-        }
+    let nccl = match is_off(SWITCH, (around.variable)(SWITCH), "for gradients through host memory")? {
+        false => Some(Nccl::open(&around.search(), card.driver())),
+        true => None,
     };
     let offered = match &nccl {
         None => Offered::Off,

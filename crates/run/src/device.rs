@@ -188,12 +188,21 @@ impl Compute {
 
 /// What the variable asks for.
 fn graphs(value: Option<String>) -> Result<Graphs, Error> {
+    let off = is_off(GRAPHS, value, "to start each kernel by itself")?;
+    Ok(if off { Graphs::Off } else { Graphs::On })
+}
+
+/// Whether a variable that switches something off is `off`; `meaning` is what that does.
+///
+/// # Errors
+/// Any other value.
+pub(crate) fn is_off(name: &str, value: Option<String>, meaning: &str) -> Result<bool, Error> {
     match value.as_deref() {
-        None | Some("") => Ok(Graphs::On),
-        Some("off") => Ok(Graphs::Off),
+        None | Some("") => Ok(false),
+        Some("off") => Ok(true),
         Some(other) => Err(Error::input(
-            format!("`{GRAPHS}` is `{other}`"),
-            "set it to `off` to start each kernel by itself, or leave it out",
+            format!("`{name}` is `{other}`"),
+            format!("set it to `off` {meaning}, or leave it out"),
         )),
     }
 }

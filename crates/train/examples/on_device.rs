@@ -336,9 +336,8 @@ fn speed<O: Opener>(opener: &O, shape: Shape) {
         // New numbers: the target's head is streamed, as for rows of a first epoch.
         pack.rows.iter_mut().for_each(|row| *row += 1_000_000);
         let began = Instant::now();
-        let here = coming.take().expect("room for a pack ahead").arrived();
-        let [here_features, here_states] = here.try_into().ok().expect("both were sent");
-        pack.on_device = Some(DeviceStates::new::<Cuda<O::Device>>(here_features, here_states));
+        let here = coming.take().expect("room for a pack ahead");
+        pack.on_device = Some(DeviceStates::arrived::<Cuda<O::Device>>(here));
         std::thread::scope(|scope| {
             let (courier, parts) = (&mut courier, [&features[..], &states[..]]);
             let next = scope.spawn(move || courier.send(&parts));
@@ -362,7 +361,8 @@ fn speed<O: Opener>(opener: &O, shape: Shape) {
         "{}",
         json!({
             "stage": "speed", "side": "draftsmith", "shape": shape.name, "slots": shape.slots, "ttt": shape.ttt_length,
-            "ms": ms, "tokens_per_s": shape.slots as f64 / median * 1e3, "memory_bytes": used, "launches": launches,  "last": last
+            "ms": ms, "tokens_per_s": shape.slots as f64 / median * 1e3, "memory_bytes": used, "launches": launches,
+            "last": last
         })
     );
 }

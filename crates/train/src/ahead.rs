@@ -56,8 +56,6 @@ pub(crate) struct Ahead<K: TrainKernels> {
     answers: Receiver<Answer<K::Buf>>,
     /// Slots of each row.
     slots: Vec<usize>,
-    /// Whether the store itself looks ahead.
-    looks_ahead: bool,
     /// Packs that will be asked for, the next one first.
     coming: VecDeque<Vec<usize>>,
     /// The pack that the thread was asked for before anybody wanted it; with it once it was seen.
@@ -73,7 +71,6 @@ impl<K: TrainKernels> Ahead<K> {
     ) -> Ahead<K> {
         let courier = kernels.courier();
         let slots = (0..store.num_rows()).map(|row| store.row_slots(row)).collect();
-        let looks_ahead = store.looks_ahead();
         let ((requests, asked), (said, answers)) = (channel(), channel());
         scope.spawn(move || {
             while let Ok(request) = asked.recv() {
@@ -93,7 +90,7 @@ impl<K: TrainKernels> Ahead<K> {
                 }
             }
         });
-        Ahead { requests, answers, slots, looks_ahead, coming: VecDeque::new(), next: None }
+        Ahead { requests, answers, slots, coming: VecDeque::new(), next: None }
     }
 
     fn ask(&self, request: Request) {
@@ -178,8 +175,7 @@ impl<K: TrainKernels> RowStore for Ahead<K> {
         let (filled, coming) = filled?;
         *pack = Pack { pass: pack.pass, ..filled };
         if let Some(coming) = coming {
-            let [features, last] = coming.arrived().try_into().ok().expect("both were sent");
-            pack.on_device = Some(DeviceStates::new::<K>(features, last));
+            pack.on_device = Some(DeviceStates::arrived::<K>(coming));
         }
         Ok(())
     }
@@ -189,9 +185,7 @@ impl<K: TrainKernels> RowStore for Ahead<K> {
     }
 
     fn expect(&mut self, packs: &[Vec<usize>]) {
-        if self.looks_ahead {
-            self.ask(Request::Expect(packs.to_vec()));
-        }
+        self.ask(Request::Expect(packs.to_vec()));
         self.coming = packs.iter().cloned().collect();
     }
 }
@@ -226,9 +220,6 @@ mod tests {
                 last: vec![0.25],
             };
             Ok(rows.iter().map(row).collect())
-        }
-        fn looks_ahead(&self) -> bool {
-            true
         }
         fn expect(&mut self, packs: &[Vec<usize>]) {
             self.0.lock().unwrap().push(format!("expect {packs:?}"));

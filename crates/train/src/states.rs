@@ -5,7 +5,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use draftsmith_kernels::{Buffer, Memory};
+use draftsmith_kernels::{Buffer, Coming, Memory};
 use draftsmith_model::tape::OuterRows;
 
 /// `[S, F]` features and `[S, Ht]` final states of a pack that lie where the method computes: captured there, they never were on the
@@ -29,6 +29,12 @@ impl DeviceStates {
     /// `features` `[S, F]` and `last` `[S, Ht]` of a pack.
     pub fn new<K: Memory>(features: K::Buf, last: K::Buf) -> DeviceStates {
         DeviceStates(Arc::new(Both { features, last }))
+    }
+
+    /// Features and final states that were sent, in this order.
+    pub fn arrived<K: Memory>(sent: Coming<K::Buf>) -> DeviceStates {
+        let [features, last] = sent.arrived().try_into().ok().expect("features and final states were sent");
+        DeviceStates::new::<K>(features, last)
     }
 
     /// Features and final states.

@@ -2,14 +2,13 @@
 //! where nothing is rounded, and do not depend on what else is in the batch where products are.
 
 use std::collections::BTreeMap;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use draftsmith_core::{LayerId, Sampling, TokenTree};
-use draftsmith_cuda::shim::{Shim, ShimLaunch, ShimMark, ShimMemory, ShimStaging};
-use draftsmith_cuda::{About, At, Cuda, CudaError, CudaOptions, Graphs, Launch, Launcher, Product};
+use draftsmith_cuda::shim::Shim;
+use draftsmith_cuda::{Cuda, CudaOptions, Graphs};
 use draftsmith_decode::{BatchOptions, DraftPlan, Engine, GenerateOptions, drafter};
 use draftsmith_kernels::{Cpu, Kernels, PackMode};
 use draftsmith_model::{Draft, Infer, Precision, StepItem, Target};
@@ -100,93 +99,11 @@ fn states_on_the_kernels_for_cuda_are_those_of_the_cpu() {
     check(Precision::Stored, 2e-2);
 }
 
-/// The host's kernels, and how many rows they drew.
-struct Drawing {
-    shim: Shim,
-    rows: Arc<AtomicUsize>,
-}
-
-impl Launcher for Drawing {
-    type Memory = ShimMemory;
-    type Ready = ShimLaunch;
-    type Graph = Vec<ShimLaunch>;
-    type Staging = ShimStaging;
-    type Mark = ShimMark;
-
-    fn allocate(&self, bytes: usize) -> Result<ShimMemory, CudaError> {
-        self.shim.allocate(bytes)
-    }
-    fn write(&self, to: At<'_, ShimMemory>, data: &[u8]) -> Result<(), CudaError> {
-        self.shim.write(to, data)
-    }
-    fn read(&self, from: At<'_, ShimMemory>, out: &mut [u8]) -> Result<(), CudaError> {
-        self.shim.read(from, out)
-    }
-    fn ready(&self, launch: Launch<'_, ShimMemory>) -> Result<ShimLaunch, CudaError> {
-        if launch.kernel == "draw_rows" {
-            self.rows.fetch_add(launch.grid.0, Ordering::Relaxed);
-        }
-        self.shim.ready(launch)
-    }
-    fn start(&self, launch: &ShimLaunch) -> Result<(), CudaError> {
-        self.shim.start(launch)
-    }
-    fn record(&self, launches: &[ShimLaunch]) -> Result<Vec<ShimLaunch>, CudaError> {
-        self.shim.record(launches)
-    }
-    fn replay(&self, graph: &Vec<ShimLaunch>) -> Result<(), CudaError> {
-        self.shim.replay(graph)
-    }
-    fn copy_beside(
-        &self,
-        copies: &[(At<'_, ShimMemory>, Range<usize>)],
-        from: &ShimStaging,
-    ) -> Result<ShimMark, CudaError> {
-        self.shim.copy_beside(copies, from)
-    }
-    fn after(&self, mark: &ShimMark) -> Result<(), CudaError> {
-        self.shim.after(mark)
-    }
-    fn wait_for(&self, mark: &ShimMark) -> Result<(), CudaError> {
-        self.shim.wait_for(mark)
-    }
-    fn wait(&self) -> Result<(), CudaError> {
-        self.shim.wait()
-    }
-    fn staging(&self, bytes: usize) -> Result<ShimStaging, CudaError> {
-        self.shim.staging(bytes)
-    }
-    fn write_staged(
-        &self,
-        to: At<'_, ShimMemory>,
-        from: &ShimStaging,
-        bytes: usize,
-    ) -> Result<(), CudaError> {
-        self.shim.write_staged(to, from, bytes)
-    }
-    fn product(
-        &self,
-        product: Product,
-        a: At<'_, ShimMemory>,
-        b: At<'_, ShimMemory>,
-        c: At<'_, ShimMemory>,
-    ) -> Result<(), CudaError> {
-        self.shim.product(product, a, b, c)
-    }
-    fn about(&self) -> About {
-        self.shim.about()
-    }
-    fn memory(&self) -> Result<(u64, u64), CudaError> {
-        self.shim.memory()
-    }
-}
-
 #[test]
 fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_step() {
-    let rows = Arc::new(AtomicUsize::new(0));
-    let shim = Shim::new(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
-    let kernels = Cuda::new(Drawing { shim, rows: Arc::clone(&rows) }, CudaOptions::default());
-    let target = load(kernels, Precision::Stored);
+    let target = load(device(), Precision::Stored);
+    // A block for each row.
+    let drawn = || target.kernels().launcher().blocks("draw_rows");
     let draft = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/tiny-drafts/eagle3");
     let draft = Draft::load(target.kernels().as_ref(), &draft, PackMode::Q8).unwrap();
     let engine = Engine::new(Arc::clone(&target), Some(drafter(&target, draft).unwrap()));
@@ -199,7 +116,7 @@ fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_st
         ..GenerateOptions::default()
     };
     let run = |all: Vec<GenerateOptions>| {
-        rows.store(0, Ordering::Relaxed);
+        let before = drawn();
         let batch_size = all.len();
         let mut waiting = all.into_iter().enumerate();
         let mut found = Vec::new();
@@ -215,7 +132,7 @@ fn a_draw_is_the_devices_with_and_without_a_draft_and_whatever_else_is_in_the_st
             .unwrap();
         found.sort_by_key(|(i, _)| *i);
         let found: Vec<_> = found.into_iter().map(|(_, generation)| generation).collect();
-        (found, rows.load(Ordering::Relaxed))
+        (found, drawn() - before)
     };
     let (plain, drawn) = run(vec![options(DraftPlan::None, None)]);
     assert_eq!((plain[0].token_ids.len(), drawn), (6, 6));
